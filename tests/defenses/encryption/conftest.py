@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from vitguard.defenses.encryption import Aggregator, Encryptor, KeySet, Manifest
+
+
+class Run:
+    """Keys, a manifest and helpers for one small run."""
+
+    def __init__(self, preset="quantised", values=9000, max_weight=4.0, max_clients=10):
+        self.keys = KeySet.generate(preset=preset, max_clients=max_clients)
+        self.template = {"w": torch.zeros(values), "b": torch.zeros(3, 2)}
+        self.manifest = Manifest.of(self.template, bounds=1.0, max_weight=max_weight)
+
+    def tensors(self, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            k: torch.rand(t.shape, generator=generator) * 2 - 1 for k, t in self.template.items()
+        }
+
+    def message(self, client="a", seed=0, round_id=5, weight=1.0, base="v1", keys=None):
+        encryptor = Encryptor(keys or self.keys, self.manifest, client_id=client)
+        return encryptor.encrypt(self.tensors(seed), round_id=round_id, weight=weight, base=base)
+
+    def aggregator(self, round_id=5, base="v1"):
+        return Aggregator(self.keys.public_bytes(), self.manifest, round_id=round_id, base=base)
+
+    def sum(self, clients=3):
+        aggregator = self.aggregator()
+        for i in range(clients):
+            aggregator.add(self.message(f"c{i}", seed=i))
+        return aggregator.finish()
+
+
+@pytest.fixture(scope="package")
+def run():
+    return Run()
+
+
+@pytest.fixture(scope="package")
+def make_run():
+    return Run

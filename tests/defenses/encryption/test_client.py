@@ -1,0 +1,193 @@
+"""Round trips: what is decrypted is the weighted average, whatever the tensors look like."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vitguard.core import Update
+from vitguard.defenses.encryption import (
+    PRESETS,
+    Aggregator,
+    Decryptor,
+    Encryptor,
+    KeySet,
+    Manifest,
+    worst_error,
+)
+from vitguard.errors import Blocked, InputError
+
+KEYS = {name: KeySet.generate(preset=name) for name in PRESETS}
+
+
+def average(keys, manifest, clients, weights, **options):
+    """Encrypt, add and decrypt."""
+    aggregator = Aggregator(keys.public_bytes(), manifest, round_id=0)
+    for number, (tensors, weight) in enumerate(zip(clients, weights, strict=True)):
+        encryptor = Encryptor(keys, manifest, client_id=f"c{number}", **options)
+        aggregator.add(encryptor.encrypt(tensors, round_id=0, weight=weight))
+    return Decryptor(keys, manifest).decrypt(aggregator.finish(), round_id=0)
+
+
+def plain(clients, weights, name):
+    total = sum(w * c[name].double() for c, w in zip(clients, weights, strict=True))
+    return total / sum(weights)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_the_average_of_ten_weighted_clients_is_within_the_bound_of_every_preset(preset, rounding):
+    generator = torch.Generator().manual_seed(0)
+    clients = [
+        {"w": torch.rand(30_000, generator=generator, dtype=torch.float64) * 2 - 1}
+        for _ in range(10)
+    ]
+    weights = [float(i + 1) for i in range(10)]
+    manifest = Manifest.of(clients[0], bounds=1.0, max_weight=10.0)
+    mean = average(KEYS[preset], manifest, clients, weights, rounding=rounding)["w"]
+    nearest = rounding == "nearest"
+    bound = worst_error(1.0, KEYS[preset], weights, max_weight=10.0, nearest=nearest)
+    error = (mean - plain(clients, weights, "w")).abs().max()
+    assert mean.dtype == torch.float64
+    assert 0.05 * bound < error <= bound * (1 + 1e-9) + 1e-15
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("pattern", ["all", "alternating", "one"])
+def test_sums_at_the_bound_do_not_overflow(preset, pattern):
+    values = torch.ones(20_000, dtype=torch.float64)
+    if pattern == "alternating":
+        values[::2] = -1
+    elif pattern == "one":
+        values[1:] = 0
+    manifest = Manifest.of({"w": values}, bounds=1.0)
+    mean = average(KEYS[preset], manifest, [{"w": values}] * 10, [1.0] * 10)["w"]
+    assert torch.allclose(mean, values, atol=1e-9)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sums_of_quantised_values_are_exact(preset):
+    keys = KEYS[preset]
+    levels = keys.layout.levels
+    rng = np.random.default_rng(0)
+    integers = [torch.from_numpy(rng.integers(-levels, levels + 1, 50_000)) for _ in range(10)]
+    clients = [{"w": i.double() / levels} for i in integers]
+    manifest = Manifest.of(clients[0], bounds=1.0)
+    mean = average(keys, manifest, clients, [1.0] * 10, rounding="nearest")["w"]
+    assert torch.equal((mean * levels * 10).round().long(), sum(integers))
+
+
+def test_100_clients_of_preset_many_sum_exactly():
+    keys = KeySet.generate(preset="many", max_clients=100)
+    levels = keys.layout.levels
+    rng = np.random.default_rng(1)
+    integers = [torch.from_numpy(rng.integers(-levels, levels + 1, 500)) for _ in range(100)]
+    clients = [{"w": i.double() / levels} for i in integers]
+    manifest = Manifest.of(clients[0], bounds=1.0)
+    mean = average(keys, manifest, clients, [1.0] * 100, rounding="nearest")["w"]
+    assert torch.equal((mean * levels * 100).round().long(), sum(integers))
+
+
+shapes = st.lists(st.integers(0, 7), min_size=0, max_size=4).map(tuple)
+kinds = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(shapes, kinds), min_size=1, max_size=4), st.integers(0, 99))
+def test_round_trips_over_shapes_and_types_with_empty_and_scalar_tensors(parts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    clients = [
+        {
+            str(i): (torch.rand(shape, generator=generator) * 2 - 1).to(kind)
+            for i, (shape, kind) in enumerate(parts)
+        }
+        for _ in range(2)
+    ]
+    manifest = Manifest.of(clients[0], bounds=1.0)
+    mean = average(KEYS["quantised"], manifest, clients, [1.0, 0.5])
+    bound = worst_error(1.0, KEYS["quantised"], [1.0, 0.5])
+    for name, tensor in clients[0].items():
+        assert mean[name].shape == tensor.shape
+        wanted = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        assert mean[name].dtype == wanted
+        difference = (mean[name].double() - plain(clients, [1.0, 0.5], name)).abs()
+        assert difference.numel() == 0 or difference.max() <= bound + 1e-7
+
+
+def test_a_tensor_longer_than_one_ciphertext_keeps_its_order():
+    values = torch.linspace(-1, 1, 8188 * 2 + 5)
+    manifest = Manifest.of({"w": values, "x": values.flip(0)}, bounds=1.0)
+    client = {"w": values, "x": values.flip(0)}
+    mean = average(KEYS["quantised"], manifest, [client] * 2, [1.0, 1.0])
+    assert torch.allclose(mean["w"], values, atol=1e-4)
+    assert torch.allclose(mean["x"], values.flip(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1.0001, -7.0])
+def test_values_beyond_the_bound_are_refused_or_clipped_and_counted_as_chosen(bad):
+    tensors = {"w": torch.tensor([0.25, bad, -0.5])}
+    manifest = Manifest.of(tensors, bounds=1.0)
+    encryptor = Encryptor(KEYS["quantised"], manifest, client_id="a")
+    with pytest.raises(InputError, match=r"finite values of w within its bound 1, got 1 others"):
+        encryptor.encrypt(tensors, round_id=0)
+    encryptor = Encryptor(KEYS["quantised"], manifest, client_id="a", outliers="clip")
+    encryptor.encrypt(tensors, round_id=0)
+    assert encryptor.clipped == {"w": 1}
+    mean = average(KEYS["quantised"], manifest, [tensors] * 2, [1.0, 1.0], outliers="clip")["w"]
+    replaced = 0.0 if bad != bad else max(-1.0, min(1.0, bad))
+    assert torch.allclose(mean, torch.tensor([0.25, replaced, -0.5]), atol=1e-4)
+
+
+def test_stochastic_rounding_is_unbiased():
+    step = 1 / KEYS["compact"].layout.levels
+    values = torch.full((40_000,), 0.3 * step, dtype=torch.float64)
+    manifest = Manifest.of({"w": values}, bounds=1.0)
+    nearest = average(KEYS["compact"], manifest, [{"w": values}] * 2, [1, 1], rounding="nearest")
+    assert (nearest["w"] == 0).all()
+    mean = average(KEYS["compact"], manifest, [{"w": values}] * 2, [1, 1])["w"]
+    assert abs(mean.mean() / step - 0.3) < 0.01
+
+
+def test_two_messages_of_one_update_share_no_ciphertext():
+    tensors = {"w": torch.ones(100)}
+    manifest = Manifest.of(tensors, bounds=1.0)
+    encryptor = Encryptor(KEYS["quantised"], manifest, client_id="a", rounding="nearest")
+    first, second = (encryptor.encrypt(tensors, round_id=0) for _ in range(2))
+    assert first[200:400] != second[200:400]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1.5, float("nan"), float("inf")])
+def test_weights_outside_the_manifest_are_refused(weight):
+    tensors = {"w": torch.ones(1)}
+    encryptor = Encryptor(KEYS["quantised"], Manifest.of(tensors, bounds=1.0), client_id="a")
+    with pytest.raises(InputError, match="Expected a weight above 0 and up to"):
+        encryptor.encrypt(tensors, round_id=0, weight=weight)
+
+
+def test_seal_makes_the_tensors_unreadable_and_carries_the_message():
+    tensors = {"w": torch.ones(4), "plain": torch.ones(2)}
+    manifest = Manifest.of(tensors, ["w"], bounds=1.0)
+    encryptor = Encryptor(KEYS["quantised"], manifest, client_id="a")
+    with pytest.raises(InputError, match="a round number"):
+        encryptor.seal(Update(tensors=tensors))
+    encryptor.start_round(3, weight=0.5, base="v")
+    sealed = encryptor.seal(Update(tensors=tensors))
+    with pytest.raises(Blocked, match="encrypted"):
+        sealed.read("w")
+    assert torch.equal(sealed.read("plain"), torch.ones(2))
+    aggregator = Aggregator(KEYS["quantised"].public_bytes(), manifest, round_id=3, base="v")
+    aggregator.add(sealed.payloads["encryption"])
+    assert aggregator.clients == ("a",)
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [{"outliers": "drop"}, {"rounding": "up"}, {"client_id": ""}, {"client_id": "x" * 65}],
+)
+def test_wrong_settings_are_refused(settings_):
+    manifest = Manifest.of({"w": torch.ones(1)}, bounds=1.0)
+    with pytest.raises(InputError):
+        Encryptor(KEYS["quantised"], manifest, **{"client_id": "a", **settings_})
+    with pytest.raises(InputError, match="min_clients"):
+        Decryptor(KEYS["quantised"], manifest, min_clients=1)

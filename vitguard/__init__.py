@@ -1,0 +1,2 @@
+"""vitguard"""
+__version__ = "0.1.0"

@@ -1,0 +1,151 @@
+"""From attempts of one attack to a verdict beside the control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vitguard._finding import Control, Finding, Mask, Pictures, Summary, Verdict
+from vitguard.core import Guess
+from vitguard.metrics import Baseline, Scores, identification_p, mask_score
+
+__all__ = ["LEAK_GAIN", "Attempt", "finding_of", "labels_overlap"]
+
+LEAK_GAIN = 6.0
+"""dB above the best no-information guess at which a reconstruction is called a leak."""
+CHANCE = 0.01
+_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One run of an attack on one batch: a scored guess, or why there is none."""
+
+    truths: Tensor
+    names: tuple[str, ...]
+    baseline: Baseline
+    state: Literal["guessed", "blocked", "not applicable"] = "guessed"
+    reason: str = ""
+    guess: Guess | None = None
+    scores: Scores | None = None
+    labels_correct: float | None = None
+    mask: Tensor | None = None
+    seconds: float = 0.0
+
+
+def labels_overlap(guess: Tensor | None, truth: Tensor) -> float | None:
+    """Return the share of labels recovered, as multisets, in [0, 1]; None without a guess."""
+    if guess is None or truth.is_floating_point():
+        return None
+    size = int(max(guess.max(), truth.max())) + 1
+    counts = [torch.bincount(x.cpu().long(), minlength=size) for x in (guess, truth)]
+    return float(torch.minimum(*counts).sum() / len(truth))
+
+
+def finding_of(
+    defense: str,
+    attack: str,
+    settings: dict[str, Any],
+    attempts: Sequence[Attempt],
+    control: Finding | None,
+    control_attempts: Sequence[Attempt],
+    *,
+    tests: int,
+) -> Finding:
+    """Return the finding of one attack on one configuration over all batches.
+
+    Args:
+        control: The finding of the same attack on the undefended model, None for the control.
+        tests: How many findings the report has; identification is corrected for so many tests.
+    """
+    guessed = [a for a in attempts if a.scores is not None]
+    base = Finding(
+        defense, attack, "inconclusive", settings=settings, control=_control_of(control)
+    )
+    if not guessed:
+        first = attempts[0]
+        state: Verdict = "blocked" if first.state == "blocked" else "not applicable"
+        return replace(base, verdict=state, reason=first.reason)
+    gains = torch.cat([a.scores.patch_psnr - a.baseline.patch_psnr for a in guessed])  # type: ignore[union-attr]
+    measured = replace(base, **_measurements(guessed), gain=float(gains.max()))
+    verdict, reason = _verdict(measured, guessed, control, tests)
+    if failed := [a for a in attempts if a.scores is None]:
+        reason = f"{reason}; {len(failed)} of {len(attempts)} batches: {failed[0].reason}"
+    return replace(
+        measured, verdict=verdict, reason=reason, images=_pictures(guessed, control_attempts)
+    )
+
+
+def _verdict(
+    measured: Finding, guessed: Sequence[Attempt], control: Finding | None, tests: int
+) -> tuple[Verdict, str]:
+    gain = measured.gain
+    if gain is not None and gain >= LEAK_GAIN:
+        return "leaks", f"{gain:.1f} dB above the best no-information guess"
+    hits = [bool(h) for a in guessed for h in a.scores.identified]  # type: ignore[union-attr]
+    chance = identification_p(sum(hits), len(hits), measured.decoys or 0) if measured.decoys else 1.0
+    if chance * max(tests, 1) < CHANCE:
+        return "leaks", f"{sum(hits)} of {len(hits)} images told from {measured.decoys} decoys"
+    if control is None:
+        return "inconclusive", "the undefended model does not leak to this attack"
+    if control.verdict == "leaks":
+        return "resisted", "the undefended control leaks to the same attack"
+    return "inconclusive", f"the undefended control does not leak either ({control.verdict})"
+
+
+def _measurements(guessed: Sequence[Attempt]) -> dict[str, Any]:
+    def gather(field: str) -> Summary | None:
+        return Summary.of(torch.cat([getattr(a.scores, field).flatten() for a in guessed]))
+
+    identified = torch.cat([a.scores.identified.double() for a in guessed])  # type: ignore[union-attr]
+    labels = [a.labels_correct for a in guessed if a.labels_correct is not None]
+    worst = max(guessed, key=lambda a: float(a.scores.patch_psnr.max()))  # type: ignore[union-attr]
+    assert worst.guess is not None
+    details = dict(worst.guess.details)
+    if worst.guess.verified is not None:
+        details["verified"] = float(worst.guess.verified.double().mean())
+    return {
+        **{name: gather(name) for name in ("psnr", "patch_psnr", "ssim", "mse", "fft2d")},
+        "identified": float(identified.mean()),
+        "labels_correct": sum(labels) / len(labels) if labels else None,
+        "mask": _mask(guessed),
+        "decoys": guessed[0].scores.decoys,  # type: ignore[union-attr]
+        "seconds": sum(a.seconds for a in guessed) / len(guessed),
+        "details": details,
+    }
+
+
+def _mask(guessed: Sequence[Attempt]) -> Mask | None:
+    scores = [
+        mask_score(a.guess.shuffled.cpu(), a.mask.cpu(), a.scores.patch_assignment)  # type: ignore[union-attr]
+        for a in guessed
+        if a.mask is not None and a.guess is not None and a.guess.shuffled is not None
+    ]
+    precision = [s.precision for s in scores if s.precision is not None]
+    recall = [s.recall for s in scores if s.recall is not None]
+    if not precision or not recall:
+        return None
+    return Mask(sum(precision) / len(precision), sum(recall) / len(recall))
+
+
+def _control_of(control: Finding | None) -> Control | None:
+    return None if control is None else Control(control.verdict, control.psnr)
+
+
+def _pictures(guessed: Sequence[Attempt], controls: Sequence[Attempt]) -> Pictures:
+    def shown(attempts: Sequence[Attempt]) -> Tensor | None:
+        rows = [a.guess.images[a.scores.patch_assignment] for a in attempts if a.guess and a.scores]
+        return torch.cat(rows)[:_PICTURES].float().cpu() if rows else None
+
+    names = tuple(name for a in guessed for name in a.names)[:_PICTURES]
+    wanted = {a.names for a in guessed}
+    return Pictures(
+        original=torch.cat([a.truths for a in guessed])[:_PICTURES].float().cpu(),
+        control=shown([a for a in controls if a.names in wanted]),
+        reconstruction=shown(guessed),
+        names=names,
+    )

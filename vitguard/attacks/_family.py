@@ -1,0 +1,196 @@
+"""The affine family of tokens that the linear span equations leave at each position.
+
+Unknowns at one position: y = (c, d, s, s1) with patch x = R c, attended values o = O d, and the
+standard deviations s and s1 in front of fc1 and of qkv. With R, O bases of the rows of dL/dW of the
+patch embedding and of the attention projection, and Q1, Q0 complements of the rows of fc1 and qkv,
+
+    h = W R c + Wo O d + b + bo + e_i,   Q1^T [gamma2 * C h + s beta2 ; s] = 0,
+    z = W R c + b + e_i,                 Q0^T [gamma1 * C z + s1 beta1; s1] = 0     (C centres)
+
+is linear, with one matrix for all positions (METHODS 2.4 and 2.4b, step 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitguard.attacks._mlp import Norm, thin_basis
+from vitguard.attacks._spans import Embedding, Rows, block_rows, complement, layer_rows, patch_basis
+from vitguard.core import View
+from vitguard.errors import NotApplicable
+from vitguard.vit import Anatomy
+
+__all__ = ["Family", "Solver"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tokens y = origin_i + directions v of first-block quantities, v of k directions.
+
+    Args:
+        origin: Minimum-norm solutions, shape (positions, unknowns).
+        directions: Orthonormal after scaling by `columns`, shape (unknowns, k).
+        columns: Column norms of the system, shape (unknowns,).
+        misfit: Relative residual of the linear system at each position.
+    """
+
+    origin: Float[Tensor, "positions unknowns"]
+    directions: Float[Tensor, "unknowns k"]
+    columns: Float[Tensor, " unknowns"]
+    misfit: Float[Tensor, " positions"]
+
+    def to(self, dtype: torch.dtype) -> Family:
+        """Return the family in another precision."""
+        return Family(*(getattr(self, f.name).to(dtype) for f in fields(self)))
+
+    def at(self, positions: Tensor, v: Float[Tensor, "starts k"]) -> Float[Tensor, "starts unknowns"]:
+        """Return the unknowns y of coordinates v."""
+        return self.origin[positions] + v @ self.directions.T
+
+    def coordinates(
+        self, positions: Tensor, y: Float[Tensor, "starts unknowns"]
+    ) -> Float[Tensor, "starts k"]:
+        """Return the coordinates of the member nearest to y."""
+        gap = (y - self.origin[positions]) * self.columns
+        return gap @ (self.directions * self.columns[:, None])
+
+
+@dataclass(frozen=True)
+class Solver:
+    """The factorised system, which gives a family for any number k of free directions.
+
+    Args:
+        patch: R, shape (pixels, r).
+        attended: O, shape (width, T).
+        stream: d h / d (c, d), shape (width, r + T).
+        offset: b + bo + e_i, shape (positions, width).
+        values: Singular values of the column-scaled system, one per unknown.
+    """
+
+    patch: Tensor
+    attended: Tensor
+    stream: Tensor
+    offset: Tensor
+    values: Tensor
+    columns: Tensor
+    right_side: Tensor
+    left: Tensor
+    right: Tensor
+
+    @property
+    def scale_index(self) -> int:
+        """Index of s among the unknowns."""
+        return self.stream.shape[1]
+
+    def free(self, tolerance: float) -> int:
+        """Return how many directions the equations determine worse than `tolerance`."""
+        return int((self.values < tolerance * self.values[0]).sum())
+
+    def family(self, k: int) -> Family:
+        """Leave the k weakest directions free and solve for the rest."""
+        kept = len(self.values) - k
+        inverse = self.right_side @ self.left[:, :kept] / self.values[:kept]
+        scaled = -inverse @ self.right[:kept]
+        explained = (inverse * self.values[:kept]) @ self.left[:, :kept].T
+        misfit = (self.right_side - explained).norm(dim=1) / self.right_side.norm(dim=1)
+        return Family(
+            scaled / self.columns, (self.right[kept:] / self.columns).T, self.columns, misfit
+        )
+
+    def pixels(self, y: Tensor) -> Float[Tensor, "tokens pixels"]:
+        """Return the patches x = R c of unknowns y."""
+        return y[:, : self.patch.shape[1]] @ self.patch.T
+
+    def values_attended(self, y: Tensor) -> Float[Tensor, "tokens width"]:
+        """Return o = O d of unknowns y."""
+        return y[:, self.patch.shape[1] : self.scale_index] @ self.attended.T
+
+    @staticmethod
+    def of(view: View, anatomy: Anatomy, positions: Float[Tensor, "positions width"] | None) -> Solver:
+        """Set the system up for block 0; `positions` adds rows to the known e_i.
+
+        Raises:
+            NotApplicable: The block is not of this form.
+            Blocked: The gradient of fc1 or of the attention projection cannot be read.
+        """
+        block, batch = anatomy.blocks[0], view.update.batch_size
+        if not block.pre_norm:
+            raise NotApplicable("the block has no norm in front of the attention")
+        embedding = Embedding.of(view, anatomy)
+        offset = embedding.offset
+        if positions is not None:
+            offset = torch.cat([offset, positions.to(offset)])
+        patch = patch_basis(view, anatomy)
+        pixels = anatomy.patch_pixels
+        if patch is None or patch.shape[1] >= pixels:
+            patch = torch.eye(pixels, dtype=offset.dtype, device=offset.device)
+        tokens = batch * anatomy.tokens
+        attended, _ = thin_basis(view.read(f"{block.proj}.weight"), tokens)
+        project, bias = _projection(view, anatomy)
+        into = embedding.weight @ patch
+        stream = torch.cat([into, project @ attended], 1)
+        parts = [
+            _equations(layer_rows(view, block.fc1), Norm.of(view, block.norm2), stream,
+                       offset + bias, tokens, 0)
+        ]  # fmt: skip
+        if all(view.update.can_read(name) for name in block.qkv):
+            shared = batch * anatomy.patches + anatomy.prefix_tokens
+            only = torch.cat([into, torch.zeros_like(stream[:, into.shape[1] :])], 1)
+            parts.append(
+                _equations(block_rows(view, block), Norm.of(view, block.norm1), only,
+                           offset, shared, 1)
+            )  # fmt: skip
+        return _factorise(parts, patch, attended, stream, offset + bias)
+
+
+def _projection(view: View, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the attention's output projection, LayerScale folded in."""
+    block = anatomy.blocks[0]
+    weight = view.weight(f"{block.proj}.weight")
+    known = {name for name, _ in view.model.named_parameters()}
+    name = f"{block.proj}.bias"
+    bias = view.weight(name) if name in known else weight.new_zeros(weight.shape[0])
+    if block.scale1 is None:
+        return weight, bias
+    scale = view.weight(block.scale1)
+    return scale[:, None] * weight, scale * bias
+
+
+def _equations(
+    rows: Rows, norm: Norm, stream: Tensor, offset: Tensor, tokens: int, which: int
+) -> tuple[Tensor, Tensor]:
+    """Matrix over (c, d, s, s1) and right-hand sides of one layer's span equations."""
+    outside = complement(rows.matrix, min(tokens, *rows.matrix.shape))
+    inner = outside[:-1] if rows.augmented else outside
+    scale = inner.T @ norm.shift + (outside[-1] if rows.augmented else 0.0)
+    columns = torch.zeros_like(scale)[:, None].repeat(1, 2)
+    columns[:, which] = scale
+    weighted = inner * norm.scale[:, None]
+    weighted = weighted - weighted.mean(0)  # C on the left: it is symmetric
+    return torch.cat([weighted.T @ stream, columns], 1), offset @ weighted
+
+
+def _factorise(
+    parts: list[tuple[Tensor, Tensor]],
+    patch: Tensor,
+    attended: Tensor,
+    stream: Tensor,
+    offset: Tensor,
+) -> Solver:
+    matrix = torch.cat([m for m, _ in parts])
+    right_side = torch.cat([r for _, r in parts], 1)
+    if len(parts) == 1:
+        matrix = matrix[:, :-1]
+    columns = matrix.norm(dim=0)
+    columns = columns.clamp_min(1e-9 * columns.max())
+    tall, small = torch.linalg.qr(matrix / columns)
+    left, values, right = torch.linalg.svd(small)
+    values = torch.cat([values, values.new_zeros(len(right) - len(values))])
+    return Solver(
+        patch=patch, attended=attended, stream=stream, offset=offset, values=values,
+        columns=columns, right_side=right_side, left=tall @ left, right=right,
+    )  # fmt: skip

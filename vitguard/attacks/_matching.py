@@ -1,0 +1,326 @@
+"""The one loop of all gradient-matching attacks.
+
+Dummy images give a dummy update under the settings the adversary knows; distance and priors give a
+step. A paper is a `Recipe`: which distance, which priors, which optimizer, which schedule.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vitguard.attacks._base import Attack
+from vitguard.attacks._checkpoint import load_run, save_run
+from vitguard.attacks._priors import Prior, Scene
+from vitguard.attacks._restart import Recipe, Restart
+from vitguard.attacks._subspace import Subspace, row_space
+from vitguard.attacks.labels import try_labels
+from vitguard.core import Guess, Update, View
+from vitguard.errors import Blocked, NotApplicable, expected
+from vitguard.vit import Anatomy, math_attention
+
+__all__ = ["MatchingAttack", "Progress"]
+
+_SAVE_EVERY = 30.0  # seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """What a watcher of a running attack is told.
+
+    Args:
+        attack: Name of the attack.
+        iteration, iterations: Done and planned.
+        terms: Weighted loss terms of the best restart, and the step size as `rate`.
+        estimate: Function that gives the current images as pixels in [0, 1] when asked.
+        seconds: Since the start of this process's part of the run.
+        settings: The attack's settings.
+    """
+
+    attack: str
+    iteration: int
+    iterations: int
+    terms: dict[str, float]
+    estimate: Callable[[], Tensor]
+    seconds: float
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MatchingAttack(Attack):
+    """Base of the gradient-matching attacks.
+
+    Args:
+        iterations: Optimizer steps.
+        parameters: Which tensors are matched: `attention`, `mlp`, `patch`, `position`, `all` or a
+            regular expression over parameter names.
+        restarts: Starts that run side by side; the one with the smallest distance is returned.
+        subspace: Search only where an exact attack left room: the start guess's affine space, else
+            the row space of the patch gradient where it is smaller than the pixels.
+        seconds: Time budget; the best so far is returned when it is spent. With one, the result
+            depends on the machine's speed.
+        resume: File to keep the run in: a killed run continues from it to the same end.
+        start: Guess of another attack to start from, for example the ladder's.
+        watch: Called after every iteration with a `Progress`: a progress bar, TensorBoard.
+    """
+
+    family: ClassVar[str] = "matching"
+
+    iterations: int = 1000
+    parameters: str = "all"
+    restarts: int = 1
+    subspace: bool = True
+    seconds: float | None = None
+    resume: str | None = None
+    start: Guess | None = field(default=None, repr=False, compare=False, kw_only=True)
+    watch: Callable[[Progress], None] | None = field(
+        default=None, repr=False, compare=False, kw_only=True
+    )
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.restarts < 1:
+            raise expected(
+                "iterations and restarts of at least 1",
+                f"iterations={self.iterations}, restarts={self.restarts}",
+            )
+        if self.seconds is not None and not self.seconds > 0:
+            raise expected("seconds above 0 or None", self.seconds)
+
+    @abstractmethod
+    def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
+        """Return the paper's terms for what `view` grants."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values: numbers and words, no guess or callback."""
+        plain = (bool, int, float, str, type(None), tuple)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v for k, v in values.items() if isinstance(v, plain) and k not in _TOOLS}
+
+    def run(self, view: View, generator: torch.Generator) -> Guess:
+        """Match the update; Ctrl-C ends the run and returns the best so far.
+
+        Raises:
+            Blocked: None of the tensors to match can be read.
+            NotApplicable: The update cannot be simulated.
+        """
+        return _Run(self, view, generator).go()
+
+
+_TOOLS = ("start", "watch")
+
+
+class _Run:
+    """One run: what was seen, the restarts, and how to measure."""
+
+    def __init__(self, attack: MatchingAttack, view: View, generator: torch.Generator) -> None:
+        self.attack, self.view = attack, view
+        self.anatomy = Anatomy.of(view.model)
+        self.recipe = attack.recipe(view, self.anatomy)
+        self.like = next(view.model.parameters())
+        self.seen = self._readable()
+        self.seed = int(torch.randint(2**62, (), generator=generator))
+        self.label_rule, labels = self._labels(generator)
+        self.subspace = Subspace(self.anatomy, self._space())
+        shape = (1, *view.image_shape)
+        box = [view.normalization.apply(torch.full(shape, v)).to(self.like) for v in (0.0, 1.0)]
+        self.restarts = [self._restart(r, labels, (box[0], box[1])) for r in range(attack.restarts)]
+        self.done = 0
+        self.interrupted = self.out_of_time = False
+
+    def _readable(self) -> dict[str, Tensor]:
+        update = self._comparable(self.view.update)
+        names = self.anatomy.select(self.attack.parameters, list(update.tensors))
+        if not names:
+            wanted = self.attack.parameters
+            sealed = self.anatomy.select(wanted, list(update.sealed)) if update.sealed else []
+            reason = update.sealed[sealed[0]] if sealed else "it is not in the update"
+            raise Blocked(f"every {wanted} tensor" if wanted != "all" else "the update", reason)
+        return {name: update.tensors[name].detach().to(self.like) for name in names}
+
+    def _comparable(self, update: Update) -> Update:
+        """Scale a difference of SGD steps to gradients, seen and dummy alike."""
+        try:
+            return update.as_gradient(self.view.model, steps=True)
+        except NotApplicable:
+            return update
+
+    def _labels(self, generator: torch.Generator) -> tuple[str, Tensor | None]:
+        start = self.attack.start
+        if self.recipe.joint_labels:
+            return "optimised with the images", None
+        if start is not None and start.labels is not None:
+            if len(start.labels) == self.view.update.batch_size:
+                return "from the start", start.labels.to(self.like.device)
+        labels = try_labels(self.view, generator)
+        if labels is None:
+            return "optimised with the images: they cannot be inferred", None
+        return "inferred", labels.to(self.like.device)
+
+    def _space(self) -> Any:
+        if not self.attack.subspace:
+            return None
+        start = self.attack.start
+        given = start.space if start is not None else None
+        return given if given is not None else row_space(self.view, self.anatomy)
+
+    def _restart(
+        self, index: int, labels: Tensor | None, box: tuple[Tensor, Tensor]
+    ) -> Restart:
+        noise = self._generator(-1, index)
+        batch, shape = self.view.update.batch_size, self.view.image_shape
+        images = torch.randn((batch, *shape), generator=noise).to(self.like) * self.recipe.spread
+        start = self.attack.start
+        if start is not None:
+            base = self.view.normalization.apply(start.images.to(self.like)).clamp(*box)
+            exact = index == 0 and len(base) == batch
+            # One image for a whole batch, or a further restart: leave the symmetric point.
+            images = base.expand_as(images) + (0 if exact else 0.1 * images)
+        scores = None
+        if labels is None:
+            scores = torch.randn((batch, self.view.classes), generator=noise).to(self.like)
+        return Restart(self.recipe, self.subspace, images, labels, scores, box)
+
+    def _generator(self, iteration: int, restart: int) -> torch.Generator:
+        """One generator for each step, so that a resumed run draws what an unbroken one does."""
+        mixed = (self.seed + 1_000_003 * (iteration + 1) + 7_919 * restart) % 2**63
+        return torch.Generator().manual_seed(mixed)
+
+    def go(self) -> Guess:
+        attack, began = self.attack, time.perf_counter()
+        identity = self._identity()
+        if attack.resume is not None:
+            self.done = load_run(attack.resume, identity, self.restarts)
+        first = [self._distance(r, r.free.detach()) for r in self.restarts]
+        saved = time.perf_counter()
+        try:
+            while self.done < attack.iterations and any(r.alive for r in self.restarts):
+                self._iterate()
+                self.done += 1
+                now = time.perf_counter()
+                if attack.watch is not None:
+                    attack.watch(self._progress(now - began))
+                if attack.seconds is not None and now - began >= attack.seconds:
+                    self.out_of_time = self.done < attack.iterations
+                    break
+                if attack.resume is not None and now - saved > _SAVE_EVERY:
+                    saved = now
+                    save_run(attack.resume, identity, self.restarts, self.done)
+        except KeyboardInterrupt:
+            self.interrupted = True
+        if attack.resume is not None and not self.interrupted:
+            save_run(attack.resume, identity, self.restarts, self.done)
+        return self._guess(min(first))
+
+    def _iterate(self) -> None:
+        share = self.done / self.attack.iterations
+        ensemble = torch.stack([r.images() for r in self.restarts])
+        for index, restart in enumerate(self.restarts):
+            if not restart.alive:
+                continue
+            scene = Scene(self.anatomy, self.view.normalization, ensemble, index)
+
+            def prior(term: Prior, images: Tensor, scene: Scene = scene) -> Tensor:
+                return term(images, scene)
+
+            seed = self._generator(self.done, index).initial_seed()
+
+            def measure(
+                images: Tensor, labels: Tensor, seed: int = seed
+            ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+                # Line searches call this several times: each must see the same draws.
+                return self._measure(images, labels, torch.Generator().manual_seed(seed))
+
+            with math_attention():
+                restart.step(share, measure, prior, self._generator(self.done, index))
+
+    def _measure(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        dummy = self._comparable(self.view.simulate(images, labels, generator)).tensors
+        named = {k: dummy[k] for k in self.seen if k in dummy and dummy[k].requires_grad}
+        if not named:
+            raise NotApplicable("the simulated update depends on no image")
+        with torch.no_grad():
+            detached = {k: v.detach() for k, v in named.items()}
+            value, slopes = self.recipe.distance.measure(detached, self.seen)
+        return value, list(named.values()), [slopes[k] for k in named]
+
+    def _distance(self, restart: Restart, free: Tensor, draws: int = 0) -> float:
+        """The distance at `free`, with draws that are the same for all candidates."""
+        labels = restart.best_labels if restart.label_scores is not None else restart.labels
+        assert labels is not None
+        images = self.subspace.project(free).requires_grad_()
+        with math_attention():
+            value, _, _ = self._measure(images, labels, self._generator(-2 - draws, 0))
+        return float(value)
+
+    def _stochastic(self) -> bool:
+        """Whether the defense's draws move the distance: then one good value is luck."""
+        restart = self.restarts[0]
+        return self._distance(restart, restart.free.detach(), 0) != self._distance(
+            restart, restart.free.detach(), 1
+        )
+
+    def _guess(self, first: float) -> Guess:
+        stochastic = self._stochastic()
+        candidates = [r.free.detach() if stochastic else r.best for r in self.restarts]
+        distances = [
+            self._distance(r, c) for r, c in zip(self.restarts, candidates, strict=True)
+        ]
+        chosen = min(range(len(distances)), key=distances.__getitem__)
+        winner = self.restarts[chosen]
+        labels = winner.labels if winner.label_scores is None else winner.best_labels.argmax(-1)
+        details: dict[str, Any] = {
+            "iterations": self.done,
+            "distance": distances[chosen],
+            "distance at the start": first,
+            "labels": self.label_rule,
+            "tensors matched": len(self.seen),
+        }
+        if self.subspace.directions is not None:
+            details["free directions per patch"] = self.subspace.directions
+        if self.recipe.dropped:
+            details["dropped"] = list(self.recipe.dropped)
+        for flag in ("interrupted", "out_of_time"):
+            if getattr(self, flag):
+                details[flag.replace("_", " ")] = True
+        return Guess(
+            images=self._pixels(self.subspace.project(candidates[chosen])),
+            labels=labels.cpu() if labels is not None else None,
+            details=details,
+        )
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        return self.view.normalization.invert(images).clamp(0, 1).detach().cpu()
+
+    def _progress(self, seconds: float) -> Progress:
+        leader = min(self.restarts, key=lambda r: r.best_value)
+        rate = self.recipe.rate_at((self.done - 1) / self.attack.iterations)
+        return Progress(
+            attack=self.attack.name,
+            iteration=self.done,
+            iterations=self.attack.iterations,
+            terms={**leader.terms, "rate": rate},
+            estimate=lambda: self._pixels(leader.images()),
+            seconds=seconds,
+            settings=self.attack.settings(),
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What a saved run must have in common with this one."""
+        settings = {
+            k: repr(v) for k, v in self.attack.settings().items() if k not in ("seconds", "resume")
+        }
+        norm = float(torch.stack([t.double().norm() for t in self.seen.values()]).norm())
+        return {"attack": self.attack.name, "seed": self.seed, "seen": norm, **settings}
+
+
+def start_from(attack: MatchingAttack, guess: Guess) -> MatchingAttack:
+    """Return the attack with a guess to start from."""
+    return replace(attack, start=guess)

@@ -1,0 +1,222 @@
+"""Many starts, few tokens: collect the true tokens of every position.
+
+Each round gives every unfinished position a few starts: the minimum-norm member, flat and ramped
+patches of random colours, and what was already found at other positions (or, where many tokens
+share one position, random mixtures of what was found there). A start that ends below `accept` is
+a token: local minima end a hundred times above.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitguard.attacks._family import Family, Solver
+from vitguard.attacks._mlp import Mlp
+from vitguard.attacks._newton import Problem
+from vitguard.core import Normalization
+from vitguard.vit import Anatomy
+
+__all__ = ["Found", "Search"]
+
+_LOG = logging.getLogger("vitguard.attacks")
+_SAME = 1e-3  # root mean square below which two patches are one, in model-input units
+
+
+@dataclass(frozen=True)
+class Found:
+    """Tokens that verified themselves.
+
+    Args:
+        position: Row of the family each token belongs to, shape (tokens,).
+        y: Their unknowns, shape (tokens, unknowns).
+        patch: Their patches, shape (tokens, pixels).
+        residual: Relative residuals, shape (tokens,).
+        complete: Whether every position has as many tokens as were wanted.
+        stopped: `""`, `"time"` or `"interrupt"`.
+    """
+
+    position: Int[Tensor, " tokens"]
+    y: Float[Tensor, "tokens unknowns"]
+    patch: Float[Tensor, "tokens pixels"]
+    residual: Float[Tensor, " tokens"]
+    complete: bool = False
+    stopped: str = ""
+
+
+@dataclass
+class Search:
+    """One search over the positions of a solver's family.
+
+    Args:
+        wanted: Tokens wanted at each position, shape (positions,).
+        deadline: `time.monotonic()` after which no start is begun.
+        accept: Residual below which a token counts as found.
+    """
+
+    solver: Solver
+    mlp: Mlp
+    anatomy: Anatomy
+    normalization: Normalization
+    wanted: Int[Tensor, " positions"]
+    deadline: float
+    generator: torch.Generator
+    accept: float = 1e-3
+    patience: int = 6
+    found: Found = field(init=False)
+
+    def __post_init__(self) -> None:
+        free = self.solver.free(1e-2)
+        self._rough = self._problem(free)
+        self._quick = Problem.of(self.mlp, self.solver, self._rough.family, torch.float32)
+        # Weakly determined directions are noisy: the final steps leave them to the MLP.
+        self._fine = self._problem(self.solver.free(3e-2) + 20)
+        basis = self.solver.patch @ self._rough.family.directions[: self.solver.patch.shape[1]]
+        self._inverse = torch.linalg.pinv(basis, rtol=1e-3) if free else basis.T
+        empty = self.solver.columns.new_zeros
+        self.found = Found(
+            torch.zeros(0, dtype=torch.long, device=self.solver.columns.device),
+            empty(0, len(self.solver.columns)), empty(0, self.anatomy.patch_pixels), empty(0),
+        )  # fmt: skip
+
+    def _problem(self, k: int) -> Problem:
+        k = min(k, len(self.solver.values) - 1)
+        return Problem.of(self.mlp, self.solver, self.solver.family(k))
+
+    @property
+    def free(self) -> int:
+        """Directions that the linear equations leave free."""
+        return self._rough.family.directions.shape[1]
+
+    def run(self) -> Found:
+        """Search until all is found, the time is over, or rounds bring nothing new."""
+        idle, rounds = 0, 0
+        try:
+            while bool((missing := self._missing()).any()) and idle < self.patience:
+                positions, start = self._starts(missing, rounds)
+                new = self._harvest(positions, start)
+                idle = 0 if new else idle + 1
+                rounds += 1
+                _LOG.info("round %d: %d tokens, %d positions open", rounds,
+                          len(self.found.position), int(self._missing().any()))  # fmt: skip
+                if time.monotonic() > self.deadline:
+                    return self._end("time")
+        except KeyboardInterrupt:
+            return self._end("interrupt")
+        return self._end("")
+
+    def _end(self, why: str) -> Found:
+        done = not bool(self._missing().any())
+        f = self.found
+        return Found(f.position, f.y, f.patch, f.residual, done, "" if done else why)
+
+    def _missing(self) -> Tensor:
+        counts = torch.bincount(self.found.position, minlength=len(self.wanted))
+        return (self.wanted - counts).clamp_min(0)
+
+    def _starts(self, missing: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+        """Return positions and coordinates of this round's starts."""
+        family, positions, starts = self._rough.family, [], []
+        for i in torch.nonzero(missing)[:, 0].tolist():
+            here = int(self.wanted[i])
+            count = min(2 + 2 * rounds, 8) if here <= 8 else 8 * min(here, 16)
+            seeds = [self._natural(family, i, count)]
+            if rounds == 0:
+                seeds.append(family.origin.new_zeros(1, self.free))
+            seeds.append(self._known(family, i, count))
+            v = torch.cat(seeds)
+            positions.append(torch.full((len(v),), i, device=v.device))
+            starts.append(v)
+        return torch.cat(positions), torch.cat(starts)
+
+    def _natural(self, family: Family, position: int, count: int) -> Tensor:
+        """Members nearest to flat patches of random colours with random ramps."""
+        channels, (height, width) = self.anatomy.channels, self.anatomy.patch_size
+        draw = torch.randn(count, channels, 3, generator=self.generator, dtype=torch.float64)
+        down = torch.linspace(-1, 1, height, dtype=torch.float64)[:, None]
+        across = torch.linspace(-1, 1, width, dtype=torch.float64)
+        shared = torch.rand(count, channels, generator=self.generator, dtype=torch.float64)
+        pixels = (
+            shared[:, :, None, None]
+            + 0.1 * draw[:, :, 1, None, None] * down
+            + 0.1 * draw[:, :, 2, None, None] * across
+        )
+        target = self.normalization.apply(pixels.clamp(0, 1)).flatten(1).to(family.origin)
+        base = self.solver.pixels(family.origin[position : position + 1])
+        return (target - base) @ self._inverse.T
+
+    def _known(self, family: Family, position: int, count: int) -> Tensor:
+        """Coordinates of tokens found elsewhere, or of mixtures of those found here."""
+        found = self.found
+        here = found.y[found.position == position]
+        index = torch.full((1,), position, device=found.y.device)
+        if int(self.wanted[position]) > 8 and len(here) >= 2:
+            weights = torch.randn(count, len(here), generator=self.generator, dtype=torch.float64)
+            centre = here.mean(0)
+            mixed = centre + weights.to(here) @ (here - centre) / len(here) ** 0.5
+            return family.coordinates(index.expand(count), mixed)
+        others = found.y[found.position != position]
+        if not len(others):
+            return family.origin.new_zeros(0, self.free)
+        columns = self.anatomy.grid[1]
+        where = found.position[found.position != position]
+        rows = (where // columns - position // columns).abs()
+        distance = rows + (where % columns - position % columns).abs()
+        jitter = torch.rand(len(where), generator=self.generator).to(others)
+        order = (distance + 2 * jitter).argsort()[:count]
+        return family.coordinates(index.expand(len(order)), others[order])
+
+    def _harvest(self, positions: Tensor, start: Tensor) -> int:
+        """Iterate all starts, in slices that respect the deadline; return how many were new."""
+        new = 0
+        for p, v in zip(positions.split(64), start.split(64), strict=True):
+            open_ = self._missing()[p] > 0
+            if bool(open_.any()):
+                new += self._accept(p[open_], v[open_])
+            if time.monotonic() > self.deadline:
+                break
+        return new
+
+    def _accept(self, positions: Tensor, start: Tensor) -> int:
+        rough = self._quick.solve(positions, start.float(), iterations=20)
+        good = rough.residual < 10 * self.accept
+        if not bool(good.any()):
+            return 0
+        positions = positions[good]
+        y = self._rough.family.at(positions, rough.v[good].double())
+        keep = self._distinct(positions, self.solver.pixels(y), 30 * _SAME)
+        positions, y = positions[keep], y[keep]
+        fine = self._fine.solve(
+            positions, self._fine.family.coordinates(positions, y), iterations=20
+        )
+        y = self._fine.family.at(positions, fine.v)
+        good = fine.residual < self.accept
+        positions, y, residual = positions[good], y[good], fine.residual[good]
+        patch = self.solver.pixels(y)
+        keep = self._distinct(positions, patch, _SAME)
+        old = self.found
+        self.found = Found(
+            torch.cat([old.position, positions[keep]]), torch.cat([old.y, y[keep]]),
+            torch.cat([old.patch, patch[keep]]), torch.cat([old.residual, residual[keep]]),
+        )  # fmt: skip
+        return int(len(self.found.position) - len(old.position))
+
+    def _distinct(self, positions: Tensor, patch: Tensor, same: float) -> Tensor:
+        """Indices of tokens that are neither found already nor repeated, and still wanted."""
+        place = torch.cat([self.found.position, positions])
+        content = torch.cat([self.found.patch, patch])
+        known, keep = list(range(len(self.found.position))), []
+        room = self._missing()
+        for i in range(len(positions)):
+            p = int(positions[i])
+            rivals = [j for j in known if int(place[j]) == p]
+            gap = (content[rivals] - patch[i]).square().mean(1).sqrt() if rivals else patch[:0, 0]
+            if bool((gap > same).all()) and int(room[p]) > 0:
+                keep.append(i)
+                known.append(len(self.found.position) + i)
+        return torch.tensor(keep, dtype=torch.long, device=positions.device)

@@ -1,0 +1,72 @@
+"""Where dummy images may lie: all pixels, or the affine space that something exact left over."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitguard.core import AffineSpace, View
+from vitguard.errors import Blocked, NotApplicable
+from vitguard.vit import Anatomy
+
+__all__ = ["Subspace", "row_space"]
+
+Images = Float[Tensor, "batch channels height width"]
+
+_GAP = 1e-4
+"""Singular values below this share of the largest are rounding, not patches (float32 gradients)."""
+
+
+class Subspace:
+    """The images a search may visit; every image where `space` is None.
+
+    The free variable stays an image: what it decodes to is its projection, so that step sizes mean
+    the same with and without a space.
+    """
+
+    def __init__(self, anatomy: Anatomy, space: AffineSpace | None = None) -> None:
+        self.anatomy = anatomy
+        self.space = space
+        self._pair: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def directions(self) -> int | None:
+        """Free directions of each patch, None where every pixel is free."""
+        return None if self.space is None else self.space.basis.shape[-1]
+
+    def project(self, images: Images) -> Images:
+        """Return the nearest model-input images inside the space; differentiable."""
+        if self.space is None:
+            return images
+        if self._pair is None or self._pair[0].dtype != images.dtype:
+            basis = torch.linalg.qr(self.space.basis.double())[0]
+            origin = self.space.origin.double()
+            self._pair = (basis.to(images), basis.mT.to(images), origin.to(images))
+        basis, across, origin = self._pair
+        rest = self.anatomy.patchify(images) - origin
+        if basis.dim() == 2:
+            return self.anatomy.unpatchify(origin + (rest @ basis) @ across)
+        inside = basis @ (across @ rest[..., None])
+        return self.anatomy.unpatchify(origin + inside[..., 0])
+
+
+def row_space(view: View, anatomy: Anatomy) -> AffineSpace | None:
+    """Return the span of all patches from dL/dW = Σ G_i x_iᵀ, or None where it is no smaller.
+
+    The rank is at most min(batch · patches, width). A gradient without a clear drop after that rank
+    (noise, pruning, rounding to 16 bits) says nothing exact, so it gives None too.
+    """
+    try:
+        anatomy.require_plain_embedding()
+        gradient = view.gradient(steps=True).read(anatomy.patch_weight)
+    except (Blocked, NotApplicable):
+        return None
+    rank = min(view.update.batch_size * anatomy.patches, anatomy.width)
+    if rank >= anatomy.patch_pixels:
+        return None
+    _, values, rows = torch.linalg.svd(gradient.reshape(anatomy.width, -1), full_matrices=False)
+    if rank < len(values) and not bool(values[rank] <= _GAP * values[0]):
+        return None
+    origin = torch.zeros(anatomy.patches, anatomy.patch_pixels, dtype=rows.dtype)
+    return AffineSpace(origin.to(rows), rows[:rank].T.contiguous())

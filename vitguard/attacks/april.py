@@ -1,0 +1,80 @@
+"""APRIL in closed form: exact where attention reads the embedded sequence itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vitguard.attacks._base import Attack
+from vitguard.attacks._spans import Embedding, guess_from_patches, patch_basis
+from vitguard.attacks.labels import try_labels
+from vitguard.core import Guess, View
+from vitguard.errors import NotApplicable
+from vitguard.vit import Anatomy
+
+__all__ = ["April"]
+
+
+@dataclass(frozen=True)
+class April(Attack):
+    """Recover the embedded sequence from attention and position gradients, then the pixels.
+
+    Where the first attention block reads z itself and nothing else does, at batch size 1,
+
+        (dl/dz) z^T = Q^T dl/dQ + K^T dl/dK + V^T dl/dV,    dl/dz = dl/dE_pos,
+
+    is linear in z, and x = W^+ (z - e - b). Where a patch has more pixels than the token has
+    dimensions, x is sought in the row space of the patch gradient.
+
+    Raises:
+        NotApplicable: A norm before the attention or a residual around it (every usual ViT), more
+            than one image, no learnable positions over all tokens.
+        Blocked: An attention or position gradient is not in the update.
+
+    References:
+        arXiv 2112.14087, theorem 1; METHODS 2.2.
+    """
+
+    name: ClassVar[str] = "april"
+    family: ClassVar[str] = "closed-form"
+
+    def run(self, view: View, generator: torch.Generator) -> Guess:
+        """Return one image."""
+        anatomy = Anatomy.of(view.model)
+        anatomy.require_plain_embedding()
+        if not anatomy.blocks:
+            raise NotApplicable("no attention block is known")
+        block = anatomy.blocks[0]
+        if block.pre_norm or block.residual:
+            raise NotApplicable(
+                "the first block has a norm before its attention or a residual around it; "
+                "the identity holds without both"
+            )
+        view = view.gradient()
+        if view.update.batch_size > 1:
+            raise NotApplicable(f"needs one image, got a batch of {view.update.batch_size}")
+        if anatomy.positions is None or anatomy.position_prefix != anatomy.prefix_tokens:
+            raise NotApplicable("needs learnable positions for every token")
+        slope = view.read(anatomy.positions)[0]
+        product = sum(view.weight(name).T @ view.read(name) for name in block.qkv)
+        assert isinstance(product, torch.Tensor)
+        sequence = torch.linalg.lstsq(slope.T, product, driver="gelsd").solution
+        residual = float((slope.T @ sequence - product).norm() / product.norm().clamp_min(1e-300))
+        embedding = Embedding.of(view, anatomy)
+        target = sequence[anatomy.prefix_tokens :] - embedding.offset
+        basis = torch.eye(anatomy.patch_pixels, dtype=torch.float64)
+        if anatomy.patch_pixels > anatomy.width:
+            basis = patch_basis(view, anatomy)
+            if basis is None:
+                view.read(anatomy.patch_weight)
+        assert basis is not None
+        inverse = torch.linalg.pinv(embedding.weight @ basis)
+        return guess_from_patches(
+            view,
+            anatomy,
+            target @ inverse.T @ basis.T,
+            labels=try_labels(view, generator),
+            details={"residual": residual},
+        )

@@ -1,0 +1,102 @@
+"""Labels of a batch from the gradient of the classification head."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitguard.core import View
+from vitguard.errors import NotApplicable
+from vitguard.vit import Anatomy, logits_of
+
+__all__ = ["infer_labels", "labels_from_counts", "try_labels"]
+
+
+def infer_labels(view: View, generator: torch.Generator) -> Int[Tensor, " batch"]:
+    """Return the labels behind a gradient of the mean hard-label cross-entropy, in ascending order.
+
+    The gradient of the head's bias is g_c = mean_b p_bc - n_c / B. At B=1 the label is the only
+    class with g_c < 0. Without a bias it is the row of the weight gradient that points against the
+    sum of all others. For B > 1 the mean prediction is estimated on noise images with natural
+    spectra and n_c = B (p_c - g_c) is rounded to counts that sum to B: exact while the estimate is
+    right to 1 / (2 B), otherwise a guess.
+
+    Raises:
+        NotApplicable: No linear head, or its gradient is no hard-label cross-entropy gradient.
+        Blocked: Neither bias nor weight of the head can be read.
+
+    References:
+        arXiv 2001.02610 (iDLG), METHODS 2.5.
+    """
+    view = view.gradient()
+    head = _linear_head(view)
+    batch = view.update.batch_size
+    if view.update.can_read(f"{head}.bias"):
+        gradient = view.read(f"{head}.bias")
+        slack = 1e-3 + 1e-6 * gradient.numel()
+        if not bool(gradient.sum().abs() <= slack * gradient.abs().sum().clamp_min(1e-12)):
+            raise NotApplicable("the head's bias gradient does not sum to 0: no cross-entropy")
+        if batch == 1:
+            return gradient.argmin()[None]
+        mean = _mean_prediction(view, generator)
+        return labels_from_counts(batch * (mean - gradient), batch)
+    weight = view.read(f"{head}.weight")
+    if batch == 1:
+        # dL/dW_c = g_c f: one row points against all others, and it is the longest of them.
+        total = weight @ weight.sum(0) - weight.square().sum(1)
+        return total.argmin()[None]
+    raise NotApplicable("labels of a batch need the gradient of the head's bias")
+
+
+def try_labels(view: View, generator: torch.Generator) -> Tensor | None:
+    """Return `infer_labels`, or None where it cannot say."""
+    from vitguard.errors import Blocked
+
+    try:
+        return infer_labels(view, generator)
+    except (Blocked, NotApplicable):
+        return None
+
+
+def labels_from_counts(
+    counts: Float[Tensor, " classes"], batch: int
+) -> Int[Tensor, " batch"]:
+    """Round real counts to integers that sum to `batch` (largest remainders) and list the labels."""
+    counts = counts.clamp(min=0)
+    whole = counts.floor().clamp(max=batch)
+    while whole.sum() > batch:
+        whole[(counts - whole).masked_fill(whole == 0, torch.inf).argmin()] -= 1
+    missing = int(batch - whole.sum())
+    for _ in range(missing):
+        whole[(counts - whole).argmax()] += 1
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), whole.long())
+
+
+def _linear_head(view: View) -> str:
+    anatomy = Anatomy.of(view.model)
+    modules = dict(view.model.named_modules())
+    if len(anatomy.head) != 1:
+        raise NotApplicable(f"needs one classification head, got {len(anatomy.head)}")
+    inside = [n for n, m in modules.items() if n == anatomy.head[0] or n.startswith(f"{anatomy.head[0]}.")]
+    linear = [n for n in inside if isinstance(modules[n], torch.nn.Linear)]
+    if not linear:
+        raise NotApplicable("the classification head is not linear")
+    return linear[-1]
+
+
+def _mean_prediction(view: View, generator: torch.Generator, count: int = 64) -> Tensor:
+    """Mean softmax output on images with the 1 / frequency spectrum of natural photos."""
+    channels, height, width = view.image_shape
+    shape = (count, channels, height, width)
+    noise = torch.randn(shape, generator=generator)
+    down = torch.fft.fftfreq(height)[:, None]
+    across = torch.fft.rfftfreq(width)[None]
+    frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(height, width))
+    images = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(height, width))
+    images = 0.25 * images / images.std(dim=(1, 2, 3), keepdim=True) + 0.5
+    parameter = next(view.model.parameters())
+    inputs = view.normalization.apply(images.clamp(0, 1)).to(parameter)
+    with torch.no_grad():
+        chunks = [logits_of(view.model(c)).softmax(-1).double() for c in inputs.split(16)]
+    return torch.cat(chunks).mean(0)

@@ -1,0 +1,76 @@
+"""Position inversion: learnable positions give the image back exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vitguard.attacks._base import Attack
+from vitguard.attacks._spans import guess_from_patches, patch_gradient
+from vitguard.attacks.labels import try_labels
+from vitguard.core import Guess, View
+from vitguard.errors import Blocked, NotApplicable
+from vitguard.vit import Anatomy
+
+__all__ = ["PositionInversion"]
+
+
+@dataclass(frozen=True)
+class PositionInversion(Attack):
+    """Solve G^T X = dL/dW for the patches X.
+
+    Learnable absolute positions leak G_i = dL/de_i = dL/dz_i, and the patch embedding leaks
+    dL/dW = sum_i G_i x_i^T. At batch size 1 this is a linear system for all patches at once; it is
+    solved by least squares in float64, unique where rank(G) = N <= D and minimum norm otherwise.
+    No assumption on attention, norms or depth. In a batch the solution is a mixture in which one
+    dominant image may still stand out.
+
+    Raises:
+        NotApplicable: No absolute positions, a norm inside the patch embedding, patch dropout,
+            overlapping patches.
+        Blocked: The position or patch gradient is not in the update.
+
+    References:
+        METHODS 2.1.
+    """
+
+    name: ClassVar[str] = "position"
+    family: ClassVar[str] = "closed-form"
+
+    def run(self, view: View, generator: torch.Generator) -> Guess:
+        """Return one image; several full-batch local SGD steps are as good as one."""
+        anatomy = Anatomy.of(view.model)
+        anatomy.require_plain_embedding()
+        if anatomy.positions is None:
+            raise NotApplicable("the model has no absolute position embedding")
+        if "positions" in view.settings and not view.update.can_read(anatomy.positions):
+            raise Blocked(anatomy.positions, "fixed positions have no gradient")
+        summed = view.gradient(steps=True)
+        positions = summed.read(anatomy.positions)[0, anatomy.position_prefix :]
+        if positions.shape[0] != anatomy.patches:
+            raise NotApplicable("positions are resampled in the forward pass")
+        weight = patch_gradient(summed, anatomy)
+        patches, rank, residual = _solve(positions.T, weight)
+        details = {"rank": rank, "patches": anatomy.patches, "residual": residual}
+        return guess_from_patches(
+            view, anatomy, patches, labels=try_labels(view, generator), details=details
+        )
+
+
+def _solve(system: Tensor, target: Tensor) -> tuple[Tensor, int, float]:
+    """Least squares with rows weighted by their size, as float rounding is; plainly if it is not.
+
+    Equations outnumber unknowns where N < D, so the residual tells which of the two noise is.
+    """
+    scale = target.norm(dim=1, keepdim=True)
+    weight = 1 / torch.where(scale > 0, scale, torch.ones_like(scale))
+    for rows in (weight, torch.ones_like(weight)):
+        fit = torch.linalg.lstsq(rows * system, rows * target, driver="gelsd")
+        error = rows * (system @ fit.solution - target)
+        residual = float(error.norm() / (rows * target).norm().clamp_min(1e-300))
+        if residual < 1e-3:
+            break
+    return fit.solution, int(fit.rank), residual

@@ -1,0 +1,307 @@
+"""Span inversion: fixed positions do not hide an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitguard.attacks._base import Attack
+from vitguard.attacks._smooth import smoothest
+from vitguard.attacks._spans import (
+    Embedding,
+    Rows,
+    block_rows,
+    complement,
+    guess_from_patches,
+    layer_rows,
+    patch_basis,
+    row_basis,
+)
+from vitguard.attacks.labels import try_labels
+from vitguard.core import AffineSpace, Guess, View
+from vitguard.errors import Blocked, NotApplicable
+from vitguard.vit import Anatomy
+
+__all__ = ["SpanInversion", "System", "shuffled_positions", "span_system"]
+
+
+@dataclass(frozen=True)
+class SpanInversion(Attack):
+    """Solve for each patch from the span of the first block's inputs; no position gradient.
+
+    The rows of [dL/dW_qkv | dL/db_qkv] of the first block span [LN(z_t); 1] over the T tokens.
+    With Q a basis of the orthogonal complement, C centring, R a basis of the patches' span (rows
+    of the patch gradient), x_i = R c_i and s the standard deviation of z_i,
+
+        Q^T [ gamma * C(W R c + b + e_i) + s beta ; s ] = 0
+
+    is linear in (c, s), with one factorisation for all positions. Where query, key and value
+    cannot be read, the same is done one layer later with h_i = z_i + W_o o_i + b_o, o_i in the row
+    space of dL/dW_o and LN2(h_i) in that of dL/dW_fc1. Without the patch gradient R is the
+    identity, if the equations suffice.
+
+    Where the solution is not unique the smoothest image of the affine space is returned, together
+    with the space; under a shuffle the residual tells which positions were shuffled.
+
+    Args:
+        smooth_iterations: Conjugate-gradient iterations for the smoothest image.
+
+    Raises:
+        NotApplicable: No plain embedding or no pre-norm first block, or as many tokens as
+            dimensions (T >= D), so that no equation is left.
+        Blocked: What neither form can do without is not in the update.
+
+    References:
+        METHODS 2.4.
+    """
+
+    name: ClassVar[str] = "span"
+    family: ClassVar[str] = "closed-form"
+    smooth_iterations: int = 300
+
+    def run(self, view: View, generator: torch.Generator) -> Guess:
+        """Return one image, exact where `details["nullity"]` is 0 and the residual is small."""
+        anatomy = Anatomy.of(view.model)
+        view = view.gradient()
+        system = span_system(view, anatomy)
+        unknown = view.extras.get("vitguard.shuffle.unknown")
+        solution, residual = system.solve(system.embedding.offset)
+        shuffled = None
+        if unknown is not None:
+            shuffled = shuffled_positions(residual)
+            offset = system.embedding.offset.clone()
+            offset[shuffled] = system.unknown_offset(view, anatomy, unknown)
+            solution, residual = system.solve(offset)
+        patches, null = system.patches(solution), system.patch_null
+        space = None
+        if null.shape[1]:
+            space = AffineSpace(patches, null)
+            patches = smoothest(space, anatomy, iterations=self.smooth_iterations)
+        details: dict[str, Any] = {
+            "from": system.source,
+            "patch_gradient": system.reads_patch,
+            "nullity": null.shape[1],
+            "residual": float(residual.median()),
+        }
+        return guess_from_patches(
+            view,
+            anatomy,
+            patches,
+            labels=try_labels(view, generator),
+            shuffled=None if shuffled is None else shuffled[None],
+            space=space,
+            details=details,
+        )
+
+
+@dataclass(frozen=True)
+class System:
+    """The linear system A y = -Q^T [gamma * C offset; 0] that every position shares.
+
+    Args:
+        embedding: W, b + e_i and prefix tokens.
+        basis: R, shape (pixels, r): x = R y[:r].
+        constraint: Q^T with gamma and C folded in, shape (equations, width): applied to a token.
+        left, values, right: Thin singular value decomposition of A, shape (equations, unknowns).
+        rank: Numerical rank of A, known from the geometry of positions and patches.
+        shift: What the proj bias adds to every token (zero in the query-key-value form).
+        source: `qkv` or `proj+fc1`.
+        reads_patch: Whether R comes from the patch gradient.
+    """
+
+    embedding: Embedding
+    basis: Tensor
+    constraint: Tensor
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    rank: int
+    shift: Tensor
+    source: str
+    reads_patch: bool
+
+    def solve(
+        self, offset: Float[Tensor, "patches width"]
+    ) -> tuple[Float[Tensor, "patches unknowns"], Float[Tensor, " patches"]]:
+        """Return the minimum-norm solution for tokens with these offsets, and relative residuals."""
+        target = -(offset + self.shift) @ self.constraint.T
+        along = target @ self.left[:, : self.rank]
+        solution = (along / self.values[: self.rank]) @ self.right[:, : self.rank].T
+        missed = target - along @ self.left[:, : self.rank].T
+        return solution, missed.norm(dim=1) / target.norm(dim=1).clamp_min(1e-300)
+
+    def patches(self, solution: Tensor) -> Float[Tensor, "patches pixels"]:
+        """Return x = R c of each solution."""
+        return solution[:, : self.basis.shape[1]] @ self.basis.T
+
+    @property
+    def null(self) -> Float[Tensor, "unknowns nullity"]:
+        """Directions of the unknowns that no equation sees."""
+        return self.right[:, self.rank :]
+
+    @property
+    def patch_null(self) -> Float[Tensor, "pixels nullity"]:
+        """Those directions in pixels, orthonormal, where they move a patch at all."""
+        moved = self.basis @ self.null[: self.basis.shape[1]]
+        if not moved.shape[1]:
+            return moved
+        left, values, _ = torch.linalg.svd(moved, full_matrices=False)
+        return left[:, values > 1e-9]
+
+    def unknown_offset(self, view: View, anatomy: Anatomy, unknown: Tensor) -> Tensor:
+        """Return b + u, the offset of a token under the shared unknown position u."""
+        assert anatomy.positions is not None
+        bias = self.embedding.offset - view.weight(anatomy.positions)[0, anatomy.position_prefix :]
+        return bias[0] + unknown.detach().to(bias).flatten()
+
+
+def span_system(view: View, anatomy: Anatomy) -> System:
+    """Build the system from query-key-value rows, or from projection and fc1 where those are hidden.
+
+    Raises:
+        NotApplicable: See `SpanInversion`.
+        Blocked: See `SpanInversion`.
+    """
+    anatomy.require_plain_embedding()
+    if not anatomy.blocks or not anatomy.blocks[0].pre_norm:
+        raise NotApplicable("the first block is not x + attention(norm(x))")
+    try:
+        return _system(view, anatomy, _qkv_form)
+    except Blocked as hidden:
+        try:
+            return _system(view, anatomy, _projection_form)
+        except Blocked:
+            raise hidden from None
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One reading of the block: rows whose complement constrains norm(h), and h's free directions."""
+
+    rows: Rows
+    norm: str
+    free: Tensor
+    shift: Tensor
+    tokens: int
+    source: str
+
+
+def _qkv_form(view: View, anatomy: Anatomy, embedding: Embedding) -> _Form:
+    block = anatomy.blocks[0]
+    nothing = embedding.weight.new_zeros(anatomy.width, 0)
+    tokens = view.update.batch_size * anatomy.patches + anatomy.prefix_tokens
+    zero = embedding.weight.new_zeros(anatomy.width)
+    return _Form(block_rows(view, block), block.norm1, nothing, zero, tokens, "qkv")
+
+
+def _projection_form(view: View, anatomy: Anatomy, embedding: Embedding) -> _Form:
+    block = anatomy.blocks[0]
+    tokens = view.update.batch_size * anatomy.tokens
+    rows = layer_rows(view, block.fc1)
+    outputs = row_basis(view.read(f"{block.proj}.weight"), tokens)
+    scale = view.weight(block.scale1) if block.scale1 else embedding.weight.new_ones(anatomy.width)
+    free = scale[:, None] * (view.weight(f"{block.proj}.weight") @ outputs)
+    shift = scale * _weight_or_zero(view, f"{block.proj}.bias", anatomy.width)
+    return _Form(rows, block.norm2, free, shift, tokens, "proj+fc1")
+
+
+def _system(view: View, anatomy: Anatomy, form_of: Any) -> System:
+    embedding = Embedding.of(view, anatomy)
+    form: _Form = form_of(view, anatomy, embedding)
+    if form.tokens >= anatomy.width:
+        raise NotApplicable(
+            f"{form.tokens} tokens fill the {anatomy.width} dimensions: no equation is left"
+        )
+    basis = patch_basis(view, anatomy)
+    reads_patch = basis is not None
+    if basis is None:
+        unknowns = anatomy.patch_pixels + form.free.shape[1] + 1
+        if anatomy.width - form.tokens < unknowns:
+            raise Blocked(
+                anatomy.patch_weight,
+                view.update.sealed.get(anatomy.patch_weight, "it is not in the update")
+                + f"; without it {unknowns} unknowns have {anatomy.width - form.tokens} equations",
+            )
+        basis = torch.eye(anatomy.patch_pixels, dtype=torch.float64).to(embedding.weight)
+    outside = complement(form.rows.matrix, form.tokens)
+    gamma = view.weight(f"{form.norm}.weight")
+    beta = _weight_or_zero(view, f"{form.norm}.bias", anatomy.width)
+    across = outside[: anatomy.width]
+    constraint = (gamma[:, None] * across).T
+    constraint = constraint - constraint.mean(dim=1, keepdim=True)  # Q^T diag(gamma) C
+    moves = torch.cat([embedding.weight @ basis, form.free], dim=1)
+    columns = [constraint @ moves]
+    deviation = across.T @ beta
+    if form.rows.augmented:
+        columns.append((deviation + outside[-1])[:, None])
+    elif bool(beta.any()):
+        columns.append(deviation[:, None])
+    left, values, right = torch.linalg.svd(torch.cat(columns, dim=1), full_matrices=False)
+    nullity = _nullity(view, anatomy, embedding, moves, form)
+    rank = max(1, min(len(values), right.shape[1] - nullity))
+    return System(
+        embedding, basis, constraint, left, values, _full(right), rank, form.shift,
+        form.source, reads_patch,
+    )  # fmt: skip
+
+
+def _nullity(
+    view: View, anatomy: Anatomy, embedding: Embedding, moves: Tensor, form: _Form
+) -> int:
+    """Return how many directions the equations cannot see, from what is public.
+
+    A combination of true tokens lies in the span whatever Q is. It is mistaken for a patch where
+    its offsets cancel: the nullity is T - rank((I - P) O), with O the offsets of all T tokens and
+    P the projection on what a patch (and attention output) can be. T tokens of which several
+    share an offset (images of a batch, shuffled patches under one unknown position) lower the rank.
+    """
+    offsets = embedding.offset + form.shift
+    unknown = view.extras.get("vitguard.shuffle.unknown")
+    extra = view.update.batch_size * anatomy.patches - anatomy.patches
+    if unknown is not None:
+        ratio = float(view.settings.get("shuffle", {}).get("ratio", 1.0))
+        shared = max(int(ratio * anatomy.patches) - 1, 0)
+        offsets = offsets[shared:]
+        extra += shared
+    # a prefix token is one known vector where it enters unchanged
+    known = embedding.prefix if form.source == "qkv" else offsets[:0]
+    rows = torch.cat([offsets, known])
+    rows = rows - rows.mean(dim=1, keepdim=True)
+    span = torch.linalg.qr(moves - moves.mean(dim=0, keepdim=True)).Q
+    rest = rows - (rows @ span) @ span.T
+    scale = torch.linalg.matrix_norm(rows, 2).clamp_min(1e-300)
+    rank = int((torch.linalg.svdvals(rest) > 1e-6 * scale).sum())
+    return extra + len(rows) - rank
+
+
+def shuffled_positions(residual: Float[Tensor, " patches"]) -> Tensor:
+    """Return which positions do not fit their own offset: the mask of a shuffle.
+
+    True positions fit to rounding and shuffled ones do not, so the logarithms of the residuals
+    fall into two groups; without a gap of a factor 10 between them nothing is called shuffled.
+    """
+    order = residual.clamp_min(1e-300).log10().sort().values
+    if len(order) < 2:
+        return torch.zeros_like(residual, dtype=torch.bool)
+    gaps = order.diff()
+    widest = int(gaps.argmax())
+    if gaps[widest] < 1:
+        return torch.full_like(residual, bool(order.median() > -2), dtype=torch.bool)
+    threshold = (order[widest] + order[widest + 1]) / 2
+    return residual.clamp_min(1e-300).log10() > threshold
+
+
+def _full(right: Tensor) -> Tensor:
+    """Complete the right singular vectors, as columns, to a basis of the unknowns."""
+    return torch.linalg.svd(right, full_matrices=True).Vh.T if right.shape[0] < right.shape[1] else right.T
+
+
+def _weight_or_zero(view: View, name: str, width: int) -> Tensor:
+    names = {n for n, _ in view.model.named_parameters()}
+    return view.weight(name) if name in names else torch.zeros(width, dtype=torch.float64)
+
+

@@ -1,0 +1,503 @@
+"""audit(): every attack beside an undefended control, and what it says."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitguard import data
+from vitguard._finding import Baseline, Finding, ModelFacts, Pictures
+from vitguard._verdicts import Attempt, finding_of, labels_overlap
+from vitguard.attacks._base import Attack, InputAttack
+from vitguard.core import Guess, Loss, Normalization, Update
+from vitguard.defenses._base import Defense
+from vitguard.errors import Blocked, NotApplicable, VitguardError, expected
+from vitguard.guard import protect
+from vitguard.metrics import baseline, score
+from vitguard.models import check_finite, normalization_of
+from vitguard.registry import GROUPS, parse_attacks, parse_stack, stack_name
+from vitguard.report import AuditReport
+from vitguard.threats import CuriousServer
+from vitguard.vit import Anatomy
+
+__all__ = ["LocalTraining", "audit", "audit_update"]
+
+Stacks = Sequence[Defense] | str | Mapping[str, Sequence[Defense]]
+Progress = Callable[[int, int, str], None]
+_DECOYS = 100
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client makes its update: one gradient, or the difference of local steps.
+
+    Args:
+        learning_rate: None for one gradient; otherwise the rate of the steps behind a difference.
+        steps: Full-batch local steps.
+        optimizer: `sgd` or `adamw`.
+    """
+
+    learning_rate: float | None = None
+    steps: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+
+    def __str__(self) -> str:
+        if self.learning_rate is None:
+            return "one gradient"
+        steps = "step" if self.steps == 1 else "steps"
+        return f"difference after {self.steps} {self.optimizer} {steps} at rate {self.learning_rate:g}"
+
+
+def audit(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    *,
+    defenses: Stacks = (),
+    attacks: str | Sequence[str | Attack | InputAttack] = "closed-form",
+    batch_size: int | None = None,
+    normalization: Normalization | None = None,
+    withhold: Sequence[str] = (),
+    training: LocalTraining | None = None,
+    loss: Loss = F.cross_entropy,
+    names: Sequence[str] | None = None,
+    model_name: str | None = None,
+    weights: str = "as given",
+    notes: Sequence[str] = (),
+    seed: int = 0,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> AuditReport:
+    """Attack what a client would share, with and without defenses, and judge.
+
+    The undefended control always runs. The model is copied; yours is not changed.
+
+    Args:
+        model: The bare model, before `protect`.
+        batch: Pixels in [0, 1], shape (images, channels, height, width), and class indices.
+        defenses: One stack, exactly what `protect` takes; or a spec such as
+            `"positions:kind=frozen"`; or several stacks by name.
+        attacks: Names, groups (`closed-form`, `ladder`, `matching`, `input`, `all`) or attacks.
+        batch_size: Images behind one update; all of them by default. The images are cut into
+            batches of this size.
+        normalization: From pixels to model input; what the model's own configuration says by
+            default.
+        withhold: Selectors of parameters that are never sent (see `Anatomy.select`).
+        training: How the update is made; one gradient by default.
+        names, model_name, weights, notes: For the report.
+        seed: Seeds the defenses' draws and the attacks; the same seed gives the same report.
+        workers: Threads over configurations and batches.
+        progress: Called with (done, total, what) as configurations finish.
+
+    Raises:
+        InputError: Pixels outside [0, 1], labels out of range, weights that are not finite, ...
+        Incompatible: A stack that cannot work.
+    """
+    pixels, labels = _check_batch(model, batch, batch_size)
+    size = batch_size or len(pixels)
+    normalization = normalization or normalization_of(model)
+    training = training or LocalTraining()
+    chosen = parse_attacks(attacks)
+    names = tuple(names or (f"image {i}" for i in range(len(pixels))))
+    stage = _Stage(model, normalization, training, loss, seed, pixels, labels, names, size)
+    stacks: dict[str, Sequence[Defense]] = {"none": ()}
+    stacks |= {k: s for k, s in _stacks(defenses).items() if s}
+    for stack in stacks.values():
+        protect(copy.deepcopy(model), stack)  # a stack that cannot work fails before the first run
+    findings, levels = stage.findings(
+        stacks, [a for a in chosen if isinstance(a, Attack)], tuple(withhold), workers, progress
+    )
+    for attack in (a for a in chosen if isinstance(a, InputAttack)):
+        findings += [stage.input_finding(name, stack, attack) for name, stack in stacks.items()]
+    run = {a.family for a in chosen}
+    return AuditReport(
+        model=_facts(model, stage.anatomy, model_name),
+        images=names,
+        batch_size=size,
+        baseline=levels,
+        findings=tuple(findings),
+        weights=weights,
+        update=str(training),
+        seed=seed,
+        threat={"adversary": "curious server", "withheld": list(withhold)},
+        families_not_run=tuple(f for f in GROUPS if f not in run),
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What every run of one audit shares."""
+
+    model: nn.Module
+    normalization: Normalization
+    training: LocalTraining
+    loss: Loss
+    seed: int
+    pixels: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+    size: int
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return Anatomy.of(self.model)
+
+    def findings(
+        self,
+        stacks: Mapping[str, Sequence[Defense]],
+        attacks: Sequence[Attack],
+        withhold: tuple[str, ...],
+        workers: int,
+        progress: Progress | None,
+    ) -> tuple[list[Finding], Baseline]:
+        """Run all attacks on all stacks and batches, the control (nothing withheld) first."""
+        scale = _Scale.of(self)
+        batches = range(len(self.pixels) // self.size)
+        # the undefended control, then each configuration under the threat
+        runs: list[tuple[str, Sequence[Defense], tuple[str, ...]]] = [("control", (), ())]
+        runs += [(n, s, withhold) for n, s in stacks.items() if n != "none" or withhold]
+        jobs = [(run, b) for b in batches for run in runs]
+        done = 0
+
+        def work(job: tuple[Any, int]) -> list[Attempt]:
+            nonlocal done
+            (name, stack, held), b = job
+            attempts = self.attempts(stack, attacks, held, b, scale)
+            done += 1
+            if progress is not None:
+                progress(done, len(jobs), "undefended control" if name == "control" else name)
+            return attempts
+
+        with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+            results = list(pool.map(work, jobs))
+        by_run: dict[str, list[list[Attempt]]] = {name: [] for name, _, _ in runs}
+        for ((name, _, _), _), attempts in zip(jobs, results, strict=True):
+            by_run[name].append(attempts)
+        return self._judge(by_run, stacks, attacks), scale.level(batches, self.size)
+
+    def _judge(
+        self,
+        by_run: Mapping[str, list[list[Attempt]]],
+        stacks: Mapping[str, Sequence[Defense]],
+        attacks: Sequence[Attack],
+    ) -> list[Finding]:
+        tests = len(stacks) * len(attacks)
+        controls: dict[int, Finding] = {}
+        findings = []
+        for name in stacks:
+            for i, attack in enumerate(attacks):
+                tried = [[batch[i] for batch in by_run[run]] for run in ("control", name) if run in by_run]
+                common = (attack.name, attack.settings())
+                if i not in controls:
+                    controls[i] = finding_of("none", *common, tried[0], None, (), tests=tests)
+                of_control = replace(controls[i], control=None)
+                if len(tried) == 1:
+                    finding = finding_of("none", *common, tried[0], None, tried[0], tests=tests)
+                    finding = replace(finding, control=_as_control(of_control))
+                else:
+                    finding = finding_of(name, *common, tried[1], of_control, tried[0], tests=tests)
+                findings.append(finding)
+        return findings
+
+    def attempts(
+        self,
+        stack: Sequence[Defense],
+        attacks: Sequence[Attack],
+        withhold: tuple[str, ...],
+        index: int,
+        scale: _Scale,
+    ) -> list[Attempt]:
+        """Make the victim's update of one batch under a stack and run every attack on it."""
+        part = slice(index * self.size, (index + 1) * self.size)
+        pixels, labels = self.pixels[part], self.labels[part]
+        device = next(self.model.parameters()).device
+        secret = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        guard = protect(copy.deepcopy(self.model).train(), stack, generator=secret)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed * 1_000_003 + index)  # dropout of the victim
+            update = guard.update(
+                self.normalization.apply(pixels).to(device),
+                labels.to(device),
+                loss=self.loss,
+                learning_rate=self.training.learning_rate,
+                local_steps=self.training.steps,
+                optimizer=self.training.optimizer,
+            )
+        mask = guard.truth().get("shuffled")
+        view = CuriousServer(withhold).view(guard, update, self.normalization, loss=self.loss)
+        empty = Attempt(pixels, self.names[part], scale.baselines[index], mask=mask)
+        return [
+            _attempt(attack, view, empty, labels, self.anatomy, scale.decoys, self.seed + index)
+            for attack in attacks
+        ]
+
+    def input_finding(
+        self, name: str, stack: Sequence[Defense], attack: InputAttack
+    ) -> Finding:
+        """Return the finding of an attack on the input of the (defended) model in eval mode."""
+        guard = protect(copy.deepcopy(self.model), stack)
+        generator = torch.Generator().manual_seed(self.seed)
+        started = time.perf_counter()
+        result = attack.evaluate(
+            guard.model.eval(), self.pixels, self.labels,
+            normalization=self.normalization, generator=generator,
+        )  # fmt: skip
+        return Finding(
+            name,
+            attack.name,
+            "inconclusive",
+            reason="an attack on the input measures robustness, not what an update leaks",
+            settings=attack.settings(),
+            clean_accuracy=result.clean_accuracy,
+            robust_accuracy=result.robust_accuracy,
+            seconds=time.perf_counter() - started,
+        )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What numbers are compared with: decoys, and the no-information baseline of each batch."""
+
+    decoys: Tensor
+    baselines: tuple[Any, ...]
+
+    @staticmethod
+    def of(stage: _Stage) -> _Scale:
+        pixels, patch = stage.pixels.cpu(), stage.anatomy.patch_size
+        decoys = data.decoys(
+            _DECOYS, (pixels.shape[-2], pixels.shape[-1]), seed=stage.seed, truth=pixels
+        )
+        mean = data.mean_image(decoys)
+        cut = pixels.split(stage.size)
+        return _Scale(decoys, tuple(baseline(part, patch, mean_image=mean) for part in cut))
+
+    def level(self, batches: range, size: int) -> Baseline:
+        used = [self.baselines[b] for b in batches]
+        return Baseline(
+            psnr=max(float(b.psnr.max()) for b in used),
+            patch_psnr=max(float(b.patch_psnr.max()) for b in used),
+        )
+
+
+def _attempt(
+    attack: Attack, view: Any, empty: Attempt, labels: Tensor, anatomy: Anatomy,
+    decoys: Tensor, seed: int,
+) -> Attempt:  # fmt: skip
+    started = time.perf_counter()
+    try:
+        guess = attack.run(view, torch.Generator().manual_seed(seed))
+    except Blocked as error:
+        return replace(empty, state="blocked", reason=str(error))
+    except NotApplicable as error:
+        return replace(empty, state="not applicable", reason=str(error))
+    seconds = time.perf_counter() - started
+    guess = _on_cpu(guess)
+    scores = score(guess.images, empty.truths.cpu(), anatomy.patch_size, decoys=decoys)
+    correct = labels_overlap(guess.labels, labels)
+    return replace(empty, guess=guess, scores=scores, labels_correct=correct, seconds=seconds)
+
+
+def _on_cpu(guess: Guess) -> Guess:
+    def move(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach().cpu()
+
+    return replace(
+        guess,
+        images=guess.images.detach().cpu(),
+        labels=move(guess.labels),
+        verified=move(guess.verified),
+        shuffled=move(guess.shuffled),
+        space=None,
+    )
+
+
+def audit_update(
+    model: nn.Module,
+    update: Update,
+    *,
+    defenses: Sequence[Defense] | str = (),
+    attacks: str | Sequence[str | Attack | InputAttack] = "closed-form",
+    truth: Tensor | None = None,
+    normalization: Normalization | None = None,
+    withhold: Sequence[str] = (),
+    loss: Loss = F.cross_entropy,
+    names: Sequence[str] | None = None,
+    model_name: str | None = None,
+    weights: str = "as given",
+    seed: int = 0,
+) -> AuditReport:
+    """Audit a client's update on its own.
+
+    With `truth` the guesses are scored against it. Without, a guess that reproduces the update
+    (relative error of the simulated update at most 5 %) leaks, and any other is inconclusive:
+    nobody can say that it is wrong. The control is the same attack on the same model with sample
+    photos and no defense.
+
+    Args:
+        model: The public model the update refers to.
+        update: What the client sent.
+        defenses: The stack the client ran, in `protect`'s form or as a spec.
+        truth: The images behind the update, pixels in [0, 1].
+
+    Raises:
+        InputError: The update names parameters that the model does not have.
+    """
+    anatomy = Anatomy.of(model)
+    normalization = normalization or normalization_of(model)
+    _check_update(model, update)
+    stack = parse_stack(defenses) if isinstance(defenses, str) else list(defenses)
+    chosen = [a for a in parse_attacks(attacks) if isinstance(a, Attack)]
+    training = LocalTraining(
+        update.learning_rate if update.kind == "difference" else None, update.local_steps,
+        "adamw" if update.optimizer == "adamw" else "sgd",
+    )  # fmt: skip
+    photos = data.sample_images(anatomy.image_size, count=update.batch_size)
+    pixels = photos.pixels.repeat(-(-update.batch_size // len(photos)), 1, 1, 1)[: update.batch_size]
+    control = audit(
+        model, (pixels, data.assign_labels(len(pixels), anatomy.classes)), attacks=chosen,
+        normalization=normalization, training=training, loss=loss, seed=seed,
+    )  # fmt: skip
+    guard = protect(copy.deepcopy(model).train(), stack)
+    view = CuriousServer(tuple(withhold)).view(guard, update, normalization, loss=loss)
+    name = f"{stack_name(stack)}" if stack else "update"
+    findings = [replace(f, defense="none") for f in control.findings]
+    for attack, of_control in zip(chosen, control.findings, strict=True):
+        if truth is not None:
+            mean = data.mean_image(data.decoys(_DECOYS, anatomy.image_size, seed=seed, truth=truth))
+            decoys = data.decoys(_DECOYS, anatomy.image_size, seed=seed, truth=truth)
+            level = baseline(truth, anatomy.patch_size, mean_image=mean)
+            empty = Attempt(truth, tuple(names or ["truth"] * len(truth)), level)
+            tried = [_attempt(attack, view, empty, torch.zeros(0), anatomy, decoys, seed)]
+            findings.append(
+                finding_of(
+                    name, attack.name, attack.settings(), tried, replace(of_control, control=None),
+                    (), tests=len(chosen),
+                )  # fmt: skip
+            )
+        else:
+            findings.append(_explain(name, attack, view, of_control, seed))
+    return AuditReport(
+        model=_facts(model, anatomy, model_name),
+        images=tuple(names or ()),
+        batch_size=update.batch_size,
+        baseline=control.baseline,
+        findings=tuple(findings),
+        weights=weights,
+        update=f"{training}, from a file",
+        seed=seed,
+        threat={"adversary": "curious server", "withheld": list(withhold)},
+        families_not_run=tuple(f for f in GROUPS if f not in {a.family for a in chosen}),
+        notes=("The row none is the control: the same attack on sample photos without a defense.",),
+    )
+
+
+def _explain(name: str, attack: Attack, view: Any, control: Finding, seed: int) -> Finding:
+    """Judge a guess by whether it reproduces the update, for want of the truth."""
+    generator = torch.Generator().manual_seed(seed)
+    base = Finding(
+        name, attack.name, "inconclusive", settings=attack.settings(),
+        control=_as_control(control),
+    )  # fmt: skip
+    started = time.perf_counter()
+    try:
+        guess = attack.run(view, generator)
+    except Blocked as error:
+        return replace(base, verdict="blocked", reason=str(error))
+    except NotApplicable as error:
+        return replace(base, verdict="not applicable", reason=str(error))
+    seconds = time.perf_counter() - started
+    error = _relative_error(view, guess, generator)
+    details = {**guess.details, "update_error": error}
+    shown = guess.images.detach().float().cpu()
+    found = replace(
+        base, seconds=seconds, details=details, images=Pictures(shown, reconstruction=shown)
+    )
+    if error is not None and error <= 0.05:
+        reason = f"the reconstruction reproduces the update to {100 * error:.2g} %"
+        return replace(found, verdict="leaks", reason=reason)
+    return replace(found, reason="the truth is not known and the guess does not reproduce the update")
+
+
+def _relative_error(view: Any, guess: Guess, generator: torch.Generator) -> float | None:
+    if guess.labels is None or len(guess.images) != view.update.batch_size:
+        return None
+    like = next(view.model.parameters())
+    images = view.normalization.apply(guess.images).to(like)
+    try:
+        made = view.simulate(images, guess.labels.to(like.device), generator).tensors
+    except VitguardError:
+        return None
+    known = view.update.tensors
+    error = sum((made[k] - known[k]).detach().double().square().sum() for k in made)
+    total = sum(known[k].double().square().sum() for k in made)
+    return float((torch.as_tensor(error) / torch.as_tensor(total).clamp_min(1e-300)).sqrt())
+
+
+def _as_control(finding: Finding) -> Any:
+    from vitguard._finding import Control
+
+    return Control(finding.verdict, finding.psnr)
+
+
+def _stacks(defenses: Stacks) -> dict[str, Sequence[Defense]]:
+    if isinstance(defenses, str):
+        defenses = parse_stack(defenses)
+    if isinstance(defenses, Mapping):
+        return dict(defenses)
+    return {stack_name(defenses): list(defenses)}
+
+
+def _facts(model: nn.Module, anatomy: Anatomy, name: str | None) -> ModelFacts:
+    count = sum(p.numel() for p in model.parameters())
+    return ModelFacts(name or type(model).__name__, count, anatomy.patches, anatomy.width)
+
+
+def _check_update(model: nn.Module, update: Update) -> None:
+    shapes = {k: p.shape for k, p in model.named_parameters()}
+    for name, tensor in update.tensors.items():
+        if name.startswith("vitguard."):
+            continue
+        if name not in shapes:
+            raise expected("an update of this model", f"the unknown parameter {name}")
+        if tensor.shape != shapes[name]:
+            raise expected(f"{name} of shape {tuple(shapes[name])}", f"{tuple(tensor.shape)}")
+        if not bool(tensor.isfinite().all()):
+            raise expected("a finite update", f"NaN or infinity in {name}")
+
+
+def _check_batch(
+    model: nn.Module, batch: tuple[Tensor, Tensor], batch_size: int | None
+) -> tuple[Tensor, Tensor]:
+    anatomy = Anatomy.of(model)
+    pixels, labels = batch
+    shape = (anatomy.channels, *anatomy.image_size)
+    if pixels.dim() != 4 or tuple(pixels.shape[1:]) != shape or not len(pixels):
+        raise expected(f"images of shape (images, {', '.join(map(str, shape))})", tuple(pixels.shape))
+    if not bool(pixels.isfinite().all()):
+        raise expected("finite images", "NaN or infinity")
+    if float(pixels.min()) < 0 or float(pixels.max()) > 1:
+        raise expected(
+            "pixels in [0, 1]",
+            f"values from {float(pixels.min()):.3g} to {float(pixels.max()):.3g}",
+            "Give pixels and normalization=Normalization(mean, std).",
+        )
+    labels = data.check_labels(labels, anatomy.classes)
+    if len(labels) != len(pixels):
+        raise expected(f"{len(pixels)} labels", len(labels))
+    if batch_size is not None and (batch_size < 1 or len(pixels) % batch_size):
+        raise expected(
+            f"a batch size that divides the {len(pixels)} images", batch_size,
+            "Change --batch-size or --num-images.",
+        )  # fmt: skip
+    check_finite(model)
+    return pixels.float(), labels
+
+

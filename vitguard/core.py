@@ -1,0 +1,274 @@
+"""The nouns that defenses, attacks and the audit share: Batch, Update, View, Guess."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vitguard.errors import Blocked, NotApplicable, expected
+
+__all__ = ["AffineSpace", "Batch", "Blocked", "Guess", "Loss", "Normalization", "Update", "View"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as the model takes them (normalised), with their labels."""
+
+    images: Float[Tensor, "batch channels height width"]
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel mean and standard deviation between pixels in [0, 1] and model input."""
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise expected("as many means as standard deviations", f"{self.mean} and {self.std}")
+        if not all(s > 0 for s in self.std):
+            raise expected("standard deviations above 0", self.std)
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Map pixels in [0, 1], shape (..., channels, height, width), to model input."""
+        return (pixels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
+
+    def invert(self, images: Tensor) -> Tensor:
+        """Map model input back to pixels; values outside [0, 1] are kept."""
+        return images * self._column(self.std, images) + self._column(self.mean, images)
+
+    @staticmethod
+    def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Update:
+    """All that leaves the machine.
+
+    Args:
+        tensors: What anyone can read, by the base model's parameter name.
+        kind: `"gradient"`, or `"difference"` (weights after minus weights before).
+        batch_size: Images behind the update; public.
+        local_steps, learning_rate, optimizer, momentum, weight_decay: How a difference was made;
+            public.
+        sealed: Names that exist but cannot be read, each with its reason.
+        payloads: What a defense sends in place of sealed tensors (ciphertext), by defense name.
+    """
+
+    tensors: Mapping[str, Tensor]
+    kind: Literal["gradient", "difference"] = "gradient"
+    batch_size: int = 1
+    local_steps: int = 1
+    learning_rate: float | None = None
+    optimizer: str = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    sealed: Mapping[str, str] = field(default_factory=dict)
+    payloads: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("gradient", "difference"):
+            raise expected("kind 'gradient' or 'difference'", repr(self.kind))
+        if self.batch_size < 1 or self.local_steps < 1:
+            raise expected(
+                "batch_size and local_steps of at least 1",
+                f"batch_size={self.batch_size}, local_steps={self.local_steps}",
+            )
+
+    def __repr__(self) -> str:
+        readable = sum(t.numel() for t in self.tensors.values())
+        return (
+            f"Update(kind={self.kind!r}, batch_size={self.batch_size}, "
+            f"{len(self.tensors)} tensors with {readable} values readable, {len(self.sealed)} sealed)"
+        )
+
+    def can_read(self, name: str) -> bool:
+        """Whether `read(name)` would return a tensor."""
+        return name in self.tensors
+
+    def read(self, name: str) -> Tensor:
+        """Return the plain tensor called `name`.
+
+        Raises:
+            Blocked: The name is sealed, or the update never contained it.
+        """
+        if name in self.tensors:
+            return self.tensors[name]
+        raise Blocked(name, self.sealed.get(name, "it is not in the update"))
+
+    def seal(self, names: Mapping[str, str]) -> Update:
+        """Return the update with each of `names` (name -> reason) made unreadable."""
+        tensors = {k: v for k, v in self.tensors.items() if k not in names}
+        return replace(self, tensors=tensors, sealed={**self.sealed, **names})
+
+    def as_gradient(self, model: nn.Module, *, steps: bool = False) -> Update:
+        """Turn the difference of plain SGD steps into a gradient (METHODS section 1).
+
+        `model` holds the weights before the step, for weight decay. With `steps=True` the sum of
+        the gradients of several steps is returned; otherwise more than one step is refused.
+
+        Raises:
+            NotApplicable: The difference does not determine a gradient.
+        """
+        if self.kind == "gradient":
+            return self
+        if self.optimizer != "sgd":
+            raise NotApplicable(f"a difference of {self.optimizer} steps is not a gradient")
+        if self.learning_rate is None:
+            raise NotApplicable("the learning rate of the difference is not known")
+        if self.local_steps > 1 and not steps:
+            raise NotApplicable(f"needs one gradient, got {self.local_steps} local steps")
+        if self.local_steps > 1 and self.weight_decay:
+            raise NotApplicable("several local steps with weight decay do not sum to gradients")
+        weights = dict(model.named_parameters())
+        tensors = {}
+        for name, delta in self.tensors.items():
+            gradient = delta / -self.learning_rate
+            if self.weight_decay and name in weights:
+                gradient = gradient - self.weight_decay * weights[name].detach().to(gradient)
+            tensors[name] = gradient
+        return replace(self, tensors=tensors, kind="gradient")
+
+    def save(self, path: str | Path) -> None:
+        """Write the update as safetensors, its public facts in the header; atomic."""
+        from safetensors.torch import save
+
+        from vitguard._files import write_atomically
+
+        facts = {k: getattr(self, k) for k in _PUBLIC_FACTS}
+        facts["sealed"] = dict(self.sealed)
+        facts["payloads"] = list(self.payloads)
+        tensors = {f"tensor:{k}": v.detach().cpu().contiguous() for k, v in self.tensors.items()}
+        for k, blob in self.payloads.items():
+            tensors[f"payload:{k}"] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+        write_atomically(path, save(tensors, metadata={"vitguard.update": json.dumps(facts)}))
+
+    @staticmethod
+    def load(path: str | Path) -> Update:
+        """Read an update written by `save`.
+
+        Raises:
+            InputError: The file is missing, is no safetensors file, or lacks the public facts.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise expected("a saved update", f"no file at {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = (file.metadata() or {}).get("vitguard.update")
+                names = list(file.keys())
+                stored = {name: file.get_tensor(name) for name in names} if header else {}
+        except (SafetensorError, OSError) as error:
+            raise expected("a safetensors update", f"{path} ({error})") from error
+        if header is None:
+            raise expected(
+                "an update with its public facts", f"{path} without them", "Write it with Update.save."
+            )
+        try:
+            facts = json.loads(header)
+            sealed = facts.pop("sealed")
+            facts.pop("payloads")
+            tensors = {k[7:]: v for k, v in stored.items() if k.startswith("tensor:")}
+            payloads = {
+                k[8:]: v.numpy().tobytes() for k, v in stored.items() if k.startswith("payload:")
+            }
+            return Update(tensors=tensors, sealed=sealed, payloads=payloads, **facts)
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise expected("public facts of an update", f"{path} ({error})") from error
+
+
+_PUBLIC_FACTS = (
+    "kind", "batch_size", "local_steps", "learning_rate", "optimizer", "momentum", "weight_decay"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AffineSpace:
+    """Per-patch affine spaces in model-input units: x_i = origin_i + basis_i v.
+
+    Args:
+        origin: Shape (patches, pixels per patch).
+        basis: Shape (patches, pixels per patch, directions), or (pixels, directions) shared by all.
+    """
+
+    origin: Float[Tensor, "patches pixels"]
+    basis: Tensor
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What an attack returns.
+
+    Args:
+        images: Pixels in [0, 1], shape (guessed, channels, height, width). One image may stand
+            for a whole batch.
+        labels: Shape (batch,), in no particular order.
+        verified: Shape (guessed, patches): patches that the attack itself proved to be right.
+        shuffled: Shape (guessed, patches): positions the attack found to be shuffled.
+        space: What is known exactly where the image is not.
+        details: Plain facts for the report (rung, residual, rank); JSON values only.
+    """
+
+    images: Float[Tensor, "guessed channels height width"]
+    labels: Int[Tensor, " batch"] | None = None
+    verified: Bool[Tensor, "guessed patches"] | None = None
+    shuffled: Bool[Tensor, "guessed patches"] | None = None
+    space: AffineSpace | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class View:
+    """What one threat grants an attack (Kerckhoffs: everything but draws and keys).
+
+    Args:
+        model: A clean copy of the public model before the step: the original architecture, no
+            hooks, secrets or generators of a defense. Fixed positions stand in it as parameters.
+        update: What left the victim's machine.
+        image_shape: (channels, height, width) of one image.
+        normalization: From pixels to model input; public.
+        classes: Number of classes of the head.
+        settings: Settings of each defense that runs, by its name; values as in its dataclass.
+        extras: Public tensors that a defense added to the model, such as `vitguard.shuffle.unknown`.
+        simulate: `(images, labels, generator) -> Update`, the differentiable update that the known
+            settings make of model-input images; labels are class indices or probabilities. It
+            carries the graph of `images` and `labels`.
+    """
+
+    model: nn.Module
+    update: Update
+    image_shape: tuple[int, int, int]
+    normalization: Normalization
+    classes: int
+    settings: Mapping[str, Mapping[str, Any]]
+    extras: Mapping[str, Tensor]
+    simulate: Callable[[Tensor, Tensor, torch.Generator | None], Update]
+
+    def read(self, name: str) -> Tensor:
+        """Return the update's tensor `name` in float64, or raise `Blocked`."""
+        return self.update.read(name).detach().to(torch.float64)
+
+    def weight(self, name: str) -> Tensor:
+        """Return the public model's parameter or buffer `name` in float64."""
+        for store in (self.model.named_parameters(), self.model.named_buffers()):
+            for key, value in store:
+                if key == name:
+                    return value.detach().to(torch.float64)
+        raise KeyError(name)
+
+    def gradient(self, *, steps: bool = False) -> View:
+        """Return the view with its update turned into a gradient (see `Update.as_gradient`)."""
+        return replace(self, update=self.update.as_gradient(self.model, steps=steps))

@@ -1,0 +1,128 @@
+"""The four kinds of defense, by where they act: model, batch, step, update."""
+
+from __future__ import annotations
+
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitguard.core import Batch, Loss, Update
+from vitguard.vit import Anatomy
+
+__all__ = [
+    "BatchDefense",
+    "Defense",
+    "Draws",
+    "Installed",
+    "ModelDefense",
+    "StepDefense",
+    "UpdateDefense",
+]
+
+
+class Defense(ABC):
+    """A thing in, a safer thing of the same kind out. Subclasses are frozen dataclasses."""
+
+    name: ClassVar[str]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values; public, and what the adversary is told."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    def spec(self) -> str:
+        """Return the defense as the command line writes it, defaults left out."""
+        changed = [
+            f"{f.name}={str(v).lower() if isinstance(v, bool) else v}"
+            for f in fields(self)  # type: ignore[arg-type]
+            if (v := getattr(self, f.name)) != f.default
+        ]
+        return f"{self.name}:{','.join(changed)}" if changed else self.name
+
+    def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
+        """Raise Incompatible if the defense cannot work on this model within this stack."""
+
+
+class Draws:
+    """A generator whose state stays secret: copies and pickles start from fresh entropy."""
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator or torch.Generator().manual_seed(secrets.randbits(63))
+
+    def __repr__(self) -> str:
+        return "Draws()"
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return (type(self), ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Draws:
+        return type(self)()
+
+
+class Installed(nn.Module):
+    """What a model defense leaves on a model; lives at `vitguard.<name>` in the module tree.
+
+    Its parameters and buffers (an unknown token, a DAL head) are what the defense adds to the
+    state dict. It survives deepcopy and pickle with the model; hooks refer to it, never to a guard.
+    """
+
+    def uninstall(self, model: nn.Module) -> None:
+        """Give `model` its original architecture back."""
+        raise NotImplementedError
+
+    def publish(self, model: nn.Module) -> None:
+        """Turn `model`, a copy, into what the public knows: uninstalled, local values undone."""
+        self.uninstall(model)
+
+    def withheld(self) -> Mapping[str, str]:
+        """Return the base parameters whose update never leaves, each with its reason."""
+        return {}
+
+    def verify(self, model: nn.Module) -> None:
+        """Raise Unprotected if the defense would not act on the model as it stands."""
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Return the loss that the last training forward left behind, if any; read once."""
+        return None
+
+    def truth(self) -> Mapping[str, Tensor]:
+        """Return the last secret draw, for the audit's scores only: e.g. `shuffled` (batch, N)."""
+        return {}
+
+
+class ModelDefense(Defense):
+    """Acts on the model: replaces or hooks modules."""
+
+    @abstractmethod
+    def install(self, model: nn.Module, anatomy: Anatomy, draws: Draws) -> Installed:
+        """Change `model` in place and return what undoes it; nothing is left on an error."""
+
+
+class BatchDefense(Defense):
+    """Acts on the batch before the model sees it."""
+
+    @abstractmethod
+    def transform(self, batch: Batch, draws: Draws) -> Batch:
+        """Return a safer batch of the same size."""
+
+
+class StepDefense(Defense):
+    """Acts where the gradient is made, because it needs each example's own gradient."""
+
+    @abstractmethod
+    def gradient(
+        self, model: nn.Module, loss: Loss, batch: Batch, draws: Draws
+    ) -> Mapping[str, Tensor]:
+        """Return the batch's protected gradient by parameter name."""
+
+
+class UpdateDefense(Defense):
+    """Acts on the finished update."""
+
+    @abstractmethod
+    def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
+        """Return a safer update of the same kind."""

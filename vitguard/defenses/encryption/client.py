@@ -1,0 +1,295 @@
+"""The client's side: encrypt an update, decrypt the sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitguard.core import Update
+from vitguard.defenses._base import Draws
+from vitguard.defenses.encryption.backend import Engine
+from vitguard.defenses.encryption.keys import KeySet
+from vitguard.defenses.encryption.manifest import Entry, Manifest
+from vitguard.defenses.encryption.packing import canary, pack, quantise, unpack
+from vitguard.defenses.encryption.wire import (
+    MESSAGE,
+    SUM,
+    Context,
+    Header,
+    open_message,
+    write_message,
+)
+from vitguard.errors import Rejected, expected
+
+__all__ = ["Decryptor", "Encryptor", "worst_error"]
+
+_PIECE = 1 << 18
+_TRUE_DISTANCE = 0.15  # a true decryption is within 1/14, noise is at 0.29
+
+
+def worst_error(
+    bound: float, keys: KeySet, weights: list[float], *, max_weight: float = 1.0, nearest=False
+) -> float:
+    """Return the largest possible error of a decrypted average, from quantisation alone.
+
+    Each client errs by less than one step of `bound / levels`, half of one when rounding to the
+    nearest; steps count as the heaviest weight does, and the sum is divided by all weights.
+    """
+    step = bound / keys.layout.levels
+    error = len(weights) * step * max_weight / math.fsum(weights)
+    return error / 2 if nearest else error
+
+
+@dataclass
+class _Round:
+    round_id: int
+    weight: float
+    base: str
+
+
+class Encryptor:
+    """Encrypts one client's updates.
+
+    Args:
+        keys: The client's keys.
+        manifest: What is encrypted; the same for all clients and the server.
+        client_id: Name of this client, 1 to 64 bytes; the server takes one message of each.
+        outliers: What becomes of NaN, infinity and values beyond their bound: `refuse` raises,
+            `clip` moves them to the bound (NaN to zero) and counts them in `clipped`.
+        rounding: `stochastic` is unbiased; `nearest` has half the worst error.
+        generator: Source of the rounding; fresh entropy by default.
+
+    The ciphertext needs no generator: SEAL draws a fresh seed for each from the system.
+    """
+
+    def __init__(
+        self,
+        keys: KeySet,
+        manifest: Manifest,
+        *,
+        client_id: str,
+        outliers: Literal["refuse", "clip"] = "refuse",
+        rounding: Literal["stochastic", "nearest"] = "stochastic",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if outliers not in ("refuse", "clip"):
+            raise expected("outliers 'refuse' or 'clip'", repr(outliers))
+        if rounding not in ("stochastic", "nearest"):
+            raise expected("rounding 'stochastic' or 'nearest'", repr(rounding))
+        if not 0 < len(client_id.encode()) <= 64:
+            raise expected("a client id of 1 to 64 bytes", repr(client_id))
+        self.keys, self.manifest, self.client_id = keys, manifest, client_id
+        self.outliers, self.rounding = outliers, rounding
+        self.clipped: dict[str, int] = {}
+        self._draws = Draws(generator)
+        self._engine = Engine(keys.layout)
+        self._sealer = self._engine.encryptor(keys.open(self._engine))
+        self._round: _Round | None = None
+
+    def __repr__(self) -> str:
+        return f"Encryptor({self.client_id!r}, {len(self.manifest.entries)} tensors)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an encryptor holds keys and is not pickled: make it from KeySet.load")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Encryptor:
+        return self
+
+    def start_round(self, round_id: int, *, weight: float = 1.0, base: str = "") -> None:
+        """Name the round that `encrypt` without arguments belongs to."""
+        self._round = _Round(round_id, weight, base)
+
+    def encrypt(
+        self,
+        update: Update | Mapping[str, Tensor],
+        *,
+        round_id: int | None = None,
+        weight: float | None = None,
+        base: str | None = None,
+    ) -> bytes:
+        """Return the encrypted message for the server.
+
+        Args:
+            update: An update or tensors by name; those of the manifest are read.
+            round_id: Number of the round; default from `start_round`.
+            weight: Weight in the average, up to the manifest's `max_weight`; it is public.
+            base: Version of the public model that the update refers to (`model_version`).
+
+        Raises:
+            Rejected: The tensors are not those of the manifest.
+            InputError: A value is not finite or beyond its bound, and `outliers` is `refuse`.
+        """
+        now = self._settled(round_id, weight, base)
+        if not (0 < now.weight <= self.manifest.max_weight):
+            raise expected(f"a weight above 0 and up to {self.manifest.max_weight}", now.weight)
+        tensors = update.tensors if isinstance(update, Update) else update
+        self.manifest.check(tensors)
+        context = Context(self.keys, self.manifest, now.round_id, now.base)
+        self.clipped = {}
+        binding, layout = context.binding(), self.keys.layout
+        ciphertexts = []
+        share = now.weight / self.manifest.max_weight
+        for number, integers in enumerate(_regroup(self._integers(tensors, share), layout.values)):
+            slots = pack(integers, layout, canary(binding, number, layout))
+            ciphertexts.append(self._engine.encrypt(self._sealer, slots))
+        header = Header(MESSAGE, self.client_id, 1, now.weight)
+        return write_message(header, ciphertexts, context)
+
+    def seal(
+        self,
+        update: Update,
+        *,
+        round_id: int | None = None,
+        weight: float | None = None,
+        base: str | None = None,
+    ) -> Update:
+        """Return the update with the manifest's tensors sealed and the message as its payload."""
+        message = self.encrypt(update, round_id=round_id, weight=weight, base=base)
+        sealed = update.seal(dict.fromkeys(self.manifest.names, f"encrypted ({self.keys.preset})"))
+        return replace(sealed, payloads={**sealed.payloads, "encryption": message})
+
+    def _settled(self, round_id: int | None, weight: float | None, base: str | None) -> _Round:
+        if round_id is None and self._round is None:
+            raise expected("a round number", "none", "Give round_id=, or call start_round.")
+        started = self._round if round_id is None else None
+        default = started or _Round(round_id or 0, 1.0, "")
+        return _Round(
+            default.round_id,
+            default.weight if weight is None else weight,
+            default.base if base is None else base,
+        )
+
+    def _integers(self, tensors: Mapping[str, Tensor], share: float) -> Iterator[np.ndarray]:
+        levels = self.keys.layout.levels
+        for entry in self.manifest.entries:
+            flat = tensors[entry.name].detach().cpu().reshape(-1)
+            flat = flat if flat.dtype == torch.float64 else flat.float()
+            for start in range(0, entry.size, _PIECE):
+                values = self._within(flat[start : start + _PIECE].numpy(), entry) * share
+                yield quantise(values, entry.bound / levels, levels, self._uniform(len(values)))
+
+    def _uniform(self, count: int) -> np.ndarray | None:
+        if self.rounding == "nearest":
+            return None
+        return torch.rand(count, generator=self._draws.generator, dtype=torch.float64).numpy()
+
+    def _within(self, values: np.ndarray, entry: Entry) -> np.ndarray:
+        outside = ~(np.abs(values) <= entry.bound)
+        count = int(outside.sum())
+        if not count:
+            return values
+        if self.outliers == "refuse":
+            raise expected(
+                f"finite values of {entry.name} within its bound {entry.bound:g}",
+                f"{count} others",
+                "Clip the update, raise the bound, or choose outliers='clip'.",
+            )
+        self.clipped[entry.name] = self.clipped.get(entry.name, 0) + count
+        return np.clip(np.nan_to_num(values, nan=0.0), -entry.bound, entry.bound)
+
+
+class Decryptor:
+    """Decrypts sums. Only rounded integers, scaled back, ever leave it.
+
+    Args:
+        keys: The client's keys.
+        manifest: What is encrypted.
+        min_clients: The fewest messages of a sum that is opened, at least 2.
+
+    A round is opened once and rounds only go forward, because two sums of one round that differ by
+    a client would give that client's update away.
+    """
+
+    def __init__(self, keys: KeySet, manifest: Manifest, *, min_clients: int = 2) -> None:
+        if not 2 <= min_clients <= keys.max_clients:
+            raise expected(f"min_clients from 2 to {keys.max_clients}", min_clients)
+        self.keys, self.manifest, self.min_clients = keys, manifest, min_clients
+        self._engine = Engine(keys.layout)
+        self._opener = self._engine.decryptor(keys.open(self._engine))
+        self._last = -1
+
+    def __repr__(self) -> str:
+        return f"Decryptor({len(self.manifest.entries)} tensors, min_clients={self.min_clients})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a decryptor holds keys and is not pickled: make it from KeySet.load")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decryptor:
+        return self
+
+    def decrypt(self, data: bytes, *, round_id: int, base: str = "") -> dict[str, Tensor]:
+        """Return the weighted average by name, float32 (float64 where the tensors were).
+
+        Args:
+            data: What `Aggregator.finish` returned.
+            round_id, base: What the sum must belong to.
+
+        Raises:
+            Rejected: The message does not hold, is of fewer than `min_clients` clients, of a round
+                that was opened already, or its canary shows a wrong key or a wrong sum.
+        """
+        context = Context(self.keys, self.manifest, round_id, base)
+        header, ciphertexts = open_message(data, SUM, context)
+        if header.clients < self.min_clients:
+            raise Rejected("clients", f"a sum of {header.clients}, fewer than {self.min_clients}")
+        if round_id <= self._last:
+            raise Rejected("replay", f"round {round_id} after round {self._last}")
+        levels = self.keys.layout.levels
+        unit = self.manifest.max_weight / header.weight / levels
+        tensors = _scatter(self._opened(ciphertexts, header.clients, context), self.manifest, unit)
+        self._last = round_id
+        return tensors
+
+    def _opened(
+        self, ciphertexts: list[bytes], clients: int, context: Context
+    ) -> Iterator[np.ndarray]:
+        binding, layout = context.binding(), self.keys.layout
+        for number, data in enumerate(ciphertexts):
+            slots = self._engine.decrypt(self._opener, self._engine.load(data))
+            integers, mark, distance = unpack(slots, layout)
+            if not (distance <= _TRUE_DISTANCE) or mark != clients * canary(
+                binding, number, layout
+            ):
+                raise Rejected(
+                    "canary", "a sum under another secret key, or not of the messages it names"
+                )
+            yield integers
+
+
+def _regroup(pieces: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Cut a stream of arrays into arrays of `size`, the last one shorter."""
+    buffer, filled = np.empty(size, dtype=np.int64), 0
+    for piece in pieces:
+        at = 0
+        while at < len(piece):
+            count = min(size - filled, len(piece) - at)
+            buffer[filled : filled + count] = piece[at : at + count]
+            filled, at = filled + count, at + count
+            if filled == size:
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[:filled]
+
+
+def _scatter(chunks: Iterator[np.ndarray], manifest: Manifest, unit: float) -> dict[str, Tensor]:
+    """Give each tensor its share of the stream of integers, in its own units."""
+    tensors: dict[str, Tensor] = {}
+    chunk, at = np.empty(0, dtype=np.int64), 0
+    for entry in manifest.entries:
+        values = np.empty(entry.size, dtype=np.float64 if entry.double else np.float32)
+        filled = 0
+        while filled < entry.size:
+            if at == len(chunk):
+                chunk, at = next(chunks), 0
+            count = min(entry.size - filled, len(chunk) - at)
+            values[filled : filled + count] = chunk[at : at + count] * (unit * entry.bound)
+            filled, at = filled + count, at + count
+        tensors[entry.name] = torch.from_numpy(values).reshape(entry.shape)
+    return tensors

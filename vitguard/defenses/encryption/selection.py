@@ -1,0 +1,55 @@
+"""Selections: which parameters are encrypted, and the smallest set that ends the closed forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vitguard.errors import expected
+from vitguard.vit import SELECTORS, Anatomy
+
+__all__ = ["minimal_names", "select_names"]
+
+_MINIMAL = ("plan", "minimal")
+
+
+def select_names(anatomy: Anatomy, selector: str, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that a selection means, in their own order.
+
+    Args:
+        selector: A role of `Anatomy.select`, a regular expression, `plan` (also `minimal`), or
+            several joined by `/`.
+
+    Raises:
+        InputError: A part is empty, or as a regular expression matches no name.
+    """
+    names = list(names)
+    chosen: set[str] = set()
+    for part in selector.split("/"):
+        if not part:
+            choices = ", ".join((*SELECTORS, "plan"))
+            raise expected(f"{choices} or a regular expression", repr(selector))
+        if part in _MINIMAL:
+            chosen.update(minimal_names(anatomy, names))
+        else:
+            chosen.update(anatomy.select(part, names))
+    return [n for n in names if n in chosen]
+
+
+def minimal_names(anatomy: Anatomy, names: Iterable[str]) -> list[str]:
+    """Return the smallest set by role whose encryption leaves no closed form (METHODS 2.1 to 2.5c).
+
+    - patch embedding, positions and prefix tokens: `position`, and the patches' span;
+    - attention of the first block, projection included: without it neither the first norm nor,
+      since every later token contains W_o o with o then unknown, any later block gives a linear
+      equation about the patches;
+    - second MLP layer of the last block and the head: `cascade` and the labels.
+
+    What it leaves to gradient matching and to searches over tokens is said by `vitguard plan`.
+    """
+    names = list(names)
+    chosen = {n for n in names if anatomy.role(n) in ("patch", "position", "token", "head")}
+    if anatomy.blocks:
+        first, last = anatomy.blocks[0], anatomy.blocks[-1]
+        inside = (f"{first.attention}.", f"{first.proj}.", f"{last.fc2}.")
+        chosen |= {n for n in names if n.startswith(inside) or n in first.qkv + first.qkv_bias}
+    return [n for n in names if n in chosen]

@@ -1,0 +1,173 @@
+"""The wire format: a header, ciphertexts, and a code over both that is checked first.
+
+::
+
+    header   magic, version, kind, preset, key fingerprint, manifest digest, round, base, nonce,
+             client limit, clients in it, weight, values, ciphertexts, sender
+    table    length of each ciphertext, 4 bytes each
+    body     the ciphertexts, as SEAL writes them
+    code     HMAC-SHA256 of everything before, under the sender's key
+
+Bounds and shapes are in the manifest, which the digest stands for. Nothing in a message chooses a
+size, a scale or a parameter: they follow from keys and manifest, and a message that differs from
+them is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import secrets
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vitguard.defenses.encryption.keys import KeySet, ServerKeys
+from vitguard.defenses.encryption.manifest import Manifest
+from vitguard.errors import Rejected, expected
+
+__all__ = ["MESSAGE", "SUM", "Context", "Header", "open_message", "write_message"]
+
+MAGIC = b"VGHE"
+VERSION = 1
+MESSAGE, SUM = 1, 2
+SERVER = "server"
+_FIXED = struct.Struct(">4sBB12s16s32sQ32s16sHHdQIB")
+_CODE = 32
+_LONGEST_ID = 64
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a message must agree with: keys, manifest, round and version of the public model."""
+
+    keys: KeySet | ServerKeys
+    manifest: Manifest
+    round_id: int
+    base: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.round_id < 2**63:
+            raise expected("a round number of at least 0", self.round_id)
+
+    @property
+    def base_digest(self) -> bytes:
+        """Thirty-two bytes that stand for the version of the public model."""
+        return hashlib.sha256(self.base.encode()).digest()
+
+    def binding(self) -> bytes:
+        """Return the bytes that canaries depend on."""
+        parts = (self.keys.fingerprint, self.manifest.digest(), self.base_digest)
+        return hashlib.sha256(b"".join(parts) + self.round_id.to_bytes(8, "big")).digest()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a message says about itself.
+
+    Args:
+        kind: `MESSAGE` of one client or `SUM` of several.
+        sender: Client id, or `server`.
+        clients: Messages in it.
+        weight: Weight of the client, or the sum of weights.
+        nonce: Drawn for each message.
+    """
+
+    kind: int
+    sender: str
+    clients: int
+    weight: float
+    nonce: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+
+    @property
+    def party(self) -> str:
+        """Whose authentication key covers the message."""
+        return SERVER if self.kind == SUM else f"client:{self.sender}"
+
+
+def write_message(header: Header, ciphertexts: Sequence[bytes], context: Context) -> bytes:
+    """Return the bytes of a message, authenticated as its sender.
+
+    Raises:
+        InputError: The sender's name is empty or longer than 64 bytes.
+        Rejected: The sender's authentication key is not held here.
+    """
+    sender = header.sender.encode()
+    if not 0 < len(sender) <= _LONGEST_ID:
+        raise expected(f"a client id of 1 to {_LONGEST_ID} bytes", repr(header.sender))
+    keys = context.keys
+    fixed = _FIXED.pack(
+        MAGIC, VERSION, header.kind, keys.preset.encode(), keys.fingerprint,
+        context.manifest.digest(), context.round_id, context.base_digest, header.nonce,
+        keys.max_clients, header.clients, header.weight, context.manifest.values,
+        len(ciphertexts), len(sender),
+    )  # fmt: skip
+    table = struct.pack(f">{len(ciphertexts)}I", *map(len, ciphertexts))
+    message = b"".join((fixed, sender, table, *ciphertexts))
+    return message + hmac.digest(keys.authority.key(header.party), message, "sha256")
+
+
+def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list[bytes]]:
+    """Check a message in full and return its header and ciphertexts, still unparsed.
+
+    Raises:
+        Rejected: `cause` is one of type, oversize, truncated, magic, version, kind, preset, key,
+            code, manifest, round, base, clients, weight, counts.
+    """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise Rejected("type", f"{type(data).__name__} where bytes were due")
+    data = bytes(data)
+    keys, layout = context.keys, context.keys.layout
+    chunks = layout.chunks(context.manifest.values)
+    most = _FIXED.size + _LONGEST_ID + chunks * (16 * layout.degree + 4096 + 4) + _CODE
+    if len(data) > most:
+        raise Rejected("oversize", f"{len(data)} bytes where at most {most} can be right")
+    if len(data) < _FIXED.size + _CODE:
+        raise Rejected("truncated", f"{len(data)} bytes")
+    (
+        magic, version, found, preset, fingerprint, manifest, round_id, base, nonce,
+        max_clients, clients, weight, values, count, id_size,
+    ) = _FIXED.unpack_from(data)  # fmt: skip
+    if magic != MAGIC:
+        raise Rejected("magic", "bytes that are no vitguard message")
+    if version != VERSION:
+        raise Rejected("version", f"wire version {version}, this is {VERSION}")
+    if found != kind:
+        names = {MESSAGE: "a client's message", SUM: "a sum"}
+        raise Rejected("kind", f"{names.get(found, 'another kind')} where {names[kind]} was due")
+    if preset.rstrip(b"\0") != keys.preset.encode():
+        raise Rejected("preset", f"preset {preset!r} under keys of {keys.preset!r}")
+    if fingerprint != keys.fingerprint:
+        raise Rejected("key", "a message under other keys")
+    table_at = _FIXED.size + id_size
+    body_at = table_at + 4 * count
+    if count != chunks or body_at > len(data) - _CODE:
+        raise Rejected("counts", f"{count} ciphertexts where {chunks} were due")
+    try:
+        header = Header(kind, data[_FIXED.size : table_at].decode(), clients, weight, nonce)
+    except UnicodeDecodeError as error:
+        raise Rejected("code", "a sender that is no text") from error
+    code = hmac.digest(keys.authority.key(header.party), data[:-_CODE], "sha256")
+    if not hmac.compare_digest(code, data[-_CODE:]):
+        raise Rejected("code", "a message whose authentication code does not match")
+    lengths = struct.unpack_from(f">{count}I", data, table_at)
+    if body_at + sum(lengths) + _CODE != len(data):
+        raise Rejected("counts", "ciphertexts that do not fill the message")
+    if manifest != context.manifest.digest() or values != context.manifest.values:
+        raise Rejected("manifest", "a message about other tensors, shapes or bounds")
+    if round_id != context.round_id:
+        raise Rejected("round", f"a message of round {round_id} in round {context.round_id}")
+    if base != context.base_digest:
+        raise Rejected("base", "a message about another version of the public model")
+    limit = keys.max_clients if kind == SUM else 1
+    if max_clients != keys.max_clients or not 1 <= clients <= limit:
+        raise Rejected("clients", f"{clients} clients, limit {max_clients}")
+    heaviest = context.manifest.max_weight * clients
+    if not (math.isfinite(weight) and 0 < weight <= heaviest * (1 + 1e-9)):
+        raise Rejected("weight", f"weight {weight} where at most {heaviest} can be right")
+    ciphertexts, at = [], body_at
+    for length in lengths:
+        ciphertexts.append(data[at : at + length])
+        at += length
+    return header, ciphertexts

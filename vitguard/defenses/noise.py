@@ -1,0 +1,53 @@
+"""Gaussian noise on the update: a baseline without a guarantee."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vitguard.core import Update
+from vitguard.defenses._base import Draws, UpdateDefense
+from vitguard.errors import expected
+from vitguard.vit import Anatomy
+
+__all__ = ["GradientNoise"]
+
+
+@dataclass(frozen=True)
+class GradientNoise(UpdateDefense):
+    """Add Gaussian noise to each tensor, relative to its root mean square.
+
+    Guarantees:
+        None. Without clipping there is no epsilon; use `privacy` for one.
+
+    Args:
+        scale: Standard deviation of the noise over the tensor's root mean square, at least 0.
+        keep_statistics: Shift and rescale each noised tensor to its original mean and norm about
+            the mean.
+    """
+
+    name: ClassVar[str] = "noise"
+    scale: float = 0.01
+    keep_statistics: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < float("inf"):
+            raise expected("a finite noise scale of at least 0", self.scale)
+
+    def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
+        """Return the update with noise on every readable tensor."""
+        tensors = {name: self._noised(t, draws) for name, t in update.tensors.items()}
+        return replace(update, tensors=tensors)
+
+    def _noised(self, tensor: Tensor, draws: Draws) -> Tensor:
+        noise = torch.randn(tensor.shape, generator=draws.generator, dtype=torch.float32)
+        noised = tensor + self.scale * tensor.square().mean().sqrt() * noise.to(tensor)
+        if not self.keep_statistics or tensor.numel() < 2:
+            return noised
+        about = noised - noised.mean()
+        original = tensor - tensor.mean()
+        ratio = original.norm() / about.norm().clamp_min(torch.finfo(tensor.dtype).tiny)
+        return tensor.mean() + about * ratio

@@ -1,0 +1,245 @@
+"""Position embeddings that no update contains: fixed ones, and ones that stay on the client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitguard.defenses._base import Defense, Draws, Installed, ModelDefense
+from vitguard.errors import Incompatible, Unprotected, expected
+from vitguard.vit import Anatomy
+
+__all__ = ["FixedPositions", "WithheldPositions", "sincos_positions"]
+
+Kind = Literal["sincos", "frozen", "random", "none"]
+
+
+def sincos_positions(
+    grid: tuple[int, int], width: int, *, temperature: float = 10000.0
+) -> Float[Tensor, "patches width"]:
+    """Return the 2-D sine-cosine position embedding of MAE and MoCo v3, in float64.
+
+    For frequencies w_k = temperature^(-4k / width), k < width / 4, the embedding of the patch at
+    (row, column) is [sin(column w), cos(column w), sin(row w), cos(row w)].
+
+    Args:
+        grid: Patches per column and per row.
+        width: Token width; a multiple of 4.
+
+    Raises:
+        InputError: `width` is no multiple of 4.
+
+    References:
+        arXiv 2111.06377, arXiv 2104.02057.
+    """
+    if width % 4:
+        raise expected("a token width that is a multiple of 4 for sincos positions", width)
+    quarter = width // 4
+    frequency = temperature ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    row, column = torch.meshgrid(
+        torch.arange(grid[0], dtype=torch.float64),
+        torch.arange(grid[1], dtype=torch.float64),
+        indexing="ij",
+    )
+    across = column.reshape(-1, 1) * frequency
+    down = row.reshape(-1, 1) * frequency
+    return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1)
+
+
+@dataclass(frozen=True)
+class FixedPositions(ModelDefense):
+    """Replace the learnable absolute position embedding by a buffer.
+
+    Guarantees:
+        No update contains a position gradient.
+        Names of parameters and keys of the state dict stay as they are.
+        `frozen` leaves the output of the model as it is.
+
+    Does not protect against:
+        Span inversion (`span`), which needs no position gradient: at batch size 1 it recovers
+        the image from `frozen` and `random` positions in under a second. See sharp edges.
+
+    Args:
+        kind: `sincos` (2-D sine-cosine), `frozen` (the values the model has), `random` (normal,
+            standard deviation 0.02) or `none` (zeros). Rows of prefix tokens are fixed too: zero
+            but for `frozen` and `random`.
+
+    A strict load of an original checkpoint works; its position rows are taken by `frozen` only.
+
+    Example:
+        >>> import timm, vitguard as vg
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        >>> guard = vg.protect(model, [vg.FixedPositions("sincos")])
+        >>> "pos_embed" in dict(model.named_parameters())
+        False
+        >>> guard.remove()
+    """
+
+    name: ClassVar[str] = "positions"
+    kind: Kind = "sincos"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise expected(f"kind among {', '.join(get_args(Kind))}", repr(self.kind))
+
+    def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
+        """Raise Incompatible without absolute positions, or with a width sincos cannot fill."""
+        _require_positions(anatomy, self.name)
+        if self.kind == "sincos" and anatomy.width % 4:
+            raise Incompatible(
+                f"Expected a token width that is a multiple of 4 for sincos positions, "
+                f"got {anatomy.width}. Use kind='frozen' or 'random'."
+            )
+
+    def install(self, model: nn.Module, anatomy: Anatomy, draws: Draws) -> Installed:
+        """Swap the parameter for a buffer of the same name, shape, dtype and device."""
+        return _InstalledPositions(model, anatomy, self._values(model, anatomy, draws), self.kind)
+
+    def _values(self, model: nn.Module, anatomy: Anatomy, draws: Draws) -> Tensor:
+        parent, attribute = _locate(model, anatomy)
+        current = getattr(parent, attribute).detach()
+        if self.kind == "frozen":
+            return current.clone()
+        values = torch.zeros_like(current)
+        if self.kind == "random":
+            noise = torch.randn(current.shape, generator=draws.generator, dtype=torch.float32)
+            values.copy_(0.02 * noise)
+        elif self.kind == "sincos":
+            values[:, anatomy.position_prefix :] = sincos_positions(anatomy.grid, anatomy.width).to(
+                values
+            )
+        return values
+
+
+class _InstalledPositions(Installed):
+    """Fixed positions in place: the parameter is a buffer, `fixed` keeps what it must be."""
+
+    fixed: Tensor
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, values: Tensor, kind: str) -> None:
+        super().__init__()
+        self.anatomy = anatomy
+        self.kind = kind
+        self.register_buffer("fixed", values, persistent=False)
+        parent, attribute = _locate(model, anatomy)
+        self.order = list(parent._parameters)
+        delattr(parent, attribute)
+        parent.register_buffer(attribute, values.clone())
+        self.handles: list[Any] = [
+            parent.register_load_state_dict_post_hook(_KeepFixed(self, attribute)),
+            parent.register_forward_pre_hook(_RefuseLearnable(attribute)),
+        ]
+
+    def uninstall(self, model: nn.Module) -> None:
+        parent, attribute = _locate(model, self.anatomy)
+        values = getattr(parent, attribute).detach().clone()
+        for handle in self.handles:
+            handle.remove()
+        delattr(parent, attribute)
+        parent.register_parameter(attribute, nn.Parameter(values))
+        for name in self.order:  # the original order of parameters, for optimizers that rely on it
+            parent._parameters[name] = parent._parameters.pop(name)
+
+    def verify(self, model: nn.Module) -> None:
+        parent, attribute = _locate(model, self.anatomy)
+        _RefuseLearnable(attribute)(parent, ())
+
+
+class _KeepFixed:
+    """After a load: put the fixed values back, or take the checkpoint's where `frozen` says so."""
+
+    def __init__(self, installed: _InstalledPositions, attribute: str) -> None:
+        self.installed, self.attribute = installed, attribute
+
+    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+        current = getattr(module, self.attribute)
+        with torch.no_grad():
+            if self.installed.kind == "frozen":
+                self.installed.fixed = current.detach().clone()
+            else:
+                current.copy_(self.installed.fixed)
+
+
+class _RefuseLearnable:
+    """Before a forward: refuse if something made the positions learnable again."""
+
+    def __init__(self, attribute: str) -> None:
+        self.attribute = attribute
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.attribute in module._parameters:
+            raise Unprotected(
+                f"Expected fixed positions, got a learnable {self.attribute} (set_input_size or an "
+                "assignment replaced it). Resize the model first, then protect it."
+            )
+
+
+@dataclass(frozen=True)
+class WithheldPositions(ModelDefense):
+    """Keep positions learnable and local: their gradient never leaves the client.
+
+    Guarantees:
+        No update contains a position gradient.
+
+    Does not protect against:
+        Span inversion with the public initial positions. The client's positions drift away from
+        them slowly: after 100 local steps the image still comes back (METHODS 4.5).
+
+    The position embedding is no part of what the client shares, so the server must not average it.
+    """
+
+    name: ClassVar[str] = "withheld"
+
+    def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
+        """Raise Incompatible without absolute positions, or together with fixed ones."""
+        _require_positions(anatomy, self.name)
+        if any(isinstance(d, FixedPositions) for d in stack):
+            raise Incompatible(
+                "Expected either fixed or withheld positions, got both. Fixed positions have no "
+                "gradient to withhold: drop one of the two."
+            )
+
+    def install(self, model: nn.Module, anatomy: Anatomy, draws: Draws) -> Installed:
+        """Remember the public positions; the model stays as it is."""
+        return _InstalledWithheld(model, anatomy)
+
+
+class _InstalledWithheld(Installed):
+    public: Tensor
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.anatomy = anatomy
+        parent, attribute = _locate(model, anatomy)
+        self.register_buffer("public", getattr(parent, attribute).detach().clone(), persistent=False)
+
+    def uninstall(self, model: nn.Module) -> None:
+        pass
+
+    def publish(self, model: nn.Module) -> None:
+        parent, attribute = _locate(model, self.anatomy)
+        with torch.no_grad():
+            getattr(parent, attribute).copy_(self.public)
+
+    def withheld(self) -> Mapping[str, str]:
+        assert self.anatomy.positions is not None
+        return {self.anatomy.positions: "withheld positions stay on the client"}
+
+
+def _require_positions(anatomy: Anatomy, name: str) -> None:
+    if anatomy.positions is None:
+        raise Incompatible(
+            f"Expected a model with an absolute position embedding for {name}, got none "
+            f"({anatomy.family}). Rotary and relative positions are not replaced."
+        )
+
+
+def _locate(model: nn.Module, anatomy: Anatomy) -> tuple[nn.Module, str]:
+    assert anatomy.positions is not None
+    path, _, attribute = anatomy.positions.rpartition(".")
+    return model.get_submodule(path), attribute

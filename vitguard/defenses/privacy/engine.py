@@ -1,0 +1,242 @@
+"""The book-keeping engine: one forward, one backward, every example's gradient clipped.
+
+A function mode watches the forward pass. Whatever an operation does with a trainable parameter
+goes through a rule (rules.py) that records each example's own gradient on a tape; a use without
+one is refused or computed example by example, never passed over. The first pass of every kind is
+compared with plain gradients of single examples in the same graph, draws included.
+
+References: Goodfellow (arXiv:1510.01799), Bu et al. (book-keeping, arXiv:2210.00038).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from vitguard.defenses.privacy.rules import RULES, expand_rule, one_by_one, tensors_in
+from vitguard.defenses.privacy.tape import Tape
+from vitguard.errors import Incompatible, Unprotected
+
+__all__ = ["Clipped", "Engine", "Watch", "clipped_sum"]
+
+_EXPANSIONS = ("expand", "expand_as", "repeat")
+
+
+class Watch(TorchFunctionMode):
+    """Send each operation on a root through its rule, and note what depends on the examples."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tape = self.tape
+        given = list(tensors_in(args))
+        if kwargs:
+            given += tensors_in(kwargs.values())
+        roots = [t for t in given if tape.is_root(t)]
+        if not roots:
+            out = func(*args, **kwargs)
+            if isinstance(out, Tensor):
+                self._mark(out, given)
+            elif isinstance(out, tuple | list):
+                for part in out:
+                    if isinstance(part, Tensor):
+                        self._mark(part, given)
+            return out
+        name = getattr(func, "__name__", "")
+        if any(tape.holds_examples(t) for t in given):
+            return RULES.get(name, one_by_one)(tape, func, args, kwargs)
+        if name in _EXPANSIONS and (lifted := expand_rule(tape, func, args, kwargs)) is not None:
+            return lifted
+        return self._compute(func, args, kwargs, roots)
+
+    def _mark(self, out: Tensor, given: list[Tensor]) -> None:
+        if not out.requires_grad:
+            self.tape.mark(out, any(self.tape.holds_examples(t) for t in given))
+
+    def _compute(self, func: Any, args: Any, kwargs: Any, roots: list[Tensor]) -> Any:
+        """Compute from parameters alone, starting at their stand-ins."""
+        tape = self.tape
+
+        def alias(value: Any) -> Any:
+            if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
+                return type(value)(alias(v) for v in value)
+            if isinstance(value, Tensor) and tape.is_root(value):
+                return tape.alias(value)
+            return value
+
+        out = func(*map(alias, args), **{k: alias(v) for k, v in kwargs.items()})
+        names = "|".join(dict.fromkeys(n for r in roots for n in tape.name(r).split("|")))
+        for part in (out,) if isinstance(out, Tensor) else tensors_in((out,)):
+            if part.requires_grad:
+                tape.add_computed(part, names)
+            else:
+                tape.mark(part, False)
+        return out
+
+
+@dataclass
+class Clipped:
+    """Sums of clipped gradients by parameter name, and the norms before clipping, (batch,)."""
+
+    sums: dict[str, Tensor]
+    norms: Tensor
+
+
+def clipped_sum(tape: Tape, clip: float, *, scale: float = 1.0, real: int | None = None) -> Clipped:
+    """Clip each example's gradient to `clip` in the 2-norm over all parameters, and add up.
+
+    Args:
+        scale: Factor from what backward saw to one example's own gradient (the batch size, when
+            the loss was a mean).
+        real: How many of the first examples count; the rest is padding.
+    """
+    uses = tape.collect()
+    if not uses:
+        return Clipped({}, torch.zeros(tape.batch))
+    squares = [u.squared_norms() for u in uses.values()]
+    wide = torch.promote_types(squares[0].dtype, torch.float32)
+    norms = torch.stack([s.to(wide) for s in squares]).sum(0).sqrt() * scale
+    good = torch.isfinite(norms)
+    weights = scale * clip / norms.clamp(min=clip)
+    if real is not None:
+        weights[real:] = 0
+    if not bool(good.all()):  # an example whose gradient overflowed contributes nothing
+        weights = torch.where(good, weights, torch.zeros_like(weights))
+        for use in uses.values():
+            use.scrub(good)
+    return Clipped({name: use.weighted(weights) for name, use in uses.items()}, norms)
+
+
+class Engine:
+    """Records passes of one model. It holds names and settings, never tensors of the model."""
+
+    def __init__(self, *, check: bool = True) -> None:
+        self.check = check
+        self._known: set[frozenset[tuple[str, str]]] = set()
+
+    @contextmanager
+    def watch(self, model: nn.Module, batch: int) -> Iterator[Tape]:
+        """Record the forward pass inside the block."""
+        tape = self.tape(model, batch)
+        with Watch(tape):
+            yield tape
+
+    @staticmethod
+    def tape(model: nn.Module, batch: int) -> Tape:
+        """Return an empty tape for a model."""
+        trainable = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        constants = frozenset(map(id, (*frozen, *model.buffers())))
+        return Tape(trainable, batch, constants)
+
+    def verify(self, tape: Tape, outputs: Any, images: Tensor | None = None) -> None:
+        """Compare recorded gradients with plain ones, once for each kind of pass.
+
+        Args:
+            outputs: What the model returned: the examples along the first dimension.
+            images: Input that requires a gradient, to see whether examples mix.
+
+        Raises:
+            Incompatible: They differ, so the record of this model would be wrong.
+        """
+        kind = frozenset(tape.signature)
+        if not self.check or kind in self._known:
+            return
+        _compare(tape, outputs, images)
+        self._known.add(kind)
+
+
+def _compare(tape: Tape, outputs: Any, images: Tensor | None) -> None:
+    values = _pseudo_losses(outputs, tape.batch)
+    roots = tape.entered()
+    if not roots:
+        raise Unprotected("Expected a forward pass that uses trainable parameters, got none.")
+    chosen = sorted({0, tape.batch // 2, tape.batch - 1})
+    tape.checking = True
+    expected_gradients = {i: _plain(tape, values[i], images, i) for i in chosen}
+    tape.checking = False
+    leaves = [r.leaf for r in roots]
+    torch.autograd.grad(values.sum(), leaves, retain_graph=True, allow_unused=True)
+    uses = tape.collect()
+    tape.forget()
+    norms = torch.stack([u.squared_norms().to(values.dtype) for u in uses.values()]).sum(0).sqrt()
+    tolerance = 3e-2 if torch.is_autocast_enabled(values.device.type) else 1e-3
+    for i in chosen:
+        plain = expected_gradients[i]
+        only = torch.zeros(tape.batch, dtype=values.dtype, device=values.device)
+        only[i] = 1
+        size = torch.stack([g.norm() for g in plain.values()]).norm()
+        if not bool((norms[i] - size).abs() <= tolerance * size + 1e-30):
+            raise _mismatch("the norm", i)
+        for name, gradient in plain.items():
+            got = uses[name].weighted(only) if name in uses else torch.zeros_like(gradient)
+            if not bool((got - gradient).norm() <= tolerance * (gradient.norm() + 1e-2 * size)):
+                raise _mismatch(name, i)
+
+
+def _mismatch(what: str, example: int) -> Incompatible:
+    return Incompatible(
+        f"Expected each example's gradient to depend on that example alone, got another {what} for "
+        f"example {example}. The model mixes examples (batch statistics?) or lays them out in an "
+        "unknown way; differential privacy cannot hold for it."
+    )
+
+
+def _pseudo_losses(outputs: Any, batch: int) -> Tensor:
+    """Return a random linear function of each example's outputs, shape (batch,)."""
+    generator = torch.Generator().manual_seed(0)
+    total: Any = 0
+    for out in tree_leaves(_plain_tree(outputs)):
+        if isinstance(out, Tensor) and out.requires_grad and out.dim() and out.shape[0] == batch:
+            flat = out.flatten(1) if out.dim() > 1 else out[:, None]
+            wide = torch.promote_types(flat.dtype, torch.float32)
+            weights = torch.randn(flat.shape[1], generator=generator).to(flat.device, wide)
+            total = total + flat.to(wide) @ weights
+    if not isinstance(total, Tensor):
+        raise Unprotected("Expected outputs with a row for each example, got none.")
+    return total
+
+
+def _plain_tree(outputs: Any) -> Any:
+    return list(outputs.values()) if isinstance(outputs, dict) else outputs
+
+
+def _plain(tape: Tape, loss: Tensor, images: Tensor | None, example: int) -> dict[str, Tensor]:
+    """Return the plain gradient of one example's loss by parameter name."""
+    roots = tape.entered()
+    leaves = [r.leaf for r in roots] + ([] if images is None else [images])
+    found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    if images is not None and found[-1] is not None:
+        others = found[-1].clone()
+        others[example] = 0
+        if bool(others.any()):
+            raise _mismatch("image", example)
+    total: dict[str, Tensor] = {}
+    stand_ins = tape.leaves()
+    for root, gradient in zip(roots, found, strict=False):
+        if gradient is None:
+            continue
+        if root.source is None:
+            pulled = {root.name: gradient}
+        else:
+            names = [n for n in root.name.split("|") if n in stand_ins]
+            parts = torch.autograd.grad(
+                root.source, [stand_ins[n] for n in names], gradient,
+                retain_graph=True, allow_unused=True,
+            )  # fmt: skip
+            pulled = {n: p for n, p in zip(names, parts, strict=True) if p is not None}
+        for name, part in pulled.items():
+            total[name] = total[name] + part if name in total else part.to(tape.dtype_of(name))
+    return total

@@ -1,0 +1,51 @@
+"""Magnitude pruning of the update: a baseline without a guarantee."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vitguard.core import Update
+from vitguard.defenses._base import Draws, UpdateDefense
+from vitguard.errors import expected
+from vitguard.vit import Anatomy
+
+__all__ = ["GradientPruning"]
+
+
+@dataclass(frozen=True)
+class GradientPruning(UpdateDefense):
+    """Keep the largest fraction of each tensor's entries and zero the others.
+
+    Guarantees:
+        None: which entries survive depends on the data, and they survive exactly.
+
+    Args:
+        keep: Fraction of the entries of each tensor to keep, above 0 and at most 1; at least one
+            entry of each tensor stays.
+
+    References:
+        arXiv 1906.08935, section 5.
+    """
+
+    name: ClassVar[str] = "pruning"
+    keep: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise expected("keep above 0 and at most 1", self.keep)
+
+    def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
+        """Return the update with all but the largest entries of each tensor zeroed."""
+        return replace(update, tensors={n: self._pruned(t) for n, t in update.tensors.items()})
+
+    def _pruned(self, tensor: Tensor) -> Tensor:
+        flat = tensor.flatten()
+        count = max(1, round(self.keep * flat.numel()))
+        if count >= flat.numel():
+            return tensor
+        kept = flat.abs().topk(count).indices
+        return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)

@@ -1,0 +1,102 @@
+"""The exceptions of vitguard, drawn once.
+
+::
+
+    VitguardError
+    ├── InputError (ValueError)          a value, file, image or name that cannot be used
+    │   ├── UnsupportedModel             no Vision Transformer was recognised in the model
+    │   ├── Incompatible                 defenses that cannot work together, or on this model
+    │   └── Rejected                     an encrypted message, key file or sum that is not accepted
+    ├── MissingExtra (ImportError)       an optional package is not installed
+    ├── Unprotected (RuntimeError)       a defense would not act: refused, never passed on
+    ├── Blocked                          an attack asked for a tensor that the adversary cannot read
+    ├── NotApplicable                    an attack's assumption does not hold for what it was given
+    └── LeakFound                        `AuditReport.raise_if_leaks` found what it was asked to find
+
+Every message says what was expected, what was got and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Blocked",
+    "Incompatible",
+    "InputError",
+    "LeakFound",
+    "MissingExtra",
+    "NotApplicable",
+    "Rejected",
+    "Unprotected",
+    "UnsupportedModel",
+    "VitguardError",
+    "expected",
+    "missing_extra",
+]
+
+
+class VitguardError(Exception):
+    """Base of everything that vitguard raises on purpose."""
+
+
+class InputError(VitguardError, ValueError):
+    """A value, file, image or name that cannot be used."""
+
+
+class UnsupportedModel(InputError):
+    """The model has no Vision Transformer that `Anatomy` recognises."""
+
+
+class Incompatible(InputError):
+    """Defenses that cannot work together, or a defense that cannot work on this model."""
+
+
+class Rejected(InputError):
+    """An encrypted message, key file or sum that is not accepted; `cause` says in one word why."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(f"Expected an encrypted message that holds, got {message}.")
+        self.cause = cause
+        self.message = message
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return (type(self), (self.cause, self.message))
+
+
+class MissingExtra(VitguardError, ImportError):
+    """An optional package is not installed; the message names the pip command."""
+
+
+class Unprotected(VitguardError, RuntimeError):
+    """A defense would not act on what was about to happen, so it was refused."""
+
+
+class Blocked(VitguardError):
+    """The adversary cannot read a tensor: it was sealed, withheld or never released."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} cannot be read: {reason}")
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return (type(self), (self.name, self.reason))
+
+
+class NotApplicable(VitguardError):
+    """An attack's assumption does not hold; this says nothing about protection."""
+
+
+class LeakFound(VitguardError):
+    """A defended configuration leaks more than was allowed."""
+
+
+def expected(what: str, got: object, do: str = "") -> InputError:
+    """Return the one form of input error: expected, got, do."""
+    message = f"Expected {what}, got {got}."
+    return InputError(f"{message} {do}" if do else message)
+
+
+def missing_extra(what: str, package: str, extra: str | None = None) -> MissingExtra:
+    """Return the error for a package that is needed now and not installed."""
+    command = f'pip install "vitguard[{extra}]"' if extra else f"pip install {package}"
+    return MissingExtra(f"{what} needs {package}: {command}")

@@ -1,0 +1,338 @@
+"""protect(): folds defenses around a model and one local step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitguard.core import Batch, Loss, Update
+from vitguard.defenses._base import (
+    BatchDefense,
+    Defense,
+    Draws,
+    Installed,
+    ModelDefense,
+    StepDefense,
+    UpdateDefense,
+)
+from vitguard.errors import Incompatible, InputError, Unprotected, expected
+from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of
+
+__all__ = ["Guard", "protect"]
+
+_PLACES = (ModelDefense, BatchDefense, StepDefense, UpdateDefense)
+
+
+def protect(
+    model: nn.Module,
+    defenses: Sequence[Defense],
+    *,
+    anatomy: Anatomy | None = None,
+    generator: torch.Generator | None = None,
+) -> Guard:
+    """Fold defenses around a model, in place.
+
+    Args:
+        model: A Vision Transformer that `Anatomy` recognises, not yet compiled or distributed.
+        defenses: What to apply. The place fixes the order (model, batch, step, update); inside a
+            place the list does.
+        anatomy: Names and sizes of a model that is not recognised.
+        generator: Source of every secret draw; fresh entropy by default. It must stay secret.
+
+    Raises:
+        UnsupportedModel: No Vision Transformer was recognised.
+        Incompatible: The defenses cannot work together or on this model; the model is unchanged.
+        InputError: The model is wrapped or protected already.
+    """
+    _require_bare(model)
+    anatomy = anatomy or Anatomy.of(model)
+    ordered = [d for place in _PLACES for d in defenses if isinstance(d, place)]
+    if len(ordered) != len(defenses):
+        strangers = [d for d in defenses if d not in ordered]
+        raise expected("defenses", f"{strangers[0]!r}", "See `vitguard list`.")
+    names = [d.name for d in ordered]
+    if repeated := {n for n in names if names.count(n) > 1}:
+        raise Incompatible(f"Expected each defense once, got {', '.join(sorted(repeated))} twice.")
+    if sum(isinstance(d, StepDefense) for d in ordered) > 1:
+        raise Incompatible("Expected at most one defense of the step, got two. Drop one.")
+    for defense in ordered:
+        defense.check(model, anatomy, ordered)
+    draws = Draws(generator)
+    protection = Protection(anatomy, tuple(ordered), draws)
+    try:
+        for defense in ordered:
+            if isinstance(defense, ModelDefense):
+                protection.add_module(defense.name, defense.install(model, anatomy, draws))
+    except BaseException:
+        protection.uninstall(model)
+        raise
+    model.add_module("vitguard", protection)
+    return Guard(model)
+
+
+class Protection(nn.Module):
+    """What lives at `model.vitguard`: the settings, and a child for each model defense."""
+
+    def __init__(self, anatomy: Anatomy, defenses: tuple[Defense, ...], draws: Draws) -> None:
+        super().__init__()
+        self.anatomy = anatomy
+        self.defenses = defenses
+        self.draws = draws
+        self.register_load_state_dict_pre_hook(_tolerate_original)
+
+    def __repr__(self) -> str:
+        return f"Protection({', '.join(map(repr, self.defenses))})"
+
+    def installed(self) -> list[Installed]:
+        """Return the installed pieces, in order."""
+        return [m for m in self.children() if isinstance(m, Installed)]
+
+    def uninstall(self, model: nn.Module) -> None:
+        """Undo the pieces in reverse order."""
+        for piece in reversed(self.installed()):
+            piece.uninstall(model)
+
+
+def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a strict load take a checkpoint that knows nothing of vitguard."""
+    if not any(key.startswith(prefix) for key in state):
+        state.update({f"{prefix}{k}": v for k, v in module.state_dict().items()})
+
+
+class Guard:
+    """A protected model's handle: made by `protect`, or found again with `Guard.of(model)`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._protection: Protection = model.get_submodule("vitguard")  # type: ignore[assignment]
+        self._draws = self._protection.draws
+        self._ledger: Any = None
+
+    @staticmethod
+    def of(model: nn.Module) -> Guard:
+        """Return a guard for a protected model, such as a copy; its draws start afresh."""
+        if not isinstance(getattr(model, "vitguard", None), Protection):
+            raise expected("a model that was protected", type(model).__name__, "Call protect first.")
+        return Guard(model)
+
+    def __repr__(self) -> str:
+        return f"Guard({type(self.model).__name__}, {list(self.defenses)})"
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Where the model keeps its parts."""
+        return self._protection.anatomy
+
+    @property
+    def defenses(self) -> tuple[Defense, ...]:
+        """The defenses in the order they act."""
+        return self._protection.defenses
+
+    def _step(self) -> Any:
+        return next((d for d in self.defenses if isinstance(d, StepDefense)), None)
+
+    def verify(self) -> None:
+        """Raise Unprotected if a defense would not act on the model as it stands."""
+        if getattr(self.model, "vitguard", None) is not self._protection:
+            raise Unprotected("Expected a protected model, got one after remove(). Protect it again.")
+        for piece in self._protection.installed():
+            piece.verify(self.model)
+
+    def auxiliary_loss(self) -> Tensor:
+        """Return the sum of the defenses' losses of the last training forward; zero without any."""
+        losses = [piece.auxiliary_loss() for piece in self._protection.installed()]
+        total = next(self.model.parameters()).new_zeros(())
+        return sum((x for x in losses if x is not None), start=total)
+
+    def prepare(self, optimizer: torch.optim.Optimizer, loader: Any = None) -> Any:
+        """Make an optimizer (and loader) right for the protected model, like accelerate's prepare.
+
+        Parameters that a defense added join the optimizer; under differential privacy the returned
+        optimizer and loader replace the old ones, whose next step raises.
+
+        Returns:
+            The optimizer, or `(optimizer, loader)` when a loader is given.
+        """
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        added = [p for p in self._protection.parameters() if p.requires_grad and id(p) not in known]
+        if added:
+            first = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+            optimizer.add_param_group({**first, "params": added})
+        step = self._step()
+        if step is not None and hasattr(step, "prepare"):
+            optimizer, loader, self._ledger = step.prepare(
+                self.model, optimizer, loader, self._draws, self._ledger
+            )
+        return optimizer if loader is None else (optimizer, loader)
+
+    def privacy_spent(self) -> Any:
+        """Return the privacy ledger's statement.
+
+        Raises:
+            InputError: No defense of the stack gives a privacy guarantee.
+        """
+        step = self._step()
+        if step is None or not hasattr(step, "privacy_spent"):
+            raise expected("a stack with DifferentialPrivacy", f"{list(self.defenses)}")
+        return step.privacy_spent(self._ledger)
+
+    def update(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        loss: Loss = F.cross_entropy,
+        learning_rate: float | None = None,
+        local_steps: int = 1,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+    ) -> Update:
+        """Return what leaves the client for one batch: sealed, by the base model's names.
+
+        Args:
+            images: Model input, shape (batch, channels, height, width).
+            labels: Class indices, shape (batch,).
+            loss: `loss(logits, labels)`, a mean over the batch.
+            learning_rate: None gives a gradient; a value gives the weight difference after
+                `local_steps` steps of `optimizer` on the whole batch. The model's own weights are
+                unchanged afterwards.
+
+        Raises:
+            Unprotected: A defense would not act (a shuffle in eval mode, for instance).
+        """
+        batch = Batch(images, labels)
+        for defense in self.defenses:
+            if isinstance(defense, BatchDefense):
+                batch = defense.transform(batch, self._draws)
+        self.verify()
+        facts: dict[str, Any] = {"batch_size": len(labels)}
+        if learning_rate is None:
+            if local_steps != 1:
+                raise expected("a learning rate with several local steps", "none")
+            tensors = self._gradient(batch, loss)
+        else:
+            tensors = self._difference(batch, loss, learning_rate, local_steps, optimizer)
+            facts |= {
+                "kind": "difference",
+                "local_steps": local_steps,
+                "learning_rate": learning_rate,
+                "optimizer": optimizer,
+            }
+        return self.seal(Update(tensors=tensors, **facts))
+
+    def _gradient(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
+        step = self._step()
+        if step is not None:
+            return dict(step.gradient(self.model, loss, batch, self._draws))
+        parameters = canonical_parameters(self.model)
+        total = loss(logits_of(self.model(batch.images)), batch.labels) + self.auxiliary_loss()
+        gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
+        return dict(zip(parameters, gradients, strict=True))
+
+    def _difference(
+        self, batch: Batch, loss: Loss, learning_rate: float, steps: int, optimizer: str
+    ) -> dict[str, Tensor]:
+        kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+        if optimizer not in kinds:
+            raise expected(f"optimizer among {', '.join(kinds)}", repr(optimizer))
+        if not 0 < learning_rate < float("inf"):
+            raise expected("a finite learning rate above 0", learning_rate)
+        parameters = canonical_parameters(self.model)
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        stepper = kinds[optimizer](parameters.values(), lr=learning_rate, weight_decay=0.0)
+        held = {name: p.grad for name, p in parameters.items()}
+        try:
+            for _ in range(steps):
+                for name, gradient in self._gradient(batch, loss).items():
+                    parameters[name].grad = gradient
+                stepper.step()
+            return {name: p.detach() - before[name] for name, p in parameters.items()}
+        finally:
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p.copy_(before[name])
+                    p.grad = held[name]
+
+    def seal(self, update: Update) -> Update:
+        """Apply the defenses of the update to one that training made.
+
+        Raises:
+            Unprotected: A defense would not act, or the stack needs each example's own gradient,
+                which a finished update no longer has (`prepare` protects such training).
+        """
+        self.verify()
+        tensors = {canonical_name(name): t.detach() for name, t in update.tensors.items()}
+        update = replace(update, tensors=tensors)
+        held: dict[str, str] = {}
+        for piece in self._protection.installed():
+            held |= {n: r for n, r in piece.withheld().items() if n in tensors}
+        update = update.seal(held)
+        for defense in self.defenses:
+            if isinstance(defense, UpdateDefense):
+                update = defense.seal(update, self.anatomy, self._draws)
+        return update
+
+    def truth(self) -> Mapping[str, Tensor]:
+        """Return the last secret draws, for scores only; an attack never sees them."""
+        return {k: v for piece in self._protection.installed() for k, v in piece.truth().items()}
+
+    def redraw(self, generator: torch.Generator | None) -> None:
+        """Take every later draw from `generator`, None for fresh entropy."""
+        self._draws.generator = generator or Draws().generator
+
+    def public_model(self) -> nn.Module:
+        """Return a clean copy of what the public knows: no hooks, secrets or local values."""
+        model = copy.deepcopy(self.model)
+        for piece in reversed(model.get_submodule("vitguard").installed()):  # type: ignore[operator]
+            piece.publish(model)
+        del model.vitguard
+        return model
+
+    def extras(self) -> dict[str, Tensor]:
+        """Return what the defenses added to the model (an unknown token, a head), by name."""
+        state = self._protection.state_dict(prefix="vitguard.")
+        return {k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)}
+
+    def export(self) -> dict[str, Tensor]:
+        """Return a state dict of the base model alone, for a model without vitguard."""
+        state = self.model.state_dict()
+        return {k: v for k, v in state.items() if not k.startswith("vitguard.")}
+
+    def remove(self) -> None:
+        """Give the model its original architecture back, in place."""
+        if getattr(self.model, "vitguard", None) is self._protection:
+            self._protection.uninstall(self.model)
+            del self.model.vitguard
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of draws and ledger: local and secret, never to be averaged."""
+        ledger = self._ledger.state_dict() if self._ledger is not None else None
+        return {"version": 1, "draws": self._draws.generator.get_state(), "ledger": ledger}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a `state_dict` left off."""
+        try:
+            self._draws.generator.set_state(state["draws"])
+            ledger = state["ledger"]
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise expected("a state from Guard.state_dict", repr(error)) from error
+        if ledger is not None:
+            self._ledger = self._step().load_ledger(ledger)
+
+
+def _require_bare(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise expected("an nn.Module", type(model).__name__)
+    wrapped: Iterable[str] = ("_orig_mod", "module")
+    if any(isinstance(getattr(model, w, None), nn.Module) for w in wrapped):
+        raise InputError(
+            f"Expected the bare model, got {type(model).__name__} around it. Protect the model "
+            "first, then compile or distribute it."
+        )
+    if isinstance(getattr(model, "vitguard", None), Protection):
+        raise expected("a model that is not protected yet", "one that is", "Call guard.remove().")

@@ -1,0 +1,169 @@
+"""Finding defenses and attacks by name, and reading them from `name:key=value,...`.
+
+A class is found when its module lies in `vitguard.defenses` or `vitguard.attacks` and it has a
+`name`; third parties register theirs under the entry points `vitguard.defenses` and
+`vitguard.attacks`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from vitguard.attacks._base import Attack, InputAttack
+from vitguard.defenses._base import Defense
+from vitguard.errors import InputError, expected
+
+__all__ = [
+    "attack_types",
+    "defense_types",
+    "parse_attack",
+    "parse_attacks",
+    "parse_stack",
+    "parse_value",
+    "stack_name",
+]
+
+Kind = TypeVar("Kind")
+AnyAttack = Attack | InputAttack
+GROUPS = ("closed-form", "ladder", "matching", "input")
+
+
+@cache
+def defense_types() -> dict[str, type[Defense]]:
+    """Return every defense by name, in alphabetical order."""
+    return _discover("vitguard.defenses", Defense)
+
+
+@cache
+def attack_types() -> dict[str, type[AnyAttack]]:
+    """Return every attack by name, in alphabetical order."""
+    return {**_discover("vitguard.attacks", Attack), **_discover("vitguard.attacks", InputAttack)}
+
+
+def _discover(package: str, base: type[Kind]) -> dict[str, type[Kind]]:
+    found: dict[str, type[Kind]] = {}
+    root = importlib.import_module(package)
+    for info in pkgutil.iter_modules(root.__path__, f"{package}."):
+        module = importlib.import_module(info.name)
+        for value in vars(module).values():
+            if inspect.isclass(value) and issubclass(value, base) and "name" in vars(value):
+                found[value.name] = value  # type: ignore[attr-defined]
+    for point in entry_points(group=package):
+        value = point.load()
+        if not (inspect.isclass(value) and issubclass(value, base)):
+            raise expected(f"a {base.__name__} at entry point {point.name}", repr(value))
+        found[value.name] = value  # type: ignore[attr-defined]
+    return dict(sorted(found.items()))
+
+
+def parse_stack(spec: str) -> list[Defense]:
+    """Read a stack such as `positions:kind=sincos+shuffle:ratio=0.7`; `none` is the empty one.
+
+    Raises:
+        InputError: An unknown name or key, or a value that the defense refuses.
+    """
+    if spec.strip() == "none":
+        return []
+    return [_build(part, defense_types(), "defense", ("none",)) for part in _split(spec)]
+
+
+def stack_name(stack: Sequence[Defense]) -> str:
+    """Return the spec of a stack, `none` for an empty one."""
+    return "+".join(defense.spec() for defense in stack) or "none"
+
+
+def parse_attack(spec: str) -> AnyAttack:
+    """Read one attack such as `inverting:iterations=200`."""
+    return _build(spec, attack_types(), "attack", (*GROUPS, "all"))
+
+
+def parse_attacks(specs: str | Sequence[str | AnyAttack]) -> list[AnyAttack]:
+    """Read attacks by name, group (`closed-form`, `ladder`, `matching`, `input`) or `all`."""
+    attacks: list[AnyAttack] = []
+    for spec in [specs] if isinstance(specs, str) else specs:
+        if not isinstance(spec, str):
+            attacks.append(spec)
+        elif spec in (*GROUPS, "all"):
+            attacks += [t() for t in attack_types().values() if spec in ("all", t.family)]
+        else:
+            attacks.append(parse_attack(spec))
+    return list(dict.fromkeys(attacks))
+
+
+def _split(spec: str) -> list[str]:
+    """Split a stack at each `+` that is followed by a name, not by a number as in `1e+3`."""
+    parts: list[str] = []
+    for piece in spec.split("+"):
+        if parts and piece[:1].isdigit():
+            parts[-1] += f"+{piece}"
+        else:
+            parts.append(piece)
+    return parts
+
+
+def _build(spec: str, known: dict[str, type[Kind]], kind: str, also: tuple[str, ...]) -> Kind:
+    name, _, rest = spec.strip().partition(":")
+    if name not in known:
+        raise expected(f"a {kind} among {', '.join((*known, *also))}", repr(name))
+    cls = known[name]
+    hints = get_type_hints(cls)
+    settings = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for item in rest.split(",") if rest else []:
+        key, equals, text = item.partition("=")
+        if not equals or key not in settings:
+            keys = ", ".join(settings) or "no settings"
+            raise expected(f"{name} settings among {keys} as key=value", repr(item))
+        values[key] = parse_value(text, hints[key], f"{name}:{key}")
+    missing = [
+        k
+        for k, f in settings.items()
+        if f.default is MISSING and f.default_factory is MISSING and k not in values
+    ]
+    if missing:
+        raise expected(f"{kind} {name} with {', '.join(f'{k}=...' for k in missing)}", repr(spec))
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def parse_value(text: str, hint: Any, where: str) -> Any:
+    """Read one setting by its type annotation; tuples are written `a/b/c`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        for choice in arguments:
+            if str(choice) == text:
+                return choice
+        raise expected(f"{where} among {', '.join(map(str, arguments))}", repr(text))
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in arguments and text.lower() == "none":
+            return None
+        errors: InputError | None = None
+        for choice in (a for a in arguments if a is not type(None)):
+            try:
+                return parse_value(text, choice, where)
+            except InputError as error:
+                errors = error
+        raise errors or expected(where, repr(text))
+    if origin is tuple:
+        return tuple(parse_value(part, arguments[0], where) for part in text.split("/"))
+    if hint is bool:
+        if text.lower() in ("true", "false", "1", "0", "yes", "no"):
+            return text.lower() in ("true", "1", "yes")
+        raise expected(f"{where} true or false", repr(text))
+    if hint in (int, float, str):
+        try:
+            return hint(text)
+        except ValueError:
+            raise expected(f"{where} as {hint.__name__}", repr(text)) from None
+    raise expected(f"{where} to be set in Python, not on the command line", repr(text))

@@ -1,0 +1,134 @@
+"""What the adversary is granted: Kerckhoffs' principle, spelled out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitguard.core import Loss, Normalization, Update, View
+from vitguard.defenses._base import Defense, Draws
+from vitguard.errors import NotApplicable
+from vitguard.guard import Guard, protect
+from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of, math_attention
+
+__all__ = ["CuriousServer"]
+
+
+@dataclass(frozen=True)
+class CuriousServer:
+    """A server, or a reader in transit, that sees the update and knows everything public.
+
+    It knows architecture, weights before the step, loss, normalisation, batch size, local steps,
+    and which defenses run with which settings. It does not know random draws or keys.
+
+    Args:
+        withhold: Selectors (`attention`, `mlp`, `patch`, `position`, `all` or a regular
+            expression) of parameters that the client does not send.
+    """
+
+    withhold: tuple[str, ...] = ()
+
+    def view(
+        self,
+        guard: Guard,
+        update: Update,
+        normalization: Normalization,
+        *,
+        loss: Loss = F.cross_entropy,
+    ) -> View:
+        """Return what this adversary sees of `update`, made under `guard`.
+
+        Raises:
+            InputError: A selector of `withhold` names nothing.
+        """
+        anatomy = guard.anatomy
+        model = guard.public_model()
+        held = {
+            name: f"withheld by --withhold {selector}"
+            for selector in self.withhold
+            for name in anatomy.select(selector, list(canonical_parameters(model)))
+            if update.can_read(name)
+        }
+        update = update.seal(held)
+        extras = guard.extras()
+        return View(
+            model=model.eval(),
+            update=update,
+            image_shape=(anatomy.channels, *anatomy.image_size),
+            normalization=normalization,
+            classes=anatomy.classes,
+            settings={d.name: d.settings() for d in guard.defenses},
+            extras=extras,
+            simulate=simulator(model, anatomy, guard.defenses, extras, update, loss),
+        )
+
+
+def simulator(
+    model: nn.Module,
+    anatomy: Anatomy,
+    defenses: tuple[Defense, ...],
+    extras: dict[str, Tensor],
+    like: Update,
+    loss: Loss,
+) -> Callable[[Tensor, Tensor, torch.Generator | None], Update]:
+    """Return the differentiable update of dummy images under the settings the adversary knows.
+
+    Draws of the defenses come from the generator given to each call. Only tensors that `like` can
+    read are returned, as a gradient or as the difference of as many plain SGD steps.
+    """
+    twin: list[Guard] = []
+
+    def build() -> Guard:
+        guard = protect(copy.deepcopy(model).train(), defenses, anatomy=anatomy)
+        state = guard.model.state_dict()
+        state.update({k: v for k, v in extras.items() if k in state})
+        guard.model.load_state_dict(state)
+        return guard
+
+    def simulate(
+        images: Tensor, labels: Tensor, generator: torch.Generator | None = None
+    ) -> Update:
+        if not twin:
+            twin.append(build())
+        guard = twin[0]
+        guard.redraw(generator)
+        if like.kind == "difference":
+            return _difference(guard, images, labels, like, loss)
+        parameters = {k: p for k, p in canonical_parameters(guard.model).items() if like.can_read(k)}
+        with math_attention():
+            total = loss(logits_of(guard.model(images)), labels) + guard.auxiliary_loss()
+            gradients = torch.autograd.grad(
+                total, list(parameters.values()), create_graph=True, materialize_grads=True
+            )
+        return replace(like, tensors=dict(zip(parameters, gradients, strict=True)))
+
+    return simulate
+
+
+def _difference(guard: Guard, images: Tensor, labels: Tensor, like: Update, loss: Loss) -> Update:
+    if like.optimizer != "sgd" or like.learning_rate is None:
+        raise NotApplicable(f"cannot simulate {like.optimizer} steps, only plain SGD with a known rate")
+    names = [k for k, p in guard.model.named_parameters() if p.requires_grad]
+    start = {k: p for k, p in guard.model.named_parameters() if p.requires_grad}
+    weights: dict[str, Tensor] = dict(start)
+    velocity: dict[str, Tensor] = {}
+    for _ in range(like.local_steps):
+        with math_attention():
+            output = torch.func.functional_call(guard.model, weights, (images,))
+            total = loss(logits_of(output), labels) + guard.auxiliary_loss()
+            gradients = torch.autograd.grad(
+                total, [weights[k] for k in names], create_graph=True, materialize_grads=True
+            )
+        for name, gradient in zip(names, gradients, strict=True):
+            step = gradient + like.weight_decay * weights[name]
+            if like.momentum:
+                step = step + like.momentum * velocity[name] if name in velocity else step
+                velocity[name] = step
+            weights[name] = weights[name] - like.learning_rate * step
+    tensors = {canonical_name(k): weights[k] - start[k] for k in names}
+    return replace(like, tensors={k: v for k, v in tensors.items() if like.can_read(k)})
