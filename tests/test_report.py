@@ -105,16 +105,17 @@ class TestJson:
     def test_keys_and_their_order_are_those_of_the_design(self) -> None:
         data = json.loads(full_report().to_json_text())
         assert list(data)[:8] == (
-            "schema vitguard model images batch_size seed baseline findings".split()
+            ["schema", "vitguard", "model", "images", "batch_size", "seed", "baseline", "findings"]
         )
         assert data["schema"] == 1
         assert list(data["model"]) == ["name", "parameters", "patches", "width"]
         assert list(data["baseline"]) == ["psnr", "patch_psnr"]
         entry = data["findings"][1]
-        assert list(entry)[:16] == (
-            "defense attack verdict reason settings psnr patch_psnr ssim mse fft2d identified "
-            "labels_correct mask decoys control seconds"
-        ).split(" ")
+        names = ", ".join(list(entry)[:16])
+        assert names == (
+            "defense, attack, verdict, reason, settings, psnr, patch_psnr, ssim, mse, fft2d, "
+            "identified, labels_correct, mask, decoys, control, seconds"
+        )
         assert list(entry["psnr"]) == ["max", "mean", "median", "min", "per_image"]
         assert list(entry["patch_psnr"])[:4] == ["max", "mean", "median", "min"]
         assert set(entry["ssim"]) == {"max", "mean"}
@@ -387,9 +388,9 @@ class TestHtml:
         assert page.count("&lt;script&gt;") > 10
 
     def test_page_loads_nothing_and_runs_nothing(self) -> None:
-        page = full_report().to_html()
-        assert not re.search(r"https?:|//[a-z]|@import|url\(|<script|<link|<iframe| on\w+=", page)
-        assert set(re.findall(r'src="([a-z]+:[a-z/]+)', page)) == {"data:image/png"}
+        page, count = re.subn(r'src="data:image/png;base64,[\w+/=]+"', "", full_report().to_html())
+        assert count == 5
+        assert not re.search(r"https?:|//|@import|url\(|src=|<script|<link|<iframe| on\w+=", page)
 
     def test_pictures_stand_side_by_side_with_a_text_for_each(self) -> None:
         page = full_report().to_html()
@@ -417,7 +418,7 @@ class TestHtml:
         made = report(finding(), images=("bad\udce9name\x00.png",))
         for suffix in ("html", "md", "json"):
             made.save(tmp_path / f"r.{suffix}")
-        assert "bad?name.png" in (tmp_path / "r.html").read_text("utf-8")
+        assert "bad\ufffdname\ufffd.png" in (tmp_path / "r.html").read_text("utf-8")
 
 
 class TestSave:
@@ -484,7 +485,7 @@ def test_importing_the_report_loads_no_optional_dependency() -> None:
 
     code = (
         "import sys, vitguard.report as r; "
-        "print([m for m in ('tensorboard', 'matplotlib', 'rich', 'PIL') if m in sys.modules])"
+        "print([m for m in ('tensorboard', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,2 +1,67 @@
-"""vitguard"""
+"""vitguard keeps training images private when Vision Transformers train on others' machines.
+
+Defenses: a thing in, a safer thing of the same kind out. Attacks: what the adversary sees in, a
+guess out. The audit compares the guess with the truth beside an undefended control.
+
+    import vitguard as vg
+
+    guard = vg.protect(model, [vg.FixedPositions("sincos"), vg.PatchShuffle(ratio=0.5)])
+    report = vg.audit(model, (images, labels), defenses=[vg.FixedPositions("frozen")])
+    report.save("report.html")
+
+Names load when they are used: importing vitguard imports nothing else, not even torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Anatomy": "vitguard.vit",
+    "AuditReport": "vitguard.report",
+    "CuriousServer": "vitguard.threats",
+    "FGSM": "vitguard.attacks.fgsm",
+    "FixedPositions": "vitguard.defenses.positions",
+    "GradientNoise": "vitguard.defenses.noise",
+    "GradientPruning": "vitguard.defenses.pruning",
+    "Guard": "vitguard.guard",
+    "LocalTraining": "vitguard.audit",
+    "Normalization": "vitguard.core",
+    "Update": "vitguard.core",
+    "WithheldPositions": "vitguard.defenses.positions",
+    "audit": "vitguard.audit",
+    "audit_update": "vitguard.audit",
+    "protect": "vitguard.guard",
+}
+
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from vitguard.attacks.fgsm import FGSM as FGSM
+    from vitguard.audit import LocalTraining as LocalTraining
+    from vitguard.audit import audit as audit
+    from vitguard.audit import audit_update as audit_update
+    from vitguard.core import Normalization as Normalization
+    from vitguard.core import Update as Update
+    from vitguard.defenses.noise import GradientNoise as GradientNoise
+    from vitguard.defenses.positions import FixedPositions as FixedPositions
+    from vitguard.defenses.positions import WithheldPositions as WithheldPositions
+    from vitguard.defenses.pruning import GradientPruning as GradientPruning
+    from vitguard.guard import Guard as Guard
+    from vitguard.guard import protect as protect
+    from vitguard.report import AuditReport as AuditReport
+    from vitguard.threats import CuriousServer as CuriousServer
+    from vitguard.vit import Anatomy as Anatomy
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vitguard' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

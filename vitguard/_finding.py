@@ -97,14 +97,16 @@ class Control:
 class Pictures:
     """Images to show beside each other, each (count, channels, height, width) in [0, 1].
 
+    They are the first images of the finding, in the order of its `psnr.per_image`.
+
     Args:
-        original: What the adversary wanted.
+        original: What the adversary wanted; None where nobody knows it.
         control: What the attack got without the defense.
         reconstruction: What the attack got with it.
         names: One name per image.
     """
 
-    original: Tensor
+    original: Tensor | None = None
     control: Tensor | None = None
     reconstruction: Tensor | None = None
     names: tuple[str, ...] = ()
@@ -116,6 +118,11 @@ class Pictures:
                 raise expected(
                     f"{name} of shape (count, 1 or 3, height, width)", tuple(images.shape)
                 )
+
+    def __len__(self) -> int:
+        return max(
+            (len(x) for x in (self.original, self.reconstruction) if x is not None), default=0
+        )
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,9 @@ def share(value: float | None) -> str:
 
 
 def clean(text: object) -> str:
-    """Return `text` on one line, without control characters or lone surrogates."""
+    """Return `text` on one line; control characters and lone surrogates become a mark."""
     line = " ".join(str(text).split())
-    printable = "".join(c for c in line if c.isprintable())
-    return printable.encode("utf-8", "replace").decode()
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 def threat_text(threat: Mapping[str, Any]) -> str:

@@ -75,13 +75,13 @@ def to_html(report: AuditReport) -> str:
 
 def _header(report: AuditReport) -> str:
     model = report.model
-    size = f"{model.parameters:,} parameters".replace(",", "\u202f")
+    size = f"{model.parameters:,} parameters".replace(",", "&#8239;")
     if model.patches is not None:
         size += f", {model.patches} patches"
     if model.width is not None:
         size += f", width {model.width}"
     facts = {
-        "Model": f"{_text(model.name)}<small>{_text(size)}</small>",
+        "Model": f"{_text(model.name)}<small>{size}</small>",
         "Weights": _text(report.weights),
         "Update": _text(report.update),
         "Batch size": _text(report.batch_size),
@@ -118,8 +118,8 @@ def _overview(report: AuditReport) -> str:
 {groups}
 </table>
 </div>
-<p class="quiet">The worst image of each finding. The no-information baseline<span class="wide">, the
-tick on the bars,</span> is {_decibels(report.baseline.patch_psnr)}&nbsp;dB.</p>"""
+<p class="quiet">The worst image of each finding. The no-information baseline<span class="wide">,
+the tick on the bars,</span> is {_decibels(report.baseline.patch_psnr)}&nbsp;dB.</p>"""
 
 
 def _overview_row(report: AuditReport, f: Finding, scale: float) -> str:

@@ -186,9 +186,9 @@ def decoys(
 ) -> Float[Tensor, "count 3 height width"]:
     """Return `count` natural images that are none of the truths.
 
-    First the `extra` images as they are, then random crops and mirror images of the sample photos
-    and of `extra` in turn. Upright only: a guess that merely knows the sky is above must gain nothing.
-    Scikit-image's grey pictures are among the sources too.
+    First the `extra` images as they are, then random crops and mirror images of the sample photos,
+    of further pictures in scikit-image, and of `extra`, in turn. Upright only: a guess that merely
+    knows that the sky is above must gain nothing.
 
     Args:
         count: How many.

@@ -152,8 +152,9 @@ def identification(guess: Images, truth: Images, decoys: Images) -> Bool[Tensor,
     """Return whether each truth is more like the guesses than every decoy is.
 
     Likeness is the Pearson correlation after the mean of each channel is removed, so a constant
-    guess identifies nothing. It is the largest over all guesses, for truth and decoys alike:
-    choosing a guess by the truth would lift pure noise above chance, 1 / (decoys + 1).
+    guess identifies nothing. Of several guesses the one that says most counts, for the truth and
+    for each decoy alike: choosing a guess by the truth would lift noise above chance, which is
+    1 / (decoys + 1).
 
     Args:
         guess: Pixels in [0, 1], any number of guesses.
@@ -165,11 +166,26 @@ def identification(guess: Images, truth: Images, decoys: Images) -> Bool[Tensor,
     _same_shape(decoys, truth, "decoys")
     guesses = _standardized(guess)
     # A few decoys at a time: a hundred of them in float64 would be the audit's peak memory.
-    nearest = [
-        (guesses @ _standardized(_images(few, "decoys", strict=True)).T).amax(1)
-        for few in decoys.split(4)
-    ]
-    return (guesses @ _standardized(truth).T).amax(0) > torch.stack(nearest).max() + 1e-12
+    to_decoys = torch.cat(
+        [guesses @ _standardized(_images(few, "decoys", strict=True)).T for few in decoys.split(4)],
+        dim=1,
+    )
+    to_truths = guesses @ _standardized(truth).T
+    return torch.stack([_stands_out(own, to_decoys) for own in to_truths.T])
+
+
+def _stands_out(
+    own: Float[Tensor, " guesses"], others: Float[Tensor, "guesses decoys"]
+) -> Bool[Tensor, ""]:
+    """Whether a truth with correlations `own` stands out more, to any guess, than any decoy."""
+    line_up = torch.cat([others, own[:, None]], dim=1)
+    # A clear guess is like everything natural, a noisy one like nothing: compare each on its own
+    # scale. The scales of few decoys are chance themselves, hence the common part. Truth and decoys
+    # enter alike, so that without information each is equally likely to come first.
+    spread = line_up.std(1, correction=0, keepdim=True)
+    scale = spread + spread.square().mean().sqrt() / others.shape[1] ** 0.5
+    stands = ((line_up - line_up.mean(1, keepdim=True)) / scale.clamp(min=1e-12)).amax(0)
+    return stands[-1] > stands[:-1].max() + 1e-9
 
 
 def identification_p(hits: int, trials: int, decoys: int) -> float:
@@ -216,7 +232,11 @@ def baseline(
     colours = patches.mean(-1, keepdim=True)
     matched = _decibels((patches - colours).square().flatten(1).mean(1))
     if mean_image is not None:
-        guess = mean_image.reshape(1, *mean_image.shape[-3:]).expand(len(truth), -1, -1, -1)
+        if mean_image.shape != truth.shape[1:]:
+            raise expected(
+                f"a mean image of shape {tuple(truth.shape[1:])}", tuple(mean_image.shape)
+            )
+        guess = mean_image.expand_as(truth)
         raw = torch.maximum(raw, psnr(guess, truth))
         matched = torch.maximum(matched, patch_psnr(guess, truth, patch_size))
     return Baseline(raw, torch.maximum(raw, matched))

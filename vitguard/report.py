@@ -89,6 +89,10 @@ class AuditReport:
             return None
         return finding.patch_psnr.max - self.baseline.patch_psnr
 
+    def is_control(self, finding: Finding) -> bool:
+        """Whether a finding is the control itself: no defense, and nothing withheld."""
+        return not finding.defended and not self.threat.get("withheld")
+
     def configurations(self, *, defended: bool = False) -> dict[str, list[Finding]]:
         """Return the findings by defense, in the order of the report."""
         groups: dict[str, list[Finding]] = {}

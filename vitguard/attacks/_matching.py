@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -321,6 +321,3 @@ class _Run:
         return {"attack": self.attack.name, "seed": self.seed, "seen": norm, **settings}
 
 
-def start_from(attack: MatchingAttack, guess: Guess) -> MatchingAttack:
-    """Return the attack with a guess to start from."""
-    return replace(attack, start=guess)

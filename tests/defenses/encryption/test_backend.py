@@ -110,21 +110,15 @@ def test_a_forked_child_does_not_share_the_file_in_memory(engine):
     child.join()
 
 
-def test_a_missing_tenseal_names_the_pip_command():
+def test_importing_loads_neither_tenseal_nor_cryptography_and_a_missing_one_names_pip():
     code = (
-        "import sys; sys.modules['tenseal'] = None\n"
+        "import sys\n"
         "from vitguard.defenses.encryption import KeySet\n"
         "from vitguard.errors import MissingExtra\n"
+        "assert not {'tenseal', 'cryptography'} & set(sys.modules)\n"
+        "sys.modules['tenseal'] = None\n"
         "try: KeySet.generate()\n"
         "except MissingExtra as error: assert 'pip install tenseal' in str(error), error\n"
         "else: raise SystemExit(1)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_importing_the_defense_does_not_import_tenseal_or_cryptography():
-    code = (
-        "import sys, vitguard.defenses.encryption\n"
-        "assert not {'tenseal', 'cryptography'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -114,7 +114,7 @@ def insiders(run, total, seed):
     honest = run.message("a")
     count = struct.unpack_from(">I", honest, FIELDS["count"])[0]
     start = FIELDS["table"] + 4 * count
-    caught = {"add": 0, "decrypt": 0}
+    caught = {"add": 0, "decrypt": 0, "harmless": 0}
     for _ in range(total):
         data = bytearray(honest)
         if chance.random() < 0.3:  # near the start of a ciphertext: SEAL's and zstd's own headers
@@ -132,11 +132,17 @@ def insiders(run, total, seed):
         except Rejected:
             caught["add"] += 1
             continue
-        found = cause(
-            Decryptor(run.keys, run.manifest).decrypt, aggregator.finish(), round_id=5, base="v1"
-        )
-        assert found == "canary"
-        caught["decrypt"] += 1
+        try:
+            mean = Decryptor(run.keys, run.manifest).decrypt(
+                aggregator.finish(), round_id=5, base="v1"
+            )
+        except Rejected as refused:
+            assert refused.cause == "canary"
+            caught["decrypt"] += 1
+        else:  # bytes that mean the same ciphertext, such as those of a version number
+            wanted = (run.tensors(0)["w"] + run.tensors(3)["w"]) / 2
+            assert (mean["w"] - wanted).abs().max() < 1e-4
+            caught["harmless"] += 1
     return caught
 
 
@@ -147,7 +153,8 @@ def test_60_forged_ciphertexts_of_an_insider_are_refused_by_seal_or_the_canary(r
 
 @pytest.mark.slow
 def test_2000_forged_ciphertexts_of_an_insider_are_refused_by_seal_or_the_canary(run):
-    insiders(run, 2000, seed=1)
+    caught = insiders(run, 2000, seed=1)
+    assert caught["harmless"] < 20, caught
 
 
 def test_the_header_layout_is_the_one_these_tests_know(run):
@@ -178,7 +185,8 @@ def test_a_flipped_header_field_is_refused(run, field, cause_of_it):
         ("clients", struct.pack(">H", 7), "clients"), ("clients", b"\0\0", "clients"),
         ("weight", struct.pack(">d", float("nan")), "weight"),
         ("weight", struct.pack(">d", 1e9), "weight"), ("weight", struct.pack(">d", -1.0), "weight"),
-        ("values", struct.pack(">Q", 2**63), "manifest"), ("table", struct.pack(">I", 2**32 - 1), "counts"),
+        ("values", struct.pack(">Q", 2**63), "manifest"),
+        ("table", struct.pack(">I", 2**32 - 1), "counts"),
         ("table", b"\0" * 8, "counts"),
     ],
 )  # fmt: skip

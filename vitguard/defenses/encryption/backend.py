@@ -192,7 +192,8 @@ class Engine:
         most = 2 * 8 * self.layout.degree + 4096  # two polynomials of 64-bit words
         if len(data) < 32 or len(data) > most:
             raise Rejected("ciphertext", f"a ciphertext of {len(data)} bytes")
-        if data[:3] != _SEAL_HEADER or int.from_bytes(data[8:16], "little") != len(data):
+        size = int.from_bytes(data[8:16], "little")
+        if data[:3] != _SEAL_HEADER or any(data[6:8]) or size != len(data):
             raise Rejected("ciphertext", "bytes that are no SEAL ciphertext")
         compression = data[5]
         if compression == 2:

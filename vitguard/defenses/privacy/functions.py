@@ -191,7 +191,7 @@ class _LayerNorm(torch.autograd.Function):
         checking = tape.checking
         g = g.to(x.dtype)
         gx, gw, gb = torch.ops.aten.native_layer_norm_backward(
-            g, x, ctx.shape, mean, scale, weight, None,
+            g, x, ctx.shape, mean, scale, weight, weight,
             [ctx.needs_input_grad[0], checking and weight_root is not None,
              checking and bias_root is not None],
         )  # fmt: skip
