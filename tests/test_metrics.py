@@ -19,7 +19,7 @@ def photos():
 
 @pytest.fixture(scope="module")
 def decoys(photos):
-    return data.decoys(100, (64, 64), data.sample_photos(), truth=photos)
+    return data.decoys(100, (64, 64), data.SAMPLE_NAMES)
 
 
 def shuffled(images, patch, seed=0):
@@ -93,13 +93,13 @@ def test_constant_guesses_are_never_identified(photos, decoys, kind):
 
 
 @pytest.mark.parametrize("guesses", [1, 7])
-def test_noise_is_identified_no_more_often_than_chance(photos, guesses):
-    hits = trials = 0
+def test_noise_is_identified_no_more_often_than_chance(guesses):
+    truth, hits, trials = data.sample_images((32, 32)).pixels, 0, 0
     for seed in range(12):
-        others = data.decoys(30, (64, 64), data.sample_photos(), seed, truth=photos)
-        guess = uninformed("uniform", photos, seed)[:guesses]
-        hits += int(metrics.identification(guess, photos, others).sum())
-        trials += len(photos)
+        others = data.decoys(30, (32, 32), data.SAMPLE_NAMES, seed)
+        guess = uninformed("uniform", truth, seed)[:guesses]
+        hits += int(metrics.identification(guess, truth, others).sum())
+        trials += len(truth)
     assert metrics.identification_p(hits, trials, 30) > 0.001
 
 
@@ -189,6 +189,18 @@ def test_fft2d_of_constant_images(photos):
     grey, white = torch.full_like(photos, 0.3), torch.ones_like(photos)
     assert metrics.fft2d(grey, photos).tolist() == [1.0] * 7
     assert metrics.fft2d(grey, white).tolist() == [0.0] * 7
+
+
+@pytest.mark.parametrize("shape", [(37, 50), (64, 64), (224, 224)])
+def test_rounding_in_a_constant_image_is_no_pattern(shape):
+    colours = torch.tensor([0.1, 1 / 3, 0.7], dtype=torch.float64)
+    flat = colours[:, None, None].expand(1, 3, *shape)
+    other = flat.flip(1) * 0.9
+    decoys = torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(0))
+    assert float(metrics.fft2d(flat, other)) == 0.0
+    assert float(metrics.fft2d(flat, decoys)) == 1.0
+    truth = torch.rand(20, 3, *shape, generator=torch.Generator().manual_seed(1))
+    assert not metrics.identification(flat, truth, decoys).any()
 
 
 def test_fft2d_ignores_where_a_pattern_lies(photos):

@@ -337,6 +337,12 @@ class TestConsole:
         assert "3 % at epsilon 8/255" in text
         assert "11.0 dB matched-patch" in " ".join(text.split())
 
+    def test_the_same_reason_of_an_attack_is_printed_once(self) -> None:
+        twice = [unmeasured("blocked", d, reason="it is sealed") for d in (FIXED, STACK)]
+        other = unmeasured("blocked", STACK, reason="it is sealed", attack="position")
+        assert console_text(report(*twice)).count("it is sealed") == 1
+        assert console_text(report(*twice, other)).count("it is sealed") == 2
+
     def test_columns_stay_aligned(self) -> None:
         lines = console_text(full_report()).splitlines()
         heading = next(line for line in lines if "verdict" in line)
@@ -389,7 +395,7 @@ class TestHtml:
 
     def test_page_loads_nothing_and_runs_nothing(self) -> None:
         page, count = re.subn(r'src="data:image/png;base64,[\w+/=]+"', "", full_report().to_html())
-        assert count == 5
+        assert count == 6
         assert not re.search(r"https?:|//|@import|url\(|src=|<script|<link|<iframe| on\w+=", page)
 
     def test_pictures_stand_side_by_side_with_a_text_for_each(self) -> None:
@@ -419,6 +425,19 @@ class TestHtml:
         for suffix in ("html", "md", "json"):
             made.save(tmp_path / f"r.{suffix}")
         assert "bad\ufffdname\ufffd.png" in (tmp_path / "r.html").read_text("utf-8")
+
+    def test_an_original_that_nobody_knows_is_not_shown(self) -> None:
+        guess = pictures().reconstruction
+        page = report(finding(verdict="leaks", images=Pictures(reconstruction=guess))).to_html()
+        assert "not known</div>" in page
+        assert "Original of" not in page
+
+    def test_an_undefended_run_with_withheld_tensors_is_shown_beside_the_control(self) -> None:
+        run = finding("none", "leaks", control=Control("leaks", summary(99.0)), images=pictures())
+        assert 'alt="Control of' not in report(run).to_html()
+        withheld = report(run, threat={"withheld": ["position"]}).to_html()
+        assert 'alt="Control of' in withheld
+        assert "tensors withheld" in withheld
 
 
 class TestSave:

@@ -30,6 +30,7 @@ _HOMES = {
     "Guard": "vitguard.guard",
     "LocalTraining": "vitguard.audit",
     "Normalization": "vitguard.core",
+    "PatchShuffle": "vitguard.defenses.shuffle",
     "Update": "vitguard.core",
     "WithheldPositions": "vitguard.defenses.positions",
     "audit": "vitguard.audit",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from vitguard.defenses.positions import FixedPositions as FixedPositions
     from vitguard.defenses.positions import WithheldPositions as WithheldPositions
     from vitguard.defenses.pruning import GradientPruning as GradientPruning
+    from vitguard.defenses.shuffle import PatchShuffle as PatchShuffle
     from vitguard.guard import Guard as Guard
     from vitguard.guard import protect as protect
     from vitguard.report import AuditReport as AuditReport

@@ -29,13 +29,15 @@ Verdict = Literal["leaks", "resisted", "blocked", "not applicable", "inconclusiv
 
 MEANINGS: Mapping[str, str] = {
     "leaks": "The attack came at least 6 dB closer than a guess that knows nothing, or told the "
-    "true image from decoys more often than chance.",
+    "true image from decoys more often than chance. Where the truth is not known: its guess "
+    "reproduces the update.",
     "resisted": "The same attack leaks without the defense and did not with it. This covers only "
     "the attacks that were run.",
     "blocked": "A tensor that the attack needs is not readable in the update.",
     "not applicable": "An assumption of the attack does not hold here; this says nothing about "
     "protection.",
-    "inconclusive": "The attack failed on the undefended model too, so its failure proves nothing.",
+    "inconclusive": "The attack fails on the undefended model too, or nothing tells whether its "
+    "guess is right. This proves nothing.",
 }
 
 
@@ -119,7 +121,9 @@ class Pictures:
                     f"{name} of shape (count, 1 or 3, height, width)", tuple(images.shape)
                 )
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many images there are to show."""
         return max(
             (len(x) for x in (self.original, self.reconstruction) if x is not None), default=0
         )

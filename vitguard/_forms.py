@@ -113,8 +113,10 @@ def print_to(report: AuditReport, console: Console) -> None:
     console.print()
     heading = f"  {'attack':<15}{'verdict':<16}{'matched dB':>10}{'gain':>8}{'PSNR':>8}"
     console.print(Text(heading + f"{'ident.':>8}{'seconds':>9}", "dim"), no_wrap=True, crop=False)
+    said: set[tuple[str, str]] = set()
     for defense, findings in report.configurations().items():
-        say("none (the undefended control)" if defense == "none" else defense, "bold")
+        control = all(map(report.is_control, findings))
+        say("none (the undefended control)" if control else defense, "bold")
         for f in findings:
             line = Text(f"  {clean(f.attack):<15}", no_wrap=True)
             line.append(f"{f.verdict:<16}", STYLES[f.verdict])
@@ -124,7 +126,9 @@ def print_to(report: AuditReport, console: Console) -> None:
             line.append(f"{NOTHING if f.seconds is None else f'{f.seconds:.2f}':>9}")
             console.print(line, crop=False)
             for remark in filter(None, (accuracies(f), f.reason)):
-                say(remark, "dim", indent=4)
+                if (f.attack, remark) not in said:  # the first time is enough for a table
+                    said.add((f.attack, remark))
+                    say(remark, "dim", indent=4)
     console.print()
     say(baseline_text(report), "dim")
     for note in report.notes:

@@ -80,8 +80,11 @@ def _header(report: AuditReport) -> str:
         size += f", {model.patches} patches"
     if model.width is not None:
         size += f", width {model.width}"
+    name, _, arguments = model.name.partition(":")
+    if arguments:
+        size = f"{_text(arguments.replace(',', ', '))}<br>{size}"
     facts = {
-        "Model": f"{_text(model.name)}<small>{size}</small>",
+        "Model": f"{_text(name)}<small>{size}</small>",
         "Weights": _text(report.weights),
         "Update": _text(report.update),
         "Batch size": _text(report.batch_size),
@@ -91,7 +94,7 @@ def _header(report: AuditReport) -> str:
     cells = "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts.items())
     notes = "".join(f'<p class="note">{_text(note)}</p>' for note in report.notes)
     return f"""<header>
-<p class="overline">vitguard audit of {_text(model.name)}</p>
+<p class="overline">vitguard audit</p>
 <h1>{_text(report.outcome())}</h1>
 <p class="scope">{_text(report.headline())}</p>
 <dl class="facts">{cells}</dl>
@@ -103,7 +106,8 @@ def _overview(report: AuditReport) -> str:
     measured = [f.patch_psnr.max for f in report.findings if f.patch_psnr and f.patch_psnr.finite]
     scale = max([1.0, *measured])
     groups = "".join(
-        f'<tbody><tr><th scope="rowgroup" colspan="7"><span>{_defense(defense)}</span></th></tr>'
+        '<tbody><tr><th scope="rowgroup" colspan="7">'
+        f"<span>{_defense(report, defense)}</span></th></tr>"
         + "".join(_overview_row(report, f, scale) for f in findings)
         + "</tbody>"
         for defense, findings in report.configurations().items()
@@ -148,7 +152,7 @@ def _meter(value: float, floor: float, scale: float, verdict: str) -> str:
 
 def _configuration(report: AuditReport, defense: str, findings: list[Finding], limit: int) -> str:
     cards = "".join(_card(report, f, limit) for f in findings)
-    return f'<section><h2 class="defense">{_defense(defense)}</h2>{cards}</section>'
+    return f'<section><h2 class="defense">{_defense(report, defense)}</h2>{cards}</section>'
 
 
 def _card(report: AuditReport, f: Finding, limit: int) -> str:
@@ -156,8 +160,8 @@ def _card(report: AuditReport, f: Finding, limit: int) -> str:
     pictures = f.images
     guessed = pictures is not None and pictures.reconstruction is not None
     shown = rows(f, limit if guessed else 1)
-    strips = "".join(_strip(f, row) for row in shown)
-    total = len(pictures.original) if pictures is not None else 0
+    strips = "".join(_strip(row, with_control=not report.is_control(f)) for row in shown)
+    total = pictures.count if pictures is not None else 0
     if guessed and total > len(shown):
         strips += f'<p class="quiet">{len(shown)} of {total} images, the closest first.</p>'
     return f"""<article class="card">
@@ -168,23 +172,29 @@ def _card(report: AuditReport, f: Finding, limit: int) -> str:
 </article>"""
 
 
-def _strip(f: Finding, row: Row) -> str:
-    ratio = f"--ratio:{row.original.width}/{row.original.height}"
-    figures = [_figure("Original", row.name, row.original, "", ratio)]
-    if f.defended:
-        control = _figure(
-            "Control", row.name, row.control, _decibels_of(row.control_psnr, "no defense"), ratio
-        )
-        figures.append(control)
+def _strip(row: Row, *, with_control: bool) -> str:
+    size = next((p.size for p in (row.original, row.control, row.reconstruction) if p), (1, 1))
+    ratio = f"--ratio:{size[0]}/{size[1]}"
+    figures = [_figure("Original", row.name, row.original, "", ratio, otherwise="not known")]
+    if with_control:
+        remark = _decibels_of(row.control_psnr, "no defense")
+        figures.append(_figure("Control", row.name, row.control, remark, ratio))
     guess = _decibels_of(row.psnr, "")
     figures.append(_figure("Reconstruction", row.name, row.reconstruction, guess, ratio))
-    kind = "strip" if f.defended else "strip two"
+    kind = "strip" if with_control else "strip two"
     return f'<div class="{kind}">{"".join(figures)}</div>'
 
 
-def _figure(title: str, name: str, picture: Image.Image | None, remark: str, ratio: str) -> str:
+def _figure(
+    title: str,
+    name: str,
+    picture: Image.Image | None,
+    remark: str,
+    ratio: str,
+    otherwise: str = "nothing",
+) -> str:
     if picture is None:
-        shown = f'<div class="empty" style="{ratio}">nothing</div>'
+        shown = f'<div class="empty" style="{ratio}">{otherwise}</div>'
     else:
         data = base64.b64encode(encode(picture)).decode()
         small = ' class="small"' if max(picture.size) < 200 else ""
@@ -221,7 +231,7 @@ def _metrics(report: AuditReport, f: Finding) -> str:
         "Identified": share(f.identified) + decoys if f.identified is not None else "",
         "Labels correct": share(f.labels_correct) if f.labels_correct is not None else "",
         "Shuffle mask, precision": mask or "",
-        "Control": _control(f),
+        "Control": "" if report.is_control(f) else _control(f),
         "Seconds per batch": "" if f.seconds is None else _seconds(f),
     }
     cells = "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in values.items() if v)
@@ -262,8 +272,7 @@ def _guide(report: AuditReport) -> str:
 <h3>Verdicts</h3>
 <dl class="legend">{legend}</dl>
 <h3>Baseline</h3>
-<p>{_text(baseline_text(report))} PSNR is the size of the error in dB: 10 is a grey guess, 20 a
-recognisable picture, 40 hardly to be told from the original.
+<p>{_text(baseline_text(report))} PSNR is the size of the error in dB: 6 dB more halve it.
 Matched-patch PSNR lets every patch move to where it fits best, so that moving pieces around does
 not count as protection.</p>
 <h3>Threat model</h3>
@@ -271,9 +280,10 @@ not count as protection.</p>
 </section>"""
 
 
-def _defense(spec: str) -> str:
+def _defense(report: AuditReport, spec: str) -> str:
     if spec == "none":
-        return 'No defense <span class="quiet">the control</span>'
+        kind = "tensors withheld" if report.threat.get("withheld") else "the control"
+        return f'No defense <span class="quiet">{kind}</span>'
     return f"<code>{_text(spec)}</code>"
 
 

@@ -27,7 +27,7 @@ class Row:
     """One image of a finding: the original and what came out; PSNR in dB where it is known."""
 
     name: str
-    original: Image.Image
+    original: Image.Image | None
     control: Image.Image | None
     reconstruction: Image.Image | None
     control_psnr: float | None
@@ -39,14 +39,14 @@ def rows(finding: Finding, limit: int) -> list[Row]:
     pictures = finding.images
     if pictures is None:
         return []
-    count = len(pictures.original)
+    count = pictures.count
     each = _per_image(finding.psnr, count)
     order = sorted(range(count), key=lambda i: -(each[i] or 0.0))
     control = _per_image(finding.control.psnr if finding.control else None, count)
     return [
         Row(
             name=pictures.names[i] if i < len(pictures.names) else f"image {i + 1}",
-            original=_picture(pictures.original[i]),
+            original=_at(pictures.original, i),
             control=_at(pictures.control, i),
             reconstruction=_at(pictures.reconstruction, i),
             control_psnr=control[i],
@@ -118,4 +118,4 @@ def _at(images: Tensor | None, index: int) -> Image.Image | None:
 
 def _per_image(summary: object, count: int) -> list[float | None]:
     values = getattr(summary, "per_image", ())
-    return list(values) if len(values) == count else [None] * count
+    return list(values[:count]) if len(values) >= count else [None] * count

@@ -28,7 +28,7 @@ class Attempt:
     truths: Tensor
     names: tuple[str, ...]
     baseline: Baseline
-    state: Literal["guessed", "blocked", "not applicable"] = "guessed"
+    state: Literal["guessed", "blocked", "not applicable", "failed"] = "guessed"
     reason: str = ""
     guess: Guess | None = None
     scores: Scores | None = None
@@ -39,7 +39,9 @@ class Attempt:
 
 def labels_overlap(guess: Tensor | None, truth: Tensor) -> float | None:
     """Return the share of labels recovered, as multisets, in [0, 1]; None without a guess."""
-    if guess is None or truth.is_floating_point():
+    if guess is None or truth.is_floating_point() or guess.shape != truth.shape:
+        return None
+    if guess.is_floating_point() or int(guess.min()) < 0:
         return None
     size = int(max(guess.max(), truth.max())) + 1
     counts = [torch.bincount(x.cpu().long(), minlength=size) for x in (guess, truth)]
@@ -67,14 +69,18 @@ def finding_of(
         defense, attack, "inconclusive", settings=settings, control=_control_of(control)
     )
     if not guessed:
-        first = attempts[0]
-        state: Verdict = "blocked" if first.state == "blocked" else "not applicable"
-        return replace(base, verdict=state, reason=first.reason)
+        first = next((a for a in attempts if a.state == "failed"), attempts[0])
+        verdicts: dict[str, Verdict] = {"blocked": "blocked", "not applicable": "not applicable"}
+        return replace(
+            base, verdict=verdicts.get(first.state, "inconclusive"), reason=first.reason
+        )
     gains = torch.cat([a.scores.patch_psnr - a.baseline.patch_psnr for a in guessed])  # type: ignore[union-attr]
     measured = replace(base, **_measurements(guessed), gain=float(gains.max()))
     verdict, reason = _verdict(measured, guessed, control, tests)
     if failed := [a for a in attempts if a.scores is None]:
         reason = f"{reason}; {len(failed)} of {len(attempts)} batches: {failed[0].reason}"
+        # the control may leak on the very batches that were not attacked here
+        verdict = "inconclusive" if verdict == "resisted" else verdict
     return replace(
         measured, verdict=verdict, reason=reason, images=_pictures(guessed, control_attempts)
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +34,11 @@ from vitguard.vit import Anatomy
 __all__ = ["LocalTraining", "audit", "audit_update"]
 
 Stacks = Sequence[Defense] | str | Mapping[str, Sequence[Defense]]
+_CONTROL = ""
 Progress = Callable[[int, int, str], None]
 _DECOYS = 100
+_GLOBAL_GENERATOR = threading.Lock()
+"""Held while the global generator is seeded and put back: it belongs to all threads."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ class _Stage:
         scale = _Scale.of(self)
         batches = range(len(self.pixels) // self.size)
         # the undefended control, then each configuration under the threat
-        runs: list[tuple[str, Sequence[Defense], tuple[str, ...]]] = [("control", (), ())]
+        runs: list[tuple[str, Sequence[Defense], tuple[str, ...]]] = [(_CONTROL, (), ())]
         runs += [(n, s, withhold) for n, s in stacks.items() if n != "none" or withhold]
         jobs = [(run, b) for b in batches for run in runs]
         done = 0
@@ -173,7 +179,7 @@ class _Stage:
             attempts = self.attempts(stack, attacks, held, b, scale)
             done += 1
             if progress is not None:
-                progress(done, len(jobs), "undefended control" if name == "control" else name)
+                progress(done, len(jobs), "undefended control" if name == _CONTROL else name)
             return attempts
 
         with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
@@ -194,7 +200,7 @@ class _Stage:
         findings = []
         for name in stacks:
             for i, attack in enumerate(attacks):
-                tried = [[batch[i] for batch in by_run[run]] for run in ("control", name) if run in by_run]
+                tried = [[batch[i] for batch in by_run[run]] for run in (_CONTROL, name) if run in by_run]
                 common = (attack.name, attack.settings())
                 if i not in controls:
                     controls[i] = finding_of("none", *common, tried[0], None, (), tests=tests)
@@ -218,14 +224,14 @@ class _Stage:
         """Make the victim's update of one batch under a stack and run every attack on it."""
         part = slice(index * self.size, (index + 1) * self.size)
         pixels, labels = self.pixels[part], self.labels[part]
-        device = next(self.model.parameters()).device
-        secret = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        like = next(self.model.parameters())
+        secret = torch.Generator().manual_seed(_seed(self.seed, index, "defense"))
         guard = protect(copy.deepcopy(self.model).train(), stack, generator=secret)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed * 1_000_003 + index)  # dropout of the victim
+        with _GLOBAL_GENERATOR, torch.random.fork_rng():
+            torch.manual_seed(_seed(self.seed, index, "victim"))  # dropout of the victim
             update = guard.update(
-                self.normalization.apply(pixels).to(device),
-                labels.to(device),
+                self.normalization.apply(pixels).to(like),
+                labels.to(like.device),
                 loss=self.loss,
                 learning_rate=self.training.learning_rate,
                 local_steps=self.training.steps,
@@ -235,7 +241,10 @@ class _Stage:
         view = CuriousServer(withhold).view(guard, update, self.normalization, loss=self.loss)
         empty = Attempt(pixels, self.names[part], scale.baselines[index], mask=mask)
         return [
-            _attempt(attack, view, empty, labels, self.anatomy, scale.decoys, self.seed + index)
+            _attempt(
+                attack, view, empty, labels, self.anatomy, scale.decoys,
+                _seed(self.seed, index, "attack"),
+            )  # fmt: skip
             for attack in attacks
         ]
 
@@ -272,9 +281,7 @@ class _Scale:
     @staticmethod
     def of(stage: _Stage) -> _Scale:
         pixels, patch = stage.pixels.cpu(), stage.anatomy.patch_size
-        decoys = data.decoys(
-            _DECOYS, (pixels.shape[-2], pixels.shape[-1]), seed=stage.seed, truth=pixels
-        )
+        decoys = _decoys(pixels, stage.seed)
         mean = data.mean_image(decoys)
         cut = pixels.split(stage.size)
         return _Scale(decoys, tuple(baseline(part, patch, mean_image=mean) for part in cut))
@@ -298,11 +305,37 @@ def _attempt(
         return replace(empty, state="blocked", reason=str(error))
     except NotApplicable as error:
         return replace(empty, state="not applicable", reason=str(error))
+    except RuntimeError as error:  # torch's own errors; a failed attack is no evidence
+        if isinstance(error, VitguardError):
+            raise
+        return replace(empty, state="failed", reason=_failure(error))
     seconds = time.perf_counter() - started
     guess = _on_cpu(guess)
+    if guess.images.shape[1:] != empty.truths.shape[1:] or not bool(guess.images.isfinite().all()):
+        return replace(empty, state="failed", reason="the attack returned no usable image")
     scores = score(guess.images, empty.truths.cpu(), anatomy.patch_size, decoys=decoys)
     correct = labels_overlap(guess.labels, labels)
     return replace(empty, guess=guess, scores=scores, labels_correct=correct, seconds=seconds)
+
+
+def _failure(error: RuntimeError) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return f"the attack failed: {type(error).__name__}: {first}"
+
+
+def _seed(seed: int, index: int, purpose: str) -> int:
+    """Return a seed of its own for each purpose: an attack must not repeat the victim's draws."""
+    digest = hashlib.sha256(f"{seed}/{index}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _decoys(truth: Tensor, seed: int) -> Tensor:
+    """Return decoys with as many channels as `truth`: grey ones for a single channel."""
+    grey = truth.shape[1] == 1
+    colour = truth.expand(-1, 3, -1, -1) if grey else truth
+    size = (truth.shape[-2], truth.shape[-1])
+    decoys = data.decoys(_DECOYS, size, seed=seed, truth=colour)
+    return decoys.mean(1, keepdim=True) if grey else decoys
 
 
 def _on_cpu(guess: Guess) -> Guess:
@@ -359,8 +392,10 @@ def audit_update(
         update.learning_rate if update.kind == "difference" else None, update.local_steps,
         "adamw" if update.optimizer == "adamw" else "sgd",
     )  # fmt: skip
-    photos = data.sample_images(anatomy.image_size, count=update.batch_size)
-    pixels = photos.pixels.repeat(-(-update.batch_size // len(photos)), 1, 1, 1)[: update.batch_size]
+    shape = (update.batch_size, anatomy.channels, *anatomy.image_size)
+    if truth is not None and tuple(truth.shape) != shape:
+        raise expected(f"the images behind the update, of shape {shape}", tuple(truth.shape))
+    pixels = _photos(shape)
     control = audit(
         model, (pixels, data.assign_labels(len(pixels), anatomy.classes)), attacks=chosen,
         normalization=normalization, training=training, loss=loss, seed=seed,
@@ -371,9 +406,8 @@ def audit_update(
     findings = [replace(f, defense="none") for f in control.findings]
     for attack, of_control in zip(chosen, control.findings, strict=True):
         if truth is not None:
-            mean = data.mean_image(data.decoys(_DECOYS, anatomy.image_size, seed=seed, truth=truth))
-            decoys = data.decoys(_DECOYS, anatomy.image_size, seed=seed, truth=truth)
-            level = baseline(truth, anatomy.patch_size, mean_image=mean)
+            decoys = _decoys(truth, seed)
+            level = baseline(truth, anatomy.patch_size, mean_image=data.mean_image(decoys))
             empty = Attempt(truth, tuple(names or ["truth"] * len(truth)), level)
             tried = [_attempt(attack, view, empty, torch.zeros(0), anatomy, decoys, seed)]
             findings.append(
@@ -397,6 +431,13 @@ def audit_update(
         families_not_run=tuple(f for f in GROUPS if f not in {a.family for a in chosen}),
         notes=("The row none is the control: the same attack on sample photos without a defense.",),
     )
+
+
+def _photos(shape: tuple[int, int, int, int]) -> Tensor:
+    """Return a batch of sample photos, again from the first where they do not suffice."""
+    photos = data.sample_images((shape[2], shape[3])).pixels
+    photos = photos.mean(1, keepdim=True) if shape[1] == 1 else photos
+    return photos.repeat(-(-shape[0] // len(photos)), 1, 1, 1)[: shape[0]]
 
 
 def _explain(name: str, attack: Attack, view: Any, control: Finding, seed: int) -> Finding:
@@ -427,7 +468,8 @@ def _explain(name: str, attack: Attack, view: Any, control: Finding, seed: int) 
 
 
 def _relative_error(view: Any, guess: Guess, generator: torch.Generator) -> float | None:
-    if guess.labels is None or len(guess.images) != view.update.batch_size:
+    unlabelled = guess.labels is None or len(guess.labels) != view.update.batch_size
+    if unlabelled or len(guess.images) != view.update.batch_size or not view.update.tensors:
         return None
     like = next(view.model.parameters())
     images = view.normalization.apply(guess.images).to(like)
@@ -436,9 +478,10 @@ def _relative_error(view: Any, guess: Guess, generator: torch.Generator) -> floa
     except VitguardError:
         return None
     known = view.update.tensors
-    error = sum((made[k] - known[k]).detach().double().square().sum() for k in made)
-    total = sum(known[k].double().square().sum() for k in made)
-    return float((torch.as_tensor(error) / torch.as_tensor(total).clamp_min(1e-300)).sqrt())
+    error = sum(float((made[k] - known[k]).detach().double().square().sum()) for k in made)
+    total = sum(float(known[k].double().square().sum()) for k in made)
+    ratio = (error / total) ** 0.5 if total else math.inf
+    return ratio if math.isfinite(ratio) else None  # nothing readable proves nothing
 
 
 def _as_control(finding: Finding) -> Any:
@@ -451,7 +494,9 @@ def _stacks(defenses: Stacks) -> dict[str, Sequence[Defense]]:
     if isinstance(defenses, str):
         defenses = parse_stack(defenses)
     if isinstance(defenses, Mapping):
-        return dict(defenses)
+        if defenses.get("none") or _CONTROL in defenses:
+            raise expected("stacks with names of their own", "'none' or '', the undefended control")
+        return {name: list(stack) for name, stack in defenses.items()}
     return {stack_name(defenses): list(defenses)}
 
 

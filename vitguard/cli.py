@@ -232,7 +232,7 @@ def _images(options: argparse.Namespace, anatomy: Any) -> tuple[Any, Any, list[s
     if options.images:
         count = options.num_images
         if count is None and len(options.images) == 1:
-            count = max(4, batch)
+            count = min(max(4, batch), data.count_images(options.images))
         images = data.load_images(
             options.images, size, count=count, classes=anatomy.classes,
             min_size=anatomy.patch_size,
@@ -242,8 +242,6 @@ def _images(options: argparse.Namespace, anatomy: Any) -> tuple[Any, Any, list[s
             size, count=options.num_images or max(2, batch), classes=anatomy.classes
         )
     notes = list(images.notes)
-    if options.num_images is not None and len(images) < options.num_images:
-        raise expected(f"{options.num_images} images", len(images), "Change --num-images.")
     if len(images) < batch:
         raise expected(f"at least {batch} images for one batch", len(images))
     if extra := len(images) % batch:

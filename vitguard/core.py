@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vitguard.errors import Blocked, NotApplicable, expected
+from vitguard.errors import Blocked, InputError, NotApplicable, expected
 
 __all__ = ["AffineSpace", "Batch", "Blocked", "Guess", "Loss", "Normalization", "Update", "View"]
 
@@ -37,8 +37,10 @@ class Normalization:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
             raise expected("as many means as standard deviations", f"{self.mean} and {self.std}")
-        if not all(s > 0 for s in self.std):
-            raise expected("standard deviations above 0", self.std)
+        if not all(0 < s < float("inf") for s in self.std):
+            raise expected("finite standard deviations above 0", self.std)
+        if not all(abs(m) < float("inf") for m in self.mean):
+            raise expected("finite means", self.mean)
 
     def apply(self, pixels: Tensor) -> Tensor:
         """Map pixels in [0, 1], shape (..., channels, height, width), to model input."""
@@ -81,11 +83,22 @@ class Update:
     def __post_init__(self) -> None:
         if self.kind not in ("gradient", "difference"):
             raise expected("kind 'gradient' or 'difference'", repr(self.kind))
-        if self.batch_size < 1 or self.local_steps < 1:
+        counts = (self.batch_size, self.local_steps)
+        if not all(isinstance(n, int) and n >= 1 for n in counts):
             raise expected(
-                "batch_size and local_steps of at least 1",
+                "whole batch_size and local_steps of at least 1",
                 f"batch_size={self.batch_size}, local_steps={self.local_steps}",
             )
+        rate = self.learning_rate
+        if rate is not None and not 0 < rate < float("inf"):
+            raise expected("a finite learning rate above 0", rate)
+        if not (0 <= self.momentum < 1 and 0 <= self.weight_decay < float("inf")):
+            raise expected(
+                "momentum in [0, 1) and weight decay of at least 0",
+                f"momentum={self.momentum}, weight_decay={self.weight_decay}",
+            )
+        if both := sorted(set(self.tensors) & set(self.sealed)):
+            raise expected("sealed names without a readable tensor", both[0])
 
     def __repr__(self) -> str:
         readable = sum(t.numel() for t in self.tensors.values())
@@ -186,7 +199,9 @@ class Update:
                 k[8:]: v.numpy().tobytes() for k, v in stored.items() if k.startswith("payload:")
             }
             return Update(tensors=tensors, sealed=sealed, payloads=payloads, **facts)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise expected("public facts of an update", f"{path} ({error})") from error
 
 

@@ -23,9 +23,11 @@ from torch import Tensor
 from vitguard.errors import expected, missing_extra
 
 __all__ = [
+    "SAMPLE_NAMES",
     "ImageSet",
     "assign_labels",
     "check_labels",
+    "count_images",
     "decoys",
     "load_images",
     "mean_image",
@@ -43,6 +45,9 @@ _PHOTOS = {
     "hubble_deep_field": "hubble_deep_field.jpg",
     "ihc": "ihc.png",
 }
+SAMPLE_NAMES = tuple(_PHOTOS)
+"""Names of the sample photos, in the order in which `sample_images` takes them."""
+
 # For decoys only: grey, partly textures. With fewer sources the crops of one photo crowd together,
 # and smooth guesses without information beat them all more often than chance.
 _GREY = {
@@ -102,6 +107,16 @@ def sample_images(
     return load_images(paths, size, count=count, classes=classes)
 
 
+def count_images(paths: str | Path | Iterable[str | Path]) -> int:
+    """Return how many images `load_images` would find, without reading them.
+
+    Raises:
+        InputError: A file is missing, or a folder has no images.
+    """
+    each = [paths] if isinstance(paths, str | Path) else paths
+    return sum(len(_find(Path(path), None)) for path in each)
+
+
 def load_images(
     paths: str | Path | Iterable[str | Path],
     size: tuple[int, int],
@@ -132,9 +147,10 @@ def load_images(
         item for path in ([paths] if isinstance(paths, str | Path) else paths)
         for item in _find(Path(path), classes)
     ]  # fmt: skip
-    if not found or (count is not None and not 1 <= count <= len(found)):
-        wanted = "at least one image" if not found else f"1 to {len(found)} images"
-        raise expected(wanted, len(found) if not found else f"count={count}")
+    if not found:
+        raise expected("at least one image", "none")
+    if count is not None and not 1 <= count <= len(found):
+        raise expected(f"1 to {len(found)} images", f"count={count}")
     found = found[:count]
     pixels, enlarged = [], 0
     for path, _, _ in found:
@@ -241,9 +257,12 @@ def _find(path: Path, classes: int | None) -> list[tuple[Path, str, int | None]]
         return [(path, path.stem, None)]
     if not path.is_dir():
         raise expected("an image file or a folder", f"{path}, which does not exist")
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    grouped = {folder: _files(folder) for folder in folders}
-    direct = _files(path)
+    try:
+        folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        grouped = {folder: _files(folder) for folder in folders}
+        direct = _files(path)
+    except OSError as error:
+        raise expected("a readable folder", f"{path} ({error.strerror})") from error
     if any(grouped.values()) and direct:
         raise expected("either images or class folders", f"both in {path}")
     if not any(grouped.values()):

@@ -223,7 +223,7 @@ class Guard:
                 "learning_rate": learning_rate,
                 "optimizer": optimizer,
             }
-        return self.seal(Update(tensors=tensors, **facts))
+        return self._seal(Update(tensors=tensors, **facts))
 
     def _gradient(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         step = self._step()
@@ -265,8 +265,26 @@ class Guard:
             Unprotected: A defense would not act, or the stack needs each example's own gradient,
                 which a finished update no longer has (`prepare` protects such training).
         """
+        if any(isinstance(d, BatchDefense) for d in self.defenses):
+            raise Unprotected("Expected an update that update() made: the batch was not transformed.")
+        if self._step() is not None and self._ledger is None:
+            raise Unprotected(
+                f"Expected training under prepare(), got a finished update: {self._step().name} "
+                "needs each example's own gradient. Call prepare(optimizer, loader) and train."
+            )
+        for piece in self._protection.installed():
+            piece.settle()
+        return self._seal(update)
+
+    def _seal(self, update: Update) -> Update:
         self.verify()
         tensors = {canonical_name(name): t.detach() for name, t in update.tensors.items()}
+        known = {canonical_name(name) for name in self.model.state_dict()}
+        if strangers := sorted(tensors.keys() - known):
+            raise expected(
+                "an update by the model's parameter names", strangers[0],
+                "A name that no defense knows would leave unprotected.",
+            )  # fmt: skip
         update = replace(update, tensors=tensors)
         held: dict[str, str] = {}
         for piece in self._protection.installed():
@@ -333,6 +351,11 @@ def _require_bare(model: nn.Module) -> None:
         raise InputError(
             f"Expected the bare model, got {type(model).__name__} around it. Protect the model "
             "first, then compile or distribute it."
+        )
+    if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+        raise InputError(
+            "Expected a model that is not compiled, got one after compile(): hooks added now would "
+            "be ignored. Protect the model first, then compile it."
         )
     if isinstance(getattr(model, "vitguard", None), Protection):
         raise expected("a model that is not protected yet", "one that is", "Call guard.remove().")

@@ -134,9 +134,15 @@ def normalization_of(model: nn.Module) -> Normalization:
     """Return the normalisation that a timm model states, mean and deviation 0.5 without one."""
     config = getattr(model, "pretrained_cfg", None)
     config = config if isinstance(config, Mapping) else {}
+    stated = Normalization()
     if "mean" in config and "std" in config:
-        return Normalization(tuple(config["mean"]), tuple(config["std"]))
-    return Normalization()
+        stated = Normalization(tuple(config["mean"]), tuple(config["std"]))
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    if channels == len(stated.mean):
+        return stated
+    # stated for colour, used with other channels: the means over the colours
+    mean, std = (sum(v) / len(v) for v in (stated.mean, stated.std))
+    return Normalization((mean,) * channels, (std,) * channels)
 
 
 class AprilViT(nn.Module):

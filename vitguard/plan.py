@@ -7,7 +7,7 @@ counts equations and unknowns of METHODS 2.1 to 2.5b; `audit` is what confirms i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -89,7 +89,8 @@ class PlanReport:
             f"{escape(self.model)}, encrypted: [bold]{escape(self.select)}[/], "
             f"positions {self.positions}, preset {self.preset}"
         )
-        for name, cost in ((self.select, self.encrypted), ("plan", self.minimal)):
+        costs = {self.select: self.encrypted, "plan": self.minimal}
+        for name, cost in costs.items():
             console.print(
                 f"  {escape(name)}: {cost.parameters:,} parameters ({cost.share:.1%}), "
                 f"{cost.bytes_up / 1e6:.1f} MB up, {cost.bytes_down / 1e6:.1f} MB down a round"
@@ -102,7 +103,7 @@ class PlanReport:
 
 def plan_report(
     model: str | nn.Module,
-    select: str = "all",
+    select: str | Sequence[str] = "all",
     *,
     preset: str = "quantised",
     positions: Positions = "learnable",
@@ -112,7 +113,7 @@ def plan_report(
 
     Args:
         model: A model, or its name as in `build_model`.
-        select: A selection as in `EncryptedGradients`; several are joined by `/`.
+        select: A selection as in `EncryptedGradients`, or several.
         preset: Name of the encryption preset, for the bytes.
         positions: How positions are trained: `learnable`, or what a defense makes of them.
         anatomy: For a model that is not recognised.
@@ -127,6 +128,7 @@ def plan_report(
     """
     if positions not in get_args(Positions):
         raise expected(f"positions among {', '.join(get_args(Positions))}", repr(positions))
+    select = select if isinstance(select, str) else "/".join(select)
     name = model if isinstance(model, str) else type(model).__name__
     network = build_model(model) if isinstance(model, str) else model
     anatomy = anatomy or Anatomy.of(network)
@@ -311,6 +313,10 @@ def _gelu_span(plain: _Plain) -> Remaining:
     if not a.blocks:
         return Remaining("gelu-span", False, (), "no block is known")
     block = a.blocks[0]
+    fc1, fc2 = f"{block.fc1}.weight", f"{block.fc2}.weight"
+    patch = () if plain.hidden(a.patch_weight) else (a.patch_weight,)
+    unknowns = plain.patch_rank + a.tokens + 1
+    equations = plain.equations + plain.sizes.get(fc2, 0) // a.width - a.tokens
     obstacle = "; ".join(a.obstacles)
     if not block.pre_norm:
         obstacle = "the first block is not x + attention(norm(x))"
@@ -318,10 +324,12 @@ def _gelu_span(plain: _Plain) -> Remaining:
         obstacle = "the MLP multiplies two branches"
     elif plain.equations <= 0:
         obstacle = f"{a.tokens} tokens fill the {a.width} dimensions: the spans saturate"
+    elif equations < unknowns:
+        obstacle = f"{unknowns} unknowns, {equations} equations for each patch"
     return _verdict(
         plain,
         "gelu-span",
-        (a.patch_weight, f"{block.proj}.weight", f"{block.fc1}.weight", f"{block.fc2}.weight"),
+        (*patch, f"{block.proj}.weight", fc1, fc2),
         obstacle,
         "projection, fc1 and fc2 of block 0 are plain: also batches, shuffled patches and "
         "sine-cosine positions, by a search that verifies itself",
@@ -374,7 +382,7 @@ def _tokens(plain: _Plain) -> Remaining:
         needs = (f"{block.fc1}.weight", f"{block.fc2}.weight")
         if not block.gated and not plain.hidden(*needs):
             why = (
-                f"both MLP layers of block {number} are plain: a search finds its tokens and inverts "
+                f"both MLP layers of block {number} are plain: a search finds tokens and inverts "
                 "the blocks below (128 wide and 17 tokens: 127 dB); untried at 384 wide and more"
             )
             return Remaining("token-search", True, needs, why)
@@ -387,8 +395,8 @@ def _matching(plain: _Plain) -> Remaining:
         return Remaining("matching", False, (), "nothing is plain")
     share = count / sum(plain.sizes.values())
     why = (
-        f"{share:.0%} of the gradient is plain and any image can be fitted to it; no count says "
-        "how far that gets, so try it with audit"
+        f"{share:.0%} of the gradient is plain and dummy images can be fitted to it; no count "
+        "says how far that gets: try it with audit"
     )
     return Remaining("matching", True, tuple(n for n in plain.sizes if n in plain.plain), why)
 

@@ -59,9 +59,12 @@ def _discover(package: str, base: type[Kind]) -> dict[str, type[Kind]]:
                 found[value.name] = value  # type: ignore[attr-defined]
     for point in entry_points(group=package):
         value = point.load()
-        if not (inspect.isclass(value) and issubclass(value, base)):
-            raise expected(f"a {base.__name__} at entry point {point.name}", repr(value))
-        found[value.name] = value  # type: ignore[attr-defined]
+        if not (inspect.isclass(value) and issubclass(value, Defense | Attack | InputAttack)):
+            raise expected(f"a defense or attack at entry point {point.name}", repr(value))
+        if not issubclass(value, base):
+            continue
+        if found.setdefault(value.name, value) is not value:  # type: ignore[attr-defined]
+            raise expected(f"a name of its own at entry point {point.name}", repr(value.name))
     return dict(sorted(found.items()))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitguard.core import Loss, Normalization, Update, View
 from vitguard.defenses._base import Defense, Draws
-from vitguard.errors import NotApplicable
+from vitguard.errors import NotApplicable, expected
 from vitguard.guard import Guard, protect
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of, math_attention
 
@@ -48,13 +48,14 @@ class CuriousServer:
         """
         anatomy = guard.anatomy
         model = guard.public_model()
-        held = {
-            name: f"withheld by --withhold {selector}"
-            for selector in self.withhold
-            for name in anatomy.select(selector, list(canonical_parameters(model)))
-            if update.can_read(name)
-        }
-        update = update.seal(held)
+        names = [canonical_name(name) for name, _ in model.named_parameters()]
+        held = {}
+        for selector in self.withhold:
+            chosen = anatomy.select(selector, names)
+            if not chosen:
+                raise expected("parameters to withhold", f"none called {selector!r} in this model")
+            held |= {n: f"withheld by --withhold {selector}" for n in chosen if update.can_read(n)}
+        update = _on_device(update.seal(held), next(model.parameters()).device)
         extras = guard.extras()
         return View(
             model=model.eval(),
@@ -66,6 +67,11 @@ class CuriousServer:
             extras=extras,
             simulate=simulator(model, anatomy, guard.defenses, extras, update, loss),
         )
+
+
+def _on_device(update: Update, device: torch.device) -> Update:
+    """Put an update (from a file, say) where the model's weights are."""
+    return replace(update, tensors={k: t.to(device) for k, t in update.tensors.items()})
 
 
 def simulator(
@@ -84,7 +90,8 @@ def simulator(
     twin: list[Guard] = []
 
     def build() -> Guard:
-        guard = protect(copy.deepcopy(model).train(), defenses, anatomy=anatomy)
+        known = [defense.known() for defense in defenses]
+        guard = protect(copy.deepcopy(model).train(), known, anatomy=anatomy)
         state = guard.model.state_dict()
         state.update({k: v for k, v in extras.items() if k in state})
         guard.model.load_state_dict(state)

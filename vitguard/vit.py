@@ -70,7 +70,8 @@ class Block:
     """One transformer block, by name: modules end without, parameters with their last part.
 
     `scale1` and `scale2` are LayerScale parameters, `gated` says that the MLP multiplies two
-    branches (SwiGLU), `pre_norm` that attention reads `norm1(x)`, `residual` that x is added to it.
+    branches (SwiGLU), `pre_norm` that attention reads `norm1(x)`, `residual` that x is added to it,
+    `centred` that the norms subtract the mean (LayerNorm) and do not only divide (RMSNorm).
     """
 
     name: str
@@ -88,6 +89,7 @@ class Block:
     pre_norm: bool = True
     residual: bool = True
     gated: bool = False
+    centred: bool = True
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,10 @@ def _has_norm(module: nn.Module | None) -> bool:
     return module is not None and not isinstance(module, nn.Identity)
 
 
+def _centres(norm: nn.Module | None) -> bool:
+    return "rms" not in type(norm).__name__.lower()
+
+
 def _convolution_obstacles(convolution: nn.Conv2d) -> list[str]:
     if tuple(convolution.kernel_size) != tuple(convolution.stride):
         return ["patches overlap: the patch convolution's stride is not its kernel size"]
@@ -277,7 +283,7 @@ def _present(model: nn.Module, *names: str) -> tuple[str, ...]:
 def _timm(model: nn.Module) -> Anatomy | None:
     stage: Any = getattr(model, "patch_embed", None)
     convolution = getattr(stage, "proj", None)
-    if not isinstance(convolution, nn.Conv2d):
+    if not isinstance(convolution, nn.Conv2d) or not hasattr(stage, "img_size"):
         return None
     obstacles = _convolution_obstacles(convolution)
     if _has_norm(getattr(stage, "norm", None)):
@@ -287,8 +293,16 @@ def _timm(model: nn.Module) -> Anatomy | None:
     if _has_norm(getattr(model, "patch_drop", None)):
         obstacles.append("patch dropout")
     image_size, patch_size = _pair(stage.img_size or 224), _pair(convolution.kernel_size)
+    channels = convolution.in_channels
+    if isinstance(getattr(stage, "backbone", None), nn.Module):
+        obstacles.append("a convolutional network before the patch embedding")
+        grid = _pair(stage.grid_size)
+        patch_size = (image_size[0] // grid[0], image_size[1] // grid[1])
+        channels = next(m.in_channels for m in stage.backbone.modules() if isinstance(m, nn.Conv2d))
     patches = (image_size[0] // patch_size[0]) * (image_size[1] // patch_size[1])
     position = getattr(model, "pos_embed", None)
+    if isinstance(position, Tensor) and position.dim() != 3:
+        obstacles.append(f"a position embedding with {position.dim()} dimensions instead of 3")
     prefix = _present(model, "cls_token", "dist_token", "reg_token")
     if not hasattr(model, "blocks_token_only"):
         prefix_tokens = int(getattr(model, "num_prefix_tokens", len(prefix)) or 0)
@@ -308,17 +322,22 @@ def _timm(model: nn.Module) -> Anatomy | None:
         position_prefix=rows - patches if rows > patches else 0,
         prefix=prefix,
         embedded="pos_drop" if hasattr(model, "pos_drop") else None,
-        blocks=tuple(_timm_block(name, block) for name, block in blocks),
+        blocks=tuple(_timm_block(n, b) for n, b in blocks) if _sequential(blocks) else (),
         head=tuple(heads),
         image_size=image_size,
         patch_size=patch_size,
-        channels=convolution.in_channels,
+        channels=channels,
         width=convolution.out_channels,
         classes=int(getattr(linear, "out_features", 0)),
         pooling=str(getattr(model, "global_pool", "token")),
         prefix_tokens=prefix_tokens,
         obstacles=tuple(obstacles),
     )
+
+
+def _sequential(blocks: list[tuple[str, Any]]) -> bool:
+    """Whether each block has one attention and one MLP; parallel ones have several or none."""
+    return all(hasattr(b, "attn") and hasattr(b, "mlp") for _, b in blocks)
 
 
 def _timm_block(name: str, block: Any) -> Block:
@@ -351,6 +370,7 @@ def _timm_block(name: str, block: Any) -> Block:
         and not any(kind in type(block).__name__ for kind in ("Post", "Parallel")),
         residual=getattr(block, "residual", True),
         gated=width != inner or hasattr(block.mlp, "fc1_g"),
+        centred=_centres(getattr(block, "norm1", None)),
     )
 
 

@@ -75,10 +75,16 @@ def test_pixel_norm(anatomy, images):
 def test_patch_borders(anatomy, images):
     slow = torch.zeros((), dtype=torch.float64)
     for k in range(PATCH, SIZE, PATCH):
-        rows = [(images[b, c, k, j] - images[b, c, k - 1, j]) ** 2
-                for b, c, i, j in _pixels(images) if i == 0]
-        columns = [(images[b, c, i, k] - images[b, c, i, k - 1]) ** 2
-                   for b, c, i, j in _pixels(images) if j == 0]
+        rows = [
+            (images[b, c, k, j] - images[b, c, k - 1, j]) ** 2
+            for b, c, i, j in _pixels(images)
+            if i == 0
+        ]
+        columns = [
+            (images[b, c, i, k] - images[b, c, i, k - 1]) ** 2
+            for b, c, i, j in _pixels(images)
+            if j == 0
+        ]
         slow = slow + sum(rows) ** 0.5 + sum(columns) ** 0.5
     torch.testing.assert_close(PatchBorders()(images, scene(anatomy, images[None])), slow)
 
@@ -104,8 +110,9 @@ def test_row_space(anatomy, images):
 
 def _network():
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3),
-                            nn.BatchNorm2d(2)).double()
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)
+    ).double()
     network[1].running_mean += 0.3
     return network
 

@@ -110,8 +110,8 @@ class Solver:
         return y[:, self.patch.shape[1] : self.scale_index] @ self.attended.T
 
     @staticmethod
-    def of(view: View, anatomy: Anatomy, positions: Float[Tensor, "positions width"] | None) -> Solver:
-        """Set the system up for block 0; `positions` adds rows to the known e_i.
+    def of(view: View, anatomy: Anatomy, unknown: Tensor | None = None) -> Solver:
+        """Set the system up for block 0; a shuffle's `unknown` position adds one row at the end.
 
         Raises:
             NotApplicable: The block is not of this form.
@@ -122,8 +122,10 @@ class Solver:
             raise NotApplicable("the block has no norm in front of the attention")
         embedding = Embedding.of(view, anatomy)
         offset = embedding.offset
-        if positions is not None:
-            offset = torch.cat([offset, positions.to(offset)])
+        if unknown is not None and anatomy.positions is not None:
+            known = view.weight(anatomy.positions)[0, anatomy.position_prefix :]
+            shared = offset[:1] - known[:1] + unknown.detach().to(offset).reshape(1, -1)
+            offset = torch.cat([offset, shared])
         patch = patch_basis(view, anatomy)
         pixels = anatomy.patch_pixels
         if patch is None or patch.shape[1] >= pixels:

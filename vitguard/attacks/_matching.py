@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -154,13 +154,19 @@ class _Run:
         start = self.attack.start
         if self.recipe.joint_labels:
             return "optimised with the images", None
-        if start is not None and start.labels is not None:
-            if len(start.labels) == self.view.update.batch_size:
-                return "from the start", start.labels.to(self.like.device)
-        labels = try_labels(self.view, generator)
+        given = start.labels if start is not None else None
+        if given is not None and len(given) == self.view.update.batch_size:
+            return "from the start", given.to(self.like.device)
+        labels = try_labels(self._mean_gradient(), generator)
         if labels is None:
             return "optimised with the images: they cannot be inferred", None
         return "inferred", labels.to(self.like.device)
+
+    def _mean_gradient(self) -> View:
+        """The seen update as the mean gradient of its local steps, where it determines one."""
+        update, steps = self._comparable(self.view.update), self.view.update.local_steps
+        tensors = {k: t / steps for k, t in update.tensors.items()}
+        return replace(self.view, update=replace(update, tensors=tensors))
 
     def _space(self) -> Any:
         if not self.attack.subspace:
@@ -169,9 +175,7 @@ class _Run:
         given = start.space if start is not None else None
         return given if given is not None else row_space(self.view, self.anatomy)
 
-    def _restart(
-        self, index: int, labels: Tensor | None, box: tuple[Tensor, Tensor]
-    ) -> Restart:
+    def _restart(self, index: int, labels: Tensor | None, box: tuple[Tensor, Tensor]) -> Restart:
         noise = self._generator(-1, index)
         batch, shape = self.view.update.batch_size, self.view.image_shape
         images = torch.randn((batch, *shape), generator=noise).to(self.like) * self.recipe.spread
@@ -270,9 +274,7 @@ class _Run:
     def _guess(self, first: float) -> Guess:
         stochastic = self._stochastic()
         candidates = [r.free.detach() if stochastic else r.best for r in self.restarts]
-        distances = [
-            self._distance(r, c) for r, c in zip(self.restarts, candidates, strict=True)
-        ]
+        distances = [self._distance(r, c) for r, c in zip(self.restarts, candidates, strict=True)]
         chosen = min(range(len(distances)), key=distances.__getitem__)
         winner = self.restarts[chosen]
         labels = winner.labels if winner.label_scores is None else winner.best_labels.argmax(-1)
@@ -319,5 +321,3 @@ class _Run:
         }
         norm = float(torch.stack([t.double().norm() for t in self.seen.values()]).norm())
         return {"attack": self.attack.name, "seed": self.seed, "seen": norm, **settings}
-
-

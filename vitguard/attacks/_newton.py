@@ -23,7 +23,6 @@ from vitguard.attacks._mlp import Mlp
 __all__ = ["Problem", "Solutions"]
 
 _OUTER_BYTES = 3e8
-_REACH = 0.1  # rho^2 as a share of the known solution's squared distance from the origin
 _NORM_WEIGHT = 0.01  # of the norm equation against the hidden equations, per hidden unit
 
 
@@ -74,49 +73,38 @@ class Problem:
         )  # fmt: skip
 
     def solve(
-        self,
-        positions: Tensor,
-        start: Float[Tensor, "starts k"],
-        *,
-        iterations: int = 30,
-        repel: Float[Tensor, "starts known k"] | None = None,
+        self, positions: Tensor, start: Float[Tensor, "starts k"], *, iterations: int = 30
     ) -> Solutions:
-        """Run damped Gauss-Newton steps from every start at its position, in chunks.
-
-        `repel` holds solutions to keep away from (NaN rows are padding): the residual is multiplied
-        by m(v) = 1 + sum rho^2 / |v - known|^2, which has no zero there and keeps all others.
-        """
+        """Run damped Gauss-Newton steps from every start at its position, in chunks."""
         hidden, k = self.hidden.shape
         chunk = max(1, int(5e6 / (hidden * max(k, 1))))
-        if repel is None:
-            repel = start.new_zeros(len(start), 0, k)
-        pieces = zip(positions.split(chunk), start.split(chunk), repel.split(chunk), strict=True)
-        parts = [self._solve(p, v, r, iterations) for p, v, r in pieces]
+        pieces = zip(positions.split(chunk), start.split(chunk), strict=True)
+        parts = [self._solve(p, v, iterations) for p, v in pieces]
         return Solutions(torch.cat([p.v for p in parts]), torch.cat([p.residual for p in parts]))
 
-    def _solve(self, positions: Tensor, v: Tensor, repel: Tensor, iterations: int) -> Solutions:
+    def _solve(self, positions: Tensor, v: Tensor, iterations: int) -> Solutions:
         v, residual = v.clone(), v.new_full((len(v),), torch.inf)
         alive = torch.arange(len(v), device=v.device)
-        state = self._evaluate(positions, v, repel)
+        state = self._evaluate(positions, v)
         damping = v.new_full((len(v),), 0.1)
-        mark = state.deflated
+        mark = state.cost
         for step in range(iterations):
             move = self._step(state, damping)
-            trial = self._evaluate(state.positions, state.v - move, state.repel)
-            better = trial.deflated < state.deflated
+            trial = self._evaluate(state.positions, state.v - move)
+            better = trial.cost < state.cost
             state = state.where(better, trial)
             damping = torch.where(better, damping * 0.3, damping * 4).clamp(1e-12, 1e8)
             if step % 4 == 3:  # drop what has converged
-                moving = state.deflated < 0.98 * mark
+                moving = state.cost < 0.98 * mark
                 v[alive], residual[alive] = state.v, state.residual
                 alive, damping, state = alive[moving], damping[moving], state.pick(moving)
-                mark = state.deflated
+                mark = state.cost
                 if not len(alive):
                     break
         v[alive], residual[alive] = state.v, state.residual
         return Solutions(v, residual)
 
-    def _evaluate(self, positions: Tensor, v: Tensor, repel: Tensor) -> _State:
+    def _evaluate(self, positions: Tensor, v: Tensor) -> _State:
         index, family = self.index, self.family
         s = family.origin[positions, index] + v @ family.directions[index]
         u = (self.hidden_origin[positions] + v @ self.hidden.T) / s[:, None]
@@ -124,17 +112,8 @@ class Problem:
         normal = (self.centred[positions] + v @ self.stream.T) / s[:, None]
         excess = normal.square().mean(1) + self.mlp.norm.epsilon / s.square() - 1
         cost = outside.square().sum(1) + _NORM_WEIGHT * u.shape[1] * excess.square()
-        gap = v[:, None] - repel
-        near = torch.nan_to_num(_REACH * repel.square().sum(2) / gap.square().sum(2))
-        away = 1 + near.sum(1)
-        push = torch.nan_to_num(near / gap.square().sum(2))[:, :, None] * torch.nan_to_num(gap)
-        push = -2 * push.sum(1) / away[:, None]
-        deflated = away.square() * cost
-        deflated = torch.where((s > 1e-6) & deflated.isfinite(), deflated, torch.inf)
-        return _State(
-            positions, v, repel, s, u, outside, normal, excess, outside.norm(dim=1) / size,
-            cost, push, deflated,
-        )  # fmt: skip
+        cost = torch.where((s > 1e-6) & cost.isfinite(), cost, torch.inf)
+        return _State(positions, v, s, u, outside, normal, excess, outside.norm(dim=1) / size, cost)
 
     def _step(self, state: _State, damping: Tensor) -> Tensor:
         """Solve the damped normal equations, J = diag(g / s) (P - u s_v^T) with slopes g."""
@@ -154,11 +133,6 @@ class Problem:
         weight = _NORM_WEIGHT * state.u.shape[1]
         normal = normal + weight * excess[:, :, None] * excess[:, None, :]
         right = right + weight * state.excess[:, None] * excess
-        cost = state.cost[:, None]
-        mixed = right[:, :, None] * state.push[:, None]
-        normal = normal + mixed + mixed.mT
-        normal = normal + cost[:, :, None] * state.push[:, :, None] * state.push[:, None]
-        right = right + cost * state.push
         diagonal = normal.diagonal(dim1=1, dim2=2)
         floor = diagonal + _floor(normal) * diagonal.amax(1, keepdim=True)
         normal = normal + torch.diag_embed(damping[:, None] * floor)
@@ -191,7 +165,6 @@ def _floor(values: Tensor) -> float:
 class _State:
     positions: Tensor
     v: Tensor
-    repel: Tensor
     s: Tensor
     u: Tensor
     outside: Tensor
@@ -199,8 +172,6 @@ class _State:
     excess: Tensor
     residual: Tensor
     cost: Tensor
-    push: Tensor
-    deflated: Tensor
 
     def _all(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)

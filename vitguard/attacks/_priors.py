@@ -31,6 +31,7 @@ __all__ = [
     "register",
 ]
 
+_IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 Images = Float[Tensor, "batch channels height width"]
 
 
@@ -89,7 +90,7 @@ class PixelNorm(Prior):
 
 @dataclass(frozen=True)
 class PatchBorders(Prior):
-    """Σ_borders ‖jump across the border‖₂, rows and columns (GradViT, arXiv 2203.11894, R_patch)."""
+    """Σ_borders ‖jump across the border‖₂, rows and columns (R_patch of GradViT, 2203.11894)."""
 
     def __call__(self, images: Images, scene: Scene) -> Tensor:
         """See `Prior`."""
@@ -133,7 +134,7 @@ class FeatureStatistics(Prior):
     """
 
     network: nn.Module
-    normalization: Normalization = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    normalization: Normalization = _IMAGENET
 
     def __post_init__(self) -> None:
         layers = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)]

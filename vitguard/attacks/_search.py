@@ -76,8 +76,10 @@ class Search:
         self._quick = Problem.of(self.mlp, self.solver, self._rough.family, torch.float32)
         # Weakly determined directions are noisy: the final steps leave them to the MLP.
         self._fine = self._problem(self.solver.free(3e-2) + 20)
-        basis = self.solver.patch @ self._rough.family.directions[: self.solver.patch.shape[1]]
-        self._inverse = torch.linalg.pinv(basis, rtol=1e-3) if free else basis.T
+        self._inverse = torch.linalg.pinv(
+            self.solver.patch @ self._rough.family.directions[: self.solver.patch.shape[1]],
+            rtol=1e-3,
+        )
         empty = self.solver.columns.new_zeros
         self.found = Found(
             torch.zeros(0, dtype=torch.long, device=self.solver.columns.device),
@@ -121,55 +123,78 @@ class Search:
 
     def _starts(self, missing: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
         """Return positions and coordinates of this round's starts."""
-        family, positions, starts = self._rough.family, [], []
+        origin, positions, starts = self._rough.family.origin, [], []
         for i in torch.nonzero(missing)[:, 0].tolist():
-            here = int(self.wanted[i])
-            count = min(2 + 2 * rounds, 8) if here <= 8 else 8 * min(here, 16)
-            seeds = [self._natural(family, i, count)]
+            crowd = int(self.wanted[i]) > 8
+            count = 8 * min(int(self.wanted[i]), 16) if crowd else min(1 + rounds, 4)
+            here = self.found.position == i
+            mixing = self._mixtures if crowd else self._opposites
+            targets = [
+                self._textures(count),
+                mixing(i, count) if bool(here.any()) else self._elsewhere(i, count),
+            ]
+            v = self._project(i, torch.cat(targets))
             if rounds == 0:
-                seeds.append(family.origin.new_zeros(1, self.free))
-            seeds.append(self._known(family, i, count))
-            v = torch.cat(seeds)
+                v = torch.cat([origin.new_zeros(1, self.free), v])
             positions.append(torch.full((len(v),), i, device=v.device))
             starts.append(v)
         return torch.cat(positions), torch.cat(starts)
 
-    def _natural(self, family: Family, position: int, count: int) -> Tensor:
-        """Members nearest to flat patches of random colours with random ramps."""
-        channels, (height, width) = self.anatomy.channels, self.anatomy.patch_size
-        draw = torch.randn(count, channels, 3, generator=self.generator, dtype=torch.float64)
-        down = torch.linspace(-1, 1, height, dtype=torch.float64)[:, None]
-        across = torch.linspace(-1, 1, width, dtype=torch.float64)
-        shared = torch.rand(count, channels, generator=self.generator, dtype=torch.float64)
-        pixels = (
-            shared[:, :, None, None]
-            + 0.1 * draw[:, :, 1, None, None] * down
-            + 0.1 * draw[:, :, 2, None, None] * across
-        )
-        target = self.normalization.apply(pixels.clamp(0, 1)).flatten(1).to(family.origin)
-        base = self.solver.pixels(family.origin[position : position + 1])
-        return (target - base) @ self._inverse.T
+    def _base(self, position: int) -> Tensor:
+        return self.solver.pixels(self._rough.family.origin[position : position + 1])
 
-    def _known(self, family: Family, position: int, count: int) -> Tensor:
-        """Coordinates of tokens found elsewhere, or of mixtures of those found here."""
-        found = self.found
-        here = found.y[found.position == position]
-        index = torch.full((1,), position, device=found.y.device)
-        if int(self.wanted[position]) > 8 and len(here) >= 2:
-            weights = torch.randn(count, len(here), generator=self.generator, dtype=torch.float64)
-            centre = here.mean(0)
-            mixed = centre + weights.to(here) @ (here - centre) / len(here) ** 0.5
-            return family.coordinates(index.expand(count), mixed)
-        others = found.y[found.position != position]
-        if not len(others):
-            return family.origin.new_zeros(0, self.free)
-        columns = self.anatomy.grid[1]
-        where = found.position[found.position != position]
+    def _project(self, position: int, patches: Tensor) -> Tensor:
+        """Coordinates of the members whose patches come nearest."""
+        return (patches - self._base(position)) @ self._inverse.T
+
+    def _normal(self, *shape: int) -> Tensor:
+        draw = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return draw.to(self.found.y)
+
+    def _textures(self, count: int) -> Tensor:
+        """Patches with the spectrum of photos: random level, noise falling as 1 / frequency^2."""
+        channels, (height, width) = self.anatomy.channels, self.anatomy.patch_size
+        down = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
+        across = torch.fft.rfftfreq(width, dtype=torch.float64)
+        frequency = (down.square() + across.square()).clamp_min(1 / max(height, width) ** 2)
+        grey = self._normal(count, 1, height, width) + 0.3 * self._normal(
+            count, channels, height, width
+        )
+        noise = torch.fft.irfft2(
+            torch.fft.rfft2(grey) / frequency.to(grey.device), s=(height, width)
+        )
+        noise = noise / noise.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-9)
+        strength = 0.15 * self._normal(count, 1, 1, 1)
+        level = 0.5 + 0.3 * self._normal(count, 1, 1, 1) + 0.1 * self._normal(count, channels, 1, 1)
+        return self.normalization.apply((level + strength * noise).clamp(0, 1)).flatten(1)
+
+    def _any(self, count: int) -> Tensor:
+        patch = self.found.patch
+        return patch[torch.randint(len(patch), (count,), generator=self.generator).to(patch.device)]
+
+    def _elsewhere(self, position: int, count: int) -> Tensor:
+        """Patches found at other positions, near ones first."""
+        columns, where = self.anatomy.grid[1], self.found.position
         rows = (where // columns - position // columns).abs()
         distance = rows + (where % columns - position % columns).abs()
-        jitter = torch.rand(len(where), generator=self.generator).to(others)
-        order = (distance + 2 * jitter).argsort()[:count]
-        return family.coordinates(index.expand(len(order)), others[order])
+        jitter = torch.rand(len(where), generator=self.generator).to(self.found.y)
+        return self.found.patch[(distance + 2 * jitter).argsort()[:count]]
+
+    def _opposites(self, position: int, count: int) -> Tensor:
+        """Beyond the minimum-norm member as seen from what was found here.
+
+        That member lies among the true ones, so the others are on its far side.
+        """
+        here = self.found.patch[self.found.position == position].mean(0)
+        base = self._base(position)
+        some = torch.rand(count, 1, generator=self.generator).to(base) + 0.5
+        return base + some * (base - here) + 0.5 * (self._any(count) - self._any(count))
+
+    def _mixtures(self, position: int, count: int) -> Tensor:
+        """Draws from the mean and covariance of what was found at this position."""
+        here = self.found.patch[self.found.position == position]
+        spread = self._normal(count, len(here)) @ (here - here.mean(0)) / max(len(here), 2) ** 0.5
+        return here.mean(0) + 1.5 * spread
 
     def _harvest(self, positions: Tensor, start: Tensor) -> int:
         """Iterate all starts, in slices that respect the deadline; return how many were new."""

@@ -25,8 +25,10 @@ __all__ = [
     "complement",
     "guess_from_patches",
     "layer_rows",
+    "least_squares",
     "patch_basis",
     "patch_gradient",
+    "require_rank",
     "require_readable",
     "right_vectors",
     "row_basis",
@@ -102,6 +104,21 @@ def guess_from_patches(
     )
 
 
+def least_squares(
+    system: Float[Tensor, "equations unknowns"], target: Float[Tensor, "equations columns"]
+) -> tuple[Float[Tensor, "unknowns columns"], int]:
+    """Return the minimum-norm least-squares solution and the rank of the system.
+
+    Raises:
+        NotApplicable: System or target is not finite.
+    """
+    if not bool(system.isfinite().all() and target.isfinite().all()):
+        raise NotApplicable("the update is not finite")
+    # the one LAPACK driver that tells the rank and takes deficient systems runs on the CPU only
+    fit = torch.linalg.lstsq(system.cpu(), target.cpu(), driver="gelsd")
+    return fit.solution.to(target.device), int(fit.rank)
+
+
 def whitened(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
     """Scale each row to unit norm.
 
@@ -120,6 +137,8 @@ def right_vectors(
     Rows are whitened unless the gap behind `rank` says that the noise does not follow the rows
     (added noise, for instance).
     """
+    if not bool(matrix.isfinite().all()):
+        raise NotApplicable("the update is not finite")
     candidates = []
     for rows in (whitened(matrix), matrix):
         rows = torch.linalg.qr(rows, mode="r").R if rows.shape[0] > rows.shape[1] else rows
@@ -132,6 +151,24 @@ def right_vectors(
             break
     _, values, vectors = max(candidates, key=lambda candidate: candidate[0])
     return values, vectors
+
+
+def require_rank(values: Float[Tensor, " values"], rank: int, what: str) -> None:
+    """Raise NotApplicable if singular values end well before `rank`.
+
+    Tokens that receive no gradient of their own (the last block under class-token pooling) leave
+    fewer directions than tokens: a cliff of a factor 1000 before `rank`, and none at it.
+    """
+    values = values.clamp_min(torch.finfo(values.dtype).tiny)
+    steps = values[:-1] / values[1:]
+    if not 0 < rank <= len(steps) or steps[rank - 1] > 10:
+        return
+    cliff = int(steps[:rank].argmax())
+    if steps[cliff] > 1e3:
+        raise NotApplicable(
+            f"the gradient of {what} has rank {cliff + 1}, not one direction for each of {rank} "
+            "tokens"
+        )
 
 
 def row_basis(matrix: Float[Tensor, "rows columns"], rank: int) -> Float[Tensor, "columns rank"]:

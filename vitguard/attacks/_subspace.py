@@ -52,21 +52,22 @@ class Subspace:
 
 
 def row_space(view: View, anatomy: Anatomy) -> AffineSpace | None:
-    """Return the span of all patches from dL/dW = Σ G_i x_iᵀ, or None where it is no smaller.
+    """Return the span of all patches from dL/dW = Σ G_i x_iᵀ, or None where it is not known.
 
-    The rank is at most min(batch · patches, width). A gradient without a clear drop after that rank
-    (noise, pruning, rounding to 16 bits) says nothing exact, so it gives None too.
+    It is known where batch · patches is below the width (else G cannot have full rank) and below
+    the pixels of a patch. A gradient without a clear drop after that rank (noise, pruning, rounding
+    to 16 bits) says nothing exact, so it gives None too.
     """
     try:
         anatomy.require_plain_embedding()
         gradient = view.gradient(steps=True).read(anatomy.patch_weight)
     except (Blocked, NotApplicable):
         return None
-    rank = min(view.update.batch_size * anatomy.patches, anatomy.width)
-    if rank >= anatomy.patch_pixels:
+    rank = view.update.batch_size * anatomy.patches
+    if rank >= min(anatomy.width, anatomy.patch_pixels):
         return None
     _, values, rows = torch.linalg.svd(gradient.reshape(anatomy.width, -1), full_matrices=False)
-    if rank < len(values) and not bool(values[rank] <= _GAP * values[0]):
+    if not bool(values[rank] <= _GAP * values[0]):
         return None
     origin = torch.zeros(anatomy.patches, anatomy.patch_pixels, dtype=rows.dtype)
     return AffineSpace(origin.to(rows), rows[:rank].T.contiguous())

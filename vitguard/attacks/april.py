@@ -8,7 +8,12 @@ from typing import ClassVar
 import torch
 
 from vitguard.attacks._base import Attack
-from vitguard.attacks._spans import Embedding, guess_from_patches, patch_basis
+from vitguard.attacks._spans import (
+    Embedding,
+    guess_from_patches,
+    least_squares,
+    patch_basis,
+)
 from vitguard.attacks.labels import try_labels
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable
@@ -60,11 +65,11 @@ class April(Attack):
         slope = view.read(anatomy.positions)[0]
         product = sum(view.weight(name).T @ view.read(name) for name in block.qkv)
         assert isinstance(product, torch.Tensor)
-        sequence = torch.linalg.lstsq(slope.T, product, driver="gelsd").solution
+        sequence, _ = least_squares(slope.T, product)
         residual = float((slope.T @ sequence - product).norm() / product.norm().clamp_min(1e-300))
         embedding = Embedding.of(view, anatomy)
         target = sequence[anatomy.prefix_tokens :] - embedding.offset
-        basis = torch.eye(anatomy.patch_pixels, dtype=torch.float64)
+        basis = torch.eye(anatomy.patch_pixels).to(embedding.weight)
         if anatomy.patch_pixels > anatomy.width:
             basis = patch_basis(view, anatomy)
             if basis is None:

@@ -49,9 +49,7 @@ class GradInversion(MatchingAttack):
     group: float = 0.01
     langevin: float = 0.2
     rate: float = 0.1
-    network: FeatureStatistics | None = field(
-        default=None, repr=False, compare=False, kw_only=True
-    )
+    network: FeatureStatistics | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ __all__ = ["GradViT"]
 
 @dataclass(frozen=True)
 class GradViT(MatchingAttack):
-    """Σ_layers ‖g'_l - g_l‖₂ at weight 4e-3, after half the run 2e-3 with feature statistics at 0.2.
+    """Σ_layers ‖g'_l - g_l‖₂, halved after half the run when the feature statistics come in.
 
     Args:
         gradient: Weight of the distance in the first half; half of it in the second.
@@ -53,9 +53,7 @@ class GradViT(MatchingAttack):
     total_variation: float = 1e-4
     pixel_norm: float = 1e-4
     rate: float = 0.1
-    network: FeatureStatistics | None = field(
-        default=None, repr=False, compare=False, kw_only=True
-    )
+    network: FeatureStatistics | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,10 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitguard.core import View
-from vitguard.errors import NotApplicable
+from vitguard.errors import Blocked, NotApplicable
 from vitguard.vit import Anatomy, logits_of
 
 __all__ = ["infer_labels", "labels_from_counts", "try_labels"]
+
+_SLACK = 0.1
+"""Share of the bias gradient that may be left over where it should sum to 0: noise, rounding."""
+_SECOND = 0.25
+"""Share of the most negative entry at which a second one is a label too, and no longer noise."""
 
 
 def infer_labels(view: View, generator: torch.Generator) -> Int[Tensor, " batch"]:
@@ -34,14 +39,15 @@ def infer_labels(view: View, generator: torch.Generator) -> Int[Tensor, " batch"
     batch = view.update.batch_size
     if view.update.can_read(f"{head}.bias"):
         gradient = view.read(f"{head}.bias")
-        slack = 1e-3 + 1e-6 * gradient.numel()
-        if not bool(gradient.sum().abs() <= slack * gradient.abs().sum().clamp_min(1e-12)):
-            raise NotApplicable("the head's bias gradient does not sum to 0: no cross-entropy")
+        _require_finite(gradient)
         if batch == 1:
-            return gradient.argmin()[None]
+            return _only_negative(gradient)
+        if not bool(gradient.sum().abs() <= _SLACK * gradient.abs().sum().clamp_min(1e-12)):
+            raise NotApplicable("the head's bias gradient does not sum to 0: no cross-entropy")
         mean = _mean_prediction(view, generator)
         return labels_from_counts(batch * (mean - gradient), batch)
     weight = view.read(f"{head}.weight")
+    _require_finite(weight)
     if batch == 1:
         # dL/dW_c = g_c f: one row points against all others, and it is the longest of them.
         total = weight @ weight.sum(0) - weight.square().sum(1)
@@ -49,10 +55,23 @@ def infer_labels(view: View, generator: torch.Generator) -> Int[Tensor, " batch"
     raise NotApplicable("labels of a batch need the gradient of the head's bias")
 
 
+def _require_finite(gradient: Tensor) -> None:
+    if not bool(gradient.isfinite().all()):
+        raise NotApplicable("the gradient of the head is not finite")
+
+
+def _only_negative(gradient: Float[Tensor, " classes"]) -> Int[Tensor, " one"]:
+    """Return the one class that the gradient raises; two of them mean a soft label."""
+    lowest = gradient.topk(min(2, len(gradient)), largest=False).values
+    if not float(lowest[0]) < 0:
+        raise NotApplicable("no class has a negative gradient: no hard-label cross-entropy")
+    if len(lowest) > 1 and float(lowest[1]) < _SECOND * float(lowest[0]):
+        raise NotApplicable("several classes have a negative gradient: a soft label")
+    return gradient.argmin()[None]
+
+
 def try_labels(view: View, generator: torch.Generator) -> Tensor | None:
     """Return `infer_labels`, or None where it cannot say."""
-    from vitguard.errors import Blocked
-
     try:
         return infer_labels(view, generator)
     except (Blocked, NotApplicable):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitguard.attacks._base import Attack
-from vitguard.attacks._spans import guess_from_patches, patch_gradient
+from vitguard.attacks._spans import guess_from_patches, least_squares, patch_gradient
 from vitguard.attacks.labels import try_labels
 from vitguard.core import Guess, View
 from vitguard.errors import Blocked, NotApplicable
@@ -68,9 +68,9 @@ def _solve(system: Tensor, target: Tensor) -> tuple[Tensor, int, float]:
     scale = target.norm(dim=1, keepdim=True)
     weight = 1 / torch.where(scale > 0, scale, torch.ones_like(scale))
     for rows in (weight, torch.ones_like(weight)):
-        fit = torch.linalg.lstsq(rows * system, rows * target, driver="gelsd")
-        error = rows * (system @ fit.solution - target)
+        solution, rank = least_squares(rows * system, rows * target)
+        error = rows * (system @ solution - target)
         residual = float(error.norm() / (rows * target).norm().clamp_min(1e-300))
         if residual < 1e-3:
             break
-    return fit.solution, int(fit.rank), residual
+    return solution, rank, residual

@@ -15,10 +15,11 @@ from vitguard.attacks._spans import (
     Embedding,
     Rows,
     block_rows,
-    complement,
     guess_from_patches,
     layer_rows,
     patch_basis,
+    require_rank,
+    right_vectors,
     row_basis,
 )
 from vitguard.attacks.labels import try_labels
@@ -169,13 +170,15 @@ def span_system(view: View, anatomy: Anatomy) -> System:
     anatomy.require_plain_embedding()
     if not anatomy.blocks or not anatomy.blocks[0].pre_norm:
         raise NotApplicable("the first block is not x + attention(norm(x))")
+    if anatomy.positions is None:
+        raise NotApplicable("without absolute positions every patch has the same equations")
     try:
         return _system(view, anatomy, _qkv_form)
-    except Blocked as hidden:
+    except (Blocked, NotApplicable) as first:
         try:
             return _system(view, anatomy, _projection_form)
-        except Blocked:
-            raise hidden from None
+        except (Blocked, NotApplicable):
+            raise first from None
 
 
 @dataclass(frozen=True)
@@ -227,12 +230,15 @@ def _system(view: View, anatomy: Anatomy, form_of: Any) -> System:
                 + f"; without it {unknowns} unknowns have {anatomy.width - form.tokens} equations",
             )
         basis = torch.eye(anatomy.patch_pixels, dtype=torch.float64).to(embedding.weight)
-    outside = complement(form.rows.matrix, form.tokens)
+    strengths, vectors = right_vectors(form.rows.matrix, form.tokens)
+    require_rank(strengths, form.tokens, form.rows.names[0])
+    outside = vectors[:, form.tokens :]
     gamma = view.weight(f"{form.norm}.weight")
     beta = _weight_or_zero(view, f"{form.norm}.bias", anatomy.width)
     across = outside[: anatomy.width]
     constraint = (gamma[:, None] * across).T
-    constraint = constraint - constraint.mean(dim=1, keepdim=True)  # Q^T diag(gamma) C
+    if anatomy.blocks[0].centred:
+        constraint = constraint - constraint.mean(dim=1, keepdim=True)  # Q^T diag(gamma) C
     moves = torch.cat([embedding.weight @ basis, form.free], dim=1)
     columns = [constraint @ moves]
     deviation = across.T @ beta
@@ -270,8 +276,10 @@ def _nullity(
     # a prefix token is one known vector where it enters unchanged
     known = embedding.prefix if form.source == "qkv" else offsets[:0]
     rows = torch.cat([offsets, known])
-    rows = rows - rows.mean(dim=1, keepdim=True)
-    span = torch.linalg.qr(moves - moves.mean(dim=0, keepdim=True)).Q
+    if anatomy.blocks[0].centred:
+        rows = rows - rows.mean(dim=1, keepdim=True)
+        moves = moves - moves.mean(dim=0, keepdim=True)
+    span = torch.linalg.qr(moves).Q
     rest = rows - (rows @ span) @ span.T
     scale = torch.linalg.matrix_norm(rows, 2).clamp_min(1e-300)
     rank = int((torch.linalg.svdvals(rest) > 1e-6 * scale).sum())
@@ -302,6 +310,9 @@ def _full(right: Tensor) -> Tensor:
 
 def _weight_or_zero(view: View, name: str, width: int) -> Tensor:
     names = {n for n, _ in view.model.named_parameters()}
-    return view.weight(name) if name in names else torch.zeros(width, dtype=torch.float64)
+    if name in names:
+        return view.weight(name)
+    device = next(view.model.parameters()).device
+    return torch.zeros(width, dtype=torch.float64, device=device)
 
 

@@ -37,7 +37,7 @@ class Defense(ABC):
     def spec(self) -> str:
         """Return the defense as the command line writes it, defaults left out."""
         changed = [
-            f"{f.name}={str(v).lower() if isinstance(v, bool) else v}"
+            f"{f.name}={_written(v)}"
             for f in fields(self)  # type: ignore[arg-type]
             if (v := getattr(self, f.name)) != f.default
         ]
@@ -45,6 +45,19 @@ class Defense(ABC):
 
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
         """Raise Incompatible if the defense cannot work on this model within this stack."""
+
+    def known(self) -> Defense:
+        """Return what the adversary runs on the public model to act as this defense does.
+
+        A defense whose draw is public by now (it is in the model) must not draw again.
+        """
+        return self
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(map(_written, value))
+    return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
 class Draws:
@@ -85,8 +98,15 @@ class Installed(nn.Module):
     def verify(self, model: nn.Module) -> None:
         """Raise Unprotected if the defense would not act on the model as it stands."""
 
+    def settle(self) -> None:
+        """Raise Unprotected if a gradient was taken without the defense since the weights came."""
+
     def auxiliary_loss(self) -> Tensor | None:
         """Return the loss that the last training forward left behind, if any; read once."""
+        return None
+
+    def per_example_auxiliary(self) -> Tensor | None:
+        """Return that loss for each example, shape (batch,), for differential privacy; read once."""
         return None
 
     def truth(self) -> Mapping[str, Tensor]:

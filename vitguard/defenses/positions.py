@@ -100,6 +100,10 @@ class FixedPositions(ModelDefense):
         """Swap the parameter for a buffer of the same name, shape, dtype and device."""
         return _InstalledPositions(model, anatomy, self._values(model, anatomy, draws), self.kind)
 
+    def known(self) -> FixedPositions:
+        """Return `frozen`: the public model holds the fixed values, `random` ones too."""
+        return FixedPositions("frozen")
+
     def _values(self, model: nn.Module, anatomy: Anatomy, draws: Draws) -> Tensor:
         parent, attribute = _locate(model, anatomy)
         current = getattr(parent, attribute).detach()
@@ -128,6 +132,7 @@ class _InstalledPositions(Installed):
         self.register_buffer("fixed", values, persistent=False)
         parent, attribute = _locate(model, anatomy)
         self.order = list(parent._parameters)
+        self.trained = getattr(parent, attribute).requires_grad
         delattr(parent, attribute)
         parent.register_buffer(attribute, values.clone())
         self.handles: list[Any] = [
@@ -141,9 +146,15 @@ class _InstalledPositions(Installed):
         for handle in self.handles:
             handle.remove()
         delattr(parent, attribute)
-        parent.register_parameter(attribute, nn.Parameter(values))
-        for name in self.order:  # the original order of parameters, for optimizers that rely on it
-            parent._parameters[name] = parent._parameters.pop(name)
+        parent.register_parameter(attribute, nn.Parameter(values, requires_grad=self.trained))
+        # the original order of parameters, for optimizers that rely on it; later ones stay behind
+        for name in [*self.order, *(n for n in parent._parameters if n not in self.order)]:
+            if name in parent._parameters:
+                parent._parameters[name] = parent._parameters.pop(name)
+
+    def withheld(self) -> Mapping[str, str]:
+        assert self.anatomy.positions is not None
+        return {self.anatomy.positions: "fixed positions have no gradient"}
 
     def verify(self, model: nn.Module) -> None:
         parent, attribute = _locate(model, self.anatomy)

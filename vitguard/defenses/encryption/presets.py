@@ -112,10 +112,10 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     p.name: p
     for p in (
-        Preset("quantised", 4096, (54, 20), 2, 10, 3.80, 7.57),
-        Preset("many", 8192, (60, 20), 2, 100, 4.02, 8.05),
-        Preset("precise", 4096, (54, 20), 1, 10, 7.60, 15.15),
-        Preset("compact", 8192, (60, 20), 3, 10, 2.68, 5.36),
+        Preset("quantised", 4096, (54, 20), 2, 10, 3.785, 7.54),
+        Preset("many", 8192, (60, 20), 2, 100, 4.015, 8.02),
+        Preset("precise", 4096, (54, 20), 1, 10, 7.57, 15.08),
+        Preset("compact", 8192, (60, 20), 3, 10, 2.677, 5.345),
     )
 }
 

@@ -127,14 +127,14 @@ class Engine:
         self._known: set[frozenset[tuple[str, str]]] = set()
 
     @contextmanager
-    def watch(self, model: nn.Module, batch: int) -> Iterator[Tape]:
-        """Record the forward pass inside the block."""
-        tape = self.tape(model, batch)
+    def watch(self, model: nn.Module, images: Tensor) -> Iterator[Tape]:
+        """Record the forward pass of `images` inside the block."""
+        tape = self.tape(model, len(images))
+        tape.mark(images, True)
         with Watch(tape):
             yield tape
 
-    @staticmethod
-    def tape(model: nn.Module, batch: int) -> Tape:
+    def tape(self, model: nn.Module, batch: int) -> Tape:
         """Return an empty tape for a model."""
         trainable = {k: p for k, p in model.named_parameters() if p.requires_grad}
         frozen = [p for p in model.parameters() if not p.requires_grad]

@@ -214,9 +214,11 @@ class Tape:
         for root in self._roots.values():
             root.uses.clear()
 
-    def reaches_unrecorded(self) -> str | None:
-        """Return the parameter whose gradient came about without meeting any example, if any."""
-        return next((r.name for r in self._roots.values() if r.leaf.grad is not None), None)
+    def leak(self) -> str | None:
+        """Return a parameter that got a gradient around the record, if any."""
+        plain = (name for name, p in self._parameters.values() if p.grad is not None)
+        computed = (r.name for r in self._roots.values() if r.leaf.grad is not None)
+        return next(plain, next(computed, None))
 
     def _resolve_computed(self) -> None:
         """Carry the cotangents of computed roots on to the parameters behind them."""

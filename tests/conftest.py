@@ -1,0 +1,122 @@
+"""What the tests share: data, small models, and what an adversary sees of one update."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitguard import data
+from vitguard.core import Normalization
+from vitguard.guard import protect
+from vitguard.registry import parse_stack
+from vitguard.threats import CuriousServer
+
+CIFAR_VIT = (
+    "vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=128,depth=4,num_heads=4,mlp_ratio=2,"
+    "num_classes=10"
+)
+CIFAR_NORMALIZATION = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+@pytest.fixture(scope="session")
+def data_folder():
+    """The research data (never part of the project); skips where there is none."""
+    folder = os.environ.get("VITGUARD_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("VITGUARD_DATA does not name a data folder")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cifar(data_folder):
+    """The first 40 CIFAR-10 test images as (pixels in [0, 1], labels)."""
+    sys.path.insert(0, str(data_folder))
+    try:
+        from load import cifar10  # type: ignore[import-not-found]
+
+        images, labels = cifar10("test")[:2]
+    finally:
+        sys.path.remove(str(data_folder))
+    pixels = torch.as_tensor(images[:40]).permute(0, 3, 1, 2).float() / 255
+    return pixels, torch.as_tensor(labels[:40]).long()
+
+
+@pytest.fixture(scope="session")
+def cifar_vit(data_folder):
+    """A ViT that others trained on CIFAR-10."""
+    from vitguard.models import build_model, load_checkpoint
+
+    model = build_model(CIFAR_VIT)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-5
+    load_checkpoint(model, data_folder / "weights" / "cifar10_vit_a.safetensors")
+    return model
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """Five sample photos, 16 x 16, pixels in [0, 1]."""
+    return data.sample_images((16, 16), count=5).pixels
+
+
+@pytest.fixture(scope="session")
+def photo(photos):
+    return photos[:1]
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def small_vit(name="vit_tiny_patch16_224", *, seed=0, **changes):
+    """A timm ViT of 16 tokens, every parameter moved away from its initial value."""
+    import timm
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 2, "num_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = timm.create_model(name, **{**sizes, "num_classes": 10, **changes})
+        return moved(model)
+
+
+def moved(model, scale=0.02):
+    """Move every parameter a little: zero biases and unit gammas would hide mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return model
+
+
+def observe(
+    model, pixels, labels=None, *, defenses="none", withhold=(), normalization=None, seed=0, **how
+):
+    """Return what a curious server sees of one update of a copy of `model`."""
+    import copy
+
+    stack = parse_stack(defenses) if isinstance(defenses, str) else defenses
+    normalization = normalization or Normalization()
+    secret = torch.Generator().manual_seed(1000 + seed)
+    guard = protect(copy.deepcopy(model).train(), stack, generator=secret)
+    like = next(model.parameters())
+    labels = torch.arange(len(pixels)) % 10 if labels is None else labels
+    update = guard.update(normalization.apply(pixels).to(like), labels, **how)
+    return CuriousServer(tuple(withhold)).view(guard, update, normalization)
+
+
+@pytest.fixture(scope="session", name="small_vit")
+def _small_vit():
+    return small_vit
+
+
+@pytest.fixture(scope="session", name="moved")
+def _moved():
+    return moved
+
+
+@pytest.fixture(scope="session", name="observe")
+def _observe():
+    return observe

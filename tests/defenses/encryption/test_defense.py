@@ -1,0 +1,163 @@
+"""EncryptedGradients in a stack."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+
+from vitguard.core import Update
+from vitguard.defenses._base import Draws
+from vitguard.defenses.encryption import (
+    Aggregator,
+    Decryptor,
+    EncryptedGradients,
+    Encryptor,
+    KeySet,
+    Manifest,
+    select_names,
+)
+from vitguard.defenses.positions import FixedPositions, WithheldPositions
+from vitguard.errors import Blocked, Incompatible, InputError, Unprotected
+from vitguard.guard import protect
+from vitguard.registry import parse_stack
+from vitguard.vit import Anatomy
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2,
+        num_classes=5,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return torch.randn(1, 3, 32, 32), torch.tensor([2])
+
+
+def names(model):
+    return [n for n, _ in model.named_parameters()]
+
+
+def test_a_sealed_tensor_cannot_be_read_from_the_update_read_raises_blocked(model, batch):
+    guard = protect(copy.deepcopy(model), [EncryptedGradients()])
+    update = guard.update(*batch)
+    assert not update.tensors and set(update.sealed) == set(names(model))
+    with pytest.raises(Blocked, match=r"encrypted .quantised. under a key that was thrown away"):
+        update.read("pos_embed")
+    assert update.payloads["encryption"][:4] == b"VGHE"
+
+
+def test_what_is_not_selected_stays_plain(model, batch):
+    guard = protect(copy.deepcopy(model), [FixedPositions(), EncryptedGradients("attention")])
+    update = guard.update(*batch)
+    anatomy = Anatomy.of(model)
+    for name in names(model):
+        assert update.can_read(name) == (anatomy.role(name) not in ("attention", "position"))
+
+
+def test_attention_alone_with_learnable_positions_is_refused_unless_forced(model, batch):
+    with pytest.raises(Incompatible, match=r"pos_embed or patch_embed.proj.weight.*force=True"):
+        protect(copy.deepcopy(model), [EncryptedGradients("attention")])
+    protect(copy.deepcopy(model), [EncryptedGradients("attention", force=True)]).update(*batch)
+    for hidden in (FixedPositions(), WithheldPositions()):
+        protect(copy.deepcopy(model), [hidden, EncryptedGradients("attention")])
+    for fine in ("all", "plan", "embedding", "attention/patch"):
+        protect(copy.deepcopy(model), [EncryptedGradients(fine)])
+
+
+def test_large_selections_are_listed_without_ciphertext_and_say_so(model, batch):
+    guard = protect(copy.deepcopy(model), [EncryptedGradients(rehearse=10)])
+    update = guard.update(*batch)
+    assert "encryption" not in update.payloads and not update.tensors
+    with pytest.raises(Blocked, match=r"no ciphertext was made of its \d+ values"):
+        update.read("pos_embed")
+
+
+def test_a_real_run_from_guards_to_the_average(model):
+    guard = protect(copy.deepcopy(model), [FixedPositions("frozen")])
+    released = [n for n in names(model) if n != "pos_embed"]
+    parameters = dict(model.named_parameters())
+    manifest = Manifest.of(
+        parameters, select_names(guard.anatomy, "plan", released), bounds=20.0, max_weight=5
+    )
+    keys = KeySet.generate(max_clients=3)
+    aggregator = Aggregator(keys.public_bytes(), manifest, round_id=1, base="v1")
+    plain, weights = [], [5.0, 1.0]
+    for number, weight in enumerate(weights):
+        batch = torch.randn(1, 3, 32, 32), torch.tensor([number])
+        encryptor = Encryptor(keys.for_client(f"c{number}"), manifest, client_id=f"c{number}")
+        defense = EncryptedGradients("plan", encryptor=encryptor)
+        client = protect(copy.deepcopy(model), [FixedPositions("frozen"), defense])
+        encryptor.start_round(1, weight=weight, base="v1")
+        update = client.update(*batch)
+        aggregator.add(update.payloads["encryption"])
+        plain.append(guard.update(*batch))
+        for name in update.tensors:
+            assert torch.equal(update.read(name), plain[-1].read(name))
+    mean = Decryptor(keys, manifest).decrypt(aggregator.finish(), round_id=1, base="v1")
+    assert set(mean) == set(manifest.names)
+    for name in manifest.names:
+        total = sum(w * u.read(name) for w, u in zip(weights, plain, strict=True))
+        assert torch.allclose(mean[name], total / sum(weights), atol=2e-3)
+
+
+def test_an_encryptor_of_other_tensors_or_another_preset_is_refused(model, batch):
+    keys = KeySet.generate(preset="many")
+    manifest = Manifest.of(dict(model.named_parameters()), ["pos_embed"], bounds=1.0)
+    encryptor = Encryptor(keys, manifest, client_id="a")
+    with pytest.raises(InputError, match="an encryptor of preset 'quantised', got 'many'"):
+        EncryptedGradients(encryptor=encryptor)
+    encryptor.start_round(0)
+    defense = EncryptedGradients(preset="many", encryptor=encryptor)
+    with pytest.raises(InputError, match="a manifest of the"):
+        protect(copy.deepcopy(model), [defense]).update(*batch)
+
+
+def test_an_update_without_anything_to_encrypt_is_refused(model):
+    anatomy = Anatomy.of(model)
+    with pytest.raises(Unprotected, match="got none for 'attention'"):
+        EncryptedGradients("attention").seal(
+            Update(tensors={"pos_embed": torch.ones(1)}), anatomy, Draws()
+        )
+    with pytest.raises(Incompatible, match="got none for 'position'"):
+        protect(copy.deepcopy(model), [FixedPositions(), EncryptedGradients("position")])
+
+
+def test_an_update_that_is_not_finite_is_refused(model):
+    update = Update(tensors={"pos_embed": torch.tensor([1.0, float("nan")])})
+    with pytest.raises(InputError, match="finite"):
+        EncryptedGradients().seal(update, Anatomy.of(model), Draws())
+
+
+def test_specs_round_trip_and_wrong_settings_are_refused(model):
+    spec = "encryption:select=attention,force=true"
+    (defense,) = parse_stack(spec)
+    assert defense == EncryptedGradients("attention", force=True) and defense.spec() == spec
+    assert parse_stack("encryption")[0].spec() == "encryption"
+    for wrong in ("preset=none", "rehearse=-1", "select=", "encryptor=1"):
+        with pytest.raises(InputError):
+            parse_stack(f"encryption:{wrong}")
+    assert pickle.loads(pickle.dumps(defense)) == defense
+
+
+@pytest.mark.parametrize("select", ["", "/", "attention/", "[", "nothing_like_this"])
+def test_wrong_selections_are_refused(model, select):
+    with pytest.raises(InputError):
+        select_names(Anatomy.of(model), select, names(model))
+
+
+def test_the_public_view_of_a_bound_defense_holds_no_key(model, batch):
+    keys = KeySet.generate()
+    manifest = Manifest.of(dict(model.named_parameters()), bounds=50.0)
+    encryptor = Encryptor(keys, manifest, client_id="a")
+    guard = protect(copy.deepcopy(model), [EncryptedGradients(encryptor=encryptor)])
+    assert not any("vitguard" in n for n in dict(guard.public_model().named_modules()))
+    assert "encryptor" not in repr(guard) and "encryptor" not in str(guard.defenses[0].settings())
+    with pytest.raises(TypeError, match="not pickled"):
+        pickle.dumps(guard.model)
+    copied = copy.deepcopy(guard.model)
+    assert copied.vitguard.defenses[0] == guard.defenses[0]

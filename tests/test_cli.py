@@ -1,0 +1,235 @@
+"""The command line: exit codes, the JSON schema, and one clear line for every bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from vitguard import cli
+from vitguard.models import build_model
+
+SMALL = (
+    "vit_tiny_patch16_224:img_size=32,patch_size=8,embed_dim=96,depth=2,num_heads=3,num_classes=10"
+)
+
+
+def run(*arguments: str) -> int:
+    try:
+        return cli.main(["audit", "--model", SMALL, *arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    path = tmp_path / "photo.png"
+    pixels = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(0))
+    Image.fromarray(pixels.to(torch.uint8).numpy()).save(path)
+    return path
+
+
+def report(*arguments: str) -> dict:
+    assert run("--json", "out.json", *arguments) in (0, 1, 3)
+    return json.loads(Path("out.json").read_text())
+
+
+def test_frozen_positions_leak_and_the_json_keeps_its_schema():
+    result = report("--defense", "positions:kind=frozen", "--attack", "position", "span")
+    assert result["schema"] == 1
+    assert set(result) >= {
+        "schema", "vitguard", "model", "images", "batch_size", "seed", "baseline", "findings",
+    }  # fmt: skip
+    assert set(result["model"]) == {"name", "parameters", "patches", "width"}
+    assert set(result["baseline"]) == {"psnr", "patch_psnr"}
+    found = {(f["defense"], f["attack"]): f for f in result["findings"]}
+    assert found["none", "position"]["verdict"] == "leaks"
+    assert found["positions:kind=frozen", "position"]["verdict"] == "blocked"
+    span = found["positions:kind=frozen", "span"]
+    assert span["verdict"] == "leaks"
+    assert set(span) >= {
+        "defense", "attack", "verdict", "reason", "settings", "psnr", "patch_psnr", "ssim", "mse",
+        "fft2d", "identified", "labels_correct", "mask", "decoys", "control", "seconds",
+    }  # fmt: skip
+    assert set(span["psnr"]) == {"max", "mean", "median", "min", "per_image"}
+    assert set(span["patch_psnr"]) >= {"max", "mean", "median", "min"}
+    assert set(span["control"]) == {"verdict", "psnr"}
+    assert span["labels_correct"] == 1.0 and span["decoys"] == 100 and span["mask"] is None
+    assert found["positions:kind=frozen", "position"]["psnr"] is None
+
+
+def test_json_on_standard_output_is_nothing_but_json(capsys):
+    assert run("--defense", "none", "--attack", "position", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["schema"] == 1
+
+
+def test_defaults_write_the_report_and_no_json():
+    assert run("--num-images", "1", "--attack", "position") == 0
+    assert Path("vitguard-report.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_defense_is_named_as_it_was_written():
+    names = {f["defense"] for f in report("--defense", "positions:kind=sincos")["findings"]}
+    assert names == {"none", "positions:kind=sincos"}
+
+
+def test_same_seed_same_report():
+    arguments = ("--defense", "noise:scale=0.1", "--attack", "span", "--seed", "3")
+    first, second = report(*arguments), report(*arguments)
+    for result in (first, second):
+        for finding in result["findings"]:
+            finding.pop("seconds")
+    assert first == second
+
+
+def test_withheld_parameters_are_named_as_blocked():
+    result = report("--withhold", "patch", "--defense", "none", "--attack", "position")
+    (finding,) = result["findings"]
+    assert finding["verdict"] == "blocked" and "patch_embed.proj.weight" in finding["reason"]
+    assert finding["control"]["verdict"] == "leaks"
+
+
+def test_difference_of_one_step_still_leaks():
+    result = report(
+        "--update", "difference", "--lr", "0.1", "--defense", "positions:kind=frozen",
+        "--attack", "span",
+    )  # fmt: skip
+    assert {f["verdict"] for f in result["findings"]} == {"leaks"}
+
+
+@pytest.mark.parametrize(
+    ("gate", "defense", "attack", "code"),
+    [
+        (["--max-gain", "6"], "positions:kind=frozen", "span", 1),
+        (["--max-psnr", "15"], "positions:kind=frozen", "span", 1),
+        (["--max-gain", "6"], "positions:kind=frozen", "position", 3),
+        (["--max-gain", "6"], "positions:kind=frozen", "april", 3),
+        (["--max-psnr", "200"], "positions:kind=frozen", "span", 0),
+        ([], "positions:kind=frozen", "span", 0),
+    ],
+)
+def test_gate_exit_codes(gate, defense, attack, code):
+    assert run("--defense", defense, "--attack", attack, *gate) == code
+
+
+def test_update_file_is_audited_on_its_own(photo):
+    import vitguard as vg
+    from vitguard.models import normalization_of
+
+    model = build_model(SMALL)
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    guard = vg.protect(model, [vg.FixedPositions("frozen")])
+    inputs = normalization_of(model).apply(pixels)
+    guard.update(inputs, torch.tensor([3])).save("client.safetensors")
+    arguments = ("--update-file", "client.safetensors", "--defense", "positions:kind=frozen")
+    result = report(*arguments, "--attack", "span")
+    client = [f for f in result["findings"] if f["defense"] != "none"][0]
+    assert client["verdict"] == "leaks" and client["details"]["update_error"] < 0.05
+    assert client["psnr"] is None
+    with_wrong_truth = report(*arguments, "--attack", "span", "--images", str(photo))
+    client = [f for f in with_wrong_truth["findings"] if f["defense"] != "none"][0]
+    assert client["psnr"]["max"] < 20
+
+
+def _bad_files(folder: Path) -> None:
+    (folder / "text.png").write_text("no image")
+    (folder / "empty").mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "tiny.png")
+    (folder / "text.safetensors").write_text("no weights")
+    model = build_model(SMALL)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    save_file({**state, "norm.weight": torch.full((96,), torch.nan)}, folder / "nan.safetensors")
+    save_file({**state, "norm.weight": torch.ones(7)}, folder / "shape.safetensors")
+    save_file({"other": torch.ones(7)}, folder / "other.safetensors")
+    (folder / "classes" / "99").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(folder / "classes" / "99" / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--images", "gone.png"], "gone.png"),
+        (["--images", "text.png"], "text.png"),
+        (["--images", "empty"], "empty"),
+        (["--images", "tiny.png"], "tiny.png"),
+        (["--images", "classes"], "99"),
+        (["--checkpoint", "gone.safetensors"], "gone.safetensors"),
+        (["--checkpoint", "text.safetensors"], "text.safetensors"),
+        (["--checkpoint", "other.safetensors"], "other.safetensors"),
+        (["--checkpoint", "shape.safetensors"], "norm.weight"),
+        (["--checkpoint", "nan.safetensors"], "norm.weight"),
+        (["--model", "vit_nonsense"], "vit_nonsense"),
+        (["--model", "vit_tiny_patch16_224:nonsense=1"], "nonsense"),
+        (["--model", "resnet18"], "ResNet"),
+        (["--model", "vit_tiny_patch16_224:num_classes=0,depth=1"], "classification head"),
+        (["--defense", "nonsense"], "nonsense"),
+        (["--defense", "positions:kind=nonsense"], "nonsense"),
+        (["--defense", "positions:nonsense=1"], "nonsense"),
+        (["--defense", "noise:scale=nan"], "nan"),
+        (["--defense", "noise:scale=-1"], "-1"),
+        (["--attack", "nonsense"], "nonsense"),
+        (["--withhold", "nonsense"], "nonsense"),
+        (["--withhold", "("], "("),
+        (["--json", "gone/out.json"], "gone"),
+        (["--html", "gone/out.html"], "gone"),
+        (["--html", "out.pdf"], "out.pdf"),
+        (["--num-images", "0"], "0"),
+        (["--num-images", "99"], "99"),
+        (["--batch-size", "many"], "many"),
+        (["--update", "difference"], "--lr"),
+        (["--lr", "0.1"], "difference"),
+        (["--mean", "1,2,3"], "--std"),
+        (["--mean", "a,b,c", "--std", "1,1,1"], "a,b,c"),
+        (["--mean", "0,0,0", "--std", "0,1,1"], "0"),
+        (["--optimizer", "lion"], "lion"),
+        (["--device", "nonsense"], "nonsense"),
+        (["--update-file", "gone.safetensors"], "gone.safetensors"),
+        (["--update-file", "other.safetensors"], "other.safetensors"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, named, tmp_path, capsys):
+    _bad_files(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0 and named in error and "Traceback" not in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_list_names_every_defense_and_attack(capsys):
+    assert cli.main(["list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"positions", "withheld", "noise", "pruning"} <= {d["name"] for d in listed["defenses"]}
+    assert {"position", "span", "april"} <= {a["name"] for a in listed["attacks"]}
+    assert cli.main(["list"]) == 0
+    assert "positions" in capsys.readouterr().out
+
+
+def test_help_and_import_load_nothing_heavy():
+    code = (
+        "import sys, vitguard, vitguard.cli; vitguard.cli._parser().format_help(); "
+        "heavy = {'torch', 'timm', 'opacus', 'tenseal', 'flwr', 'transformers', 'matplotlib', "
+        "'tensorboard', 'numpy', 'rich'}; print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_using_vitguard_loads_no_optional_package():
+    code = (
+        "import sys, vitguard as vg; [getattr(vg, n) for n in vg.__all__]; "
+        "heavy = {'opacus', 'tenseal', 'flwr', 'transformers', 'matplotlib', 'tensorboard'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

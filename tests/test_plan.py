@@ -1,0 +1,171 @@
+"""What `vitguard plan` states, as a table; the audit confirms it in test_plan_confirmed.py."""
+
+import io
+import json
+
+import pytest
+import timm
+from rich.console import Console
+
+from vitguard.defenses.encryption import EncryptedGradients, minimal_names, select_names
+from vitguard.errors import InputError
+from vitguard.models import build_model
+from vitguard.plan import plan_report
+from vitguard.vit import Anatomy
+
+BASE, LARGE, SMALL = (f"vit_{size}_patch16_224:depth=2" for size in ("base", "large", "small"))
+CIFAR = (
+    "vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=128,depth=4,num_heads=4,"
+    "mlp_ratio=2,num_classes=10"
+)
+CLOSED = ("position", "span", "span-chain", "gelu-span", "april", "cascade", "labels")
+MODELS = {}
+
+
+def report(spec, select, positions="learnable"):
+    if spec not in MODELS:
+        MODELS[spec] = build_model(spec)
+    return plan_report(MODELS[spec], select, positions=positions)
+
+
+TABLE = [
+    # model, encrypted, positions, attack, remains
+    (BASE, "attention", "learnable", "position", True),
+    (BASE, "attention", "frozen", "position", False),
+    (BASE, "attention", "frozen", "span", False),
+    (BASE, "attention", "frozen", "span-chain", False),
+    (BASE, "attention", "frozen", "gelu-span", False),
+    (BASE, "attention", "frozen", "token-search", True),
+    (BASE, r"attn\.qkv", "frozen", "span", True),
+    (BASE, r"attn\.qkv", "withheld", "span", True),
+    (BASE, r"attn\.qkv", "sincos", "span", False),
+    (BASE, r"attn\.qkv", "sincos", "gelu-span", True),
+    (BASE, r"0\.attn\.qkv|0\.mlp\.fc1", "frozen", "span", False),
+    (BASE, r"0\.attn\.qkv|0\.mlp\.fc1", "frozen", "span-chain", True),  # block 1 answers
+    (BASE, r"0\.attn\.qkv|0\.mlp\.fc", "frozen", "span-chain", False),
+    (BASE, "embedding", "learnable", "position", False),
+    (BASE, "embedding", "learnable", "span", False),
+    (BASE, "embedding", "learnable", "span-chain", True),
+    (BASE, "patch", "learnable", "position", False),
+    (BASE, "position", "learnable", "span", True),
+    (LARGE, "embedding", "learnable", "span", True),
+    (CIFAR, "embedding", "learnable", "span", True),
+    (CIFAR, r"attn\.qkv", "frozen", "span", False),
+    (SMALL, "head", "frozen", "span", False),
+    (SMALL, "head", "learnable", "position", True),
+    (BASE, "head", "learnable", "labels", False),
+    (BASE, "attention", "learnable", "cascade", True),
+    (BASE, "attention", "learnable", "matching", True),
+    ("april_vit", "mlp", "learnable", "april", True),
+    ("april_vit", "attention", "learnable", "april", False),
+    (BASE, "head", "learnable", "april", False),
+]
+
+
+@pytest.mark.parametrize("spec, select, positions, attack, remains", TABLE)
+def test_the_statement_on(spec, select, positions, attack, remains):
+    found = {a.attack: a for a in report(spec, select, positions).attacks}[attack]
+    assert found.possible is remains, found
+    plain = set(MODELS[spec].state_dict()) - set(
+        select_names(Anatomy.of(MODELS[spec]), select, MODELS[spec].state_dict())
+    )
+    assert found.reason
+    if remains:
+        assert set(found.needs) <= plain and found.needs
+
+
+@pytest.mark.parametrize("spec", [BASE, LARGE, SMALL, CIFAR, "april_vit"])
+@pytest.mark.parametrize("positions", ["learnable", "frozen", "sincos"])
+def test_the_minimal_plan_ends_every_closed_form_but_not_matching(spec, positions):
+    remaining = report(spec, "plan", positions).remaining()
+    assert not set(remaining) & set(CLOSED)
+    assert "matching" in remaining
+
+
+@pytest.mark.parametrize("drop", ["embedding", r"blocks\.0\.attn", "head", r"blocks\.1\.mlp\.fc2"])
+def test_no_part_of_the_minimal_plan_can_be_dropped(drop):
+    """On the CIFAR shape with two blocks each part alone opens a closed form again."""
+    spec = CIFAR.replace("depth=4", "depth=2")
+    model = build_model(spec)
+    anatomy = Anatomy.of(model)
+    names = [n for n, _ in model.named_parameters()]
+    kept = set(minimal_names(anatomy, names)) - set(select_names(anatomy, drop, names))
+    pattern = "|".join(f"^{n}$".replace(".", r"\.") for n in kept)
+    assert set(plan_report(model, pattern).remaining()) & set(CLOSED)
+
+
+def test_the_shares_of_vit_base_are_those_of_the_full_model():
+    found = plan_report("vit_base_patch16_224", "attention")
+    assert abs(found.encrypted.share - 0.33) < 0.01
+    assert abs(found.minimal.share - 0.072) < 0.002
+    everything = plan_report("vit_base_patch16_224", "all").encrypted
+    assert everything.parameters == 86_567_656 and everything.share == 1
+
+
+def test_everything_encrypted_leaves_nothing():
+    assert report(BASE, "all").remaining() == ()
+
+
+def test_bytes_are_those_of_a_message(make_sizes=(8188, 20_000)):
+    import torch
+
+    from vitguard.defenses.encryption import PRESETS, Encryptor, KeySet, Manifest
+    from vitguard.plan import _cost
+
+    for name in PRESETS:
+        keys = KeySet.generate(preset=name, max_clients=PRESETS[name].client_limit)
+        for size in make_sizes:
+            tensors = {"w": torch.randn(size).clamp(-3, 3)}
+            manifest = Manifest.of(tensors, bounds=3.0)
+            message = Encryptor(keys, manifest, client_id="a").encrypt(tensors, round_id=0)
+            cost = _cost(["w"], {"w": size}, name)
+            assert abs(cost.bytes_up / len(message) - 1) < 0.03, (name, size)
+
+
+def test_the_json_is_the_stated_one():
+    found = report(BASE, "attention").to_json()
+    assert found["schema"] == 1
+    assert set(found["encrypted"]) == {"parameters", "share", "bytes_up", "bytes_down"}
+    first = found["attacks"][0]
+    assert first == {
+        "attack": "position",
+        "possible": True,
+        "needs": ["pos_embed", "patch_embed.proj.weight"],
+        "reason": first["reason"],
+    }
+    assert json.loads(report(BASE, "attention").to_json_text()) == found
+
+
+def test_the_printout_names_the_attacks_and_promises_nothing():
+    console = Console(file=io.StringIO(), width=100)
+    report(BASE, ["attention", "head"]).print_to(console)
+    text = console.file.getvalue()
+    assert all(name in text for name in CLOSED) and "attention/head" in text
+    assert "secure" not in text.lower() and "[" not in text.replace("[/]", "")
+
+
+def test_wrong_requests_are_refused():
+    for select in ("", "no_such_name", "attention/", "["):
+        with pytest.raises(InputError):
+            report(BASE, select)
+    with pytest.raises(InputError, match="positions among"):
+        report(BASE, "all", "fixed")
+    with pytest.raises(InputError, match="as the preset"):
+        plan_report(MODELS[BASE], "all", preset="strong")
+
+
+def test_plan_and_defense_agree_on_what_position_inversion_needs():
+    """The defense refuses exactly where the plan says that `position` remains."""
+    from vitguard.errors import Incompatible
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    anatomy = Anatomy.of(model)
+    for select in ("attention", "mlp", "patch", "position", "plan", "all", "head", "embedding"):
+        remains = "position" in plan_report(model, select).remaining()
+        try:
+            EncryptedGradients(select).check(model, anatomy, [])
+            refused = False
+        except Incompatible:
+            refused = True
+        assert refused == remains, select
+        EncryptedGradients(select, force=True).check(model, anatomy, [])

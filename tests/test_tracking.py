@@ -1,0 +1,151 @@
+"""TensorBoard events and the progress bar of attacks and training loops."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+
+from vitguard._finding import Finding, Summary
+from vitguard.attacks.inverting import InvertingGradients
+from vitguard.core import Normalization
+from vitguard.errors import InputError
+from vitguard.guard import protect
+from vitguard.threats import CuriousServer
+from vitguard.tracking import ProgressBar, TensorBoard, thumbnail, what_the_model_saw
+
+pytest.importorskip("tensorboard")
+
+
+def make_model():
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        embed_dim=32,
+        depth=1,
+        num_heads=2,
+        num_classes=5,
+    )
+
+
+@pytest.fixture
+def attacked():
+    truth = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    guard = protect(make_model().train(), [])
+    update = guard.update(Normalization().apply(truth), torch.tensor([1]))
+    return CuriousServer().view(guard, update, Normalization()), truth
+
+
+def events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    reader.Reload()
+    return reader
+
+
+def test_an_attack_leaves_terms_psnr_pictures_and_settings(tmp_path, attacked):
+    view, truth = attacked
+    with TensorBoard(tmp_path, truth=truth, patch_size=(4, 4), every=4) as board:
+        attack = InvertingGradients(iterations=6, watch=board)
+        guess = attack.run(view, torch.Generator().manual_seed(0))
+    reader = events(tmp_path)
+    scalars = reader.Tags()["scalars"]
+    assert {
+        "inverting/distance",
+        "inverting/total variation",
+        "inverting/rate",
+        "inverting/psnr",
+        "inverting/patch psnr",
+    } <= set(scalars)
+    assert [e.step for e in reader.Scalars("inverting/distance")] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in reader.Scalars("inverting/psnr")] == [1, 4, 6]
+    assert "inverting/estimate/0" in " ".join(reader.Tags()["images"])
+    assert "inverting/settings/text_summary" in reader.Tags()["tensors"]
+    assert guess.details["iterations"] == 6
+
+
+def test_training_writes_losses_epsilon_and_what_the_model_saw(tmp_path):
+    guard = protect(make_model(), [])
+    guard.privacy_spent = lambda: SimpleNamespace(epsilon=1.5)
+    with TensorBoard(tmp_path) as board:
+        for step in range(3):
+            losses = {"task": torch.tensor(2.0 - step), "auxiliary": 0.1}
+            board.training(guard, step=step, losses=losses, images=torch.zeros(2, 3, 16, 16))
+    reader = events(tmp_path)
+    assert [e.value for e in reader.Scalars("training/loss task")] == [2.0, 1.0, 0.0]
+    assert reader.Scalars("training/epsilon")[-1].value == 1.5
+    assert any("what the model saw" in tag for tag in reader.Tags()["images"])
+
+
+def test_a_stack_without_a_privacy_guarantee_writes_no_epsilon(tmp_path):
+    with TensorBoard(tmp_path) as board:
+        board.training(protect(make_model(), []), step=0, losses={"task": 1.0})
+    assert "training/epsilon" not in events(tmp_path).Tags()["scalars"]
+
+
+def test_what_the_model_saw_has_the_shuffled_patches_in_their_new_places():
+    shuffle = pytest.importorskip("vitguard.defenses.shuffle")
+    model = make_model().train()
+    guard = protect(model, [shuffle.PatchShuffle(ratio=0.5)])
+    images = torch.randn(2, 3, 16, 16)
+    embedded = []
+    hook = model.patch_embed.register_forward_hook(lambda m, i, o: embedded.append(o))
+    model(images)
+    guard.auxiliary_loss()
+    hook.remove()
+    seen = what_the_model_saw(guard, images)
+    assert not torch.equal(seen, images)
+    guard.remove()
+    torch.testing.assert_close(model.patch_embed(seen), embedded[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_audits_make_one_curve_for_each_defense_and_attack(tmp_path):
+    summary = Summary.of([31.0, 20.0])
+    finding = Finding("none", "span", "leaks", psnr=summary, patch_psnr=summary, identified=1.0)
+    with TensorBoard(tmp_path) as board:
+        for step in (0, 10):
+            board.audit(SimpleNamespace(findings=[finding]), step=step)
+    reader = events(tmp_path)
+    assert [e.step for e in reader.Scalars("audit/none/span/psnr max")] == [0, 10]
+    assert reader.Scalars("audit/none/span/psnr max")[0].value == 31.0
+
+
+def test_the_progress_bar_shows_distance_psnr_and_a_thumbnail(attacked):
+    from rich.console import Console
+
+    view, truth = attacked
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, color_system="truecolor")
+    with ProgressBar(truth=truth, every=1, console=console) as bar:
+        InvertingGradients(iterations=3, watch=bar).run(view, torch.Generator().manual_seed(0))
+    shown = screen.getvalue()
+    assert "inverting" in shown and "distance" in shown and "PSNR" in shown and "▀" in shown
+
+
+def test_a_thumbnail_keeps_colours():
+    image = torch.zeros(3, 4, 4)
+    image[0, :2] = 1.0
+    text = thumbnail(image, columns=4)
+    assert [line.count("▀") for line in text.plain.splitlines()] == [4, 4]
+    assert "rgb(255,0,0)" in str(text.spans[0].style)
+
+
+def test_importing_the_module_loads_no_tensorboard():
+    code = "import sys, vitguard.tracking; assert 'tensorboard' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bad_settings_are_refused(tmp_path):
+    with pytest.raises(InputError):
+        TensorBoard(tmp_path, every=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError):
+        TensorBoard(tmp_path / "file" / "below")

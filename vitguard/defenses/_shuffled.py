@@ -1,0 +1,286 @@
+"""A patch shuffle in place: the hooks, the unknown embedding and the DAL head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vitguard.defenses import _masks
+from vitguard.defenses._base import Draws, Installed
+from vitguard.defenses._dal import LocalizationHead, dal_weight, localization_loss
+from vitguard.defenses._shuffle_hooks import hook
+from vitguard.errors import Incompatible, Unprotected, expected
+from vitguard.vit import Anatomy
+
+if TYPE_CHECKING:
+    from vitguard.defenses.shuffle import PatchShuffle
+
+__all__ = ["InstalledShuffle"]
+
+# what one forward leaves behind: draws are secret, so none of it is copied or pickled
+_FORWARD = ("_mask", "_source", "_pick", "_tokens", "_outputs", "_losses")
+
+
+class InstalledShuffle(Installed):
+    """Lives at `model.vitguard.shuffle`.
+
+    The patch embedding's hook draws and remembers the tokens z; the hook before the module that
+    takes the embedded sequence puts z[source] + unknown into the masked slots, so that a masked
+    slot never saw its own position. On a model without positions the first hook does both.
+    """
+
+    unknown: nn.Parameter
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, draws: Draws, settings: PatchShuffle
+    ) -> None:
+        super().__init__()
+        self.anatomy, self.draws, self.settings = anatomy, draws, settings
+        self.unknown = nn.Parameter(_start(model, anatomy, draws, settings.unknowns))
+        self.head: LocalizationHead | None = None
+        if settings.dal != "none" and settings.dal_head != "pca":
+            head = LocalizationHead(anatomy.width, settings.dal_head, draws.generator)
+            self.head = head.to(self.unknown)
+        if settings.steps or settings.warmup:
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.forwards = 0
+        self.exposed = False  # a gradient was taken through a forward that did not shuffle
+        self._left_out_at: int | None = None
+        self._unread = False
+        self._keys: Tensor | None = None
+        self.rows: Tensor | None = None
+        self._forget()
+        self.handles: list[Any] = []
+        try:
+            for handle in hook(self, model):
+                self.handles.append(handle)
+        except BaseException:
+            self.uninstall(model)
+            raise
+        self.register_load_state_dict_post_hook(_start_afresh)
+
+    def _forget(self) -> None:
+        for name in _FORWARD:
+            setattr(self, name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        forgotten = dict.fromkeys((*_FORWARD, "_keys", "rows"))
+        return {**self.__dict__, **forgotten, "_unread": False}
+
+    def uninstall(self, model: nn.Module) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def verify(self, model: nn.Module) -> None:
+        if not self.training:
+            raise Unprotected(
+                "Expected a model in training mode, got one in eval mode, where patches are not "
+                "shuffled. Call model.train() before the gradient is taken."
+            )
+
+    def settle(self) -> None:
+        if self.exposed:
+            raise Unprotected(
+                "Expected gradients of shuffled images only, got one that was taken in eval mode "
+                "since the weights were loaded. Train in training mode, attack or evaluate a copy, "
+                "and load the weights again."
+            )
+
+    def truth(self) -> Mapping[str, Tensor]:
+        """Return the last draw: `shuffled` (batch, N), and `source` (batch, N), who sits where."""
+        if self._mask is None or self._source is None:
+            return {}
+        return {"shuffled": self._mask.cpu(), "source": self._source.cpu()}
+
+    def key_examples(self, keys: Int[Tensor, " batch"] | None) -> None:
+        """Draw each example of the next forwards from its own key; None for fresh draws again.
+
+        The same key gives the same mask and permutation in any batch, which sensitivity tests
+        need; equal keys give the whole batch one mask (also over several micro-batches).
+        """
+        self._keys = None if keys is None else keys.detach().cpu().to(torch.int64)
+
+    # what training leaves behind
+
+    def auxiliary_loss(self) -> Tensor | None:
+        losses = self.per_example_auxiliary()
+        return None if losses is None else losses.mean()
+
+    def per_example_auxiliary(self) -> Float[Tensor, " batch"] | None:
+        """Return each example's weighted DAL loss of the last training forward; read once.
+
+        Their mean is `auxiliary_loss()`.
+        """
+        self.finish()
+        losses, self._losses, self._unread = self._losses, None, False
+        return losses
+
+    def finish(self) -> None:
+        """Compute the DAL losses once the forward has left what they need."""
+        if not self._unread or self._losses is not None or self._mask is None:
+            return
+        over_positions = self.settings.dal == "positions"
+        vectors = self.rows if over_positions else self._outputs
+        if vectors is None:
+            raise Unprotected(
+                f"Expected the forward of the whole model for DAL over {self.settings.dal}, got a "
+                "part of it. Call the model itself."
+            )
+        if not vectors.requires_grad:
+            raise Incompatible(
+                "Expected tokens with a gradient for DAL, got none (reentrant activation "
+                "checkpointing detaches them). Use checkpointing with use_reentrant=False."
+            )
+        self.rows = self._outputs = None
+        prefix = self.anatomy.position_prefix if over_positions else self._prefix
+        if vectors.shape[-2] != prefix + self._mask.shape[1]:
+            raise Incompatible(
+                f"Expected {prefix + self._mask.shape[1]} vectors for DAL over "
+                f"{self.settings.dal}, got {vectors.shape[-2]}. Leave DAL out with resized images."
+            )
+        vectors = vectors[..., prefix:, :]
+        if not over_positions:
+            vectors = F.layer_norm(vectors, vectors.shape[-1:])
+        vectors = vectors.expand(len(self._mask), -1, -1)
+        losses = localization_loss(vectors, ~self._mask, self._grid, self.head)
+        self._losses = self._weight() * losses
+
+    def leave(self, outputs: Tensor) -> None:
+        """Take the last block's output, of the forward itself and not of a recomputation."""
+        if self._outputs is None and self._losses is None and self._unread:
+            self._outputs = outputs
+
+    def _weight(self) -> float:
+        s = self.settings
+        return dal_weight(
+            self._step(), weight=s.dal_weight, final=s.dal_final, warmup=s.warmup, steps=s.steps
+        )
+
+    # the forward
+
+    def begin(self, tokens: Float[Tensor, "batch patches width"], grid: tuple[int, int]) -> None:
+        """Draw for these tokens and remember them."""
+        if torch._C._current_graph_task_id() != -1:
+            raise Incompatible(
+                "Expected activation checkpointing inside the model, got it around the patch "
+                "embedding, where recomputing would shuffle anew. Checkpoint the blocks only."
+            )
+        if self._unread:
+            self._unread = False
+            raise Unprotected(
+                "Expected the auxiliary loss of the last training forward to be part of the loss, "
+                "got one that was never read. Add guard.auxiliary_loss() to the loss."
+            )
+        self._forget()
+        self._grid = grid
+        drawn = self._drawn(len(tokens), grid)
+        self._mask, self._source, self._pick = (
+            d.to(tokens.device, non_blocking=True) for d in drawn
+        )
+        self._tokens = tokens
+        self.forwards += 1
+        self._unread = self.settings.dal != "none" and torch.is_grad_enabled()
+
+    def _drawn(self, batch: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mask, source and choice of unknown embedding, (batch, patches) each."""
+        s = self.settings
+        keys = self._keys
+        if keys is None:
+            one = s.draw == "batch"
+            keys = _masks.draw_keys(1 if one else batch, self.draws.generator)
+            keys = keys.expand(batch) if one else keys
+        if len(keys) != batch:
+            raise expected(f"one key for each of {batch} examples", len(keys))
+        different, index = keys.unique(return_inverse=True) if s.draw == "batch" else (keys, None)
+        patches = grid[0] * grid[1]
+        count = math.floor(self._ratio() * patches + 1e-9)
+        if s.mask == "uniform":
+            mask = _masks.uniform_masks(different, patches, count)
+        else:
+            mask = _masks.block_masks(different, grid, count)
+        if s.probability < 1:
+            chance = _masks.keyed_uniform(different, 1, stream=-2)
+            mask = mask & (chance < s.probability)
+        source = _masks.permute_inside(different, mask, derangement=s.derangement)
+        pick = (_masks.keyed_uniform(different, patches, stream=-3) * s.unknowns).long()
+        drawn = (mask, source, pick)
+        return drawn if index is None else (mask[index], source[index], pick[index])
+
+    def _step(self) -> int:
+        return int(self.get_buffer("step")) if "step" in self._buffers else 0
+
+    def _ratio(self) -> float:
+        """Return the ratio at this optimizer step."""
+        s = self.settings
+        if not s.warmup and s.schedule == "constant":
+            return s.ratio
+        step = self._step()
+        if step < s.warmup:
+            return 0.0
+        if s.schedule == "constant":
+            return s.ratio
+        done = min(1.0, (step - s.warmup) / (s.steps - s.warmup))
+        return s.ratio * (done if s.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2)
+
+    def place(self, sequence: Float[Tensor, "batch tokens width"]) -> Tensor:
+        """Return the embedded sequence with shuffled patches in the masked slots."""
+        tokens, mask, source = self._tokens, self._mask, self._source
+        self._tokens = None
+        if tokens is None or mask is None or source is None:
+            raise Unprotected(
+                f"Expected {self.anatomy.patch_stage} to embed the patches of this forward, got a "
+                "sequence that did not come from it."
+            )
+        self._prefix = sequence.shape[1] - tokens.shape[1]
+        if self._prefix < 0 or len(sequence) != len(tokens):
+            raise Unprotected(
+                f"Expected a sequence with all {tokens.shape[1]} patches of {len(tokens)} images, "
+                f"got shape {tuple(sequence.shape)}."
+            )
+        several = self.settings.unknowns > 1
+        unknown = F.embedding(self._pick, self.unknown) if several else self.unknown
+        moved = tokens.gather(1, source[..., None].expand_as(tokens)) + unknown
+        kept = sequence[:, self._prefix :]
+        patches = torch.where(mask[..., None], moved.to(sequence.dtype), kept)
+        return torch.cat([sequence[:, : self._prefix], patches], 1) if self._prefix else patches
+
+    # optimizers, see _steps.py
+
+    def stepped(self) -> None:
+        """Note that an optimizer is about to step the parameters of this defense."""
+        self._left_out_at = None
+        if "step" in self._buffers:
+            self.get_buffer("step").add_(1)
+
+    def left_out(self) -> bool:
+        """Note a step without them; True if that was so in an earlier forward as well."""
+        first = self._left_out_at
+        if first is None:
+            self._left_out_at = self.forwards
+        return first is not None and first < self.forwards
+
+
+def _start_afresh(piece: nn.Module, incompatible_keys: Any) -> None:
+    """New weights came: what was done to the old ones will not be sent."""
+    assert isinstance(piece, InstalledShuffle)
+    piece.exposed = False
+
+
+def _start(model: nn.Module, anatomy: Anatomy, draws: Draws, count: int) -> Tensor:
+    """Return where unknown embeddings start: at the mean of the positions, which tells none."""
+    like = model.get_parameter(anatomy.patch_weight)
+    start = torch.zeros(count, anatomy.width, dtype=like.dtype, device=like.device)
+    if anatomy.positions is not None:
+        path, _, attribute = anatomy.positions.rpartition(".")
+        positions = getattr(model.get_submodule(path), attribute).detach()
+        start += positions[0, anatomy.position_prefix :].mean(0).to(like)
+    if count > 1:
+        noise = torch.randn(count, anatomy.width, generator=draws.generator, dtype=torch.float32)
+        start += 0.02 * noise.to(like)
+    return start

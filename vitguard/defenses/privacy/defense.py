@@ -1,0 +1,236 @@
+"""Record-level differential privacy (DP-SGD): clip each example's gradient, add Gaussian noise."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitguard.core import Batch, Loss
+from vitguard.defenses._base import Draws, Installed, StepDefense
+from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
+from vitguard.defenses.privacy.checks import check_model, probe
+from vitguard.defenses.privacy.engine import Clipped, Engine, clipped_sum
+from vitguard.defenses.privacy.losses import per_example_losses
+from vitguard.errors import Unprotected, expected, missing_extra
+from vitguard.vit import canonical_name, logits_of
+
+__all__ = ["DifferentialPrivacy"]
+
+
+@dataclass(frozen=True)
+class DifferentialPrivacy(StepDefense):
+    """DP-SGD on Opacus's optimizer, with every example's gradient clipped in one backward pass.
+
+    Guarantees:
+        The sum of clipped gradients moves by at most `clip` when one example joins or leaves.
+        The noise on it has standard deviation `noise * clip` in every coordinate.
+        `privacy_spent` is an upper bound on epsilon at `delta` for adding or removing one record,
+        over every step and round that the ledger saw.
+
+    Does not protect against:
+        What many records have in common, and attacks at a large epsilon: read the audit's rate
+        beside the bound. A training loss in which examples meet (class weights with a mean, a
+        contrastive loss, mixup) voids the bound: wrap the criterion in `PerExample`. Floating
+        point: the noise is not discrete (see `secure_mode`).
+
+    Args:
+        epsilon: Target; needs `epochs`. Without it `noise` is used as it is.
+        delta: Chance that the bound fails; below one over the number of records.
+        clip: Bound C on the 2-norm of one example's gradient over all parameters, above 0.
+        noise: Noise multiplier: standard deviation over `clip`. 0 gives no privacy and an infinite
+            epsilon. With neither `epsilon` nor `noise`, 1.0.
+        epochs: Passes over the data that the target epsilon must last for, over all rounds. In
+            `Guard.update`, where nothing is sampled, the number of updates.
+        engine: `bookkeeping`, or `opacus` for Opacus's own per-sample gradients: slow, for
+            reference.
+        accountant: `prv` (tight) or `rdp`.
+        physical_batch: Most examples in memory at once; larger batches come in pieces, and the
+            step follows the last.
+        secure_mode: Opacus's noise against floating-point attacks; needs torchcsprng.
+        check: Compare the first pass of every kind with plain gradients.
+
+    Raises:
+        InputError: A value out of range, or both `epsilon` and `noise`.
+
+    References:
+        Abadi et al., arXiv:1607.00133; Opacus, arXiv:2109.12298; accountant, arXiv:2106.02848.
+
+    Example:
+        >>> DifferentialPrivacy(noise=1.1).spec()
+        'privacy:noise=1.1'
+    """
+
+    name: ClassVar[str] = "privacy"
+
+    epsilon: float | None = None
+    delta: float = 1e-5
+    clip: float = 1.0
+    noise: float | None = None
+    epochs: float | None = None
+    engine: Literal["bookkeeping", "opacus"] = "bookkeeping"
+    accountant: Literal["prv", "rdp"] = "prv"
+    physical_batch: int | None = None
+    secure_mode: bool = False
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        if self.epsilon is not None and self.noise is not None:
+            raise expected("epsilon or noise", "both", "Drop one: the other follows from it.")
+        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
+            raise expected("a finite epsilon above 0", self.epsilon)
+        if not 0 < self.delta < 1:
+            raise expected("delta in (0, 1)", self.delta)
+        if not 0 < self.clip < math.inf:
+            raise expected("a finite clip above 0", self.clip)
+        if self.noise is not None and not 0 <= self.noise < math.inf:
+            raise expected("a finite noise multiplier of at least 0", self.noise)
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise expected("epochs above 0", self.epochs)
+        if self.engine not in ("bookkeeping", "opacus"):
+            raise expected("engine bookkeeping or opacus", repr(self.engine))
+        if self.accountant not in ("prv", "rdp"):
+            raise expected("accountant prv or rdp", repr(self.accountant))
+        if self.physical_batch is not None and self.physical_batch < 1:
+            raise expected("physical_batch of at least 1", self.physical_batch)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise Incompatible if no per-example gradient can be told for the model."""
+        check_model(model)
+
+    def clipped_sum(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
+        """Return the sum of the batch's clipped gradients, without noise, by base parameter name.
+
+        The model's defenses act as they do in training; an auxiliary loss that depends on the
+        examples is part of each example's loss, before clipping.
+
+        Raises:
+            Incompatible: The model mixes examples, shares parameters, or cannot be followed.
+            Unprotected: A loss reached a parameter around the clipping.
+        """
+        check_model(model)
+        clipped = _clip(self._engine(), model, loss, batch, self.clip)
+        trainable = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        return {
+            canonical_name(k): clipped.sums.get(k, torch.zeros_like(p)) for k, p in trainable.items()
+        }
+
+    def gradient(
+        self, model: nn.Module, loss: Loss, batch: Batch, draws: Draws
+    ) -> Mapping[str, Tensor]:
+        """Return (clipped sum + noise) / batch size, by base parameter name."""
+        noise = self._release_noise()
+        sums = self.clipped_sum(model, loss, batch)
+        deviation = noise * self.clip
+        size = len(batch.labels)
+        return {k: (s + deviation * _normal(s, draws)) / size for k, s in sums.items()}
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loader: Any,
+        draws: Draws,
+        ledger: Ledger | None = None,
+    ) -> tuple[Any, Any, Ledger]:
+        """Return the private optimizer, the Poisson loader and the ledger that counts the steps.
+
+        `model` keeps its structure and state-dict keys. A ledger from earlier rounds goes on.
+
+        Raises:
+            Incompatible: The model or loader cannot be private.
+            InputError: delta is not below one over the number of records, or epochs are missing.
+            MissingExtra: opacus is not installed, or torchcsprng for secure_mode.
+        """
+        from vitguard.defenses.privacy.prepare import prepare_training
+
+        return prepare_training(self, model, optimizer, loader, draws, ledger or Ledger())
+
+    def privacy_spent(self, ledger: Ledger | None) -> PrivacySpent:
+        """Return what the releases in the ledger add up to."""
+        return (ledger or Ledger()).spent(self.delta, self.accountant)
+
+    def load_ledger(self, state: Mapping[str, Any], ledger: Ledger | None = None) -> Ledger:
+        """Return a ledger that continues from `state`; `ledger` itself when one is in use."""
+        ledger = ledger if ledger is not None else Ledger()
+        ledger.load_state_dict(state)
+        return ledger
+
+    def multiplier(self, rate: float, steps: int) -> float:
+        """Return the noise multiplier for `steps` releases at a Poisson rate."""
+        if self.epsilon is None:
+            return 1.0 if self.noise is None else self.noise
+        return _calibrated(self.epsilon, self.delta, rate, steps, self.accountant)
+
+    def _release_noise(self) -> float:
+        return self.multiplier(1.0, math.ceil(self.epochs or 1))
+
+    def _engine(self) -> Engine:
+        if self.engine == "bookkeeping":
+            return Engine(check=self.check)
+        try:
+            from vitguard.defenses.privacy.samplers import OpacusEngine
+        except ImportError as error:
+            raise missing_extra("engine='opacus'", "opacus") from error
+        return OpacusEngine()
+
+    def probe(self, model: nn.Module, images: Tensor, engine: Engine) -> None:
+        """Raise Incompatible if recorded gradients differ from plain ones on a few examples."""
+        if self.check:
+            probe(model, images, engine)
+
+
+@functools.lru_cache(maxsize=64)
+def _calibrated(epsilon: float, delta: float, rate: float, steps: int, accountant: str) -> float:
+    return noise_for(epsilon, delta, rate, steps, accountant)
+
+
+def _normal(like: Tensor, draws: Draws) -> Tensor:
+    device = draws.generator.device
+    noise = torch.randn(like.shape, generator=draws.generator, device=device, dtype=like.dtype)
+    return noise.to(like.device)
+
+
+def _clip(engine: Engine, model: nn.Module, loss: Loss, batch: Batch, clip: float) -> Clipped:
+    """Run one recorded pass over a batch and clip."""
+    held = {p: p.grad for p in model.parameters() if p.grad is not None}
+    for p in held:
+        p.grad = None
+    try:
+        with torch.enable_grad(), engine.watch(model, batch.images) as tape:
+            outputs = model(batch.images)
+        engine.verify(tape, outputs)
+        losses = per_example_losses(loss, logits_of(outputs), batch.labels)
+        for piece in _pieces(model):
+            losses = losses + _auxiliary(piece, len(losses))
+        torch.autograd.backward(losses.sum())
+        if leaked := tape.leak():
+            raise Unprotected(
+                f"Expected every gradient to come through clipping, got one of {leaked} around it."
+            )
+        return clipped_sum(tape, clip)
+    finally:
+        for p in model.parameters():
+            p.grad = held.get(p)
+
+
+def _pieces(model: nn.Module) -> list[Installed]:
+    return [m for m in model.modules() if isinstance(m, Installed)]
+
+
+def _auxiliary(piece: Installed, size: int) -> Tensor | float:
+    """Return a defense's own loss for each example; one that has only a total is refused."""
+    values, total = piece.per_example_auxiliary(), piece.auxiliary_loss()
+    if values is None and total is None:
+        return 0.0
+    if values is None or values.shape != (size,):
+        raise Unprotected(
+            f"Expected an auxiliary loss for each example from {type(piece).__name__}, got a total. "
+            "Its gradient cannot be clipped by example: set its weight to 0 or use dal='tokens'."
+        )
+    return values

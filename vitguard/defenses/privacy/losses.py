@@ -1,0 +1,58 @@
+"""Each example's own loss from a criterion for batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from vitguard.core import Loss
+from vitguard.errors import expected
+
+__all__ = ["PerExample", "per_example_losses"]
+
+
+def per_example_losses(loss: Loss, outputs: Any, labels: Tensor) -> Tensor:
+    """Return `loss` of each example alone, shape (batch,).
+
+    A criterion is never trusted to be a mean of independent terms (class weights and
+    `ignore_index` are not, and many ignore `.reduction`): it sees one example at a time, unless it
+    is plain cross-entropy.
+
+    Raises:
+        InputError: The criterion of one example is no single number.
+    """
+    if loss is F.cross_entropy:
+        return F.cross_entropy(outputs, labels, reduction="none")
+    if type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.reduction == "mean":
+        smoothing, ignored = loss.label_smoothing, loss.ignore_index
+        return F.cross_entropy(
+            outputs, labels, reduction="none", label_smoothing=smoothing, ignore_index=ignored
+        )
+    values = []
+    for i in range(len(labels)):
+        one = tree_map(lambda t, i=i: t[i : i + 1] if isinstance(t, Tensor) else t, outputs)
+        value = loss(one, labels[i : i + 1])
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise expected("a loss that is one number for one example", value)
+        values.append(value.reshape(()))
+    return torch.stack(values)
+
+
+class PerExample(nn.Module):
+    """A criterion applied to one example at a time, then averaged.
+
+    In a training loop under differential privacy a criterion in which examples meet (class weights
+    with a mean, a contrastive loss) voids the bound on one example's influence. This makes it a
+    mean of independent terms.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Any, labels: Tensor) -> Tensor:
+        return per_example_losses(self.loss, outputs, labels).mean()

@@ -1,0 +1,119 @@
+"""Making an optimizer and a loader private, as accelerate's prepare does for devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from vitguard.defenses._base import Draws
+from vitguard.defenses.privacy.accounting import Ledger
+from vitguard.defenses.privacy.checks import check_model
+from vitguard.defenses.privacy.loader import PoissonLoader
+from vitguard.defenses.privacy.training import PrivateTraining
+from vitguard.errors import Incompatible, expected, missing_extra
+
+if TYPE_CHECKING:
+    from vitguard.defenses.privacy.defense import DifferentialPrivacy
+
+__all__ = ["prepare_training"]
+
+
+def prepare_training(
+    defense: DifferentialPrivacy,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Any,
+    draws: Draws,
+    ledger: Ledger,
+) -> tuple[Any, PoissonLoader, Ledger]:
+    """See `DifferentialPrivacy.prepare`."""
+    try:
+        import opacus  # noqa: F401
+
+        from vitguard.defenses.privacy.optimizer import private_optimizer
+    except ImportError as error:
+        raise missing_extra("DifferentialPrivacy.prepare", "opacus") from error
+    if loader is None:
+        raise expected("a loader beside the optimizer", "none", "Privacy needs Poisson sampling.")
+    optimizer = getattr(optimizer, "original_optimizer", optimizer)
+    noise_source = _noise_source(defense, model, draws)
+    check_model(model)
+    _check_owned(model, optimizer)
+    engine = defense._engine()
+    training = PrivateTraining(engine)
+    poisson = PoissonLoader(loader, training, draws.generator, defense.physical_batch)
+    records = len(loader.dataset)
+    if defense.delta >= 1 / records:
+        raise expected(f"delta below 1 / {records} records", defense.delta)
+    if defense.epsilon is not None and defense.epochs is None:
+        raise expected("epochs with a target epsilon", "none", "Or give noise instead.")
+    steps = math.ceil((defense.epochs or 1) * len(poisson))
+    noise = defense.multiplier(poisson.rate, steps)
+    _replace(model, training)
+    defense.probe(model, _examples(loader, model), engine)
+    for p in model.parameters():
+        p.grad = None
+    training.install(model)
+    private = private_optimizer(
+        optimizer,
+        model,
+        training,
+        distributed=torch.distributed.is_available() and torch.distributed.is_initialized(),
+        noise_multiplier=noise,
+        max_grad_norm=defense.clip,
+        expected_batch_size=poisson.expected_batch_size,
+        generator=noise_source,
+        secure_mode=defense.secure_mode,
+    )
+    private.attach_step_hook(lambda _: ledger.record(noise, poisson.rate))
+    return private, poisson, ledger
+
+
+def _replace(model: nn.Module, training: PrivateTraining) -> None:
+    """Put the training state beside the other defenses' pieces; an earlier one goes."""
+    protection = getattr(model, "vitguard", None)
+    if not isinstance(protection, nn.Module):
+        return
+    earlier = getattr(protection, "privacy", None)
+    if isinstance(earlier, PrivateTraining):
+        earlier.uninstall(model)
+    protection.add_module("privacy", training)
+
+
+def _noise_source(defense: DifferentialPrivacy, model: nn.Module, draws: Draws) -> Any:
+    device = next(model.parameters()).device
+    if defense.secure_mode:
+        try:
+            import torchcsprng  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise missing_extra("secure_mode", "torchcsprng") from error
+        return torchcsprng.create_random_device_generator("/dev/urandom")
+    if draws.generator.device == device:
+        return draws.generator
+    seed = int(torch.randint(2**62, (), generator=draws.generator))
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _check_owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    known = {id(p) for p in model.parameters()}
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise Incompatible(
+            "Expected an optimizer of the model's own parameters, got others among them: their "
+            "gradients would not be clipped."
+        )
+
+
+def _examples(loader: Any, model: nn.Module) -> Tensor:
+    """Return the images of the data's first few records, as the model takes them."""
+    count = min(3, len(loader.dataset))
+    batch = loader.collate_fn([loader.dataset[i] for i in range(count)])
+    parts = batch.values() if isinstance(batch, Mapping) else tree_leaves(batch)
+    images = next((t for t in parts if isinstance(t, Tensor) and t.is_floating_point()), None)
+    if images is None:
+        raise expected("batches that hold images", type(batch).__name__)
+    return images.to(next(model.parameters()).device)

@@ -1,0 +1,245 @@
+"""Watching attacks and training runs: TensorBoard, and a progress bar with the current estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vitguard.core import Normalization
+from vitguard.errors import VitguardError, expected, missing_extra
+from vitguard.metrics import score
+
+if TYPE_CHECKING:
+    from vitguard.attacks._matching import Progress
+    from vitguard.guard import Guard
+    from vitguard.report import AuditReport
+
+__all__ = ["ProgressBar", "TensorBoard"]
+
+
+class TensorBoard:
+    """Writes a running attack, a training run and its audits as TensorBoard events.
+
+    Give it to an attack as `watch`; call `training` in a loop of one's own; call `audit` whenever
+    there is a report. It is a context manager; `close` flushes.
+
+    Args:
+        folder: Where the events go.
+        truth: The images an attack is after, pixels in [0, 1]; with it PSNR is written.
+        patch_size: (height, width) of a patch, for the matched PSNR.
+        every: Iterations between pictures of an attack, and PSNR values.
+
+    Example:
+        >>> attack = InvertingGradients.fast(watch=TensorBoard("runs/attack"))  # doctest: +SKIP
+        >>> with TensorBoard("runs/training") as board:  # doctest: +SKIP
+        ...     board.training(guard, step=0, losses={"task": 2.3}, images=images)
+
+    Raises:
+        MissingExtra: TensorBoard is not installed.
+        InputError: The folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        truth: Tensor | None = None,
+        patch_size: tuple[int, int] | None = None,
+        every: int = 50,
+    ) -> None:
+        if every < 1:
+            raise expected("every of at least 1", every)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise missing_extra(
+                "Writing TensorBoard events", "tensorboard", "tensorboard"
+            ) from error
+        try:
+            self._writer = SummaryWriter(str(folder))
+        except OSError as error:
+            raise expected("a folder for TensorBoard", f"{folder} ({error.strerror})") from error
+        self._truth = truth
+        self._patch = patch_size
+        self._every = every
+        self._started: set[str] = set()
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __call__(self, progress: Progress) -> None:
+        """Take one iteration of an attack: loss terms, PSNR and pictures over time, settings."""
+        name, step = progress.attack, progress.iteration
+        if name not in self._started:
+            self._started.add(name)
+            rows = "\n".join(f"| {k} | {v} |" for k, v in progress.settings.items())
+            self._writer.add_text(f"{name}/settings", f"| setting | value |\n|---|---|\n{rows}")
+            if self._truth is not None:
+                self._writer.add_images(f"{name}/truth", self._truth.clamp(0, 1), 0)
+        for term, value in progress.terms.items():
+            self._writer.add_scalar(f"{name}/{term}", value, step)
+        if step % self._every and step not in (1, progress.iterations):
+            return
+        images = progress.estimate()
+        self._writer.add_images(f"{name}/estimate", images, step)
+        if self._truth is not None:
+            patch = self._patch or (1, 1)
+            got = score(images, self._truth, self._patch or tuple(images.shape[-2:]))  # type: ignore[arg-type]
+            self._writer.add_scalar(f"{name}/psnr", got.psnr.mean().item(), step)
+            if patch != (1, 1):
+                self._writer.add_scalar(f"{name}/patch psnr", got.patch_psnr.mean().item(), step)
+
+    def training(
+        self,
+        guard: Guard,
+        *,
+        step: int,
+        losses: Mapping[str, float | Tensor],
+        images: Tensor | None = None,
+        normalization: Normalization | None = None,
+        most: int = 8,
+    ) -> None:
+        """Take one step of a user's own training loop.
+
+        Writes the losses, the privacy spent so far where the stack gives any, and, when images are
+        given, what the model saw of them: shuffled patches at the places they were moved to. These
+        pictures show training data: keep the folder as private as the data.
+
+        Args:
+            guard: The guard of the model that is trained.
+            losses: By name.
+            images: The step's model input, shape (batch, channels, height, width).
+            normalization: From pixels to the model's input, to show the images in their colours.
+            most: Images shown.
+        """
+        for name, value in losses.items():
+            self._writer.add_scalar(f"training/loss {name}", float(value), step)
+        epsilon = _epsilon(guard)
+        if epsilon is not None:
+            self._writer.add_scalar("training/epsilon", epsilon, step)
+        if images is not None:
+            seen = what_the_model_saw(guard, images)[:most]
+            pixels = normalization.invert(seen) if normalization is not None else seen
+            self._writer.add_images("training/what the model saw", pixels.clamp(0, 1).cpu(), step)
+
+    def audit(self, report: AuditReport, *, step: int) -> None:
+        """Take an audit of the model as it is at `step`: one curve for each defense and attack."""
+        for finding in report.findings:
+            where = f"audit/{finding.defense}/{finding.attack}"
+            for name in ("psnr", "patch_psnr", "ssim"):
+                summary = getattr(finding, name)
+                if summary is not None and summary.finite:
+                    self._writer.add_scalar(f"{where}/{name} max", summary.max, step)
+            if finding.identified is not None:
+                self._writer.add_scalar(f"{where}/identified", finding.identified, step)
+            self._writer.add_text(f"{where}/verdict", f"{finding.verdict} {finding.reason}", step)
+
+    def close(self) -> None:
+        """Write everything out and close the file."""
+        self._writer.close()
+
+
+def what_the_model_saw(guard: Guard, images: Tensor) -> Tensor:
+    """Return the images with patches where the last draw of a shuffle moved them."""
+    source = guard.truth().get("source")
+    if source is None or source.shape[0] != len(images):
+        return images.detach()
+    patches = guard.anatomy.patchify(images.detach())
+    source = source.to(patches.device)[..., None].expand_as(patches)
+    return guard.anatomy.unpatchify(patches.gather(1, source))
+
+
+def _epsilon(guard: Guard) -> float | None:
+    try:
+        return float(guard.privacy_spent().epsilon)
+    except (VitguardError, TypeError):  # no defense of the stack gives one (yet)
+        return None
+
+
+class ProgressBar:
+    """A bar in the terminal with loss, time left, and a thumbnail of the current estimate.
+
+    Give it to an attack as `watch`. It is a context manager, which leaves the terminal clean.
+
+    Args:
+        truth: The images an attack is after, pixels in [0, 1]; with it the PSNR is shown.
+        every: Iterations between thumbnails; 0 shows none.
+        console: A rich console; standard error by default.
+    """
+
+    def __init__(
+        self, *, truth: Tensor | None = None, every: int = 10, console: Any = None
+    ) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._truth, self._every = truth, every
+        console = console or Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._bar = Progress(*columns, console=console)
+        self._live = Live(self._bar, console=console, refresh_per_second=4)
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> ProgressBar:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Take one iteration of an attack."""
+        from rich.console import Group
+
+        name = progress.attack
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=progress.iterations, note="")
+        note = f"distance {progress.terms.get('distance', float('nan')):.4g}"
+        if self._every and (progress.iteration % self._every == 0 or progress.iteration == 1):
+            images = progress.estimate()
+            if self._truth is not None:
+                got = score(images, self._truth, tuple(images.shape[-2:]))  # type: ignore[arg-type]
+                note += f", PSNR {got.psnr.mean():.1f} dB"
+            self._live.update(Group(self._bar, thumbnail(images[0])))
+        self._bar.update(self._tasks[name], completed=progress.iteration, note=note)
+
+
+def thumbnail(image: Tensor, columns: int = 32) -> Any:
+    """Return an image as coloured half blocks, two pixels a character, for a rich console.
+
+    Args:
+        image: Pixels in [0, 1], shape (1 or 3, height, width).
+        columns: Characters across.
+    """
+    from rich.text import Text
+
+    height, width = image.shape[-2:]
+    rows = max(2, round(columns * height / width / 2) * 2)
+    small = torch.nn.functional.interpolate(
+        image[None].detach().float().cpu(), (rows, columns), mode="area"
+    )[0]
+    values = (small.expand(3, -1, -1).clamp(0, 1) * 255).round().int().permute(1, 2, 0).tolist()
+    text = Text()
+    for upper, lower in zip(values[::2], values[1::2], strict=True):
+        for top, bottom in zip(upper, lower, strict=True):
+            text.append("▀", style=f"rgb({_rgb(top)}) on rgb({_rgb(bottom)})")
+        text.append("\n")
+    return text
+
+
+def _rgb(pixel: list[int]) -> str:
+    return ",".join(map(str, pixel))
