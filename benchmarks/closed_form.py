@@ -32,7 +32,12 @@ MODELS = ("vit_base_patch16_224", "vit_base_patch32_224", "vit_small_patch16_224
 CASES = (
     ("position", PositionInversion(), (), ()),
     ("span, frozen positions", SpanInversion(), (FixedPositions("frozen"),), ()),
-    ("span, qkv withheld", SpanInversion(), (FixedPositions("frozen"),), (r"blocks\.0\.attn\.qkv",)),
+    (
+        "span, qkv withheld",
+        SpanInversion(),
+        (FixedPositions("frozen"),),
+        (r"blocks\.0\.attn\.qkv",),
+    ),
     ("span, sincos positions", SpanInversion(), (FixedPositions("sincos"),), ()),
 )
 
@@ -44,7 +49,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     options = parser.parse_args()
     print(f"threads {torch.get_num_threads()}, torch {torch.__version__}")
-    print(f"{'model':24} {'attack':24} {'median dB':>9} {'worst dB':>9} {'seconds':>8} {'/ step':>7}")
+    print(
+        f"{'model':24} {'attack':24} {'median dB':>9} {'worst dB':>9} {'seconds':>8} {'/ step':>7}"
+    )
     for name in options.models:
         model = build_model(name)
         for label, *figures in measure(model, options.photos):

@@ -233,3 +233,15 @@ def test_using_vitguard_loads_no_optional_package():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_plan_says_what_remains(capsys):
+    assert cli.main(["plan", "--model", SMALL, "--encrypt", "attention", "--json", "-"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["schema"] == 1
+    assert set(plan["encrypted"]) == {"parameters", "share", "bytes_up", "bytes_down"}
+    remains = {a["attack"]: a for a in plan["attacks"]}
+    assert remains["position"]["possible"] and "pos_embed" in remains["position"]["needs"]
+    assert not remains["span"]["possible"] and remains["span"]["reason"]
+    assert cli.main(["plan", "--model", SMALL, "--encrypt", "nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err

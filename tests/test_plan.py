@@ -13,7 +13,8 @@ from vitguard.models import build_model
 from vitguard.plan import plan_report
 from vitguard.vit import Anatomy
 
-BASE, LARGE, SMALL = (f"vit_{size}_patch16_224:depth=2" for size in ("base", "large", "small"))
+BASE, LARGE, SMALL = (f"vit_{size}_patch16_224:depth=4" for size in ("base", "large", "small"))
+WIDE, SHALLOW = "vit_base_patch32_224:depth=4", "vit_base_patch32_224:depth=1"
 CIFAR = (
     "vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=128,depth=4,num_heads=4,"
     "mlp_ratio=2,num_classes=10"
@@ -41,11 +42,19 @@ TABLE = [
     (BASE, r"attn\.qkv", "sincos", "span", False),
     (BASE, r"attn\.qkv", "sincos", "gelu-span", True),
     (BASE, r"0\.attn\.qkv|0\.mlp\.fc1", "frozen", "span", False),
-    (BASE, r"0\.attn\.qkv|0\.mlp\.fc1", "frozen", "span-chain", True),  # block 1 answers
-    (BASE, r"0\.attn\.qkv|0\.mlp\.fc", "frozen", "span-chain", False),
+    (BASE, r"0\.attn\.qkv|0\.mlp\.fc1", "frozen", "span-chain", False),  # 591 > 571
+    (LARGE, r"0\.attn\.qkv|0\.mlp\.fc1", "frozen", "span-chain", True),  # block 1 answers
+    (LARGE, r"0\.attn\.qkv|0\.mlp\.fc", "frozen", "span-chain", False),
+    (LARGE, r"[01]\.attn\.qkv|[01]\.mlp\.fc1", "frozen", "span-chain", False),  # 985 > 827
+    (WIDE, r"[01]\.attn\.qkv|[01]\.mlp\.fc1", "frozen", "span-chain", True),  # block 2 answers
+    (WIDE, r"[012]\.attn\.qkv|[012]\.mlp\.fc1", "frozen", "span-chain", False),  # last block
+    (WIDE, "embedding", "frozen", "span", False),
+    (SHALLOW, "head", "frozen", "span", False),
+    (SHALLOW, "head", "frozen", "span-chain", False),
     (BASE, "embedding", "learnable", "position", False),
     (BASE, "embedding", "learnable", "span", False),
-    (BASE, "embedding", "learnable", "span-chain", True),
+    (BASE, "embedding", "learnable", "span-chain", False),
+    (LARGE, "embedding", "learnable", "span-chain", True),
     (BASE, "patch", "learnable", "position", False),
     (BASE, "position", "learnable", "span", True),
     (LARGE, "embedding", "learnable", "span", True),

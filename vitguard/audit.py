@@ -459,7 +459,7 @@ def _explain(name: str, attack: Attack, view: Any, control: Finding, seed: int) 
     details = {**guess.details, "update_error": error}
     shown = guess.images.detach().float().cpu()
     found = replace(
-        base, seconds=seconds, details=details, images=Pictures(shown, reconstruction=shown)
+        base, seconds=seconds, details=details, images=Pictures(reconstruction=shown)
     )
     if error is not None and error <= 0.05:
         reason = f"the reconstruction reproduces the update to {100 * error:.2g} %"

@@ -14,7 +14,12 @@ from vitguard.errors import VitguardError, expected
 
 __all__ = ["main"]
 
-DEFAULT_DEFENSES = ("positions:kind=frozen", "positions:kind=sincos", "withheld", "noise:scale=0.01")
+DEFAULT_DEFENSES = (
+    "positions:kind=frozen",
+    "positions:kind=sincos",
+    "withheld",
+    "noise:scale=0.01",
+)
 DEFAULT_REPORT = "vitguard-report.html"
 _INTERRUPTED = 130
 
@@ -68,8 +73,12 @@ def _add_audit(commands: Any) -> None:
         "2 usage or input error; 3 a gate was asked for and no attack was conclusive.",
     )
     add = audit.add_argument
-    add("--model", default="vit_base_patch16_224", metavar="NAME[:key=value,...]",
-        help="timm name with constructor arguments, or april_vit")
+    add(
+        "--model",
+        default="vit_base_patch16_224",
+        metavar="NAME[:key=value,...]",
+        help="timm name with constructor arguments, or april_vit",
+    )
     weights = audit.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="FILE", help="safetensors or torch state dict")
     weights.add_argument("--pretrained", action="store_true", help="timm's weights")
@@ -78,14 +87,32 @@ def _add_audit(commands: Any) -> None:
     add("--images", nargs="+", metavar="DIR|FILE", help="files, a folder or class folders")
     add("--num-images", type=int, metavar="K", help="images to audit (sample photos: 2)")
     add("--batch-size", type=int, default=1, metavar="B", help="images behind one update (1)")
-    add("--defense", action="append", metavar="SPEC",
-        help="name[:key=value,...], stacked with +; may be repeated; none is always run")
-    add("--attack", nargs="+", action="extend", metavar="NAME",
-        help="attacks, or closed-form, ladder, matching, input, all")
-    add("--parameters", metavar="SELECT", help="what matching attacks match: attention, mlp, "
-        "patch, position, all or a regular expression")
-    add("--withhold", action="append", default=[], metavar="SELECT",
-        help="parameters that are never sent; may be repeated")
+    add(
+        "--defense",
+        action="append",
+        metavar="SPEC",
+        help="name[:key=value,...], stacked with +; may be repeated; none is always run",
+    )
+    add(
+        "--attack",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="attacks, or closed-form, ladder, matching, input, all",
+    )
+    add(
+        "--parameters",
+        metavar="SELECT",
+        help="what matching attacks match: attention, mlp, "
+        "patch, position, all or a regular expression",
+    )
+    add(
+        "--withhold",
+        action="append",
+        default=[],
+        metavar="SELECT",
+        help="parameters that are never sent; may be repeated",
+    )
     add("--iterations", type=int, metavar="N", help="iterations of iterative attacks")
     add("--seed", type=int, default=0, metavar="S")
     add("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps")
@@ -94,7 +121,9 @@ def _add_audit(commands: Any) -> None:
     add("--local-steps", type=int, default=1, metavar="E")
     add("--lr", type=float, metavar="LR", help="learning rate of a difference")
     add("--optimizer", default="sgd", metavar="NAME", help="sgd or adamw")
-    add("--update-file", metavar="FILE", help="audit a client's saved update; --images is its truth")
+    add(
+        "--update-file", metavar="FILE", help="audit a client's saved update; --images is its truth"
+    )
     add("--json", metavar="FILE|-")
     add("--html", metavar="FILE", help=f"default without --json: {DEFAULT_REPORT}")
     add("--tensorboard", metavar="DIR")
@@ -109,7 +138,13 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("--model", default="vit_base_patch16_224", metavar="NAME[:key=value,...]")
     plan.add_argument("--encrypt", action="append", required=True, metavar="SELECT")
-    plan.add_argument("--defense", metavar="SPEC", help="what else the client runs")
+    plan.add_argument(
+        "--positions",
+        default="learnable",
+        metavar="KIND",
+        help="learnable, frozen, random, sincos, none or withheld",
+    )
+    plan.add_argument("--preset", default="quantised", metavar="NAME", help="encryption preset")
     plan.add_argument("--json", metavar="FILE|-")
     plan.set_defaults(run=_plan)
 
@@ -149,7 +184,7 @@ def _check_options(options: argparse.Namespace) -> None:
         raise expected("--optimizer sgd or adamw", repr(options.optimizer))
     if bool(options.mean) != bool(options.std):
         raise expected("--mean and --std together", "one of them")
-    if options.html and not options.html.endswith((".html", ".htm")):
+    if options.html and not options.html.endswith(".html"):
         raise expected("--html FILE ending in .html", repr(options.html))
 
 
@@ -213,8 +248,9 @@ def _run_audit(options: argparse.Namespace) -> Any:
 def _attacks(options: argparse.Namespace) -> list[Any]:
     from vitguard.registry import parse_attacks
 
-    attacks = []
-    for attack in parse_attacks(options.attack or ["closed-form"]):
+    attacks: list[Any] = []
+    chosen: list[Any] = parse_attacks(options.attack or ["closed-form"])
+    for attack in chosen:
         fields = {f.name for f in dataclasses.fields(attack)}
         changes = {
             name: getattr(options, name)
@@ -251,11 +287,7 @@ def _images(options: argparse.Namespace, anatomy: Any) -> tuple[Any, Any, list[s
             images, names=images.names[:kept], pixels=images.pixels[:kept],
             labels=None if images.labels is None else images.labels[:kept],
         )  # fmt: skip
-    labels = images.labels
-    if labels is None:
-        labels = data.assign_labels(len(images), anatomy.classes)
-        notes.append("The images have no labels: classes 0, 1, 2 ... were assigned.")
-    return images, labels, notes
+    return images, images.labels, notes
 
 
 def _triple(text: str, flag: str) -> tuple[float, ...]:
@@ -321,14 +353,13 @@ def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from vitguard._files import check_writable
-    from vitguard.models import build_model
     from vitguard.plan import plan_report
-    from vitguard.registry import parse_stack
 
     if options.json and options.json != "-":
         check_writable(options.json)
-    stack = parse_stack(options.defense) if options.defense else []
-    report = plan_report(build_model(options.model), options.encrypt, defenses=stack)
+    report = plan_report(
+        options.model, options.encrypt, preset=options.preset, positions=options.positions
+    )
     if options.json:
         _write_json(json.dumps(report.to_json(), indent=2, allow_nan=False), options.json)
     if options.json != "-":
@@ -348,11 +379,13 @@ def _list(options: argparse.Namespace) -> int:
         return {"name": cls.name, "summary": summary, "settings": settings}
 
     defenses = [describe(cls) for cls in defense_types().values()]
-    attacks = [
-        {**describe(cls), "family": cls.family} for cls in attack_types().values()
-    ]
+    attacks = [{**describe(cls), "family": cls.family} for cls in attack_types().values()]
     if options.json:
-        print(json.dumps({"schema": 1, "defenses": defenses, "attacks": attacks}, indent=2, default=str))
+        print(
+            json.dumps(
+                {"schema": 1, "defenses": defenses, "attacks": attacks}, indent=2, default=str
+            )
+        )
         return 0
     for title, entries in (("Defenses", defenses), ("Attacks", attacks)):
         print(title)

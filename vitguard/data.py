@@ -310,8 +310,6 @@ def _rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"pixels of mode {image.mode} that are neither 8 nor 16 bits")
         # Pillow would clip these at 255 instead of scaling them.
         return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
@@ -343,8 +341,9 @@ def _shows(image: Image.Image, truth: Tensor | None, size: tuple[int, int]) -> b
         return False
     if truth.ndim != 4 or tuple(truth.shape[1:]) != (3, *size):
         raise expected(f"truth of shape (batch, 3, {size[0]}, {size[1]})", tuple(truth.shape))
-    prepared = _tensor(_cover(image, size)).double().flatten()
-    rows = torch.cat([prepared[None], truth.detach().to("cpu", torch.float64).flatten(1)])
+    # In grey: the truths may be a colour photo that was made grey.
+    both = torch.cat([_tensor(_cover(image, size))[None], truth.detach().cpu().float()])
+    rows = both.double().mean(1).flatten(1)
     rows = rows - rows.mean(1, keepdim=True)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
     return bool((rows[1:] @ rows[0] > 0.9).any())

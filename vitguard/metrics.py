@@ -74,7 +74,8 @@ def patch_psnr(guess: Images, truth: Images, patch_size: tuple[int, int]) -> Per
     """
     guess, truth = _pair(guess, truth)
     pieces = zip(_patches(guess, patch_size), _patches(truth, patch_size), strict=True)
-    return _decibels(torch.stack([_matched_mse(g, t) for g, t in pieces]))
+    matched = _decibels(torch.stack([_matched_mse(g, t) for g, t in pieces]))
+    return torch.maximum(matched, psnr(guess, truth))  # equal but for rounding where none moved
 
 
 def ssim(guess: Images, truth: Images) -> PerImage:
@@ -165,9 +166,13 @@ def identification(guess: Images, truth: Images, decoys: Images) -> Bool[Tensor,
     _same_shape(guess, truth, "a guess")
     _same_shape(decoys, truth, "decoys")
     guesses = _standardized(guess)
-    # A few decoys at a time: a hundred of them in float64 would be the audit's peak memory.
+    # A few decoys at a time: a hundred large ones in float64 would be the audit's peak memory.
+    few_at_once = max(1, 600_000 // truth[0].numel())
     to_decoys = torch.cat(
-        [guesses @ _standardized(_images(few, "decoys", strict=True)).T for few in decoys.split(4)],
+        [
+            guesses @ _standardized(_images(few, "decoys", strict=True)).T
+            for few in decoys.split(few_at_once)
+        ],
         dim=1,
     )
     to_truths = guesses @ _standardized(truth).T
@@ -386,8 +391,7 @@ def _matched_mse(guess: Tensor, truth: Tensor) -> Tensor:
     # Differences first: |g|^2 + |t|^2 - 2 g.t would not see equal patches as exactly equal.
     cost = torch.cdist(guess, truth, compute_mode="donot_use_mm_for_euclid_dist").square()
     rows, columns = linear_sum_assignment(cost.numpy())
-    best = (guess[torch.as_tensor(rows)] - truth[torch.as_tensor(columns)]).square().mean()
-    return torch.minimum(best, (guess - truth).square().mean())
+    return (guess[torch.as_tensor(rows)] - truth[torch.as_tensor(columns)]).square().mean()
 
 
 def _spectrum(images: Tensor) -> Float[Tensor, "batch frequencies"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -307,6 +308,4 @@ class AuditReport:
 
 
 def _version() -> str:
-    import vitguard
-
-    return vitguard.__version__
+    return sys.modules["vitguard"].__version__  # no import: the package imports this module's users

@@ -200,7 +200,6 @@ class _Run:
         identity = self._identity()
         if attack.resume is not None:
             self.done = load_run(attack.resume, identity, self.restarts)
-        first = [self._distance(r, r.free.detach()) for r in self.restarts]
         saved = time.perf_counter()
         try:
             while self.done < attack.iterations and any(r.alive for r in self.restarts):
@@ -219,7 +218,7 @@ class _Run:
             self.interrupted = True
         if attack.resume is not None and not self.interrupted:
             save_run(attack.resume, identity, self.restarts, self.done)
-        return self._guess(min(first))
+        return self._guess()
 
     def _iterate(self) -> None:
         share = self.done / self.attack.iterations
@@ -266,22 +265,29 @@ class _Run:
 
     def _stochastic(self) -> bool:
         """Whether the defense's draws move the distance: then one good value is luck."""
+        if not self.view.settings:
+            return False
         restart = self.restarts[0]
         return self._distance(restart, restart.free.detach(), 0) != self._distance(
             restart, restart.free.detach(), 1
         )
 
-    def _guess(self, first: float) -> Guess:
-        stochastic = self._stochastic()
-        candidates = [r.free.detach() if stochastic else r.best for r in self.restarts]
-        distances = [self._distance(r, c) for r, c in zip(self.restarts, candidates, strict=True)]
+    def _candidates(self) -> tuple[list[Tensor], list[float]]:
+        """The images each restart stands for, and their distances under equal draws."""
+        if not self._stochastic():
+            return [r.best for r in self.restarts], [r.best_distance for r in self.restarts]
+        last = [r.free.detach() for r in self.restarts]
+        return last, [self._distance(r, x) for r, x in zip(self.restarts, last, strict=True)]
+
+    def _guess(self) -> Guess:
+        candidates, distances = self._candidates()
         chosen = min(range(len(distances)), key=distances.__getitem__)
         winner = self.restarts[chosen]
         labels = winner.labels if winner.label_scores is None else winner.best_labels.argmax(-1)
         details: dict[str, Any] = {
             "iterations": self.done,
             "distance": distances[chosen],
-            "distance at the start": first,
+            "distance at the start": min(r.first_distance or 0.0 for r in self.restarts),
             "labels": self.label_rule,
             "tensors matched": len(self.seen),
         }

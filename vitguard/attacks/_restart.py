@@ -94,6 +94,8 @@ class Restart:
     best: Tensor = field(init=False)
     best_labels: Tensor = field(init=False)
     best_value: float = math.inf
+    best_distance: float = math.inf
+    first_distance: float | None = None
     phase: tuple[float, ...] = ()
     terms: dict[str, float] = field(default_factory=dict)
     alive: bool = True
@@ -183,6 +185,9 @@ class Restart:
         elif value < self.best_value:
             self.best_value, self.best = value, self.free.detach().clone()
             self.best_labels = self.current_labels().detach().clone()
+            self.best_distance = self.terms["distance"]
+        if self.first_distance is None:
+            self.first_distance = self.terms["distance"]
         for variable, gradient in zip(self.variables, gradients, strict=True):
             variable.grad = gradient.sign() if self.recipe.signed else gradient
         return value
@@ -195,6 +200,7 @@ class Restart:
             "best": self.best,
             "best_labels": self.best_labels,
             "best_value": self.best_value,
+            "distances": [self.first_distance, self.best_distance],
             "phase": list(self.phase),
             "alive": self.alive,
             "optimizer": self.optimizer.state_dict(),
@@ -209,5 +215,6 @@ class Restart:
         self.best = state["best"].to(self.free)
         self.best_labels = state["best_labels"].to(self.free.device)
         self.best_value, self.alive = state["best_value"], state["alive"]
+        self.first_distance, self.best_distance = state["distances"]
         self.phase = tuple(state["phase"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class LocalizationHead(nn.Module):
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
     """Return a linear layer as torch starts it, but from this generator."""
-    layer = skip_init(nn.Linear, inputs, outputs)
+    layer: Any = skip_init(nn.Linear, inputs, outputs)
     bound = inputs**-0.5
     with torch.no_grad():
         for parameter in layer.parameters():

@@ -1,0 +1,94 @@
+"""Labels from the gradient of the head."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vitguard.attacks.labels import infer_labels, labels_from_counts, try_labels
+from vitguard.errors import Blocked, NotApplicable
+
+
+@pytest.mark.parametrize("withhold", [(), (r"head\.bias",)])
+def test_the_label_of_one_image_is_read_off_the_head(
+    small_vit, observe, photos, generator, withhold
+):
+    model = small_vit()
+    for label in range(10):
+        view = observe(model, photos[label % 5][None], torch.tensor([label]), withhold=withhold)
+        assert infer_labels(view, generator).tolist() == [label]
+
+
+def test_without_a_bias_at_all(small_vit, observe, photo, generator):
+    model = small_vit()
+    model.head = torch.nn.Linear(96, 10, bias=False)
+    view = observe(model, photo, torch.tensor([7]))
+    assert infer_labels(view, generator).tolist() == [7]
+
+
+@pytest.mark.parametrize("labels", [[3, 3], [1, 1, 4], [0, 0, 0, 9], [2, 5, 5, 5, 7]])
+def test_a_batch_with_repeated_labels(small_vit, observe, photos, generator, labels):
+    view = observe(small_vit(), photos[: len(labels)], torch.tensor(labels))
+    assert infer_labels(view, generator).tolist() == labels
+
+
+def test_a_difference_of_one_step_gives_labels_too(small_vit, observe, photo, generator):
+    view = observe(small_vit(), photo, torch.tensor([4]), learning_rate=0.1)
+    assert infer_labels(view, generator).tolist() == [4]
+
+
+def test_noise_that_leaves_the_label_standing_does_not_silence_it(
+    small_vit, observe, photo, generator
+):
+    for defense in ("noise:scale=0.05", "pruning:keep=0.1"):
+        view = observe(small_vit(), photo, torch.tensor([4]), defenses=defense)
+        assert infer_labels(view, generator).tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("loss", "count"),
+    [
+        (lambda out, y: F.cross_entropy(out, 0.5 * (F.one_hot(y, 10) + F.one_hot(y + 3, 10))), 1),
+        (lambda out, y: F.binary_cross_entropy_with_logits(out, F.one_hot(y, 10).float()), 2),
+    ],
+)
+def test_soft_labels_and_other_losses_do_not_apply(
+    small_vit, observe, photos, generator, loss, count
+):
+    view = observe(small_vit(), photos[:count], loss=loss)
+    with pytest.raises(NotApplicable):
+        infer_labels(view, generator)
+
+
+def test_hidden_heads_block_and_two_heads_do_not_apply(small_vit, observe, photo, generator):
+    hidden = observe(small_vit(), photo, withhold=("head",))
+    with pytest.raises(Blocked, match="head"):
+        infer_labels(hidden, generator)
+    assert try_labels(hidden, generator) is None
+    two = observe(small_vit("deit_base_distilled_patch16_224"), photo)
+    with pytest.raises(NotApplicable, match="one classification head"):
+        infer_labels(two, generator)
+
+
+def test_a_batch_without_its_bias_does_not_apply(small_vit, observe, photos, generator):
+    view = observe(small_vit(), photos[:2], withhold=(r"head\.bias",))
+    with pytest.raises(NotApplicable, match="bias"):
+        infer_labels(view, generator)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-3, 9, allow_nan=False), min_size=1, max_size=6), st.integers(1, 8))
+def test_counts_are_rounded_to_exactly_one_label_per_image(counts, batch):
+    labels = labels_from_counts(torch.tensor(counts).double(), batch)
+    assert labels.shape == (batch,)
+    assert labels.min() >= 0 and labels.max() < len(counts)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.floats(-0.49, 0.49))
+@settings(max_examples=50, deadline=None)
+def test_counts_that_are_nearly_whole_are_those_counts(labels, error):
+    truth = torch.bincount(torch.tensor(labels), minlength=5).double()
+    noise = torch.zeros(5).double()
+    noise[0], noise[1] = error / 2, -error / 2
+    assert labels_from_counts(truth + noise, len(labels)).tolist() == sorted(labels)

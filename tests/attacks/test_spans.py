@@ -1,0 +1,137 @@
+"""Row spaces, checked against what really flows through the layers."""
+
+import pytest
+import torch
+
+from vitguard.attacks._smooth import smoothest
+from vitguard.attacks._spans import (
+    Embedding,
+    block_rows,
+    complement,
+    layer_rows,
+    least_squares,
+    patch_basis,
+    require_rank,
+    right_vectors,
+    row_basis,
+    whitened,
+)
+from vitguard.core import AffineSpace, Normalization
+from vitguard.errors import Blocked, NotApplicable
+from vitguard.vit import Anatomy
+
+
+def inputs_of(model, name, images):
+    """Return what module `name` reads, shape (tokens, width)."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
+    model.eval()(images)
+    handle.remove()
+    return seen[0].detach().flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"reg_tokens": 3}, {"no_embed_class": True}, {"class_token": False, "global_pool": "avg"}],
+)
+def test_the_public_embedding_is_what_enters_the_first_block(
+    small_vit, observe, photo, changes
+):
+    model = small_vit(**changes).double()
+    view = observe(model, photo.double())
+    anatomy = Anatomy.of(view.model)
+    embedding = Embedding.of(view, anatomy)
+    patches = anatomy.patchify(Normalization().apply(photo.double()))[0]
+    tokens = torch.cat([embedding.prefix, patches @ embedding.weight.T + embedding.offset])
+    entered = inputs_of(model, "blocks.0", Normalization().apply(photo.double()))
+    assert torch.allclose(tokens, entered, atol=1e-12)
+
+
+def test_the_rows_of_a_gradient_span_the_inputs_of_the_layer(small_vit, observe, photo):
+    model = small_vit().double()
+    view = observe(model, photo.double())
+    anatomy = Anatomy.of(view.model)
+    block = anatomy.blocks[0]
+    images = Normalization().apply(photo.double())
+    for rows, module in (
+        (block_rows(view, block), "blocks.0.attn.qkv"),
+        (layer_rows(view, block.fc1), "blocks.0.mlp.fc1"),
+        (layer_rows(view, block.proj), "blocks.0.attn.proj"),
+    ):
+        inputs = inputs_of(model, module, images)
+        augmented = torch.cat([inputs, torch.ones(len(inputs), 1).double()], 1)
+        outside = complement(rows.matrix, anatomy.tokens)
+        assert rows.augmented and outside.shape == (97, 97 - 17)
+        assert (augmented @ outside).norm() < 1e-7 * augmented.norm()
+        inside = row_basis(rows.matrix, anatomy.tokens)
+        assert torch.allclose(inside.T @ inside, torch.eye(17).double(), atol=1e-9)
+    basis = patch_basis(view, anatomy)
+    patches = anatomy.patchify(images)[0]
+    assert torch.allclose(patches @ basis @ basis.T, patches, atol=1e-7)
+
+
+def test_a_sealed_bias_only_drops_the_column_and_a_sealed_weight_blocks(
+    small_vit, observe, photo
+):
+    model = small_vit()
+    block = Anatomy.of(model).blocks[0]
+    rows = block_rows(observe(model, photo, withhold=(r"qkv\.bias",)), block)
+    assert not rows.augmented and rows.matrix.shape[1] == 96
+    with pytest.raises(Blocked, match=r"qkv\.weight"):
+        block_rows(observe(model, photo, withhold=(r"qkv\.weight",)), block)
+    view = observe(model, photo, withhold=("patch",))
+    assert patch_basis(view, Anatomy.of(model)) is None
+
+
+def test_whitening_keeps_the_row_space_and_leaves_zero_rows():
+    matrix = torch.randn(6, 4).double() * torch.tensor([1e6, 1, 1e-6, 1, 1, 0.0])[:, None]
+    white = whitened(matrix)
+    assert torch.allclose(white[:5].norm(dim=1), torch.ones(5).double())
+    assert not white[5].any()
+
+
+def test_least_squares_is_minimum_norm_with_its_rank_and_refuses_nan(generator):
+    system = torch.randn(5, 3, generator=generator).double() @ torch.diag(torch.tensor([1, 1, 0.0]).double())
+    target = torch.randn(5, 2, generator=generator).double()
+    solution, rank = least_squares(system, target)
+    assert rank == 2
+    assert torch.allclose(solution, torch.linalg.pinv(system) @ target, atol=1e-10)
+    with pytest.raises(NotApplicable, match="not finite"):
+        least_squares(system * torch.nan, target)
+
+
+def test_singular_vectors_of_nan_are_refused():
+    with pytest.raises(NotApplicable, match="not finite"):
+        right_vectors(torch.full((3, 3), torch.nan).double(), 2)
+
+
+def test_a_rank_far_below_the_tokens_is_refused():
+    require_rank(torch.tensor([3.0, 2.0, 1.0, 1e-9, 1e-9]).double(), 3, "w")
+    require_rank(torch.tensor([3.0, 2.0, 1.0, 0.9, 0.8]).double(), 3, "w")
+    with pytest.raises(NotApplicable, match="rank 1"):
+        require_rank(torch.tensor([1.0, 1e-8, 9e-9, 8e-9, 7e-9]).double(), 3, "w")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_smoothest_image_has_the_smallest_jumps_and_stays_in_its_space(shared, generator):
+    anatomy = Anatomy(
+        "hand", "proj", "proj", None, 0, (), None, (), (), (8, 8), (4, 4), 1, 7, 2
+    )  # fmt: skip
+    origin = torch.randn(4, 16, generator=generator).double()
+    shape = (16, 3) if shared else (4, 16, 3)
+    basis = torch.linalg.qr(torch.randn(shape, generator=generator).double()).Q
+    found = smoothest(AffineSpace(origin, basis), anatomy)
+    each = basis.expand(4, 16, 3)
+    moved = torch.einsum("npk,np->nk", each, found - origin)
+    assert torch.allclose(found, origin + torch.einsum("npk,nk->np", each, moved), atol=1e-8)
+
+    def jumps(v):
+        image = anatomy.unpatchify(origin + torch.einsum("npk,nk->np", each, v))
+        return image.diff(dim=-1).square().sum() + image.diff(dim=-2).square().sum()
+
+    # a slow obvious way: the jumps are quadratic in v, so Newton's step from 0 is exact
+    zero = torch.zeros(4, 3).double()
+    slope = torch.func.grad(jumps)(zero).flatten()
+    curve = torch.func.hessian(jumps)(zero).reshape(12, 12)
+    best = -torch.linalg.solve(curve, slope).view(4, 3)
+    assert torch.allclose(moved, best, atol=1e-5)
