@@ -169,7 +169,9 @@ def test_load_refuses_a_missing_file_and_a_folder(tmp_path):
             Update.load(path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.binary(max_size=200), st.booleans())
 def test_load_of_arbitrary_bytes_raises_one_clear_error(tmp_path, content, header):
     path = tmp_path / "u"

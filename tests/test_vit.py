@@ -72,7 +72,9 @@ def test_every_parameter_has_one_role_and_the_expected_one(small_vit):
     assert "blocks.0.norm2.weight" in chosen["norm"] and "norm.weight" in chosen["norm"]
     each = [n for role in SELECTORS if role not in ("embedding", "all") for n in chosen[role]]
     assert len(each) == len(set(each))
-    assert {n for n in names if n not in each} == {f"blocks.{i}.ls{j}.gamma" for i in (0, 1) for j in (1, 2)}
+    assert {n for n in names if n not in each} == {
+        f"blocks.{i}.ls{j}.gamma" for i in (0, 1) for j in (1, 2)
+    }
 
 
 def test_a_selector_may_be_a_regular_expression_that_matches(small_vit):

@@ -25,6 +25,9 @@ _HOMES = {
     "Anatomy": "vitguard.vit",
     "AuditReport": "vitguard.report",
     "CuriousServer": "vitguard.threats",
+    "ClientPrivacy": "vitguard.defenses.privacy",
+    "DifferentialPrivacy": "vitguard.defenses.privacy",
+    "EncryptedGradients": "vitguard.defenses.encryption",
     "FGSM": "vitguard.attacks.fgsm",
     "FixedPositions": "vitguard.defenses.positions",
     "GradientNoise": "vitguard.defenses.noise",
@@ -32,6 +35,7 @@ _HOMES = {
     "Guard": "vitguard.guard",
     "LocalTraining": "vitguard.audit",
     "Normalization": "vitguard.core",
+    "PatchShuffle": "vitguard.defenses.shuffle",
     "PatchShuffle": "vitguard.defenses.shuffle",
     "Update": "vitguard.core",
     "WithheldPositions": "vitguard.defenses.positions",
@@ -49,10 +53,14 @@ if TYPE_CHECKING:
     from vitguard.audit import audit_update as audit_update
     from vitguard.core import Normalization as Normalization
     from vitguard.core import Update as Update
+    from vitguard.defenses.encryption import EncryptedGradients as EncryptedGradients
     from vitguard.defenses.noise import GradientNoise as GradientNoise
     from vitguard.defenses.positions import FixedPositions as FixedPositions
     from vitguard.defenses.positions import WithheldPositions as WithheldPositions
+    from vitguard.defenses.privacy import ClientPrivacy as ClientPrivacy
+    from vitguard.defenses.privacy import DifferentialPrivacy as DifferentialPrivacy
     from vitguard.defenses.pruning import GradientPruning as GradientPruning
+    from vitguard.defenses.shuffle import PatchShuffle as PatchShuffle
     from vitguard.defenses.shuffle import PatchShuffle as PatchShuffle
     from vitguard.guard import Guard as Guard
     from vitguard.guard import protect as protect

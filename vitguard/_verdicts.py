@@ -51,7 +51,7 @@ def labels_overlap(guess: Tensor | None, truth: Tensor) -> float | None:
         return None
     size = int(max(guess.max(), truth.max())) + 1
     counts = [torch.bincount(x.cpu().long(), minlength=size) for x in (guess, truth)]
-    return float(torch.minimum(*counts).sum() / len(truth))
+    return int(torch.minimum(*counts).sum()) / len(truth)
 
 
 def finding_of(
@@ -71,15 +71,11 @@ def finding_of(
         tests: How many findings the report has; identification is corrected for so many tests.
     """
     guessed = [a for a in attempts if a.scores is not None]
-    base = Finding(
-        defense, attack, "inconclusive", settings=settings, control=_control_of(control)
-    )
+    base = Finding(defense, attack, "inconclusive", settings=settings, control=_control_of(control))
     if not guessed:
         first = next((a for a in attempts if a.state == "failed"), attempts[0])
         verdicts: dict[str, Verdict] = {"blocked": "blocked", "not applicable": "not applicable"}
-        return replace(
-            base, verdict=verdicts.get(first.state, "inconclusive"), reason=first.reason
-        )
+        return replace(base, verdict=verdicts.get(first.state, "inconclusive"), reason=first.reason)
     gains = torch.cat([a.scores.patch_psnr - a.baseline.patch_psnr for a in guessed])  # type: ignore[union-attr]
     measured = replace(base, **_measurements(guessed), gain=float(gains.max()))
     verdict, reason = _verdict(measured, guessed, control, tests)

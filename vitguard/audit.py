@@ -20,7 +20,7 @@ from vitguard import data
 from vitguard._finding import Baseline, Finding, ModelFacts, Pictures
 from vitguard._verdicts import Attempt, finding_of, labels_overlap
 from vitguard.attacks._base import Attack, InputAttack
-from vitguard.core import Guess, Loss, Normalization, Update
+from vitguard.core import Guess, Loss, Normalization, Update, View
 from vitguard.defenses._base import Defense
 from vitguard.errors import Blocked, NotApplicable, VitguardError, expected
 from vitguard.guard import protect
@@ -59,7 +59,9 @@ class LocalTraining:
         if self.learning_rate is None:
             return "one gradient"
         steps = "step" if self.steps == 1 else "steps"
-        return f"difference after {self.steps} {self.optimizer} {steps} at rate {self.learning_rate:g}"
+        return (
+            f"difference after {self.steps} {self.optimizer} {steps} at rate {self.learning_rate:g}"
+        )
 
 
 def audit(
@@ -200,7 +202,9 @@ class _Stage:
         findings = []
         for name in stacks:
             for i, attack in enumerate(attacks):
-                tried = [[batch[i] for batch in by_run[run]] for run in (_CONTROL, name) if run in by_run]
+                tried = [
+                    [batch[i] for batch in by_run[run]] for run in (_CONTROL, name) if run in by_run
+                ]
                 common = (attack.name, attack.settings())
                 if i not in controls:
                     controls[i] = finding_of("none", *common, tried[0], None, (), tests=tests)
@@ -242,15 +246,18 @@ class _Stage:
         empty = Attempt(pixels, self.names[part], scale.baselines[index], mask=mask)
         return [
             _attempt(
-                attack, view, empty, labels, self.anatomy, scale.decoys,
+                attack,
+                view,
+                empty,
+                labels,
+                self.anatomy,
+                scale.decoys,
                 _seed(self.seed, index, "attack"),
-            )  # fmt: skip
+            )
             for attack in attacks
         ]
 
-    def input_finding(
-        self, name: str, stack: Sequence[Defense], attack: InputAttack
-    ) -> Finding:
+    def input_finding(self, name: str, stack: Sequence[Defense], attack: InputAttack) -> Finding:
         """Return the finding of an attack on the input of the (defended) model in eval mode."""
         guard = protect(copy.deepcopy(self.model), stack)
         generator = torch.Generator().manual_seed(self.seed)
@@ -266,7 +273,7 @@ class _Stage:
             reason="an attack on the input measures robustness, not what an update leaks",
             settings=attack.settings(),
             clean_accuracy=result.clean_accuracy,
-            robust_accuracy=result.robust_accuracy,
+            robust_accuracy={**result.robust_accuracy},
             seconds=time.perf_counter() - started,
         )
 
@@ -298,29 +305,36 @@ def _attempt(
     attack: Attack, view: Any, empty: Attempt, labels: Tensor, anatomy: Anatomy,
     decoys: Tensor, seed: int,
 ) -> Attempt:  # fmt: skip
-    started = time.perf_counter()
-    try:
-        guess = attack.run(view, torch.Generator().manual_seed(seed))
-    except Blocked as error:
-        return replace(empty, state="blocked", reason=str(error))
-    except NotApplicable as error:
-        return replace(empty, state="not applicable", reason=str(error))
-    except RuntimeError as error:  # torch's own errors; a failed attack is no evidence
-        if isinstance(error, VitguardError):
-            raise
-        return replace(empty, state="failed", reason=_failure(error))
-    seconds = time.perf_counter() - started
-    guess = _on_cpu(guess)
-    if guess.images.shape[1:] != empty.truths.shape[1:] or not bool(guess.images.isfinite().all()):
-        return replace(empty, state="failed", reason="the attack returned no usable image")
+    state, reason, guess, seconds = _run(attack, view, seed)
+    if guess is None:
+        return replace(empty, state=state, reason=reason)
     scores = score(guess.images, empty.truths.cpu(), anatomy.patch_size, decoys=decoys)
     correct = labels_overlap(guess.labels, labels)
     return replace(empty, guess=guess, scores=scores, labels_correct=correct, seconds=seconds)
 
 
-def _failure(error: RuntimeError) -> str:
-    first = (str(error).splitlines() or [""])[0]
-    return f"the attack failed: {type(error).__name__}: {first}"
+def _run(attack: Attack, view: View, seed: int) -> tuple[Any, str, Guess | None, float]:
+    """Run an attack: its state, why there is no guess, the guess on the CPU, and the seconds.
+
+    A failed attack is no evidence, so torch's own errors and unusable images become the state
+    `failed` and never end the audit or decide a verdict.
+    """
+    started = time.perf_counter()
+    try:
+        guess = attack.run(view, torch.Generator().manual_seed(seed))
+    except Blocked as error:
+        return "blocked", str(error), None, 0.0
+    except NotApplicable as error:
+        return "not applicable", str(error), None, 0.0
+    except RuntimeError as error:
+        if isinstance(error, VitguardError):
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        return "failed", f"the attack failed: {type(error).__name__}: {first}", None, 0.0
+    seconds, guess = time.perf_counter() - started, _on_cpu(guess)
+    if guess.images.shape[1:] != view.image_shape or not bool(guess.images.isfinite().all()):
+        return "failed", "the attack returned no usable image", None, 0.0
+    return "guessed", "", guess, seconds
 
 
 def _seed(seed: int, index: int, purpose: str) -> int:
@@ -412,9 +426,14 @@ def audit_update(
             tried = [_attempt(attack, view, empty, torch.zeros(0), anatomy, decoys, seed)]
             findings.append(
                 finding_of(
-                    name, attack.name, attack.settings(), tried, replace(of_control, control=None),
-                    (), tests=len(chosen),
-                )  # fmt: skip
+                    name,
+                    attack.name,
+                    attack.settings(),
+                    tried,
+                    replace(of_control, control=None),
+                    (),
+                    tests=len(chosen),
+                )
             )
         else:
             findings.append(_explain(name, attack, view, of_control, seed))
@@ -442,46 +461,40 @@ def _photos(shape: tuple[int, int, int, int]) -> Tensor:
 
 def _explain(name: str, attack: Attack, view: Any, control: Finding, seed: int) -> Finding:
     """Judge a guess by whether it reproduces the update, for want of the truth."""
-    generator = torch.Generator().manual_seed(seed)
     base = Finding(
         name, attack.name, "inconclusive", settings=attack.settings(),
         control=_as_control(control),
     )  # fmt: skip
-    started = time.perf_counter()
-    try:
-        guess = attack.run(view, generator)
-    except Blocked as error:
-        return replace(base, verdict="blocked", reason=str(error))
-    except NotApplicable as error:
-        return replace(base, verdict="not applicable", reason=str(error))
-    seconds = time.perf_counter() - started
-    error = _relative_error(view, guess, generator)
+    state, reason, guess, seconds = _run(attack, view, seed)
+    if guess is None:
+        return replace(base, verdict="inconclusive" if state == "failed" else state, reason=reason)
+    error = _relative_error(view, guess, torch.Generator().manual_seed(seed))
     details = {**guess.details, "update_error": error}
     shown = guess.images.detach().float().cpu()
-    found = replace(
-        base, seconds=seconds, details=details, images=Pictures(reconstruction=shown)
-    )
+    found = replace(base, seconds=seconds, details=details, images=Pictures(reconstruction=shown))
     if error is not None and error <= 0.05:
         reason = f"the reconstruction reproduces the update to {100 * error:.2g} %"
         return replace(found, verdict="leaks", reason=reason)
-    return replace(found, reason="the truth is not known and the guess does not reproduce the update")
+    return replace(
+        found, reason="the truth is not known and the guess does not reproduce the update"
+    )
 
 
 def _relative_error(view: Any, guess: Guess, generator: torch.Generator) -> float | None:
-    unlabelled = guess.labels is None or len(guess.labels) != view.update.batch_size
-    if unlabelled or len(guess.images) != view.update.batch_size or not view.update.tensors:
+    labels, batch = guess.labels, view.update.batch_size
+    if labels is None or not len(labels) == len(guess.images) == batch or not view.update.tensors:
         return None
     like = next(view.model.parameters())
     images = view.normalization.apply(guess.images).to(like)
     try:
-        made = view.simulate(images, guess.labels.to(like.device), generator).tensors
+        made = view.simulate(images, labels.to(like.device), generator).tensors
     except VitguardError:
         return None
     known = view.update.tensors
     error = sum(float((made[k] - known[k]).detach().double().square().sum()) for k in made)
     total = sum(float(known[k].double().square().sum()) for k in made)
-    ratio = (error / total) ** 0.5 if total else math.inf
-    return ratio if math.isfinite(ratio) else None  # nothing readable proves nothing
+    ratio = (error / total) ** 0.5 if total else math.inf  # zeros prove nothing
+    return ratio if math.isfinite(ratio) else None
 
 
 def _as_control(finding: Finding) -> Any:
@@ -525,7 +538,9 @@ def _check_batch(
     pixels, labels = batch
     shape = (anatomy.channels, *anatomy.image_size)
     if pixels.dim() != 4 or tuple(pixels.shape[1:]) != shape or not len(pixels):
-        raise expected(f"images of shape (images, {', '.join(map(str, shape))})", tuple(pixels.shape))
+        raise expected(
+            f"images of shape (images, {', '.join(map(str, shape))})", tuple(pixels.shape)
+        )
     if not bool(pixels.isfinite().all()):
         raise expected("finite images", "NaN or infinity")
     if float(pixels.min()) < 0 or float(pixels.max()) > 1:
@@ -544,5 +559,3 @@ def _check_batch(
         )  # fmt: skip
     check_finite(model)
     return pixels.float(), labels
-
-

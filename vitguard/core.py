@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from vitguard.errors import Blocked, InputError, NotApplicable, expected
 
-__all__ = ["AffineSpace", "Batch", "Blocked", "Guess", "Loss", "Normalization", "Update", "View"]
+__all__ = [
+    "AffineSpace",
+    "Batch",
+    "Blocked",
+    "Guess",
+    "Loss",
+    "Normalization",
+    "Objective",
+    "Update",
+    "View",
+]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -104,7 +114,8 @@ class Update:
         readable = sum(t.numel() for t in self.tensors.values())
         return (
             f"Update(kind={self.kind!r}, batch_size={self.batch_size}, "
-            f"{len(self.tensors)} tensors with {readable} values readable, {len(self.sealed)} sealed)"
+            f"{len(self.tensors)} tensors with {readable} values readable, "
+            f"{len(self.sealed)} sealed)"
         )
 
     def can_read(self, name: str) -> bool:
@@ -163,7 +174,11 @@ class Update:
         facts = {k: getattr(self, k) for k in _PUBLIC_FACTS}
         facts["sealed"] = dict(self.sealed)
         facts["payloads"] = list(self.payloads)
-        tensors = {f"tensor:{k}": v.detach().cpu().contiguous() for k, v in self.tensors.items()}
+        # copies: autograd hands out gradients that share memory, which the format refuses
+        tensors = {
+            f"tensor:{k}": v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in self.tensors.items()
+        }
         for k, blob in self.payloads.items():
             tensors[f"payload:{k}"] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
         write_atomically(path, save(tensors, metadata={"vitguard.update": json.dumps(facts)}))
@@ -188,7 +203,9 @@ class Update:
             raise expected("a safetensors update", f"{path} ({error})") from error
         if header is None:
             raise expected(
-                "an update with its public facts", f"{path} without them", "Write it with Update.save."
+                "an update with its public facts",
+                f"{path} without them",
+                "Write it with Update.save.",
             )
         try:
             facts = json.loads(header)
@@ -245,6 +262,19 @@ class Guess:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """The public loss that a gradient is the derivative of, for attacks that move the weights.
+
+    Args:
+        parameters: `() -> {name: weight}` of the readable weights; they are the attack's own copy.
+        loss: `(images, labels, generator) -> loss` of model-input images under the known settings.
+    """
+
+    parameters: Callable[[], Mapping[str, nn.Parameter]]
+    loss: Callable[[Tensor, Tensor, torch.Generator | None], Tensor]
+
+
 @dataclass(frozen=True)
 class View:
     """What one threat grants an attack (Kerckhoffs: everything but draws and keys).
@@ -257,10 +287,12 @@ class View:
         normalization: From pixels to model input; public.
         classes: Number of classes of the head.
         settings: Settings of each defense that runs, by its name; values as in its dataclass.
-        extras: Public tensors that a defense added to the model, such as `vitguard.shuffle.unknown`.
+        extras: Public tensors that a defense added, such as `vitguard.shuffle.unknown`.
         simulate: `(images, labels, generator) -> Update`, the differentiable update that the known
             settings make of model-input images; labels are class indices or probabilities. It
             carries the graph of `images` and `labels`.
+        objective: The loss whose gradient `simulate` returns, or None where the update is anything
+            but a gradient.
     """
 
     model: nn.Module
@@ -271,6 +303,7 @@ class View:
     settings: Mapping[str, Mapping[str, Any]]
     extras: Mapping[str, Tensor]
     simulate: Callable[[Tensor, Tensor, torch.Generator | None], Update]
+    objective: Objective | None = None
 
     def read(self, name: str) -> Tensor:
         """Return the update's tensor `name` in float64, or raise `Blocked`."""

@@ -53,13 +53,14 @@ class Incompatible(InputError):
 class Rejected(InputError):
     """An encrypted message, key file or sum that is not accepted; `cause` says in one word why."""
 
-    def __init__(self, cause: str, message: str) -> None:
-        super().__init__(f"Expected an encrypted message that holds, got {message}.")
+    def __init__(self, cause: str, got: str, what: str = "an encrypted message that holds") -> None:
+        super().__init__(f"Expected {what}, got {got}.")
         self.cause = cause
-        self.message = message
+        self.got = got
+        self.what = what
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return (type(self), (self.cause, self.message))
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return (type(self), (self.cause, self.got, self.what))
 
 
 class MissingExtra(VitguardError, ImportError):

@@ -118,7 +118,9 @@ class Guard:
     def of(model: nn.Module) -> Guard:
         """Return a guard for a protected model, such as a copy; its draws start afresh."""
         if not isinstance(getattr(model, "vitguard", None), Protection):
-            raise expected("a model that was protected", type(model).__name__, "Call protect first.")
+            raise expected(
+                "a model that was protected", type(model).__name__, "Call protect first."
+            )
         return Guard(model)
 
     def __repr__(self) -> str:
@@ -140,7 +142,9 @@ class Guard:
     def verify(self) -> None:
         """Raise Unprotected if a defense would not act on the model as it stands."""
         if getattr(self.model, "vitguard", None) is not self._protection:
-            raise Unprotected("Expected a protected model, got one after remove(). Protect it again.")
+            raise Unprotected(
+                "Expected a protected model, got one after remove(). Protect it again."
+            )
         for piece in self._protection.installed():
             piece.verify(self.model)
 
@@ -266,7 +270,9 @@ class Guard:
                 which a finished update no longer has (`prepare` protects such training).
         """
         if any(isinstance(d, BatchDefense) for d in self.defenses):
-            raise Unprotected("Expected an update that update() made: the batch was not transformed.")
+            raise Unprotected(
+                "Expected an update that update() made: the batch was not transformed."
+            )
         if self._step() is not None and self._ledger is None:
             raise Unprotected(
                 f"Expected training under prepare(), got a finished update: {self._step().name} "
@@ -340,7 +346,7 @@ class Guard:
         except (KeyError, TypeError, RuntimeError) as error:
             raise expected("a state from Guard.state_dict", repr(error)) from error
         if ledger is not None:
-            self._ledger = self._step().load_ledger(ledger)
+            self._ledger = self._step().load_ledger(ledger, self._ledger)
 
 
 def _require_bare(model: nn.Module) -> None:

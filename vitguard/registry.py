@@ -53,6 +53,8 @@ def _discover(package: str, base: type[Kind]) -> dict[str, type[Kind]]:
     found: dict[str, type[Kind]] = {}
     root = importlib.import_module(package)
     for info in pkgutil.iter_modules(root.__path__, f"{package}."):
+        if info.name.startswith(f"{package}._"):
+            continue
         module = importlib.import_module(info.name)
         for value in vars(module).values():
             if inspect.isclass(value) and issubclass(value, base) and "name" in vars(value):

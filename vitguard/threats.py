@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitguard.core import Loss, Normalization, Update, View
-from vitguard.defenses._base import Defense, Draws
+from vitguard.core import Loss, Normalization, Objective, Update, View
+from vitguard.defenses._base import Defense
 from vitguard.errors import NotApplicable, expected
 from vitguard.guard import Guard, protect
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of, math_attention
@@ -57,6 +57,7 @@ class CuriousServer:
             held |= {n: f"withheld by --withhold {selector}" for n in chosen if update.can_read(n)}
         update = _on_device(update.seal(held), next(model.parameters()).device)
         extras = guard.extras()
+        simulate, objective = simulator(model, anatomy, guard.defenses, extras, update, loss)
         return View(
             model=model.eval(),
             update=update,
@@ -65,7 +66,8 @@ class CuriousServer:
             classes=anatomy.classes,
             settings={d.name: d.settings() for d in guard.defenses},
             extras=extras,
-            simulate=simulator(model, anatomy, guard.defenses, extras, update, loss),
+            simulate=simulate,
+            objective=objective if update.kind == "gradient" else None,
         )
 
 
@@ -81,45 +83,58 @@ def simulator(
     extras: dict[str, Tensor],
     like: Update,
     loss: Loss,
-) -> Callable[[Tensor, Tensor, torch.Generator | None], Update]:
-    """Return the differentiable update of dummy images under the settings the adversary knows.
+) -> tuple[Callable[[Tensor, Tensor, torch.Generator | None], Update], Objective]:
+    """Return what simulates the update of dummy images under the settings the adversary knows.
 
     Draws of the defenses come from the generator given to each call. Only tensors that `like` can
-    read are returned, as a gradient or as the difference of as many plain SGD steps.
+    read are returned, as a gradient or as the difference of as many plain SGD steps. The second
+    value is the loss behind one gradient.
     """
-    twin: list[Guard] = []
+    twin: list[tuple[Guard, dict[str, nn.Parameter]]] = []
 
-    def build() -> Guard:
+    def build() -> tuple[Guard, dict[str, nn.Parameter]]:
         known = [defense.known() for defense in defenses]
         guard = protect(copy.deepcopy(model).train(), known, anatomy=anatomy)
         state = guard.model.state_dict()
         state.update({k: v for k, v in extras.items() if k in state})
         guard.model.load_state_dict(state)
-        return guard
+        names = canonical_parameters(guard.model)  # once: looking them up costs milliseconds
+        return guard, {k: p for k, p in names.items() if like.can_read(k)}
+
+    def own() -> tuple[Guard, dict[str, nn.Parameter]]:
+        if not twin:
+            twin.append(build())
+        return twin[0]
+
+    def objective(
+        images: Tensor, labels: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        guard, _ = own()
+        guard.redraw(generator)
+        return loss(logits_of(guard.model(images)), labels) + guard.auxiliary_loss()
 
     def simulate(
         images: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> Update:
-        if not twin:
-            twin.append(build())
-        guard = twin[0]
+        guard, parameters = own()
         guard.redraw(generator)
         if like.kind == "difference":
             return _difference(guard, images, labels, like, loss)
-        parameters = {k: p for k, p in canonical_parameters(guard.model).items() if like.can_read(k)}
         with math_attention():
-            total = loss(logits_of(guard.model(images)), labels) + guard.auxiliary_loss()
+            total = objective(images, labels, generator)
             gradients = torch.autograd.grad(
                 total, list(parameters.values()), create_graph=True, materialize_grads=True
             )
         return replace(like, tensors=dict(zip(parameters, gradients, strict=True)))
 
-    return simulate
+    return simulate, Objective(lambda: own()[1], objective)
 
 
 def _difference(guard: Guard, images: Tensor, labels: Tensor, like: Update, loss: Loss) -> Update:
     if like.optimizer != "sgd" or like.learning_rate is None:
-        raise NotApplicable(f"cannot simulate {like.optimizer} steps, only plain SGD with a known rate")
+        raise NotApplicable(
+            f"cannot simulate {like.optimizer} steps, only plain SGD with a known rate"
+        )
     names = [k for k, p in guard.model.named_parameters() if p.requires_grad]
     start = {k: p for k, p in guard.model.named_parameters() if p.requires_grad}
     weights: dict[str, Tensor] = dict(start)

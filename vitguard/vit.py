@@ -7,13 +7,14 @@ asks an `Anatomy`, which names parameters and modules by role.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.backends import cuda as backends
 
 from vitguard.errors import NotApplicable, UnsupportedModel, expected
 
@@ -56,13 +57,38 @@ def logits_of(output: Any) -> Tensor:
     raise expected("a model that returns class scores", type(output).__name__)
 
 
+_MATH_LOCK = threading.Lock()
+_math_users = 0
+_kernels: dict[Callable[[bool], None], bool] = {}
+
+
 @contextmanager
 def math_attention() -> Iterator[None]:
-    """Use the attention kernel that has a second derivative, inside the block only."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    """Use the attention kernel that has a second derivative, inside the block only.
 
-    with sdpa_kernel(SDPBackend.MATH):
+    The switch is one for the whole process, so threads share it: the first to enter turns it, the
+    last to leave puts it back.
+    """
+    global _math_users, _kernels
+    with _MATH_LOCK:
+        if _math_users == 0:
+            _kernels = {
+                backends.enable_flash_sdp: backends.flash_sdp_enabled(),
+                backends.enable_mem_efficient_sdp: backends.mem_efficient_sdp_enabled(),
+                backends.enable_cudnn_sdp: backends.cudnn_sdp_enabled(),
+                backends.enable_math_sdp: backends.math_sdp_enabled(),
+            }
+            for enable in _kernels:
+                enable(enable is backends.enable_math_sdp)
+        _math_users += 1
+    try:
         yield
+    finally:
+        with _MATH_LOCK:
+            _math_users -= 1
+            if _math_users == 0:
+                for enable, before in _kernels.items():
+                    enable(before)
 
 
 @dataclass(frozen=True)
@@ -152,7 +178,7 @@ class Anatomy:
 
     @property
     def patch_weight(self) -> str:
-        """Parameter name of the patch embedding's weight, shape (width, channels, height, width)."""
+        """Parameter name of the patch weight, shape (width, channels, height, width)."""
         return f"{self.patch}.weight"
 
     @property
@@ -311,7 +337,9 @@ def _timm(model: nn.Module) -> Anatomy | None:
     rows = position.shape[1] if isinstance(position, Tensor) and position.dim() == 3 else patches
     blocks = [(f"blocks.{i}", b) for i, b in enumerate(getattr(model, "blocks", []))]
     for i, layer in enumerate(getattr(model, "layers", [])):
-        blocks += [(f"layers.{i}.blocks.{j}", b) for j, b in enumerate(getattr(layer, "blocks", []))]
+        blocks += [
+            (f"layers.{i}.blocks.{j}", b) for j, b in enumerate(getattr(layer, "blocks", []))
+        ]
     heads = [n for n in ("head", "head_dist") if isinstance(getattr(model, n, None), nn.Module)]
     linear = getattr(getattr(model, "head", None), "fc", getattr(model, "head", None))
     return Anatomy(
@@ -344,7 +372,11 @@ def _timm_block(name: str, block: Any) -> Block:
     attention, mlp = f"{name}.attn", f"{name}.mlp"
     biases = _present(block, "attn.qkv.bias", "attn.q_bias", "attn.v_bias")
     if hasattr(block.attn, "q_proj") and block.attn.q_proj is not None:
-        weights: tuple[str, ...] = ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
+        weights: tuple[str, ...] = (
+            "attn.q_proj.weight",
+            "attn.k_proj.weight",
+            "attn.v_proj.weight",
+        )
         biases = _present(block, "attn.q_proj.bias", "attn.k_proj.bias", "attn.v_proj.bias")
     else:
         weights = _present(block, "attn.qkv.weight")
@@ -376,7 +408,11 @@ def _timm_block(name: str, block: Any) -> Block:
 
 def _transformers(model: nn.Module) -> Anatomy | None:
     base = next(
-        (n for n, m in model.named_children() if hasattr(getattr(m, "embeddings", None), "patch_embeddings")),
+        (
+            n
+            for n, m in model.named_children()
+            if hasattr(getattr(m, "embeddings", None), "patch_embeddings")
+        ),
         None,
     )
     if base is None:
@@ -467,7 +503,10 @@ def _torchvision(model: nn.Module) -> Anatomy | None:
     encoder: Any = getattr(model, "encoder", None)
     if not isinstance(convolution, nn.Conv2d) or not hasattr(encoder, "pos_embedding"):
         return None
-    image_size, patch_size = _pair(getattr(model, "image_size", 224)), _pair(convolution.kernel_size)
+    image_size, patch_size = (
+        _pair(getattr(model, "image_size", 224)),
+        _pair(convolution.kernel_size),
+    )
     patches = (image_size[0] // patch_size[0]) * (image_size[1] // patch_size[1])
     names = [f"encoder.layers.{n}" for n, _ in encoder.layers.named_children()]
     linear: Any = [m for m in getattr(model, "heads", nn.Sequential()) if isinstance(m, nn.Linear)]

@@ -17,7 +17,7 @@ def proven():
 
 @pytest.fixture(scope="module")
 def narrow():
-    """A patch of 192 pixels in 96 dimensions: x is sought in the row space of the patch gradient."""
+    """A patch of 192 pixels in 96 dimensions: x is sought in the patch gradient's row space."""
     torch.manual_seed(0)
     return AprilViT(16, 8, 96, 2, 4, 10)
 

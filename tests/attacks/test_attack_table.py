@@ -55,7 +55,7 @@ NO_POSITIONS = ("no absolute position", "without absolute positions")
 
 TABLE = {
     # The control for a failing condition: 196 patches and 197 tokens of width 384 leave 187
-    # equations for 197 unknowns, so span is not unique (D - T >= r + 1 fails); position needs N <= D.
+    # equations for 197 unknowns: D - T >= r + 1 fails, span is not unique. Position needs N < D.
     "vit_small_patch16_224": (
         lambda: timm_model("vit_small_patch16_224", FULL_SIZE), ("leaks", "not unique")),
     "deit_base": (lambda: timm_model("deit_base_patch16_224"), LEAKS),

@@ -164,7 +164,7 @@ def test_fused_attention_is_off_inside_the_loop_only():
         inside.append(flash())
         return simulate(*arguments)
 
-    Plain(iterations=2).run(replace(view, simulate=spy), seeded())
+    Plain(iterations=2, derivative="exact").run(replace(view, simulate=spy), seeded())
     assert inside and not any(inside)
     assert flash()
 
@@ -172,7 +172,7 @@ def test_fused_attention_is_off_inside_the_loop_only():
         raise RuntimeError("no update")
 
     with pytest.raises(RuntimeError, match="no update"):
-        Plain(iterations=2).run(replace(view, simulate=broken), seeded())
+        Plain(iterations=2, derivative="exact").run(replace(view, simulate=broken), seeded())
     assert flash()
 
 
@@ -335,3 +335,44 @@ def test_settings_are_plain_values():
 def test_settings_out_of_range_are_refused(values):
     with pytest.raises(InputError):
         Plain(**values)
+
+
+def test_threads_share_the_attention_switch():
+    from concurrent.futures import ThreadPoolExecutor
+
+    flash = torch.backends.cuda.flash_sdp_enabled
+    views = [make_view(seed=s)[0] for s in range(4)]
+    attack = Plain(iterations=4, derivative="exact")
+    alone = [attack.run(v, seeded()).images for v in views]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda v: attack.run(v, seeded()).images, views))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert flash()
+
+
+def test_both_derivatives_agree_with_and_without_soft_labels():
+    from vitguard.attacks._distances import LayerNorms, attach
+    from vitguard.attacks._slope import DifferenceSlope
+    from vitguard.vit import math_attention
+
+    view, images, _ = make_view()
+    seen = {k: v.detach() for k, v in view.update.tensors.items()}
+    before = {k: p.detach().clone() for k, p in view.objective.parameters().items()}
+    scores = torch.randn(1, 5, generator=seeded(), requires_grad=True)
+    for distance in (Cosine(), SquaredError(), LayerNorms()):
+        for soft in (False, True):
+            x = (images + 0.1 * torch.rand(images.shape, generator=seeded())).requires_grad_()
+            labels = scores.softmax(-1) if soft else torch.tensor([0])
+            free = [x, scores] if soft else [x]
+            with math_attention():
+                dummy = view.simulate(x, labels, seeded()).tensors
+                exact = attach(distance, {k: dummy[k] for k in seen}, seen)
+                slopes = torch.autograd.grad(exact, free)
+            labels = scores.softmax(-1) if soft else torch.tensor([0])
+            value = DifferenceSlope(view.objective, distance, seen)(x, labels, 0)
+            torch.testing.assert_close(value, exact, rtol=1e-4, atol=1e-6)
+            for got, slope in zip(torch.autograd.grad(value, free), slopes, strict=True):
+                cosine = torch.cosine_similarity(got.flatten(), slope.flatten(), 0)
+                assert cosine > 0.999 and 0.98 < got.norm() / slope.norm() < 1.02
+    after = view.objective.parameters()
+    assert all(torch.equal(p, before[k]) for k, p in after.items())

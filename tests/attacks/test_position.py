@@ -103,9 +103,7 @@ def test_trained_cifar_vit_one_step_difference(cifar_vit, cifar, observe, genera
 
     found = [
         quality(
-            observe(
-                cifar_vit, image, label, normalization=CIFAR_NORMALIZATION, learning_rate=0.1
-            ),
+            observe(cifar_vit, image, label, normalization=CIFAR_NORMALIZATION, learning_rate=0.1),
             image,
             generator,
         )

@@ -35,7 +35,9 @@ def test_fixed_positions_do_not_hide_one_image(small_vit, observe, photo, kind):
         (("position", "token", "head", "norm"), "qkv", True),
     ],
 )
-def test_hiding_some_gradients_is_not_enough(small_vit, observe, photo, withhold, source, reads_patch):
+def test_hiding_some_gradients_is_not_enough(
+    small_vit, observe, photo, withhold, source, reads_patch
+):
     guess = run(observe(small_vit(), photo, defenses=FROZEN, withhold=withhold))
     assert float(psnr(guess.images, photo)) > 60
     assert (guess.details["from"], guess.details["patch_gradient"]) == (source, reads_patch)

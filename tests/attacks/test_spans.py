@@ -34,9 +34,7 @@ def inputs_of(model, name, images):
     "changes",
     [{}, {"reg_tokens": 3}, {"no_embed_class": True}, {"class_token": False, "global_pool": "avg"}],
 )
-def test_the_public_embedding_is_what_enters_the_first_block(
-    small_vit, observe, photo, changes
-):
+def test_the_public_embedding_is_what_enters_the_first_block(small_vit, observe, photo, changes):
     model = small_vit(**changes).double()
     view = observe(model, photo.double())
     anatomy = Anatomy.of(view.model)
@@ -70,9 +68,7 @@ def test_the_rows_of_a_gradient_span_the_inputs_of_the_layer(small_vit, observe,
     assert torch.allclose(patches @ basis @ basis.T, patches, atol=1e-7)
 
 
-def test_a_sealed_bias_only_drops_the_column_and_a_sealed_weight_blocks(
-    small_vit, observe, photo
-):
+def test_a_sealed_bias_only_drops_the_column_and_a_sealed_weight_blocks(small_vit, observe, photo):
     model = small_vit()
     block = Anatomy.of(model).blocks[0]
     rows = block_rows(observe(model, photo, withhold=(r"qkv\.bias",)), block)
@@ -91,7 +87,9 @@ def test_whitening_keeps_the_row_space_and_leaves_zero_rows():
 
 
 def test_least_squares_is_minimum_norm_with_its_rank_and_refuses_nan(generator):
-    system = torch.randn(5, 3, generator=generator).double() @ torch.diag(torch.tensor([1, 1, 0.0]).double())
+    system = torch.randn(5, 3, generator=generator).double() @ torch.diag(
+        torch.tensor([1, 1, 0.0]).double()
+    )
     target = torch.randn(5, 2, generator=generator).double()
     solution, rank = least_squares(system, target)
     assert rank == 2

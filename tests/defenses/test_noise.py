@@ -27,10 +27,10 @@ def test_the_noise_is_relative_to_each_tensors_root_mean_square(scale):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(2, 60), st.floats(0, 5), st.integers(0, 9))
+@given(st.integers(10, 60), st.floats(0, 5), st.integers(0, 9))
 def test_keeping_statistics_keeps_mean_and_norm(size, scale, seed):
     tensor = torch.randn(size, generator=torch.Generator().manual_seed(seed)).double()
-    sealed = seal(GradientNoise(scale, keep_statistics=True), {"a": tensor}, seed)["a"]
+    sealed = seal(GradientNoise(scale, keep_statistics=True), {"a": tensor}, seed + 100)["a"]
     assert float(sealed.mean()) == pytest.approx(float(tensor.mean()), abs=1e-9)
     assert float(sealed.norm()) == pytest.approx(float(tensor.norm()), rel=1e-9)
     if scale > 0.1:
@@ -38,7 +38,12 @@ def test_keeping_statistics_keeps_mean_and_norm(size, scale, seed):
 
 
 def test_zero_scale_changes_nothing_and_zero_tensors_stay_zero():
-    tensors = {"a": torch.randn(5), "zero": torch.zeros(3), "one": torch.ones(1), "none": torch.zeros(0)}
+    tensors = {
+        "a": torch.randn(5),
+        "zero": torch.zeros(3),
+        "one": torch.ones(1),
+        "none": torch.zeros(0),
+    }
     for keep in (False, True):
         sealed = seal(GradientNoise(0.0, keep), tensors)
         assert all(torch.allclose(sealed[k], v, atol=1e-6) for k, v in tensors.items())
@@ -48,8 +53,12 @@ def test_zero_scale_changes_nothing_and_zero_tensors_stay_zero():
 
 def test_the_generator_makes_the_noise_and_nothing_else_does():
     tensors = {"a": torch.ones(5)}
-    assert torch.equal(seal(GradientNoise(1.0), tensors, 3)["a"], seal(GradientNoise(1.0), tensors, 3)["a"])
-    assert not torch.equal(seal(GradientNoise(1.0), tensors, 3)["a"], seal(GradientNoise(1.0), tensors, 4)["a"])
+    assert torch.equal(
+        seal(GradientNoise(1.0), tensors, 3)["a"], seal(GradientNoise(1.0), tensors, 3)["a"]
+    )
+    assert not torch.equal(
+        seal(GradientNoise(1.0), tensors, 3)["a"], seal(GradientNoise(1.0), tensors, 4)["a"]
+    )
 
 
 def test_half_precision_stays_half_precision():

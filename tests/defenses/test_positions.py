@@ -14,6 +14,7 @@ from vitguard.core import Update
 from vitguard.defenses.positions import FixedPositions, WithheldPositions, sincos_positions
 from vitguard.errors import Incompatible, InputError, Unprotected
 from vitguard.guard import Guard, protect
+from vitguard.models import AprilViT
 from vitguard.vit import Anatomy
 
 KINDS = ("sincos", "frozen", "random", "none")
@@ -26,7 +27,9 @@ def other_checkpoint(small_vit):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", [{}, {"learning_rate": 0.1}, {"learning_rate": 0.1, "local_steps": 2}])
+@pytest.mark.parametrize(
+    "how", [{}, {"learning_rate": 0.1}, {"learning_rate": 0.1, "local_steps": 2}]
+)
 def test_no_update_contains_a_position_gradient(small_vit, kind, how):
     model = small_vit()
     everything = {n for n, _ in model.named_parameters()}
@@ -114,6 +117,17 @@ def test_remove_restores_order_parameters_and_hooks(small_vit, kind, frozen_by_u
     assert torch.equal(model.pos_embed, other_checkpoint(small_vit)["pos_embed"])
 
 
+def test_remove_puts_the_parameter_back_before_those_that_followed_it(small_vit):
+    model = small_vit()
+    model.later = torch.nn.Parameter(torch.zeros(1))
+    names, keys = [n for n, _ in model.named_parameters()], list(model.state_dict())
+    guard = protect(model, [FixedPositions()])
+    model.latest = torch.nn.Parameter(torch.zeros(1))
+    guard.remove()
+    del model.latest
+    assert [n for n, _ in model.named_parameters()] == names and list(model.state_dict()) == keys
+
+
 def roundtrips():
     def saved(model):
         file = io.BytesIO()
@@ -121,7 +135,11 @@ def roundtrips():
         file.seek(0)
         return torch.load(file, weights_only=False)
 
-    return {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "save": saved}
+    return {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+        "save": saved,
+    }
 
 
 @pytest.mark.parametrize("how", roundtrips())
@@ -204,17 +222,18 @@ def test_positions_made_learnable_again_are_refused_before_the_forward(small_vit
         guard.seal(Update({"cls_token": torch.zeros(1, 1, 96)}))
 
 
-def test_two_processes_with_gloo_average_everything_but_positions(small_vit, tmp_path):
+def test_two_processes_with_gloo_average_everything_but_positions(tmp_path):
     import torch.multiprocessing as processes
 
-    torch.save(small_vit(), tmp_path / "model.pt")
+    model = AprilViT(16, 4, 96, 1, 4, 10)
+    torch.save(model, tmp_path / "model.pt")
     processes.spawn(_distributed, (str(tmp_path),), nprocs=2, join=True)
     ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1)]
     want = sincos_positions((4, 4), 96).float()
     for state in ranks:
-        assert torch.equal(state["module.pos_embed"][0, 1:], want)
-        assert not torch.equal(state["module.cls_token"], small_vit().cls_token)
-    assert torch.equal(ranks[0]["module.cls_token"], ranks[1]["module.cls_token"])
+        assert torch.equal(state["module.pos_embed"][0], want)
+        assert not torch.equal(state["module.head.bias"], model.head.bias)
+    assert torch.equal(ranks[0]["module.head.bias"], ranks[1]["module.head.bias"])
 
 
 def _distributed(rank, folder):
@@ -308,7 +327,12 @@ def test_sincos_equals_the_formula(rows, columns, quarter):
             for k in range(quarter):
                 w = 10000 ** (-4 * k / (4 * quarter))
                 here = found[row * columns + column, k::quarter].tolist()
-                want = [math.sin(column * w), math.cos(column * w), math.sin(row * w), math.cos(row * w)]
+                want = [
+                    math.sin(column * w),
+                    math.cos(column * w),
+                    math.sin(row * w),
+                    math.cos(row * w),
+                ]
                 assert here == pytest.approx(want, abs=1e-12)
 
 
@@ -333,7 +357,8 @@ def test_random_values_come_from_the_generator_given(small_vit):
 def test_models_without_positions_or_with_an_odd_width_are_refused_unchanged(small_vit):
     import timm
 
-    beit = timm.create_model("beit_base_patch16_224", img_size=16, patch_size=4, embed_dim=48, depth=1, num_heads=2)  # fmt: skip
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 1, "num_heads": 2}
+    beit = timm.create_model("beit_base_patch16_224", **sizes)
     for defense in (FixedPositions(), WithheldPositions()):
         with pytest.raises(Incompatible, match="absolute position embedding"):
             protect(beit, [defense])

@@ -16,7 +16,7 @@ def prune(keep, tensor):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-9, 9), min_size=1, max_size=40), st.floats(0.001, 1))
 def test_the_largest_fraction_survives_unchanged(values, keep):
-    tensor = torch.tensor(values).double()
+    tensor = torch.tensor(values, dtype=torch.float64)
     pruned = prune(keep, tensor)
     count = max(1, round(keep * len(values)))
     survivors = sorted(map(abs, values), reverse=True)[:count]

@@ -8,15 +8,17 @@ pass over the parameters; recorded by autograd it costs several.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vitguard.errors import expected
 
-__all__ = ["Cosine", "Distance", "LayerNorms", "SquaredError", "Weighted"]
+__all__ = ["Cosine", "Distance", "attach", "attached", "LayerNorms", "SquaredError", "Weighted"]
 
 Tensors = Mapping[str, Tensor]
 _TINY = 1e-15
@@ -104,6 +106,34 @@ class Weighted(Distance):
             for name, slope in part.items():
                 slopes[name].add_(slope, alpha=weight)
         return total, slopes
+
+
+def attach(distance: Distance, dummy: Tensors, seen: Tensors) -> Tensor:
+    """Return the distance as a scalar on the graph of `dummy`, with its hand-written derivative."""
+    with torch.no_grad():
+        value, slopes = distance.measure({k: v.detach() for k, v in dummy.items()}, seen)
+    return attached(value, [slopes[k] for k in dummy], list(dummy.values()))
+
+
+def attached(value: Tensor, slopes: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """Return `value` on the graph of `inputs`, with the derivative `slopes` by each of them."""
+    return _Attached.apply(value, list(slopes), *inputs)  # type: ignore[return-value]
+
+
+class _Attached(torch.autograd.Function):
+    """A known value with known derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, slopes: list[Tensor], *dummy: Tensor) -> Tensor:
+        ctx.slopes = slopes
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+        scale = float(slope)
+        slopes = ctx.slopes if scale == 1 else torch._foreach_mul(ctx.slopes, scale)
+        return None, None, *slopes
 
 
 def _gaps(dummy: Tensors, seen: Tensors) -> tuple[Tensor, ...]:

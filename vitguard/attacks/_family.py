@@ -47,7 +47,9 @@ class Family:
         """Return the family in another precision."""
         return Family(*(getattr(self, f.name).to(dtype) for f in fields(self)))
 
-    def at(self, positions: Tensor, v: Float[Tensor, "starts k"]) -> Float[Tensor, "starts unknowns"]:
+    def at(
+        self, positions: Tensor, v: Float[Tensor, "starts k"]
+    ) -> Float[Tensor, "starts unknowns"]:
         """Return the unknowns y of coordinates v."""
         return self.origin[positions] + v @ self.directions.T
 
@@ -68,6 +70,7 @@ class Solver:
         attended: O, shape (width, T).
         stream: d h / d (c, d), shape (width, r + T).
         offset: b + bo + e_i, shape (positions, width).
+        project_bias: bo, shape (width,).
         values: Singular values of the column-scaled system, one per unknown.
     """
 
@@ -75,6 +78,7 @@ class Solver:
     attended: Tensor
     stream: Tensor
     offset: Tensor
+    project_bias: Tensor
     values: Tensor
     columns: Tensor
     right_side: Tensor
@@ -111,7 +115,7 @@ class Solver:
 
     @staticmethod
     def of(view: View, anatomy: Anatomy, unknown: Tensor | None = None) -> Solver:
-        """Set the system up for block 0; a shuffle's `unknown` position adds one row at the end.
+        """Set the system up for block 0; a shuffle's `unknown` positions add rows at the end.
 
         Raises:
             NotApplicable: The block is not of this form.
@@ -124,7 +128,9 @@ class Solver:
         offset = embedding.offset
         if unknown is not None and anatomy.positions is not None:
             known = view.weight(anatomy.positions)[0, anatomy.position_prefix :]
-            shared = offset[:1] - known[:1] + unknown.detach().to(offset).reshape(1, -1)
+            shared = (
+                offset[:1] - known[:1] + unknown.detach().to(offset).reshape(-1, offset.shape[1])
+            )
             offset = torch.cat([offset, shared])
         patch = patch_basis(view, anatomy)
         pixels = anatomy.patch_pixels
@@ -146,7 +152,7 @@ class Solver:
                 _equations(block_rows(view, block), Norm.of(view, block.norm1), only,
                            offset, shared, 1)
             )  # fmt: skip
-        return _factorise(parts, patch, attended, stream, offset + bias)
+        return _factorise(parts, patch, attended, stream, offset + bias, bias)
 
 
 def _projection(view: View, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
@@ -182,6 +188,7 @@ def _factorise(
     attended: Tensor,
     stream: Tensor,
     offset: Tensor,
+    project_bias: Tensor,
 ) -> Solver:
     matrix = torch.cat([m for m, _ in parts])
     right_side = torch.cat([r for _, r in parts], 1)
@@ -193,6 +200,7 @@ def _factorise(
     left, values, right = torch.linalg.svd(small)
     values = torch.cat([values, values.new_zeros(len(right) - len(values))])
     return Solver(
-        patch=patch, attended=attended, stream=stream, offset=offset, values=values,
+        patch=patch, attended=attended, stream=stream, offset=offset,
+        project_bias=project_bias, values=values,
         columns=columns, right_side=right_side, left=tall @ left, right=right,
     )  # fmt: skip

@@ -6,19 +6,23 @@ step. A paper is a `Recipe`: which distance, which priors, which optimizer, whic
 
 from __future__ import annotations
 
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vitguard.attacks._base import Attack
 from vitguard.attacks._checkpoint import load_run, save_run
+from vitguard.attacks._distances import attach
 from vitguard.attacks._priors import Prior, Scene
 from vitguard.attacks._restart import Recipe, Restart
+from vitguard.attacks._slope import DifferenceSlope
 from vitguard.attacks._subspace import Subspace, row_space
 from vitguard.attacks.labels import try_labels
 from vitguard.core import Guess, Update, View
@@ -63,6 +67,8 @@ class MatchingAttack(Attack):
         restarts: Starts that run side by side; the one with the smallest distance is returned.
         subspace: Search only where an exact attack left room: the start guess's affine space, else
             the row space of the patch gradient where it is smaller than the pixels.
+        derivative: `exact` (double backward), `difference` (two passes at neighbouring weights, see
+            `_slope`), or `auto`: the difference for Adam where the update is a plain gradient.
         seconds: Time budget; the best so far is returned when it is spent. With one, the result
             depends on the machine's speed.
         resume: File to keep the run in: a killed run continues from it to the same end.
@@ -76,6 +82,7 @@ class MatchingAttack(Attack):
     parameters: str = "all"
     restarts: int = 1
     subspace: bool = True
+    derivative: Literal["auto", "exact", "difference"] = "auto"
     seconds: float | None = None
     resume: str | None = None
     start: Guess | None = field(default=None, repr=False, compare=False, kw_only=True)
@@ -89,8 +96,14 @@ class MatchingAttack(Attack):
                 "iterations and restarts of at least 1",
                 f"iterations={self.iterations}, restarts={self.restarts}",
             )
+        if self.derivative not in ("auto", "exact", "difference"):
+            raise expected("derivative auto, exact or difference", repr(self.derivative))
         if self.seconds is not None and not self.seconds > 0:
             raise expected("seconds above 0 or None", self.seconds)
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise expected(f"a finite {name}", value)
 
     @abstractmethod
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
@@ -130,6 +143,7 @@ class _Run:
         shape = (1, *view.image_shape)
         box = [view.normalization.apply(torch.full(shape, v)).to(self.like) for v in (0.0, 1.0)]
         self.restarts = [self._restart(r, labels, (box[0], box[1])) for r in range(attack.restarts)]
+        self.difference = self._difference_slope()
         self.done = 0
         self.interrupted = self.out_of_time = False
 
@@ -141,7 +155,10 @@ class _Run:
             sealed = self.anatomy.select(wanted, list(update.sealed)) if update.sealed else []
             reason = update.sealed[sealed[0]] if sealed else "it is not in the update"
             raise Blocked(f"every {wanted} tensor" if wanted != "all" else "the update", reason)
-        return {name: update.tensors[name].detach().to(self.like) for name in names}
+        seen = {name: update.tensors[name].detach().to(self.like) for name in names}
+        if not all(bool(tensor.isfinite().all()) for tensor in seen.values()):
+            raise NotApplicable("the update is not finite")
+        return seen
 
     def _comparable(self, update: Update) -> Update:
         """Scale a difference of SGD steps to gradients, seen and dummy alike."""
@@ -161,6 +178,15 @@ class _Run:
         if labels is None:
             return "optimised with the images: they cannot be inferred", None
         return "inferred", labels.to(self.like.device)
+
+    def _difference_slope(self) -> DifferenceSlope | None:
+        wanted = self.attack.derivative
+        if wanted == "auto":
+            wanted = "difference" if self.recipe.optimizer == "adam" else "exact"
+        full = self.like.dtype in (torch.float32, torch.float64)
+        if wanted == "exact" or not full or self.view.objective is None:
+            return None
+        return DifferenceSlope(self.view.objective, self.recipe.distance, self.seen)
 
     def _mean_gradient(self) -> View:
         """The seen update as the mean gradient of its local steps, where it determines one."""
@@ -233,26 +259,22 @@ class _Run:
 
             seed = self._generator(self.done, index).initial_seed()
 
-            def measure(
-                images: Tensor, labels: Tensor, seed: int = seed
-            ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+            def measure(images: Tensor, labels: Tensor, seed: int = seed) -> Tensor:
                 # Line searches call this several times: each must see the same draws.
-                return self._measure(images, labels, torch.Generator().manual_seed(seed))
+                return self._measure(images, labels, seed)
 
-            with math_attention():
+            with nullcontext() if self.difference else math_attention():
                 restart.step(share, measure, prior, self._generator(self.done, index))
 
-    def _measure(
-        self, images: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _measure(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        if self.difference is not None:
+            return self.difference(images, labels, seed)
+        generator = torch.Generator().manual_seed(seed)
         dummy = self._comparable(self.view.simulate(images, labels, generator)).tensors
         named = {k: dummy[k] for k in self.seen if k in dummy and dummy[k].requires_grad}
         if not named:
             raise NotApplicable("the simulated update depends on no image")
-        with torch.no_grad():
-            detached = {k: v.detach() for k, v in named.items()}
-            value, slopes = self.recipe.distance.measure(detached, self.seen)
-        return value, list(named.values()), [slopes[k] for k in named]
+        return attach(self.recipe.distance, named, self.seen)
 
     def _distance(self, restart: Restart, free: Tensor, draws: int = 0) -> float:
         """The distance at `free`, with draws that are the same for all candidates."""
@@ -260,8 +282,8 @@ class _Run:
         assert labels is not None
         images = self.subspace.project(free).requires_grad_()
         with math_attention():
-            value, _, _ = self._measure(images, labels, self._generator(-2 - draws, 0))
-        return float(value)
+            value = self._measure(images, labels, self._generator(-2 - draws, 0).initial_seed())
+        return float(value.detach())
 
     def _stochastic(self) -> bool:
         """Whether the defense's draws move the distance: then one good value is luck."""
@@ -289,6 +311,7 @@ class _Run:
             "distance": distances[chosen],
             "distance at the start": min(r.first_distance or 0.0 for r in self.restarts),
             "labels": self.label_rule,
+            "derivative": "exact" if self.difference is None else "difference",
             "tensors matched": len(self.seen),
         }
         if self.subspace.directions is not None:

@@ -125,6 +125,8 @@ def thin_basis(
     matrix: Float[Tensor, "rows columns"], rank: int
 ) -> tuple[Float[Tensor, "columns rank"], Float[Tensor, " values"]]:
     """Return a basis of the `rank` strongest row directions, and all singular values."""
+    if not bool(matrix.isfinite().all()):
+        raise NotApplicable("the update is not finite")
     if matrix.shape[1] > matrix.shape[0]:  # a QR first makes the SVD a small one
         outer, inner = torch.linalg.qr(matrix.T)
         left, values, _ = torch.linalg.svd(inner)

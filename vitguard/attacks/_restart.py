@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,8 +77,8 @@ class Recipe:
         return (at(self.weight, share), *(at(schedule, share) for _, _, schedule in self.priors))
 
 
-Measure = Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor], list[Tensor]]]
-"""Images and labels to the distance, the dummy tensors and the distance's derivative by each."""
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""Images and labels to the distance of their update, a scalar on their graph."""
 
 
 @dataclass(eq=False)
@@ -163,23 +163,15 @@ class Restart:
     def _evaluate(self, measure: Measure, prior: Callable[[Prior, Tensor], Tensor]) -> float:
         weight, *weights = self.phase
         images = self.subspace.project(self.free)
-        distance, dummy, slopes = measure(images, self.current_labels())
-        if weight != 1:
-            slopes = list(torch._foreach_mul(slopes, weight))
-        terms = {"distance": distance}
-        outputs: Sequence[Tensor] = dummy
-        active = [
-            (name, term, w)
-            for (name, term, _), w in zip(self.recipe.priors, weights, strict=True)
-            if w
-        ]
-        if active:
-            terms |= {name: w * prior(term, images) for name, term, w in active}
-            outputs = [*dummy, torch.stack([terms[name] for name, _, _ in active]).sum()]
-            slopes = [*slopes, torch.ones_like(distance)]
-        gradients = torch.autograd.grad(outputs, self.variables, slopes)
+        terms = {"distance": measure(images, self.current_labels())}
+        total = weight * terms["distance"] if weight != 1 else terms["distance"]
+        for (name, term, _), factor in zip(self.recipe.priors, weights, strict=True):
+            if factor:
+                terms[name] = factor * prior(term, images)
+                total = total + terms[name]
+        gradients = torch.autograd.grad(total, self.variables)
         self.terms = {k: float(v.detach()) for k, v in terms.items()}
-        value = weight * self.terms["distance"] + sum(self.terms[n] for n, _, _ in active)
+        value = float(total.detach())
         if not math.isfinite(value):
             self.alive = False
         elif value < self.best_value:

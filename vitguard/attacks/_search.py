@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitguard.attacks._family import Family, Solver
+from vitguard.attacks._family import Solver
 from vitguard.attacks._mlp import Mlp
 from vitguard.attacks._newton import Problem
 from vitguard.core import Normalization
@@ -37,16 +37,12 @@ class Found:
         y: Their unknowns, shape (tokens, unknowns).
         patch: Their patches, shape (tokens, pixels).
         residual: Relative residuals, shape (tokens,).
-        complete: Whether every position has as many tokens as were wanted.
-        stopped: `""`, `"time"` or `"interrupt"`.
     """
 
     position: Int[Tensor, " tokens"]
     y: Float[Tensor, "tokens unknowns"]
     patch: Float[Tensor, "tokens pixels"]
     residual: Float[Tensor, " tokens"]
-    complete: bool = False
-    stopped: str = ""
 
 
 @dataclass
@@ -67,11 +63,13 @@ class Search:
     deadline: float
     generator: torch.Generator
     accept: float = 1e-3
-    patience: int = 6
+    patience: int = 40
     found: Found = field(init=False)
+    _rounds: int = 0
+    _idle: int = 0
 
     def __post_init__(self) -> None:
-        free = self.solver.free(1e-2)
+        free = max(self.solver.free(1e-2), 2)
         self._rough = self._problem(free)
         self._quick = Problem.of(self.mlp, self.solver, self._rough.family, torch.float32)
         # Weakly determined directions are noisy: the final steps leave them to the MLP.
@@ -91,33 +89,63 @@ class Search:
         return Problem.of(self.mlp, self.solver, self.solver.family(k))
 
     @property
+    def basis(self) -> Float[Tensor, "pixels directions"]:
+        """Orthonormal directions in which the patches of the family move."""
+        moved = self.solver.patch @ self._rough.family.directions[: self.solver.patch.shape[1]]
+        left, values, _ = torch.linalg.svd(moved, full_matrices=False)
+        return left[:, values > 1e-6 * values[0]]
+
+    @property
     def free(self) -> int:
         """Directions that the linear equations leave free."""
         return self._rough.family.directions.shape[1]
 
-    def run(self) -> Found:
-        """Search until all is found, the time is over, or rounds bring nothing new."""
-        idle, rounds = 0, 0
-        try:
-            while bool((missing := self._missing()).any()) and idle < self.patience:
-                positions, start = self._starts(missing, rounds)
-                new = self._harvest(positions, start)
-                idle = 0 if new else idle + 1
-                rounds += 1
-                _LOG.info("round %d: %d tokens, %d positions open", rounds,
-                          len(self.found.position), int(self._missing().any()))  # fmt: skip
-                if time.monotonic() > self.deadline:
-                    return self._end("time")
-        except KeyboardInterrupt:
-            return self._end("interrupt")
-        return self._end("")
+    @property
+    def done(self) -> bool:
+        """Whether every position has as many tokens as were wanted."""
+        return not bool(self.missing().any())
 
-    def _end(self, why: str) -> Found:
-        done = not bool(self._missing().any())
-        f = self.found
-        return Found(f.position, f.y, f.patch, f.residual, done, "" if done else why)
+    def run(self, rounds: int) -> str:
+        """Search for some rounds; return `done`, `time`, `idle`, or `""` where more may help."""
+        for _ in range(rounds):
+            if self.done:
+                return "done"
+            if time.monotonic() > self.deadline:
+                return "time"
+            positions, start = self._starts(self.missing(), self._rounds)
+            new = self._harvest(positions, start)
+            self._rounds += 1
+            self._idle = 0 if new else self._idle + 1
+            _LOG.info("round %d: %d tokens found, %d wanted", self._rounds,
+                      len(self.found.position), int(self.missing().sum()))  # fmt: skip
+        # Without a single token the update is hardly one of these images': give up early.
+        patience = self.patience if len(self.found.position) else 4
+        return "done" if self.done else "idle" if self._idle >= patience else ""
 
-    def _missing(self) -> Tensor:
+    def seed(self, positions: Tensor, patches: Float[Tensor, "tokens pixels"]) -> int:
+        """Start from given patches; return how many tokens that brought."""
+        new = 0
+        for p, x in zip(positions.split(32), patches.split(32), strict=True):
+            v = [self.project(int(i), row[None]) for i, row in zip(p, x, strict=True)]
+            new += self._accept(p, torch.cat(v))
+        self._idle = 0 if new else self._idle
+        return new
+
+    def add(self, position: int, patch: Float[Tensor, " pixels"], residual: float) -> None:
+        """Take a token that was proved in another way, a repeated one included."""
+        where = torch.tensor([position], device=self.found.position.device)
+        y = self._rough.family.at(where, self.project(position, patch[None]))
+        self._append(where, y, patch[None], y.new_tensor([residual]))
+
+    def _append(self, positions: Tensor, y: Tensor, patch: Tensor, residual: Tensor) -> None:
+        old = self.found
+        self.found = Found(
+            torch.cat([old.position, positions]), torch.cat([old.y, y]),
+            torch.cat([old.patch, patch]), torch.cat([old.residual, residual]),
+        )  # fmt: skip
+
+    def missing(self) -> Int[Tensor, " positions"]:
+        """Return how many tokens each position lacks."""
         counts = torch.bincount(self.found.position, minlength=len(self.wanted))
         return (self.wanted - counts).clamp_min(0)
 
@@ -133,19 +161,20 @@ class Search:
                 self._textures(count),
                 mixing(i, count) if bool(here.any()) else self._elsewhere(i, count),
             ]
-            v = self._project(i, torch.cat(targets))
+            v = self.project(i, torch.cat(targets))
             if rounds == 0:
                 v = torch.cat([origin.new_zeros(1, self.free), v])
             positions.append(torch.full((len(v),), i, device=v.device))
             starts.append(v)
         return torch.cat(positions), torch.cat(starts)
 
-    def _base(self, position: int) -> Tensor:
+    def base(self, position: int) -> Float[Tensor, "one pixels"]:
+        """Return the minimum-norm patch at a position."""
         return self.solver.pixels(self._rough.family.origin[position : position + 1])
 
-    def _project(self, position: int, patches: Tensor) -> Tensor:
+    def project(self, position: int, patches: Tensor) -> Tensor:
         """Coordinates of the members whose patches come nearest."""
-        return (patches - self._base(position)) @ self._inverse.T
+        return (patches - self.base(position)) @ self._inverse.T
 
     def _normal(self, *shape: int) -> Tensor:
         draw = torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -186,7 +215,7 @@ class Search:
         That member lies among the true ones, so the others are on its far side.
         """
         here = self.found.patch[self.found.position == position].mean(0)
-        base = self._base(position)
+        base = self.base(position)
         some = torch.rand(count, 1, generator=self.generator).to(base) + 0.5
         return base + some * (base - here) + 0.5 * (self._any(count) - self._any(count))
 
@@ -200,7 +229,7 @@ class Search:
         """Iterate all starts, in slices that respect the deadline; return how many were new."""
         new = 0
         for p, v in zip(positions.split(64), start.split(64), strict=True):
-            open_ = self._missing()[p] > 0
+            open_ = self.missing()[p] > 0
             if bool(open_.any()):
                 new += self._accept(p[open_], v[open_])
             if time.monotonic() > self.deadline:
@@ -224,19 +253,15 @@ class Search:
         positions, y, residual = positions[good], y[good], fine.residual[good]
         patch = self.solver.pixels(y)
         keep = self._distinct(positions, patch, _SAME)
-        old = self.found
-        self.found = Found(
-            torch.cat([old.position, positions[keep]]), torch.cat([old.y, y[keep]]),
-            torch.cat([old.patch, patch[keep]]), torch.cat([old.residual, residual[keep]]),
-        )  # fmt: skip
-        return int(len(self.found.position) - len(old.position))
+        self._append(positions[keep], y[keep], patch[keep], residual[keep])
+        return len(keep)
 
     def _distinct(self, positions: Tensor, patch: Tensor, same: float) -> Tensor:
         """Indices of tokens that are neither found already nor repeated, and still wanted."""
         place = torch.cat([self.found.position, positions])
         content = torch.cat([self.found.patch, patch])
         known, keep = list(range(len(self.found.position))), []
-        room = self._missing()
+        room = self.missing()
         for i in range(len(positions)):
             p = int(positions[i])
             rivals = [j for j in known if int(place[j]) == p]

@@ -66,6 +66,8 @@ def row_space(view: View, anatomy: Anatomy) -> AffineSpace | None:
     rank = view.update.batch_size * anatomy.patches
     if rank >= min(anatomy.width, anatomy.patch_pixels):
         return None
+    if not bool(gradient.isfinite().all()):
+        return None
     _, values, rows = torch.linalg.svd(gradient.reshape(anatomy.width, -1), full_matrices=False)
     if not bool(values[rank] <= _GAP * values[0]):
         return None

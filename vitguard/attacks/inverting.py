@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from vitguard.attacks._distances import Cosine
 from vitguard.attacks._matching import MatchingAttack
@@ -23,6 +23,7 @@ class InvertingGradients(MatchingAttack):
     Args:
         total_variation: Weight of mean |Δrow| + mean |Δcolumn| in model-input units.
         rate: Adam's step size in model-input units.
+        decay: `step` (the paper's, to a tenth at 3/8, 5/8 and 7/8), `cosine` or `none`.
 
     References:
         Geiping et al., arXiv 2003.14053, equation 4; 24,000 iterations.
@@ -33,16 +34,19 @@ class InvertingGradients(MatchingAttack):
     iterations: int = 24_000
     total_variation: float = 0.2
     rate: float = 0.1
+    decay: Literal["step", "cosine", "none"] = "step"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.total_variation >= 0:
             raise expected("total_variation of at least 0", self.total_variation)
+        if self.decay not in ("step", "cosine", "none"):
+            raise expected("decay step, cosine or none", repr(self.decay))
 
     @classmethod
     def fast(cls, **changes: Any) -> InvertingGradients:
-        """Return a preset for a CPU: 200 iterations."""
-        return cls(**{"iterations": 200, **changes})
+        """Return a preset for a CPU: 200 iterations, cosine decay, a weaker total variation."""
+        return cls(**{"iterations": 200, "decay": "cosine", "total_variation": 0.05, **changes})
 
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
         """See `MatchingAttack`."""
@@ -50,6 +54,6 @@ class InvertingGradients(MatchingAttack):
             distance=Cosine(),
             priors=(("total variation", TotalVariation(), ((0.0, self.total_variation),)),),
             rate=self.rate,
-            decay="step",
+            decay=self.decay,
             signed=True,
         )

@@ -78,10 +78,8 @@ def try_labels(view: View, generator: torch.Generator) -> Tensor | None:
         return None
 
 
-def labels_from_counts(
-    counts: Float[Tensor, " classes"], batch: int
-) -> Int[Tensor, " batch"]:
-    """Round real counts to integers that sum to `batch` (largest remainders) and list the labels."""
+def labels_from_counts(counts: Float[Tensor, " classes"], batch: int) -> Int[Tensor, " batch"]:
+    """Round counts to integers that sum to `batch` (largest remainders) and list the labels."""
     counts = counts.clamp(min=0)
     whole = counts.floor().clamp(max=batch)
     while whole.sum() > batch:
@@ -97,7 +95,9 @@ def _linear_head(view: View) -> str:
     modules = dict(view.model.named_modules())
     if len(anatomy.head) != 1:
         raise NotApplicable(f"needs one classification head, got {len(anatomy.head)}")
-    inside = [n for n, m in modules.items() if n == anatomy.head[0] or n.startswith(f"{anatomy.head[0]}.")]
+    inside = [
+        n for n, m in modules.items() if n == anatomy.head[0] or n.startswith(f"{anatomy.head[0]}.")
+    ]
     linear = [n for n in inside if isinstance(modules[n], torch.nn.Linear)]
     if not linear:
         raise NotApplicable("the classification head is not linear")

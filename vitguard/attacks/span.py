@@ -129,7 +129,7 @@ class System:
     def solve(
         self, offset: Float[Tensor, "patches width"]
     ) -> tuple[Float[Tensor, "patches unknowns"], Float[Tensor, " patches"]]:
-        """Return the minimum-norm solution for tokens with these offsets, and relative residuals."""
+        """Return the minimum-norm solutions for these offsets, and their relative residuals."""
         target = -(offset + self.shift) @ self.constraint.T
         along = target @ self.left[:, : self.rank]
         solution = (along / self.values[: self.rank]) @ self.right[:, : self.rank].T
@@ -162,7 +162,7 @@ class System:
 
 
 def span_system(view: View, anatomy: Anatomy) -> System:
-    """Build the system from query-key-value rows, or from projection and fc1 where those are hidden.
+    """Build the system from query-key-value rows, or from projection and fc1 without them.
 
     Raises:
         NotApplicable: See `SpanInversion`.
@@ -184,7 +184,7 @@ def span_system(view: View, anatomy: Anatomy) -> System:
 
 @dataclass(frozen=True)
 class _Form:
-    """One reading of the block: rows whose complement constrains norm(h), and h's free directions."""
+    """One reading of the block: rows that constrain norm(h), and the free directions of h."""
 
     rows: Rows
     norm: str
@@ -256,9 +256,7 @@ def _system(view: View, anatomy: Anatomy, form_of: Any) -> System:
     )  # fmt: skip
 
 
-def _nullity(
-    view: View, anatomy: Anatomy, embedding: Embedding, moves: Tensor, form: _Form
-) -> int:
+def _nullity(view: View, anatomy: Anatomy, embedding: Embedding, moves: Tensor, form: _Form) -> int:
     """Return how many directions the equations cannot see, from what is public.
 
     A combination of true tokens lies in the span whatever Q is. It is mistaken for a patch where
@@ -333,7 +331,11 @@ def _shuffled_count(view: View, anatomy: Anatomy) -> tuple[int, bool]:
 
 def _full(right: Tensor) -> Tensor:
     """Complete the right singular vectors, as columns, to a basis of the unknowns."""
-    return torch.linalg.svd(right, full_matrices=True).Vh.T if right.shape[0] < right.shape[1] else right.T
+    return (
+        torch.linalg.svd(right, full_matrices=True).Vh.T
+        if right.shape[0] < right.shape[1]
+        else right.T
+    )
 
 
 def _weight_or_zero(view: View, name: str, width: int) -> Tensor:
@@ -342,5 +344,3 @@ def _weight_or_zero(view: View, name: str, width: int) -> Tensor:
         return view.weight(name)
     device = next(view.model.parameters()).device
     return torch.zeros(width, dtype=torch.float64, device=device)
-
-

@@ -22,6 +22,7 @@ __all__ = [
     "ModelDefense",
     "StepDefense",
     "UpdateDefense",
+    "written",
 ]
 
 
@@ -37,13 +38,15 @@ class Defense(ABC):
     def spec(self) -> str:
         """Return the defense as the command line writes it, defaults left out."""
         changed = [
-            f"{f.name}={_written(v)}"
+            f"{f.name}={written(v)}"
             for f in fields(self)  # type: ignore[arg-type]
             if (v := getattr(self, f.name)) != f.default
         ]
         return f"{self.name}:{','.join(changed)}" if changed else self.name
 
-    def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
+    def check(  # noqa: B027 - most defenses work everywhere
+        self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]
+    ) -> None:
         """Raise Incompatible if the defense cannot work on this model within this stack."""
 
     def known(self) -> Defense:
@@ -54,9 +57,10 @@ class Defense(ABC):
         return self
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """Return a setting as the command line writes it."""
     if isinstance(value, tuple):
-        return "/".join(map(_written, value))
+        return "/".join(map(written, value))
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
@@ -106,8 +110,15 @@ class Installed(nn.Module):
         return None
 
     def per_example_auxiliary(self) -> Tensor | None:
-        """Return that loss for each example, shape (batch,), for differential privacy; read once."""
+        """Return that loss per example, shape (batch,), for differential privacy; read once."""
         return None
+
+    def one_draw(self) -> bool:
+        """Whether a whole batch gets the same draw, which its pieces must share."""
+        return False
+
+    def key_examples(self, keys: Tensor | None) -> None:
+        """Draw each example of the next forwards from its own key; None for fresh draws again."""
 
     def truth(self) -> Mapping[str, Tensor]:
         """Return the last secret draw, for the audit's scores only: e.g. `shuffled` (batch, N)."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["InstalledShuffle"]
 
 # what one forward leaves behind: draws are secret, so none of it is copied or pickled
-_FORWARD = ("_mask", "_source", "_pick", "_tokens", "_outputs", "_losses")
+_FORWARD = ("_mask", "_source", "_tokens", "_outputs", "_losses")
 
 
 class InstalledShuffle(Installed):
@@ -42,7 +42,7 @@ class InstalledShuffle(Installed):
     ) -> None:
         super().__init__()
         self.anatomy, self.draws, self.settings = anatomy, draws, settings
-        self.unknown = nn.Parameter(_start(model, anatomy, draws, settings.unknowns))
+        self.unknown = nn.Parameter(_start(model, anatomy))
         self.head: LocalizationHead | None = None
         if settings.dal != "none" and settings.dal_head != "pca":
             head = LocalizationHead(anatomy.width, settings.dal_head, draws.generator)
@@ -98,6 +98,9 @@ class InstalledShuffle(Installed):
             return {}
         return {"shuffled": self._mask.cpu(), "source": self._source.cpu()}
 
+    def one_draw(self) -> bool:
+        return self.settings.draw == "batch"
+
     def key_examples(self, keys: Int[Tensor, " batch"] | None) -> None:
         """Draw each example of the next forwards from its own key; None for fresh draws again.
 
@@ -131,11 +134,6 @@ class InstalledShuffle(Installed):
             raise Unprotected(
                 f"Expected the forward of the whole model for DAL over {self.settings.dal}, got a "
                 "part of it. Call the model itself."
-            )
-        if not vectors.requires_grad:
-            raise Incompatible(
-                "Expected tokens with a gradient for DAL, got none (reentrant activation "
-                "checkpointing detaches them). Use checkpointing with use_reentrant=False."
             )
         self.rows = self._outputs = None
         prefix = self.anatomy.position_prefix if over_positions else self._prefix
@@ -179,16 +177,15 @@ class InstalledShuffle(Installed):
             )
         self._forget()
         self._grid = grid
-        drawn = self._drawn(len(tokens), grid)
-        self._mask, self._source, self._pick = (
-            d.to(tokens.device, non_blocking=True) for d in drawn
-        )
+        mask, source = self.draw(len(tokens), grid)
+        self._mask = mask.to(tokens.device, non_blocking=True)
+        self._source = source.to(tokens.device, non_blocking=True)
         self._tokens = tokens
         self.forwards += 1
         self._unread = self.settings.dal != "none" and torch.is_grad_enabled()
 
-    def _drawn(self, batch: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mask, source and choice of unknown embedding, (batch, patches) each."""
+    def draw(self, batch: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return mask and source, who sits where, (batch, patches) each."""
         s = self.settings
         keys = self._keys
         if keys is None:
@@ -208,9 +205,7 @@ class InstalledShuffle(Installed):
             chance = _masks.keyed_uniform(different, 1, stream=-2)
             mask = mask & (chance < s.probability)
         source = _masks.permute_inside(different, mask, derangement=s.derangement)
-        pick = (_masks.keyed_uniform(different, patches, stream=-3) * s.unknowns).long()
-        drawn = (mask, source, pick)
-        return drawn if index is None else (mask[index], source[index], pick[index])
+        return (mask, source) if index is None else (mask[index], source[index])
 
     def _step(self) -> int:
         return int(self.get_buffer("step")) if "step" in self._buffers else 0
@@ -243,9 +238,7 @@ class InstalledShuffle(Installed):
                 f"Expected a sequence with all {tokens.shape[1]} patches of {len(tokens)} images, "
                 f"got shape {tuple(sequence.shape)}."
             )
-        several = self.settings.unknowns > 1
-        unknown = F.embedding(self._pick, self.unknown) if several else self.unknown
-        moved = tokens.gather(1, source[..., None].expand_as(tokens)) + unknown
+        moved = tokens.gather(1, source[..., None].expand_as(tokens)) + self.unknown
         kept = sequence[:, self._prefix :]
         patches = torch.where(mask[..., None], moved.to(sequence.dtype), kept)
         return torch.cat([sequence[:, : self._prefix], patches], 1) if self._prefix else patches
@@ -272,15 +265,11 @@ def _start_afresh(piece: nn.Module, incompatible_keys: Any) -> None:
     piece.exposed = False
 
 
-def _start(model: nn.Module, anatomy: Anatomy, draws: Draws, count: int) -> Tensor:
-    """Return where unknown embeddings start: at the mean of the positions, which tells none."""
+def _start(model: nn.Module, anatomy: Anatomy) -> Tensor:
+    """Return where the unknown embedding starts: the mean of the positions, which tells none."""
     like = model.get_parameter(anatomy.patch_weight)
-    start = torch.zeros(count, anatomy.width, dtype=like.dtype, device=like.device)
-    if anatomy.positions is not None:
-        path, _, attribute = anatomy.positions.rpartition(".")
-        positions = getattr(model.get_submodule(path), attribute).detach()
-        start += positions[0, anatomy.position_prefix :].mean(0).to(like)
-    if count > 1:
-        noise = torch.randn(count, anatomy.width, generator=draws.generator, dtype=torch.float32)
-        start += 0.02 * noise.to(like)
-    return start
+    if anatomy.positions is None:
+        return torch.zeros(1, anatomy.width, dtype=like.dtype, device=like.device)
+    path, _, attribute = anatomy.positions.rpartition(".")
+    positions = getattr(model.get_submodule(path), attribute).detach()
+    return positions[:, anatomy.position_prefix :].mean(1).to(like)

@@ -168,12 +168,12 @@ class _KeepFixed:
         self.installed, self.attribute = installed, attribute
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        current = getattr(module, self.attribute)
-        with torch.no_grad():
-            if self.installed.kind == "frozen":
-                self.installed.fixed = current.detach().clone()
-            else:
-                current.copy_(self.installed.fixed)
+        current = getattr(module, self.attribute).detach()
+        if self.installed.kind == "frozen":
+            self.installed.fixed = current.clone()
+        else:
+            # a new tensor: after load_state_dict(assign=True) `current` is the checkpoint's own
+            setattr(module, self.attribute, self.installed.fixed.to(current).clone())
 
 
 class _RefuseLearnable:
@@ -227,7 +227,9 @@ class _InstalledWithheld(Installed):
         super().__init__()
         self.anatomy = anatomy
         parent, attribute = _locate(model, anatomy)
-        self.register_buffer("public", getattr(parent, attribute).detach().clone(), persistent=False)
+        self.register_buffer(
+            "public", getattr(parent, attribute).detach().clone(), persistent=False
+        )
 
     def uninstall(self, model: nn.Module) -> None:
         pass

@@ -57,7 +57,6 @@ class PatchShuffle(ModelDefense):
         schedule: How the ratio goes from 0 to `ratio` between `warmup` and `steps`: at once
             (`constant`), `linear` or `cosine`.
         steps: Optimizer steps at which schedules end; 0 for a constant DAL weight.
-        unknowns: Number of unknown embeddings; with several each masked slot draws one.
         dal: Dense absolute localization, an L1 loss on (row, column) predicted for the patches
             that were not shuffled: from their position embeddings (`positions`, the papers' code)
             or from their output tokens (`tokens`). Add `guard.auxiliary_loss()` to the loss.
@@ -92,7 +91,6 @@ class PatchShuffle(ModelDefense):
     warmup: int = 0
     schedule: Schedule = "constant"
     steps: int = 0
-    unknowns: int = 1
     dal: Localization = "none"
     dal_head: Head = "linear"
     dal_weight: float = 0.01
@@ -113,8 +111,6 @@ class PatchShuffle(ModelDefense):
         for name in ("dal_weight", "dal_final"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise expected(f"a finite {name} of at least 0", getattr(self, name))
-        if self.unknowns < 1:
-            raise expected("at least one unknown embedding", self.unknowns)
         if self.warmup < 0 or self.steps < 0:
             raise expected("warmup and steps of at least 0", f"{self.warmup} and {self.steps}")
         if self.steps <= self.warmup and (self.steps or self.schedule != "constant"):

@@ -97,12 +97,6 @@ def mutations(run, total, seed):
     return causes
 
 
-def test_300_mutations_of_a_message_are_refused_and_leave_the_sum_as_it_was(run):
-    causes = mutations(run, 300, seed=0)
-    assert len(causes) >= 5, causes
-
-
-@pytest.mark.slow
 def test_10000_mutations_of_a_message_are_refused_and_leave_the_sum_as_it_was(run):
     causes = mutations(run, 10_000, seed=1)
     assert len(causes) >= 8, causes
@@ -152,8 +146,8 @@ def test_60_forged_ciphertexts_of_an_insider_are_refused_by_seal_or_the_canary(r
 
 
 @pytest.mark.slow
-def test_2000_forged_ciphertexts_of_an_insider_are_refused_by_seal_or_the_canary(run):
-    caught = insiders(run, 2000, seed=1)
+def test_1000_forged_ciphertexts_of_an_insider_are_refused_by_seal_or_the_canary(run):
+    caught = insiders(run, 1000, seed=1)
     assert caught["harmless"] < 20, caught
 
 
@@ -334,3 +328,21 @@ def test_a_changed_model_is_refused_by_the_manifest(run):
     assert cause(encryptor.encrypt, {"w": tensors["w"]}, round_id=0) == "manifest"
     integers = {**tensors, "b": torch.zeros(3, 2, dtype=torch.int64)}
     assert cause(encryptor.encrypt, integers, round_id=0) == "manifest"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_message_whose_second_ciphertext_is_bad_leaves_the_sum_as_it_was(run, first):
+    aggregator = run.aggregator()
+    if not first:
+        aggregator.add(run.message("z", seed=9))
+    data = bytearray(run.message("a"))
+    length = struct.unpack_from(">I", data, FIELDS["table"])[0]
+    at = FIELDS["table"] + 8 + length  # two ciphertexts: the second one's start
+    data[at : at + 3] = b"bad"
+    assert cause(aggregator.add, sign(run, data, "client:a")) == "ciphertext"
+    for client, seed in (("b", 1), ("c", 2)):
+        aggregator.add(run.message(client, seed=seed))
+    mean = Decryptor(run.keys, run.manifest).decrypt(aggregator.finish(), round_id=5, base="v1")
+    seeds = (1, 2) if first else (9, 1, 2)
+    wanted = sum(run.tensors(s)["w"] for s in seeds) / len(seeds)
+    assert (mean["w"] - wanted).abs().max() < 1e-4

@@ -57,9 +57,9 @@ class _Slot:
         """Whether this process made the file: a fork shares it with its parent."""
         return self._owner == os.getpid()
 
-    def put(self, data: bytes) -> str:
-        os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, data, 0)
+    def put(self, data: bytes | memoryview) -> str:
+        os.pwrite(self._handle, data, 0)  # over the last content: its pages are kept
+        os.ftruncate(self._handle, len(data))
         return self.path
 
     def take(self) -> bytes:
@@ -101,7 +101,11 @@ class Engine:
     def new_secret(self) -> bytes:
         """Return a fresh secret key, serialised by SEAL."""
         secret = self._seal.KeyGenerator(self._context).secret_key()
-        return self._save(secret)
+        with self._lock:
+            try:
+                return self._save(secret)
+            finally:
+                self._file().clear()
 
     def secret(self, data: bytes) -> Any:
         """Return the SEAL secret key in `data`.
@@ -133,7 +137,7 @@ class Engine:
         self._coder.encode(slots.tolist(), self.layout.scale, plain)
         return self._save(encryptor.encrypt_symmetric(plain))
 
-    def load(self, data: bytes) -> Any:
+    def load(self, data: bytes | memoryview) -> Any:
         """Return the ciphertext in `data`, fit to be added to others of this layout.
 
         Raises:
@@ -171,7 +175,7 @@ class Engine:
         """Return the slots of a ciphertext, noise included: round them before they leave."""
         plain = self._seal.Plaintext()
         decryptor.decrypt(cipher, plain)
-        return np.array(self._coder.decode_complex(plain), dtype=np.complex128)
+        return np.fromiter(self._coder.decode_complex(plain), np.complex128, self.layout.slots)
 
     def _file(self) -> _Slot:
         if not self._slot.fits():
@@ -181,13 +185,10 @@ class Engine:
     def _save(self, sealed: Any) -> bytes:
         with self._lock:
             file = self._file()
-            file.clear()
             sealed.save(file.path)
-            data = file.take()
-            file.clear()
-        return data
+            return file.take()
 
-    def _check_stream(self, data: bytes) -> None:
+    def _check_stream(self, data: bytes | memoryview) -> None:
         """Refuse streams that SEAL would inflate far beyond a ciphertext."""
         most = 2 * 8 * self.layout.degree + 4096  # two polynomials of 64-bit words
         if len(data) < 32 or len(data) > most:
@@ -202,7 +203,7 @@ class Engine:
             raise Rejected("ciphertext", f"compression mode {compression}")
 
 
-def _check_zstd(frame: bytes, most: int) -> None:
+def _check_zstd(frame: bytes | memoryview, most: int) -> None:
     """Walk the frame's block headers (RFC 8878, section 3.1.1): a block holds at most 128 KiB."""
     if frame[:4] != _ZSTD_MAGIC:
         raise Rejected("ciphertext", "a compressed stream without its magic number")

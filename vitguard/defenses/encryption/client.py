@@ -87,7 +87,8 @@ class Encryptor:
         self.keys, self.manifest, self.client_id = keys, manifest, client_id
         self.outliers, self.rounding = outliers, rounding
         self.clipped: dict[str, int] = {}
-        self._draws = Draws(generator)
+        seed = torch.randint(2**62, (2,), generator=Draws(generator).generator).tolist()
+        self._uniform = np.random.Generator(np.random.SFC64(seed))  # twice as fast as torch.rand
         self._engine = Engine(keys.layout)
         self._sealer = self._engine.encryptor(keys.open(self._engine))
         self._round: _Round | None = None
@@ -171,13 +172,10 @@ class Encryptor:
             flat = tensors[entry.name].detach().cpu().reshape(-1)
             flat = flat if flat.dtype == torch.float64 else flat.float()
             for start in range(0, entry.size, _PIECE):
-                values = self._within(flat[start : start + _PIECE].numpy(), entry) * share
-                yield quantise(values, entry.bound / levels, levels, self._uniform(len(values)))
-
-    def _uniform(self, count: int) -> np.ndarray | None:
-        if self.rounding == "nearest":
-            return None
-        return torch.rand(count, generator=self._draws.generator, dtype=torch.float64).numpy()
+                values = self._within(flat[start : start + _PIECE].numpy(), entry)
+                nearest = self.rounding == "nearest"
+                uniform = None if nearest else self._uniform.random(len(values), np.float32)
+                yield quantise(values, share * levels / entry.bound, levels, uniform)
 
     def _within(self, values: np.ndarray, entry: Entry) -> np.ndarray:
         outside = ~(np.abs(values) <= entry.bound)
@@ -247,7 +245,7 @@ class Decryptor:
         return tensors
 
     def _opened(
-        self, ciphertexts: list[bytes], clients: int, context: Context
+        self, ciphertexts: list[memoryview], clients: int, context: Context
     ) -> Iterator[np.ndarray]:
         binding, layout = context.binding(), self.keys.layout
         for number, data in enumerate(ciphertexts):

@@ -114,7 +114,7 @@ class ServerKeys:
         try:
             facts = json.loads(data)
             if facts["version"] != _KEY_FILE or "secret" in facts:
-                raise Rejected("key", "a client's key where the server's was due")
+                raise Rejected("key", "a client's key file", "the server's keys")
             return ServerKeys(
                 preset(facts["preset"]).name,
                 int(facts["max_clients"]),
@@ -267,13 +267,15 @@ class KeySet:
         if not file.is_file():
             raise expected("a key file", f"no file at {file}")
         if os.name == "posix" and stat.S_IMODE(file.stat().st_mode) & 0o077:
-            raise Rejected("key", f"the key file {file} that others can read: chmod 600 it")
+            raise Rejected(
+                "key", f"{file}, which others can read: chmod 600 it", "a key file of mode 600"
+            )
         try:
             facts = json.loads(file.read_bytes())
             sealed = base64.b64decode(facts.pop("secret"), validate=True)
             salt, nonce = bytes.fromhex(facts["salt"]), bytes.fromhex(facts["nonce"])
             if facts["version"] != _KEY_FILE:
-                raise Rejected("version", f"a key file of version {facts['version']}")
+                raise Rejected("version", f"version {facts['version']}", "a key file of version 1")
             associated = json.dumps(facts, sort_keys=True).encode()
             inner = json.loads(_decrypt(_cipher(passphrase, salt), nonce, sealed, associated))
             public = ServerKeys(
@@ -287,7 +289,7 @@ class KeySet:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, Rejected):
                 raise
-            raise Rejected("key", f"a file that is no key file ({type(error).__name__})") from error
+            raise Rejected("key", f"another file ({type(error).__name__})", "a key file") from error
         return keys
 
 
@@ -318,7 +320,9 @@ def _decrypt(cipher: Any, nonce: bytes, sealed: bytes, associated: bytes) -> byt
     try:
         return cipher.decrypt(nonce, sealed, associated)
     except InvalidTag as error:
-        raise Rejected("key", "a wrong passphrase or a changed key file") from error
+        raise Rejected(
+            "key", "a wrong passphrase or a changed file", "a key file and its passphrase"
+        ) from error
 
 
 def _write_private(path: Path, data: bytes) -> None:

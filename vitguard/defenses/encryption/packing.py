@@ -17,18 +17,22 @@ __all__ = ["canary", "pack", "quantise", "unpack"]
 
 def quantise(
     values: Float[np.ndarray, " values"],
-    step: Float[np.ndarray, " values"] | float,
+    factor: float,
     levels: int,
     uniform: Float[np.ndarray, " values"] | None = None,
 ) -> Int[np.ndarray, " values"]:
-    """Round `values / step` to integers in [-levels, levels].
+    """Round `values * factor` to integers in [-levels, levels].
 
     With `uniform` (draws from [0, 1)) the rounding is stochastic, so that its expectation is the
     value itself; without, it is to the nearest. Values must be finite and within their bounds.
     """
-    scaled = np.asarray(values, dtype=np.float64) / step
-    whole = np.rint(scaled) if uniform is None else np.floor(scaled + uniform)
-    return np.clip(whole, -levels, levels).astype(np.int64)
+    scaled = np.multiply(values, factor, dtype=np.float64)
+    if uniform is None:
+        np.rint(scaled, out=scaled)
+    else:
+        scaled += uniform
+        np.floor(scaled, out=scaled)
+    return np.clip(scaled, -levels, levels, out=scaled).astype(np.int64)
 
 
 def pack(
@@ -55,14 +59,17 @@ def unpack(
     """
     raw = np.ascontiguousarray(slots, dtype=np.complex128).view(np.float64)
     whole = np.rint(raw)
-    distance = float(np.sqrt(np.mean((raw - whole) ** 2)))
-    limit = 2.0**62
-    components = np.clip(np.nan_to_num(whole[:-2]), -limit, limit).astype(np.int64)
+    raw = raw - whole
+    distance = float(np.sqrt(np.dot(raw, raw) / len(raw)))
+    components = whole[:-2].astype(np.int64)  # slots are below 2^59 whatever was decrypted
     fields = np.empty((layout.fields, len(components)), dtype=np.int64)
     half = 1 << (layout.radix_bits - 1)
-    for field in range(layout.fields):
-        fields[field] = ((components + half) & (2 * half - 1)) - half
-        components = (components - fields[field]) >> layout.radix_bits
+    for field in range(layout.fields - 1):
+        components += half
+        np.bitwise_and(components, 2 * half - 1, out=fields[field])
+        fields[field] -= half
+        components >>= layout.radix_bits  # the floor is right: what was added rounds up
+    fields[-1] = components
     return fields.reshape(-1), complex(whole[-2], whole[-1]), distance
 
 

@@ -68,22 +68,22 @@ class Aggregator:
             raise Rejected("replay", f"a second message of client {header.sender!r}")
         if len(self._weights) >= self._context.keys.max_clients:
             raise Rejected("clients", f"more than {self._context.keys.max_clients} clients")
-        done: list[bytes] = []
+        done: list[memoryview] = []
         first = not self._total
         try:
-            for number, data in enumerate(ciphertexts):
-                cipher = self._engine.load(data)
+            for number, part in enumerate(ciphertexts):
+                cipher = self._engine.load(part)
                 if first:
                     self._total.append(cipher)
                 else:
                     self._engine.add(self._total[number], cipher)
-                    done.append(data)
+                    done.append(part)
         except BaseException:
             self._undo(first, done)
             raise
         self._weights[header.sender] = header.weight
 
-    def _undo(self, first: bool, done: list[bytes]) -> None:
+    def _undo(self, first: bool, done: list[memoryview]) -> None:
         """Take back what was added of a message; exact, since ciphertexts add modulo primes."""
         if first:
             self._total.clear()

@@ -104,12 +104,15 @@ def write_message(header: Header, ciphertexts: Sequence[bytes], context: Context
         len(ciphertexts), len(sender),
     )  # fmt: skip
     table = struct.pack(f">{len(ciphertexts)}I", *map(len, ciphertexts))
-    message = b"".join((fixed, sender, table, *ciphertexts))
-    return message + hmac.digest(keys.authority.key(header.party), message, "sha256")
+    parts = [fixed, sender, table, *ciphertexts]
+    code = hmac.new(keys.authority.key(header.party), digestmod="sha256")
+    for part in parts:
+        code.update(part)
+    return b"".join((*parts, code.digest()))
 
 
-def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list[bytes]]:
-    """Check a message in full and return its header and ciphertexts, still unparsed.
+def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list[memoryview]]:
+    """Check a message in full and return its header and ciphertexts, unparsed views of `data`.
 
     Raises:
         Rejected: `cause` is one of type, oversize, truncated, magic, version, kind, preset, key,
@@ -148,7 +151,8 @@ def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list
         header = Header(kind, data[_FIXED.size : table_at].decode(), clients, weight, nonce)
     except UnicodeDecodeError as error:
         raise Rejected("code", "a sender that is no text") from error
-    code = hmac.digest(keys.authority.key(header.party), data[:-_CODE], "sha256")
+    view = memoryview(data)
+    code = hmac.digest(keys.authority.key(header.party), view[:-_CODE], "sha256")
     if not hmac.compare_digest(code, data[-_CODE:]):
         raise Rejected("code", "a message whose authentication code does not match")
     lengths = struct.unpack_from(f">{count}I", data, table_at)
@@ -168,6 +172,6 @@ def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list
         raise Rejected("weight", f"weight {weight} where at most {heaviest} can be right")
     ciphertexts, at = [], body_at
     for length in lengths:
-        ciphertexts.append(data[at : at + length])
+        ciphertexts.append(view[at : at + length])
         at += length
     return header, ciphertexts

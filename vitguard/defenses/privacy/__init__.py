@@ -1,7 +1,26 @@
 """Differential privacy: per record (`DifferentialPrivacy`) and per client (`ClientPrivacy`)."""
 
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent
+from vitguard.defenses.privacy.client import ClientPrivacy
 from vitguard.defenses.privacy.defense import DifferentialPrivacy
 from vitguard.defenses.privacy.losses import PerExample
+from vitguard.defenses.privacy.verification import (
+    audit_epsilon,
+    measure_noise,
+    measure_sensitivity,
+    one_run_audit,
+    reconstruction_bound,
+)
 
-__all__ = ["DifferentialPrivacy", "Ledger", "PerExample", "PrivacySpent"]
+__all__ = [
+    "ClientPrivacy",
+    "DifferentialPrivacy",
+    "Ledger",
+    "PerExample",
+    "PrivacySpent",
+    "audit_epsilon",
+    "measure_noise",
+    "measure_sensitivity",
+    "one_run_audit",
+    "reconstruction_bound",
+]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vitguard.defenses._base import Installed
 from vitguard.defenses.privacy.engine import Engine
+from vitguard.defenses.privacy.losses import auxiliary_losses
 from vitguard.errors import Incompatible
 
 __all__ = ["check_model", "probe"]
@@ -72,10 +72,7 @@ def probe(model: nn.Module, images: Tensor, engine: Engine) -> None:
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             with engine.watch(model, images) as tape:
                 outputs = model(images)
-            engine.verify(tape, outputs, images)
-        for piece in model.modules():
-            if isinstance(piece, Installed):
-                piece.per_example_auxiliary()
-                piece.auxiliary_loss()
+            auxiliary = auxiliary_losses(model, len(images))
+            engine.verify(model, tape, (outputs, auxiliary), images)
     finally:
         model.train(training)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.core import Batch, Loss
-from vitguard.defenses._base import Draws, Installed, StepDefense
+from vitguard.defenses._base import Defense, Draws, StepDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
-from vitguard.defenses.privacy.checks import check_model, probe
+from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.engine import Clipped, Engine, clipped_sum
-from vitguard.defenses.privacy.losses import per_example_losses
+from vitguard.defenses.privacy.losses import auxiliary_losses, per_example_losses
+from vitguard.defenses.privacy.training import paused
 from vitguard.errors import Unprotected, expected, missing_extra
-from vitguard.vit import canonical_name, logits_of
+from vitguard.vit import Anatomy, canonical_name, logits_of
 
 __all__ = ["DifferentialPrivacy"]
 
@@ -53,7 +54,6 @@ class DifferentialPrivacy(StepDefense):
         physical_batch: Most examples in memory at once; larger batches come in pieces, and the
             step follows the last.
         secure_mode: Opacus's noise against floating-point attacks; needs torchcsprng.
-        check: Compare the first pass of every kind with plain gradients.
 
     Raises:
         InputError: A value out of range, or both `epsilon` and `noise`.
@@ -77,7 +77,6 @@ class DifferentialPrivacy(StepDefense):
     accountant: Literal["prv", "rdp"] = "prv"
     physical_batch: int | None = None
     secure_mode: bool = False
-    check: bool = True
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and self.noise is not None:
@@ -99,7 +98,7 @@ class DifferentialPrivacy(StepDefense):
         if self.physical_batch is not None and self.physical_batch < 1:
             raise expected("physical_batch of at least 1", self.physical_batch)
 
-    def check_model(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
         """Raise Incompatible if no per-example gradient can be told for the model."""
         check_model(model)
 
@@ -172,17 +171,13 @@ class DifferentialPrivacy(StepDefense):
 
     def _engine(self) -> Engine:
         if self.engine == "bookkeeping":
-            return Engine(check=self.check)
+            return Engine()
         try:
             from vitguard.defenses.privacy.samplers import OpacusEngine
         except ImportError as error:
             raise missing_extra("engine='opacus'", "opacus") from error
         return OpacusEngine()
 
-    def probe(self, model: nn.Module, images: Tensor, engine: Engine) -> None:
-        """Raise Incompatible if recorded gradients differ from plain ones on a few examples."""
-        if self.check:
-            probe(model, images, engine)
 
 
 @functools.lru_cache(maxsize=64)
@@ -202,13 +197,13 @@ def _clip(engine: Engine, model: nn.Module, loss: Loss, batch: Batch, clip: floa
     for p in held:
         p.grad = None
     try:
-        with torch.enable_grad(), engine.watch(model, batch.images) as tape:
+        with torch.enable_grad(), paused(model), engine.watch(model, batch.images) as tape:
             outputs = model(batch.images)
-        engine.verify(tape, outputs)
-        losses = per_example_losses(loss, logits_of(outputs), batch.labels)
-        for piece in _pieces(model):
-            losses = losses + _auxiliary(piece, len(losses))
-        torch.autograd.backward(losses.sum())
+        with torch.enable_grad():
+            auxiliary = auxiliary_losses(model, len(batch.labels))
+            engine.verify(model, tape, (outputs, auxiliary))
+            losses = per_example_losses(loss, logits_of(outputs), batch.labels)
+            torch.autograd.backward(sum(auxiliary, start=losses).sum())
         if leaked := tape.leak():
             raise Unprotected(
                 f"Expected every gradient to come through clipping, got one of {leaked} around it."
@@ -217,20 +212,3 @@ def _clip(engine: Engine, model: nn.Module, loss: Loss, batch: Batch, clip: floa
     finally:
         for p in model.parameters():
             p.grad = held.get(p)
-
-
-def _pieces(model: nn.Module) -> list[Installed]:
-    return [m for m in model.modules() if isinstance(m, Installed)]
-
-
-def _auxiliary(piece: Installed, size: int) -> Tensor | float:
-    """Return a defense's own loss for each example; one that has only a total is refused."""
-    values, total = piece.per_example_auxiliary(), piece.auxiliary_loss()
-    if values is None and total is None:
-        return 0.0
-    if values is None or values.shape != (size,):
-        raise Unprotected(
-            f"Expected an auxiliary loss for each example from {type(piece).__name__}, got a total. "
-            "Its gradient cannot be clipped by example: set its weight to 0 or use dal='tokens'."
-        )
-    return values

@@ -71,7 +71,8 @@ def slots(tape: Tape, root: Root) -> Tensor:
 def _record_matrix(root: Root, x: Tensor, g: Tensor) -> None:
     """Record `g[i].T @ x[i]`: as factors where that is cheaper and nothing else uses the root."""
     dtype = root.leaf.dtype
-    products = Products(x.to(dtype), g.to(dtype), root.leaf.shape)
+    # Detached: inputs that knew their graph would keep it, and the tape, alive in a cycle.
+    products = Products(x.detach().to(dtype), g.detach().to(dtype), root.leaf.shape)
     if root.entries == 1 and prefer_products(x.shape[1], g.shape[2], x.shape[2]):
         root.uses.append(products)
     else:

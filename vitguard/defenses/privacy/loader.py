@@ -95,9 +95,15 @@ class PoissonLoader:
             size = max(real, 1)
             step = min(self.physical or size, size)
             starts = range(0, size, step)
+            key = int(torch.randint(2**62, (), generator=self.batch_sampler.generator))
             for start in starts:
                 stop = min(start + step, size)
-                self.training.announce(stop - start, min(real, stop) - start, stop == size)
+                self.training.announce(
+                    stop - start,
+                    min(real, stop) - start,
+                    last=stop == size,
+                    key=key if len(starts) > 1 else None,
+                )
                 yield batch if len(starts) == 1 else _cut(batch, start, stop, size)
 
 

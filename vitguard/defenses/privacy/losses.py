@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from vitguard.core import Loss
-from vitguard.errors import expected
+from vitguard.defenses._base import Installed
+from vitguard.errors import Unprotected, expected
 
-__all__ = ["PerExample", "per_example_losses"]
+__all__ = ["PerExample", "auxiliary_losses", "per_example_losses"]
 
 
 def per_example_losses(loss: Loss, outputs: Any, labels: Tensor) -> Tensor:
@@ -40,6 +41,26 @@ def per_example_losses(loss: Loss, outputs: Any, labels: Tensor) -> Tensor:
             raise expected("a loss that is one number for one example", value)
         values.append(value.reshape(()))
     return torch.stack(values)
+
+
+def auxiliary_losses(model: nn.Module, size: int) -> list[Tensor]:
+    """Return the losses that the defenses on a model add to each example, (size,) each.
+
+    Raises:
+        Unprotected: A defense has a total only, which cannot be clipped by example.
+    """
+    found = []
+    for piece in (m for m in model.modules() if isinstance(m, Installed)):
+        values = piece.per_example_auxiliary()
+        if values is None and piece.auxiliary_loss() is None:
+            continue
+        if values is None or values.shape != (size,):
+            raise Unprotected(
+                f"Expected an auxiliary loss for each example from {type(piece).__name__}, got a "
+                "total: its gradient cannot be clipped by example. Leave that loss out."
+            )
+        found.append(values)
+    return found
 
 
 class PerExample(nn.Module):

@@ -39,7 +39,7 @@ class _BookKeeping:
         self._handle = self.original_optimizer.register_step_pre_hook(self._refuse_others)
 
     def _refuse_others(self, *_: Any) -> None:
-        if not self._open:
+        if not self._open and self._training.live:
             raise Unprotected(
                 "Expected a step of the private optimizer, got one of the optimizer it replaced. "
                 "Use the optimizer that guard.prepare returned."
@@ -63,6 +63,10 @@ class _BookKeeping:
             total = sums.get(self._names[id(p)])
             total = torch.zeros_like(p) if total is None else total.to(p.dtype).view_as(p)
             p.summed_grad = total if p.summed_grad is None else p.summed_grad + total  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients: to None always, so that one made around the clipping shows."""
+        super().zero_grad(True)  # type: ignore[misc]
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         self.clip_and_accumulate()

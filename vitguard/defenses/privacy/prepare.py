@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from vitguard.defenses._base import Draws
 from vitguard.defenses.privacy.accounting import Ledger
-from vitguard.defenses.privacy.checks import check_model
+from vitguard.defenses.privacy.checks import check_model, probe
 from vitguard.defenses.privacy.loader import PoissonLoader
 from vitguard.defenses.privacy.training import PrivateTraining
 from vitguard.errors import Incompatible, expected, missing_extra
@@ -55,7 +55,7 @@ def prepare_training(
     steps = math.ceil((defense.epochs or 1) * len(poisson))
     noise = defense.multiplier(poisson.rate, steps)
     _replace(model, training)
-    defense.probe(model, _examples(loader, model), engine)
+    probe(model, _examples(loader, model), engine)
     for p in model.parameters():
         p.grad = None
     training.install(model)
@@ -76,13 +76,13 @@ def prepare_training(
 
 def _replace(model: nn.Module, training: PrivateTraining) -> None:
     """Put the training state beside the other defenses' pieces; an earlier one goes."""
+    for hook in list(model._forward_pre_hooks.values()):
+        earlier = getattr(hook, "__self__", None)
+        if isinstance(earlier, PrivateTraining):
+            earlier.uninstall(model)
     protection = getattr(model, "vitguard", None)
-    if not isinstance(protection, nn.Module):
-        return
-    earlier = getattr(protection, "privacy", None)
-    if isinstance(earlier, PrivateTraining):
-        earlier.uninstall(model)
-    protection.add_module("privacy", training)
+    if isinstance(protection, nn.Module):
+        protection.add_module("privacy", training)
 
 
 def _noise_source(defense: DifferentialPrivacy, model: nn.Module, draws: Draws) -> Any:

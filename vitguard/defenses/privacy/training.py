@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,20 @@ from vitguard.defenses.privacy.engine import Engine, Watch
 from vitguard.defenses.privacy.tape import Tape
 from vitguard.errors import Unprotected
 
-__all__ = ["PrivateTraining"]
+__all__ = ["PrivateTraining", "paused"]
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Let passes through that are no part of the training loop, such as Guard.update's."""
+    live = [m for m in model.modules() if isinstance(m, PrivateTraining) and m.live]
+    for training in live:
+        training.live = False
+    try:
+        yield
+    finally:
+        for training in live:
+            training.live = True
 
 
 class PrivateTraining(Installed):
@@ -30,10 +45,11 @@ class PrivateTraining(Installed):
         self.due: tuple[int, int, bool] | None = None
         self.tape: Tape | None = None
         self._watch: Watch | None = None
+        self._key: int | None = None
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = {"live": False, "due": None, "tape": None, "_watch": None}
+        transient = {"live": False, "due": None, "tape": None, "_watch": None, "_key": None}
         return {**self.__dict__, **transient}
 
     def install(self, model: nn.Module) -> None:
@@ -48,9 +64,16 @@ class PrivateTraining(Installed):
         self._handles = []
         self.live = False
 
-    def announce(self, size: int, real: int, last: bool) -> None:
-        """Say what comes next: a batch of `size`, whose first `real` count, and if it is a step's last."""
-        self.due, self.tape = (size, real, last), None
+    def announce(self, size: int, real: int, *, last: bool = True, key: int | None = None) -> None:
+        """Say what comes next.
+
+        Args:
+            size: Examples handed out; the first `real` of them count.
+            last: Whether the step follows.
+            key: Of the draw that the pieces of one batch share, for defenses that draw once for a
+                whole batch.
+        """
+        self.due, self.tape, self._key = (size, real, last), None, key
 
     def take(self) -> tuple[Tape, int, bool]:
         """Return the pass of the announced batch, once."""
@@ -74,6 +97,10 @@ class PrivateTraining(Installed):
                 f"Expected one training pass for each batch of the private loader, got a batch of "
                 f"{size} where the batch due was {due}. Use the loader that guard.prepare returned."
             )
+        for piece in model.modules():
+            if isinstance(piece, Installed) and piece.one_draw():
+                keys = None if self._key is None else torch.full((size,), self._key)
+                piece.key_examples(keys)
         tape = self.engine.tape(model, size)
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
@@ -88,4 +115,4 @@ class PrivateTraining(Installed):
         watch, self._watch = self._watch, None
         watch.__exit__(None, None, None)
         if output is not None and self.tape is not None:
-            self.engine.verify(self.tape, output)
+            self.engine.verify(model, self.tape, output)

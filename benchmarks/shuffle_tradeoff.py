@@ -1,0 +1,285 @@
+"""What the patch shuffle costs in accuracy, and what the audit still gets out of it.
+
+    python benchmarks/shuffle_tradeoff.py train  --out RUNS [--seeds 3 --images 10000 --epochs 6]
+    python benchmarks/shuffle_tradeoff.py audit  --out RUNS [--photos 4]
+    python benchmarks/shuffle_tradeoff.py report --out RUNS --docs docs
+
+`train` trains every configuration with the same steps (examples/train_cifar10.py does it), one
+JSON line and one weight file a run; stopped and started again it goes on with the next run.
+`audit` attacks one gradient of each trained model at batch size 1, and keeps what it has done.
+`report` writes `images/shuffle-tradeoff.png` and `shuffle-results.md` from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vitguard as vg
+from vitguard.metrics import baseline
+from vitguard.registry import attack_types, parse_stack
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import train_cifar10
+
+RATIO = 0.7
+RATIOS = (0.05, 0.1, 0.3, 0.5, 0.9)
+CONFIGURATIONS = {
+    "plain": "none",
+    "shuffle": "shuffle:ratio={ratio}",
+    "shuffle + DAL(positions)": "shuffle:ratio={ratio},steps={steps},dal=positions",
+    "sincos": "positions:kind=sincos",
+    "sincos + shuffle + DAL(tokens)": (
+        "positions:kind=sincos+shuffle:ratio={ratio},steps={steps},dal=tokens"
+    ),
+}
+ATTACKS = ("position", "span", "gelu-span", "ladder")
+
+
+def runs(seeds: int, steps: int) -> Iterator[tuple[str, float, int, str]]:
+    """Yield (configuration, ratio, seed, spec): one seed of all first, then ratios, then seeds."""
+
+    def table(seed: int) -> Iterator[tuple[str, float, int, str]]:
+        for name, spec in CONFIGURATIONS.items():
+            ratio = RATIO if "shuffle" in name else 0.0
+            yield name, ratio, seed, spec.format(ratio=ratio, steps=steps)
+
+    yield from table(0)
+    for ratio in RATIOS:
+        yield "shuffle", ratio, 0, CONFIGURATIONS["shuffle"].format(ratio=ratio)
+    for seed in range(1, seeds):
+        yield from table(seed)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train what is not there yet."""
+    arguments = [
+        f"--images={options.images}", f"--epochs={options.epochs}", f"--width={options.width}",
+        f"--depth={options.depth}", f"--image-size={options.image_size}", "--device=cpu",
+        f"--batch-size={options.batch_size}",
+    ]  # fmt: skip
+    given = train_cifar10.parser().parse_args(arguments)
+    data = train_cifar10.load_data(options.data, images=given.images, image_size=given.image_size)
+    steps = given.epochs * (len(data.train) // given.batch_size)
+    done = {(r["configuration"], r["ratio"], r["seed"]) for r in _lines(options.out, "runs")}
+    for name, ratio, seed, spec in runs(options.seeds, steps):
+        if (name, ratio, seed) in done:
+            continue
+        if options.until and time.strftime("%H:%M", time.gmtime()) >= options.until:
+            break
+        given.seed, given.defense = seed, spec
+        training = train_cifar10.Training(given, data)
+        started = time.perf_counter()
+        accuracy = training.run(quiet=True)
+        torch.save(training.model.state_dict(), options.out / f"{_file(name, ratio, seed)}.pt")
+        line = {
+            "configuration": name, "ratio": ratio, "seed": seed, "spec": spec,
+            "accuracy": accuracy, "steps": training.step, "images": len(data.train),
+            "epochs": given.epochs, "width": given.width, "depth": given.depth,
+            "image_size": given.image_size, "batch_size": given.batch_size,
+            "classes": data.classes, "seconds": time.perf_counter() - started,
+        }  # fmt: skip
+        _append(options.out, "runs", line)
+        print(f"{name:32} ratio {ratio:4} seed {seed}: {accuracy:.4f} in {line['seconds']:.0f} s")
+
+
+def audit(options: argparse.Namespace) -> None:
+    """Attack what was trained and not attacked yet."""
+    attacks = [a for a in options.attacks or ATTACKS if a in attack_types()]
+    done = {(r["configuration"], r["ratio"], r["seed"], r["attack"]) for r in _audits(options.out)}
+    for run in _lines(options.out, "runs"):
+        key = (run["configuration"], run["ratio"], run["seed"])
+        missing = [a for a in attacks if (*key, a) not in done]
+        if not missing or run["seed"] >= options.seeds:
+            continue
+        given = train_cifar10.parser().parse_args([])
+        given.width, given.depth, given.image_size = run["width"], run["depth"], run["image_size"]
+        data = train_cifar10.load_data(options.data, images=10, image_size=given.image_size)
+        pixels, labels = data.test[: options.photos]
+        pixels = pixels.float() / 255
+        model = train_cifar10.build(given, run["classes"])
+        state = torch.load(options.out / f"{_file(*key)}.pt", weights_only=True)
+        model.load_state_dict({k: v for k, v in state.items() if not k.startswith("vitguard.")})
+        floor = baseline(pixels, (given.patch_size,) * 2)
+        for attack in missing:
+            started = time.perf_counter()
+            report = vg.audit(
+                model, (pixels, labels), defenses=parse_stack(run["spec"]), attacks=[attack],
+                batch_size=1, normalization=train_cifar10.NORMALIZATION,
+            )  # fmt: skip
+            finding = report.findings[-1]
+            line = dict(zip(("configuration", "ratio", "seed"), key, strict=True)) | {
+                "attack": attack, "verdict": finding.verdict,
+                "psnr": list(finding.psnr.per_image) if finding.psnr else None,
+                "patch_psnr": list(finding.patch_psnr.per_image) if finding.patch_psnr else None,
+                "mask": [finding.mask.precision, finding.mask.recall] if finding.mask else None,
+                "floor": floor.psnr.tolist(), "patch_floor": floor.patch_psnr.tolist(),
+                "seconds": time.perf_counter() - started,
+            }  # fmt: skip
+            _append(options.out, "audits", line)
+            print(f"{key} {attack}: {finding.verdict} in {line['seconds']:.0f} s", flush=True)
+
+
+def best(audits: list[dict[str, Any]], run: dict[str, Any], what: str) -> float | None:
+    """Return the median over images of the best attack's dB, None where no attack applied."""
+    same = ("configuration", "ratio", "seed")
+    rows = [a[what] for a in audits if a[what] and all(a[k] == run[k] for k in same)]
+    return statistics.median(max(each) for each in zip(*rows, strict=True)) if rows else None
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the table and the figure."""
+    done, audits = _lines(options.out, "runs"), _audits(options.out)
+    if not done:
+        raise SystemExit(f"Expected runs in {options.out}, found none. Run `train` first.")
+    (options.docs / "images").mkdir(parents=True, exist_ok=True)
+    text = "\n".join(["<!-- made by benchmarks/shuffle_tradeoff.py -->", "", *_table(done, audits)])
+    (options.docs / "shuffle-results.md").write_text(text + "\n")
+    _figure(done, audits, options.docs / "images" / "shuffle-tradeoff.png")
+
+
+def _table(done: list[dict[str, Any]], audits: list[dict[str, Any]]) -> Iterator[str]:
+    first = done[0]
+    yield (
+        f"ViT of width {first['width']}, depth {first['depth']}, {first['image_size']} px in 4 px "
+        f"patches, {first['images']} CIFAR-10 images, {first['steps']} steps of "
+        f"{first['batch_size']}, AdamW; accuracy on 2,000 test images; "
+        "attacks on one gradient of single test images."
+    )
+    yield ""
+    yield (
+        "| configuration | ratio | seeds | accuracy % (range) | image dB (raw) "
+        "| content dB (matched) | mask precision / recall |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    places = {name: i for i, name in enumerate(CONFIGURATIONS)}
+    rows = {(r["configuration"], r["ratio"]) for r in done}
+    for name, ratio in sorted(
+        rows, key=lambda row: (row[1] not in (0, RATIO), places[row[0]], row)
+    ):
+        group = [r for r in done if (r["configuration"], r["ratio"]) == (name, ratio)]
+        accuracy = [100 * r["accuracy"] for r in group]
+        spread = f" ({min(accuracy):.1f} to {max(accuracy):.1f})" if len(group) > 1 else ""
+        masks = [
+            a["mask"] for a in audits
+            if (a["configuration"], a["ratio"]) == (name, ratio) and a["mask"]
+        ]  # fmt: skip
+        cells = [
+            name, f"{ratio:g}" if ratio else "", str(len(group)),
+            f"{statistics.mean(accuracy):.1f}{spread}",
+            _decibels(best(audits, group[0], "psnr")),
+            _decibels(best(audits, group[0], "patch_psnr")),
+            " / ".join(_share(max((m[i] or 0) for m in masks)) for i in (0, 1)) if masks else "",
+        ]  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
+    if audits:
+        flat, patches = (statistics.median(audits[0][k]) for k in ("floor", "patch_floor"))
+        yield ""
+        yield f"Floors: best flat image {flat:.1f} dB, best flat patches {patches:.1f} dB."
+
+
+def _figure(done: list[dict[str, Any]], audits: list[dict[str, Any]], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("The figure needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sweep = [r for r in done if r["seed"] == 0 and r["configuration"] in ("plain", "shuffle")]
+    sweep.sort(key=lambda r: r["ratio"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    ratios = [r["ratio"] for r in sweep]
+    left.plot(ratios, [100 * r["accuracy"] for r in sweep], "o-", color="black", label="one seed")
+    for (name, ratio), marker in zip(
+        dict.fromkeys((r["configuration"], r["ratio"]) for r in done if r["ratio"] in (0, RATIO)),
+        "sDv^P", strict=False,
+    ):  # fmt: skip
+        group = [r for r in done if (r["configuration"], r["ratio"]) == (name, ratio)]
+        accuracy = [100 * r["accuracy"] for r in group]
+        middle = statistics.mean(accuracy)
+        around = [[middle - min(accuracy)], [max(accuracy) - middle]]
+        left.errorbar([ratio], [middle], around, fmt=marker, capsize=4, label=name, alpha=0.7)
+    left.set(xlabel="ratio of patches shuffled", ylabel="test accuracy, %", title="What it costs")
+    left.legend(fontsize=7)
+    for what, colour, label in (
+        ("psnr", "tab:blue", "image (order and content), raw PSNR"),
+        ("patch_psnr", "tab:red", "content, patches matched"),
+    ):
+        known = [(r["ratio"], best(audits, r, what)) for r in sweep]
+        known = [(x, y) for x, y in known if y is not None]
+        right.plot(*zip(*known, strict=True), "o-", color=colour, label=label) if known else None
+    if audits:
+        for key, style, label in (
+            ("floor", ":", "flat image"), ("patch_floor", "--", "flat patches"),
+        ):  # fmt: skip
+            level = statistics.median(audits[0][key])
+            right.axhline(level, color="grey", linestyle=style, label=f"no information: {label}")
+    right.set(
+        xlabel="ratio of patches shuffled", ylabel="dB, best attack", yscale="log",
+        title="What one gradient still tells (batch size 1)",
+    )  # fmt: skip
+    ticks = [5, 10, 20, 50, 100]
+    right.set_yticks(ticks, [str(t) for t in ticks])
+    right.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def _decibels(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _file(name: str, ratio: float, seed: int) -> str:
+    return "".join(c if c.isalnum() else "_" for c in f"{name}-{ratio}-{seed}")
+
+
+def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _audits(folder: Path) -> list[dict[str, Any]]:
+    return _lines(folder, "audits")
+
+
+def _append(folder: Path, name: str, line: dict[str, Any]) -> None:
+    with open(folder / f"{name}.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    """Read the command line and do one of the three."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("train", "audit", "report"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--data", help="folder with cifar10.npz; VITGUARD_DATA by default")
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--seeds", type=int, default=3, help="to train; audit: seeds below this")
+    parser.add_argument("--images", type=int, default=10000)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--image-size", type=int, default=24)
+    parser.add_argument("--photos", type=int, default=4, help="test images to attack")
+    parser.add_argument("--attacks", nargs="+", help="instead of all exact ones")
+    parser.add_argument("--until", help="start no run after this time of day, HH:MM in UTC")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    {"train": train, "audit": audit, "report": report}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,363 @@
+"""The training loop: prepare, Poisson batches, pieces, the ledger, and what is refused."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from privacy_models import build
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from vitguard.defenses.positions import FixedPositions
+from vitguard.defenses.privacy import DifferentialPrivacy, Ledger
+from vitguard.defenses.shuffle import PatchShuffle
+from vitguard.errors import Incompatible, InputError, MissingExtra, Unprotected
+from vitguard.guard import protect
+
+pytest.importorskip("opacus")
+
+
+def data(count=24, dtype=torch.float32):
+    torch.manual_seed(5)
+    return TensorDataset(torch.randn(count, 3, 32, 32, dtype=dtype), torch.randint(0, 10, (count,)))
+
+
+def protected(*, stack=(), batch=6, count=24, dtype=torch.float32, seed=0, lr=0.1, **settings):
+    settings = {"noise": 1.0, "delta": 1e-3} | settings
+    model = build("vit", dtype)
+    generator = torch.Generator().manual_seed(seed)
+    guard = protect(model, [*stack, DifferentialPrivacy(**settings)], generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    loader = DataLoader(data(count, dtype), batch_size=batch)
+    return model, guard, optimizer, loader
+
+
+def train(model, guard, optimizer, loader, passes=1):
+    for _ in range(passes):
+        for images, labels in loader:
+            loss = F.cross_entropy(model(images), labels) + guard.auxiliary_loss()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        [],
+        [FixedPositions("sincos"), PatchShuffle(ratio=0.5, dal="tokens")],
+        [PatchShuffle(ratio=0.5, dal="positions")],
+    ],
+    ids=["plain", "tokens", "positions"],
+)
+def test_training_steps_and_keys_and_structure_of_the_model_stay(stack):
+    model, guard, optimizer, loader = protected(stack=stack)
+    keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
+    before = weights(model)
+    private, poisson = guard.prepare(optimizer, loader)
+    assert list(model.state_dict()) == keys
+    train(model, guard, private, poisson, passes=2)
+    assert not torch.equal(before, weights(model))
+    assert torch.isfinite(weights(model)).all()
+    assert guard.privacy_spent().steps == 2 * len(poisson) == 8
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in model.modules() if "Private" not in type(m).__name__] == kinds
+    guard.remove()
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    model(torch.randn(2, 3, 32, 32))
+
+
+def test_a_step_is_the_clipped_sum_over_the_expected_batch():
+    model, guard, optimizer, loader = protected(noise=0.0, clip=0.3, dtype=torch.float64, lr=1.0)
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    private, poisson = guard.prepare(optimizer, loader)
+    images, labels = next(iter(poisson))
+    twin = copy.deepcopy(model)
+    F.cross_entropy(model(images), labels).backward()
+    private.step()
+    total = {k: torch.zeros_like(p) for k, p in before.items()}
+    names, parameters = zip(*twin.named_parameters(), strict=True)
+    for i in range(len(images)):
+        value = F.cross_entropy(twin(images[i : i + 1]), labels[i : i + 1])
+        gradients = torch.autograd.grad(value, parameters)
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        for k, g in zip(names, gradients, strict=True):
+            total[k] += g * min(1.0, 0.3 / float(norm))
+    for k, p in model.named_parameters():
+        assert torch.allclose(before[k] - p, total[k] / 6, atol=1e-12), k
+
+
+def test_pieces_of_a_batch_make_the_same_step():
+    after = []
+    for pieces in (None, 2):
+        model, guard, optimizer, loader = protected(
+            noise=0.5, dtype=torch.float64, physical_batch=pieces
+        )
+        private, poisson = guard.prepare(optimizer, loader)
+        train(model, guard, private, poisson)
+        after.append(weights(model))
+        assert guard.privacy_spent().steps == len(loader)
+    assert torch.allclose(*after, atol=1e-10)
+
+
+def test_pieces_of_a_batch_share_one_mask():
+    stack = [PatchShuffle(ratio=0.5, draw="batch")]
+    model, guard, optimizer, loader = protected(stack=stack, physical_batch=1)
+    _, poisson = guard.prepare(optimizer, loader)
+    masks, ends = [], []
+    for images, _labels in poisson:
+        ends.append(model.vitguard.privacy.due[2])
+        model(images)
+        masks.append(guard.truth()["shuffled"][0])
+    first = ends.index(True) + 1
+    assert first > 1
+    assert all(torch.equal(m, masks[0]) for m in masks[:first])
+    assert not all(torch.equal(m, masks[0]) for m in masks)
+
+
+def test_empty_poisson_batches_step_on_noise_alone():
+    model, guard, optimizer, loader = protected(batch=1, count=40, noise=0.0)
+    private, poisson = guard.prepare(optimizer, loader)
+    empty = 0
+    for images, labels in poisson:
+        real = model.vitguard.privacy.due[1]
+        before = weights(model)
+        F.cross_entropy(model(images), labels).backward()
+        private.step()
+        private.zero_grad()
+        if not real:
+            empty += 1
+            assert torch.equal(before, weights(model))
+    assert empty and guard.privacy_spent().steps == 40
+
+
+def test_batches_are_poisson_samples():
+    model, guard, optimizer, loader = protected(batch=6, count=24)
+    _, poisson = guard.prepare(optimizer, loader)
+    sizes = torch.tensor([model.vitguard.privacy.due[1] for _ in range(100) for _ in poisson]) * 1.0
+    assert sizes.mean().item() == pytest.approx(6, abs=0.5)
+    assert sizes.var().item() == pytest.approx(24 * 0.25 * 0.75, rel=0.3)
+
+
+def test_step_noise_has_standard_deviation_noise_times_clip():
+    model, guard, optimizer, loader = protected(noise=2.0, clip=0.25, lr=1.0)
+    private, poisson = guard.prepare(optimizer, loader)
+    images, labels = next(iter(poisson))
+    before = weights(model)
+    (0 * F.cross_entropy(model(images), labels)).backward()
+    private.step()
+    moved = (weights(model) - before) * 6
+    assert moved.std().item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_ledger_is_plain_data_and_a_resumed_run_continues_it():
+    model, guard, optimizer, loader = protected()
+    private, poisson = guard.prepare(optimizer, loader)
+    train(model, guard, private, poisson)
+    saved = guard.state_dict()["ledger"]
+    assert json.loads(json.dumps(saved)) == saved
+    model, guard, optimizer, loader = protected()
+    state = guard.state_dict() | {"ledger": saved}
+    guard.load_state_dict(state)
+    private, poisson = guard.prepare(optimizer, loader)
+    train(model, guard, private, poisson)
+    assert guard.privacy_spent().steps == 8
+    guard.load_state_dict(state)  # after prepare: the optimizer goes on with what was loaded
+    train(model, guard, private, poisson)
+    assert guard.privacy_spent().steps == 8
+
+
+def test_preparing_again_for_another_round_composes():
+    model, guard, optimizer, loader = protected()
+    for _ in range(3):
+        optimizer, poisson = guard.prepare(optimizer, loader)
+        train(model, guard, optimizer, poisson)
+    assert guard.privacy_spent().steps == 12
+    assert len(model._forward_pre_hooks) == 1
+
+
+def test_target_epsilon_is_spent_after_the_epochs_and_not_exceeded():
+    model, guard, optimizer, loader = protected(noise=None, epsilon=3.0, epochs=2)
+    private, poisson = guard.prepare(optimizer, loader)
+    train(model, guard, private, poisson, passes=2)
+    assert 2.9 < guard.privacy_spent().epsilon <= 3.0
+
+
+def test_without_noise_epsilon_is_infinite():
+    model, guard, optimizer, loader = protected(noise=0.0)
+    private, poisson = guard.prepare(optimizer, loader)
+    train(model, guard, private, poisson)
+    assert guard.privacy_spent().epsilon == math.inf
+
+
+def test_equal_seeds_give_equal_runs_and_checkpoints_resume_exactly():
+    runs = []
+    for _ in range(2):
+        model, guard, optimizer, loader = protected(seed=3)
+        private, poisson = guard.prepare(optimizer, loader)
+        train(model, guard, private, poisson)
+        runs.append(weights(model))
+    assert torch.equal(*runs)
+
+
+def test_copies_train_unwatched_and_evaluation_is_untouched():
+    model, guard, optimizer, loader = protected()
+    guard.prepare(optimizer, loader)
+    twin = copy.deepcopy(model)
+    F.cross_entropy(twin(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
+    assert twin.head.weight.grad is not None
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(5, 3, 32, 32))
+
+
+def test_guard_update_works_beside_training():
+    model, guard, optimizer, loader = protected()
+    guard.prepare(optimizer, loader)
+    update = guard.update(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    assert update.can_read("head.weight")
+
+
+# what is refused
+
+
+def test_old_loader_raises():
+    model, guard, optimizer, loader = protected()
+    guard.prepare(optimizer, loader)
+    with pytest.raises(Unprotected, match="loader"):
+        model(next(iter(loader))[0])
+
+
+def test_old_optimizer_raises():
+    model, guard, optimizer, loader = protected()
+    _, poisson = guard.prepare(optimizer, loader)
+    images, labels = next(iter(poisson))
+    F.cross_entropy(model(images), labels).backward()
+    with pytest.raises(Unprotected, match="optimizer"):
+        optimizer.step()
+
+
+def test_two_passes_for_one_batch_raise():
+    model, guard, optimizer, loader = protected()
+    _, poisson = guard.prepare(optimizer, loader)
+    images, _ = next(iter(poisson))
+    model(images)
+    with pytest.raises(Unprotected, match="one training pass"):
+        model(images)
+
+
+def test_a_step_without_a_pass_raises():
+    model, guard, optimizer, loader = protected()
+    private, poisson = guard.prepare(optimizer, loader)
+    next(iter(poisson))
+    with pytest.raises(Unprotected, match="before each step|each step"):
+        private.step()
+
+
+def test_a_loss_beside_the_outputs_raises():
+    model, guard, optimizer, loader = protected()
+    private, poisson = guard.prepare(optimizer, loader)
+    images, labels = next(iter(poisson))
+    (F.cross_entropy(model(images), labels) + model.head.weight.square().sum()).backward()
+    with pytest.raises(Unprotected, match=r"head\.weight"):
+        private.step()
+
+
+def test_a_pass_in_eval_mode_raises_at_the_step():
+    model, guard, optimizer, loader = protected()
+    private, poisson = guard.prepare(optimizer, loader)
+    images, labels = next(iter(poisson))
+    model.eval()
+    F.cross_entropy(model(images), labels).backward()
+    with pytest.raises(Unprotected):
+        private.step()
+
+
+def test_delta_that_is_not_below_one_over_the_records_raises():
+    _, guard, optimizer, loader = protected(delta=0.1)
+    with pytest.raises(InputError, match="delta below 1 / 24"):
+        guard.prepare(optimizer, loader)
+
+
+def test_target_epsilon_without_epochs_raises():
+    _, guard, optimizer, loader = protected(noise=None, epsilon=3.0)
+    with pytest.raises(InputError, match="epochs"):
+        guard.prepare(optimizer, loader)
+
+
+def test_secure_mode_without_its_package_raises():
+    _, guard, optimizer, loader = protected(secure_mode=True)
+    with pytest.raises(MissingExtra, match="torchcsprng"):
+        guard.prepare(optimizer, loader)
+
+
+def test_missing_opacus_raises_before_training(monkeypatch):
+    _, guard, optimizer, loader = protected()
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    with pytest.raises(MissingExtra, match="opacus"):
+        guard.prepare(optimizer, loader)
+
+
+def test_streams_without_a_length_are_refused():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from data()
+
+    _, guard, optimizer, _ = protected()
+    with pytest.raises(Incompatible, match="dataset with a length"):
+        guard.prepare(optimizer, DataLoader(Stream(), batch_size=2))
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    _, guard, _, loader = protected()
+    stranger = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(Incompatible, match="others among them"):
+        guard.prepare(stranger, loader)
+
+
+def test_batch_norm_is_refused_when_protecting():
+    model = build("vit", torch.float32)
+    model.norm = torch.nn.BatchNorm1d(32)
+    with pytest.raises(Incompatible, match="BatchNorm1d"):
+        protect(model, [DifferentialPrivacy(noise=1.0)])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epsilon": 1.0, "noise": 1.0}, {"epsilon": 0.0}, {"delta": 0.0}, {"delta": 1.0},
+        {"clip": 0.0}, {"noise": -1.0}, {"noise": math.nan}, {"epochs": 0}, {"engine": "ghost"},
+        {"accountant": "gdp"}, {"physical_batch": 0},
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_raise(settings):
+    with pytest.raises(InputError):
+        DifferentialPrivacy(**settings)
+
+
+def test_importing_does_not_import_opacus():
+    code = "import vitguard.defenses.privacy, sys; assert 'opacus' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_plain_models_can_be_prepared_without_a_guard():
+    from vitguard.defenses._base import Draws
+
+    model = build("vit", torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    loader = DataLoader(data(), batch_size=6)
+    defense = DifferentialPrivacy(noise=1.0, delta=1e-3)
+    private, poisson, ledger = defense.prepare(model, optimizer, loader, Draws())
+    for images, labels in poisson:
+        F.cross_entropy(model(images), labels).backward()
+        private.step()
+        private.zero_grad()
+    assert isinstance(ledger, Ledger) and ledger.steps == 4

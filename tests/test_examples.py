@@ -1,0 +1,132 @@
+"""Every example runs in under a minute, and the training script resumes exactly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitguard.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+SMALL = "vit_tiny_patch16_224:img_size=32,patch_size=4,depth=1"
+# arguments that keep it short; {tmp} is an empty folder, {folder} has two classes of images
+ARGUMENTS = {
+    "audit_photo.py": ["--model", SMALL, "--out", "{tmp}/result.png"],
+    "train_cifar10.py": [
+        "--data", "{folder}", "--epochs", "2", "--width", "32", "--depth", "1", "--batch-size", "8",
+        "--defense", "positions:kind=sincos+shuffle:ratio=0.7,dal=tokens", "--mixup", "0.2",
+        "--out", "{tmp}/run", "--tensorboard", "{tmp}/board",
+    ],
+}  # fmt: skip
+FILES = {
+    "audit_photo.py": ["result.png"],
+    "train_cifar10.py": ["run/checkpoint.pt", "run/seen.png", "board"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of ten images."""
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import train_cifar10
+
+    return train_cifar10
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_example_runs_in_under_a_minute(path, tmp_path, folder):
+    assert path.name in ARGUMENTS, f"say in ARGUMENTS how to run {path.name}"
+    places = {"tmp": str(tmp_path), "folder": str(folder)}
+    arguments = [a.format(**places) for a in ARGUMENTS[path.name]]
+    started = sum(os.times()[2:4])
+    ran = subprocess.run(
+        [sys.executable, str(path), *arguments], capture_output=True, text=True, timeout=180,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.strip()
+    assert sum(os.times()[2:4]) - started < 60  # processor seconds of the child
+    for file in FILES[path.name]:
+        assert (tmp_path / file).exists(), file
+
+
+STACKS = ["none", "shuffle:ratio=0.7,schedule=linear,steps=4,dal=positions,dal_head=mlp"]
+
+
+@pytest.mark.parametrize("defense", STACKS)
+def test_a_stopped_run_resumes_to_the_same_weights(script, folder, tmp_path, defense):
+    common = [
+        "--data", str(folder), "--epochs", "2", "--width", "32", "--depth", "1", "--batch-size",
+        "4", "--defense", defense, "--device", "cpu", "--repeatable", "--mixup", "0.4",
+    ]  # fmt: skip
+    script.main([*common, "--out", str(tmp_path / "whole")])
+    script.main([*common, "--out", str(tmp_path / "parts"), "--stop-after", "1"])
+    script.main([*common, "--out", str(tmp_path / "parts"), "--resume"])
+    whole, parts = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        for name in ("whole", "parts")
+    )
+    assert whole["step"] == parts["step"] == 8
+    for name, value in whole["model"].items():
+        assert torch.equal(value, parts["model"][name]), name
+
+
+def test_training_learns_something(script, tmp_path):
+    for name, level in (("dark", 40), ("light", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            pixels = (
+                np.random.default_rng(i).integers(level, level + 50, (16, 16, 3)).astype("uint8")
+            )
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    accuracy = script.main(
+        ["--data", str(tmp_path), "--image-size", "16", "--epochs", "10", "--width", "32",
+         "--depth", "1", "--batch-size", "6", "--lr", "0.003", "--defense", "shuffle:ratio=0.5"]
+    )  # fmt: skip
+    assert accuracy == 1.0
+
+
+def test_cifar_arrays_are_read(script, data_folder):
+    data = script.load_data(str(data_folder), images=20, image_size=32)
+    assert data.train[:][0].shape == (20, 3, 32, 32) and data.train[:][0].dtype == torch.uint8
+    assert len(data.test) == 2000
+    assert data.classes <= 10
+
+
+def test_clear_errors(script, tmp_path, monkeypatch):
+    monkeypatch.delenv("VITGUARD_DATA", raising=False)
+    with pytest.raises(InputError, match="VITGUARD_DATA"):
+        script.main([])
+    with pytest.raises(InputError, match="folder with images"):
+        script.main(["--data", str(tmp_path)])
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "a.png")
+    with pytest.raises(InputError, match="class folders"):
+        script.main(["--data", str(tmp_path / "photos")])
+
+
+def test_augmentation_moves_and_mirrors_each_image_on_its_own(script):
+    pixels = torch.arange(16.0).expand(64, 3, 16, 16).clone()
+    moved = script.augment(pixels, torch.Generator().manual_seed(0))
+    assert moved.shape == pixels.shape
+    rows = {tuple(image[0, 0].tolist()) for image in moved}
+    assert len(rows) > 6
+    assert all(set(row) <= set(range(16)) for row in rows)

@@ -1,0 +1,165 @@
+"""Names and settings from the command line, and third parties' classes."""
+
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import ClassVar, Literal
+
+import pytest
+import torch
+
+from vitguard import registry
+from vitguard.attacks._base import Attack
+from vitguard.attacks.position import PositionInversion
+from vitguard.attacks.span import SpanInversion
+from vitguard.core import Guess
+from vitguard.defenses._base import UpdateDefense
+from vitguard.defenses.noise import GradientNoise
+from vitguard.defenses.positions import FixedPositions
+from vitguard.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("spec", "stack"),
+    [
+        ("none", []),
+        ("positions", [FixedPositions()]),
+        (" positions:kind=frozen ", [FixedPositions("frozen")]),
+        ("noise:scale=1e+2,keep_statistics=yes", [GradientNoise(100.0, True)]),
+        ("positions:kind=none+noise:scale=1e-3", [FixedPositions("none"), GradientNoise(1e-3)]),
+    ],
+)
+def test_a_spec_is_its_stack(spec, stack):
+    assert registry.parse_stack(spec) == stack
+    assert registry.parse_stack(registry.stack_name(stack)) == stack
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ("position", "'position'"),
+        ("", "''"),
+        ("positions:", None),
+        ("positions:kind", "'kind'"),
+        ("positions:sort=frozen", "'sort=frozen'"),
+        ("positions:kind=thawed", "'thawed'"),
+        ("noise:scale=loud", "'loud'"),
+        ("noise:scale=nan", "nan"),
+        ("noise:scale=-1", "-1"),
+        ("noise:keep_statistics=maybe", "'maybe'"),
+        ("positions+", "''"),
+        ("none+noise", "'none'"),
+    ],
+)
+def test_a_wrong_spec_names_the_value(spec, named):
+    if named is None:
+        assert registry.parse_stack(spec) == [FixedPositions()]
+        return
+    with pytest.raises(InputError, match=named):
+        registry.parse_stack(spec)
+
+
+def test_attacks_by_name_group_and_object_once_each():
+    found = registry.parse_attacks(["span", "closed-form", SpanInversion(), "span"])
+    assert found[0] == SpanInversion() and found.count(SpanInversion()) == 1
+    assert PositionInversion() in found and all(a.family == "closed-form" for a in found)
+    everything = registry.parse_attacks("all")
+    assert {a.name for a in everything} == set(registry.attack_types())
+    other = SpanInversion(smooth_iterations=5)
+    assert registry.parse_attack("span:smooth_iterations=5") == other
+    with pytest.raises(InputError, match="closed-form"):
+        registry.parse_attacks("spam")
+
+
+def test_every_group_has_an_attack_or_is_not_offered_empty():
+    families = {t.family for t in registry.attack_types().values()}
+    assert families <= set(registry.GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("3", int, 3),
+        ("3", float, 3.0),
+        ("none", float | None, None),
+        ("0.5", float | None, 0.5),
+        ("a", Literal["a", "b"], "a"),
+        ("2", Literal[1, 2], 2),
+        ("1/2/3", tuple[int, ...], (1, 2, 3)),
+        ("TRUE", bool, True),
+        ("none", str, "none"),
+    ],
+)
+def test_values_are_read_by_their_annotation(text, hint, value):
+    assert registry.parse_value(text, hint, "x") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"), [("3.5", int), ("x", float), ("x", bool), ("x", torch.Tensor)]
+)
+def test_values_that_do_not_fit_are_refused(text, hint):
+    with pytest.raises(InputError, match="x"):
+        registry.parse_value(text, hint, "x")
+
+
+@dataclass(frozen=True)
+class Theirs(Attack):
+    """A third party's attack."""
+
+    name: ClassVar[str] = "theirs"
+    family: ClassVar[str] = "closed-form"
+    needed: int
+
+    def run(self, view, generator):
+        return Guess(torch.zeros(1, *view.image_shape))
+
+
+@dataclass(frozen=True)
+class Impostor(Attack):
+    """An attack that would stand in for a built-in one, and find nothing."""
+
+    name: ClassVar[str] = "span"
+    family: ClassVar[str] = "closed-form"
+
+    def run(self, view, generator):
+        return Guess(torch.zeros(1, *view.image_shape))
+
+
+class TheirDefense(UpdateDefense):
+    name = "their-defense"
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that packages registered these entry points."""
+
+    def install(**points):
+        def find(group):
+            return [
+                EntryPoint(n, f"{__name__}:{v}", group)
+                for n, (g, v) in points.items()
+                if g == group
+            ]
+
+        monkeypatch.setattr(registry, "entry_points", find)
+        registry.attack_types.cache_clear()
+        registry.defense_types.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    registry.attack_types.cache_clear()
+    registry.defense_types.cache_clear()
+
+
+def test_third_parties_are_found_by_entry_point(installed):
+    installed(a=("vitguard.attacks", "Theirs"), d=("vitguard.defenses", "TheirDefense"))
+    assert registry.parse_attack("theirs:needed=3") == Theirs(3)
+    assert registry.defense_types()["their-defense"] is TheirDefense
+    with pytest.raises(InputError, match=r"needed=\.\.\."):
+        registry.parse_attack("theirs")
+
+
+@pytest.mark.parametrize("wrong", ["Impostor", "torch"])
+def test_an_entry_point_cannot_replace_an_attack_or_be_something_else(installed, wrong):
+    installed(a=("vitguard.attacks", wrong))
+    with pytest.raises(InputError):
+        registry.attack_types()

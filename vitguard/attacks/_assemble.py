@@ -1,0 +1,90 @@
+"""From tokens to images: which tokens belong together, and what the missing ones are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitguard.attacks._attention import Attention
+from vitguard.attacks._search import Search
+from vitguard.attacks._spans import Embedding
+from vitguard.core import View
+
+__all__ = ["complete_images", "complete_tokens"]
+
+_WHOLE = 0.05  # largest distance of a membership to 0 or 1 in a complete image
+_LARGEST = 700  # unknowns of one completion
+
+
+def _tokens(search: Search, embedding: Embedding) -> tuple[Tensor, Tensor]:
+    """Embedded tokens z and attended values o of what was found."""
+    found, patches = search.found, search.anatomy.patches
+    shift = search.solver.offset - search.solver.project_bias
+    embedded = found.patch @ embedding.weight.T + shift[found.position]
+    assert len(shift) >= patches
+    return embedded, search.solver.values_attended(found.y)
+
+
+def complete_images(search: Search, attention: Attention, view: View) -> list[Tensor]:
+    """Return the indices (by position) of the tokens of every image that is complete."""
+    anatomy, found = search.anatomy, search.found
+    count = torch.bincount(found.position, minlength=anatomy.patches)
+    if int(count.min()) < 1:
+        return []
+    embedding = Embedding.of(view, anatomy)
+    tokens, attended = _tokens(search, embedding)
+    left = torch.ones_like(found.position, dtype=torch.bool)
+    images: list[Tensor] = []
+    for seed in found.residual.argsort().tolist()[:40]:
+        if not bool(left[seed]) or len(images) == view.update.batch_size:
+            continue
+        member, distance = attention.membership(
+            tokens, attended, embedding.prefix, found.position, anatomy.patches, seed
+        )
+        if distance < _WHOLE and int(member.sum()) == anatomy.patches and bool(left[member].all()):
+            rows = torch.nonzero(member)[:, 0]
+            images.append(rows[found.position[rows].argsort()])
+            left[rows] = False
+    return images
+
+
+def complete_tokens(search: Search, attention: Attention, view: View) -> int:
+    """Fill in the missing tokens of a single image from its attention; return how many.
+
+    The solution is a start for the MLP's equations. Where the attention itself holds to the
+    accepted residual it is a proof of its own, which repeated patches need.
+    """
+    basis, found = search.basis, search.found
+    missing = torch.repeat_interleave(search.missing())
+    unknowns = len(missing) * basis.shape[1]
+    equations = len(found.position) * search.anatomy.width
+    several = len(search.wanted) > search.anatomy.patches + 1  # who shares which is not known
+    if several or not len(missing) or unknowns > _LARGEST or equations < 1.5 * unknowns:
+        return 0
+    embedding = Embedding.of(view, search.anatomy)
+    tokens, attended = _tokens(search, embedding)
+    shift = search.solver.offset - search.solver.project_bias
+    base = torch.cat([search.base(int(i)) for i in missing])
+    draw = torch.randint(len(found.patch), (len(missing),), generator=search.generator)
+    start = (found.patch[draw.to(missing.device)] - base) @ basis
+    spread = float(found.patch.std())
+    moved, residual = attention.complete(
+        torch.cat([embedding.prefix, tokens]), attended, len(embedding.prefix),
+        embedding.weight @ basis, base @ embedding.weight.T + shift[missing], start, spread,
+    )  # fmt: skip
+    patches = base + moved @ basis.T
+    new = search.seed(missing, patches)
+    if residual > search.accept:
+        return new
+    for i, patch in zip(missing.tolist(), patches, strict=True):
+        if int(search.missing()[i]) > 0 and _repeated(search, i, patch):
+            search.add(i, patch, residual)
+            new += 1
+    return new
+
+
+def _repeated(search: Search, position: int, patch: Tensor) -> bool:
+    """Whether the patch is, to the attention's precision, one already found at the position."""
+    here = search.found.patch[search.found.position == position]
+    gap = (here - patch).square().mean(1).sqrt()
+    return bool((gap < 0.02 * search.found.patch.std()).any())

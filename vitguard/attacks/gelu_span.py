@@ -1,0 +1,229 @@
+"""GELU-span: batches, shuffles and sine-cosine positions fall where tokens are fewer than D."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vitguard.attacks._assemble import complete_images, complete_tokens
+from vitguard.attacks._attention import Attention
+from vitguard.attacks._base import Attack
+from vitguard.attacks._family import Solver
+from vitguard.attacks._mlp import Mlp
+from vitguard.attacks._peel import peel
+from vitguard.attacks._seams import place_by_seams
+from vitguard.attacks._search import Search
+from vitguard.attacks._spans import guess_from_patches
+from vitguard.attacks.labels import try_labels
+from vitguard.attacks.span import shuffled_positions
+from vitguard.core import Guess, View
+from vitguard.errors import Blocked, NotApplicable, expected
+from vitguard.vit import Anatomy
+
+__all__ = ["GeluSpan"]
+
+_DROP = 1e-2  # rank drop of the head gradient above which a subtraction was wrong
+
+
+@dataclass(frozen=True)
+class GeluSpan(Attack):
+    """Find the tokens of the first block that its MLP's gradient allows; each proves itself.
+
+    The linear equations of `span` leave an affine family of tokens at each position (a batch, a
+    shuffle's shared position, low-rank positions). A true token's activation also lies in the row
+    space of dL/dW_fc2, which leaves hidden - T equations: many-start Levenberg-Marquardt finds the
+    members that satisfy them, to rounding error. The attention equation then says which tokens form
+    an image and fills in the last missing ones; a complete image is subtracted from the gradient
+    and the rest is a smaller batch.
+
+    Guarantees: a patch marked `verified` satisfies hidden - T equations to below `accept`.
+    Under a shuffle what is verified is the content of a patch; its place is a guess by seams.
+
+    Args:
+        seconds: Time budget; what was found by then is returned.
+        accept: Relative residual below which a token counts as found.
+
+    Raises:
+        NotApplicable: T >= D (no exact attack is known), no plain embedding, no first block of the
+            form x + attention(norm(x)), x + fc2(act(fc1(norm(x)))).
+        Blocked: The gradient of fc1, fc2 or the attention projection is not in the update.
+
+    References:
+        METHODS 2.4b.
+    """
+
+    name: ClassVar[str] = "gelu-span"
+    family: ClassVar[str] = "ladder"
+    seconds: float = 60.0
+    accept: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise expected("seconds above 0", self.seconds)
+        if not 0 < self.accept < 0.01:
+            raise expected("accept between 0 and 0.01", self.accept)
+
+    def run(self, view: View, generator: torch.Generator) -> Guess:
+        """Return one image per member of the batch; unverified patches are the minimum-norm ones."""
+        started = time.monotonic()
+        view = view.gradient()
+        anatomy = Anatomy.of(view.model)
+        _require(view, anatomy)
+        labels = try_labels(view, generator)
+        state = _State(view, anatomy, generator, started + self.seconds, self.accept)
+        try:
+            while state.step():
+                pass
+        except KeyboardInterrupt:
+            state.stopped = "interrupted"
+        details = {
+            "free": state.free,
+            "tokens": state.tokens,
+            "found": int(state.verified.sum()),
+            "verified": float(state.verified.double().mean()),
+            "peeled": state.peeled,
+            "stopped": state.stopped or "",
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        if state.masked is not None:
+            details["order"] = "by seams" if bool(state.masked.any()) else "known"
+        return guess_from_patches(
+            view, anatomy, state.patches, labels=labels if labels is not None else None,
+            verified=state.verified,
+            shuffled=None if state.masked is None else state.masked[None],
+            details=details,
+        )  # fmt: skip
+
+
+def _require(view: View, anatomy: Anatomy) -> None:
+    anatomy.require_plain_embedding()
+    if not anatomy.blocks or not anatomy.blocks[0].pre_norm:
+        raise NotApplicable("the first block is not x + attention(norm(x))")
+    if anatomy.positions is None:
+        raise NotApplicable("without absolute positions every patch has the same equations")
+    tokens = view.update.batch_size * anatomy.tokens
+    if tokens >= anatomy.width:
+        raise NotApplicable(
+            f"{tokens} tokens fill the spans of width {anatomy.width}: no exact attack known"
+        )
+
+
+class _State:
+    """The attack under way: what is left of the batch, and the images made so far."""
+
+    def __init__(
+        self,
+        view: View,
+        anatomy: Anatomy,
+        generator: torch.Generator,
+        deadline: float,
+        accept: float,
+    ) -> None:
+        self.view, self.anatomy, self.generator = view, anatomy, generator
+        self.deadline, self.accept = deadline, accept
+        self.stopped, self.peeled, self.filled = "", 0, 0
+        self.tokens = view.update.batch_size * anatomy.tokens
+        self.unknown = view.extras.get("vitguard.shuffle.unknown")
+        batch = view.update.batch_size
+        weight = view.weight(anatomy.patch_weight)
+        self.patches = weight.new_zeros(batch, anatomy.patches, anatomy.patch_pixels)
+        self.verified = torch.zeros(batch, anatomy.patches, dtype=torch.bool, device=weight.device)
+        self.masked: Tensor | None = None
+        try:
+            self.attention: Attention | None = Attention.of(view, anatomy)
+        except NotApplicable:
+            self.attention = None
+        self._begin()
+        self.free = self.search.free
+
+    def _begin(self) -> None:
+        """Set up the search for the batch that is left."""
+        view, anatomy = self.view, self.anatomy
+        batch = view.update.batch_size
+        mlp = Mlp.of(view, anatomy, anatomy.blocks[0], batch * anatomy.tokens)
+        solver = Solver.of(view, anatomy, self.unknown)
+        self.base = solver.pixels(solver.family(max(solver.free(1e-2), 2)).origin)
+        wanted = torch.full((len(self.base),), batch, device=self.base.device)
+        if self.unknown is not None:
+            misfit = solver.family(max(solver.free(1e-4), 1)).misfit[: anatomy.patches]
+            masked = shuffled_positions(misfit)
+            if batch == 1:
+                self.masked = masked
+                wanted[: anatomy.patches][masked] = 0
+            wanted[anatomy.patches :] = int(masked.sum()) if batch == 1 else batch * anatomy.patches
+        self.search = Search(
+            solver, mlp, anatomy, view.normalization, wanted, self.deadline, self.generator,
+            accept=self.accept,
+        )  # fmt: skip
+
+    def step(self) -> bool:
+        """Search some rounds, use the attention, take complete images out; False when over."""
+        batch = self.view.update.batch_size
+        state = self.search.run(rounds=2)
+        whole: list[Tensor] = []
+        if batch == 1 and state != "done":
+            if self.attention is not None and complete_tokens(
+                self.search, self.attention, self.view
+            ):
+                return True
+        elif batch > 1 and self.unknown is None and self.attention is not None:
+            whole = complete_images(self.search, self.attention, self.view)
+        self._store(whole)
+        if batch == 1 or len(whole) == batch:
+            self.stopped = "" if state in ("done", "") else state
+            return batch == 1 and state == ""
+        if whole:
+            return self._peel(whole)
+        self.stopped = "" if state in ("done", "") else state
+        return state == ""
+
+    def _store(self, whole: list[Tensor]) -> None:
+        """Write the images that are complete, and drafts of the others, behind those peeled."""
+        found, anatomy = self.search.found, self.anatomy
+        base = self.base[: anatomy.patches]
+        rest = torch.ones_like(found.position, dtype=torch.bool)
+        for index, rows in enumerate(whole):
+            self.patches[self.filled + index] = found.patch[rows]
+            self.verified[self.filled + index] = True
+            rest[rows] = False
+        for index in range(self.filled + len(whole), len(self.patches)):
+            patches, put = base.clone(), torch.zeros_like(self.verified[0])
+            rows = torch.nonzero(rest & (found.position < anatomy.patches))[:, 0]
+            for row in rows.tolist():
+                where = int(found.position[row])
+                if not bool(put[where]):
+                    patches[where], put[where], rest[row] = found.patch[row], True, False
+            loose = torch.nonzero(rest & (found.position >= anatomy.patches))[:, 0]
+            if len(loose):
+                holes = ~put if self.masked is None else self.masked & ~put
+                loose = loose[: int(holes.sum())]
+                rest[loose] = False
+                patches, filled = place_by_seams(
+                    anatomy, patches, ~holes, found.patch[loose], self.generator
+                )
+                put = put | filled
+            self.patches[index], self.verified[index] = patches, put
+
+    def _peel(self, whole: list[Tensor]) -> bool:
+        """Subtract the complete images and go on with the rest of the batch."""
+        found, view, anatomy = self.search.found, self.view, self.anatomy
+        left = torch.ones_like(found.position, dtype=torch.bool)
+        for rows in whole:
+            left[rows] = False
+            try:
+                view, _, drop = peel(view, anatomy.unpatchify(found.patch[rows]))
+            except (NotApplicable, Blocked):
+                drop = 1.0
+            if drop > _DROP:
+                self.stopped = "peeling"
+                return False
+        self.peeled += len(whole)
+        self.filled += len(whole)
+        self.view = view
+        self._begin()
+        self.search.seed(found.position[left], found.patch[left])
+        return True

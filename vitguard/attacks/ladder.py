@@ -1,0 +1,162 @@
+"""The ladder: every exact attack, cheapest first, and the guess that explains the update best."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from vitguard.attacks._base import Attack
+from vitguard.attacks._check import mismatch
+from vitguard.attacks.cascade import Cascade
+from vitguard.attacks.gelu_span import GeluSpan
+from vitguard.attacks.position import PositionInversion
+from vitguard.attacks.robust import RobustPosition, RobustSpan
+from vitguard.attacks.span import SpanInversion
+from vitguard.core import Guess, View
+from vitguard.errors import Blocked, NotApplicable, expected
+from vitguard.vit import Anatomy
+
+__all__ = ["Ladder"]
+
+_EXACT = 1e-3  # a relative mismatch below which no further rung is needed
+
+
+@dataclass(frozen=True)
+class Ladder(Attack):
+    """Climb from `position` to `gelu-span`; hand back the guess that verifies itself best.
+
+    Rungs: `position`, `span`, `cascade` (labels of a batch), `gelu-span`, and for damaged gradients
+    `position-robust` and `span-robust`. A rung that does not apply says why in the details. The
+    choice never sees the truth: the adversary recomputes the update from each guess with the known
+    settings (`View.simulate`) and compares, and counts the patches that proved themselves.
+
+    Details: `rung`, `verified` (share of patches), `mismatch` of the chosen guess, `rungs` (what
+    each said), `exact` (what is known of exact attacks: `"no exact attack known"` where T >= D and
+    B >= 2 means that, and not that there is none).
+
+    Args:
+        seconds: Time budget of all rungs; what was found by then is returned.
+
+    Raises:
+        NotApplicable: No rung applied; the message has every rung's reason.
+
+    References:
+        METHODS 2.5d.
+    """
+
+    name: ClassVar[str] = "ladder"
+    family: ClassVar[str] = "ladder"
+    seconds: float = 90.0
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise expected("seconds above 0", self.seconds)
+
+    def run(self, view: View, generator: torch.Generator) -> Guess:
+        """Return the best guess of all rungs; a keyboard interrupt keeps what was found."""
+        climb = _Climb(view, generator, time.monotonic() + self.seconds)
+        try:
+            climb.all()
+        except KeyboardInterrupt:
+            climb.said["stopped"] = "interrupted"
+        return climb.best()
+
+
+class _Climb:
+    """The rungs tried so far."""
+
+    def __init__(self, view: View, generator: torch.Generator, deadline: float) -> None:
+        self.view, self.generator, self.deadline = view, generator, deadline
+        self.guesses: dict[str, Guess] = {}
+        self.distance: dict[str, float] = {}
+        self.said: dict[str, str] = {}
+        self.labels: torch.Tensor | None = None
+
+    def all(self) -> None:
+        """Run the rungs in order; stop early at an exact one."""
+        self._try(PositionInversion())
+        self._try(SpanInversion())
+        if self._exact():
+            return
+        if self.view.update.batch_size > 1:
+            self._try(Cascade(seconds=self._left(0.2)))
+            cascade = self.guesses.pop("cascade", None)
+            self.labels = None if cascade is None else cascade.labels
+        self._try(GeluSpan(seconds=self._left(0.8)))
+        if self._exact():
+            return
+        self._try(RobustPosition(seconds=self._left(0.4)))
+        self._try(RobustSpan(seconds=self._left(0.9)))
+
+    def _left(self, share: float) -> float:
+        return max(share * (self.deadline - time.monotonic()), 0.5)
+
+    def _try(self, attack: Attack) -> None:
+        if time.monotonic() > self.deadline:
+            self.said[attack.name] = "not tried: the time was over"
+            return
+        started = time.monotonic()
+        try:
+            guess = attack.run(self.view, self.generator)
+        except (NotApplicable, Blocked) as why:
+            self.said[attack.name] = str(why)
+            return
+        if self.labels is not None:
+            guess = replace(guess, labels=self.labels)
+        self.guesses[attack.name] = guess
+        distance = mismatch(self.view, guess)
+        if distance is not None:
+            self.distance[attack.name] = distance
+        known = "" if distance is None else f"mismatch {distance:.1e}, "
+        share = self._verified(attack.name)
+        proved = f"verified {share:.2f}, " if guess.verified is not None else ""
+        self.said[attack.name] = f"{known}{proved}{time.monotonic() - started:.1f} s"
+
+    def _verified(self, name: str) -> float:
+        verified = self.guesses[name].verified
+        return 0.0 if verified is None else float(verified.double().mean())
+
+    def _exact(self) -> bool:
+        near = any(distance < _EXACT for distance in self.distance.values())
+        return near or any(self._verified(name) == 1.0 for name in self.guesses)
+
+    def best(self) -> Guess:
+        """Return the chosen guess with what every rung said."""
+        if not self.guesses:
+            reasons = "; ".join(f"{name}: {why}" for name, why in self.said.items())
+            raise NotApplicable(f"no rung applied ({reasons})")
+
+        def worth(name: str) -> tuple[bool, float, float, int]:
+            share, distance = self._verified(name), self.distance.get(name)
+            exact = share == 1.0 or (distance is not None and distance < _EXACT)
+            likeness = -1e9 if distance is None else -distance
+            whole = len(self.guesses[name].images) == self.view.update.batch_size
+            return exact, share, likeness, int(whole)
+
+        name = max(self.guesses, key=worth)
+        guess = self.guesses[name]
+        if self.distance.get(name, 1.0) < _EXACT:  # the whole update is explained
+            proved = torch.ones(len(guess.images), Anatomy.of(self.view.model).patches)
+            guess = self.guesses[name] = replace(guess, verified=proved.bool())
+        details: dict[str, Any] = {
+            **guess.details,
+            "rung": name,
+            "verified": self._verified(name),
+            "mismatch": self.distance.get(name),
+            "rungs": dict(self.said),
+            "exact": _known(self.view),
+        }
+        labels = guess.labels if self.labels is None else self.labels
+        return replace(guess, labels=labels, details=details)
+
+
+def _known(view: View) -> str:
+    """What is known of exact attacks on this many tokens of this width."""
+    anatomy, batch = Anatomy.of(view.model), view.update.batch_size
+    tokens = batch * anatomy.tokens
+    if tokens < anatomy.width:
+        return "exact attack known"
+    return "no exact attack known" if batch > 1 else "exact only with readable positions or patches"
