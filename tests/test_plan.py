@@ -111,6 +111,12 @@ def test_the_shares_of_vit_base_are_those_of_the_full_model():
     assert everything.parameters == 86_567_656 and everything.share == 1
 
 
+def test_without_absolute_positions_no_closed_form_finds_patches():
+    model = timm.create_model("vit_base_patch32_224", depth=4, pos_embed="none")
+    remaining = plan_report(model, "head").remaining()
+    assert not {"position", "span", "span-chain", "gelu-span"} & set(remaining)
+
+
 def test_everything_encrypted_leaves_nothing():
     assert report(BASE, "all").remaining() == ()
 

@@ -40,7 +40,7 @@ _HOMES = {
     "Update": "vitguard.core",
     "WithheldPositions": "vitguard.defenses.positions",
     "audit": "vitguard.audit",
-    "audit_update": "vitguard.audit",
+    "audit_update": "vitguard.received",
     "protect": "vitguard.guard",
 }
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vitguard.attacks.fgsm import FGSM as FGSM
     from vitguard.audit import LocalTraining as LocalTraining
     from vitguard.audit import audit as audit
-    from vitguard.audit import audit_update as audit_update
+    from vitguard.received import audit_update as audit_update
     from vitguard.core import Normalization as Normalization
     from vitguard.core import Update as Update
     from vitguard.defenses.encryption import EncryptedGradients as EncryptedGradients

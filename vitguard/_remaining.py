@@ -130,6 +130,8 @@ def _linear_obstacle(plain: Released) -> str:
         return "the only block passes a class token alone: its rows do not span the tokens"
     if plain.equations <= 0:
         return f"{a.tokens} tokens fill the {a.width} dimensions: no equation is left"
+    if a.positions is None:
+        return "without absolute positions every patch has the same equations"
     if plain.positions in ("sincos", "none"):
         return (
             f"positions '{plain.positions}' are of low rank: the solution is not unique "
@@ -208,6 +210,8 @@ def _gelu_span(plain: Released) -> Remaining:
     obstacle = "; ".join(a.obstacles)
     if not block.pre_norm:
         obstacle = "the first block is not x + attention(norm(x))"
+    elif a.positions is None:
+        obstacle = "without absolute positions every patch has the same equations"
     elif block.gated:
         obstacle = "the MLP multiplies two branches"
     elif not _spanning(a, deep=True):

@@ -61,14 +61,11 @@ def finding_of(
     attempts: Sequence[Attempt],
     control: Finding | None,
     control_attempts: Sequence[Attempt],
-    *,
-    tests: int,
 ) -> Finding:
     """Return the finding of one attack on one configuration over all batches.
 
     Args:
         control: The finding of the same attack on the undefended model, None for the control.
-        tests: How many findings the report has; identification is corrected for so many tests.
     """
     guessed = [a for a in attempts if a.scores is not None]
     base = Finding(defense, attack, "inconclusive", settings=settings, control=_control_of(control))
@@ -78,7 +75,7 @@ def finding_of(
         return replace(base, verdict=verdicts.get(first.state, "inconclusive"), reason=first.reason)
     gains = torch.cat([a.scores.patch_psnr - a.baseline.patch_psnr for a in guessed])  # type: ignore[union-attr]
     measured = replace(base, **_measurements(guessed), gain=float(gains.max()))
-    verdict, reason = _verdict(measured, guessed, control, tests)
+    verdict, reason = _verdict(measured, guessed, control)
     if failed := [a for a in attempts if a.scores is None]:
         reason = f"{reason}; {len(failed)} of {len(attempts)} batches: {failed[0].reason}"
         # the control may leak on the very batches that were not attacked here
@@ -89,7 +86,7 @@ def finding_of(
 
 
 def _verdict(
-    measured: Finding, guessed: Sequence[Attempt], control: Finding | None, tests: int
+    measured: Finding, guessed: Sequence[Attempt], control: Finding | None
 ) -> tuple[Verdict, str]:
     gain = measured.gain
     if gain is not None and gain >= LEAK_GAIN:
@@ -97,7 +94,7 @@ def _verdict(
     hits = [bool(h) for a in guessed for h in a.scores.identified]  # type: ignore[union-attr]
     rivals = (measured.decoys or 0) // CROWDING - 1
     chance = identification_p(sum(hits), len(hits), rivals) if rivals > 0 else 1.0
-    if chance * max(tests, 1) < CHANCE:
+    if chance < CHANCE:
         return "leaks", f"{sum(hits)} of {len(hits)} images told from {measured.decoys} decoys"
     if control is None:
         return "inconclusive", "the undefended model does not leak to this attack"

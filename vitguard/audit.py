@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,26 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitguard import data
-from vitguard._finding import Baseline, Finding, ModelFacts, Pictures
-from vitguard._verdicts import Attempt, finding_of, labels_overlap
+from vitguard._attempts import attempt, decoys_for, seed_of
+from vitguard._finding import Baseline, Control, Finding, ModelFacts
+from vitguard._verdicts import Attempt, finding_of
 from vitguard.attacks._base import Attack, InputAttack
-from vitguard.core import Guess, Loss, Normalization, Update, View
+from vitguard.core import Loss, Normalization
 from vitguard.defenses._base import Defense
-from vitguard.errors import Blocked, NotApplicable, VitguardError, expected
+from vitguard.errors import expected
 from vitguard.guard import protect
-from vitguard.metrics import baseline, score
+from vitguard.metrics import baseline
 from vitguard.models import check_finite, normalization_of
 from vitguard.registry import GROUPS, parse_attacks, parse_stack, stack_name
 from vitguard.report import AuditReport
 from vitguard.threats import CuriousServer
 from vitguard.vit import Anatomy
 
-__all__ = ["LocalTraining", "audit", "audit_update"]
+__all__ = ["LocalTraining", "audit", "facts_of"]
 
 Stacks = Sequence[Defense] | str | Mapping[str, Sequence[Defense]]
 _CONTROL = ""
 Progress = Callable[[int, int, str], None]
-_DECOYS = 100
 _GLOBAL_GENERATOR = threading.Lock()
 """Held while the global generator is seeded and put back: it belongs to all threads."""
 
@@ -126,7 +124,7 @@ def audit(
         findings += [stage.input_finding(name, stack, attack) for name, stack in stacks.items()]
     run = {a.family for a in chosen}
     return AuditReport(
-        model=_facts(model, stage.anatomy, model_name),
+        model=facts_of(model, stage.anatomy, model_name),
         images=names,
         batch_size=size,
         baseline=levels,
@@ -197,7 +195,6 @@ class _Stage:
         stacks: Mapping[str, Sequence[Defense]],
         attacks: Sequence[Attack],
     ) -> list[Finding]:
-        tests = len(stacks) * len(attacks)
         controls: dict[int, Finding] = {}
         findings = []
         for name in stacks:
@@ -207,13 +204,13 @@ class _Stage:
                 ]
                 common = (attack.name, attack.settings())
                 if i not in controls:
-                    controls[i] = finding_of("none", *common, tried[0], None, (), tests=tests)
+                    controls[i] = finding_of("none", *common, tried[0], None, ())
                 of_control = replace(controls[i], control=None)
                 if len(tried) == 1:
-                    finding = finding_of("none", *common, tried[0], None, tried[0], tests=tests)
-                    finding = replace(finding, control=_as_control(of_control))
+                    finding = finding_of("none", *common, tried[0], None, tried[0])
+                    finding = replace(finding, control=Control(of_control.verdict, of_control.psnr))
                 else:
-                    finding = finding_of(name, *common, tried[1], of_control, tried[0], tests=tests)
+                    finding = finding_of(name, *common, tried[1], of_control, tried[0])
                 findings.append(finding)
         return findings
 
@@ -229,10 +226,10 @@ class _Stage:
         part = slice(index * self.size, (index + 1) * self.size)
         pixels, labels = self.pixels[part], self.labels[part]
         like = next(self.model.parameters())
-        secret = torch.Generator().manual_seed(_seed(self.seed, index, "defense"))
+        secret = torch.Generator().manual_seed(seed_of(self.seed, index, "defense"))
         guard = protect(copy.deepcopy(self.model).train(), stack, generator=secret)
         with _GLOBAL_GENERATOR, torch.random.fork_rng():
-            torch.manual_seed(_seed(self.seed, index, "victim"))  # dropout of the victim
+            torch.manual_seed(seed_of(self.seed, index, "victim"))  # dropout of the victim
             update = guard.update(
                 self.normalization.apply(pixels).to(like),
                 labels.to(like.device),
@@ -245,14 +242,14 @@ class _Stage:
         view = CuriousServer(withhold).view(guard, update, self.normalization, loss=self.loss)
         empty = Attempt(pixels, self.names[part], scale.baselines[index], mask=mask)
         return [
-            _attempt(
+            attempt(
                 attack,
                 view,
                 empty,
-                labels,
-                self.anatomy,
-                scale.decoys,
-                _seed(self.seed, index, "attack"),
+                labels=labels,
+                patch_size=self.anatomy.patch_size,
+                decoys=scale.decoys,
+                seed=seed_of(self.seed, index, "attack"),
             )
             for attack in attacks
         ]
@@ -288,7 +285,7 @@ class _Scale:
     @staticmethod
     def of(stage: _Stage) -> _Scale:
         pixels, patch = stage.pixels.cpu(), stage.anatomy.patch_size
-        decoys = _decoys(pixels, stage.seed)
+        decoys = decoys_for(pixels, stage.seed)
         mean = data.mean_image(decoys)
         cut = pixels.split(stage.size)
         return _Scale(decoys, tuple(baseline(part, patch, mean_image=mean) for part in cut))
@@ -301,208 +298,6 @@ class _Scale:
         )
 
 
-def _attempt(
-    attack: Attack, view: Any, empty: Attempt, labels: Tensor, anatomy: Anatomy,
-    decoys: Tensor, seed: int,
-) -> Attempt:  # fmt: skip
-    state, reason, guess, seconds = _run(attack, view, seed)
-    if guess is None:
-        return replace(empty, state=state, reason=reason)
-    scores = score(guess.images, empty.truths.cpu(), anatomy.patch_size, decoys=decoys)
-    correct = labels_overlap(guess.labels, labels)
-    return replace(empty, guess=guess, scores=scores, labels_correct=correct, seconds=seconds)
-
-
-def _run(attack: Attack, view: View, seed: int) -> tuple[Any, str, Guess | None, float]:
-    """Run an attack: its state, why there is no guess, the guess on the CPU, and the seconds.
-
-    A failed attack is no evidence, so torch's own errors and unusable images become the state
-    `failed` and never end the audit or decide a verdict.
-    """
-    started = time.perf_counter()
-    try:
-        guess = attack.run(view, torch.Generator().manual_seed(seed))
-    except Blocked as error:
-        return "blocked", str(error), None, 0.0
-    except NotApplicable as error:
-        return "not applicable", str(error), None, 0.0
-    except RuntimeError as error:
-        if isinstance(error, VitguardError):
-            raise
-        first = (str(error).splitlines() or [""])[0]
-        return "failed", f"the attack failed: {type(error).__name__}: {first}", None, 0.0
-    seconds, guess = time.perf_counter() - started, _on_cpu(guess)
-    if guess.images.shape[1:] != view.image_shape or not bool(guess.images.isfinite().all()):
-        return "failed", "the attack returned no usable image", None, 0.0
-    return "guessed", "", guess, seconds
-
-
-def _seed(seed: int, index: int, purpose: str) -> int:
-    """Return a seed of its own for each purpose: an attack must not repeat the victim's draws."""
-    digest = hashlib.sha256(f"{seed}/{index}/{purpose}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
-def _decoys(truth: Tensor, seed: int) -> Tensor:
-    """Return decoys with as many channels as `truth`: grey ones for a single channel."""
-    grey = truth.shape[1] == 1
-    colour = truth.expand(-1, 3, -1, -1) if grey else truth
-    size = (truth.shape[-2], truth.shape[-1])
-    decoys = data.decoys(_DECOYS, size, seed=seed, truth=colour)
-    return decoys.mean(1, keepdim=True) if grey else decoys
-
-
-def _on_cpu(guess: Guess) -> Guess:
-    def move(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.detach().cpu()
-
-    return replace(
-        guess,
-        images=guess.images.detach().cpu(),
-        labels=move(guess.labels),
-        verified=move(guess.verified),
-        shuffled=move(guess.shuffled),
-        space=None,
-    )
-
-
-def audit_update(
-    model: nn.Module,
-    update: Update,
-    *,
-    defenses: Sequence[Defense] | str = (),
-    attacks: str | Sequence[str | Attack | InputAttack] = "closed-form",
-    truth: Tensor | None = None,
-    normalization: Normalization | None = None,
-    withhold: Sequence[str] = (),
-    loss: Loss = F.cross_entropy,
-    names: Sequence[str] | None = None,
-    model_name: str | None = None,
-    weights: str = "as given",
-    seed: int = 0,
-) -> AuditReport:
-    """Audit a client's update on its own.
-
-    With `truth` the guesses are scored against it. Without, a guess that reproduces the update
-    (relative error of the simulated update at most 5 %) leaks, and any other is inconclusive:
-    nobody can say that it is wrong. The control is the same attack on the same model with sample
-    photos and no defense.
-
-    Args:
-        model: The public model the update refers to.
-        update: What the client sent.
-        defenses: The stack the client ran, in `protect`'s form or as a spec.
-        truth: The images behind the update, pixels in [0, 1].
-
-    Raises:
-        InputError: The update names parameters that the model does not have.
-    """
-    anatomy = Anatomy.of(model)
-    normalization = normalization or normalization_of(model)
-    _check_update(model, update)
-    stack = parse_stack(defenses) if isinstance(defenses, str) else list(defenses)
-    chosen = [a for a in parse_attacks(attacks) if isinstance(a, Attack)]
-    training = LocalTraining(
-        update.learning_rate if update.kind == "difference" else None, update.local_steps,
-        "adamw" if update.optimizer == "adamw" else "sgd",
-    )  # fmt: skip
-    shape = (update.batch_size, anatomy.channels, *anatomy.image_size)
-    if truth is not None and tuple(truth.shape) != shape:
-        raise expected(f"the images behind the update, of shape {shape}", tuple(truth.shape))
-    pixels = _photos(shape)
-    control = audit(
-        model, (pixels, data.assign_labels(len(pixels), anatomy.classes)), attacks=chosen,
-        normalization=normalization, training=training, loss=loss, seed=seed,
-    )  # fmt: skip
-    guard = protect(copy.deepcopy(model).train(), stack)
-    view = CuriousServer(tuple(withhold)).view(guard, update, normalization, loss=loss)
-    name = f"{stack_name(stack)}" if stack else "update"
-    findings = [replace(f, defense="none") for f in control.findings]
-    for attack, of_control in zip(chosen, control.findings, strict=True):
-        if truth is not None:
-            decoys = _decoys(truth, seed)
-            level = baseline(truth, anatomy.patch_size, mean_image=data.mean_image(decoys))
-            empty = Attempt(truth, tuple(names or ["truth"] * len(truth)), level)
-            tried = [_attempt(attack, view, empty, torch.zeros(0), anatomy, decoys, seed)]
-            findings.append(
-                finding_of(
-                    name,
-                    attack.name,
-                    attack.settings(),
-                    tried,
-                    replace(of_control, control=None),
-                    (),
-                    tests=len(chosen),
-                )
-            )
-        else:
-            findings.append(_explain(name, attack, view, of_control, seed))
-    return AuditReport(
-        model=_facts(model, anatomy, model_name),
-        images=tuple(names or ()),
-        batch_size=update.batch_size,
-        baseline=control.baseline,
-        findings=tuple(findings),
-        weights=weights,
-        update=f"{training}, from a file",
-        seed=seed,
-        threat={"adversary": "curious server", "withheld": list(withhold)},
-        families_not_run=tuple(f for f in GROUPS if f not in {a.family for a in chosen}),
-        notes=("The row none is the control: the same attack on sample photos without a defense.",),
-    )
-
-
-def _photos(shape: tuple[int, int, int, int]) -> Tensor:
-    """Return a batch of sample photos, again from the first where they do not suffice."""
-    photos = data.sample_images((shape[2], shape[3])).pixels
-    photos = photos.mean(1, keepdim=True) if shape[1] == 1 else photos
-    return photos.repeat(-(-shape[0] // len(photos)), 1, 1, 1)[: shape[0]]
-
-
-def _explain(name: str, attack: Attack, view: Any, control: Finding, seed: int) -> Finding:
-    """Judge a guess by whether it reproduces the update, for want of the truth."""
-    base = Finding(
-        name, attack.name, "inconclusive", settings=attack.settings(),
-        control=_as_control(control),
-    )  # fmt: skip
-    state, reason, guess, seconds = _run(attack, view, seed)
-    if guess is None:
-        return replace(base, verdict="inconclusive" if state == "failed" else state, reason=reason)
-    error = _relative_error(view, guess, torch.Generator().manual_seed(seed))
-    details = {**guess.details, "update_error": error}
-    shown = guess.images.detach().float().cpu()
-    found = replace(base, seconds=seconds, details=details, images=Pictures(reconstruction=shown))
-    if error is not None and error <= 0.05:
-        reason = f"the reconstruction reproduces the update to {100 * error:.2g} %"
-        return replace(found, verdict="leaks", reason=reason)
-    return replace(
-        found, reason="the truth is not known and the guess does not reproduce the update"
-    )
-
-
-def _relative_error(view: Any, guess: Guess, generator: torch.Generator) -> float | None:
-    labels, batch = guess.labels, view.update.batch_size
-    if labels is None or not len(labels) == len(guess.images) == batch or not view.update.tensors:
-        return None
-    like = next(view.model.parameters())
-    images = view.normalization.apply(guess.images).to(like)
-    try:
-        made = view.simulate(images, labels.to(like.device), generator).tensors
-    except VitguardError:
-        return None
-    known = view.update.tensors
-    error = sum(float((made[k] - known[k]).detach().double().square().sum()) for k in made)
-    total = sum(float(known[k].double().square().sum()) for k in made)
-    ratio = (error / total) ** 0.5 if total else math.inf  # zeros prove nothing
-    return ratio if math.isfinite(ratio) else None
-
-
-def _as_control(finding: Finding) -> Any:
-    from vitguard._finding import Control
-
-    return Control(finding.verdict, finding.psnr)
-
-
 def _stacks(defenses: Stacks) -> dict[str, Sequence[Defense]]:
     if isinstance(defenses, str):
         defenses = parse_stack(defenses)
@@ -513,22 +308,10 @@ def _stacks(defenses: Stacks) -> dict[str, Sequence[Defense]]:
     return {stack_name(defenses): list(defenses)}
 
 
-def _facts(model: nn.Module, anatomy: Anatomy, name: str | None) -> ModelFacts:
+def facts_of(model: nn.Module, anatomy: Anatomy, name: str | None) -> ModelFacts:
+    """Return what a report says of a model."""
     count = sum(p.numel() for p in model.parameters())
     return ModelFacts(name or type(model).__name__, count, anatomy.patches, anatomy.width)
-
-
-def _check_update(model: nn.Module, update: Update) -> None:
-    shapes = {k: p.shape for k, p in model.named_parameters()}
-    for name, tensor in update.tensors.items():
-        if name.startswith("vitguard."):
-            continue
-        if name not in shapes:
-            raise expected("an update of this model", f"the unknown parameter {name}")
-        if tensor.shape != shapes[name]:
-            raise expected(f"{name} of shape {tuple(shapes[name])}", f"{tuple(tensor.shape)}")
-        if not bool(tensor.isfinite().all()):
-            raise expected("a finite update", f"NaN or infinity in {name}")
 
 
 def _check_batch(

@@ -1,4 +1,4 @@
-"""The command line: `vitguard audit | plan | list`. Nothing heavy is imported before it is needed."""
+"""The command line: `vitguard audit | plan | list`. It imports nothing heavy before it must."""
 
 from __future__ import annotations
 
@@ -190,9 +190,10 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _run_audit(options: argparse.Namespace) -> Any:
     from vitguard import data
-    from vitguard.audit import LocalTraining, audit, audit_update
+    from vitguard.audit import LocalTraining, audit
     from vitguard.core import Update
     from vitguard.models import build_model, check_finite, load_checkpoint, normalization_of
+    from vitguard.received import audit_update
     from vitguard.registry import parse_stack
     from vitguard.vit import Anatomy
 

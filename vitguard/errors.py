@@ -11,7 +11,7 @@
     ├── Unprotected (RuntimeError)       a defense would not act: refused, never passed on
     ├── Blocked                          an attack asked for a tensor that the adversary cannot read
     ├── NotApplicable                    an attack's assumption does not hold for what it was given
-    └── LeakFound                        `AuditReport.raise_if_leaks` found what it was asked to find
+    └── LeakFound                        `AuditReport.raise_if_leaks` found what it was asked for
 
 Every message says what was expected, what was got and what to do.
 """

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from vitguard.core import Guess, View
-from vitguard.errors import VitguardError
+from vitguard.errors import NotApplicable, VitguardError
 from vitguard.vit import Anatomy
 
-__all__ = ["mismatch"]
+__all__ = ["mismatch", "require_finite"]
 
 
 def mismatch(view: View, guess: Guess) -> float | None:
@@ -47,3 +47,12 @@ def mismatch(view: View, guess: Guess) -> float | None:
         total += 2 - 2 * float(torch.nan_to_num(cosine).clamp(-1, 1))
         count += 1
     return (total / count) ** 0.5 if count else None
+
+
+def require_finite(view: View) -> None:
+    """Raise NotApplicable where a readable tensor is not finite, or all are zero."""
+    tensors = view.update.tensors.values()
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise NotApplicable("the update is not finite")
+    if not any(bool(tensor.any()) for tensor in tensors):
+        raise NotApplicable("the update is zero")

@@ -80,8 +80,8 @@ def position_problem(view: View, anatomy: Anatomy) -> Callable[[float], Tensor]:
     return solve
 
 
-def span_problem(view: View, anatomy: Anatomy) -> tuple[Callable[[float, float], Tensor], float]:
-    """Return (softness, lambda) -> patches from the rows of query, key and value; and the top value.
+def span_problem(view: View, anatomy: Anatomy) -> Callable[[float, float], Tensor]:
+    """Return (softness, lambda) -> patches, from the rows of query, key and value.
 
     Every right singular vector v_k of the rows gives one equation v_k^T [LN(z); 1] = 0, weighted by
     1 / (1 + (value_k / (softness value_1))^2): directions that the gradient shows clearly say
@@ -129,4 +129,4 @@ def span_problem(view: View, anatomy: Anatomy) -> tuple[Callable[[float, float],
         y = conjugate_gradients(lambda v: operator(v * even) * even, right * even, iterations=400)
         return (y * even)[:, :pixels]
 
-    return solve, float(values[0])
+    return solve

@@ -125,6 +125,8 @@ class Search:
     def seed(self, positions: Tensor, patches: Float[Tensor, "tokens pixels"]) -> int:
         """Start from given patches; return how many tokens that brought."""
         new = 0
+        if not len(positions):
+            return 0
         for p, x in zip(positions.split(32), patches.split(32), strict=True):
             v = [self.project(int(i), row[None]) for i, row in zip(p, x, strict=True)]
             new += self._accept(p, torch.cat(v))

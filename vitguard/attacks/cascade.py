@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitguard.attacks._base import Attack
+from vitguard.attacks._check import require_finite
 from vitguard.attacks._mlp import Activation, Norm, activation_of, thin_basis
 from vitguard.attacks._spans import layer_rows
 from vitguard.attacks.labels import _linear_head
@@ -73,10 +74,13 @@ class Cascade(Attack):
     def __post_init__(self) -> None:
         if not self.seconds > 0:
             raise expected("seconds above 0", self.seconds)
+        if not 0 < self.accept < 0.01:
+            raise expected("accept between 0 and 0.01", self.accept)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the labels of the batch with a grey image."""
         view = view.gradient()
+        require_finite(view)
         samples = last_block_samples(view, generator, seconds=self.seconds, accept=self.accept)
         found, batch = len(samples.inputs), view.update.batch_size
         if samples.labels is None or found < batch:
@@ -192,7 +196,7 @@ def _descend(problem: _Problem, m: Tensor, iterations: int = 60) -> tuple[Tensor
 
     def cost_of(m: Tensor) -> tuple[Tensor, ...]:
         outside, size, u = problem.misfit(m)
-        flat = ((m @ problem.inner.T) - shift) / scale.sign() / scale.abs().clamp_min(1e-3)
+        flat = ((m @ problem.inner.T) - shift) / _away_from_zero(scale)
         power = torch.stack([flat.mean(1), flat.square().mean(1) - 1, m @ problem.constant - 1], 1)
         if not bool(problem.constant.any()):
             power = power * power.new_tensor([1, 1, 0])
@@ -201,8 +205,7 @@ def _descend(problem: _Problem, m: Tensor, iterations: int = 60) -> tuple[Tensor
 
     damping = m.new_full((len(m),), 0.1)
     cost, outside, size, u, flat, power = cost_of(m)
-    inverse = (problem.inner / scale.clamp_min(1e-3)[:, None] if bool((scale > 0).all())
-               else problem.inner / torch.where(scale.abs() < 1e-3, 1e-3, scale)[:, None])  # fmt: skip
+    inverse = problem.inner / _away_from_zero(scale)[:, None]
     width = len(scale)
     for _ in range(iterations):
         jacobian = problem.activation.slope(u)[:, :, None] * across
@@ -259,7 +262,7 @@ def _labels(
     if block.scale2 is not None:
         scale = view.weight(block.scale2)
         added, gradients = added * scale, gradients / torch.where(scale == 0, torch.inf, scale)
-    normal = (inputs - last.shift) / last.scale
+    normal = (inputs - last.shift) / _away_from_zero(last.scale)
     s = -(gradients * (added - added.mean(1, keepdim=True))).sum(1) / (gradients * normal).sum(1)
     features = norm(s[:, None] * normal + added)
     weight = view.weight(f"{head}.weight")
@@ -299,3 +302,7 @@ def _final_norm(view: View, anatomy: Anatomy, head: str) -> Norm:
             ):
                 return norm
     raise NotApplicable("no LayerNorm between the last block's class token and the head")
+
+
+def _away_from_zero(scale: Tensor) -> Tensor:
+    return torch.where(scale.abs() < 1e-3, 1e-3, scale)

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitguard.attacks._assemble import complete_images, complete_tokens
 from vitguard.attacks._attention import Attention
 from vitguard.attacks._base import Attack
+from vitguard.attacks._check import require_finite
 from vitguard.attacks._family import Solver
 from vitguard.attacks._mlp import Mlp
 from vitguard.attacks._peel import peel
@@ -68,11 +69,12 @@ class GeluSpan(Attack):
             raise expected("accept between 0 and 0.01", self.accept)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
-        """Return one image per member of the batch; unverified patches are the minimum-norm ones."""
+        """Return one image per member of the batch; what is not verified is minimum norm."""
         started = time.monotonic()
         view = view.gradient()
         anatomy = Anatomy.of(view.model)
         _require(view, anatomy)
+        require_finite(view)
         labels = try_labels(view, generator)
         state = _State(view, anatomy, generator, started + self.seconds, self.accept)
         try:
@@ -92,7 +94,7 @@ class GeluSpan(Attack):
         if state.masked is not None:
             details["order"] = "by seams" if bool(state.masked.any()) else "known"
         return guess_from_patches(
-            view, anatomy, state.patches, labels=labels if labels is not None else None,
+            view, anatomy, state.patches, labels=labels,
             verified=state.verified,
             shuffled=None if state.masked is None else state.masked[None],
             details=details,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitguard.attacks._base import Attack
-from vitguard.attacks._check import mismatch
+from vitguard.attacks._check import mismatch, require_finite
 from vitguard.attacks._robust import position_problem, span_problem
 from vitguard.attacks._spans import guess_from_patches
 from vitguard.attacks.labels import try_labels
@@ -58,7 +58,9 @@ class RobustPosition(Attack):
         anatomy.require_plain_embedding()
         if anatomy.positions is None:
             raise NotApplicable("the model has no absolute position embedding")
-        solve = position_problem(view.gradient(steps=True), anatomy)
+        summed = view.gradient(steps=True)
+        require_finite(summed)
+        solve = position_problem(summed, anatomy)
         candidates = (({"weight": w}, lambda w=w: solve(w)) for w in _WEIGHTS)
         return _choose(view, anatomy, generator, candidates, self.seconds)
 
@@ -94,7 +96,9 @@ class RobustSpan(Attack):
         anatomy.require_plain_embedding()
         if anatomy.positions is None or not anatomy.blocks[0].pre_norm:
             raise NotApplicable("needs absolute positions and a first norm before the attention")
-        solve, _ = span_problem(view.gradient(steps=True), anatomy)
+        summed = view.gradient(steps=True)
+        require_finite(summed)
+        solve = span_problem(summed, anatomy)
         candidates = (
             ({"softness": s, "weight": w}, lambda s=s, w=w: solve(s, w))
             for w in (1e-3, 1e-5, 1e-2, 1e-7, 1e-9)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxtyping import Complex
 from vitguard.defenses.encryption.presets import Layout
 from vitguard.errors import Rejected, expected, missing_extra
 
-__all__ = ["Engine", "require_tenseal"]
+__all__ = ["Engine", "require_tenseal", "shared_engine"]
 
 _SEAL_HEADER = b"\x5e\xa1\x10"  # magic 0xA15E, little endian, and the header's size of 16
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -74,6 +75,12 @@ class _Slot:
             os.close(self._handle)
         except (OSError, AttributeError):  # the interpreter is going down
             return
+
+
+@lru_cache(maxsize=8)
+def shared_engine(layout: Layout) -> Engine:
+    """Return this process's engine for a layout: it holds no key, and its tables take 15 ms."""
+    return Engine(layout)
 
 
 class Engine:

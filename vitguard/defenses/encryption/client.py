@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitguard.core import Update
 from vitguard.defenses._base import Draws
-from vitguard.defenses.encryption.backend import Engine
+from vitguard.defenses.encryption.backend import shared_engine
 from vitguard.defenses.encryption.keys import KeySet
 from vitguard.defenses.encryption.manifest import Entry, Manifest
 from vitguard.defenses.encryption.packing import canary, pack, quantise, unpack
@@ -89,7 +89,7 @@ class Encryptor:
         self.clipped: dict[str, int] = {}
         seed = torch.randint(2**62, (2,), generator=Draws(generator).generator).tolist()
         self._uniform = np.random.Generator(np.random.SFC64(seed))  # twice as fast as torch.rand
-        self._engine = Engine(keys.layout)
+        self._engine = shared_engine(keys.layout)
         self._sealer = self._engine.encryptor(keys.open(self._engine))
         self._round: _Round | None = None
 
@@ -208,7 +208,7 @@ class Decryptor:
         if not 2 <= min_clients <= keys.max_clients:
             raise expected(f"min_clients from 2 to {keys.max_clients}", min_clients)
         self.keys, self.manifest, self.min_clients = keys, manifest, min_clients
-        self._engine = Engine(keys.layout)
+        self._engine = shared_engine(keys.layout)
         self._opener = self._engine.decryptor(keys.open(self._engine))
         self._last = -1
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vitguard.defenses.encryption.backend import Engine
+from vitguard.defenses.encryption.backend import Engine, shared_engine
 from vitguard.defenses.encryption.presets import Layout, preset
 from vitguard.errors import Rejected, expected, missing_extra
 
@@ -165,7 +165,7 @@ class KeySet:
         """
         authority = Authority(secrets.token_bytes(32))
         public = ServerKeys(preset, max_clients, secrets.token_hex(16), 0, authority)
-        return KeySet(public, Engine(public.layout).new_secret())
+        return KeySet(public, shared_engine(public.layout).new_secret())
 
     def rotate(self) -> KeySet:
         """Return fresh keys with the same settings; messages under the old ones are refused."""

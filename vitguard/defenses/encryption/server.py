@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from vitguard.defenses.encryption.backend import Engine
+from vitguard.defenses.encryption.backend import shared_engine
 from vitguard.defenses.encryption.keys import ServerKeys
 from vitguard.defenses.encryption.manifest import Manifest
 from vitguard.defenses.encryption.wire import (
@@ -41,7 +41,7 @@ class Aggregator:
     ) -> None:
         keys = public if isinstance(public, ServerKeys) else ServerKeys.load(public)
         self._context = Context(keys, manifest, round_id, base)
-        self._engine = Engine(keys.layout)
+        self._engine = shared_engine(keys.layout)
         self._total: list[Any] = []
         self._weights: dict[str, float] = {}
         self._finished: bytes | None = None

@@ -1,0 +1,251 @@
+"""GELU-span: tokens prove themselves, false ones do not, and the slow formulas agree."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitguard import data
+from vitguard.attacks._attention import Attention
+from vitguard.attacks._family import Solver
+from vitguard.attacks._mlp import Mlp, activation_of
+from vitguard.attacks._newton import Problem
+from vitguard.attacks._peel import peel
+from vitguard.attacks._seams import place_by_seams, seam_energy
+from vitguard.attacks.gelu_span import GeluSpan
+from vitguard.core import Normalization
+from vitguard.errors import Blocked, NotApplicable
+from vitguard.metrics import psnr
+from vitguard.vit import Anatomy
+
+FROZEN = "positions:kind=frozen"
+
+
+def run(view, seconds=15.0, seed=0):
+    return GeluSpan(seconds=seconds).run(view, torch.Generator().manual_seed(seed))
+
+
+def patch_decibels(view, guess, image, shuffled):
+    """Decibels of each shuffled patch under the best match among the true shuffled ones."""
+    anatomy = Anatomy.of(view.model)
+    made, true = anatomy.patchify(guess.images[0]), anatomy.patchify(image[0])
+    gap = torch.cdist(made[shuffled], true[shuffled]).square().amin(1) / made.shape[1]
+    return -10 * gap.clamp_min(1e-20).log10()
+
+
+def parts(view):
+    anatomy = Anatomy.of(view.model)
+    solver = Solver.of(view, anatomy)
+    mlp = Mlp.of(view, anatomy, anatomy.blocks[0], view.update.batch_size * anatomy.tokens)
+    return anatomy, solver, mlp
+
+
+@pytest.mark.parametrize("mask", ["uniform", "blockwise"])
+def test_a_verified_patch_satisfies_the_equations_and_is_right(small_vit, observe, photo, mask):
+    stack = f"{FROZEN}+shuffle:ratio=0.4,mask={mask}"
+    view = observe(small_vit(), photo, defenses=stack)
+    guess = run(view)
+    shuffled = guess.shuffled[0]
+    assert int(shuffled.sum()) >= 2
+    assert bool(guess.verified.all()), guess.details
+    assert float(patch_decibels(view, guess, photo, shuffled).min()) > 80
+    anatomy = Anatomy.of(view.model)
+    made, true = anatomy.patchify(guess.images[0]), anatomy.patchify(photo[0])
+    assert float((made - true)[~shuffled].abs().max()) < 1e-3
+
+
+def test_a_batch_of_two_gives_both_images(small_vit, observe, photos):
+    guess = run(observe(small_vit(), photos[:2], defenses=FROZEN))
+    values = torch.stack([psnr(guess.images, p[None].expand(2, -1, -1, -1)) for p in photos[:2]])
+    assert float(values.amax(1).min()) > 80, guess.details
+    assert bool(guess.verified.all())
+
+
+def test_peeling_leaves_the_gradient_of_the_others(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:2], defenses=FROZEN)
+    alone = observe(small_vit(), photos[1:2], torch.tensor([1]), defenses=FROZEN)
+    rest, label, drop = peel(view, Normalization().apply(photos[0]))
+    assert (label, rest.update.batch_size) == (0, 1) and drop < 1e-3
+    for name, tensor in alone.update.tensors.items():
+        torch.testing.assert_close(rest.read(name).float(), tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_peeling_a_wrong_image_is_noticed(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:2], defenses=FROZEN)
+    assert peel(view, Normalization().apply(photos[3]))[2] > 1e-2
+
+
+def test_sincos_positions_at_batch_one(small_vit, observe, photo):
+    view = observe(small_vit(), photo, defenses="positions:kind=sincos")
+    guess = run(view)
+    assert float(psnr(guess.images, photo)) > 80, guess.details
+
+
+def test_as_many_tokens_as_width_is_refused(small_vit, observe, photos):
+    with pytest.raises(NotApplicable, match="no exact attack known"):
+        run(observe(small_vit(embed_dim=32), photos[:2], defenses=FROZEN))
+
+
+@pytest.mark.parametrize("hidden", ["mlp.fc1", "mlp.fc2", "attn.proj"])
+def test_names_what_it_cannot_do_without(small_vit, observe, photo, hidden):
+    view = observe(small_vit(), photo, defenses=FROZEN, withhold=(rf"blocks\.0\.{hidden}",))
+    with pytest.raises(Blocked, match=hidden):
+        run(view)
+
+
+def test_an_interrupt_keeps_what_was_found(small_vit, observe, photos, monkeypatch):
+    from vitguard.attacks import _search
+
+    harvest, calls = _search.Search._harvest, []
+
+    def interrupted(self, *arguments):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return harvest(self, *arguments)
+
+    monkeypatch.setattr(_search.Search, "_harvest", interrupted)
+    view = observe(small_vit(), photos[:3], defenses=FROZEN)
+    guess = run(view)
+    assert guess.details["stopped"] == "interrupted"
+    assert 0 < int(guess.verified.sum()) < guess.verified.numel()
+
+
+def test_no_patch_is_verified_on_an_unrelated_gradient(small_vit, observe):
+    """100 trials: fc2's gradient comes from another image than everything else."""
+    images = data.sample_images((16, 16), count=5).pixels
+    model = small_vit()
+    views = [observe(model, images[i : i + 1], defenses=FROZEN) for i in range(5)]
+    generator, verified = torch.Generator().manual_seed(0), 0
+    for trial in range(100):
+        one, other = views[trial % 5], views[(trial + 1 + trial // 25) % 5]
+        tensors = dict(one.update.tensors)
+        for name in ("blocks.0.mlp.fc2.weight", "blocks.0.mlp.fc2.bias"):
+            tensors[name] = other.update.tensors[name]
+        mixed = replace(one, update=replace(one.update, tensors=tensors))
+        verified += int(GeluSpan(seconds=0.05).run(mixed, generator).verified.sum())
+    assert verified == 0
+
+
+def test_the_step_is_that_of_the_explicit_jacobian(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:2], defenses=FROZEN)
+    _, solver, mlp = parts(view)
+    problem = Problem.of(mlp, solver, solver.family(4))
+    positions = torch.tensor([0, 3])
+    v = 0.01 * torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def residuals(v, position):
+        state = problem._evaluate(position[None], v[None])
+        weight = (0.01 * state.u.shape[1]) ** 0.5
+        return torch.cat([state.outside[0], weight * state.excess])
+
+    damping = torch.full((2,), 0.5, dtype=torch.float64)
+    step = problem._step(problem._evaluate(positions, v), damping)
+    for row in range(2):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x, row=row: residuals(x, positions[row]), v[row]
+        )
+        normal = jacobian.T @ jacobian
+        normal = normal + 0.5 * torch.diag(normal.diagonal())
+        slow = torch.linalg.solve(normal, jacobian.T @ residuals(v[row], positions[row]))
+        torch.testing.assert_close(step[row], slow, rtol=1e-6, atol=1e-10)
+
+
+def test_true_tokens_lie_in_the_family_and_fit_the_span(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:2], defenses=FROZEN)
+    anatomy, solver, mlp = parts(view)
+    family = solver.family(solver.free(1e-2))
+    problem = Problem.of(mlp, solver, family)
+    truth = anatomy.patchify(Normalization().apply(photos[:2])).double()
+    basis = solver.patch @ family.directions[: solver.patch.shape[1]]
+    for image in truth:
+        base = solver.pixels(family.origin)
+        v = torch.linalg.lstsq(basis, (image - base).T, driver="gelsd").solution.T
+        assert float((base + v @ basis.T - image).abs().max()) < 1e-3
+        state = problem._evaluate(torch.arange(16), v)
+        assert float(state.residual.max()) < 1e-2
+    false = problem._evaluate(torch.arange(16), v.roll(1, 0))
+    assert float(false.residual.min()) > 1e-2
+
+
+def test_membership_tells_the_images_apart(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:2], defenses=FROZEN)
+    anatomy = Anatomy.of(view.model)
+    attention = Attention.of(view, anatomy)
+    tokens, attended, position, prefix = embedded(view, photos[:2])
+    member, distance = attention.membership(tokens, attended, prefix, position, 16, seed=20)
+    assert member.tolist() == [False] * 16 + [True] * 16 and distance < 0.01
+    broken = torch.ones(32, dtype=torch.bool)
+    broken[25] = False
+    distance = attention.membership(
+        tokens[broken], attended[broken], prefix, position[broken], 16, seed=20
+    )[1]
+    assert distance > 0.05
+
+
+def test_attention_completes_missing_tokens(small_vit, observe, photo):
+    view = observe(small_vit(), photo, defenses=FROZEN)
+    anatomy = Anatomy.of(view.model)
+    attention = Attention.of(view, anatomy)
+    tokens, attended, _, prefix = embedded(view, photo)
+    weight = view.weight(anatomy.patch_weight).flatten(1)
+    truth = anatomy.patchify(Normalization().apply(photo))[0].double()
+    missing = [3, 9]
+    kept = [i for i in range(16) if i not in missing]
+    offset = (tokens - truth @ weight.T)[missing]
+    start = truth[[0, 5]]
+    found, residual = attention.complete(
+        torch.cat([prefix, tokens[kept]]), attended[kept], 1, weight, offset, start, 0.5,
+        iterations=60,
+    )  # fmt: skip
+    assert residual < 1e-4
+    torch.testing.assert_close(found, truth[missing], rtol=0, atol=0.05)
+
+
+def embedded(view, pixels):
+    """True tokens z and attended values o, by hooks on the public model."""
+    anatomy, seen = Anatomy.of(view.model), {}
+    block = view.model.blocks[0]
+    hooks = [
+        block.register_forward_pre_hook(lambda _m, inputs: seen.update(z=inputs[0])),
+        block.attn.proj.register_forward_pre_hook(lambda _m, inputs: seen.update(o=inputs[0])),
+    ]
+    with torch.no_grad():
+        view.model.eval()(Normalization().apply(pixels))
+    for hook in hooks:
+        hook.remove()
+    tokens = seen["z"][:, 1:].double().flatten(0, 1)
+    attended = seen["o"][:, 1:].double().flatten(0, 1)
+    position = torch.arange(anatomy.patches).repeat(len(pixels))
+    return tokens, attended, position, seen["z"][0, :1].double()
+
+
+@pytest.mark.parametrize("kind", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_the_activation_is_recognised_by_what_it_does(small_vit, observe, photo, kind):
+    model = small_vit(act_layer=kind)
+    view = observe(model, photo, defenses=FROZEN)
+    known = activation_of(view, Anatomy.of(view.model).blocks[0])
+    u = torch.linspace(-3, 3, 50, dtype=torch.float64)
+    assert known.name == kind.replace("_", "-")
+    numeric = (known.value(u + 1e-6) - known.value(u - 1e-6)) / 2e-6
+    torch.testing.assert_close(known.slope(u), numeric, rtol=1e-5, atol=1e-6)
+
+
+def test_seams_put_patches_of_a_photo_back():
+    photo = data.sample_images((64, 64), count=1).pixels
+    import timm
+
+    anatomy = Anatomy.of(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1))
+    patches = anatomy.patchify(photo)[0].double()
+    fixed = torch.ones(16, dtype=torch.bool)
+    holes = torch.tensor([1, 6, 11])
+    fixed[holes] = False
+    draft = patches.clone()
+    draft[holes] = 0
+    loose = patches[holes][[2, 0, 1]]
+    placed, filled = place_by_seams(
+        anatomy, draft, fixed, loose, torch.Generator().manual_seed(0)
+    )
+    assert filled.nonzero()[:, 0].tolist() == holes.tolist()
+    assert seam_energy(anatomy, placed) <= seam_energy(anatomy, patches) + 1e-9
+    torch.testing.assert_close(placed, patches)

@@ -1,0 +1,188 @@
+"""audit_update(): a client's saved update, audited on its own."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitguard import data
+from vitguard._attempts import attempt, decoys_for, run_attack
+from vitguard._finding import Control, Finding, Pictures
+from vitguard._verdicts import Attempt, finding_of
+from vitguard.attacks._base import Attack, InputAttack
+from vitguard.audit import LocalTraining, audit, facts_of
+from vitguard.core import Guess, Loss, Normalization, Update, View
+from vitguard.defenses._base import Defense
+from vitguard.errors import VitguardError, expected
+from vitguard.guard import protect
+from vitguard.metrics import baseline
+from vitguard.models import normalization_of
+from vitguard.registry import GROUPS, parse_attacks, parse_stack, stack_name
+from vitguard.report import AuditReport
+from vitguard.threats import CuriousServer
+from vitguard.vit import Anatomy
+
+__all__ = ["audit_update"]
+
+_REPRODUCED = 0.05
+"""Relative error of the simulated update up to which a guess explains the update."""
+
+
+def audit_update(
+    model: nn.Module,
+    update: Update,
+    *,
+    defenses: Sequence[Defense] | str = (),
+    attacks: str | Sequence[str | Attack | InputAttack] = "closed-form",
+    truth: Tensor | None = None,
+    normalization: Normalization | None = None,
+    withhold: Sequence[str] = (),
+    loss: Loss = F.cross_entropy,
+    names: Sequence[str] | None = None,
+    model_name: str | None = None,
+    weights: str = "as given",
+    seed: int = 0,
+) -> AuditReport:
+    """Audit a client's update on its own.
+
+    With `truth` the guesses are scored against it. Without, a guess that reproduces the update
+    (relative error of the simulated update at most 5 %) leaks, and any other is inconclusive:
+    nobody can say that it is wrong. The control is the same attack on the same model with sample
+    photos and no defense.
+
+    Args:
+        model: The public model the update refers to.
+        update: What the client sent.
+        defenses: The stack the client ran, in `protect`'s form or as a spec.
+        truth: The images behind the update, pixels in [0, 1].
+
+    Raises:
+        InputError: The update names parameters that the model does not have.
+    """
+    anatomy = Anatomy.of(model)
+    normalization = normalization or normalization_of(model)
+    _check_update(model, update)
+    stack = parse_stack(defenses) if isinstance(defenses, str) else list(defenses)
+    chosen = [a for a in parse_attacks(attacks) if isinstance(a, Attack)]
+    training = LocalTraining(
+        update.learning_rate if update.kind == "difference" else None, update.local_steps,
+        "adamw" if update.optimizer == "adamw" else "sgd",
+    )  # fmt: skip
+    shape = (update.batch_size, anatomy.channels, *anatomy.image_size)
+    if truth is not None and tuple(truth.shape) != shape:
+        raise expected(f"the images behind the update, of shape {shape}", tuple(truth.shape))
+    pixels = _photos(shape)
+    control = audit(
+        model, (pixels, data.assign_labels(len(pixels), anatomy.classes)), attacks=chosen,
+        normalization=normalization, training=training, loss=loss, seed=seed,
+    )  # fmt: skip
+    guard = protect(copy.deepcopy(model).train(), stack)
+    view = CuriousServer(tuple(withhold)).view(guard, update, normalization, loss=loss)
+    name = f"{stack_name(stack)}" if stack else "update"
+    findings = [replace(f, defense="none") for f in control.findings]
+    for attack, of_control in zip(chosen, control.findings, strict=True):
+        if truth is not None:
+            scored = _scored(attack, view, truth, names, anatomy, seed)
+            common = (name, attack.name, attack.settings(), [scored])
+            findings.append(finding_of(*common, replace(of_control, control=None), ()))
+        else:
+            findings.append(_explain(name, attack, view, of_control, seed))
+    return AuditReport(
+        model=facts_of(model, anatomy, model_name),
+        images=tuple(names or ()),
+        batch_size=update.batch_size,
+        baseline=control.baseline,
+        findings=tuple(findings),
+        weights=weights,
+        update=f"{training}, from a file",
+        seed=seed,
+        threat={"adversary": "curious server", "withheld": list(withhold)},
+        families_not_run=tuple(f for f in GROUPS if f not in {a.family for a in chosen}),
+        notes=("The row none is the control: the same attack on sample photos without a defense.",),
+    )
+
+
+def _scored(
+    attack: Attack,
+    view: View,
+    truth: Tensor,
+    names: Sequence[str] | None,
+    anatomy: Anatomy,
+    seed: int,
+) -> Attempt:
+    decoys = decoys_for(truth, seed)
+    level = baseline(truth, anatomy.patch_size, mean_image=data.mean_image(decoys))
+    empty = Attempt(truth, tuple(names or (f"truth {i}" for i in range(len(truth)))), level)
+    return attempt(
+        attack,
+        view,
+        empty,
+        labels=torch.zeros(0),
+        patch_size=anatomy.patch_size,
+        decoys=decoys,
+        seed=seed,
+    )
+
+
+def _photos(shape: tuple[int, int, int, int]) -> Tensor:
+    """Return a batch of sample photos, again from the first where they do not suffice."""
+    photos = data.sample_images((shape[2], shape[3])).pixels
+    photos = photos.mean(1, keepdim=True) if shape[1] == 1 else photos
+    return photos.repeat(-(-shape[0] // len(photos)), 1, 1, 1)[: shape[0]]
+
+
+def _explain(name: str, attack: Attack, view: View, control: Finding, seed: int) -> Finding:
+    """Judge a guess by whether it reproduces the update, for want of the truth."""
+    base = Finding(
+        name, attack.name, "inconclusive", settings=attack.settings(),
+        control=Control(control.verdict, control.psnr),
+    )  # fmt: skip
+    state, reason, guess, seconds = run_attack(attack, view, seed)
+    if guess is None:
+        return replace(base, verdict="inconclusive" if state == "failed" else state, reason=reason)
+    error = _relative_error(view, guess, torch.Generator().manual_seed(seed))
+    details = {**guess.details, "update_error": error}
+    shown = guess.images.detach().float().cpu()
+    found = replace(base, seconds=seconds, details=details, images=Pictures(reconstruction=shown))
+    if error is not None and error <= _REPRODUCED:
+        reason = f"the reconstruction reproduces the update to {100 * error:.2g} %"
+        return replace(found, verdict="leaks", reason=reason)
+    return replace(
+        found, reason="the truth is not known and the guess does not reproduce the update"
+    )
+
+
+def _relative_error(view: View, guess: Guess, generator: torch.Generator) -> float | None:
+    labels, batch = guess.labels, view.update.batch_size
+    if labels is None or not len(labels) == len(guess.images) == batch or not view.update.tensors:
+        return None
+    like = next(view.model.parameters())
+    images = view.normalization.apply(guess.images).to(like)
+    try:
+        made = view.simulate(images, labels.to(like.device), generator).tensors
+    except VitguardError:
+        return None
+    known = view.update.tensors
+    error = sum(float((made[k] - known[k]).detach().double().square().sum()) for k in made)
+    total = sum(float(known[k].double().square().sum()) for k in made)
+    ratio = (error / total) ** 0.5 if total else math.inf  # zeros prove nothing
+    return ratio if math.isfinite(ratio) else None
+
+
+def _check_update(model: nn.Module, update: Update) -> None:
+    shapes = {k: p.shape for k, p in model.named_parameters()}
+    for name, tensor in update.tensors.items():
+        if name.startswith("vitguard."):
+            continue
+        if name not in shapes:
+            raise expected("an update of this model", f"the unknown parameter {name}")
+        if tensor.shape != shapes[name]:
+            raise expected(f"{name} of shape {tuple(shapes[name])}", f"{tuple(tensor.shape)}")
+        if not bool(tensor.isfinite().all()):
+            raise expected("a finite update", f"NaN or infinity in {name}")
