@@ -95,19 +95,37 @@ def test_an_example_draws_the_same_alone_and_in_any_batch():
     )
 
 
+def uniform(drawn: torch.Tensor, stream: int) -> torch.Tensor:
+    return torch.from_numpy(keyed_uniform(drawn, 500, stream=stream))
+
+
 def test_numbers_are_uniform_and_independent():
-    numbers = keyed_uniform(keys(200), 500, stream=3)
+    numbers = uniform(keys(200), 3)
     assert (numbers >= 0).all() and (numbers < 1).all()
     assert abs(float(numbers.mean()) - 0.5) < 0.005
     assert abs(float(numbers.var()) - 1 / 12) < 0.003
     # neighbouring keys, neighbouring numbers, neighbouring streams
-    near = keyed_uniform(torch.arange(200), 500, stream=3)
+    near = uniform(torch.arange(200), 3)
     for a, b in (
         (near[1:], near[:-1]),
         (near[:, 1:], near[:, :-1]),
-        (near, keyed_uniform(torch.arange(200), 500, stream=4)),
+        (near, uniform(torch.arange(200), 4)),
     ):
         assert abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 0.02
+
+
+def test_numbers_are_those_of_splitmix64():
+    def slow(state: int) -> int:
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        return state ^ (state >> 31)
+
+    drawn = torch.tensor([0, 1, -1, 2**62])
+    got = uniform(drawn, 5)
+    for row, key in zip(got, drawn.tolist(), strict=True):
+        for i in (0, 499):
+            state = slow(key % 2**64) + ((5 << 32) + 1 + i) * 0x9E3779B97F4A7C15
+            assert row[i] == (slow(state % 2**64) >> 11) / 2**53
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -81,6 +81,7 @@ class GeluSpan(Attack):
             while state.step():
                 pass
         except KeyboardInterrupt:
+            state.keep()
             state.stopped = "interrupted"
         details = {
             "free": state.free,
@@ -182,6 +183,10 @@ class _State:
             return self._peel(whole)
         self.stopped = "" if state in ("done", "") else state
         return state == ""
+
+    def keep(self) -> None:
+        """Write what was found so far into the images."""
+        self._store([])
 
     def _store(self, whole: list[Tensor]) -> None:
         """Write the images that are complete, and drafts of the others, behind those peeled."""

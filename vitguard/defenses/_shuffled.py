@@ -202,8 +202,7 @@ class InstalledShuffle(Installed):
         else:
             mask = _masks.block_masks(different, grid, count)
         if s.probability < 1:
-            chance = _masks.keyed_uniform(different, 1, stream=-2)
-            mask = mask & (chance < s.probability)
+            mask = mask & _masks.chosen(different, s.probability)
         source = _masks.permute_inside(different, mask, derangement=s.derangement)
         return (mask, source) if index is None else (mask[index], source[index])
 

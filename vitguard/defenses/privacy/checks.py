@@ -75,4 +75,5 @@ def probe(model: nn.Module, images: Tensor, engine: Engine) -> None:
             auxiliary = auxiliary_losses(model, len(images))
             engine.verify(model, tape, (outputs, auxiliary), images)
     finally:
+        engine.close()
         model.train(training)

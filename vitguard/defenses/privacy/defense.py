@@ -210,5 +210,6 @@ def _clip(engine: Engine, model: nn.Module, loss: Loss, batch: Batch, clip: floa
             )
         return clipped_sum(tape, clip)
     finally:
+        engine.close()
         for p in model.parameters():
             p.grad = held.get(p)

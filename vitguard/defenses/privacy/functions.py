@@ -191,20 +191,32 @@ class _LayerNorm(torch.autograd.Function):
         tape, (weight_root, bias_root) = ctx.tape, ctx.roots
         checking = tape.checking
         g = g.to(x.dtype)
+        if not checking:
+            _record_norm(tape, ctx.roots, ctx.shape, g, (x, mean, scale))
         gx, gw, gb = torch.ops.aten.native_layer_norm_backward(
             g, x, ctx.shape, mean, scale, weight, weight,
             [ctx.needs_input_grad[0], checking and weight_root is not None,
              checking and bias_root is not None],
         )  # fmt: skip
-        if checking:
-            return gx, gw, gb, None, None, None, None
-        b, shape = tape.batch, ctx.shape
-        if weight_root is not None:
-            normal = torch.sub(x, mean).mul_(scale).mul_(g)
-            weight_root.uses.append(Samples(normal.reshape(b, -1, *shape).sum(1)))
-        if bias_root is not None:
-            bias_root.uses.append(Samples(g.reshape(b, -1, *shape).sum(1)))
-        return gx, None, None, None, None, None, None
+        return gx, gw if checking else None, gb if checking else None, None, None, None, None
+
+
+def _record_norm(
+    tape: Tape,
+    roots: tuple[Root | None, Root | None],
+    shape: tuple[int, ...],
+    g: Tensor,
+    normal: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Record scale and shift; the normalised input is made here and dropped at once."""
+    weight_root, bias_root = roots
+    if weight_root is not None:
+        x, mean, scale = normal
+        product = torch.sub(x, mean).mul_(scale).mul_(g)
+        weight_root.uses.append(Samples(product.reshape(tape.batch, -1, *shape).sum(1)))
+        del product
+    if bias_root is not None:
+        bias_root.uses.append(Samples(g.reshape(tape.batch, -1, *shape).sum(1)))
 
 
 class _Lift(torch.autograd.Function):

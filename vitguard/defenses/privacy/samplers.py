@@ -87,10 +87,11 @@ class _OpacusTape(Tape):
                     "call. Use engine='bookkeeping'."
                 )
             p.grad = None
-        self._remove()
+        self.close()
         return found
 
-    def _remove(self) -> None:
+    def close(self) -> None:
+        """Leave nothing of Opacus on the model."""
         self._hooks.remove_hooks()
         for p in (*self._sampled.values(), *(p for _, p in self._parameters.values())):
             for name in ("grad_sample", "_forward_counter", "_current_grad_sample"):
@@ -103,9 +104,21 @@ class OpacusEngine(Engine):
 
     def __init__(self) -> None:
         super().__init__(check=False)
+        self._tape: _OpacusTape | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tape": None}
+
+    def close(self) -> None:
+        if self._tape is not None:
+            self._tape.close()
+        self._tape = None
 
     def tape(self, model: nn.Module, batch: int) -> Tape:
         frozen = [p for p in model.parameters() if not p.requires_grad]
-        return _OpacusTape(model, batch, frozenset(map(id, (*frozen, *model.buffers()))))
+        self.close()
+        constants = frozenset(map(id, (*frozen, *model.buffers())))
+        self._tape = _OpacusTape(model, batch, constants)
+        return self._tape
 
 

@@ -69,8 +69,13 @@ class Products:
         return torch.bmm(self.outputs.mT, self.inputs).view(-1, *self.shape)
 
     def weighted(self, weights: Tensor) -> Tensor:
-        scaled = self.outputs * weights.to(self.outputs.dtype)[:, None, None]
-        return (scaled.flatten(0, 1).mT @ self.inputs.flatten(0, 1)).view(self.shape)
+        x, g = self.inputs, self.outputs
+        factors = weights.to(g.dtype)[:, None, None]
+        if x.shape[2] < g.shape[2]:  # never in place: a residual stream shares its gradient
+            x = x * factors
+        else:
+            g = g * factors
+        return (g.flatten(0, 1).mT @ x.flatten(0, 1)).view(self.shape)
 
     def scrub(self, good: Tensor) -> None:
         keep = good[:, None, None]
