@@ -63,7 +63,7 @@ def test_the_audit_finds_what_the_plan_states(small, stack):
 
 
 def test_the_trained_cifar_vit_leaks_through_span_without_the_whole_embedding(cifar_vit, cifar):
-    from conftest import CIFAR_NORMALIZATION
+    from tests.conftest import CIFAR_NORMALIZATION
 
     pixels, labels = cifar
     stack = "encryption:select=embedding"

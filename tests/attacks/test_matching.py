@@ -293,6 +293,26 @@ def test_the_space_of_the_start_is_searched():
     assert (guess.images - images).square().mean() < (0.5 - images).square().mean() / 4
 
 
+def test_whitened_coordinates_decode_back_and_have_the_spectrum_of_photos():
+    anatomy = Anatomy.of(make_model())
+    white = torch.randn(64, 3, 16, 16, generator=seeded())
+    search = Subspace(anatomy, None, spectrum=1.0)
+    torch.testing.assert_close(search.decode(search.encode(white)), white, rtol=1e-4, atol=1e-4)
+    power = torch.fft.rfft2(search.decode(white)).abs().mean((0, 1))
+    # Amplitude falls as 1 / frequency: twice the frequency, half of it.
+    assert power[0, 4] / power[0, 2] == pytest.approx(0.5, rel=0.1)
+    assert power[4, 0] / power[2, 0] == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_a_whitened_search_starts_where_it_is_told_and_converges(optimizer):
+    view, images, _ = make_view()
+    exact = Plain(iterations=1, spectrum=1.0, optimizer=optimizer, start=Guess(images=images))
+    assert exact.run(view, seeded()).details["distance at the start"] < 1e-6
+    guess = Plain(iterations=4, spectrum=1.0, optimizer="lbfgs").run(view, seeded())
+    assert guess.details["distance"] < 0.3 * guess.details["distance at the start"]
+
+
 def test_schedules():
     assert [at(((0.0, 3.0), (0.5, 1.0)), s) for s in (0.0, 0.49, 0.5, 1.0)] == [3, 3, 1, 1]
     assert at(((0.3, 2.0),), 0.2) == 0
@@ -330,7 +350,14 @@ def test_settings_are_plain_values():
 
 
 @pytest.mark.parametrize(
-    "values", [{"iterations": 0}, {"restarts": 0}, {"seconds": 0}, {"seconds": float("nan")}]
+    "values",
+    [
+        {"iterations": 0},
+        {"restarts": 0},
+        {"seconds": 0},
+        {"seconds": float("nan")},
+        {"spectrum": -1},
+    ],
 )
 def test_settings_out_of_range_are_refused(values):
     with pytest.raises(InputError):

@@ -85,7 +85,7 @@ def test_the_normalization_is_undone(small_vit, observe, photo, generator):
 
 
 def test_trained_cifar_vit_median_over_40_images(cifar_vit, cifar, observe, generator):
-    from conftest import CIFAR_NORMALIZATION
+    from tests.conftest import CIFAR_NORMALIZATION
 
     pixels, labels = cifar
     found, right = [], 0
@@ -99,7 +99,7 @@ def test_trained_cifar_vit_median_over_40_images(cifar_vit, cifar, observe, gene
 
 
 def test_trained_cifar_vit_one_step_difference(cifar_vit, cifar, observe, generator):
-    from conftest import CIFAR_NORMALIZATION
+    from tests.conftest import CIFAR_NORMALIZATION
 
     found = [
         quality(

@@ -136,7 +136,7 @@ def test_the_ranks_are_those_of_the_geometry_not_of_a_tolerance(small_vit, obser
 
 
 def _cifar(observe, cifar_vit, cifar, count, **how):
-    from conftest import CIFAR_NORMALIZATION
+    from tests.conftest import CIFAR_NORMALIZATION
 
     pixels, labels = (x[:count, None] for x in cifar)
     found = []

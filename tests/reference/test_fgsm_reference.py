@@ -80,8 +80,8 @@ def test_equals_torchattacks(trained, images, targeted):
     aims = (labels + 1) % 10 if targeted else labels
     theirs = torchattacks.FGSM(Normalised(trained), eps=EPSILON)
     if targeted:
-        theirs.set_mode_targeted_by_label(quiet=True)
-    _compare(trained, pixels, aims, targeted, theirs(pixels, aims))
+        theirs.set_mode_targeted_by_function(lambda _, true: (true + 1) % 10)
+    _compare(trained, pixels, aims, targeted, theirs(pixels, labels))
 
 
 def test_equals_foolbox(trained, images):

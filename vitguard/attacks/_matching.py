@@ -67,6 +67,8 @@ class MatchingAttack(Attack):
         restarts: Starts that run side by side; the one with the smallest distance is returned.
         subspace: Search only where an exact attack left room: the start guess's affine space, else
             the row space of the patch gradient where it is smaller than the pixels.
+        spectrum: Search in coordinates whitened by frequency^spectrum; 1 is the spectrum of photos,
+            0 the papers' free pixels. It is for L-BFGS and plain Adam; signs undo it.
         derivative: `exact` (double backward), `difference` (two passes at neighbouring weights, see
             `_slope`), or `auto`: the difference for Adam where the update is a plain gradient.
         seconds: Time budget; the best so far is returned when it is spent. With one, the result
@@ -82,6 +84,7 @@ class MatchingAttack(Attack):
     parameters: str = "all"
     restarts: int = 1
     subspace: bool = True
+    spectrum: float = 0.0
     derivative: Literal["auto", "exact", "difference"] = "auto"
     seconds: float | None = None
     resume: str | None = None
@@ -96,6 +99,8 @@ class MatchingAttack(Attack):
                 "iterations and restarts of at least 1",
                 f"iterations={self.iterations}, restarts={self.restarts}",
             )
+        if not 0 <= self.spectrum <= 3:
+            raise expected("spectrum in [0, 3]", self.spectrum)
         if self.derivative not in ("auto", "exact", "difference"):
             raise expected("derivative auto, exact or difference", repr(self.derivative))
         if self.seconds is not None and not self.seconds > 0:
@@ -139,7 +144,7 @@ class _Run:
         self.seen = self._readable()
         self.seed = int(torch.randint(2**62, (), generator=generator))
         self.label_rule, labels = self._labels(generator)
-        self.subspace = Subspace(self.anatomy, self._space())
+        self.subspace = Subspace(self.anatomy, self._space(), attack.spectrum)
         shape = (1, *view.image_shape)
         box = [view.normalization.apply(torch.full(shape, v)).to(self.like) for v in (0.0, 1.0)]
         self.restarts = [self._restart(r, labels, (box[0], box[1])) for r in range(attack.restarts)]
@@ -211,10 +216,13 @@ class _Run:
             exact = index == 0 and len(base) == batch
             # One image for a whole batch, or a further restart: leave the symmetric point.
             images = base.expand_as(images) + (0 if exact else 0.1 * images)
+        elif self.subspace.spectrum:
+            images = 0.3 * images  # whitened noise: about the contrast of a photo
         scores = None
         if labels is None:
             scores = torch.randn((batch, self.view.classes), generator=noise).to(self.like)
-        return Restart(self.recipe, self.subspace, images, labels, scores, box)
+        free = images if start is None else self.subspace.encode(images)
+        return Restart(self.recipe, self.subspace, free, labels, scores, box)
 
     def _generator(self, iteration: int, restart: int) -> torch.Generator:
         """One generator for each step, so that a resumed run draws what an unbroken one does."""
@@ -280,7 +288,7 @@ class _Run:
         """The distance at `free`, with draws that are the same for all candidates."""
         labels = restart.best_labels if restart.label_scores is not None else restart.labels
         assert labels is not None
-        images = self.subspace.project(free).requires_grad_()
+        images = self.subspace.decode(free).requires_grad_()
         with math_attention():
             value = self._measure(images, labels, self._generator(-2 - draws, 0).initial_seed())
         return float(value.detach())
@@ -322,7 +330,7 @@ class _Run:
             if getattr(self, flag):
                 details[flag.replace("_", " ")] = True
         return Guess(
-            images=self._pixels(self.subspace.project(candidates[chosen])),
+            images=self._pixels(self.subspace.decode(candidates[chosen])),
             labels=labels.cpu() if labels is not None else None,
             details=details,
         )

@@ -121,11 +121,11 @@ class Restart:
 
     def images(self) -> Tensor:
         """Return the current model-input images, without a graph."""
-        return self.subspace.project(self.free.detach())
+        return self.subspace.decode(self.free.detach())
 
     def best_images(self) -> Tensor:
         """Return the best model-input images so far."""
-        return self.subspace.project(self.best)
+        return self.subspace.decode(self.best)
 
     def current_labels(self) -> Tensor:
         """Return class indices, or probabilities where labels are optimised too."""
@@ -155,14 +155,15 @@ class Restart:
                 noise = torch.randn(self.free.shape, generator=generator).to(self.free)
                 self.free.add_(noise, alpha=self.recipe.langevin * rate)
             if self.recipe.boxed:
-                self.free.clamp_(*self.box)
+                images = self.subspace.decode(self.free) if self.subspace.spectrum else self.free
+                self.free.copy_(self.subspace.encode(images.clamp(*self.box)))
             if not (self.alive and self.free.isfinite().all()):
                 self.alive = False
                 self.free.copy_(before)
 
     def _evaluate(self, measure: Measure, prior: Callable[[Prior, Tensor], Tensor]) -> float:
         weight, *weights = self.phase
-        images = self.subspace.project(self.free)
+        images = self.subspace.decode(self.free)
         terms = {"distance": measure(images, self.current_labels())}
         total = weight * terms["distance"] if weight != 1 else terms["distance"]
         for (name, term, _), factor in zip(self.recipe.priors, weights, strict=True):

@@ -23,17 +23,46 @@ class Subspace:
 
     The free variable stays an image: what it decodes to is its projection, so that step sizes mean
     the same with and without a space.
+
+    With a spectrum s > 0 the free variable is whitened: its Fourier coefficients are divided by
+    frequency^s, as those of photos are for s = 1. Coarse shapes then cost an optimizer no more
+    steps than fine ones, and noise decodes to something like a photo.
+
+    Args:
+        anatomy: Of the attacked model.
+        space: In model-input units, one for every image of the batch.
+        spectrum: The exponent s; 0 leaves pixels free.
     """
 
-    def __init__(self, anatomy: Anatomy, space: AffineSpace | None = None) -> None:
+    def __init__(
+        self, anatomy: Anatomy, space: AffineSpace | None = None, spectrum: float = 0.0
+    ) -> None:
         self.anatomy = anatomy
         self.space = space
+        self.spectrum = spectrum
         self._pair: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def directions(self) -> int | None:
         """Free directions of each patch, None where every pixel is free."""
         return None if self.space is None else self.space.basis.shape[-1]
+
+    def decode(self, free: Tensor) -> Images:
+        """Return the model-input images of free variables; differentiable."""
+        return self.project(self._filter(free, -1) if self.spectrum else free)
+
+    def encode(self, images: Images) -> Tensor:
+        """Return free variables that decode to the images (to their projection)."""
+        return self._filter(images, 1) if self.spectrum else images.clone()
+
+    def _filter(self, images: Tensor, sign: int) -> Tensor:
+        height, width = images.shape[-2:]
+        down = torch.fft.fftfreq(height, device=images.device, dtype=images.dtype)[:, None]
+        across = torch.fft.rfftfreq(width, device=images.device, dtype=images.dtype)[None]
+        frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(height, width))
+        gain = frequency**self.spectrum
+        gain = (gain / gain.mean()) ** sign
+        return torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=(height, width))
 
     def project(self, images: Images) -> Images:
         """Return the nearest model-input images inside the space; differentiable."""

@@ -34,8 +34,8 @@ class DLG(MatchingAttack):
 
     @classmethod
     def fast(cls, **changes: Any) -> DLG:
-        """Return a preset for a CPU: 10 iterations with a line search."""
-        return cls(**{"iterations": 10, "line_search": True, **changes})
+        """Return a preset for a CPU: 10 iterations, line search, whitened coordinates."""
+        return cls(**{"iterations": 10, "line_search": True, "spectrum": 1.0, **changes})
 
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
         """See `MatchingAttack`."""
@@ -62,8 +62,8 @@ class IDLG(MatchingAttack):
 
     @classmethod
     def fast(cls, **changes: Any) -> IDLG:
-        """Return a preset for a CPU: 10 iterations with a line search."""
-        return cls(**{"iterations": 10, "line_search": True, **changes})
+        """Return a preset for a CPU: 10 iterations, line search, whitened coordinates."""
+        return cls(**{"iterations": 10, "line_search": True, "spectrum": 1.0, **changes})
 
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
         """See `MatchingAttack`."""

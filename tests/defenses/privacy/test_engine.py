@@ -138,9 +138,7 @@ def test_opacus_engine_gives_the_same_clipped_sum(family):
 
 @pytest.mark.parametrize("rule", [True, False])
 def test_factors_and_formed_gradients_agree(rule, monkeypatch):
-    monkeypatch.setattr(
-        "vitguard.defenses.privacy.functions.prefer_products", lambda *sizes: rule
-    )
+    monkeypatch.setattr("vitguard.defenses.privacy.functions.prefer_products", lambda *sizes: rule)
     model = build("vit")
     images, labels = some()
     got = DifferentialPrivacy(clip=CLIP).clipped_sum(model, F.cross_entropy, Batch(images, labels))

@@ -48,7 +48,12 @@ def check_model(model: nn.Module) -> None:
 
 
 def _refuse_wrappers(model: nn.Module) -> None:
-    wrappers = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
+    wrappers = (
+        "DistributedDataParallel",
+        "DataParallel",
+        "FullyShardedDataParallel",
+        "OptimizedModule",
+    )
     if type(model).__name__ in wrappers:
         raise Incompatible(
             f"Expected the bare model, got {type(model).__name__} around it. The private optimizer "

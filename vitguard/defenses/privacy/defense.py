@@ -116,7 +116,8 @@ class DifferentialPrivacy(StepDefense):
         clipped = _clip(self._engine(), model, loss, batch, self.clip)
         trainable = {k: p for k, p in model.named_parameters() if p.requires_grad}
         return {
-            canonical_name(k): clipped.sums.get(k, torch.zeros_like(p)) for k, p in trainable.items()
+            canonical_name(k): clipped.sums.get(k, torch.zeros_like(p))
+            for k, p in trainable.items()
         }
 
     def gradient(
@@ -177,7 +178,6 @@ class DifferentialPrivacy(StepDefense):
         except ImportError as error:
             raise missing_extra("engine='opacus'", "opacus") from error
         return OpacusEngine()
-
 
 
 @functools.lru_cache(maxsize=64)

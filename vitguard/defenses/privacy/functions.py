@@ -27,7 +27,11 @@ __all__ = ["convolve", "layer_norm", "lift", "linear", "slots"]
 
 
 def linear(
-    tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, roots: tuple[Root | None, Root | None]
+    tape: Tape,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    roots: tuple[Root | None, Root | None],
 ) -> Tensor:
     """Return `x @ weight.T + bias`, book-kept; x has shape (k * batch, ..., columns)."""
     return _Linear.apply(x, weight, bias, tape, roots)  # type: ignore[return-value]

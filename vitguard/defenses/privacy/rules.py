@@ -108,7 +108,12 @@ def _low_precision(x: Tensor) -> Tensor:
 
 
 def _linear(
-    tape: Tape, func: Any, args: tuple, kwargs: dict, *, names: tuple[str, ...] = ("input", "weight", "bias")
+    tape: Tape,
+    func: Any,
+    args: tuple,
+    kwargs: dict,
+    *,
+    names: tuple[str, ...] = ("input", "weight", "bias"),
 ) -> Any:
     given = dict(zip(names, args, strict=False)) | kwargs
     x, weight, bias = given["input"], given["weight"], given.get("bias")
@@ -170,7 +175,9 @@ def _layer_norm(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
     bias, bias_root = _split(tape, given["bias"], "layer_norm bias")
     reference = next(t for t in (weight, bias) if t is not None)
     roots = (weight_root, bias_root)
-    return functions.layer_norm(tape, x.to(reference.dtype), shape, weight, bias, roots, given["eps"])
+    return functions.layer_norm(
+        tape, x.to(reference.dtype), shape, weight, bias, roots, given["eps"]
+    )
 
 
 def _rms_norm(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -268,7 +275,9 @@ def _multi_head(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
         mixed = weights @ shaped[2]
         weights = weights.mean(1) if given.get("average_attn_weights", True) else weights
     else:
-        mixed = F.scaled_dot_product_attention(*shaped, None, dropout, given.get("is_causal", False))
+        mixed = F.scaled_dot_product_attention(
+            *shaped, None, dropout, given.get("is_causal", False)
+        )
     mixed = mixed.transpose(1, 2).reshape(b, tokens, width)
     out = given["out_proj_weight"], given["out_proj_bias"]
     return _maybe_linear(tape, mixed, *out).transpose(0, 1), weights

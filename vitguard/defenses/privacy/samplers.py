@@ -69,9 +69,7 @@ class _OpacusTape(Tape):
             for name, p in module.named_parameters(recurse=False)
             if p.requires_grad
         }
-        bare = {
-            k: p for k, p in model.named_parameters() if p.requires_grad and k not in sampled
-        }
+        bare = {k: p for k, p in model.named_parameters() if p.requires_grad and k not in sampled}
         super().__init__(bare, batch, constants)
         self._sampled = sampled
         self._hooks = _Hooks(model, loss_reduction="sum")
@@ -120,5 +118,3 @@ class OpacusEngine(Engine):
         constants = frozenset(map(id, (*frozen, *model.buffers())))
         self._tape = _OpacusTape(model, batch, constants)
         return self._tape
-
-

@@ -120,7 +120,10 @@ class Tape:
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], batch: int, constants: frozenset[int] = frozenset()
+        self,
+        parameters: dict[str, nn.Parameter],
+        batch: int,
+        constants: frozenset[int] = frozenset(),
     ) -> None:
         self.batch = batch
         self._constants = constants

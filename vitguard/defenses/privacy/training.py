@@ -92,7 +92,13 @@ class PrivateTraining(Installed):
             return
         size = next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), 0)
         if self.due is None or self.tape is not None or size != self.due[0]:
-            due = "none" if self.due is None else "one taken" if self.tape is not None else self.due[0]
+            due = (
+                "none"
+                if self.due is None
+                else "one taken"
+                if self.tape is not None
+                else self.due[0]
+            )
             raise Unprotected(
                 f"Expected one training pass for each batch of the private loader, got a batch of "
                 f"{size} where the batch due was {due}. Use the loader that guard.prepare returned."

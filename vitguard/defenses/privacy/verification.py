@@ -135,9 +135,7 @@ def one_run_audit(
     Reference: Steinke, Nasr and Jagielski, arXiv:2305.08846.
     """
     if not 2 <= guesses <= canaries <= dimension:
-        raise expected(
-            "guesses <= canaries <= dimension", f"{guesses}, {canaries}, {dimension}"
-        )
+        raise expected("guesses <= canaries <= dimension", f"{guesses}, {canaries}, {dimension}")
     included = torch.rand(canaries, generator=generator) < 0.5
     gradients = torch.zeros(canaries, dimension)
     gradients[torch.arange(canaries), torch.arange(canaries)] = size
