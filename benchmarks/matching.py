@@ -12,6 +12,7 @@ installed beside this project and found in the folders given with `--peer`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import sys
@@ -30,6 +31,7 @@ from vitguard.attacks.inverting import InvertingGradients
 from vitguard.core import Guess, Normalization, View
 from vitguard.data import sample_images
 from vitguard.guard import protect
+from vitguard.registry import attack_types, parse_attack, parse_stack
 from vitguard.threats import CuriousServer
 
 NORMALIZATION = Normalization()
@@ -145,7 +147,8 @@ def speed(options: argparse.Namespace) -> None:
         patch = (4, 4) if pixels.shape[-1] == 32 else (16, 16)
         floor = metrics.baseline(pixels, patch)
         print(f"\n{name}: {iterations} iterations, forward+backward {1e3 * unit:.1f} ms, "
-              f"floor {float(floor.psnr):.1f} raw {float(floor.patch_psnr):.1f} matched")  # fmt: skip
+              f"floor {float(floor.psnr):.1f} raw "
+              f"{float(floor.patch_psnr):.1f} matched")  # fmt: skip
         seconds: dict[str, list[float]] = {}
         quality: dict[str, tuple[float, float]] = {}
         for _ in range(options.rounds):
@@ -190,6 +193,51 @@ def parameters(options: argparse.Namespace) -> None:
         print(f"| {selector} | {mean(raw):.1f} | {mean(matched):.1f} | {mean(gain):.1f} |")
 
 
+def table(options: argparse.Namespace) -> None:
+    """Attacks over batch sizes on a CIFAR ViT: mean over the batch, from noise and from a start."""
+    sys.path.insert(0, options.data)
+    from load import cifar10  # type: ignore[import-not-found]
+    from safetensors.torch import load_file
+
+    pixels, labels = cifar10("test", options.decoys + max(options.batches))
+    images = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255
+    decoys, patch = images[max(options.batches) :], (4, 4)
+    normalization = Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+    print("| B | positions | start | attack | raw | matched | floor | at the start | identified "
+          "| CPU s |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for batch in options.batches:
+        truth, floor = images[:batch], metrics.baseline(images[:batch], patch)
+        for kind in options.positions:
+            model = timm.create_model(
+                "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=128, depth=4,
+                num_heads=4, mlp_ratio=2, num_classes=10,
+            )  # fmt: skip
+            model.load_state_dict(load_file(f"{options.data}/weights/{options.weights}"))
+            stack = parse_stack("none" if kind == "learnable" else f"positions:kind={kind}")
+            guard = protect(model.train(), stack)
+            aims = torch.tensor(labels[:batch])
+            update = guard.update(normalization.apply(truth), aims)
+            view = CuriousServer().view(guard, update, normalization)
+            for start in options.starts:
+                guess = None
+                if start != "noise":
+                    guess = parse_attack(start).run(view, torch.Generator().manual_seed(0))
+                for name in options.attacks:
+                    attack = attack_types()[name].fast(start=guess)  # type: ignore[attr-defined]
+                    began = time.process_time()
+                    first = dataclasses.replace(attack, iterations=1)
+                    got = attack.run(view, torch.Generator().manual_seed(0))
+                    spent = time.process_time() - began
+                    own = first.begins_at(view, torch.Generator().manual_seed(0))
+                    result = metrics.score(got.images, truth, patch, decoys=decoys)
+                    before = metrics.score(own, truth, patch).patch_psnr.mean()
+                    print(f"| {batch} | {kind} | {start} | {name} | {result.psnr.mean():.1f} "
+                          f"| {result.patch_psnr.mean():.1f} | {floor.psnr.mean():.1f} / "
+                          f"{floor.patch_psnr.mean():.1f} | {before:.1f} | "
+                          f"{int(result.identified.sum())}/{batch} | {spent:.0f} |",
+                          flush=True)  # fmt: skip
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -209,6 +257,19 @@ def main() -> None:
     parts.add_argument("--iterations", type=int, default=200)
     parts.add_argument("--threads", type=int, default=1)
     parts.set_defaults(run=parameters, cpu_clock=False)
+    research = commands.add_parser("table", help="attacks over batch sizes on a CIFAR ViT")
+    research.add_argument("--data", required=True, help="folder with load.py and weights")
+    research.add_argument("--weights", default="cifar10_vit_b.safetensors")
+    research.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8])
+    research.add_argument("--positions", nargs="+", default=["learnable", "sincos"])
+    research.add_argument("--starts", nargs="+", default=["noise"], help="noise, or an attack")
+    research.add_argument(
+        "--attacks", nargs="+",
+        default=["dlg", "idlg", "inverting", "gradinversion", "gradvit", "april-opt"],
+    )  # fmt: skip
+    research.add_argument("--decoys", type=int, default=100)
+    research.add_argument("--threads", type=int, default=1)
+    research.set_defaults(run=table, cpu_clock=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.cpu_clock:

@@ -143,9 +143,10 @@ def measure(setting: str, rounds: int) -> None:
     for name, values in seconds.items():
         middle = statistics.median(values)
         paired = statistics.median(v / s for v, s in zip(values, seconds["SGD"], strict=True))
+        share = memory[name] / memory["SGD"]
         print(
-            f"  {name:24} {1e3 * middle:8.1f} ms  {middle / base:5.2f} x"
-            f"  (paired {paired:4.2f})  {memory[name]:8.1f} MiB  {memory[name] / memory['SGD']:5.2f} x"
+            f"  {name:24} {1e3 * middle:8.1f} ms  {middle / base:5.2f} x  (paired {paired:4.2f})"
+            f"  {memory[name]:8.1f} MiB  {share:5.2f} x"
         )
 
 

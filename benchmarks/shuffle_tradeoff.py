@@ -7,7 +7,8 @@
 `train` trains every configuration with the same steps (examples/train_cifar10.py does it), one
 JSON line and one weight file a run; stopped and started again it goes on with the next run.
 `audit` attacks one gradient of each trained model at batch size 1, and keeps what it has done.
-`report` writes `images/shuffle-tradeoff.png` and `shuffle-results.md` from what is there.
+`report` writes the table into `shuffle.md`, and the pictures `shuffle-tradeoff.png` and
+`shuffle-seen.png` into `images`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from PIL import Image
 
 import vitguard as vg
+from vitguard.data import sample_images
 from vitguard.metrics import baseline
 from vitguard.registry import attack_types, parse_stack
+from vitguard.tracking import what_the_model_saw
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import train_cifar10
@@ -41,7 +46,8 @@ CONFIGURATIONS = {
         "positions:kind=sincos+shuffle:ratio={ratio},steps={steps},dal=tokens"
     ),
 }
-ATTACKS = ("position", "span", "gelu-span", "ladder")
+_FIRST, _LAST = "<!-- results -->", "<!-- end of results -->"
+ATTACKS = ("position", "span", "gelu-span")
 
 
 def runs(seeds: int, steps: int) -> Iterator[tuple[str, float, int, str]]:
@@ -93,7 +99,7 @@ def train(options: argparse.Namespace) -> None:
 
 def audit(options: argparse.Namespace) -> None:
     """Attack what was trained and not attacked yet."""
-    attacks = [a for a in options.attacks or ATTACKS if a in attack_types()]
+    attacks = [a for a in options.attacks or ATTACKS if a.split(":")[0] in attack_types()]
     done = {(r["configuration"], r["ratio"], r["seed"], r["attack"]) for r in _audits(options.out)}
     for run in _lines(options.out, "runs"):
         key = (run["configuration"], run["ratio"], run["seed"])
@@ -141,9 +147,27 @@ def report(options: argparse.Namespace) -> None:
     if not done:
         raise SystemExit(f"Expected runs in {options.out}, found none. Run `train` first.")
     (options.docs / "images").mkdir(parents=True, exist_ok=True)
-    text = "\n".join(["<!-- made by benchmarks/shuffle_tradeoff.py -->", "", *_table(done, audits)])
-    (options.docs / "shuffle-results.md").write_text(text + "\n")
+    page = options.docs / "shuffle.md"
+    text = page.read_text() if page.is_file() else f"{_FIRST}\n{_LAST}\n"
+    before, _, rest = text.partition(_FIRST)
+    _, _, after = rest.partition(_LAST)
+    made = "\n".join([_FIRST, "", *_table(done, audits), "", _LAST])
+    page.write_text(before + made + after)
     _figure(done, audits, options.docs / "images" / "shuffle-tradeoff.png")
+    _seen(options.docs / "images" / "shuffle-seen.png")
+
+
+def _seen(path: Path) -> None:
+    """Draw scikit-image's photos, and below each what a model sees of it at a ratio of 70 %."""
+    photos = sample_images((224, 224), count=5).pixels
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    guard = vg.protect(model.train(), [vg.PatchShuffle(0.7)], generator=torch.Generator())
+    with torch.no_grad():
+        model(photos)
+    rows = torch.stack([photos, what_the_model_saw(guard, photos)])
+    sheet = torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2)
+    values = (sheet.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    Image.fromarray(values).resize((800, 320), Image.Resampling.LANCZOS).save(path)
 
 
 def _table(done: list[dict[str, Any]], audits: list[dict[str, Any]]) -> Iterator[str]:
@@ -177,7 +201,8 @@ def _table(done: list[dict[str, Any]], audits: list[dict[str, Any]]) -> Iterator
             f"{statistics.mean(accuracy):.1f}{spread}",
             _decibels(best(audits, group[0], "psnr")),
             _decibels(best(audits, group[0], "patch_psnr")),
-            " / ".join(_share(max((m[i] or 0) for m in masks)) for i in (0, 1)) if masks else "",
+            " / ".join(f"{m or 0:.2f}" for m in max(masks, key=lambda m: min(m[0] or 0, m[1] or 0)))
+            if masks else "",
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
     if audits:
@@ -235,10 +260,6 @@ def _figure(done: list[dict[str, Any]], audits: list[dict[str, Any]], path: Path
 
 def _decibels(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.2f}"
 
 
 def _file(name: str, ratio: float, seed: int) -> str:

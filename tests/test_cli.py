@@ -132,11 +132,11 @@ def test_update_file_is_audited_on_its_own(photo):
     guard.update(inputs, torch.tensor([3])).save("client.safetensors")
     arguments = ("--update-file", "client.safetensors", "--defense", "positions:kind=frozen")
     result = report(*arguments, "--attack", "span")
-    client = [f for f in result["findings"] if f["defense"] != "none"][0]
+    client = next(f for f in result["findings"] if f["defense"] != "none")
     assert client["verdict"] == "leaks" and client["details"]["update_error"] < 0.05
     assert client["psnr"] is None
     with_wrong_truth = report(*arguments, "--attack", "span", "--images", str(photo))
-    client = [f for f in with_wrong_truth["findings"] if f["defense"] != "none"][0]
+    client = next(f for f in with_wrong_truth["findings"] if f["defense"] != "none")
     assert client["psnr"]["max"] < 20
 
 

@@ -1,4 +1,4 @@
-"""Documentation runs: every python block of the README and the docs, each in a namespace of its own."""
+"""Documentation runs: every python block of the README and the docs, in its own namespace."""
 
 import re
 from pathlib import Path

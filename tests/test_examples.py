@@ -130,3 +130,32 @@ def test_augmentation_moves_and_mirrors_each_image_on_its_own(script):
     rows = {tuple(image[0, 0].tolist()) for image in moved}
     assert len(rows) > 6
     assert all(set(row) <= set(range(16)) for row in rows)
+
+
+@pytest.mark.slow
+def test_the_tradeoff_benchmark_goes_on_where_it_was_stopped(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    script = str(ROOT / "benchmarks" / "shuffle_tradeoff.py")
+    common = ["--out", str(tmp_path / "runs"), "--data", str(folder), "--seeds", "1"]
+    small = ["--epochs", "1", "--batch-size", "8", "--depth", "1", "--images", "20"]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "shuffle.md").write_text(
+        "before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n"
+    )
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, script, *arguments], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        ).stdout  # fmt: skip
+
+    assert run("train", *common, *small).count("seed 0") == 10
+    assert run("train", *common, *small) == ""
+    attacks = ["--photos", "1", "--attacks", "position", "span"]
+    assert run("audit", *common, *attacks).count("\n") == 20
+    assert run("audit", *common, *attacks) == ""
+    run("report", "--out", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs"))
+    page = (tmp_path / "docs" / "shuffle.md").read_text()
+    assert page.startswith("before\n") and page.endswith("\nafter\n") and "old" not in page
+    assert page.count("| shuffle | ") == 6
+    assert (tmp_path / "docs" / "images" / "shuffle-tradeoff.png").is_file()

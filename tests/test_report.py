@@ -190,7 +190,8 @@ class TestGate:
             ([finding(verdict="inconclusive", level=12.0)], 3),
             ([unmeasured("blocked")], 3),
             ([unmeasured("not applicable")], 3),
-            ([unmeasured("leaks")], 3),
+            ([unmeasured("leaks")], 1),  # it reproduces the update; there is no truth to measure
+            ([finding(verdict="leaks", level=5.0)], 1),  # told from decoys: no dB limit sees that
             ([unmeasured("blocked"), finding(level=12.0)], 0),
             ([finding(level=12.0), unmeasured("blocked", STACK)], 3),
             ([finding(level=65.0), unmeasured("blocked", STACK)], 1),

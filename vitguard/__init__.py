@@ -36,7 +36,6 @@ _HOMES = {
     "LocalTraining": "vitguard.audit",
     "Normalization": "vitguard.core",
     "PatchShuffle": "vitguard.defenses.shuffle",
-    "PatchShuffle": "vitguard.defenses.shuffle",
     "Update": "vitguard.core",
     "WithheldPositions": "vitguard.defenses.positions",
     "audit": "vitguard.audit",
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from vitguard.attacks.fgsm import FGSM as FGSM
     from vitguard.audit import LocalTraining as LocalTraining
     from vitguard.audit import audit as audit
-    from vitguard.received import audit_update as audit_update
     from vitguard.core import Normalization as Normalization
     from vitguard.core import Update as Update
     from vitguard.defenses.encryption import EncryptedGradients as EncryptedGradients
@@ -61,9 +59,9 @@ if TYPE_CHECKING:
     from vitguard.defenses.privacy import DifferentialPrivacy as DifferentialPrivacy
     from vitguard.defenses.pruning import GradientPruning as GradientPruning
     from vitguard.defenses.shuffle import PatchShuffle as PatchShuffle
-    from vitguard.defenses.shuffle import PatchShuffle as PatchShuffle
     from vitguard.guard import Guard as Guard
     from vitguard.guard import protect as protect
+    from vitguard.received import audit_update as audit_update
     from vitguard.report import AuditReport as AuditReport
     from vitguard.threats import CuriousServer as CuriousServer
     from vitguard.vit import Anatomy as Anatomy

@@ -13,6 +13,7 @@ from torch import Tensor
 from vitguard.errors import expected
 
 __all__ = [
+    "LEAK_GAIN",
     "MEANINGS",
     "Baseline",
     "Control",
@@ -25,6 +26,8 @@ __all__ = [
     "plain",
 ]
 
+LEAK_GAIN = 6.0
+"""dB above the best no-information guess at which a reconstruction is called a leak."""
 Verdict = Literal["leaks", "resisted", "blocked", "not applicable", "inconclusive"]
 
 MEANINGS: Mapping[str, str] = {

@@ -1,6 +1,7 @@
 """Which attacks remain when only some tensors are plain: one rule for each.
 
-Equations and unknowns of METHODS 2.1 to 2.5b at batch size 1, where exact attacks are strongest.
+Equations and unknowns of docs/methods.md 2.1 to 2.5b, at batch size 1, where exact attacks are
+strongest.
 """
 
 from __future__ import annotations
@@ -267,7 +268,7 @@ def _labels(plain: Released) -> Remaining:
 
 
 def _tokens(plain: Released) -> Remaining:
-    """METHODS 4.5, `deep-tokens`: measured, in no list of closed forms."""
+    """docs/methods.md 4.5, `deep-tokens`: measured, in no list of closed forms."""
     a = plain.anatomy
     if plain.equations <= 0:
         why = f"{a.tokens} tokens fill the {a.width} dimensions: the spans saturate"

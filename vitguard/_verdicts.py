@@ -9,14 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitguard._finding import Control, Finding, Mask, Pictures, Summary, Verdict
+from vitguard._finding import LEAK_GAIN, Control, Finding, Mask, Pictures, Summary, Verdict
 from vitguard.core import Guess
 from vitguard.metrics import Baseline, Scores, identification_p, mask_score
 
-__all__ = ["LEAK_GAIN", "Attempt", "finding_of", "labels_overlap"]
+__all__ = ["Attempt", "finding_of", "labels_overlap"]
 
-LEAK_GAIN = 6.0
-"""dB above the best no-information guess at which a reconstruction is called a leak."""
 CHANCE = 0.01
 CROWDING = 5
 """How many times more often than 1 / (decoys + 1) a guess without information may hit.
@@ -143,7 +141,7 @@ def _control_of(control: Finding | None) -> Control | None:
 
 
 def _pictures(guessed: Sequence[Attempt], controls: Sequence[Attempt]) -> Pictures:
-    """Return the closest reconstructions, the worst first, each beside original and control."""
+    """Return the closest reconstructions beside original and control, in the report's order."""
 
     def shown(attempts: Sequence[Attempt]) -> dict[str, Tensor]:
         return {
@@ -159,7 +157,8 @@ def _pictures(guessed: Sequence[Attempt], controls: Sequence[Attempt]) -> Pictur
         for i, name in enumerate(a.names)
     }
     originals = {name: a.truths[i] for a in guessed for i, name in enumerate(a.names)}
-    names = sorted(closeness, key=lambda name: -closeness[name])[:_PICTURES]
+    closest = sorted(closeness, key=lambda name: -closeness[name])[:_PICTURES]
+    names = [name for name in originals if name in closest]
     made, control = shown(guessed), shown(controls)
     return Pictures(
         original=torch.stack([originals[n].float().cpu() for n in names]),

@@ -69,8 +69,9 @@ def _add_audit(commands: Any) -> None:
         help="attack updates with and without defenses, beside an undefended control",
         description="Without arguments: a randomly initialised vit_base_patch16_224 on sample "
         "photos, the default defenses, the closed-form attacks.",
-        epilog="Exit codes: 0 done; 1 a defended configuration exceeds --max-psnr or --max-gain; "
-        "2 usage or input error; 3 a gate was asked for and no attack was conclusive.",
+        epilog="Class folders with numeric names are class indices, others count in sorted order. "
+        "Exit codes: 0 done; 1 a defended configuration exceeds --max-psnr or --max-gain, or leaks "
+        "in a way that no dB limit sees; 2 usage or input error; 3 a gate was asked for and no attack was conclusive.",
     )
     add = audit.add_argument
     add(
@@ -321,9 +322,13 @@ class _Progress:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(), console=Console(stderr=True), transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
         self._bar.start()
         self._task = self._bar.add_task("undefended control", total=None)
         return self

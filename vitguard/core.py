@@ -138,7 +138,7 @@ class Update:
         return replace(self, tensors=tensors, sealed={**self.sealed, **names})
 
     def as_gradient(self, model: nn.Module, *, steps: bool = False) -> Update:
-        """Turn the difference of plain SGD steps into a gradient (METHODS section 1).
+        """Turn the difference of plain SGD steps into a gradient (docs/methods.md 1).
 
         `model` holds the weights before the step, for weight decay. With `steps=True` the sum of
         the gradients of several steps is returned; otherwise more than one step is refused.

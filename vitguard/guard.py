@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -51,11 +52,15 @@ def protect(
         InputError: The model is wrapped or protected already.
     """
     _require_bare(model)
+    if isinstance(defenses, Defense):
+        raise expected("a list of defenses", repr(defenses), f"Write [{defenses!r}].")
     anatomy = anatomy or Anatomy.of(model)
     ordered = [d for place in _PLACES for d in defenses if isinstance(d, place)]
     if len(ordered) != len(defenses):
         strangers = [d for d in defenses if d not in ordered]
-        raise expected("defenses", f"{strangers[0]!r}", "See `vitguard list`.")
+        raise expected(
+            "defenses", f"{strangers[0]!r}", "Give instances, such as [vg.FixedPositions('frozen')]."
+        )
     names = [d.name for d in ordered]
     if repeated := {n for n in names if names.count(n) > 1}:
         raise Incompatible(f"Expected each defense once, got {', '.join(sorted(repeated))} twice.")
@@ -72,7 +77,9 @@ def protect(
     except BaseException:
         protection.uninstall(model)
         raise
-    model.add_module("vitguard", protection)
+    model.add_module("vitguard", protection.train(model.training))
+    if any(isinstance(d, StepDefense) for d in ordered):
+        protection.watch = model.register_forward_pre_hook(_require_preparation)
     return Guard(model)
 
 
@@ -84,10 +91,16 @@ class Protection(nn.Module):
         self.anatomy = anatomy
         self.defenses = defenses
         self.draws = draws
+        self.prepared = False
+        """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
+        self.watch: Any = None
         self.register_load_state_dict_pre_hook(_tolerate_original)
 
     def __repr__(self) -> str:
         return f"Protection({', '.join(map(repr, self.defenses))})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "prepared": False}  # a copy has no private optimizer of its own
 
     def installed(self) -> list[Installed]:
         """Return the installed pieces, in order."""
@@ -97,6 +110,18 @@ class Protection(nn.Module):
         """Undo the pieces in reverse order."""
         for piece in reversed(self.installed()):
             piece.uninstall(model)
+        if self.watch is not None:
+            self.watch.remove()
+
+
+def _require_preparation(model: nn.Module, args: Any) -> None:
+    """Refuse a plain training pass where the stack protects each example's gradient."""
+    protection = model.get_submodule("vitguard")
+    if model.training and torch.is_grad_enabled() and not protection.prepared:
+        raise Unprotected(
+            "Expected training through guard.prepare(optimizer, loader), got a training pass "
+            "without it: its gradient would be plain. Call prepare, or use guard.update."
+        )
 
 
 def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -170,9 +195,11 @@ class Guard:
             optimizer.add_param_group({**first, "params": added})
         step = self._step()
         if step is not None and hasattr(step, "prepare"):
-            optimizer, loader, self._ledger = step.prepare(
-                self.model, optimizer, loader, self._draws, self._ledger
-            )
+            with self.rehearsing():
+                optimizer, loader, self._ledger = step.prepare(
+                    self.model, optimizer, loader, self._draws, self._ledger
+                )
+            self._protection.prepared = True
         return optimizer if loader is None else (optimizer, loader)
 
     def privacy_spent(self) -> Any:
@@ -209,6 +236,7 @@ class Guard:
         Raises:
             Unprotected: A defense would not act (a shuffle in eval mode, for instance).
         """
+        self._check_batch(images, labels)
         batch = Batch(images, labels)
         for defense in self.defenses:
             if isinstance(defense, BatchDefense):
@@ -229,10 +257,26 @@ class Guard:
             }
         return self._seal(Update(tensors=tensors, **facts))
 
+    def _check_batch(self, images: Tensor, labels: Tensor) -> None:
+        channels, classes = self.anatomy.channels, self.anatomy.classes
+        if images.dim() != 4 or images.shape[1] != channels or not images.is_floating_point():
+            raise expected(
+                f"floating-point images of shape (batch, {channels}, height, width)",
+                f"{images.dtype} of shape {tuple(images.shape)}",
+            )
+        if len(labels) != len(images) or not len(images):
+            raise expected(f"one label for each of {len(images)} images", len(labels))
+        indices = not labels.is_floating_point()
+        if indices and classes and not bool(((labels >= 0) & (labels < classes)).all()):
+            raise expected(f"labels from 0 to {classes - 1}", labels.tolist())
+
     def _gradient(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         step = self._step()
         if step is not None:
-            return dict(step.gradient(self.model, loss, batch, self._draws))
+            with self.rehearsing():
+                gradient = dict(step.gradient(self.model, loss, batch, self._draws))
+            self._ledger = step.record(self._ledger)
+            return gradient
         parameters = canonical_parameters(self.model)
         total = loss(logits_of(self.model(batch.images)), batch.labels) + self.auxiliary_loss()
         gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
@@ -261,6 +305,15 @@ class Guard:
                 for name, p in parameters.items():
                     p.copy_(before[name])
                     p.grad = held[name]
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Let training passes through whose gradient is protected elsewhere, or never leaves."""
+        before, self._protection.prepared = self._protection.prepared, True
+        try:
+            yield
+        finally:
+            self._protection.prepared = before
 
     def seal(self, update: Update) -> Update:
         """Apply the defenses of the update to one that training made.

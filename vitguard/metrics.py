@@ -4,7 +4,7 @@ Images are pixels in [0, 1], shape (batch, channels, height, width). A guess out
 clamped, as any viewer would; truth outside [0, 1] and values that are not finite raise
 `InputError`. Everything is computed in float64 on the CPU, and no result is NaN or infinite: PSNR
 is capped at `PSNR_CAP`.
-Definitions: METHODS section 5. SSIM: Wang et al. 2004, as scikit-image computes it.
+Definitions: docs/methods.md 5. SSIM: Wang et al. 2004, as scikit-image computes it.
 """
 
 from __future__ import annotations

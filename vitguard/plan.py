@@ -1,7 +1,7 @@
 """What remains if only these tensors are encrypted: `vitguard plan`.
 
 Every statement is about what is plain, at batch size 1 where the exact attacks are strongest. It
-counts equations and unknowns of METHODS 2.1 to 2.5b; `audit` is what confirms it on images.
+counts equations and unknowns of docs/methods.md 2.1 to 2.5b; `audit` is what confirms it on images.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitguard._files import write_atomically
 from vitguard._finding import (
+    LEAK_GAIN,
     MEANINGS,
     Baseline,
     Control,
@@ -138,7 +139,7 @@ class AuditReport:
         0: no gate was asked for, or every defended configuration stays within it and was tested by
         at least one conclusive attack, with every measurement finite. 1: an image of some finding
         exceeds `max_psnr` (dB, matched-patch PSNR) or `max_gain` (dB above the no-information
-        baseline), whatever the verdict. 3: undecided. A configuration that only met attacks which
+        baseline), whatever the verdict, or leaks in a way that no dB limit sees. 3: undecided. A configuration that only met attacks which
         were blocked, not applicable or inconclusive has not been tested, and a report without a
         defended configuration tests none. 1 goes before 3.
 
@@ -183,6 +184,8 @@ class AuditReport:
 
         def exceeds(finding: Finding) -> bool:
             measured, gain = finding.patch_psnr, self.gain(finding)
+            if finding.verdict == "leaks" and (gain is None or gain < LEAK_GAIN):
+                return True  # told from decoys, or reproduces the update: no dB limit sees that
             too_close = max_psnr is not None and measured and measured.worst_above(max_psnr)
             too_far_up = max_gain is not None and gain is not None and gain > max_gain
             return bool(too_close or too_far_up)

@@ -7,7 +7,6 @@ import timm
 import torch
 
 from vitguard import metrics
-from vitguard.attacks._matching import _Run
 from vitguard.attacks.april_opt import AprilMatching
 from vitguard.core import Normalization
 from vitguard.data import sample_images
@@ -65,8 +64,7 @@ def test_without_the_position_gradient_the_term_is_off_and_it_says_so(attacked):
 def test_it_ends_3_db_above_its_own_start(attacked, settings):
     view, truth = attacked
     attack = AprilMatching.fast(**settings)
-    run = _Run(attack, view, torch.Generator().manual_seed(0))
-    start = run._pixels(run.restarts[0].images())
+    start = attack.begins_at(view, torch.Generator().manual_seed(0))
     guess = attack.run(view, torch.Generator().manual_seed(0))
     gain = metrics.patch_psnr(guess.images, truth, (4, 4)) - metrics.patch_psnr(
         start, truth, (4, 4)

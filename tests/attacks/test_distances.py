@@ -14,7 +14,10 @@ from vitguard.errors import InputError
 def _updates(seed: int = 0, dtype: torch.dtype = torch.float64):
     generator = torch.Generator().manual_seed(seed)
     shapes = {"a": (3, 4), "b": (5,), "c": (2, 3, 2, 2)}
-    draw = lambda: {k: torch.randn(s, generator=generator, dtype=dtype) for k, s in shapes.items()}
+
+    def draw():
+        return {k: torch.randn(s, generator=generator, dtype=dtype) for k, s in shapes.items()}
+
     return draw(), draw()
 
 
@@ -40,8 +43,7 @@ def _slow_cosine(dummy, seen):
 
 
 def _slow_april(dummy, seen):
-    only = lambda tensors: {"b": tensors["b"]}
-    return _slow_squared(dummy, seen) + 0.7 * _slow_cosine(only(dummy), only(seen))
+    return _slow_squared(dummy, seen) + 0.7 * _slow_cosine({"b": dummy["b"]}, {"b": seen["b"]})
 
 
 CASES = [

@@ -9,6 +9,7 @@ import torch
 from vitguard import metrics
 from vitguard.attacks.dlg import DLG, IDLG
 from vitguard.core import Normalization
+from vitguard.data import sample_images
 from vitguard.guard import protect
 from vitguard.threats import CuriousServer
 
@@ -27,8 +28,7 @@ def attacked():
         num_heads=2,
         num_classes=5,
     )
-    truth = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    truth = torch.nn.functional.interpolate(truth, (16, 16), mode="bicubic").clamp(0, 1)
+    truth = sample_images((16, 16), count=1).pixels
     guard = protect(model.train(), [])
     update = guard.update(Normalization().apply(truth), torch.tensor([2]))
     return CuriousServer().view(guard, update, Normalization()), truth
@@ -46,9 +46,9 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("kind", [DLG, IDLG])
 def test_it_ends_3_db_above_its_own_start_and_finds_the_label(attacked, kind):
     view, truth = attacked
-    attack = kind.fast(iterations=6)
+    attack = kind.fast(iterations=8, spectrum=0.0)
     guess = attack.run(view, torch.Generator().manual_seed(0))
-    start = _start(attack, view)
+    start = attack.begins_at(view, torch.Generator().manual_seed(0))
     gain = metrics.patch_psnr(guess.images, truth, PATCH) - metrics.patch_psnr(start, truth, PATCH)
     assert gain >= 3
     assert guess.labels.tolist() == [2]
@@ -62,9 +62,48 @@ def test_dlg_says_that_it_optimises_labels_and_idlg_that_it_infers_them(attacked
     assert IDLG(iterations=1).run(view, generator).details["labels"] == "inferred"
 
 
-def _start(attack, view):
-    """The noise that the attack starts from, as pixels."""
-    from vitguard.attacks._matching import _Run
+@pytest.mark.slow
+def test_whitened_coordinates_get_further_on_a_trained_vit():
+    images, labels, model = _trained()
+    guard = protect(model.train(), [])
+    normalization = Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+    update = guard.update(normalization.apply(images), labels)
+    view = CuriousServer().view(guard, update, normalization)
+    matched = {}
+    for spectrum in (0.0, 1.0):
+        guess = IDLG.fast(iterations=10, spectrum=spectrum).run(
+            view, torch.Generator().manual_seed(0)
+        )
+        matched[spectrum] = float(metrics.patch_psnr(guess.images, images, PATCH))
+    assert matched[1.0] > matched[0.0] + 3
 
-    run = _Run(attack, view, torch.Generator().manual_seed(0))
-    return run._pixels(run.restarts[0].images())
+
+def _trained():
+    """The first test photo of CIFAR-10 and a ViT trained on the training ones."""
+    import io
+    import os
+    from pathlib import Path
+
+    import numpy
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    folder = os.environ.get("VITGUARD_DATA")
+    if not folder or not (Path(folder) / "weights").is_dir():
+        pytest.skip("needs trained weights: set VITGUARD_DATA")
+    pack = numpy.load(Path(folder) / "cifar10.npz")
+    data, offsets = pack["test_jpeg"], pack["test_off"]
+    picture = numpy.asarray(Image.open(io.BytesIO(data[offsets[0] : offsets[1]].tobytes())))
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=4,
+        embed_dim=128,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=2,
+        num_classes=10,
+    )
+    model.load_state_dict(load_file(Path(folder) / "weights" / "cifar10_vit_b.safetensors"))
+    images = torch.tensor(picture).permute(2, 0, 1)[None].float() / 255
+    return images, torch.tensor(pack["test_y"][:1].astype("int64")), model

@@ -64,8 +64,7 @@ def test_without_a_network_the_feature_statistics_are_off_and_it_says_so(attacke
 def test_it_ends_3_db_above_its_own_start(attacked):
     view, truth = attacked
     attack = GradInversion.fast(iterations=80)
-    run = _Run(attack, view, torch.Generator().manual_seed(0))
-    start = run._pixels(run.restarts[0].images())
+    start = attack.begins_at(view, torch.Generator().manual_seed(0))
     guess = attack.run(view, torch.Generator().manual_seed(0))
     gain = (
         metrics.score(guess.images, truth, (4, 4)).patch_psnr

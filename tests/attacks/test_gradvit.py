@@ -7,7 +7,6 @@ import timm
 import torch
 
 from vitguard import metrics
-from vitguard.attacks._matching import _Run
 from vitguard.attacks.gradvit import GradViT
 from vitguard.core import Normalization
 from vitguard.data import sample_images
@@ -58,8 +57,7 @@ def test_the_switch_at_half_time_halves_the_gradient_and_brings_in_the_features(
 def test_it_ends_3_db_above_its_own_start(attacked):
     view, truth = attacked
     attack = GradViT.fast(iterations=300, restarts=1)
-    run = _Run(attack, view, torch.Generator().manual_seed(0))
-    start = run._pixels(run.restarts[0].images())
+    start = attack.begins_at(view, torch.Generator().manual_seed(0))
     guess = attack.run(view, torch.Generator().manual_seed(0))
     gain = metrics.patch_psnr(guess.images, truth, (4, 4)) - metrics.patch_psnr(
         start, truth, (4, 4)

@@ -8,7 +8,6 @@ import torch
 
 from vitguard import metrics
 from vitguard.attacks._distances import Cosine
-from vitguard.attacks._matching import _Run
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.core import Normalization
 from vitguard.data import sample_images
@@ -44,8 +43,7 @@ def test_it_ends_3_db_above_its_own_start_and_finds_the_label(attacked):
     view, truth = attacked
     attack = InvertingGradients.fast(iterations=120)
     generator = torch.Generator().manual_seed(0)
-    run = _Run(attack, view, torch.Generator().manual_seed(0))
-    start = run._pixels(run.restarts[0].images())
+    start = attack.begins_at(view, torch.Generator().manual_seed(0))
     guess = attack.run(view, generator)
     gain = metrics.patch_psnr(guess.images, truth, (4, 4)) - metrics.patch_psnr(
         start, truth, (4, 4)

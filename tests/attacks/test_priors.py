@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import timm
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -126,8 +126,6 @@ def test_feature_statistics(anatomy, images):
     slow = torch.zeros((), dtype=torch.float64)
     for layer in network:
         if isinstance(layer, nn.BatchNorm2d):
-            for c in range(features.shape[1]):
-                pass
             mean = torch.stack([features[:, c].mean() for c in range(features.shape[1])])
             variance = torch.stack(
                 [(features[:, c] - mean[c]).pow(2).mean() for c in range(features.shape[1])]

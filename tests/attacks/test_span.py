@@ -128,7 +128,7 @@ def test_shuffled_positions_are_a_gap_in_the_residuals(residual, mask):
 
 
 def test_the_ranks_are_those_of_the_geometry_not_of_a_tolerance(small_vit, observe, photo):
-    """A tolerance loses 20 to 50 dB on a float32 gradient (METHODS 2.4)."""
+    """A tolerance loses 20 to 50 dB on a float32 gradient (docs/methods.md 2.4)."""
     view = observe(small_vit(), photo, defenses=FROZEN).gradient()
     system = span_system(view, Anatomy.of(view.model))
     assert system.rank == 16 + 1 and system.basis.shape == (48, 16)

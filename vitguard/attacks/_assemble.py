@@ -48,29 +48,35 @@ def complete_images(search: Search, attention: Attention, view: View) -> list[Te
     return images
 
 
-def complete_tokens(search: Search, attention: Attention, view: View) -> int:
-    """Fill in the missing tokens of a single image from its attention; return how many.
+def complete_tokens(
+    search: Search, attention: Attention, view: View, others: list[Tensor] | None = None
+) -> int:
+    """Fill in the missing tokens of the last image from its attention; return how many.
 
-    The solution is a start for the MLP's equations. Where the attention itself holds to the
-    accepted residual it is a proof of its own, which repeated patches need.
+    `others` are the tokens of the images that are complete. The solution is a start for the MLP's
+    equations. Where the attention itself holds to the accepted residual it is a proof of its own,
+    which repeated patches need.
     """
-    basis, found = search.basis, search.found
+    basis, found, anatomy = search.basis, search.found, search.anatomy
+    own = torch.ones_like(found.position, dtype=torch.bool)
+    for rows in others or []:
+        own[rows] = False
     missing = torch.repeat_interleave(search.missing())
     unknowns = len(missing) * basis.shape[1]
-    equations = len(found.position) * search.anatomy.width
-    several = len(search.wanted) > search.anatomy.patches + 1  # who shares which is not known
+    equations = int(own.sum()) * anatomy.width
+    several = len(search.wanted) > anatomy.patches + 1  # who shares which is not known
     if several or not len(missing) or unknowns > _LARGEST or equations < 1.5 * unknowns:
         return 0
-    embedding = Embedding.of(view, search.anatomy)
+    embedding = Embedding.of(view, anatomy)
     tokens, attended = _tokens(search, embedding)
     shift = search.solver.offset - search.solver.project_bias
     base = torch.cat([search.base(int(i)) for i in missing])
     draw = torch.randint(len(found.patch), (len(missing),), generator=search.generator)
     start = (found.patch[draw.to(missing.device)] - base) @ basis
-    spread = float(found.patch.std())
     moved, residual = attention.complete(
-        torch.cat([embedding.prefix, tokens]), attended, len(embedding.prefix),
-        embedding.weight @ basis, base @ embedding.weight.T + shift[missing], start, spread,
+        torch.cat([embedding.prefix, tokens[own]]), attended[own], len(embedding.prefix),
+        embedding.weight @ basis, base @ embedding.weight.T + shift[missing], start,
+        float(found.patch.std()),
     )  # fmt: skip
     patches = base + moved @ basis.T
     new = search.seed(missing, patches)

@@ -2,7 +2,7 @@
 
 For a token t of an image, o_t = sum_j softmax_j(q_t k_j / sqrt(d)) v_j per head, j over the tokens
 of the same image. With o_t and the tokens known it says which tokens belong together; with all but
-a few tokens known it says what the rest are (METHODS 2.4b, step 5).
+a few tokens known it says what the rest are (docs/methods.md 2.4b, step 5).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ patch embedding and of the attention projection, and Q1, Q0 complements of the r
     h = W R c + Wo O d + b + bo + e_i,   Q1^T [gamma2 * C h + s beta2 ; s] = 0,
     z = W R c + b + e_i,                 Q0^T [gamma1 * C z + s1 beta1; s1] = 0     (C centres)
 
-is linear, with one matrix for all positions (METHODS 2.4 and 2.4b, step 1).
+is linear, with one matrix for all positions (docs/methods.md 2.4 and 2.4b, step 1).
 """
 
 from __future__ import annotations

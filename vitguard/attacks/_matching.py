@@ -129,6 +129,11 @@ class MatchingAttack(Attack):
         """
         return _Run(self, view, generator).go()
 
+    def begins_at(self, view: View, generator: torch.Generator) -> Tensor:
+        """Return the pixels that `run` would start from: the least an attack must improve on."""
+        run = _Run(self, view, generator)
+        return run._pixels(run.restarts[0].images())
+
 
 _TOOLS = ("start", "watch")
 

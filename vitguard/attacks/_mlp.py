@@ -2,7 +2,7 @@
 
 dL/dW of fc2 = sum_t d_t a_t^T, so a true token's activation a = act(W1 l + b1) lies in the span of
 the T strongest right singular vectors of [dL/dW | dL/db]. While T < D this leaves hidden - T
-equations per token (METHODS 2.4b).
+equations per token (docs/methods.md 2.4b).
 """
 
 from __future__ import annotations

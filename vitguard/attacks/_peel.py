@@ -1,4 +1,4 @@
-"""Take one known image out of a batch's gradient (METHODS 2.4b, step 6)."""
+"""Take one known image out of a batch's gradient (docs/methods.md 2.4b, step 6)."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class PatchBorders(Prior):
 
 @dataclass(frozen=True, eq=False)
 class RowSpace(Prior):
-    """Mean squared part of the patches outside the row space of dL/dW (METHODS 2.4, step 1).
+    """Mean squared part of the patches outside the row space of dL/dW (docs/methods.md 2.4).
 
     Every patch of the batch lies in that space, whatever the labels and the rest of the network.
 

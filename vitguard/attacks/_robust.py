@@ -3,7 +3,7 @@
 An image prior replaces the missing digits: photos vary little between neighbouring pixels, so the
 prior energy is |D x|^2 + tau |x|^2 with D the pixel differences and x in model-input units. With a
 linear observation A x = y of known structure the estimate minimises |A x - y|^2 + lambda prior(x),
-solved by conjugate gradients over the whole image (METHODS 2.5c, 4.5).
+solved by conjugate gradients over the whole image (docs/methods.md 2.5c, 4.5).
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ class Search:
         self._quick = Problem.of(self.mlp, self.solver, self._rough.family, torch.float32)
         # Weakly determined directions are noisy: the final steps leave them to the MLP.
         self._fine = self._problem(self.solver.free(3e-2) + 20)
+        self._most = 4 if len(self.mlp.bias) * free > 5e4 else 12  # starts of one kind
         self._inverse = torch.linalg.pinv(
             self.solver.patch @ self._rough.family.directions[: self.solver.patch.shape[1]],
             rtol=1e-3,
@@ -156,13 +157,16 @@ class Search:
         origin, positions, starts = self._rough.family.origin, [], []
         for i in torch.nonzero(missing)[:, 0].tolist():
             crowd = int(self.wanted[i]) > 8
-            count = 8 * min(int(self.wanted[i]), 16) if crowd else min(1 + rounds, 4)
+            count = 8 * min(int(self.wanted[i]), 16) if crowd else min(1 + rounds, self._most)
             here = self.found.position == i
-            mixing = self._mixtures if crowd else self._opposites
-            targets = [
-                self._textures(count),
-                mixing(i, count) if bool(here.any()) else self._elsewhere(i, count),
-            ]
+            targets = [self._textures(count)]
+            if crowd and bool(here.any()):
+                targets.append(self._mixtures(here, count))
+            elif bool(here.any()):
+                targets.append(self._opposites(i, count))
+            elif len(self.found.position):
+                targets.append(self._elsewhere(i, count))
+                targets.append(self._mixtures(torch.ones_like(here), count))
             v = self.project(i, torch.cat(targets))
             if rounds == 0:
                 v = torch.cat([origin.new_zeros(1, self.free), v])
@@ -221,9 +225,9 @@ class Search:
         some = torch.rand(count, 1, generator=self.generator).to(base) + 0.5
         return base + some * (base - here) + 0.5 * (self._any(count) - self._any(count))
 
-    def _mixtures(self, position: int, count: int) -> Tensor:
-        """Draws from the mean and covariance of what was found at this position."""
-        here = self.found.patch[self.found.position == position]
+    def _mixtures(self, rows: Tensor, count: int) -> Tensor:
+        """Draws from the mean and covariance of some of the found patches."""
+        here = self.found.patch[rows]
         spread = self._normal(count, len(here)) @ (here - here.mean(0)) / max(len(here), 2) ** 0.5
         return here.mean(0) + 1.5 * spread
 

@@ -3,8 +3,8 @@
 With g(x) the gradient by the weights w and v = dD/dg, the slope dD/dx = d<g(x), v>/dx equals the
 derivative of dL/dx along v in weight space, so one more forward and backward at w + h v gives it:
 (dL/dx(w + h v) - dL/dx(w)) / h. That is 5 passes where double backward takes 7, every attention
-kernel will do, and no graph of a graph is kept. In float32 at h |v| = 1e-4 |w| it points within 2
-degrees of the exact slope (cosine at least 0.999 on trained and untrained networks, mostly more).
+kernel will do, and no graph of a graph is kept. In float32 at h |v| = 1e-4 |w| the cosine to the
+exact slope was above 0.996 on trained and untrained networks, mostly above 0.999.
 """
 
 from __future__ import annotations

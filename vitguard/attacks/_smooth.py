@@ -27,7 +27,7 @@ def smoothest(
         tolerance: Relative norm of the gradient at which to stop.
 
     References:
-        METHODS 2.4 (`span-smooth`).
+        docs/methods.md 2.4 (`span-smooth`).
     """
 
     def image(v: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class April(Attack):
         Blocked: An attention or position gradient is not in the update.
 
     References:
-        arXiv 2112.14087, theorem 1; METHODS 2.2.
+        arXiv 2112.14087, theorem 1; docs/methods.md 2.2.
     """
 
     name: ClassVar[str] = "april"

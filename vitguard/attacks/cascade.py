@@ -63,7 +63,7 @@ class Cascade(Attack):
         Blocked: A gradient of the last MLP or of the head cannot be read.
 
     References:
-        METHODS 2.5b.
+        docs/methods.md 2.5b.
     """
 
     name: ClassVar[str] = "cascade"

@@ -34,8 +34,8 @@ class DLG(MatchingAttack):
 
     @classmethod
     def fast(cls, **changes: Any) -> DLG:
-        """Return a preset for a CPU: 10 iterations, line search, whitened coordinates."""
-        return cls(**{"iterations": 10, "line_search": True, "spectrum": 1.0, **changes})
+        """Return a preset for a CPU: 15 iterations, line search, whitened coordinates."""
+        return cls(**{"iterations": 15, "line_search": True, "spectrum": 1.0, **changes})
 
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
         """See `MatchingAttack`."""
@@ -51,7 +51,7 @@ class IDLG(MatchingAttack):
         line_search: Strong Wolfe search instead of the paper's fixed step, which diverges often.
 
     References:
-        Zhao et al., arXiv 2001.02610; the label rule is the sign rule of METHODS 2.5.
+        Zhao et al., arXiv 2001.02610; the label rule is the sign rule of docs/methods.md 2.5.
     """
 
     name: ClassVar[str] = "idlg"
@@ -62,8 +62,8 @@ class IDLG(MatchingAttack):
 
     @classmethod
     def fast(cls, **changes: Any) -> IDLG:
-        """Return a preset for a CPU: 10 iterations, line search, whitened coordinates."""
-        return cls(**{"iterations": 10, "line_search": True, "spectrum": 1.0, **changes})
+        """Return a preset for a CPU: 15 iterations, line search, whitened coordinates."""
+        return cls(**{"iterations": 15, "line_search": True, "spectrum": 1.0, **changes})
 
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
         """See `MatchingAttack`."""

@@ -27,6 +27,7 @@ from vitguard.vit import Anatomy
 
 __all__ = ["GeluSpan"]
 
+_TRIES = 3  # fruitless completions before a complete image is peeled off
 _DROP = 1e-2  # rank drop of the head gradient above which a subtraction was wrong
 
 
@@ -54,7 +55,7 @@ class GeluSpan(Attack):
         Blocked: The gradient of fc1, fc2 or the attention projection is not in the update.
 
     References:
-        METHODS 2.4b.
+        docs/methods.md 2.4b.
     """
 
     name: ClassVar[str] = "gelu-span"
@@ -128,7 +129,7 @@ class _State:
     ) -> None:
         self.view, self.anatomy, self.generator = view, anatomy, generator
         self.deadline, self.accept = deadline, accept
-        self.stopped, self.peeled, self.filled = "", 0, 0
+        self.stopped, self.peeled, self.filled, self.tries = "", 0, 0, 0
         self.tokens = view.update.batch_size * anatomy.tokens
         self.unknown = view.extras.get("vitguard.shuffle.unknown")
         batch = view.update.batch_size
@@ -168,21 +169,21 @@ class _State:
         batch = self.view.update.batch_size
         state = self.search.run(rounds=2)
         whole: list[Tensor] = []
-        if batch == 1 and state != "done":
-            if self.attention is not None and complete_tokens(
-                self.search, self.attention, self.view
-            ):
-                return True
-        elif batch > 1 and self.unknown is None and self.attention is not None:
-            whole = complete_images(self.search, self.attention, self.view)
+        attention = self.attention if self.unknown is None or batch == 1 else None
+        if attention is not None and batch > 1:
+            whole = complete_images(self.search, attention, self.view)
         self._store(whole)
-        if batch == 1 or len(whole) == batch:
-            self.stopped = "" if state in ("done", "") else state
-            return batch == 1 and state == ""
-        if whole:
+        if state == "done" and (batch == 1 or len(whole) == batch):
+            return False
+        if attention is not None and len(whole) == batch - 1 and state not in ("done", "time"):
+            if complete_tokens(self.search, attention, self.view, whole):
+                self.tries = 0
+                return True
+            self.tries += 1
+        if whole and (self.tries >= _TRIES or len(whole) < batch - 1 or state):
             return self._peel(whole)
-        self.stopped = "" if state in ("done", "") else state
-        return state == ""
+        self.stopped = "" if state == "done" else state
+        return not state
 
     def keep(self) -> None:
         """Write what was found so far into the images."""
@@ -232,5 +233,8 @@ class _State:
         self.filled += len(whole)
         self.view = view
         self._begin()
-        self.search.seed(found.position[left], found.patch[left])
+        self.tries = 0
+        for row in torch.nonzero(left)[:, 0].tolist():  # proved before, and still true
+            self.search.add(int(found.position[row]), found.patch[row], float(found.residual[row]))
+        self._store([])
         return True

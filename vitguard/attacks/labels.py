@@ -32,7 +32,7 @@ def infer_labels(view: View, generator: torch.Generator) -> Int[Tensor, " batch"
         Blocked: Neither bias nor weight of the head can be read.
 
     References:
-        arXiv 2001.02610 (iDLG), METHODS 2.5.
+        arXiv 2001.02610 (iDLG), docs/methods.md 2.5.
     """
     view = view.gradient()
     head = _linear_head(view)

@@ -44,7 +44,7 @@ class Ladder(Attack):
         NotApplicable: No rung applied; the message has every rung's reason.
 
     References:
-        METHODS 2.5d.
+        docs/methods.md 2.5d.
     """
 
     name: ClassVar[str] = "ladder"

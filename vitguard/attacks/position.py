@@ -34,7 +34,7 @@ class PositionInversion(Attack):
         Blocked: The position or patch gradient is not in the update.
 
     References:
-        METHODS 2.1.
+        docs/methods.md 2.1.
     """
 
     name: ClassVar[str] = "position"

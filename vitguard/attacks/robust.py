@@ -41,7 +41,7 @@ class RobustPosition(Attack):
         Blocked: The position or patch gradient is not in the update.
 
     References:
-        METHODS 2.5c.
+        docs/methods.md 2.5c.
     """
 
     name: ClassVar[str] = "position-robust"
@@ -79,7 +79,7 @@ class RobustSpan(Attack):
         Blocked: The gradient of query, key and value is not in the update.
 
     References:
-        METHODS 2.5c.
+        docs/methods.md 2.5c.
     """
 
     name: ClassVar[str] = "span-robust"

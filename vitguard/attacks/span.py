@@ -57,7 +57,7 @@ class SpanInversion(Attack):
         Blocked: What neither form can do without is not in the update.
 
     References:
-        METHODS 2.4.
+        docs/methods.md 2.4.
     """
 
     name: ClassVar[str] = "span"

@@ -150,6 +150,10 @@ class StepDefense(Defense):
     ) -> Mapping[str, Tensor]:
         """Return the batch's protected gradient by parameter name."""
 
+    def record(self, ledger: Any) -> Any:
+        """Return the ledger (None for an empty one) with one release of `gradient` added."""
+        return ledger
+
 
 class UpdateDefense(Defense):
     """Acts on the finished update."""

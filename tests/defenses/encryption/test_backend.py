@@ -41,6 +41,7 @@ def test_the_largest_sum_fits_the_modulus_and_the_noise_stays_below_one_half(nam
     largest = clients * layout.levels * sum(radix**f for f in range(layout.fields))
     noise = 3.2 * np.sqrt(layout.degree / 2) * np.sqrt(clients)
     assert clients * layout.levels < radix / 2
+    assert largest < 2**46  # whole in float64, and in its Fourier transform to 2^-7
     assert np.sqrt(2) * largest * layout.scale + 64 * noise < min(Engine(layout).primes[:1]) / 2
     assert layout.scale / 2 >= 7 * noise
 

@@ -5,10 +5,10 @@ import pickle
 import pytest
 import timm.loss
 import torch
-from privacy_models import FAMILIES, WINDOWED, KeyedDraws, build
 from torch import nn
 from torch.nn import functional as F
 
+from tests.defenses.privacy.privacy_models import FAMILIES, WINDOWED, KeyedDraws, build
 from vitguard.core import Batch
 from vitguard.defenses.privacy import DifferentialPrivacy
 from vitguard.defenses.privacy.engine import Engine, clipped_sum

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from privacy_models import KeyedDraws, build
+from tests.defenses.privacy.privacy_models import KeyedDraws, build
 from vitguard.core import Batch
 from vitguard.defenses.positions import FixedPositions
 from vitguard.defenses.privacy import DifferentialPrivacy

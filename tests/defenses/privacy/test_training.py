@@ -8,15 +8,15 @@ import sys
 
 import pytest
 import torch
-from privacy_models import build
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.defenses.privacy.privacy_models import build
 from vitguard.defenses.positions import FixedPositions
 from vitguard.defenses.privacy import DifferentialPrivacy, Ledger
 from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.errors import Incompatible, InputError, MissingExtra, Unprotected
-from vitguard.guard import protect
+from vitguard.guard import Guard, protect
 
 pytest.importorskip("opacus")
 
@@ -81,6 +81,7 @@ def test_a_step_is_the_clipped_sum_over_the_expected_batch():
     private, poisson = guard.prepare(optimizer, loader)
     images, labels = next(iter(poisson))
     twin = copy.deepcopy(model)
+    Guard.of(twin).remove()
     F.cross_entropy(model(images), labels).backward()
     private.step()
     total = {k: torch.zeros_like(p) for k, p in before.items()}
@@ -181,7 +182,7 @@ def test_preparing_again_for_another_round_composes():
         optimizer, poisson = guard.prepare(optimizer, loader)
         train(model, guard, optimizer, poisson)
     assert guard.privacy_spent().steps == 12
-    assert len(model._forward_pre_hooks) == 1
+    assert len(model._forward_pre_hooks) == 2  # one of protect, one of prepare: none piles up
 
 
 def test_target_epsilon_is_spent_after_the_epochs_and_not_exceeded():
@@ -208,19 +209,33 @@ def test_equal_seeds_give_equal_runs_and_checkpoints_resume_exactly():
     assert torch.equal(*runs)
 
 
-def test_copies_train_unwatched_and_evaluation_is_untouched():
+def test_copies_refuse_plain_training_until_removed_and_evaluation_is_untouched():
     model, guard, optimizer, loader = protected()
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    with pytest.raises(Unprotected, match="prepare"):  # protect alone does not train privately
+        model(images)
     guard.prepare(optimizer, loader)
     twin = copy.deepcopy(model)
-    F.cross_entropy(twin(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
+    with pytest.raises(Unprotected, match="prepare"):
+        twin(images)
+    Guard.of(twin).remove()
+    F.cross_entropy(twin(images), labels).backward()
     assert twin.head.weight.grad is not None
     model.eval()
     with torch.no_grad():
         model(torch.randn(5, 3, 32, 32))
 
 
+def test_every_release_of_update_is_in_the_ledger():
+    _, guard, _, _ = protected()
+    for _ in range(2):
+        guard.update(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    spent = guard.privacy_spent()
+    assert spent.steps == 2 and spent.epsilon > 1
+
+
 def test_guard_update_works_beside_training():
-    model, guard, optimizer, loader = protected()
+    _, guard, optimizer, loader = protected()
     guard.prepare(optimizer, loader)
     update = guard.update(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
     assert update.can_read("head.weight")
@@ -255,10 +270,10 @@ def test_two_passes_for_one_batch_raise():
 
 
 def test_a_step_without_a_pass_raises():
-    model, guard, optimizer, loader = protected()
+    _, guard, optimizer, loader = protected()
     private, poisson = guard.prepare(optimizer, loader)
     next(iter(poisson))
-    with pytest.raises(Unprotected, match="before each step|each step"):
+    with pytest.raises(Unprotected, match="before each step"):
         private.step()
 
 

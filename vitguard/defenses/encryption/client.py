@@ -178,10 +178,9 @@ class Encryptor:
                 yield quantise(values, share * levels / entry.bound, levels, uniform)
 
     def _within(self, values: np.ndarray, entry: Entry) -> np.ndarray:
-        outside = ~(np.abs(values) <= entry.bound)
-        count = int(outside.sum())
-        if not count:
+        if -entry.bound <= values.min() and values.max() <= entry.bound:  # false for NaN
             return values
+        count = int((~(np.abs(values) <= entry.bound)).sum())
         if self.outliers == "refuse":
             raise expected(
                 f"finite values of {entry.name} within its bound {entry.bound:g}",
@@ -262,7 +261,7 @@ class Decryptor:
 
 def _regroup(pieces: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Cut a stream of arrays into arrays of `size`, the last one shorter."""
-    buffer, filled = np.empty(size, dtype=np.int64), 0
+    buffer, filled = np.empty(size), 0
     for piece in pieces:
         at = 0
         while at < len(piece):

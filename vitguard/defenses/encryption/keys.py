@@ -4,73 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import hmac
 import json
-import os
 import secrets
-import stat
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vitguard.defenses.encryption.authority import Authority
 from vitguard.defenses.encryption.backend import Engine, shared_engine
+from vitguard.defenses.encryption.keyfile import cipher_of, decrypt, read_private, write_private
 from vitguard.defenses.encryption.presets import Layout, preset
-from vitguard.errors import Rejected, expected, missing_extra
+from vitguard.errors import Rejected
 
-__all__ = ["Authority", "KeySet", "ServerKeys"]
+__all__ = ["KeySet", "ServerKeys"]
 
 _KEY_FILE = 1
-_SCRYPT = {"length": 32, "n": 2**15, "r": 8, "p": 1}
-
-
-class Authority:
-    """Keys of the message authentication codes: one for each client and one for the server.
-
-    Whoever holds the master can make them all; a client may be given only its own and the server's.
-    """
-
-    def __init__(self, master: bytes | None, known: dict[str, bytes] | None = None) -> None:
-        self._master = master
-        self._known = dict(known or {})
-
-    def __repr__(self) -> str:
-        return "Authority()"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("keys are not pickled: save them with KeySet.save")
-
-    def key(self, who: str) -> bytes:
-        """Return the key of `client:<id>` or `server`.
-
-        Raises:
-            Rejected: This party does not have it.
-        """
-        if self._master is not None:
-            return hmac.digest(self._master, who.encode(), "sha256")
-        if who not in self._known:
-            raise Rejected("key", f"a message of {who}, whose authentication key is not held here")
-        return self._known[who]
-
-    def only(self, *who: str) -> Authority:
-        """Return an authority that can act for `who` alone."""
-        return Authority(None, {w: self.key(w) for w in who})
-
-    def to_bytes(self) -> bytes:
-        """Return everything it holds: secret."""
-        known = {w: k.hex() for w, k in self._known.items()}
-        master = None if self._master is None else self._master.hex()
-        return json.dumps({"master": master, "known": known}).encode()
-
-    @staticmethod
-    def from_bytes(data: bytes) -> Authority:
-        """Read what `to_bytes` wrote."""
-        stored = json.loads(data)
-        master = stored["master"]
-        return Authority(
-            None if master is None else bytes.fromhex(master),
-            {w: bytes.fromhex(k) for w, k in stored["known"].items()},
-        )
 
 
 @dataclass(frozen=True)
@@ -250,10 +198,10 @@ class KeySet:
             "authority": self.authority.to_bytes().decode(),
         }
         associated = json.dumps(facts, sort_keys=True).encode()
-        cipher = _cipher(passphrase, salt)
+        cipher = cipher_of(passphrase, salt)
         sealed = cipher.encrypt(nonce, json.dumps(inner).encode(), associated)
         facts["secret"] = base64.b64encode(sealed).decode()
-        _write_private(Path(path), json.dumps(facts).encode())
+        write_private(Path(path), json.dumps(facts).encode())
 
     @staticmethod
     def load(path: str | Path, passphrase: str) -> KeySet:
@@ -263,21 +211,15 @@ class KeySet:
             Rejected: Wrong passphrase, a changed file, or a file that others may read.
             InputError: There is no such file.
         """
-        file = Path(path)
-        if not file.is_file():
-            raise expected("a key file", f"no file at {file}")
-        if os.name == "posix" and stat.S_IMODE(file.stat().st_mode) & 0o077:
-            raise Rejected(
-                "key", f"{file}, which others can read: chmod 600 it", "a key file of mode 600"
-            )
+        content = read_private(Path(path))
         try:
-            facts = json.loads(file.read_bytes())
+            facts = json.loads(content)
             sealed = base64.b64decode(facts.pop("secret"), validate=True)
             salt, nonce = bytes.fromhex(facts["salt"]), bytes.fromhex(facts["nonce"])
             if facts["version"] != _KEY_FILE:
                 raise Rejected("version", f"version {facts['version']}", "a key file of version 1")
             associated = json.dumps(facts, sort_keys=True).encode()
-            inner = json.loads(_decrypt(_cipher(passphrase, salt), nonce, sealed, associated))
+            inner = json.loads(decrypt(cipher_of(passphrase, salt), nonce, sealed, associated))
             public = ServerKeys(
                 preset(facts["preset"]).name,
                 int(facts["max_clients"]),
@@ -301,40 +243,3 @@ def _facts(public: ServerKeys) -> dict[str, Any]:
         "key_id": public.key_id,
         "generation": public.generation,
     }
-
-
-def _cipher(passphrase: str, salt: bytes) -> Any:
-    if not passphrase:
-        raise expected("a passphrase", "an empty one")
-    try:
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-        from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
-    except ImportError as error:
-        raise missing_extra("KeySet.save", "cryptography") from error
-    return AESGCM(Scrypt(salt=salt, **_SCRYPT).derive(passphrase.encode()))
-
-
-def _decrypt(cipher: Any, nonce: bytes, sealed: bytes, associated: bytes) -> bytes:
-    from cryptography.exceptions import InvalidTag
-
-    try:
-        return cipher.decrypt(nonce, sealed, associated)
-    except InvalidTag as error:
-        raise Rejected(
-            "key", "a wrong passphrase or a changed file", "a key file and its passphrase"
-        ) from error
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    """Write beside `path` with mode 600 from the first byte on, then move it into place."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise expected("a writable path for the keys", f"{path} ({error.strerror})") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -1,6 +1,7 @@
 """Packing: values to bounded integers, integers to complex slots, and back.
 
-One ciphertext carries `layout.values` integers and a canary in its last slot.
+One ciphertext carries `layout.values` integers and a canary in its last slot. On the way in,
+integers are whole float64: a component is below 2^46, so nothing is rounded or has to be cast.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ def quantise(
     factor: float,
     levels: int,
     uniform: Float[np.ndarray, " values"] | None = None,
-) -> Int[np.ndarray, " values"]:
-    """Round `values * factor` to integers in [-levels, levels].
+) -> Float[np.ndarray, " values"]:
+    """Round `values * factor` to whole numbers in [-levels, levels].
 
     With `uniform` (draws from [0, 1)) the rounding is stochastic, so that its expectation is the
     value itself; without, it is to the nearest. Values must be finite and within their bounds.
@@ -32,19 +33,22 @@ def quantise(
     else:
         scaled += uniform
         np.floor(scaled, out=scaled)
-    return np.clip(scaled, -levels, levels, out=scaled).astype(np.int64)
+    return np.clip(scaled, -levels, levels, out=scaled)
 
 
 def pack(
-    integers: Int[np.ndarray, " values"], layout: Layout, mark: complex
+    integers: Float[np.ndarray, " values"], layout: Layout, mark: complex
 ) -> Complex[np.ndarray, " slots"]:
     """Return the slots of one ciphertext; missing values are zero, the last slot is `mark`."""
-    fields = np.zeros((layout.fields, 2 * (layout.slots - 1)), dtype=np.int64)
-    fields.reshape(-1)[: len(integers)] = integers
-    components = np.zeros(2 * layout.slots, dtype=np.int64)
-    for field in reversed(range(layout.fields)):
-        components[:-2] = (components[:-2] << layout.radix_bits) + fields[field]
-    slots = components.astype(np.float64).view(np.complex128)
+    if len(integers) < layout.values:
+        integers = np.concatenate([integers, np.zeros(layout.values - len(integers))])
+    fields = integers.reshape(layout.fields, -1)
+    slots = np.empty(layout.slots, dtype=np.complex128)
+    components = slots.view(np.float64)[:-2]
+    components[:] = fields[-1]
+    for field in fields[-2::-1] if layout.fields > 1 else ():
+        components *= 1 << layout.radix_bits
+        components += field
     slots[-1] = mark
     return slots
 

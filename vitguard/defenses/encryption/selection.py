@@ -36,7 +36,9 @@ def select_names(anatomy: Anatomy, selector: str, names: Iterable[str]) -> list[
 
 
 def minimal_names(anatomy: Anatomy, names: Iterable[str]) -> list[str]:
-    """Return the smallest set by role whose encryption leaves no closed form (METHODS 2.1 to 2.5c).
+    """Return the smallest set by role whose encryption leaves no closed form.
+
+    See docs/methods.md, 2.1 to 2.5c:
 
     - patch embedding, positions and prefix tokens: `position`, and the patches' span;
     - attention of the first block, projection included: without it neither the first norm nor,

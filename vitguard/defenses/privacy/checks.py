@@ -40,8 +40,8 @@ def check_model(model: nn.Module) -> None:
         first = names.setdefault(id(parameter), name)
         if first != name:
             raise Incompatible(
-                f"Expected each parameter in one place, got {first} shared with {name}. Untie them: "
-                "a gradient clipped in two parts is not clipped."
+                f"Expected each parameter in one place, got {first} shared with {name}. Untie "
+                "them: a gradient clipped in two parts is not clipped."
             )
     if not names:
         raise Incompatible("Expected a model with trainable parameters, got none.")

@@ -52,7 +52,7 @@ class DifferentialPrivacy(StepDefense):
             reference.
         accountant: `prv` (tight) or `rdp`.
         physical_batch: Most examples in memory at once; larger batches come in pieces, and the
-            step follows the last.
+            step follows the last. The loader's length still counts steps, not pieces.
         secure_mode: Opacus's noise against floating-point attacks; needs torchcsprng.
 
     Raises:
@@ -150,6 +150,12 @@ class DifferentialPrivacy(StepDefense):
         from vitguard.defenses.privacy.prepare import prepare_training
 
         return prepare_training(self, model, optimizer, loader, draws, ledger or Ledger())
+
+    def record(self, ledger: Ledger | None) -> Ledger:
+        """Add one release of `gradient`: every example takes part, so nothing is amplified."""
+        ledger = ledger or Ledger()
+        ledger.record(self._release_noise(), 1.0)
+        return ledger
 
     def privacy_spent(self, ledger: Ledger | None) -> PrivacySpent:
         """Return what the releases in the ledger add up to."""

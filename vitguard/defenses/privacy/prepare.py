@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,8 @@ from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.checks import check_model, probe
 from vitguard.defenses.privacy.loader import PoissonLoader
 from vitguard.defenses.privacy.training import PrivateTraining
-from vitguard.errors import Incompatible, expected, missing_extra
+from vitguard.errors import Incompatible, UnsupportedModel, expected, missing_extra
+from vitguard.vit import Anatomy
 
 if TYPE_CHECKING:
     from vitguard.defenses.privacy.defense import DifferentialPrivacy
@@ -109,11 +109,16 @@ def _check_owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _examples(loader: Any, model: nn.Module) -> Tensor:
-    """Return the images of the data's first few records, as the model takes them."""
-    count = min(3, len(loader.dataset))
-    batch = loader.collate_fn([loader.dataset[i] for i in range(count)])
-    parts = batch.values() if isinstance(batch, Mapping) else tree_leaves(batch)
-    images = next((t for t in parts if isinstance(t, Tensor) and t.is_floating_point()), None)
-    if images is None:
-        raise expected("batches that hold images", type(batch).__name__)
-    return images.to(next(model.parameters()).device)
+    """Return a few images for the probe: noise where the model's input size is known."""
+    like = next(model.parameters())
+    try:
+        anatomy = Anatomy.of(model)
+    except UnsupportedModel:
+        count = min(3, len(loader.dataset))
+        parts = tree_leaves(loader.collate_fn([loader.dataset[i] for i in range(count)]))
+        images = next((t for t in parts if isinstance(t, Tensor) and t.dim() > 2), None)
+        if images is None:
+            raise expected("batches that hold images", "none in the loader") from None
+        return images.to(like)
+    shape = (3, anatomy.channels, *anatomy.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,9 @@ _BROADCASTING = {
 }  # fmt: skip
 _BROADCASTING |= {f"{name}_" for name in _BROADCASTING}
 _BROADCASTING |= {
-    f"__{prefix}{name}__" for prefix in ("", "r", "i") for name in ("add", "sub", "mul", "truediv", "pow")
+    f"__{prefix}{name}__"
+    for prefix in ("", "r", "i")
+    for name in ("add", "sub", "mul", "truediv", "pow")
 }  # fmt: skip
 
 
@@ -84,12 +86,12 @@ def _broadcast(tape: Tape, func: Callable[..., Any], args: tuple, kwargs: dict) 
     shape = torch.broadcast_shapes(*(t.shape for t in tensors_in((*args, *kwargs.values()))))
 
     def per_row(value: Any) -> Any:
-        return _to_rows(tape, value, shape, name) if _is_root(tape, value) else value
+        return _to_rows(tape, value, shape, name) if _is_root(value, tape) else value
 
     return func(*map(per_row, args), **{k: per_row(v) for k, v in kwargs.items()})
 
 
-def _is_root(tape: Tape, value: Any) -> bool:
+def _is_root(value: Any, tape: Tape) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and tape.is_root(value)
 
 
@@ -119,7 +121,7 @@ def _linear(
     x, weight, bias = given["input"], given["weight"], given.get("bias")
     if not isinstance(x, Tensor) or tape.is_root(x) or x.dim() < 2:
         return one_by_one(tape, func, args, kwargs)
-    _rows(tape, x, "linear", [t for t in (weight, bias) if _is_root(tape, t)])
+    _rows(tape, x, "linear", [t for t in (weight, bias) if _is_root(t, tape)])
     weight, weight_root = _split(tape, weight, "linear")
     bias, bias_root = _split(tape, bias, "linear bias")
     assert weight is not None
@@ -149,7 +151,7 @@ def _conv2d(
     padding = 0 if padding == "valid" else padding
     if tape.is_root(x) or isinstance(padding, str) or x.dim() != 4:
         return one_by_one(tape, func, args, kwargs)
-    roots = [t for t in (given["weight"], given["bias"]) if _is_root(tape, t)]
+    roots = [t for t in (given["weight"], given["bias"]) if _is_root(t, tape)]
     _rows(tape, x, "conv2d", roots)
     weight, weight_root = _split(tape, given["weight"], "conv2d")
     bias, bias_root = _split(tape, given["bias"], "conv2d bias")
@@ -170,7 +172,7 @@ def _layer_norm(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
     x, shape = given["input"], tuple(given["normalized_shape"])
     if tape.is_root(x) or x.dim() <= len(shape):
         return one_by_one(tape, func, args, kwargs)
-    _rows(tape, x, "layer_norm", [t for t in (given["weight"], given["bias"]) if _is_root(tape, t)])
+    _rows(tape, x, "layer_norm", [t for t in (given["weight"], given["bias"]) if _is_root(t, tape)])
     weight, weight_root = _split(tape, given["weight"], "layer_norm")
     bias, bias_root = _split(tape, given["bias"], "layer_norm bias")
     reference = next(t for t in (weight, bias) if t is not None)
@@ -182,7 +184,7 @@ def _layer_norm(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
 
 def _rms_norm(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
     names = ("input", "normalized_shape", "weight", "eps")
-    given = {"eps": None} | dict(zip(names, args, strict=False)) | kwargs
+    given: dict[str, Any] = {"eps": None} | dict(zip(names, args, strict=False)) | kwargs
     if tape.is_root(given["input"]):
         return one_by_one(tape, func, args, kwargs)
     normal = func(given["input"], given["normalized_shape"], None, given["eps"])
@@ -194,7 +196,7 @@ def _attention(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
     query = args[0] if args else kwargs["query"]
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
     others = [t for t in tensors_in((*args, *kwargs.values())) if t is not mask]
-    if not _is_root(tape, mask) or any(tape.is_root(t) for t in others) or query.dim() != 4:
+    if not _is_root(mask, tape) or any(tape.is_root(t) for t in others) or query.dim() != 4:
         return one_by_one(tape, func, args, kwargs)
     mask = _to_rows(tape, mask, query.shape, "attention bias")
     if len(args) > 3:
@@ -275,16 +277,16 @@ def _multi_head(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
         mixed = weights @ shaped[2]
         weights = weights.mean(1) if given.get("average_attn_weights", True) else weights
     else:
-        mixed = F.scaled_dot_product_attention(
-            *shaped, None, dropout, given.get("is_causal", False)
-        )
+        q, k, v = shaped
+        causal = given.get("is_causal", False)
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
     mixed = mixed.transpose(1, 2).reshape(b, tokens, width)
-    out = given["out_proj_weight"], given["out_proj_bias"]
-    return _maybe_linear(tape, mixed, *out).transpose(0, 1), weights
+    out = _maybe_linear(tape, mixed, given["out_proj_weight"], given["out_proj_bias"])
+    return out.transpose(0, 1), weights
 
 
 def _maybe_linear(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if _is_root(tape, weight) or _is_root(tape, bias):
+    if _is_root(weight, tape) or _is_root(bias, tape):
         return _linear(tape, F.linear, (x, weight, bias), {})
     return F.linear(x, weight, bias)
 

@@ -8,7 +8,7 @@ layers with buffers work. This file imports opacus; it is loaded for `engine="op
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
@@ -38,7 +38,7 @@ def _kind(module: nn.Module) -> type[nn.Module] | None:
 
 
 class _Hooks(GradSampleHooks):
-    GRAD_SAMPLERS = dict(GradSampleModule.GRAD_SAMPLERS)
+    GRAD_SAMPLERS: ClassVar[dict[Any, Any]] = dict(GradSampleModule.GRAD_SAMPLERS)
 
     def iterate_submodules(self, module: nn.Module) -> Iterable[nn.Module]:
         for part in module.modules():

@@ -8,6 +8,7 @@ A *root* is a leaf that stands for a parameter, or for a tensor computed from pa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,7 +251,7 @@ class Tape:
         leaves = [t.leaf for t in targets]
         assert root.source is not None
         if not isinstance(uses[0], Slots):
-            cotangents = sum((u.samples() for u in uses[1:]), start=uses[0].samples())
+            cotangents = functools.reduce(torch.add, [u.samples() for u in uses])
             try:
                 return list(
                     torch.autograd.grad(
@@ -260,7 +261,7 @@ class Tape:
                 )  # fmt: skip
             except RuntimeError:  # an operation without a batching rule
                 return self._pull_each(root.source, leaves, cotangents)
-        rows = sum((u.rows for u in uses[1:]), start=uses[0].rows)
+        rows = functools.reduce(torch.add, [u.rows for u in uses])
         return self._pull_each(root.source, leaves, self._one_block_each(rows))
 
     def _pull_each(

@@ -79,8 +79,8 @@ class PrivateTraining(Installed):
         """Return the pass of the announced batch, once."""
         if self.tape is None or self.due is None:
             raise Unprotected(
-                "Expected one training pass between a batch of the private loader and the step, got "
-                "none. Call model.train(), take batches from guard.prepare's loader and run "
+                "Expected one training pass between a batch of the private loader and the step, "
+                "got none. Call model.train(), take batches from guard.prepare's loader and run "
                 "loss.backward() before each step."
             )
         tape, (_, real, last) = self.tape, self.due

@@ -1,0 +1,118 @@
+"""The ladder: the right rung, a reason from every other, and a choice without the truth."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitguard.attacks._check import mismatch
+from vitguard.attacks.ladder import Ladder
+from vitguard.attacks.position import PositionInversion
+from vitguard.attacks.robust import RobustPosition, RobustSpan
+from vitguard.attacks.span import SpanInversion
+from vitguard.core import Guess
+from vitguard.errors import NotApplicable
+from vitguard.metrics import psnr
+
+FROZEN = "positions:kind=frozen"
+
+
+def run(attack, view):
+    return attack.run(view, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("defenses", "count", "rung"),
+    [
+        ("none", 1, "position"),
+        (FROZEN, 1, "span"),
+        (FROZEN, 2, "gelu-span"),
+        (f"{FROZEN}+shuffle:ratio=0.3,mask=uniform", 1, "gelu-span"),
+    ],
+)
+def test_the_rung_that_reaches(small_vit, observe, photos, defenses, count, rung):
+    view = observe(small_vit(), photos[:count], defenses=defenses)
+    guess = run(Ladder(seconds=20), view)
+    assert guess.details["rung"] == rung, guess.details
+    assert guess.details["verified"] == 1.0
+    if "shuffle" not in defenses:
+        values = [psnr(guess.images, p[None].expand_as(guess.images)).max() for p in photos[:count]]
+        assert float(min(values)) > 60
+
+
+def test_a_rung_that_does_not_apply_says_why(small_vit, observe, photo):
+    rungs = run(Ladder(), observe(small_vit(), photo, defenses=FROZEN)).details["rungs"]
+    assert "pos_embed cannot be read" in rungs["position"]
+
+
+def test_saturated_spans_are_called_unknown_and_not_safe(small_vit, observe, photos):
+    view = observe(small_vit(embed_dim=32), photos[:2], defenses=FROZEN)
+    guess = run(Ladder(seconds=3), view)
+    assert guess.details["exact"] == "no exact attack known"
+    assert guess.details["verified"] == 0.0
+    assert "no exact attack known" in guess.details["rungs"]["gelu-span"]
+
+
+def test_cascade_labels_are_handed_on(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:2], torch.tensor([8, 8]), defenses=FROZEN)
+    assert run(Ladder(seconds=20), view).labels.tolist() == [8, 8]
+
+
+def test_nothing_applies_gives_every_reason(small_vit, observe, photo):
+    view = observe(small_vit(), photo, defenses=FROZEN, withhold=("attention", "mlp"))
+    with pytest.raises(NotApplicable, match=r"position: .*; span: .*gelu-span: "):
+        run(Ladder(seconds=3), view)
+
+
+def test_the_mismatch_is_small_for_the_truth_only(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:1], torch.tensor([4]))
+    true = Guess(images=photos[:1], labels=torch.tensor([4]))
+    assert mismatch(view, true) < 1e-4
+    assert mismatch(view, replace(true, images=photos[1:2])) > 0.1
+    assert mismatch(view, replace(true, labels=None)) is None
+    scaled = {k: 0.01 * t for k, t in view.update.tensors.items()}  # clipping
+    assert mismatch(replace(view, update=replace(view.update, tensors=scaled)), true) < 1e-4
+
+
+@pytest.mark.parametrize("relative", [1e-3, 1e-2])
+def test_robust_forms_are_no_worse_than_the_exact_ones_under_noise(
+    small_vit, observe, photo, relative
+):
+    view = observe(small_vit(), photo)
+    generator = torch.Generator().manual_seed(0)
+    noisy = {
+        k: t + relative * t.square().mean().sqrt() * torch.randn(t.shape, generator=generator)
+        for k, t in view.update.tensors.items()
+    }
+    view = replace(view, update=replace(view.update, tensors=noisy))
+    pairs = [(PositionInversion(), RobustPosition()), (SpanInversion(), RobustSpan())]
+    for plain, robust in pairs:
+        before = float(psnr(run(plain, view).images, photo))
+        after = float(psnr(run(robust, view).images, photo))
+        assert after > before - 3
+
+
+def test_robust_span_beats_span_under_strong_noise(small_vit, observe, photo):
+    view = observe(small_vit(), photo, defenses=FROZEN)
+    generator = torch.Generator().manual_seed(0)
+    noisy = {
+        k: t + 0.01 * t.square().mean().sqrt() * torch.randn(t.shape, generator=generator)
+        for k, t in view.update.tensors.items()
+    }
+    view = replace(view, update=replace(view.update, tensors=noisy))
+    gain = psnr(run(RobustSpan(), view).images, photo) - psnr(
+        run(SpanInversion(), view).images, photo
+    )
+    assert float(gain) > 1
+
+
+def test_an_interrupt_returns_the_rungs_so_far(small_vit, observe, photos, monkeypatch):
+    from vitguard.attacks import ladder
+
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ladder.GeluSpan, "run", interrupted)
+    view = observe(small_vit(), photos[:2], defenses=FROZEN)
+    guess = run(Ladder(), view)
+    assert guess.details["rungs"]["stopped"] == "interrupted" and guess.details["rung"] == "span"
