@@ -71,7 +71,8 @@ def _add_audit(commands: Any) -> None:
         "photos, the default defenses, the closed-form attacks.",
         epilog="Class folders with numeric names are class indices, others count in sorted order. "
         "Exit codes: 0 done; 1 a defended configuration exceeds --max-psnr or --max-gain, or leaks "
-        "in a way that no dB limit sees; 2 usage or input error; 3 a gate was asked for and no attack was conclusive.",
+        "in a way that no dB limit sees; 2 usage or input error; 3 a gate was asked for and no "
+        "attack was conclusive.",
     )
     add = audit.add_argument
     add(

@@ -139,9 +139,9 @@ class AuditReport:
         0: no gate was asked for, or every defended configuration stays within it and was tested by
         at least one conclusive attack, with every measurement finite. 1: an image of some finding
         exceeds `max_psnr` (dB, matched-patch PSNR) or `max_gain` (dB above the no-information
-        baseline), whatever the verdict, or leaks in a way that no dB limit sees. 3: undecided. A configuration that only met attacks which
-        were blocked, not applicable or inconclusive has not been tested, and a report without a
-        defended configuration tests none. 1 goes before 3.
+        baseline), whatever the verdict, or leaks in a way that no dB limit sees. 3: undecided. A
+        configuration that only met attacks which were blocked, not applicable or inconclusive has
+        not been tested, and a report without a defended configuration tests none. 1 goes before 3.
 
         Raises:
             InputError: A limit is not a finite number.

@@ -95,7 +95,7 @@ def simulator(
     def build() -> tuple[Guard, dict[str, nn.Parameter]]:
         known = [defense.known() for defense in defenses]
         guard = protect(copy.deepcopy(model).train(), known, anatomy=anatomy)
-        guard.model.get_submodule("vitguard").prepared = True  # what it makes never leaves
+        guard.release()  # what the twin makes never leaves
         state = guard.model.state_dict()
         state.update({k: v for k, v in extras.items() if k in state})
         guard.model.load_state_dict(state)

@@ -12,7 +12,7 @@ from vitguard.core import View
 
 __all__ = ["complete_images", "complete_tokens"]
 
-_WHOLE = 0.05  # largest distance of a membership to 0 or 1 in a complete image
+_WHOLE = 2e-3  # misfit of a complete image; one wrong token makes 1e-2 and more, true ones 5e-5
 _LARGEST = 700  # unknowns of one completion
 
 

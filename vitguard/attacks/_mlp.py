@@ -74,8 +74,8 @@ def activation_of(view: View, block: Block) -> Activation:
     seen: dict[str, Tensor] = {}
     fc1, fc2 = (view.model.get_submodule(name) for name in (block.fc1, block.fc2))
     hooks = [
-        fc1.register_forward_hook(lambda _m, _i, out: seen.__setitem__("before", out)),
-        fc2.register_forward_pre_hook(lambda _m, inputs: seen.__setitem__("after", inputs[0])),
+        fc1.register_forward_hook(lambda _m, _args, made: seen.update(before=made)),
+        fc2.register_forward_pre_hook(lambda _m, args: seen.update(after=args[0])),
     ]
     parameter = next(view.model.parameters())
     probe = torch.linspace(-1, 1, math.prod(view.image_shape)).reshape(1, *view.image_shape)

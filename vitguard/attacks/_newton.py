@@ -5,8 +5,8 @@ p0, P are W1 gamma2 C applied to the family and q = W1 beta2 + b1. A true token 
 
     (I - V V^T) [act(u(v)); 1] = 0    and    mean((C h / s)^2) + eps / s^2 = 1,
 
-V the span of fc2's inputs (docs/methods.md 2.4b, steps 2 and 3). The normal matrix needs no projection
-matrix: K^T K - (V^T K)^T (V^T K), K = d act(u) / d v.
+V the span of fc2's inputs (docs/methods.md 2.4b). The normal matrix needs no projection matrix:
+K^T K - (V^T K)^T (V^T K), K = d act(u) / d v.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vitguard.defenses.privacy.engine import Engine
 from vitguard.defenses.privacy.losses import auxiliary_losses
+from vitguard.defenses.privacy.training import paused
 from vitguard.errors import Incompatible
 
 __all__ = ["check_model", "probe"]
@@ -75,7 +76,7 @@ def probe(model: nn.Module, images: Tensor, engine: Engine) -> None:
     devices = [images.device] if images.is_cuda else []
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            with engine.watch(model, images) as tape:
+            with paused(model), engine.watch(model, images) as tape:
                 outputs = model(images)
             auxiliary = auxiliary_losses(model, len(images))
             engine.verify(model, tape, (outputs, auxiliary), images)

@@ -20,13 +20,19 @@ __all__ = ["PrivateTraining", "paused"]
 
 @contextmanager
 def paused(model: nn.Module) -> Iterator[None]:
-    """Let passes through that are no part of the training loop, such as Guard.update's."""
+    """Let passes through that are protected, and no part of the loop, such as Guard.update's."""
     live = [m for m in model.modules() if isinstance(m, PrivateTraining) and m.live]
+    protection: Any = getattr(model, "vitguard", None)
+    prepared = getattr(protection, "prepared", True)
     for training in live:
         training.live = False
     try:
+        if not prepared:
+            protection.prepared = True
         yield
     finally:
+        if not prepared:
+            protection.prepared = False
         for training in live:
             training.live = True
 
