@@ -67,9 +67,8 @@ def main() -> None:
     print(f"threads {torch.get_num_threads()}, torch {torch.__version__}", flush=True)
     if options.damage:
         return damage_table(options.images)
-    print(
-        "| case | rung | raw dB [floor] | matched dB [floor] | verified | >= 100 dB | seconds | CPU s |"
-    )
+    heads = "case, rung, raw dB [floor], matched dB [floor], verified, >= 100 dB, seconds, CPU s"
+    print(f"| {heads.replace(', ', ' | ')} |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for case in cases():
         if not options.only or any(word in case.name for word in options.only):
