@@ -111,15 +111,15 @@ def print_to(report: AuditReport, console: Console) -> None:
     say(f"{report.model.name}: {report.outcome()}", "bold")
     say(report.headline())
     console.print()
-    heading = f"  {'attack':<15}{'verdict':<16}{'matched dB':>10}{'gain':>8}{'PSNR':>8}"
+    heading = f"  {'attack':<16}{'verdict':<15}{'matched dB':>10}{'gain':>8}{'PSNR':>8}"
     console.print(Text(heading + f"{'ident.':>8}{'seconds':>9}", "dim"), no_wrap=True, crop=False)
     said: set[tuple[str, str]] = set()
     for defense, findings in report.configurations().items():
         control = all(map(report.is_control, findings))
         say("none (the undefended control)" if control else defense, "bold")
         for f in findings:
-            line = Text(f"  {clean(f.attack):<15}", no_wrap=True)
-            line.append(f"{f.verdict:<16}", STYLES[f.verdict])
+            line = Text(f"  {clean(f.attack):<16}", no_wrap=True)
+            line.append(f"{f.verdict:<15}", STYLES[f.verdict])
             line.append(f"{decibels(f.patch_psnr and f.patch_psnr.max):>10}")
             line.append(f"{decibels(report.gain(f), signed=True):>8}")
             line.append(f"{decibels(f.psnr and f.psnr.max):>8}{share(f.identified):>8}")

@@ -71,6 +71,7 @@ class Solver:
         stream: d h / d (c, d), shape (width, r + T).
         offset: b + bo + e_i, shape (positions, width).
         project_bias: bo, shape (width,).
+        nullity: Directions that no equation can see, known from the geometry.
         values: Singular values of the column-scaled system, one per unknown.
     """
 
@@ -79,6 +80,7 @@ class Solver:
     stream: Tensor
     offset: Tensor
     project_bias: Tensor
+    nullity: int
     values: Tensor
     columns: Tensor
     right_side: Tensor
@@ -92,7 +94,8 @@ class Solver:
 
     def free(self, tolerance: float) -> int:
         """Return how many directions the equations determine worse than `tolerance`."""
-        return int((self.values < tolerance * self.values[0]).sum())
+        weak = int((self.values < tolerance * self.values[0]).sum())
+        return max(weak, min(self.nullity, len(self.values) - 1))
 
     def family(self, k: int) -> Family:
         """Leave the k weakest directions free and solve for the rest."""
@@ -152,7 +155,23 @@ class Solver:
                 _equations(block_rows(view, block), Norm.of(view, block.norm1), only,
                            offset, shared, 1)
             )  # fmt: skip
-        return _factorise(parts, patch, attended, stream, offset + bias, bias)
+        nullity = _nullity(embedding, into, batch)
+        return _factorise(parts, patch, attended, stream, offset + bias, bias, nullity)
+
+
+def _nullity(embedding: Embedding, into: Tensor, batch: int) -> int:
+    """Return how many directions no equation can see, from what is public.
+
+    A combination of true tokens whose offsets cancel, up to what a patch can be, fits every span:
+    T - rank((I - P) offsets). Rounding lifts these singular values, so a threshold misses them.
+    """
+    offsets = torch.cat([embedding.offset, embedding.prefix])
+    rows = offsets - offsets.mean(1, keepdim=True)
+    moves = torch.linalg.qr(into - into.mean(0)).Q
+    rest = rows - (rows @ moves) @ moves.T
+    size = torch.linalg.matrix_norm(rows, 2).clamp_min(1e-300)
+    rank = int((torch.linalg.svdvals(rest) > 1e-6 * size).sum())
+    return batch * len(rows) - rank
 
 
 def _projection(view: View, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
@@ -189,6 +208,7 @@ def _factorise(
     stream: Tensor,
     offset: Tensor,
     project_bias: Tensor,
+    nullity: int,
 ) -> Solver:
     matrix = torch.cat([m for m, _ in parts])
     right_side = torch.cat([r for _, r in parts], 1)
@@ -201,6 +221,6 @@ def _factorise(
     values = torch.cat([values, values.new_zeros(len(right) - len(values))])
     return Solver(
         patch=patch, attended=attended, stream=stream, offset=offset,
-        project_bias=project_bias, values=values,
+        project_bias=project_bias, nullity=nullity, values=values,
         columns=columns, right_side=right_side, left=tall @ left, right=right,
     )  # fmt: skip

@@ -73,10 +73,14 @@ def activation_of(view: View, block: Block) -> Activation:
         raise NotApplicable("a gated MLP has no single activation")
     seen: dict[str, Tensor] = {}
     fc1, fc2 = (view.model.get_submodule(name) for name in (block.fc1, block.fc2))
-    hooks = [
-        fc1.register_forward_hook(lambda _m, _args, made: seen.update(before=made)),
-        fc2.register_forward_pre_hook(lambda _m, args: seen.update(after=args[0])),
-    ]
+
+    def keep_input(_module: nn.Module, _arguments: object, made: Tensor) -> None:
+        seen["before"] = made
+
+    def keep_output(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen["after"] = arguments[0]
+
+    hooks = [fc1.register_forward_hook(keep_input), fc2.register_forward_pre_hook(keep_output)]
     parameter = next(view.model.parameters())
     probe = torch.linspace(-1, 1, math.prod(view.image_shape)).reshape(1, *view.image_shape)
     try:
