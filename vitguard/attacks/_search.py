@@ -51,6 +51,7 @@ class Search:
 
     Args:
         wanted: Tokens wanted at each position, shape (positions,).
+        near: By position, residual and patch of the best candidate that was not accepted.
         deadline: `time.monotonic()` after which no start is begun.
         accept: Residual below which a token counts as found.
     """
@@ -65,6 +66,7 @@ class Search:
     accept: float = 1e-3
     patience: int = 40
     found: Found = field(init=False)
+    near: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
     _rounds: int = 0
     _idle: int = 0
 
@@ -256,11 +258,18 @@ class Search:
         )
         y = self._fine.family.at(positions, fine.v)
         good = fine.residual < self.accept
+        self._remember(positions[~good], self.solver.pixels(y[~good]), fine.residual[~good])
         positions, y, residual = positions[good], y[good], fine.residual[good]
         patch = self.solver.pixels(y)
         keep = self._distinct(positions, patch, _SAME)
         self._append(positions[keep], y[keep], patch[keep], residual[keep])
         return len(keep)
+
+    def _remember(self, positions: Tensor, patches: Tensor, residuals: Tensor) -> None:
+        """Keep the best candidate that just missed: noise can hide a true token."""
+        for i, patch, residual in zip(positions.tolist(), patches, residuals.tolist(), strict=True):
+            if residual < min(10 * self.accept, self.near.get(i, (1.0, patch))[0]):
+                self.near[i] = (residual, patch)
 
     def _distinct(self, positions: Tensor, patch: Tensor, same: float) -> Tensor:
         """Indices of tokens that are neither found already nor repeated, and still wanted."""

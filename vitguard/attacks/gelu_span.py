@@ -200,6 +200,10 @@ class _State:
             rest[rows] = False
         for index in range(self.filled + len(whole), len(self.patches)):
             patches, put = base.clone(), torch.zeros_like(self.verified[0])
+            if self.view.update.batch_size == 1:
+                for where, (_, patch) in self.search.near.items():
+                    if where < anatomy.patches:
+                        patches[where] = patch
             rows = torch.nonzero(rest & (found.position < anatomy.patches))[:, 0]
             for row in rows.tolist():
                 where = int(found.position[row])
