@@ -332,7 +332,7 @@ class Guard:
             raise Unprotected(
                 "Expected an update that update() made: the batch was not transformed."
             )
-        if self._step() is not None and self._ledger is None:
+        if self._step() is not None and not self._protection.prepared:
             raise Unprotected(
                 f"Expected training under prepare(), got a finished update: {self._step().name} "
                 "needs each example's own gradient. Call prepare(optimizer, loader) and train."

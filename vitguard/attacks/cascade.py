@@ -15,7 +15,7 @@ from vitguard.attacks._base import Attack
 from vitguard.attacks._check import require_finite
 from vitguard.attacks._mlp import Activation, Norm, activation_of, thin_basis
 from vitguard.attacks._spans import layer_rows
-from vitguard.attacks.labels import _linear_head
+from vitguard.attacks.labels import linear_head
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable, expected
 from vitguard.vit import Anatomy
@@ -251,7 +251,7 @@ def _labels(
     the head's input f_b and p_b. Least squares on dL/dW_head gives A_b = (p_b - y_b) / B.
     """
     block, batch = anatomy.blocks[-1], len(inputs)
-    head = _linear_head(view)
+    head = linear_head(view)
     if not view.update.can_read(f"{head}.weight"):
         return None
     norm, last = _final_norm(view, anatomy, head), problem.norm

@@ -10,7 +10,7 @@ from vitguard.core import View
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.vit import Anatomy, logits_of
 
-__all__ = ["infer_labels", "labels_from_counts", "try_labels"]
+__all__ = ["infer_labels", "labels_from_counts", "linear_head", "try_labels"]
 
 _SLACK = 0.1
 """Share of the bias gradient that may be left over where it should sum to 0: noise, rounding."""
@@ -35,7 +35,7 @@ def infer_labels(view: View, generator: torch.Generator) -> Int[Tensor, " batch"
         arXiv 2001.02610 (iDLG), docs/methods.md 2.5.
     """
     view = view.gradient()
-    head = _linear_head(view)
+    head = linear_head(view)
     batch = view.update.batch_size
     if view.update.can_read(f"{head}.bias"):
         gradient = view.read(f"{head}.bias")
@@ -90,7 +90,8 @@ def labels_from_counts(counts: Float[Tensor, " classes"], batch: int) -> Int[Ten
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), whole.long())
 
 
-def _linear_head(view: View) -> str:
+def linear_head(view: View) -> str:
+    """Return the module name of the linear classification head, or raise NotApplicable."""
     anatomy = Anatomy.of(view.model)
     modules = dict(view.model.named_modules())
     if len(anatomy.head) != 1:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.defenses.privacy.privacy_models import build
+from vitguard.core import Update
 from vitguard.defenses.positions import FixedPositions
 from vitguard.defenses.privacy import DifferentialPrivacy, Ledger
 from vitguard.defenses.shuffle import PatchShuffle
@@ -232,6 +233,16 @@ def test_every_release_of_update_is_in_the_ledger():
         guard.update(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
     spent = guard.privacy_spent()
     assert spent.steps == 2 and spent.epsilon > 1
+
+
+def test_a_release_of_update_does_not_open_seal_to_plain_updates():
+    model, guard, optimizer, loader = protected()
+    plain = Update({k: torch.zeros_like(p) for k, p in model.named_parameters()})
+    guard.update(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    with pytest.raises(Unprotected, match="prepare"):
+        guard.seal(plain)
+    guard.prepare(optimizer, loader)
+    guard.seal(plain)  # what private training made may be sealed
 
 
 def test_guard_update_works_beside_training():
