@@ -46,6 +46,12 @@ CONFIGURATIONS = {
         "positions:kind=sincos+shuffle:ratio={ratio},steps={steps},dal=tokens"
     ),
 }
+# the papers' own training: ratio 0.1, one draw a batch, half of the batches after a warm-up, and
+# DAL with its falling weight; attacked as it is after the warm-up, in a batch that is shuffled
+PAPER, PAPER_RATIO = "as the papers train", 0.1
+_PAPER_SPEC = (
+    "shuffle:ratio=0.1,draw=batch,probability=0.5,warmup={warmup},steps={steps},dal=positions"
+)
 _FIRST, _LAST = "<!-- results -->", "<!-- end of results -->"
 ATTACKS = ("position", "span", "gelu-span")
 
@@ -61,6 +67,7 @@ def runs(seeds: int, steps: int) -> Iterator[tuple[str, float, int, str]]:
     yield from table(0)
     for ratio in RATIOS:
         yield "shuffle", ratio, 0, CONFIGURATIONS["shuffle"].format(ratio=ratio)
+    yield PAPER, PAPER_RATIO, 0, _PAPER_SPEC.format(warmup=max(1, steps // 20), steps=steps)
     for seed in range(1, seeds):
         yield from table(seed)
 

@@ -144,7 +144,19 @@ class Training:
         self.model = build(options, data.classes).to(self.device)
         self.order = torch.Generator().manual_seed(options.seed + 1)
         secret = torch.Generator().manual_seed(options.seed + 2) if options.repeatable else None
-        self.guard = vg.protect(self.model, parse_stack(options.defense), generator=secret)
+        stack = parse_stack(options.defense)
+        private = any(isinstance(d, vg.DifferentialPrivacy) for d in stack)
+        if private and options.mixup:
+            raise expected(
+                "--mixup 0 with privacy", options.mixup,
+                "A mixed image holds two records, and clipping bounds the influence of one.",
+            )  # fmt: skip
+        if private and options.amp and self.device.type == "cuda":
+            raise expected(
+                "no --amp with privacy", "--amp",
+                "Its float16 needs a gradient scaler, which clipping cannot have.",
+            )  # fmt: skip
+        self.guard = vg.protect(self.model, stack, generator=secret)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=options.lr, weight_decay=options.weight_decay
         )
@@ -194,10 +206,9 @@ class Training:
         self.model.train()
         options = self.options
         for pixels, labels in self.loader:
-            if not len(labels):  # Poisson sampling may draw nobody; the step still adds its noise
-                self.optimizer.step()
-                continue
-            pixels = augment(pixels.float() / 255, self.order)
+            pixels = pixels.float() / 255
+            if not options.no_augment:
+                pixels = augment(pixels, self.order)
             images = NORMALIZATION.apply(pixels).to(self.device)
             target = labels.to(self.device)
             if options.mixup:
@@ -211,6 +222,8 @@ class Training:
             self.scaler.scale(task + extra).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if not getattr(self.loader, "ends_step", True):
+                continue  # under privacy a large batch may come in pieces: one step for all
             self.step += 1
             losses = {"task": task.item()}
             if extra.requires_grad:
@@ -288,6 +301,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=1e-3)
     add("--weight-decay", type=float, default=0.05)
     add("--mixup", type=float, default=0.0, help="alpha of mixup's beta distribution; 0 for none")
+    add("--no-augment", action="store_true", help="train on the images as they are")
     add("--image-size", type=int, default=32)
     add("--patch-size", type=int, default=4)
     add("--width", type=int, default=128)

@@ -80,6 +80,34 @@ def test_leaks_where_an_attack_comes_close(small_vit, photo):
         report.raise_if_leaks()
 
 
+@dataclass(frozen=True)
+class OnePatch(Attack):
+    """Proves one patch (or claims to), and knows nothing of the rest."""
+
+    name: ClassVar[str] = "one-patch"
+    family: ClassVar[str] = "ladder"
+    patch: tuple = ()
+
+    def run(self, view, generator):
+        images = torch.full((1, *view.image_shape), 0.5)
+        (patch,) = self.patch
+        images[0, :, : patch.shape[-2], : patch.shape[-1]] = patch
+        verified = torch.zeros(1, 16, dtype=torch.bool)
+        verified[0, 0] = True
+        return Guess(images, verified=verified)
+
+
+def test_a_patch_that_the_attack_proved_leaks_whatever_the_whole_image_scores(small_vit, photo):
+    right = photo[0, :, 8:16, 8:16]
+    found, report = run(small_vit(), photo, [OnePatch((right,))], defenses=FROZEN)
+    finding = found["positions:kind=frozen", "one-patch"]
+    assert finding.gain < 6 and finding.verdict == "leaks"
+    assert "1 of 16 patches" in finding.reason and finding.details["recovered"] == 1 / 16
+    assert report.gate(max_psnr=60) == 1  # a leak that no limit in dB sees
+    found, _ = run(small_vit(), photo, [OnePatch((1 - right,))], defenses=FROZEN)
+    assert found["positions:kind=frozen", "one-patch"].verdict == "inconclusive"
+
+
 def test_resisted_where_the_control_leaks_and_the_defended_does_not(small_vit, photo):
     found, report = run(small_vit(), photo, [PositionInversion()], defenses=[GradientNoise(3.0)])
     finding = found["noise:scale=3.0", "position"]

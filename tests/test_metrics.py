@@ -226,6 +226,27 @@ def test_mask_score_is_none_where_undefined():
     assert metrics.mask_score(some, nothing, [0]) == metrics.MaskScore(0.0, None)
 
 
+def test_recovered_counts_verified_patches_anywhere_in_the_batch_and_nothing_else(photos):
+    patch, truth = (8, 8), photos[:2]
+    patches = truth[0].shape[-2] // 8 * (truth[0].shape[-1] // 8)
+    guess = torch.full_like(truth, 0.5)
+    guess[1, :, :8, 8:16] = truth[0, :, 8:16, :8] + 1e-4  # another image, another place
+    guess[0, :, -8:, -8:] = truth[1, :, -8:, -8:]
+    columns = truth.shape[-1] // 8
+    claimed = torch.zeros(2, patches, dtype=torch.bool)
+    claimed[1, 1] = claimed[0, 0] = True  # one that is right, a grey one that is not
+    right = metrics.recovered(guess, claimed, truth, patch)
+    assert right.shape == (2, patches)
+    assert right.nonzero().tolist() == [[0, columns]]  # the unclaimed one does not count
+    flat = truth.clone()
+    flat[0, :, 8:16, :8] = 0.3  # where a flat guess is as good, nothing was recovered
+    guess[1, :, :8, 8:16] = 0.3
+    assert not metrics.recovered(guess, claimed, flat, patch).any()
+    assert not metrics.recovered(guess, torch.zeros_like(claimed), truth, patch).any()
+    with pytest.raises(InputError, match="verified"):
+        metrics.recovered(guess, claimed[:, 1:], truth, patch)
+
+
 def test_lpips_runs_only_with_the_callers_model(photos):
     def model(a, b):
         assert a.dtype == torch.float32 and float(a.min()) >= -1 and float(b.max()) <= 1

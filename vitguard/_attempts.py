@@ -36,7 +36,8 @@ def attempt(
     state, reason, guess, seconds = run_attack(attack, view, seed)
     if guess is None:
         return replace(empty, state=state, reason=reason)
-    scores = score(guess.images, empty.truths.cpu(), patch_size, decoys=decoys)
+    truths = empty.truths.cpu()
+    scores = score(guess.images, truths, patch_size, decoys=decoys, verified=guess.verified)
     correct = labels_overlap(guess.labels, labels)
     return replace(empty, guess=guess, scores=scores, labels_correct=correct, seconds=seconds)
 

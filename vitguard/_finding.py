@@ -32,7 +32,8 @@ Verdict = Literal["leaks", "resisted", "blocked", "not applicable", "inconclusiv
 
 MEANINGS: Mapping[str, str] = {
     "leaks": "The attack came at least 6 dB closer than a guess that knows nothing, or told the "
-    "true image from decoys more often than chance. Where the truth is not known: its guess "
+    "true image from decoys more often than chance, or recovered patches that it could prove to be "
+    "right. Where the truth is not known: its guess "
     "reproduces the update.",
     "resisted": "The same attack leaks without the defense and did not with it. This covers only "
     "the attacks that were run.",

@@ -94,6 +94,10 @@ def _verdict(
     chance = identification_p(sum(hits), len(hits), rivals) if rivals > 0 else 1.0
     if chance < CHANCE:
         return "leaks", f"{sum(hits)} of {len(hits)} images told from {measured.decoys} decoys"
+    found = [a.scores.recovered for a in guessed if a.scores and a.scores.recovered is not None]
+    if exact := sum(int(patches.sum()) for patches in found):
+        total = sum(patches.numel() for patches in found)
+        return "leaks", f"{exact} of {total} patches recovered, each proved by the attack itself"
     if control is None:
         return "inconclusive", "the undefended model does not leak to this attack"
     if control.verdict == "leaks":
@@ -112,6 +116,8 @@ def _measurements(guessed: Sequence[Attempt]) -> dict[str, Any]:
     details = dict(worst.guess.details)
     if worst.guess.verified is not None:
         details["verified"] = float(worst.guess.verified.double().mean())
+    if (patches := worst.scores.recovered) is not None:  # type: ignore[union-attr]
+        details["recovered"] = float(patches.double().mean())
     return {
         **{name: gather(name) for name in ("psnr", "patch_psnr", "ssim", "mse", "fft2d")},
         "identified": float(identified.mean()),

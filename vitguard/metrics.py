@@ -23,6 +23,7 @@ from vitguard.errors import expected
 
 __all__ = [
     "PSNR_CAP",
+    "RECOVERED",
     "Baseline",
     "MaskScore",
     "Scores",
@@ -36,12 +37,16 @@ __all__ = [
     "mse",
     "patch_psnr",
     "psnr",
+    "recovered",
     "score",
     "ssim",
 ]
 
 PSNR_CAP = 200.0
 """Decibels at which PSNR stops: a mean squared error of 1e-20, below what float64 pixels carry."""
+RECOVERED = 30.0
+"""Decibels from which one patch counts as recovered: errors of 3 % of the pixel range."""
+_ABOVE_FLAT = 6.0
 
 Images = Float[Tensor, "batch channels height width"]
 PerImage = Float[Tensor, " batch"]
@@ -269,6 +274,41 @@ def mask_score(
     return MaskScore(both / said if said else None, both / there if there else None)
 
 
+def recovered(
+    guess: Images,
+    verified: Bool[Tensor, "guesses patches"],
+    truth: Images,
+    patch_size: tuple[int, int],
+) -> Bool[Tensor, "batch patches"]:
+    """Return which true patches a patch that the attack claims to have proved does reproduce.
+
+    A patch counts where some verified guess, at any position and in any image, comes within
+    `RECOVERED` dB and at least as far above the patch's own mean colour as a leak must be. A batch
+    whose images cannot be told apart, or a shuffle that hides where a patch was, gives them away
+    all the same, while the PSNR of whole images stays low.
+
+    Args:
+        guess: Pixels in [0, 1].
+        verified: The patches of `guess` that the attack vouches for.
+        truth: Pixels in [0, 1].
+        patch_size: (height, width) of a patch in pixels.
+    """
+    guess, truth = _images(guess, "guess"), _images(truth, "truth", strict=True)
+    _same_shape(guess, truth, "a guess")
+    patches, claimed = _patches(truth, patch_size), _patches(guess, patch_size)
+    if verified.shape != claimed.shape[:2]:
+        raise expected(f"verified of shape {tuple(claimed.shape[:2])}", tuple(verified.shape))
+    claimed = claimed[verified.detach().cpu().bool()].flatten(1)
+    if not len(claimed):
+        return torch.zeros(patches.shape[:2], dtype=torch.bool)
+    flat = (patches - patches.mean(-1, keepdim=True)).square().mean((-2, -1))
+    wanted = patches.flatten(2)
+    distance = torch.cdist(wanted, claimed, compute_mode="donot_use_mm_for_euclid_dist")
+    error = distance.min(-1).values.square() / wanted.shape[-1]
+    level = _decibels(error)
+    return (level >= RECOVERED) & (level >= _decibels(flat) + _ABOVE_FLAT)
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """Scores of a guess against each truth; every tensor has one entry per truth.
@@ -281,6 +321,7 @@ class Scores:
         identified: Whether the truth is nearer than every decoy; None without decoys.
         decoys: How many decoys there were.
         lpips: None without a model.
+        recovered: Which true patches a verified patch reproduces; None where nothing is verified.
     """
 
     psnr: PerImage
@@ -293,6 +334,7 @@ class Scores:
     identified: Bool[Tensor, " batch"] | None = None
     decoys: int = 0
     lpips: PerImage | None = None
+    recovered: Bool[Tensor, "batch patches"] | None = None
 
 
 def score(
@@ -302,6 +344,7 @@ def score(
     *,
     decoys: Images | None = None,
     lpips_model: Perceptual | None = None,
+    verified: Bool[Tensor, "guesses patches"] | None = None,
 ) -> Scores:
     """Score guesses against all truths under the best assignment of guesses to truths.
 
@@ -311,6 +354,7 @@ def score(
         patch_size: (height, width) of a patch in pixels.
         decoys: Other images for the identification, none of them a truth.
         lpips_model: See `lpips`.
+        verified: See `recovered`.
 
     Raises:
         InputError: Values that are not finite, shapes that differ, patches that do not divide.
@@ -334,6 +378,7 @@ def score(
         identified=None if decoys is None else identification(guess, truth, decoys),
         decoys=0 if decoys is None else len(decoys),
         lpips=None if lpips_model is None else lpips(chosen, truth, lpips_model),
+        recovered=None if verified is None else recovered(guess, verified, truth, patch_size),
     )
 
 

@@ -61,6 +61,8 @@ class PoissonLoader:
         if not len(loader):
             raise expected("a loader with at least one batch", 0)
         self.training, self.physical = training, physical
+        self.ends_step = True
+        """Whether the optimizer's step on the batch handed out last is a full step."""
         self.dataset = loader.dataset
         self.rate = 1 / len(loader)
         size = len(loader.dataset)  # type: ignore[arg-type]
@@ -98,10 +100,11 @@ class PoissonLoader:
             key = int(torch.randint(2**62, (), generator=self.batch_sampler.generator))
             for start in starts:
                 stop = min(start + step, size)
+                self.ends_step = stop == size
                 self.training.announce(
                     stop - start,
                     min(real, stop) - start,
-                    last=stop == size,
+                    last=self.ends_step,
                     key=key if len(starts) > 1 else None,
                 )
                 yield batch if len(starts) == 1 else _cut(batch, start, stop, size)
