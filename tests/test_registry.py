@@ -70,6 +70,26 @@ def test_attacks_by_name_group_and_object_once_each():
         registry.parse_attacks("spam")
 
 
+def test_ladder_is_one_attack_and_stands_for_the_closed_forms():
+    (ladder,) = registry.parse_attacks("ladder")
+    assert ladder.name == "ladder"
+    assert registry.families_not_run([ladder]) == ("matching", "input")
+    assert registry.families_not_run([SpanInversion()]) == ("ladder", "matching", "input")
+
+
+@pytest.mark.parametrize(
+    ("read", "near"),
+    [
+        (lambda: registry.parse_stack("postions"), "Did you mean positions"),
+        (lambda: registry.parse_stack("shuffle:ration=0.5"), "Did you mean ratio"),
+        (lambda: registry.parse_attack("Spann"), "Did you mean span"),
+    ],
+)
+def test_a_slip_of_the_pen_is_told_what_was_meant(read, near):
+    with pytest.raises(InputError, match=near):
+        read()
+
+
 def test_every_group_has_an_attack_or_is_not_offered_empty():
     families = {t.family for t in registry.attack_types().values()}
     assert families <= set(registry.GROUPS)

@@ -23,6 +23,7 @@ __all__ = [
     "clean",
     "decibels",
     "print_to",
+    "remarks",
     "share",
     "threat_text",
     "to_markdown",
@@ -96,8 +97,29 @@ def accuracies(finding: Finding) -> str:
         return ""
     robust = (finding.robust_accuracy or {}).items()
     parts = [f"accuracy {share(finding.clean_accuracy)} on clean images"]
-    parts += [f"{share(value)} at epsilon {clean(epsilon)}" for epsilon, value in robust]
+    parts += [f"{share(v)} at epsilon {clean(_pictures.epsilon_text(e))}" for e, v in robust]
     return ", ".join(parts)
+
+
+def remarks(finding: Finding) -> list[str]:
+    """Return what a reader must know beside the numbers, one short sentence each."""
+    details = finding.details
+    lines = [accuracies(finding), finding.reason]
+    if isinstance(rung := details.get("rung"), str):
+        proved = details.get("verified")
+        part = f", {share(proved)} of its patches proved" if isinstance(proved, float) else ""
+        lines.append(f"best rung: {rung}{part}")
+    if isinstance(run := details.get("schedule"), str) and run.startswith("shortened"):
+        lines.append(f"{run}; a weak result says nothing of the full run")
+    if isinstance(bound := details.get("reconstruction_bound"), float):
+        prior = share(details.get("reconstruction_prior"))
+        lines.append(
+            f"identified {share(finding.identified)}, bound {share(bound)}: what the noise on this "
+            f"one update allows any attack, where a blind guess has {prior}"
+        )
+    if isinstance(exact := details.get("exact"), str) and exact.startswith("no exact"):
+        lines.append(f"{exact} for this batch and width; that is not protection")
+    return [line for line in lines if line]
 
 
 def print_to(report: AuditReport, console: Console) -> None:
@@ -125,8 +147,9 @@ def print_to(report: AuditReport, console: Console) -> None:
             line.append(f"{decibels(f.psnr and f.psnr.max):>8}{share(f.identified):>8}")
             line.append(f"{NOTHING if f.seconds is None else f'{f.seconds:.2f}':>9}")
             console.print(line, crop=False)
-            for remark in filter(None, (accuracies(f), f.reason)):
-                if (f.attack, remark) not in said:  # the first time is enough for a table
+            for remark in remarks(f):
+                new = (f.attack, remark) not in said  # the first time is enough for a table
+                if new or remark == accuracies(f):
                     said.add((f.attack, remark))
                     say(remark, "dim", indent=4)
     console.print()
@@ -170,7 +193,7 @@ def to_markdown(report: AuditReport) -> str:
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
     lines += ["", "PSNR in dB, the worst image of each finding.", ""]
     for f in report.findings:
-        for remark in filter(None, (accuracies(f), f.reason)):
+        for remark in remarks(f):
             lines.append(f"- {_cell(f.defense)}, {_cell(f.attack)}: {_cell(remark)}")
     lines += ["", "## How to read this", "", _cell(baseline_text(report)), ""]
     lines += [f"- **{verdict}**: {meaning}" for verdict, meaning in MEANINGS.items()]
@@ -205,6 +228,8 @@ def to_png(report: AuditReport) -> Image.Image:
 
 def to_tensorboard(report: AuditReport, directory: str | Path, *, step: int = 0) -> None:
     """Write scalars, pictures and the Markdown text as TensorBoard events."""
+    import torch
+
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -227,6 +252,9 @@ def to_tensorboard(report: AuditReport, directory: str | Path, *, step: int = 0)
                     shown = images.detach().float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
                     shown = shown.expand(-1, 3, -1, -1)
                     writer.add_images(f"{tag}/{kind}", shown, step)
+            for kind in ("image", "magnified", "adversarial") if f.examples else ():
+                shown = [getattr(e, kind).detach().expand(3, -1, -1) for e in f.examples]
+                writer.add_images(f"{tag}/{kind}", torch.stack(shown).clamp(0, 1), step)
 
 
 def _scalars(report: AuditReport, f: Finding) -> dict[str, float | None]:

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from vitguard import data
 from vitguard._attempts import attempt, decoys_for, seed_of
 from vitguard._finding import Baseline, Control, Finding, ModelFacts
-from vitguard._verdicts import Attempt, finding_of
-from vitguard.attacks._base import Attack, InputAttack
+from vitguard._verdicts import Attempt, finding_of, rivals_of
+from vitguard.attacks._base import Attack, InputAttack, InputResult
 from vitguard.core import Loss, Normalization
 from vitguard.defenses._base import Defense
 from vitguard.errors import expected
 from vitguard.guard import protect
 from vitguard.metrics import baseline
 from vitguard.models import check_finite, normalization_of
-from vitguard.registry import GROUPS, parse_attacks, parse_stack, stack_name
+from vitguard.registry import families_not_run, parse_attacks, parse_stack, stack_name
 from vitguard.report import AuditReport
 from vitguard.threats import CuriousServer
 from vitguard.vit import Anatomy
@@ -67,7 +67,7 @@ def audit(
     batch: tuple[Tensor, Tensor],
     *,
     defenses: Stacks = (),
-    attacks: str | Sequence[str | Attack | InputAttack] = "closed-form",
+    attacks: str | Sequence[str | Attack | InputAttack] = "ladder",
     batch_size: int | None = None,
     normalization: Normalization | None = None,
     withhold: Sequence[str] = (),
@@ -90,7 +90,8 @@ def audit(
         batch: Pixels in [0, 1], shape (images, channels, height, width), and class indices.
         defenses: One stack, exactly what `protect` takes; or a spec such as
             `"positions:kind=frozen"`; or several stacks by name.
-        attacks: Names, groups (`closed-form`, `ladder`, `matching`, `input`, `all`) or attacks.
+        attacks: Names, groups (`closed-form`, `matching`, `input`, `all`) or attacks. The default
+            climbs every exact attack for at most a minute per batch.
         batch_size: Images behind one update; all of them by default. The images are cut into
             batches of this size.
         normalization: From pixels to model input; what the model's own configuration says by
@@ -122,7 +123,6 @@ def audit(
     )
     for attack in (a for a in chosen if isinstance(a, InputAttack)):
         findings += [stage.input_finding(name, stack, attack) for name, stack in stacks.items()]
-    run = {a.family for a in chosen}
     return AuditReport(
         model=facts_of(model, stage.anatomy, model_name),
         images=names,
@@ -133,7 +133,7 @@ def audit(
         update=str(training),
         seed=seed,
         threat={"adversary": "curious server", "withheld": list(withhold)},
-        families_not_run=tuple(f for f in GROUPS if f not in run),
+        families_not_run=families_not_run(chosen),
         notes=tuple(notes),
     )
 
@@ -189,6 +189,18 @@ class _Stage:
             by_run[name].append(attempts)
         return self._judge(by_run, stacks, attacks), scale.level(batches, self.size)
 
+    def _bounded(self, finding: Finding, stack: Sequence[Defense]) -> Finding:
+        """Put what differential privacy guarantees of one update beside what the attack did."""
+        if finding.identified is None or (rivals := rivals_of(finding)) < 1:
+            return finding
+        prior = 1 / (rivals + 1)
+        steps = 1 if self.training.learning_rate is None else self.training.steps
+        bounds = [b for d in stack if (b := d.reconstruction_bound(prior, steps)) is not None]
+        if not bounds:
+            return finding
+        bound = {"reconstruction_bound": min(bounds), "reconstruction_prior": prior}
+        return replace(finding, details={**finding.details, **bound})
+
     def _judge(
         self,
         by_run: Mapping[str, list[list[Attempt]]],
@@ -211,6 +223,7 @@ class _Stage:
                     finding = replace(finding, control=Control(of_control.verdict, of_control.psnr))
                 else:
                     finding = finding_of(name, *common, tried[1], of_control, tried[0])
+                    finding = self._bounded(finding, stacks[name])
                 findings.append(finding)
         return findings
 
@@ -271,8 +284,14 @@ class _Stage:
             settings=attack.settings(),
             clean_accuracy=result.clean_accuracy,
             robust_accuracy={**result.robust_accuracy},
+            details={**result.details, **_hits(result)},
+            examples=result.examples,
             seconds=time.perf_counter() - started,
         )
+
+
+def _hits(result: InputResult) -> dict[str, Any]:
+    return {"target reached": {**result.target_hits}} if result.target_hits else {}
 
 
 @dataclass(frozen=True)

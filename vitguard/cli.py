@@ -21,6 +21,8 @@ DEFAULT_DEFENSES = (
     "noise:scale=0.01",
 )
 DEFAULT_REPORT = "vitguard-report.html"
+DEFAULT_BUDGET = 90.0
+"""Seconds of climbing that a run without --attack shares among its updates."""
 _INTERRUPTED = 130
 
 
@@ -68,7 +70,7 @@ def _add_audit(commands: Any) -> None:
         "audit",
         help="attack updates with and without defenses, beside an undefended control",
         description="Without arguments: a randomly initialised vit_base_patch16_224 on sample "
-        "photos, the default defenses, the closed-form attacks.",
+        "photos, the default defenses, the ladder of exact attacks within a time budget.",
         epilog="Class folders with numeric names are class indices, others count in sorted order. "
         "Exit codes: 0 done; 1 a defended configuration exceeds --max-psnr or --max-gain, or leaks "
         "in a way that no dB limit sees; 2 usage or input error; 3 a gate was asked for and no "
@@ -100,7 +102,8 @@ def _add_audit(commands: Any) -> None:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="attacks, or closed-form, ladder, matching, input, all",
+        help="attacks, or closed-form, ladder (every exact attack), matching, input, all; "
+        "settings as in ladder:seconds=60",
     )
     add(
         "--parameters",
@@ -239,6 +242,10 @@ def _run_audit(options: argparse.Namespace) -> Any:
         stack = next(iter(stacks.values()), [])
         return audit_update(model, update, defenses=stack, truth=truth, names=names, **common)
     images, labels, notes = _images(options, anatomy)
+    if not options.attack:
+        control_and_stacks = 1 + sum(map(bool, stacks.values())) + bool(options.withhold)
+        common["attacks"], note = _budgeted(control_and_stacks * len(images) // options.batch_size)
+        notes.append(note)
     training = LocalTraining(options.lr, options.local_steps, options.optimizer)
     with _Progress() as progress:
         return audit(
@@ -252,7 +259,7 @@ def _attacks(options: argparse.Namespace) -> list[Any]:
     from vitguard.registry import parse_attacks
 
     attacks: list[Any] = []
-    chosen: list[Any] = parse_attacks(options.attack or ["closed-form"])
+    chosen: list[Any] = parse_attacks(options.attack or ["ladder"])
     for attack in chosen:
         fields = {f.name for f in dataclasses.fields(attack)}
         changes = {
@@ -262,6 +269,18 @@ def _attacks(options: argparse.Namespace) -> list[Any]:
         }
         attacks.append(dataclasses.replace(attack, **changes))
     return attacks
+
+
+def _budgeted(updates: int) -> tuple[list[Any], str]:
+    """Return the ladder with a share of the default budget, and what a reader must know of it."""
+    from vitguard.attacks.ladder import Ladder
+
+    seconds = round(min(max(DEFAULT_BUDGET / updates, 5.0), Ladder().seconds))
+    note = (
+        f"the ladder had {seconds} s for each update; a longer climb may find more: "
+        f"--attack ladder:seconds={int(4 * seconds)}"
+    )
+    return [Ladder(seconds=seconds)], note
 
 
 def _images(options: argparse.Namespace, anatomy: Any) -> tuple[Any, Any, list[str]]:

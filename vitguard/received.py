@@ -23,7 +23,7 @@ from vitguard.errors import VitguardError, expected
 from vitguard.guard import protect
 from vitguard.metrics import baseline
 from vitguard.models import normalization_of
-from vitguard.registry import GROUPS, parse_attacks, parse_stack, stack_name
+from vitguard.registry import families_not_run, parse_attacks, parse_stack, stack_name
 from vitguard.report import AuditReport
 from vitguard.threats import CuriousServer
 from vitguard.vit import Anatomy
@@ -39,7 +39,7 @@ def audit_update(
     update: Update,
     *,
     defenses: Sequence[Defense] | str = (),
-    attacks: str | Sequence[str | Attack | InputAttack] = "closed-form",
+    attacks: str | Sequence[str | Attack | InputAttack] = "ladder",
     truth: Tensor | None = None,
     normalization: Normalization | None = None,
     withhold: Sequence[str] = (),
@@ -52,8 +52,8 @@ def audit_update(
     """Audit a client's update on its own.
 
     With `truth` the guesses are scored against it. Without, a guess that reproduces the update
-    (relative error of the simulated update at most 5 %) leaks, and any other is inconclusive:
-    nobody can say that it is wrong. The control is the same attack on the same model with sample
+    (relative error of the simulated update at most 5 %) or proves patches leaks, and any other is
+    inconclusive: nobody can say that it is wrong. The control is the same attack on the same model with sample
     photos and no defense.
 
     Args:
@@ -103,7 +103,7 @@ def audit_update(
         update=f"{training}, from a file",
         seed=seed,
         threat={"adversary": "curious server", "withheld": list(withhold)},
-        families_not_run=tuple(f for f in GROUPS if f not in {a.family for a in chosen}),
+        families_not_run=families_not_run(chosen),
         notes=("The row none is the control: the same attack on sample photos without a defense.",),
     )
 
@@ -148,10 +148,16 @@ def _explain(name: str, attack: Attack, view: View, control: Finding, seed: int)
         return replace(base, verdict="inconclusive" if state == "failed" else state, reason=reason)
     error = _relative_error(view, guess, torch.Generator().manual_seed(seed))
     details = {**guess.details, "update_error": error}
+    if guess.verified is not None:
+        details["verified"] = float(guess.verified.double().mean())
     shown = guess.images.detach().float().cpu()
     found = replace(base, seconds=seconds, details=details, images=Pictures(reconstruction=shown))
     if error is not None and error <= _REPRODUCED:
         reason = f"the reconstruction reproduces the update to {100 * error:.2g} %"
+        return replace(found, verdict="leaks", reason=reason)
+    proved = 0 if guess.verified is None else int(guess.verified.sum())
+    if proved:
+        reason = f"{proved} of {guess.verified.numel()} patches proved by the attack itself"  # type: ignore[union-attr]
         return replace(found, verdict="leaks", reason=reason)
     return replace(
         found, reason="the truth is not known and the guess does not reproduce the update"

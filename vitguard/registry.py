@@ -12,8 +12,9 @@ import inspect
 import pkgutil
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -25,6 +26,7 @@ from vitguard.errors import InputError, expected
 __all__ = [
     "attack_types",
     "defense_types",
+    "families_not_run",
     "parse_attack",
     "parse_attacks",
     "parse_stack",
@@ -92,16 +94,27 @@ def parse_attack(spec: str) -> AnyAttack:
 
 
 def parse_attacks(specs: str | Sequence[str | AnyAttack]) -> list[AnyAttack]:
-    """Read attacks by name, group (`closed-form`, `ladder`, `matching`, `input`) or `all`."""
+    """Read attacks by name, group (`closed-form`, `matching`, `input`) or `all`.
+
+    `ladder` is the one attack that climbs every exact rung; a rung alone goes by its own name.
+    """
     attacks: list[AnyAttack] = []
     for spec in [specs] if isinstance(specs, str) else specs:
         if not isinstance(spec, str):
             attacks.append(spec)
+        elif spec in attack_types():
+            attacks.append(parse_attack(spec))
         elif spec in (*GROUPS, "all"):
             attacks += [t() for t in attack_types().values() if spec in ("all", t.family)]
         else:
             attacks.append(parse_attack(spec))
     return list(dict.fromkeys(attacks))
+
+
+def families_not_run(attacks: Sequence[AnyAttack]) -> tuple[str, ...]:
+    """Return the families of attacks of which nothing is among `attacks`."""
+    run = {family for a in attacks for family in (a.family, *a.covers)}
+    return tuple(family for family in GROUPS if family not in run)
 
 
 def _split(spec: str) -> list[str]:
@@ -118,7 +131,8 @@ def _split(spec: str) -> list[str]:
 def _build(spec: str, known: dict[str, type[Kind]], kind: str, also: tuple[str, ...]) -> Kind:
     name, _, rest = spec.strip().partition(":")
     if name not in known:
-        raise expected(f"a {kind} among {', '.join((*known, *also))}", repr(name))
+        choices = (*known, *also)
+        raise expected(f"a {kind} among {', '.join(choices)}", repr(name), _nearest(name, choices))
     cls = known[name]
     hints = get_type_hints(cls)
     settings = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
@@ -127,7 +141,8 @@ def _build(spec: str, known: dict[str, type[Kind]], kind: str, also: tuple[str, 
         key, equals, text = item.partition("=")
         if not equals or key not in settings:
             keys = ", ".join(settings) or "no settings"
-            raise expected(f"{name} settings among {keys} as key=value", repr(item))
+            near = _nearest(key, settings)
+            raise expected(f"{name} settings among {keys} as key=value", repr(item), near)
         values[key] = parse_value(text, hints[key], f"{name}:{key}")
     missing = [
         k
@@ -140,6 +155,11 @@ def _build(spec: str, known: dict[str, type[Kind]], kind: str, also: tuple[str, 
         return cls(**values)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def _nearest(text: str, choices: Iterable[str]) -> str:
+    near = get_close_matches(text.lower(), choices, n=1)
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 def parse_value(text: str, hint: Any, where: str) -> Any:

@@ -131,6 +131,26 @@ def test_position_and_span_by_capability(row, moved, observe, generator):
             assert quality < 40 and guess.details["nullity"] > 0, (attack.name, quality)
 
 
+@pytest.mark.parametrize("sent", ["q", "k", "v"])
+def test_query_or_value_alone_is_enough_where_they_are_layers(
+    sent, moved, observe, generator
+):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = moved(transformers_model("ViT"))
+    pixels = torch.rand(1, 3, 32, 32, generator=generator)
+    others = "|".join({"q", "k", "v"} - {sent})
+    withheld = (rf"\.({others})(_proj)?\.", "mlp", r"\.o(_proj|utput)")
+    view = observe(model, pixels, defenses="positions:kind=frozen", withhold=withheld)
+    if sent == "k":  # softmax does not feel a shift of all keys: one direction is missing
+        with pytest.raises(NotApplicable, match="rank 16"):
+            SpanInversion().run(view, generator)
+        return
+    guess = SpanInversion().run(view, generator)
+    assert guess.details["from"] == "qkv"
+    assert float(psnr(guess.images, pixels)) > 80
+
+
 def test_positions_that_are_resampled_in_the_forward_pass_do_not_apply(
     small_vit, observe, photo, generator
 ):

@@ -21,6 +21,8 @@ class Attack(ABC):
     name: ClassVar[str]
     family: ClassVar[str]
     """`closed-form`, `ladder` or `matching`: what `--attack` can name as a group."""
+    covers: ClassVar[tuple[str, ...]] = ()
+    """Other families whose attacks this one runs as well."""
 
     @abstractmethod
     def run(self, view: View, generator: torch.Generator) -> Guess:
@@ -59,6 +61,16 @@ class Triptych:
         """What was added, in pixel units."""
         return self.adversarial - self.image
 
+    @property
+    def gain(self) -> float:
+        """How much `magnified` enlarges the perturbation: epsilon becomes half the range."""
+        return 0.5 / self.epsilon if self.epsilon else 1.0
+
+    @property
+    def magnified(self) -> Tensor:
+        """The perturbation times `gain` around mid-grey, pixels in [0, 1]."""
+        return (0.5 + self.gain * self.perturbation).clamp(0, 1)
+
 
 @dataclass(frozen=True)
 class InputResult:
@@ -84,6 +96,7 @@ class InputAttack(ABC):
 
     name: ClassVar[str]
     family: ClassVar[str] = "input"
+    covers: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def evaluate(

@@ -215,12 +215,19 @@ def layer_rows(view: View, module: str) -> Rows:
 
 
 def block_rows(view: View, block: Block) -> Rows:
-    """Return the rows of a block's query, key and value projection.
+    """Return the rows of a block's query, key and value projection, or of those that are sent.
+
+    All three see the same tokens: where they are layers of their own, query or value alone will do.
 
     Raises:
-        Blocked: A weight gradient cannot be read.
+        Blocked: No weight gradient can be read.
     """
-    return _augment(view, block.qkv, block.qkv_bias)
+    readable = tuple(name for name in block.qkv if view.update.can_read(name))
+    if not readable or readable == block.qkv:
+        return _augment(view, block.qkv, block.qkv_bias)
+    layers = {name.rpartition(".")[0] for name in readable}
+    biases = tuple(name for name in block.qkv_bias if name.rpartition(".")[0] in layers)
+    return _augment(view, readable, biases)
 
 
 def _augment(view: View, weights: tuple[str, ...], biases: tuple[str, ...]) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from vitguard.vit import Anatomy
 
 __all__ = ["Ladder"]
 
+_DAMAGE = ("noise", "pruning", "privacy", "client-privacy")  # no exact rung first under these
 _EXACT = 1e-3  # a relative mismatch below which no further rung is needed
 
 
@@ -35,7 +37,8 @@ class Ladder(Attack):
 
     Details: `rung`, `verified` (share of patches), `mismatch` of the chosen guess, `rungs` (what
     each said), `exact` (what is known of exact attacks: `"no exact attack known"` where T >= D and
-    B >= 2 means that, and not that there is none).
+    B >= 2 means that, and not that there is none), `unfinished` (rungs that the time did not reach;
+    an audit then never says `resisted`).
 
     Args:
         seconds: Time budget of all rungs; what was found by then is returned.
@@ -49,7 +52,8 @@ class Ladder(Attack):
 
     name: ClassVar[str] = "ladder"
     family: ClassVar[str] = "ladder"
-    seconds: float = 90.0
+    covers: ClassVar[tuple[str, ...]] = ("closed-form",)
+    seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
@@ -61,7 +65,7 @@ class Ladder(Attack):
         try:
             climb.all()
         except KeyboardInterrupt:
-            climb.said["stopped"] = "interrupted"
+            climb.unfinished.append("the rest (interrupted)")
         return climb.best()
 
 
@@ -73,30 +77,43 @@ class _Climb:
         self.guesses: dict[str, Guess] = {}
         self.distance: dict[str, float] = {}
         self.said: dict[str, str] = {}
+        self.unfinished: list[str] = []
         self.labels: torch.Tensor | None = None
 
     def all(self) -> None:
-        """Run the rungs in order; stop early at an exact one."""
-        self._try(PositionInversion())
-        self._try(SpanInversion())
-        if self._exact():
-            return
+        """Run the rungs in order; stop at an exact one."""
+        damaged = any(name in self.view.settings for name in _DAMAGE)
+        rungs = (self._closed, self._robust, self._batch) if damaged else (
+            self._closed, self._batch, self._robust)  # fmt: skip
+        for climb in rungs:
+            climb()
+            if self._exact():
+                return
+
+    def _closed(self) -> None:
+        self._try(PositionInversion)
+        if not self._exact():
+            self._try(SpanInversion)
+
+    def _batch(self) -> None:
         if self.view.update.batch_size > 1:
-            self._try(Cascade(seconds=self._left(0.2)))
-            cascade = self.guesses.pop("cascade", None)
+            self._try(lambda: Cascade(seconds=self._left(0.2)))
+            cascade = self.guesses.pop(Cascade.name, None)
             self.labels = None if cascade is None else cascade.labels
-        self._try(GeluSpan(seconds=self._left(0.8)))
-        if self._exact():
-            return
-        self._try(RobustPosition(seconds=self._left(0.4)))
-        self._try(RobustSpan(seconds=self._left(0.9)))
+        self._try(lambda: GeluSpan(seconds=self._left(0.8)))
+
+    def _robust(self) -> None:
+        self._try(lambda: RobustPosition(seconds=self._left(0.4)))
+        self._try(lambda: RobustSpan(seconds=self._left(0.6)))
 
     def _left(self, share: float) -> float:
         return max(share * (self.deadline - time.monotonic()), 0.5)
 
-    def _try(self, attack: Attack) -> None:
+    def _try(self, rung: Callable[[], Attack]) -> None:
+        attack = rung()
         if time.monotonic() > self.deadline:
             self.said[attack.name] = "not tried: the time was over"
+            self.unfinished.append(attack.name)
             return
         started = time.monotonic()
         try:
@@ -149,6 +166,8 @@ class _Climb:
             "rungs": dict(self.said),
             "exact": _known(self.view),
         }
+        if self.unfinished:
+            details["unfinished"] = list(self.unfinished)
         labels = guess.labels if self.labels is None else self.labels
         return replace(guess, labels=labels, details=details)
 
