@@ -1,6 +1,10 @@
 """Time and memory of a private step beside a plain one and Opacus, interleaved in one run.
 
-    python benchmarks/privacy.py [--rounds 8] [--threads 1] [--setting 32|224|224-deep]
+    python benchmarks/privacy.py [--rounds 8] [--threads 1] [--setting NAME ...]
+
+Settings: 32, 224 (the default two), 224-deep (12 blocks), and 32-average and 224-average, which
+pool over all tokens: a model that reads its class token alone gives most tokens of its last block
+no gradient, which saves work.
 
 Prints CPU time of one step (median over rounds), its ratio to plain SGD, and the peak of live
 tensor memory. CPU time of this process is what a shared machine can tell; on an idle one it goes
@@ -33,6 +37,11 @@ SETTINGS = {
     ),
     "224": ({"depth": 2}, 8),
     "224-deep": ({"depth": 12}, 8),
+    "32-average": (
+        {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4,
+         "mlp_ratio": 2, "global_pool": "avg"}, 64,
+    ),
+    "224-average": ({"depth": 2, "global_pool": "avg"}, 8),
 }  # fmt: skip
 
 

@@ -5,7 +5,8 @@
 DATA is a folder with `cifar10.npz`, or class folders of images, or `train/` and `test/` with class
 folders. Without --data the folder that VITGUARD_DATA names is used. With --out, `checkpoint.pt` is
 written after each epoch (--resume continues from it, to the same result), and `seen.png` shows
-images beside what the model saw of them. --tensorboard writes scalars and the same pictures.
+images and what the model saw of them. --tensorboard writes scalars, the same pictures, and images
+beside themselves with 70 % of their patches shuffled.
 """
 
 from __future__ import annotations
@@ -179,27 +180,34 @@ class Training:
         with Progress(console=console, disable=quiet) as progress:
             bar = progress.add_task("training", total=self.steps, completed=self.step)
             while self.epoch < until:
-                for losses, images in self.one_epoch():
+                for count, (losses, images) in enumerate(self.one_epoch()):
                     text = "  ".join(f"{k} {v:.3f}" for k, v in losses.items())
                     progress.update(
                         bar, completed=self.step, description=f"epoch {self.epoch} {text}"
                     )
-                    if board is not None and self.step % 10 == 1:
-                        shown = images if self.step == 1 else None
-                        board.training(
-                            self.guard, step=self.step, losses=losses, images=shown,
-                            normalization=NORMALIZATION,
-                        )  # fmt: skip
-                    if out is not None and self.step == 1:
+                    if board is not None and count % 10 == 0:
+                        self.write(board, losses, images if count == 0 else None)
+                    if out is not None and count == 0:
                         self.save_seen(images, out / "seen.png")
                 self.epoch += 1
                 accuracy = self.accuracy()
+                if board is not None:
+                    values = {"test accuracy": accuracy}
+                    board.training(self.guard, step=self.step, losses={}, values=values)
                 console.print(
                     f"epoch {self.epoch}: {100 * accuracy:.1f} % of the test images right"
                 )
                 if out is not None:
                     self.save(out / "checkpoint.pt")
         return accuracy
+
+    def write(self, board: TensorBoard, losses: dict[str, float], images: Tensor | None) -> None:
+        """Write scalars; with images also what the model saw, and what a shuffle of 70 % does."""
+        how: Any = {"step": self.step, "normalization": NORMALIZATION}
+        values = {"learning rate": self.optimizer.param_groups[0]["lr"]}
+        board.training(self.guard, losses=losses, values=values, images=images, **how)
+        if images is not None:
+            board.shuffle_figure(self.guard, images, ratio=0.7, **how)
 
     def one_epoch(self) -> Iterator[tuple[dict[str, float], Tensor]]:
         """Train one epoch; yield the losses and the images of each step."""

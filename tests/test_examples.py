@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -68,7 +69,37 @@ def test_example_runs_in_under_a_minute(path, tmp_path, folder):
         assert (tmp_path / file).exists(), file
 
 
-STACKS = ["none", "shuffle:ratio=0.7,schedule=linear,steps=4,dal=positions,dal_head=mlp"]
+def test_tensorboard_shows_scalars_and_originals_beside_what_a_shuffle_makes_of_them(
+    script, folder, tmp_path
+):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    script.main([
+        "--data", str(folder), "--epochs", "2", "--width", "32", "--depth", "1", "--batch-size",
+        "4", "--defense", "shuffle:ratio=0.5,mask=uniform,derangement=true,dal=positions",
+        "--device", "cpu", "--tensorboard", str(tmp_path / "board"),
+    ])  # fmt: skip
+    events = accumulator.EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0})
+    events.Reload()
+    assert {
+        "training/loss task", "training/loss auxiliary", "training/learning rate",
+        "training/test accuracy",
+    } <= set(events.Tags()["scalars"])  # fmt: skip
+    assert [e.step for e in events.Scalars("training/test accuracy")] == [4, 8]
+    for what, at_least, at_most in (("what the model saw", 32, 32), ("shuffled at 70 %", 35, 44)):
+        shown = events.Images(f"training/{what}")
+        assert [e.step for e in shown] == [1, 5]  # once an epoch: a warm-up shows nothing at first
+        image = np.asarray(Image.open(io.BytesIO(shown[0].encoded_image_string)))
+        assert image.shape == (4 * 32, 64, 3)
+        cut = image[:32].reshape(8, 4, 2, 8, 4, 3).transpose(2, 0, 3, 1, 4, 5).reshape(2, 64, 48)
+        assert at_least <= (cut[0] != cut[1]).any(1).sum() <= at_most
+        assert sorted(map(bytes, cut[0])) == sorted(map(bytes, cut[1]))
+
+
+STACKS = [
+    "none",
+    "shuffle:ratio=0.7,schedule=linear,steps=4,dal=positions,dal_head=mlp",
+    "positions:kind=sincos+shuffle:ratio=0.5,draw=batch,probability=0.5,warmup=2,steps=8,dal=tokens",
+]
 
 
 @pytest.mark.parametrize("defense", STACKS)
@@ -85,8 +116,29 @@ def test_a_stopped_run_resumes_to_the_same_weights(script, folder, tmp_path, def
         for name in ("whole", "parts")
     )
     assert whole["step"] == parts["step"] == 8
+    assert torch.equal(whole["guard"]["draws"], parts["guard"]["draws"])
     for name, value in whole["model"].items():
         assert torch.equal(value, parts["model"][name]), name
+
+
+def test_a_resumed_run_goes_on_with_the_secret_draws_of_the_first(script, folder, tmp_path):
+    arguments = [
+        "--data", str(folder), "--epochs", "2", "--width", "32", "--depth", "1", "--batch-size",
+        "4", "--defense", "shuffle:ratio=0.5", "--device", "cpu", "--out", str(tmp_path),
+    ]  # fmt: skip
+    script.main([*arguments, "--stop-after", "1"])
+    options = script.parser().parse_args(arguments)
+    data = script.load_data(str(folder), images=None, image_size=32)
+    masks = []
+    for _ in range(2):
+        training = script.Training(options, data)
+        training.load(tmp_path / "checkpoint.pt")
+        list(training.one_epoch())
+        masks.append(training.guard.truth()["source"])
+    assert torch.equal(*masks)
+    fresh = script.Training(options, data)
+    list(fresh.one_epoch())
+    assert not torch.equal(fresh.guard.truth()["source"], masks[0])
 
 
 def test_training_learns_something(script, tmp_path):

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from vitguard._finding import Finding, Summary
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.core import Normalization
+from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.errors import InputError
 from vitguard.guard import protect
 from vitguard.threats import CuriousServer
@@ -83,6 +86,44 @@ def test_training_writes_losses_epsilon_and_what_the_model_saw(tmp_path):
     assert [e.value for e in reader.Scalars("training/loss task")] == [2.0, 1.0, 0.0]
     assert reader.Scalars("training/epsilon")[-1].value == 1.5
     assert any("what the model saw" in tag for tag in reader.Tags()["images"])
+
+
+def pictures(folder, tag):
+    """Return the events of a tag of images, as arrays of (height, width, channels)."""
+    found = events(folder).Images
+    return [np.asarray(Image.open(io.BytesIO(e.encoded_image_string))) for e in found(tag)]
+
+
+def patches_of(image, size=4):
+    high, wide, channels = image.shape
+    cut = image.reshape(high // size, size, wide // size, size, channels).swapaxes(1, 2)
+    return cut.reshape(-1, size, size, channels)
+
+
+def test_each_image_stands_beside_what_the_model_saw_and_beside_a_shuffle_of_70_percent(tmp_path):
+    model = make_model().train()
+    guard = protect(model, [PatchShuffle(ratio=0.5, mask="uniform", derangement=True)])
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    normalization = Normalization()
+    images = normalization.apply(pixels)
+    model(images)
+    with TensorBoard(tmp_path) as board:
+        how = {"step": 3, "images": images, "normalization": normalization}
+        board.training(guard, losses={}, values={"accuracy": 0.5}, **how)
+        board.shuffle_figure(guard, **how)
+    assert events(tmp_path).Scalars("training/accuracy")[0].value == 0.5
+    shown = np.asarray((pixels * 255).permute(0, 2, 3, 1))
+    for what, moved in (("what the model saw", 8), ("shuffled at 70 %", None)):
+        sheet = pictures(tmp_path, f"training/{what}")[0]
+        assert sheet.shape == (32, 32, 3)
+        for pair, image in zip(np.split(sheet, 2), shown, strict=True):
+            left, right = np.split(pair, 2, axis=1)
+            assert np.abs(left - image).max() <= 1
+            before, after = patches_of(left), patches_of(right)
+            elsewhere = (before != after).any((1, 2, 3)).sum()
+            # 11 of 16 patches are drawn at 70 %, of which some stay by chance
+            assert elsewhere == moved if moved else 6 <= elsewhere <= 11
+            assert sorted(p.tobytes() for p in before) == sorted(p.tobytes() for p in after)
 
 
 def test_a_stack_without_a_privacy_guarantee_writes_no_epsilon(tmp_path):

@@ -36,9 +36,11 @@ def attempt(
     state, reason, guess, seconds = run_attack(attack, view, seed)
     if guess is None:
         return replace(empty, state=state, reason=reason)
+    correct = labels_overlap(guess.labels, labels)
+    if not len(guess.images):  # labels only: there is no image to compare
+        return replace(empty, guess=guess, labels_correct=correct, seconds=seconds)
     truths = empty.truths.cpu()
     scores = score(guess.images, truths, patch_size, decoys=decoys, verified=guess.verified)
-    correct = labels_overlap(guess.labels, labels)
     return replace(empty, guess=guess, scores=scores, labels_correct=correct, seconds=seconds)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from vitguard.attacks._base import Triptych
 from vitguard.errors import expected
 
 __all__ = [
@@ -155,6 +156,7 @@ class Finding:
         gain: dB of the worst image above its own no-information baseline; when None the report
             takes `patch_psnr.max` above the report's baseline.
         images: Pictures; they are in the HTML, PNG and TensorBoard forms only.
+        examples: Attacked inputs of `fgsm`; their pictures are in HTML and TensorBoard only.
     """
 
     defense: str
@@ -178,6 +180,7 @@ class Finding:
     robust_accuracy: Mapping[float | str, float] | None = None
     gain: float | None = None
     images: Pictures | None = field(default=None, compare=False, repr=False)
+    examples: tuple[Triptych, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_verdict(self.verdict)

@@ -114,8 +114,8 @@ def remarks(finding: Finding) -> list[str]:
     if isinstance(bound := details.get("reconstruction_bound"), float):
         prior = share(details.get("reconstruction_prior"))
         lines.append(
-            f"identified {share(finding.identified)}, bound {share(bound)}: what the noise on this "
-            f"one update allows any attack, where a blind guess has {prior}"
+            f"identified {share(finding.identified)}, bound {share(bound)} for any attack on this "
+            f"one update (a blind guess: {prior})"
         )
     if isinstance(exact := details.get("exact"), str) and exact.startswith("no exact"):
         lines.append(f"{exact} for this batch and width; that is not protection")

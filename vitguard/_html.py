@@ -6,15 +6,16 @@ import base64
 import html
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from vitguard._finding import MEANINGS, Finding, Summary, plain
-from vitguard._forms import accuracies, baseline_text, clean, decibels, share, threat_text
-from vitguard._pictures import Row, encode, rows
+from vitguard._forms import baseline_text, clean, decibels, remarks, share, threat_text
+from vitguard._pictures import Row, encode, epsilon_text, panels, rows
+from vitguard.attacks._base import Triptych
 
 if TYPE_CHECKING:
     from vitguard.report import AuditReport
@@ -23,6 +24,9 @@ __all__ = ["to_html"]
 
 SHOWN = 24
 """Images shown on the page, 1 to 4 for each finding, so that it stays a few MB."""
+
+NAMED = 12
+"""Images that the header names."""
 
 NOTHING = '<span class="quiet" title="not measured">\u2013</span>'
 
@@ -63,6 +67,7 @@ def to_html(report: AuditReport) -> str:
 <main>
 <h2 id="overview">Overview</h2>
 {_overview(report)}
+{_robustness(report)}
 {sections}
 {_guide(report)}
 </main>
@@ -88,7 +93,7 @@ def _header(report: AuditReport) -> str:
         "Weights": _text(report.weights),
         "Update": _text(report.update),
         "Batch size": _text(report.batch_size),
-        "Images": _text(", ".join(report.images) or "not named"),
+        "Images": _text(_names(report.images)),
         "Attack families not run": _text(", ".join(report.families_not_run) or "none"),
     }
     cells = "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts.items())
@@ -100,6 +105,12 @@ def _header(report: AuditReport) -> str:
 <dl class="facts">{cells}</dl>
 {notes}
 </header>"""
+
+
+def _names(images: Sequence[str]) -> str:
+    shown = ", ".join(images[:NAMED])
+    more = len(images) - NAMED
+    return f"{shown} and {more} more" if more > 0 else shown or "not named"
 
 
 def _overview(report: AuditReport) -> str:
@@ -140,6 +151,62 @@ def _overview_row(report: AuditReport, f: Finding, scale: float) -> str:
     return f'<tr><th scope="row">{_text(f.attack)}</th><td>{_badge(f.verdict)}</td>{cells}</tr>'
 
 
+def _robustness(report: AuditReport) -> str:
+    """How each defense changes what an attack on the input does: one row beside the other."""
+    attacked = [f for f in report.findings if f.robust_accuracy]
+    if not attacked:
+        return ""
+    bounds = list(dict.fromkeys(e for f in attacked for e in f.robust_accuracy or {}))
+    alone = {_input_attack(f): f for f in attacked if not f.defended}
+
+    def cell(f: Finding, bound: Any) -> str:
+        def value(finding: Finding | None) -> float | None:
+            if finding is None:
+                return None
+            return (
+                finding.clean_accuracy
+                if bound is None
+                else (finding.robust_accuracy or {}).get(bound)
+            )
+
+        mine, plainly = value(f), value(alone.get(_input_attack(f)))
+        if mine is None:
+            return NOTHING
+        if not f.defended or plainly is None:
+            return share(mine)
+        change = f"{100 * (mine - plainly):+.0f}".replace("-", "\u2212")
+        return f"{share(mine)} <small>{change}</small>"
+
+    def row(f: Finding) -> str:
+        cells = "".join(f'<td class="number">{cell(f, b)}</td>' for b in (None, *bounds))
+        return (
+            f'<tr><th scope="row">{_text(_input_attack(f))}</th>'
+            f"<td>{_defense(report, f.defense)}</td>"
+            f"{cells}</tr>"
+        )
+
+    heads = "".join(
+        f'<th scope="col" class="number">at {_text(epsilon_text(b))}</th>' for b in bounds
+    )
+    return f"""<h2 id="robustness">Attacks on the input</h2>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="robustness">
+<table>
+<thead><tr><th scope="col">Attack</th><th scope="col">Defense</th>
+<th scope="col" class="number">Accuracy, clean</th>{heads}</tr></thead>
+<tbody>{"".join(map(row, attacked))}</tbody>
+</table>
+</div>
+<p class="quiet">Small numbers: the change in percentage points beside the undefended model. Each
+defense is put on the same weights, in eval mode: one that acts in training only changes nothing
+here, and what training under it changes shows in an audit of the weights it gave.</p>"""
+
+
+def _input_attack(f: Finding) -> str:
+    kind = " targeted" if f.settings.get("targeted") else ""
+    source = f.settings.get("surrogate")
+    return f"{f.attack}{kind}" + (f" from {source}" if source else "")
+
+
 def _meter(value: float, floor: float, scale: float, verdict: str) -> str:
     def percent(number: float) -> str:
         inside = min(max(number / scale, 0.0), 1.0) if math.isfinite(number) else 0.0
@@ -156,17 +223,19 @@ def _configuration(report: AuditReport, defense: str, findings: list[Finding], l
 
 
 def _card(report: AuditReport, f: Finding, limit: int) -> str:
-    remarks = "".join(f'<p class="reason">{_text(r)}</p>' for r in (f.reason, accuracies(f)) if r)
+    reasons = "".join(f'<p class="reason">{_text(r)}</p>' for r in remarks(f))
     pictures = f.images
     guessed = pictures is not None and pictures.reconstruction is not None
     shown = rows(f, limit if guessed else 1)
     strips = "".join(_strip(row, with_control=not report.is_control(f)) for row in shown)
     total = pictures.count if pictures is not None else 0
+    targeted = bool(f.settings.get("targeted"))
+    strips += "".join(_triptych(example, targeted) for example in f.examples)
     if guessed and total > len(shown):
         strips += f'<p class="quiet">{len(shown)} of {total} images, the closest first.</p>'
     return f"""<article class="card">
-<div class="title"><h3>{_text(f.attack)}</h3>{_badge(f.verdict)}</div>
-{remarks}
+<div class="title"><h3>{_text(_input_attack(f))}</h3>{_badge(f.verdict)}</div>
+{reasons}
 <div class="body">{f"<div>{strips}</div>" if strips else ""}{_metrics(report, f)}</div>
 {_details(f)}
 </article>"""
@@ -183,6 +252,14 @@ def _strip(row: Row, *, with_control: bool) -> str:
     figures.append(_figure("Reconstruction", row.name, row.reconstruction, guess, ratio))
     kind = "strip" if with_control else "strip two"
     return f'<div class="{kind}">{"".join(figures)}</div>'
+
+
+def _triptych(example: Triptych, targeted: bool) -> str:
+    figures = "".join(
+        _figure(p.title, "input", p.picture, p.remark, "")
+        for p in panels(example, targeted=targeted)
+    )
+    return f'<div class="strip">{figures}</div>'
 
 
 def _figure(

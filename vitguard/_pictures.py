@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vitguard._finding import Finding
+from vitguard.attacks._base import Triptych
 
-__all__ = ["Row", "encode", "grid", "rows"]
+__all__ = ["Panel", "Row", "encode", "epsilon_text", "grid", "panels", "rows"]
 
 SIDE = 224
 """Pixels that a picture measures in the grid."""
@@ -54,6 +55,38 @@ def rows(finding: Finding, limit: int) -> list[Row]:
         )
         for i in order[:limit]
     ]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of an attack on an input, and what is said of it."""
+
+    title: str
+    remark: str
+    picture: Image.Image
+
+
+def panels(example: Triptych, *, targeted: bool = False) -> tuple[Panel, Panel, Panel]:
+    """Return the image, what was added times a gain, and the adversarial image."""
+
+    def said(answer: tuple[int, float]) -> str:
+        return f"class {answer[0]}, {100 * answer[1]:.1f} %"
+
+    aim = f"aimed at class {example.label}" if targeted else f"true class {example.label}"
+    bound = f"at most {epsilon_text(example.epsilon)} a pixel"
+    return (
+        Panel("Image", f"{said(example.before)}; {aim}", _picture(example.image)),
+        Panel(f"Perturbation \u00d7 {example.gain:.3g}", bound, _picture(example.magnified)),
+        Panel("Adversarial", said(example.after), _picture(example.adversarial)),
+    )
+
+
+def epsilon_text(epsilon: object) -> str:
+    """Write a bound on pixels in [0, 1] as people do: 8/255."""
+    if not isinstance(epsilon, float):
+        return str(epsilon)
+    steps = 255 * epsilon
+    return f"{round(steps)}/255" if abs(steps - round(steps)) < 1e-3 else f"{epsilon:.4g}"
 
 
 def encode(image: Image.Image) -> bytes:

@@ -13,7 +13,7 @@ from vitguard._finding import LEAK_GAIN, Control, Finding, Mask, Pictures, Summa
 from vitguard.core import Guess
 from vitguard.metrics import Baseline, Scores, identification_p, mask_score
 
-__all__ = ["Attempt", "finding_of", "labels_overlap"]
+__all__ = ["LABELS_ONLY", "Attempt", "finding_of", "labels_overlap", "rivals_of"]
 
 CHANCE = 0.01
 CROWDING = 5
@@ -22,12 +22,16 @@ CROWDING = 5
 Truths are whole photos, decoys are crops of a few: smooth noise hit up to 3.7 times as often, and
 hits within a batch go together (4,800 batches of 1 to 7 photos, 32 x 32).
 """
+LABELS_ONLY = "recovers labels, no image"
 _PICTURES = 4
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One run of an attack on one batch: a scored guess, or why there is none."""
+    """One run of an attack on one batch: a scored guess, or why there is none.
+
+    A guess of labels without an image has no scores.
+    """
 
     truths: Tensor
     names: tuple[str, ...]
@@ -67,6 +71,8 @@ def finding_of(
     """
     guessed = [a for a in attempts if a.scores is not None]
     base = Finding(defense, attack, "inconclusive", settings=settings, control=_control_of(control))
+    if not guessed and (labelled := [a for a in attempts if a.guess is not None]):
+        return _labels_only(base, labelled)
     if not guessed:
         first = next((a for a in attempts if a.state == "failed"), attempts[0])
         verdicts: dict[str, Verdict] = {"blocked": "blocked", "not applicable": "not applicable"}
@@ -83,6 +89,25 @@ def finding_of(
     )
 
 
+def _labels_only(base: Finding, attempts: Sequence[Attempt]) -> Finding:
+    """Return the finding of an attack that makes no claim on pixels: no metric, no verdict."""
+    known = [a.labels_correct for a in attempts if a.labels_correct is not None]
+    share = sum(known) / len(known) if known else None
+    right = "" if share is None else f" ({100 * share:.0f} % of the labels right)"
+    return replace(
+        base,
+        reason=f"{LABELS_ONLY}{right}",
+        labels_correct=share,
+        seconds=sum(a.seconds for a in attempts) / len(attempts),
+        details=dict(attempts[0].guess.details) if attempts[0].guess else {},
+    )
+
+
+def rivals_of(finding: Finding) -> int:
+    """Return beside how many equal rivals a guess without information stands, crowding counted."""
+    return (finding.decoys or 0) // CROWDING - 1
+
+
 def _verdict(
     measured: Finding, guessed: Sequence[Attempt], control: Finding | None
 ) -> tuple[Verdict, str]:
@@ -90,7 +115,7 @@ def _verdict(
     if gain is not None and gain >= LEAK_GAIN:
         return "leaks", f"{gain:.1f} dB above the best no-information guess"
     hits = [bool(h) for a in guessed for h in a.scores.identified]  # type: ignore[union-attr]
-    rivals = (measured.decoys or 0) // CROWDING - 1
+    rivals = rivals_of(measured)
     chance = identification_p(sum(hits), len(hits), rivals) if rivals > 0 else 1.0
     if chance < CHANCE:
         return "leaks", f"{sum(hits)} of {len(hits)} images told from {measured.decoys} decoys"
@@ -100,6 +125,13 @@ def _verdict(
         return "leaks", f"{exact} of {total} patches recovered, each proved by the attack itself"
     if control is None:
         return "inconclusive", "the undefended model does not leak to this attack"
+    left = {rung for a in guessed if a.guess for rung in a.guess.details.get("unfinished", ())}
+    if control.verdict == "leaks" and left:
+        return "inconclusive", f"the time was over before {', '.join(sorted(left))}: allow more"
+    still = [int(n) for a in guessed if a.mask is not None for n in a.mask.sum(1) if n < 2]
+    if control.verdict == "leaks" and still:
+        why = "warm-up, ratio or probability"
+        return "inconclusive", f"the shuffle moved no patch of {len(still)} images ({why})"
     if control.verdict == "leaks":
         return "resisted", "the undefended control leaks to the same attack"
     return "inconclusive", f"the undefended control does not leak either ({control.verdict})"

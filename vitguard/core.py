@@ -246,12 +246,13 @@ class Guess:
 
     Args:
         images: Pixels in [0, 1], shape (guessed, channels, height, width). One image may stand
-            for a whole batch.
+            for a whole batch; none (guessed = 0) says that only labels were recovered.
         labels: Shape (batch,), in no particular order.
         verified: Shape (guessed, patches): patches that the attack itself proved to be right.
         shuffled: Shape (guessed, patches): positions the attack found to be shuffled.
         space: What is known exactly where the image is not.
-        details: Plain facts for the report (rung, residual, rank); JSON values only.
+        details: Plain facts for the report (rung, residual, rank); JSON values only. A non-empty
+            `unfinished` names what a time budget left out: nothing has resisted then.
     """
 
     images: Float[Tensor, "guessed channels height width"]
@@ -268,11 +269,12 @@ class Objective:
 
     Args:
         parameters: `() -> {name: weight}` of the readable weights; they are the attack's own copy.
-        loss: `(images, labels, generator) -> loss` of model-input images under the known settings.
+        loss: `(images, labels, generator, shuffled) -> loss` of model-input images under the known
+            settings; the last two as in `View.simulate`.
     """
 
     parameters: Callable[[], Mapping[str, nn.Parameter]]
-    loss: Callable[[Tensor, Tensor, torch.Generator | None], Tensor]
+    loss: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -288,11 +290,13 @@ class View:
         classes: Number of classes of the head.
         settings: Settings of each defense that runs, by its name; values as in its dataclass.
         extras: Public tensors that a defense added, such as `vitguard.shuffle.unknown`.
-        simulate: `(images, labels, generator) -> Update`, the differentiable update that the known
-            settings make of model-input images; labels are class indices or probabilities. It
-            carries the graph of `images` and `labels`.
+        simulate: `(images, labels, generator, shuffled=None) -> Update`, the differentiable update
+            that the known settings make of model-input images: fixed positions, clipping, pruning
+            as the update shows it, no noise. Labels are class indices or probabilities; `shuffled`,
+            (batch, patches), are positions known to be shuffled, else masks are drawn. It carries
+            the graph of `images` and `labels`.
         objective: The loss whose gradient `simulate` returns, or None where the update is anything
-            but a gradient.
+            but that gradient.
     """
 
     model: nn.Module
@@ -302,7 +306,7 @@ class View:
     classes: int
     settings: Mapping[str, Mapping[str, Any]]
     extras: Mapping[str, Tensor]
-    simulate: Callable[[Tensor, Tensor, torch.Generator | None], Update]
+    simulate: Callable[..., Update]
     objective: Objective | None = None
 
     def read(self, name: str) -> Tensor:

@@ -96,6 +96,8 @@ class Protection(nn.Module):
         self.prepared = False
         """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
         self.watch: Any = None
+        self.ledgers: dict[str, Any] = {}
+        """What each defense with a guarantee has spent, by its name; copies go on from it."""
         self.register_load_state_dict_pre_hook(_tolerate_original)
 
     def __repr__(self) -> str:
@@ -139,7 +141,7 @@ class Guard:
         self.model = model
         self._protection: Protection = model.get_submodule("vitguard")  # type: ignore[assignment]
         self._draws = self._protection.draws
-        self._ledger: Any = None
+        self._ledgers = self._protection.ledgers
 
     @staticmethod
     def of(model: nn.Module) -> Guard:
@@ -198,22 +200,31 @@ class Guard:
         step = self._step()
         if step is not None and hasattr(step, "prepare"):
             with self.rehearsing():
-                optimizer, loader, self._ledger = step.prepare(
-                    self.model, optimizer, loader, self._draws, self._ledger
+                optimizer, loader, self._ledgers[step.name] = step.prepare(
+                    self.model, optimizer, loader, self._draws, self._ledgers.get(step.name)
                 )
             self._protection.prepared = True
         return optimizer if loader is None else (optimizer, loader)
 
-    def privacy_spent(self) -> Any:
+    def privacy_spent(self, defense: str | None = None) -> Any:
         """Return the privacy ledger's statement.
 
+        Args:
+            defense: The name of the defense to ask, where the stack has several: privacy of one
+                record (`privacy`) and of a whole client (`client-privacy`) do not add up.
+
         Raises:
-            InputError: No defense of the stack gives a privacy guarantee.
+            InputError: No defense of the stack gives a privacy guarantee, or several do.
         """
-        step = self._step()
-        if step is None or not hasattr(step, "privacy_spent"):
+        found: dict[str, Any] = {d.name: d for d in self.defenses if hasattr(d, "privacy_spent")}
+        if not found:
             raise expected("a stack with DifferentialPrivacy", f"{list(self.defenses)}")
-        return step.privacy_spent(self._ledger)
+        if len(found) > 1 or defense is not None:
+            if defense not in found:
+                raise expected(f"a name among {', '.join(found)}", repr(defense))
+            found = {defense: found[defense]}
+        ((name, asked),) = found.items()
+        return asked.privacy_spent(self._ledgers.get(name))
 
     def update(
         self,
@@ -277,7 +288,7 @@ class Guard:
         if step is not None:
             with self.rehearsing():
                 gradient = dict(step.gradient(self.model, loss, batch, self._draws))
-            self._ledger = step.record(self._ledger)
+            self._ledgers[step.name] = step.record(self._ledgers.get(step.name))
             return gradient
         parameters = canonical_parameters(self.model)
         total = loss(logits_of(self.model(batch.images)), batch.labels) + self.auxiliary_loss()
@@ -324,6 +335,8 @@ class Guard:
     def seal(self, update: Update) -> Update:
         """Apply the defenses of the update to one that training made.
 
+        What it returns counts as released: client-level privacy spends a round of its ledger.
+
         Raises:
             Unprotected: A defense would not act, or the stack needs each example's own gradient,
                 which a finished update no longer has (`prepare` protects such training).
@@ -357,7 +370,10 @@ class Guard:
         update = update.seal(held)
         for defense in self.defenses:
             if isinstance(defense, UpdateDefense):
+                ledger = defense.record(self._ledgers.get(defense.name))
                 update = defense.seal(update, self.anatomy, self._draws)
+                if ledger is not None:
+                    self._ledgers[defense.name] = ledger
         return update
 
     def truth(self) -> Mapping[str, Tensor]:
@@ -371,8 +387,11 @@ class Guard:
     def public_model(self) -> nn.Module:
         """Return a clean copy of what the public knows: no hooks, secrets or local values."""
         model = copy.deepcopy(self.model)
-        for piece in reversed(model.get_submodule("vitguard").installed()):  # type: ignore[operator]
+        protection: Protection = model.get_submodule("vitguard")  # type: ignore[assignment]
+        for piece in reversed(protection.installed()):
             piece.publish(model)
+        if protection.watch is not None:
+            protection.watch.remove()
         del model.vitguard
         return model
 
@@ -394,18 +413,23 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of draws and ledger: local and secret, never to be averaged."""
-        ledger = self._ledger.state_dict() if self._ledger is not None else None
-        return {"version": 1, "draws": self._draws.generator.get_state(), "ledger": ledger}
+        spent = {k: v.state_dict() for k, v in self._ledgers.items() if v is not None}
+        return {"version": 1, "draws": self._draws.generator.get_state(), "ledger": spent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a `state_dict` left off."""
         try:
             self._draws.generator.set_state(state["draws"])
-            ledger = state["ledger"]
-        except (KeyError, TypeError, RuntimeError) as error:
+            spent = dict(state["ledger"] or {})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise expected("a state from Guard.state_dict", repr(error)) from error
-        if ledger is not None:
-            self._ledger = self._step().load_ledger(ledger, self._ledger)
+        counting: dict[str, Any] = {d.name: d for d in self.defenses if hasattr(d, "load_ledger")}
+        if strangers := sorted(spent.keys() - counting.keys()):
+            raise expected(
+                "a ledger of this stack's defenses", strangers[0], "Protect with it, as before."
+            )
+        for name, ledger in spent.items():
+            self._ledgers[name] = counting[name].load_ledger(ledger, self._ledgers.get(name))
 
 
 def _require_bare(model: nn.Module) -> None:

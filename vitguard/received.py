@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitguard import data
 from vitguard._attempts import attempt, decoys_for, run_attack
 from vitguard._finding import Control, Finding, Pictures
-from vitguard._verdicts import Attempt, finding_of
+from vitguard._verdicts import LABELS_ONLY, Attempt, finding_of
 from vitguard.attacks._base import Attack, InputAttack
 from vitguard.audit import LocalTraining, audit, facts_of
 from vitguard.core import Guess, Loss, Normalization, Update, View
@@ -53,8 +53,8 @@ def audit_update(
 
     With `truth` the guesses are scored against it. Without, a guess that reproduces the update
     (relative error of the simulated update at most 5 %) or proves patches leaks, and any other is
-    inconclusive: nobody can say that it is wrong. The control is the same attack on the same model with sample
-    photos and no defense.
+    inconclusive: nobody can say that it is wrong. The control is the same attack on the same model
+    with sample photos and no defense.
 
     Args:
         model: The public model the update refers to.
@@ -146,6 +146,9 @@ def _explain(name: str, attack: Attack, view: View, control: Finding, seed: int)
     state, reason, guess, seconds = run_attack(attack, view, seed)
     if guess is None:
         return replace(base, verdict="inconclusive" if state == "failed" else state, reason=reason)
+    if not len(guess.images):
+        details = {**guess.details}
+        return replace(base, reason=LABELS_ONLY, seconds=seconds, details=details)
     error = _relative_error(view, guess, torch.Generator().manual_seed(seed))
     details = {**guess.details, "update_error": error}
     if guess.verified is not None:

@@ -102,6 +102,7 @@ class TensorBoard:
         *,
         step: int,
         losses: Mapping[str, float | Tensor],
+        values: Mapping[str, float | Tensor] | None = None,
         images: Tensor | None = None,
         normalization: Normalization | None = None,
         most: int = 8,
@@ -109,25 +110,55 @@ class TensorBoard:
         """Take one step of a user's own training loop.
 
         Writes the losses, the privacy spent so far where the stack gives any, and, when images are
-        given, what the model saw of them: shuffled patches at the places they were moved to. These
-        pictures show training data: keep the folder as private as the data.
+        given, each beside what the model saw of it: shuffled patches at the places they were moved
+        to. These pictures show training data: keep the folder as private as the data.
 
         Args:
             guard: The guard of the model that is trained.
             losses: By name.
+            values: What else to plot, by name, such as the accuracy.
             images: The step's model input, shape (batch, channels, height, width).
             normalization: From pixels to the model's input, to show the images in their colours.
             most: Images shown.
         """
         for name, value in losses.items():
             self._writer.add_scalar(f"training/loss {name}", float(value), step)
+        for name, value in (values or {}).items():
+            self._writer.add_scalar(f"training/{name}", float(value), step)
         epsilon = _epsilon(guard)
         if epsilon is not None:
             self._writer.add_scalar("training/epsilon", epsilon, step)
         if images is not None:
-            seen = what_the_model_saw(guard, images)[:most]
-            pixels = normalization.invert(seen) if normalization is not None else seen
-            self._writer.add_images("training/what the model saw", pixels.clamp(0, 1).cpu(), step)
+            seen = what_the_model_saw(guard, images)
+            pairs = _beside(images[:most], seen[:most], normalization)
+            self._writer.add_image("training/what the model saw", pairs, step)
+
+    def shuffle_figure(
+        self,
+        guard: Guard,
+        images: Tensor,
+        *,
+        step: int,
+        ratio: float = 0.7,
+        generator: torch.Generator | None = None,
+        normalization: Normalization | None = None,
+        most: int = 8,
+    ) -> None:
+        """Show each image beside itself with a share of its patches shuffled.
+
+        A figure of what a patch shuffle does at this ratio, whatever the guard's stack is. It shows
+        training data, and its draw is its own: no secret one is used.
+
+        Args:
+            images: Model input, shape (batch, channels, height, width).
+            ratio: Share of the patches in [0, 1].
+            generator: For the figure's draw.
+            normalization: From pixels to the model's input, to show the images in their colours.
+            most: Images shown.
+        """
+        shuffled = shuffled_at(guard, images[:most], ratio, generator=generator)
+        pairs = _beside(images[:most], shuffled, normalization)
+        self._writer.add_image(f"training/shuffled at {100 * ratio:.0f} %", pairs, step)
 
     def audit(self, report: AuditReport, *, step: int) -> None:
         """Take an audit of the model as it is at `step`: one curve for each defense and attack."""
@@ -154,6 +185,30 @@ def what_the_model_saw(guard: Guard, images: Tensor) -> Tensor:
     patches = guard.anatomy.patchify(images.detach())
     source = source.to(patches.device)[..., None].expand_as(patches)
     return guard.anatomy.unpatchify(patches.gather(1, source))
+
+
+def shuffled_at(
+    guard: Guard, images: Tensor, ratio: float, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return the images with a share of their patches permuted by a draw of its own."""
+    from vitguard.defenses import _masks
+
+    if not 0 <= ratio <= 1:
+        raise expected("ratio in [0, 1]", ratio)
+    anatomy = guard.anatomy
+    generator = generator or torch.Generator().manual_seed(0)
+    keys = _masks.draw_keys(len(images), generator)
+    mask = _masks.uniform_masks(keys, anatomy.patches, int(ratio * anatomy.patches + 1e-9))
+    source = _masks.permute_inside(keys, mask).to(images.device)
+    patches = anatomy.patchify(images.detach())
+    return anatomy.unpatchify(patches.gather(1, source[..., None].expand_as(patches)))
+
+
+def _beside(left: Tensor, right: Tensor, normalization: Normalization | None) -> Tensor:
+    """Return one picture, a row for each image: it, and the other version of it."""
+    pairs = torch.cat(list(torch.cat([left.detach(), right], dim=-1)), dim=-2)
+    pixels = normalization.invert(pairs) if normalization is not None else pairs
+    return pixels.clamp(0, 1).cpu()
 
 
 def _epsilon(guard: Guard) -> float | None:

@@ -132,9 +132,7 @@ def test_position_and_span_by_capability(row, moved, observe, generator):
 
 
 @pytest.mark.parametrize("sent", ["q", "k", "v"])
-def test_query_or_value_alone_is_enough_where_they_are_layers(
-    sent, moved, observe, generator
-):
+def test_query_or_value_alone_is_enough_where_they_are_layers(sent, moved, observe, generator):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = moved(transformers_model("ViT"))

@@ -611,3 +611,60 @@ def test_spec_round_trip():
     stack = parse_stack("positions:kind=sincos+shuffle:ratio=0.7,dal=tokens,mask=uniform")
     assert stack[1] == PatchShuffle(0.7, mask="uniform", dal="tokens")
     assert parse_stack(stack_name(stack)) == stack
+
+
+# what moves nothing is said
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"ratio": 0.1}, "at least 2 of 16 patches"),
+        ({"ratio": 0.0}, "at least 2 of 16 patches"),
+        ({"warmup": 2}, "Step 0 is in the warm-up of 2 steps"),
+        ({"schedule": "linear", "steps": 9}, "At step 0 of 9 the linear schedule"),
+    ],
+)
+def test_a_shuffle_that_moves_nothing_says_so_once(settings, why):
+    model = net().train()
+    protect(model, [PatchShuffle(**settings)])
+    with pytest.warns(UserWarning, match=why) as caught:
+        for _ in range(3):
+            model(IMAGES)
+    assert len(caught) == 1
+
+
+def test_a_shuffle_that_moves_something_warns_of_nothing(recwarn):
+    model = net().train()
+    protect(model, [PatchShuffle(2 / 16)])
+    model(IMAGES)
+    model.eval()(IMAGES)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("settings", [{"ratio": 0.1}, {"warmup": 2}, {"probability": 0.0}])
+def test_an_audit_never_says_that_a_shuffle_which_moved_nothing_resisted(settings):
+    report = vg.audit(
+        net(width=64), (IMAGES[:1], LABELS[:1]), defenses=[PatchShuffle(**settings)],
+        attacks=["position", "span"],
+    )  # fmt: skip
+    assert {f.verdict for f in report.findings if f.defense != "none"} <= {"leaks", "inconclusive"}
+
+
+def test_dal_over_positions_registers_no_second_name_for_them():
+    """A hook that kept the position embedding as an attribute made it a parameter of the piece."""
+    model = net().train()
+    guard = protect(model, [PatchShuffle(0.5, dal="positions")])
+
+    def names():
+        return {n for n, _ in model.named_parameters(remove_duplicate=False)}
+
+    before, within = names(), set()
+    hook = model.head.register_forward_hook(lambda m, i, o: within.update(names()))
+    model(IMAGES)
+    hook.remove()
+    guard.auxiliary_loss()
+    assert within == names() == before
+    with torch.no_grad():
+        model.forward_features(IMAGES)  # stops before the hook that computes the loss
+    assert names() == set(model.state_dict()) == before

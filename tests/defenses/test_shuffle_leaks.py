@@ -91,19 +91,59 @@ def test_learnable_positions_tell_the_mask_by_rows_of_zeros(cifar, cifar_vit):
     assert torch.equal(zero, guard.truth()["shuffled"][0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("photo", range(4))
-def test_the_smoothest_image_shows_the_photo_at_5_percent_and_nothing_at_70(photo):
+@pytest.mark.parametrize("settings", [{"warmup": 3}, {"schedule": "linear", "steps": 9}])
+def test_a_shuffle_that_has_not_begun_leaves_the_image_exact(cifar, cifar_vit, settings):
+    """The settings allow 44 shuffled patches, and their equations would be given away."""
+    model = copy.deepcopy(cifar_vit).float()
+    for i in range(2):
+        pixels, label = cifar[0][i : i + 1], cifar[1][i : i + 1]
+        guard, guess, _ = attack(
+            model, pixels, label, PatchShuffle(0.7, **settings), normalization=CIFAR, seed=i
+        )
+        assert not guard.truth()["shuffled"].any() and not guess.shuffled.any()
+        assert float(psnr(guess.images, pixels)) > 80 and guess.details["nullity"] == 0
+
+
+def test_equal_patches_under_one_unknown_position_are_one_token_and_no_obstacle(cifar_vit, cifar):
+    pixels, label = cifar[0][:1].clone(), cifar[1][:1]
+    pixels[..., :16] = 1.0  # half of the image is white
+    guard, guess, _ = attack(
+        copy.deepcopy(cifar_vit).double(), pixels, label, PatchShuffle(0.3), normalization=CIFAR
+    )
+    assert torch.equal(guess.shuffled[0], guard.truth()["shuffled"][0])
+    assert outside_space(guard, guess, pixels, CIFAR) > 60
+
+
+def show_and_hide(pixels: torch.Tensor, seed: int, mask: str) -> tuple[float, float]:
+    """Return how far the smoothest image lies above flat patches, at ratios of 5 and 70 %."""
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_224", depth=2)
-    pixels = data.sample_images((224, 224), count=4).pixels[photo : photo + 1]
-    floor = float(baseline(pixels, (16, 16)).psnr)
-    scores = []
+    floor = float(baseline(pixels, (16, 16)).patch_psnr)
+    above = []
     for ratio in (0.05, 0.7):
         _, guess, _ = attack(
-            model, pixels, torch.tensor([photo]), PatchShuffle(ratio, mask="uniform"),
-            normalization=Normalization(), seed=photo,
+            model, pixels, torch.tensor([seed]), PatchShuffle(ratio, mask=mask),
+            normalization=Normalization(), seed=seed,
         )  # fmt: skip
-        scores.append(float(psnr(guess.images, pixels)))
-    assert scores[0] > floor + 8
-    assert scores[1] < floor + 2
+        above.append(float(psnr(guess.images, pixels)) - floor)
+    return above[0], above[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["uniform", "blockwise"])
+@pytest.mark.parametrize("photo", range(7))
+def test_the_smoothest_image_shows_the_photo_at_5_percent_and_nothing_at_70(photo, mask):
+    pixels = data.sample_images((224, 224), count=7).pixels[photo : photo + 1]
+    shown, hidden = show_and_hide(pixels, photo, mask)
+    assert shown > 8
+    assert hidden < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("photo", range(3, 100, 16))
+def test_the_same_on_photos_that_nothing_was_tuned_on(data_folder, photo):
+    path = sorted((data_folder / "photos").glob("*.jpg"))[photo]
+    pixels = data.load_images([path], (224, 224)).pixels
+    shown, hidden = show_and_hide(pixels, photo, "uniform")
+    assert shown > 8
+    assert hidden < 2

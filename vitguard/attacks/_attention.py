@@ -57,7 +57,7 @@ class Attention:
         for heads in (h for h in range(1, 65) if anatomy.width % h == 0):
             attention = Attention(norm, weight, bias, heads)
             query, key, value = attention._split(inputs @ weight.T + bias)
-            made = attention._merge(attention._weights(query, key) @ value) @ project.T + shift
+            made = attention.attend(query, key, value) @ project.T + shift
             if torch.allclose(made, output, atol=1e-4 * float(output.abs().max())):
                 return attention
         raise NotApplicable("the attention is not plain multi-head softmax attention")
@@ -81,6 +81,15 @@ class Attention:
     def maps(self, tokens: Float[Tensor, "tokens width"]) -> list[Tensor]:
         """Return query, key, value of embedded tokens z, (heads, tokens, width / heads) each."""
         return self._split(self.norm(tokens) @ self.weight.T + self.bias)
+
+    def attend(
+        self,
+        query: Float[Tensor, "heads tokens size"],
+        key: Float[Tensor, "heads others size"],
+        value: Float[Tensor, "heads others size"],
+    ) -> Float[Tensor, "tokens width"]:
+        """Return o of the queries' tokens, in front of the projection."""
+        return self._merge(self._weights(query, key) @ value)
 
     def membership(
         self,

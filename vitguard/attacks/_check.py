@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 
 from vitguard.core import Guess, View
-from vitguard.errors import NotApplicable, VitguardError
+from vitguard.errors import NotApplicable, VitguardError, expected
 from vitguard.vit import Anatomy
 
-__all__ = ["mismatch", "require_finite"]
+__all__ = ["check_seconds", "mismatch", "require_finite", "surprise"]
+
+_FINEST = 1e-16  # squared relative misfit below which rounding decides
 
 
 def mismatch(view: View, guess: Guess) -> float | None:
@@ -19,12 +25,70 @@ def mismatch(view: View, guess: Guess) -> float | None:
     Entries that were pruned to zero are left out. None where it cannot be computed: no labels, not
     one image per member of the batch, or a secret draw (a shuffle).
     """
-    batch = view.update.batch_size
-    labels = guess.labels
+    total, count = 0.0, 0
+    anatomy = Anatomy.of(view.model)
+    for name, made, seen in _simulated(view, guess):
+        kept = seen != 0
+        if anatomy.role(name) == "norm" or not bool(kept.any()):
+            continue
+        cosine = torch.nn.functional.cosine_similarity(made[kept], seen[kept], dim=0, eps=1e-300)
+        total += 2 - 2 * float(torch.nan_to_num(cosine).clamp(-1, 1))
+        count += 1
+    return (total / count) ** 0.5 if count else None
+
+
+def surprise(view: View, guess: Guess) -> float | None:
+    """Return how improbable the update is if the guess is right; lower is better.
+
+    Twice the negative log-likelihood, up to a constant, where each tensor has Gaussian noise of
+    unknown size of its own and the update one unknown scale (clipping): sum of n_t log |c g'_t -
+    g_t|^2 over tensors t of n_t entries. Where many entries are zero (pruning) their true values
+    lie below the smallest one kept, and only the excess counts. It tells damaged candidates apart
+    that `mismatch`, for which a small noisy tensor counts like a large clear one, does not. None as
+    for `mismatch`.
+    """
+    parts = [_Part.of(made, seen) for _, made, seen in _simulated(view, guess)]
+    parts = [part for part in parts if part.own > 0 and part.power > 0]
+    if not parts:
+        return None
+    scale = 1.0
+    for _ in range(5):  # the scale and the noise of each tensor, in turn
+        weight = [part.count / part.misfit(scale) for part in parts]
+        above = sum(w * part.across for w, part in zip(weight, parts, strict=True))
+        scale = above / sum(w * part.own for w, part in zip(weight, parts, strict=True))
+    return sum(part.count * math.log(part.misfit(scale)) for part in parts)
+
+
+class _Part:
+    """The inner products of one tensor, made and seen, that its likelihood needs."""
+
+    def __init__(self, own: float, across: float, power: float, excess: float, count: int) -> None:
+        self.own, self.across, self.power = own, across, power
+        self.excess, self.count = excess, count
+
+    @staticmethod
+    def of(made: Tensor, seen: Tensor) -> _Part:
+        kept = seen != 0
+        excess = 0.0
+        if bool(kept.any()) and float(kept.double().mean()) < 0.7:
+            over = made[~kept].abs() - seen[kept].abs().min()
+            excess = float(over.clamp_min(0).square().sum())
+        a, b = made[kept], seen[kept]
+        return _Part(float(a @ a), float(a @ b), float(b @ b), excess, seen.numel())
+
+    def misfit(self, scale: float) -> float:
+        """|c g' - g|^2, never below rounding."""
+        whole = scale * scale * self.own - 2 * scale * self.across + self.power + self.excess
+        return max(whole, _FINEST * self.power)
+
+
+def _simulated(view: View, guess: Guess) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield (name, made, seen) flat and in float64; nothing where it cannot be simulated."""
+    batch, labels = view.update.batch_size, guess.labels
     if labels is None or len(labels) != batch or len(guess.images) != batch:
-        return None
+        return
     if guess.shuffled is not None or "shuffle" in view.settings:
-        return None
+        return
     try:
         seen = view.gradient(steps=True).update
         parameter = next(view.model.parameters())
@@ -32,21 +96,11 @@ def mismatch(view: View, guess: Guess) -> float | None:
         made = view.simulate(images, labels.to(parameter.device), None)
         made = made.as_gradient(view.model, steps=True)
     except VitguardError:
-        return None
-    anatomy = Anatomy.of(view.model)
-    total, count = 0.0, 0
+        return
     for name, tensor in seen.tensors.items():
-        if name not in made.tensors or anatomy.role(name) == "norm":
-            continue
-        truth = tensor.detach().double()
-        kept = truth != 0
-        if not bool(kept.any()):
-            continue
-        guessed = made.tensors[name].detach().double().to(truth)[kept]
-        cosine = torch.nn.functional.cosine_similarity(guessed, truth[kept], dim=0, eps=1e-300)
-        total += 2 - 2 * float(torch.nan_to_num(cosine).clamp(-1, 1))
-        count += 1
-    return (total / count) ** 0.5 if count else None
+        if name in made.tensors:
+            truth = tensor.detach().double().flatten()
+            yield name, made.tensors[name].detach().double().flatten().to(truth), truth
 
 
 def require_finite(view: View) -> None:
@@ -56,3 +110,9 @@ def require_finite(view: View) -> None:
         raise NotApplicable("the update is not finite")
     if not any(bool(tensor.any()) for tensor in tensors):
         raise NotApplicable("the update is zero")
+
+
+def check_seconds(seconds: float) -> None:
+    """Raise InputError unless a time budget is above 0."""
+    if not seconds > 0:
+        raise expected("seconds above 0", seconds)

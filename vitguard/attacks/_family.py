@@ -24,7 +24,7 @@ from vitguard.core import View
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy
 
-__all__ = ["Family", "Solver"]
+__all__ = ["Family", "Solver", "projection"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Solver:
             patch = torch.eye(pixels, dtype=offset.dtype, device=offset.device)
         tokens = batch * anatomy.tokens
         attended, _ = thin_basis(view.read(f"{block.proj}.weight"), tokens)
-        project, bias = _projection(view, anatomy)
+        project, bias = projection(view, anatomy)
         into = embedding.weight @ patch
         stream = torch.cat([into, project @ attended], 1)
         parts = [
@@ -174,8 +174,8 @@ def _nullity(embedding: Embedding, into: Tensor, batch: int) -> int:
     return batch * len(rows) - rank
 
 
-def _projection(view: View, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the attention's output projection, LayerScale folded in."""
+def projection(view: View, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the attention's output projection, LayerScale folded in."""
     block = anatomy.blocks[0]
     weight = view.weight(f"{block.proj}.weight")
     known = {name for name, _ in view.model.named_parameters()}

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch import Tensor
 from vitguard.attacks._base import Attack
 from vitguard.attacks._checkpoint import load_run, save_run
 from vitguard.attacks._distances import attach
+from vitguard.attacks._leaked import leaked_mask
 from vitguard.attacks._priors import Prior, Scene
-from vitguard.attacks._restart import Recipe, Restart
+from vitguard.attacks._restart import EVALUATIONS, Recipe, Restart
 from vitguard.attacks._slope import DifferenceSlope
 from vitguard.attacks._subspace import Subspace, row_space
 from vitguard.attacks.labels import try_labels
@@ -29,8 +30,12 @@ from vitguard.core import Guess, Update, View
 from vitguard.errors import Blocked, NotApplicable, expected
 from vitguard.vit import Anatomy, math_attention
 
-__all__ = ["MatchingAttack", "Progress"]
+__all__ = ["CPU_BUDGET", "MatchingAttack", "Progress"]
 
+CPU_BUDGET = 1e12
+"""Operations for each image in a `fast` preset: about 15 s on one core."""
+_DIFFERENCE, _EXACT = 2.4, 3.5  # cost of an evaluation in passes there and back
+_LEAST = 5  # evaluations, whatever the budget
 _SAVE_EVERY = 30.0  # seconds
 
 
@@ -69,6 +74,9 @@ class MatchingAttack(Attack):
             the row space of the patch gradient where it is smaller than the pixels.
         spectrum: Search in coordinates whitened by frequency^spectrum; 1 is the spectrum of photos,
             0 the papers' free pixels. It is for L-BFGS and plain Adam; signs undo it.
+        budget: Floating-point operations that a run may cost for each image of the batch, at about
+            6 for a weight and token there and back; fewer iterations run where it does not last.
+            Unlike `seconds` it gives the same result on every machine.
         derivative: `exact` (double backward), `difference` (two passes at neighbouring weights, see
             `_slope`), or `auto`: the difference for Adam where the update is a plain gradient.
         seconds: Time budget; the best so far is returned when it is spent. With one, the result
@@ -85,6 +93,7 @@ class MatchingAttack(Attack):
     restarts: int = 1
     subspace: bool = True
     spectrum: float = 0.0
+    budget: float | None = None
     derivative: Literal["auto", "exact", "difference"] = "auto"
     seconds: float | None = None
     resume: str | None = None
@@ -105,10 +114,18 @@ class MatchingAttack(Attack):
             raise expected("derivative auto, exact or difference", repr(self.derivative))
         if self.seconds is not None and not self.seconds > 0:
             raise expected("seconds above 0 or None", self.seconds)
+        if self.budget is not None and not self.budget > 0:
+            raise expected("budget above 0 or None", self.budget)
         for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise expected(f"a finite {name}", value)
+
+    @classmethod
+    def _preset(cls, preset: Mapping[str, Any], changes: Mapping[str, Any]) -> Self:
+        """Build with a preset's values and a CPU's budget, which given iterations lift."""
+        budget = None if "iterations" in changes else CPU_BUDGET
+        return cls(**{"budget": budget, **preset, **changes})
 
     @abstractmethod
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
@@ -149,11 +166,14 @@ class _Run:
         self.seen = self._readable()
         self.seed = int(torch.randint(2**62, (), generator=generator))
         self.label_rule, labels = self._labels(generator)
+        self.shuffled, self.mask_rule = leaked_mask(view, self.anatomy, attack.start, generator)
+        self.known = {} if self.shuffled is None else {"shuffled": self.shuffled}
         self.subspace = Subspace(self.anatomy, self._space(), attack.spectrum)
         shape = (1, *view.image_shape)
         box = [view.normalization.apply(torch.full(shape, v)).to(self.like) for v in (0.0, 1.0)]
         self.restarts = [self._restart(r, labels, (box[0], box[1])) for r in range(attack.restarts)]
         self.difference = self._difference_slope()
+        self.planned = self._plan()
         self.done = 0
         self.interrupted = self.out_of_time = False
 
@@ -196,7 +216,23 @@ class _Run:
         full = self.like.dtype in (torch.float32, torch.float64)
         if wanted == "exact" or not full or self.view.objective is None:
             return None
-        return DifferenceSlope(self.view.objective, self.recipe.distance, self.seen)
+        return DifferenceSlope(self.view.objective, self.recipe.distance, self.seen, self.known)
+
+    def _plan(self) -> int:
+        """Return how many iterations the budget lasts for; L-BFGS may get shorter ones too."""
+        attack, update = self.attack, self.view.update
+        if attack.budget is None:
+            return attack.iterations
+        weights = sum(p.numel() for p in self.view.model.parameters())
+        there_and_back = 6 * weights * self.anatomy.tokens * update.local_steps
+        each = (_DIFFERENCE if self.difference else _EXACT) * there_and_back * attack.restarts
+        evaluations = int(attack.budget / each)
+        if self.recipe.optimizer == "adam":
+            return min(attack.iterations, max(_LEAST, evaluations))
+        inner = min(EVALUATIONS, max(_LEAST, evaluations))
+        for restart in self.restarts:
+            restart.shorten(inner)
+        return min(attack.iterations, max(1, evaluations // inner))
 
     def _mean_gradient(self) -> View:
         """The seen update as the mean gradient of its local steps, where it determines one."""
@@ -241,14 +277,14 @@ class _Run:
             self.done = load_run(attack.resume, identity, self.restarts)
         saved = time.perf_counter()
         try:
-            while self.done < attack.iterations and any(r.alive for r in self.restarts):
+            while self.done < self.planned and any(r.alive for r in self.restarts):
                 self._iterate()
                 self.done += 1
                 now = time.perf_counter()
                 if attack.watch is not None:
                     attack.watch(self._progress(now - began))
                 if attack.seconds is not None and now - began >= attack.seconds:
-                    self.out_of_time = self.done < attack.iterations
+                    self.out_of_time = self.done < self.planned
                     break
                 if attack.resume is not None and now - saved > _SAVE_EVERY:
                     saved = now
@@ -260,7 +296,7 @@ class _Run:
         return self._guess()
 
     def _iterate(self) -> None:
-        share = self.done / self.attack.iterations
+        share = self.done / self.planned
         ensemble = torch.stack([r.images() for r in self.restarts])
         for index, restart in enumerate(self.restarts):
             if not restart.alive:
@@ -283,7 +319,8 @@ class _Run:
         if self.difference is not None:
             return self.difference(images, labels, seed)
         generator = torch.Generator().manual_seed(seed)
-        dummy = self._comparable(self.view.simulate(images, labels, generator)).tensors
+        made = self.view.simulate(images, labels, generator, **self.known)
+        dummy = self._comparable(made).tensors
         named = {k: dummy[k] for k in self.seen if k in dummy and dummy[k].requires_grad}
         if not named:
             raise NotApplicable("the simulated update depends on no image")
@@ -300,7 +337,7 @@ class _Run:
 
     def _stochastic(self) -> bool:
         """Whether the defense's draws move the distance: then one good value is luck."""
-        if not self.view.settings:
+        if not self.view.settings or self.shuffled is not None:
             return False
         restart = self.restarts[0]
         return self._distance(restart, restart.free.detach(), 0) != self._distance(
@@ -321,6 +358,7 @@ class _Run:
         labels = winner.labels if winner.label_scores is None else winner.best_labels.argmax(-1)
         details: dict[str, Any] = {
             "iterations": self.done,
+            "schedule": self._schedule(),
             "distance": distances[chosen],
             "distance at the start": min(r.first_distance or 0.0 for r in self.restarts),
             "labels": self.label_rule,
@@ -329,6 +367,10 @@ class _Run:
         }
         if self.subspace.directions is not None:
             details["free directions per patch"] = self.subspace.directions
+        if self.view.settings:
+            details["simulated"] = sorted(self.view.settings)
+        if self.mask_rule:
+            details["shuffle mask"] = self.mask_rule
         if self.recipe.dropped:
             details["dropped"] = list(self.recipe.dropped)
         for flag in ("interrupted", "out_of_time"):
@@ -337,19 +379,28 @@ class _Run:
         return Guess(
             images=self._pixels(self.subspace.decode(candidates[chosen])),
             labels=labels.cpu() if labels is not None else None,
+            shuffled=self.shuffled,
             details=details,
         )
+
+    def _schedule(self) -> str:
+        """Say plainly how long the run was beside the paper's."""
+        paper = next(f.default for f in fields(self.attack) if f.name == "iterations")
+        if self.planned >= paper:
+            return f"the full {paper:,} iterations"
+        cause = "" if self.planned == self.attack.iterations else " to fit the budget of a CPU"
+        return f"shortened{cause}: {self.planned:,} iterations where the full run has {paper:,}"
 
     def _pixels(self, images: Tensor) -> Tensor:
         return self.view.normalization.invert(images).clamp(0, 1).detach().cpu()
 
     def _progress(self, seconds: float) -> Progress:
         leader = min(self.restarts, key=lambda r: r.best_value)
-        rate = self.recipe.rate_at((self.done - 1) / self.attack.iterations)
+        rate = self.recipe.rate_at((self.done - 1) / self.planned)
         return Progress(
             attack=self.attack.name,
             iteration=self.done,
-            iterations=self.attack.iterations,
+            iterations=self.planned,
             terms={**leader.terms, "rate": rate},
             estimate=lambda: self._pixels(leader.images()),
             seconds=seconds,

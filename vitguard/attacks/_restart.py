@@ -15,7 +15,10 @@ from vitguard.attacks._priors import Prior
 from vitguard.attacks._subspace import Subspace
 from vitguard.errors import expected
 
-__all__ = ["Recipe", "Restart", "Schedule", "at"]
+__all__ = ["EVALUATIONS", "Recipe", "Restart", "Schedule", "at"]
+
+EVALUATIONS = 20
+"""Inner iterations of one L-BFGS step, torch's default."""
 
 Schedule = tuple[tuple[float, float], ...]
 """Values by the share of the iterations from which each holds: ((0, 4e-3), (0.5, 2e-3))."""
@@ -114,6 +117,12 @@ class Restart:
             search = "strong_wolfe" if self.recipe.line_search else None
             self.optimizer = torch.optim.LBFGS(free, lr=rate, line_search_fn=search)
 
+    def shorten(self, evaluations: int) -> None:
+        """Let one L-BFGS step take at most so many inner iterations and evaluations."""
+        for group in self.optimizer.param_groups:
+            group["max_iter"] = evaluations
+            group["max_eval"] = evaluations * 5 // 4
+
     @property
     def variables(self) -> list[Tensor]:
         """What the optimizer moves."""
@@ -182,7 +191,8 @@ class Restart:
         if self.first_distance is None:
             self.first_distance = self.terms["distance"]
         for variable, gradient in zip(self.variables, gradients, strict=True):
-            variable.grad = gradient.sign() if self.recipe.signed else gradient
+            # L-BFGS flattens it as it lies
+            variable.grad = gradient.sign() if self.recipe.signed else gradient.contiguous()
         return value
 
     def state(self) -> dict[str, Any]:

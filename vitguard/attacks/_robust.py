@@ -1,132 +1,92 @@
-"""Maximum a posteriori solutions of the closed forms, for gradients that are not exact.
+"""Maximum a posteriori form of `position`, for gradients that are not exact.
 
-An image prior replaces the missing digits: photos vary little between neighbouring pixels, so the
-prior energy is |D x|^2 + tau |x|^2 with D the pixel differences and x in model-input units. With a
-linear observation A x = y of known structure the estimate minimises |A x - y|^2 + lambda prior(x),
-solved by conjugate gradients over the whole image (docs/methods.md 2.5c, 4.5).
+Positions and patches are read with errors of like size, G' = G + F and Y = G^T X + E, so what is
+left of Y - G'^T X has the covariance I + X^T X over pixels (and not I): bright common patterns are
+less certain than fine ones. With the Gaussian prior of natural images the estimate is the solution
+of a linear system; its noise level is read off the equations that no image can fill
+(docs/methods.md 2.5c, 4.5).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitguard.attacks._mlp import Norm
-from vitguard.attacks._spans import Embedding, block_rows, patch_gradient
+from vitguard.attacks._natural import NaturalImages, conjugate_gradients
+from vitguard.attacks._spans import patch_gradient
 from vitguard.core import View
 from vitguard.errors import Blocked
 from vitguard.vit import Anatomy
 
-__all__ = ["conjugate_gradients", "position_problem", "span_problem"]
+__all__ = ["position_estimates"]
 
-_FLATNESS = 1e-2  # tau: how much a pixel's own size counts against its differences
-
-Operator = Callable[[Tensor], Tensor]
-
-
-def conjugate_gradients(
-    operator: Operator, right: Tensor, *, iterations: int = 200, tolerance: float = 1e-8
-) -> Tensor:
-    """Solve operator(x) = right for a symmetric positive operator, from x = 0."""
-    x, r = torch.zeros_like(right), right.clone()
-    p, power = r.clone(), r.square().sum()
-    goal = tolerance**2 * power
-    for _ in range(iterations):
-        if not bool(power > goal):
-            break
-        q = operator(p)
-        step = power / (p * q).sum()
-        x, r = x + step * p, r - step * q
-        new = r.square().sum()
-        p, power = r + (new / power) * p, new
-    return x
+_HOLDS = (10.0, 1.0, 100.0, 0.1, 1000.0)
+"""Times the noise estimate: the prior is no more than roughly right, and so is the noise."""
 
 
-def prior_operator(anatomy: Anatomy) -> Operator:
-    """Return x -> D^T D x + tau x on patches, shape (patches, pixels)."""
-
-    def apply(patches: Tensor) -> Tensor:
-        image = anatomy.unpatchify(patches)
-        out = _FLATNESS * image
-        for dim in (-2, -1):
-            jump = image.diff(dim=dim)
-            ahead = torch.zeros_like(image)
-            ahead.narrow(dim, 1, jump.shape[dim]).add_(jump)
-            ahead.narrow(dim, 0, jump.shape[dim]).sub_(jump)
-            out = out + ahead
-        return anatomy.patchify(out)
-
-    return apply
-
-
-def position_problem(view: View, anatomy: Anatomy) -> Callable[[float], Tensor]:
-    """Return lambda -> the patches X that minimise |G^T X - dL/dW|^2 + lambda |G|^2 prior(X).
+def position_estimates(
+    view: View, anatomy: Anatomy
+) -> Iterator[tuple[dict[str, object], Float[Tensor, "patches pixels"]]]:
+    """Yield (settings, patches X) that minimise |Y - G^T X|^2 / noise + prior(X), likeliest first.
 
     Raises:
         Blocked: The gradient of positions or patches cannot be read.
     """
     if anatomy.positions is None:
         raise Blocked("positions", "the model has none")
-    rows = view.read(anatomy.positions)[0, anatomy.position_prefix :]
-    normal, right = rows @ rows.T, rows @ patch_gradient(view, anatomy)
-    scale, prior = normal.diagonal().mean(), prior_operator(anatomy)
+    seen = view.read(anatomy.positions)[0, anatomy.position_prefix :]
+    target, prior = patch_gradient(view, anatomy), NaturalImages.of(view, anatomy)
+    size = target.square().mean(1)
+    # added noise is the same in every row; rounding is relative to the row
+    forms = {"even": size.mean().expand_as(size), "rows": size.clamp_min(1e-12 * size.mean())}
+    for hold in _HOLDS:
+        for name, shape in forms.items():
+            noise = hold * _noise_level(seen, target, shape) * shape
+            patches = _solve(seen, target, noise, prior)
+            spread = patches.T @ patches
+            spread = torch.eye(len(spread)).to(spread) + spread
+            spread = spread / spread.diagonal().mean()
+            both = _solve(seen, target, noise, prior, spread)
+            yield {"rows": name, "hold": hold, "errors": "in patches and positions"}, both
+            yield {"rows": name, "hold": hold, "errors": "in patches"}, patches
 
-    def solve(weight: float) -> Float[Tensor, "patches pixels"]:
-        return conjugate_gradients(lambda x: normal @ x + weight * scale * prior(x), right)
 
-    return solve
+def _noise_level(seen: Tensor, target: Tensor, shape: Tensor) -> float:
+    """Return the variance of Y - G^T X relative to `shape`, from the surplus of equations."""
+    weight = shape.rsqrt()[:, None]
+    system, right = weight * seen.T, weight * target
+    left, values, _ = torch.linalg.svd(system, full_matrices=False)
+    left = left[:, values > 1e-12 * values[0]]
+    surplus = len(target) - left.shape[1]
+    if surplus <= 0:
+        return 1e-4
+    missed = right - left @ (left.T @ right)
+    return max(float(missed.square().sum()) / (surplus * right.shape[1]), 1e-26)
 
 
-def span_problem(view: View, anatomy: Anatomy) -> Callable[[float, float], Tensor]:
-    """Return (softness, lambda) -> patches, from the rows of query, key and value.
+def _solve(
+    seen: Float[Tensor, "patches width"],
+    target: Float[Tensor, "width pixels"],
+    noise: Float[Tensor, " width"],
+    prior: NaturalImages,
+    spread: Float[Tensor, "pixels pixels"] | None = None,
+) -> Float[Tensor, "patches pixels"]:
+    """Solve (G N^-1 G^T) dX S^-1 + prior dX = G N^-1 (Y - G^T mean) S^-1, X = mean + dX."""
+    weighted = seen / noise
+    normal = weighted @ seen.T
+    right = weighted @ (target - seen.T @ prior.mean)
+    spread = torch.eye(right.shape[1]).to(right) if spread is None else spread
+    width, side = torch.linalg.eigh(spread)
+    inverse = (side / width) @ side.T
+    strength, basis = torch.linalg.eigh(normal)
+    size = strength.clamp_min(0)[:, None] / width + prior.stiffness
 
-    Every right singular vector v_k of the rows gives one equation v_k^T [LN(z); 1] = 0, weighted by
-    1 / (1 + (value_k / (softness value_1))^2): directions that the gradient shows clearly say
-    nothing, the others say that a token is orthogonal to them. Unknowns per patch: x and the
-    standard deviation s of its token, kept near the one of a mid-grey patch.
+    def precondition(r: Tensor) -> Tensor:
+        return basis @ ((basis.T @ r @ side) / size) @ side.T
 
-    Raises:
-        Blocked: The gradient of query, key and value cannot be read.
-    """
-    block, embedding = anatomy.blocks[0], Embedding.of(view, anatomy)
-    rows = block_rows(view, block)
-    norm = Norm.of(view, block.norm1)
-    matrix = rows.matrix
-    if matrix.shape[0] > matrix.shape[1]:
-        matrix = torch.linalg.qr(matrix, mode="r").R
-    _, values, vectors = torch.linalg.svd(matrix, full_matrices=True)
-    values = torch.cat([values, values.new_zeros(len(vectors) - len(values))])
-    inner = vectors[:, : anatomy.width]
-    last = vectors[:, anatomy.width] if rows.augmented else 0.0
-    weighted = inner * norm.scale
-    weighted = weighted - weighted.mean(1, keepdim=True)
-    into = torch.cat([weighted @ embedding.weight, (inner @ norm.shift + last)[:, None]], 1)
-    target = -embedding.offset @ weighted.T  # patches, equations
-    usual = embedding.offset.std(dim=1, unbiased=False).mean()
-    usual = (usual.square() + embedding.weight.std(dim=0).square().sum()).sqrt()
-    prior, pixels = prior_operator(anatomy), anatomy.patch_pixels
-
-    def solve(softness: float, weight: float) -> Float[Tensor, "patches pixels"]:
-        trust = 1 / (1 + (values / (softness * values[0])).square())
-        system = into * trust[:, None]
-        normal = system.T @ system
-        scale = normal.diagonal()[:pixels].mean()
-        pull = weight * normal[-1, -1].clamp_min(1e-12) * 1e-2
-        right = (target * trust) @ system
-        right[:, -1] += pull * usual
-
-        def operator(y: Tensor) -> Tensor:
-            out = y @ normal
-            out[:, :pixels] += weight * scale * prior(y[:, :pixels])
-            out[:, -1] += pull * y[:, -1]
-            return out
-
-        # s and x differ in size: a diagonal change of variables evens them out.
-        even = (normal.diagonal() + 1e-3 * scale).rsqrt()
-        y = conjugate_gradients(lambda v: operator(v * even) * even, right * even, iterations=400)
-        return (y * even)[:, :pixels]
-
-    return solve
+    return prior.mean + conjugate_gradients(
+        lambda x: normal @ x @ inverse + prior.precision(x), right @ inverse, precondition
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,20 @@ class DifferenceSlope:
         objective: The loss and the weights, which are moved and put back.
         distance: Between the images' gradient and the seen one.
         seen: The gradient to match, by name.
+        known: What `View.simulate` is told beside images, labels and generator.
     """
 
     def __init__(
-        self, objective: Objective, distance: Distance, seen: Mapping[str, Tensor]
+        self,
+        objective: Objective,
+        distance: Distance,
+        seen: Mapping[str, Tensor],
+        known: Mapping[str, Any] | None = None,
     ) -> None:
-        known = objective.parameters()
+        self._known = dict(known or {})
+        weights = objective.parameters()
         self._objective, self._distance, self._seen = objective, distance, seen
-        self._weights = {name: known[name] for name in seen if name in known}
+        self._weights = {name: weights[name] for name in seen if name in weights}
         self._spare = [torch.empty_like(w) for w in self._weights.values()]
         self._size = _length([w.detach() for w in self._weights.values()])
 
@@ -51,7 +58,8 @@ class DifferenceSlope:
         aims = leaves[1] if len(leaves) == 2 else labels
 
         def passes(*wanted: Tensor) -> tuple[Tensor, ...]:
-            loss = self._objective.loss(leaves[0], aims, torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            loss = self._objective.loss(leaves[0], aims, generator, **self._known)
             return torch.autograd.grad(loss, wanted, materialize_grads=True)
 
         gradients = passes(*self._weights.values(), *leaves)

@@ -52,7 +52,7 @@ class AprilMatching(MatchingAttack):
     @classmethod
     def fast(cls, **changes: Any) -> AprilMatching:
         """Return a preset for a CPU: 10 iterations in whitened coordinates."""
-        return cls(**{"iterations": 10, "spectrum": 1.0, **changes})
+        return cls._preset({"iterations": 10, "spectrum": 1.0}, changes)
 
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
         """See `MatchingAttack`."""

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitguard.attacks._base import Attack
-from vitguard.attacks._check import require_finite
+from vitguard.attacks._check import check_seconds, require_finite
 from vitguard.attacks._mlp import Activation, Norm, activation_of, thin_basis
 from vitguard.attacks._spans import layer_rows
 from vitguard.attacks.labels import linear_head
@@ -51,8 +51,8 @@ class Cascade(Attack):
     problem of B unknowns. Many-start Levenberg-Marquardt finds the B solutions; least squares on
     dL/dW_fc2 gives each image's own gradient; and each image's head gradient gives its label.
 
-    The image it returns is mid-grey: it makes no claim on pixels. `details` has the labels, the
-    residuals and whether all B samples were found.
+    The guess has labels and no image: it makes no claim on pixels. `details` has the number of
+    samples and their largest residual.
 
     Args:
         seconds: Time budget.
@@ -72,26 +72,21 @@ class Cascade(Attack):
     accept: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise expected("seconds above 0", self.seconds)
+        check_seconds(self.seconds)
         if not 0 < self.accept < 0.01:
             raise expected("accept between 0 and 0.01", self.accept)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
-        """Return the labels of the batch with a grey image."""
+        """Return the labels of the batch without an image."""
         view = view.gradient()
         require_finite(view)
         samples = last_block_samples(view, generator, seconds=self.seconds, accept=self.accept)
         found, batch = len(samples.inputs), view.update.batch_size
         if samples.labels is None or found < batch:
             raise NotApplicable(f"{found} of {batch} samples of the last block were found")
-        grey = torch.full((1, *view.image_shape), 0.5)
-        details = {
-            "samples": found,
-            "residual": float(samples.residual.max()),
-            "images": "none: labels and last-block gradients only",
-        }
-        return Guess(images=grey, labels=samples.labels.sort().values, details=details)
+        details = {"samples": found, "residual": float(samples.residual.max())}
+        none = torch.zeros(0, *view.image_shape)
+        return Guess(images=none, labels=samples.labels.sort().values, details=details)
 
 
 def last_block_samples(

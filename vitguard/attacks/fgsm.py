@@ -137,7 +137,7 @@ class FGSM(InputAttack):
             examples=examples,
             details={
                 "threat": "transfer" if self.surrogate is not None else "white-box",
-                "gain of the shown perturbation": 1 / largest if largest else 1.0,
+                "gain of the shown perturbation": examples[0].gain if examples else None,
             },
         )
 

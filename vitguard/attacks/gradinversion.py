@@ -63,7 +63,7 @@ class GradInversion(MatchingAttack):
     @classmethod
     def fast(cls, **changes: Any) -> GradInversion:
         """Return a preset for a CPU: 200 iterations of 2 restarts, little noise."""
-        return cls(**{"iterations": 200, "restarts": 2, "langevin": 0.01, **changes})
+        return cls._preset({"iterations": 200, "restarts": 2, "langevin": 0.01}, changes)
 
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
         """See `MatchingAttack`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,27 +11,37 @@ import torch
 from torch import Tensor
 
 from vitguard.attacks._base import Attack
-from vitguard.attacks._check import mismatch, require_finite
-from vitguard.attacks._robust import position_problem, span_problem
+from vitguard.attacks._check import check_seconds, mismatch, require_finite, surprise
+from vitguard.attacks._containment import Containment
+from vitguard.attacks._robust import position_estimates
 from vitguard.attacks._spans import guess_from_patches
 from vitguard.attacks.labels import try_labels
+from vitguard.attacks.position import PositionInversion
+from vitguard.attacks.span import SpanInversion
 from vitguard.core import Guess, View
-from vitguard.errors import NotApplicable, expected
+from vitguard.errors import Blocked, NotApplicable
 from vitguard.vit import Anatomy
 
-__all__ = ["RobustPosition", "RobustSpan"]
+__all__ = ["Choice", "RobustPosition", "RobustSpan", "position_candidates", "span_candidates"]
 
-_WEIGHTS = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-_SOFTNESS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+Settings = dict[str, Any]
+Candidate = tuple[Settings, Tensor]
+
+_HOLDS = (10.0, 1.0, 100.0)
+"""Times the noise estimate: neither the prior nor the noise is more than roughly Gaussian."""
+_SOFTNESS = (1e-5, 1e-4, 1e-6, 1e-3, 1e-2)
+"""Where noise cannot be told from signal: full spans, or several local steps."""
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class RobustPosition(Attack):
-    """`position` with a smoothness prior, for noisy, rounded or pruned gradients.
+    """`position` under a natural-image prior, for noisy, rounded, clipped or pruned gradients.
 
-    The weight of the prior is the one whose image explains the update best: the adversary simulates
-    the update of every candidate and compares (`mismatch`). Where nothing can be simulated the
-    middle weight is taken.
+    The noise level is read off the equations that no image can fill. Of the candidates (the plain
+    solution among them) the one is returned under which the update is most probable: the adversary
+    simulates the update of each and compares (`surprise`). Where nothing can be simulated the
+    first candidate, which goes by the noise estimate alone, is taken.
 
     Args:
         seconds: Time budget for the candidates.
@@ -41,7 +51,7 @@ class RobustPosition(Attack):
         Blocked: The position or patch gradient is not in the update.
 
     References:
-        docs/methods.md 2.5c.
+        docs/methods.md 2.5c, 4.5.
     """
 
     name: ClassVar[str] = "position-robust"
@@ -49,27 +59,21 @@ class RobustPosition(Attack):
     seconds: float = 20.0
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise expected("seconds above 0", self.seconds)
+        check_seconds(self.seconds)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
-        """Return the image whose simulated update is nearest."""
-        anatomy = Anatomy.of(view.model)
-        anatomy.require_plain_embedding()
-        if anatomy.positions is None:
-            raise NotApplicable("the model has no absolute position embedding")
-        summed = view.gradient(steps=True)
-        require_finite(summed)
-        solve = position_problem(summed, anatomy)
-        candidates = (({"weight": w}, lambda w=w: solve(w)) for w in _WEIGHTS)
-        return _choose(view, anatomy, generator, candidates, self.seconds)
+        """Return the image under which the update is most probable."""
+        choice = Choice(view, generator, self.seconds)
+        choice.offer(position_candidates(view, choice.anatomy, generator))
+        return choice.guess()
 
 
 @dataclass(frozen=True)
 class RobustSpan(Attack):
-    """`span` with soft directions and a smoothness prior, for gradients that are not exact.
+    """`span` under a natural-image prior, for gradients that are not exact.
 
-    Softness and weight are chosen as in `RobustPosition`.
+    First the seen row space with soft directions, then maximum likelihood of the containment of the
+    first block's tokens in the gradient's row space. Noise level and choice as in `RobustPosition`.
 
     Args:
         seconds: Time budget for the candidates.
@@ -79,7 +83,7 @@ class RobustSpan(Attack):
         Blocked: The gradient of query, key and value is not in the update.
 
     References:
-        docs/methods.md 2.5c.
+        docs/methods.md 2.5c, 4.5.
     """
 
     name: ClassVar[str] = "span-robust"
@@ -87,51 +91,143 @@ class RobustSpan(Attack):
     seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise expected("seconds above 0", self.seconds)
+        check_seconds(self.seconds)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
-        """Return the image whose simulated update is nearest."""
-        anatomy = Anatomy.of(view.model)
-        anatomy.require_plain_embedding()
-        if anatomy.positions is None or not anatomy.blocks[0].pre_norm:
-            raise NotApplicable("needs absolute positions and a first norm before the attention")
-        summed = view.gradient(steps=True)
-        require_finite(summed)
-        solve = span_problem(summed, anatomy)
-        candidates = (
-            ({"softness": s, "weight": w}, lambda s=s, w=w: solve(s, w))
-            for w in (1e-3, 1e-5, 1e-2, 1e-7, 1e-9)
-            for s in _SOFTNESS
-        )
-        return _choose(view, anatomy, generator, candidates, self.seconds)
+        """Return the image under which the update is most probable."""
+        choice = Choice(view, generator, self.seconds)
+        starts, refined = span_candidates(view, choice.anatomy, generator)
+        choice.offer(starts)
+        for _ in range(ROUNDS):
+            if not choice.offer(refined(choice.patches)):
+                break
+        return choice.guess()
 
 
-def _choose(
+def position_candidates(
+    view: View, anatomy: Anatomy, generator: torch.Generator
+) -> Iterator[Candidate]:
+    """Yield the (settings, patches) that `position-robust` chooses from.
+
+    Raises:
+        NotApplicable: See `RobustPosition`.
+        Blocked: See `RobustPosition`.
+    """
+    anatomy.require_plain_embedding()
+    if anatomy.positions is None:
+        raise NotApplicable("the model has no absolute position embedding")
+    summed = view.gradient(steps=True)
+    require_finite(summed)
+    return _with_plain(
+        position_estimates(summed, anatomy), PositionInversion(), view, anatomy, generator
+    )
+
+
+def span_candidates(
+    view: View, anatomy: Anatomy, generator: torch.Generator
+) -> tuple[Iterator[Candidate], Callable[[Tensor], Iterator[Candidate]]]:
+    """Return the first candidates of `span-robust`, and what refines the best of them.
+
+    Raises:
+        NotApplicable: See `RobustSpan`.
+        Blocked: See `RobustSpan`.
+    """
+    anatomy.require_plain_embedding()
+    if anatomy.positions is None or not anatomy.blocks[0].pre_norm:
+        raise NotApplicable("needs absolute positions and a first norm before the attention")
+    summed = view.gradient(steps=True)
+    require_finite(summed)
+    forms = {even: Containment(summed, anatomy, even=even) for even in (True, False)}
+    tokens = view.update.batch_size * anatomy.patches + anatomy.prefix_tokens
+    clear = tokens < anatomy.width and view.update.local_steps == 1
+
+    def starts() -> Iterator[Candidate]:
+        levels = [(0.0, hold) for hold in _HOLDS] if tokens < anatomy.width else []
+        for softness, hold in levels + ([] if clear else [(s, 1.0) for s in _SOFTNESS]):
+            for even, form in forms.items():
+                settings = {"rows": "even" if even else "unit", "softness": softness, "hold": hold}
+                for patches in form.starts(softness, hold):
+                    yield {**settings, "step": "singular vectors"}, patches
+
+    def refined(best: Tensor) -> Iterator[Candidate]:
+        for hold in _HOLDS:
+            for even, form in forms.items():
+                settings = {"rows": "even" if even else "unit", "hold": hold}
+                for patches in form.refine(best, hold):
+                    yield {**settings, "step": "containment"}, patches
+
+    return _with_plain(starts(), SpanInversion(), view, anatomy, generator), refined
+
+
+def _with_plain(
+    candidates: Iterator[Candidate],
+    plain: Attack,
     view: View,
     anatomy: Anatomy,
     generator: torch.Generator,
-    candidates: Iterable[tuple[dict[str, Any], Callable[[], Tensor]]],
-    seconds: float,
-) -> Guess:
-    """Solve every candidate in time and return the guess with the smallest mismatch."""
-    labels = try_labels(view, generator)
-    deadline = time.monotonic() + seconds
-    best: Guess | None = None
-    least = float("inf")
-    for settings, solve in candidates:
-        patches = solve()
-        if not bool(patches.isfinite().all()):
-            continue
-        guess = guess_from_patches(view, anatomy, patches, labels=labels, details=settings)
-        distance = mismatch(view, guess)
-        score = 2.0 if distance is None else distance
-        if best is None or score < least:
-            details = {**settings, "mismatch": distance, "chosen": "by the simulated update"}
-            best = guess_from_patches(view, anatomy, patches, labels=labels, details=details)
-            least = score
-        if time.monotonic() > deadline:
-            break
-    if best is None:
-        raise NotApplicable("the update is not finite, and so is its solution")
-    return best
+) -> Iterator[Candidate]:
+    """Yield the first candidate, then the plain attack's solution, then the others."""
+    yield next(candidates)
+    try:
+        images = plain.run(view, generator).images.to(torch.float64)
+        yield {"plain": plain.name}, anatomy.patchify(view.normalization.apply(images))[0]
+    except (Blocked, NotApplicable):
+        pass
+    yield from candidates
+
+
+class Choice:
+    """The best candidate so far, as the simulated update says.
+
+    `on_offer`, if set, sees the patches of each candidate: benchmarks compare them with the truth.
+    """
+
+    on_offer: Callable[[Tensor], None] | None = None
+
+    def __init__(self, view: View, generator: torch.Generator, seconds: float) -> None:
+        self.view, self.anatomy = view, Anatomy.of(view.model)
+        self.labels = try_labels(view, generator)
+        self.deadline = time.monotonic() + seconds
+        self.best: Guess | None = None
+        self.patches = torch.empty(0)
+        self.least: float | None = float("inf")
+
+    def offer(self, candidates: Iterable[Candidate]) -> bool:
+        """Try candidates in time; return whether one became the best."""
+        better = False
+        for settings, patches in candidates:
+            if not bool(patches.isfinite().all()):
+                continue
+            guess = guess_from_patches(
+                self.view, self.anatomy, patches, labels=self.labels, details=settings
+            )
+            if self.on_offer is not None:
+                self.on_offer(patches)
+            score = surprise(self.view, guess)
+            if score is None:  # nothing tells them apart: the first goes by the noise estimate
+                if self.best is None:
+                    self.best, self.patches, self.least = guess, patches, None
+                return False
+            if self.least is not None and score < self.least:
+                self.best, self.patches, self.least, better = guess, patches, score, True
+            if time.monotonic() > self.deadline:
+                return False
+        return better
+
+    def guess(self) -> Guess:
+        """Return the best with what it was chosen by.
+
+        Raises:
+            NotApplicable: No candidate was finite.
+        """
+        if self.best is None:
+            raise NotApplicable("the update is not finite, and so is its solution")
+        chosen = "by the noise estimate" if self.least is None else "by the simulated update"
+        distance = mismatch(self.view, self.best)
+        return guess_from_patches(
+            self.view,
+            self.anatomy,
+            self.patches,
+            labels=self.labels,
+            details={**self.best.details, "mismatch": distance, "chosen": chosen},
+        )

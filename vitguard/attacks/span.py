@@ -29,6 +29,8 @@ from vitguard.vit import Anatomy
 
 __all__ = ["SpanInversion", "System", "shuffled_positions", "span_system"]
 
+_GAP = 3.0  # between the last singular value that counts and the first that does not
+
 
 @dataclass(frozen=True)
 class SpanInversion(Attack):
@@ -45,11 +47,13 @@ class SpanInversion(Attack):
     space of dL/dW_o and LN2(h_i) in that of dL/dW_fc1. Without the patch gradient R is the
     identity, if the equations suffice.
 
-    Where the solution is not unique the smoothest image of the affine space is returned, together
-    with the space; under a shuffle the residual tells which positions were shuffled.
+    Where the solution is not unique the smoothest image of the affine space (the one of sparsest
+    curvature) is returned, together with the space; under a shuffle the residual tells which
+    positions were shuffled.
 
     Args:
-        smooth_iterations: Conjugate-gradient iterations for the smoothest image.
+        smooth_iterations: Conjugate-gradient iterations for the smoothest image, in each of its
+            rounds.
 
     Raises:
         NotApplicable: No plain embedding or no pre-norm first block, or as many tokens as
@@ -62,27 +66,28 @@ class SpanInversion(Attack):
 
     name: ClassVar[str] = "span"
     family: ClassVar[str] = "closed-form"
-    smooth_iterations: int = 300
+    smooth_iterations: int = 30
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image, exact where `details["nullity"]` is 0 and the residual is small."""
         anatomy = Anatomy.of(view.model)
         view = view.gradient()
-        system = span_system(view, anatomy)
         unknown = view.extras.get("vitguard.shuffle.unknown")
-        solution, residual = system.solve(system.embedding.offset)
         shuffled = None
-        if unknown is not None:
-            at_most, exactly = _shuffled_count(view, anatomy)
-            shuffled = shuffled_positions(residual, at_most, exactly=exactly)
+        if unknown is None:
+            system = span_system(view, anatomy)
+            offset = system.embedding.offset
+        else:
+            system, shuffled = _fitted(view, anatomy)
             offset = system.embedding.offset.clone()
             offset[shuffled] = system.unknown_offset(view, anatomy, unknown)
-            solution, residual = system.solve(offset)
+        solution, residual = system.solve(offset)
         patches, null = system.patches(solution), system.patch_null
         space = None
         if null.shape[1]:
             space = AffineSpace(patches, null)
-            patches = smoothest(space, anatomy, iterations=self.smooth_iterations)
+            scale = torch.tensor(view.normalization.std)
+            patches = smoothest(space, anatomy, scale=scale, iterations=self.smooth_iterations)
         details: dict[str, Any] = {
             "from": system.source,
             "patch_gradient": system.reads_patch,
@@ -161,8 +166,12 @@ class System:
         return bias[0] + unknown.detach().to(bias).flatten()
 
 
-def span_system(view: View, anatomy: Anatomy) -> System:
+def span_system(view: View, anatomy: Anatomy, *, shuffled: int | None = None) -> System:
     """Build the system from query-key-value rows, or from projection and fc1 without them.
+
+    Args:
+        shuffled: Positions of the image that share the unknown one; what the settings allow by
+            default, which may be more than there are.
 
     Raises:
         NotApplicable: See `SpanInversion`.
@@ -174,10 +183,10 @@ def span_system(view: View, anatomy: Anatomy) -> System:
     if anatomy.positions is None:
         raise NotApplicable("without absolute positions every patch has the same equations")
     try:
-        return _system(view, anatomy, _qkv_form)
+        return _system(view, anatomy, _qkv_form, shuffled)
     except (Blocked, NotApplicable) as first:
         try:
-            return _system(view, anatomy, _projection_form)
+            return _system(view, anatomy, _projection_form, shuffled)
         except (Blocked, NotApplicable):
             raise first from None
 
@@ -213,7 +222,30 @@ def _projection_form(view: View, anatomy: Anatomy, embedding: Embedding) -> _For
     return _Form(rows, block.norm2, free, shift, tokens, "proj+fc1")
 
 
-def _system(view: View, anatomy: Anatomy, form_of: Any) -> System:
+def _fitted(view: View, anatomy: Anatomy) -> tuple[System, Tensor]:
+    """Return the system under a shuffle, and which positions are shuffled.
+
+    The settings say how many at most. A mask of rectangles, a warm-up or a probability leaves
+    fewer, and each one fewer is one more equation. So the mask is read from the system in which
+    nothing is shuffled: more directions than there are make no true position misfit. Then those
+    that were found are counted. A position that was overlooked would make that last equation
+    wrong: then no gap stands behind the larger rank, and what the settings say is taken.
+    """
+    at_most, exactly = _shuffled_count(view, anatomy)
+    plain = span_system(view, anatomy, shuffled=0)
+    residual = plain.solve(plain.embedding.offset)[1]
+    shuffled = shuffled_positions(residual, at_most, exactly=exactly)
+    found = int(shuffled.sum())
+    if found >= at_most or view.update.batch_size > 1:
+        return span_system(view, anatomy), shuffled
+    system = plain if found == 0 else span_system(view, anatomy, shuffled=found)
+    values, rank = system.values, system.rank
+    if rank < len(values) and values[rank - 1] < _GAP * values[rank]:
+        return span_system(view, anatomy), shuffled
+    return system, shuffled
+
+
+def _system(view: View, anatomy: Anatomy, form_of: Any, shuffled: int | None) -> System:
     embedding = Embedding.of(view, anatomy)
     form: _Form = form_of(view, anatomy, embedding)
     if form.tokens >= anatomy.width:
@@ -232,8 +264,8 @@ def _system(view: View, anatomy: Anatomy, form_of: Any) -> System:
             )
         basis = torch.eye(anatomy.patch_pixels, dtype=torch.float64).to(embedding.weight)
     strengths, vectors = right_vectors(form.rows.matrix, form.tokens)
-    require_rank(strengths, form.tokens, form.rows.names[0])
-    outside = vectors[:, form.tokens :]
+    same = _same_tokens(view, anatomy, strengths, form)
+    outside = vectors[:, form.tokens - same :]
     gamma = view.weight(f"{form.norm}.weight")
     beta = _weight_or_zero(view, f"{form.norm}.bias", anatomy.width)
     across = outside[: anatomy.width]
@@ -248,7 +280,7 @@ def _system(view: View, anatomy: Anatomy, form_of: Any) -> System:
     elif bool(beta.any()):
         columns.append(deviation[:, None])
     left, values, right = torch.linalg.svd(torch.cat(columns, dim=1), full_matrices=False)
-    nullity = _nullity(view, anatomy, embedding, moves, form)
+    nullity = max(_nullity(view, anatomy, embedding, moves, form, shuffled) - same, 0)
     rank = max(1, min(len(values), right.shape[1] - nullity))
     return System(
         embedding, basis, constraint, left, values, _full(right), rank, form.shift,
@@ -256,7 +288,29 @@ def _system(view: View, anatomy: Anatomy, form_of: Any) -> System:
     )  # fmt: skip
 
 
-def _nullity(view: View, anatomy: Anatomy, embedding: Embedding, moves: Tensor, form: _Form) -> int:
+def _same_tokens(view: View, anatomy: Anatomy, strengths: Tensor, form: _Form) -> int:
+    """Return how many tokens repeat others: equal patches under one unknown position (flat sky).
+
+    Raises:
+        NotApplicable: Fewer directions than tokens, for another reason.
+    """
+    try:
+        require_rank(strengths, form.tokens, form.rows.names[0])
+    except NotApplicable:
+        strengths = strengths[: form.tokens].clamp_min(torch.finfo(strengths.dtype).tiny)
+        same = form.tokens - 1 - int((strengths[:-1] / strengths[1:]).argmax())
+        if "vitguard.shuffle.unknown" not in view.extras or view.update.batch_size > 1:
+            raise
+        if same >= _shuffled_count(view, anatomy)[0]:
+            raise
+        return same
+    return 0
+
+
+def _nullity(
+    view: View, anatomy: Anatomy, embedding: Embedding, moves: Tensor, form: _Form,
+    shuffled: int | None,
+) -> int:  # fmt: skip
     """Return how many directions the equations cannot see, from what is public.
 
     A combination of true tokens lies in the span whatever Q is. It is mistaken for a patch where
@@ -268,8 +322,8 @@ def _nullity(view: View, anatomy: Anatomy, embedding: Embedding, moves: Tensor, 
     unknown = view.extras.get("vitguard.shuffle.unknown")
     extra = view.update.batch_size * anatomy.patches - anatomy.patches
     if unknown is not None:
-        ratio = float(view.settings.get("shuffle", {}).get("ratio", 1.0))
-        shared = max(int(ratio * anatomy.patches) - 1, 0)
+        count = _shuffled_count(view, anatomy)[0] if shuffled is None else shuffled
+        shared = max(count - 1, 0)
         offsets = offsets[shared:]
         extra += shared
     # a prefix token is one known vector where it enters unchanged

@@ -56,6 +56,15 @@ class Defense(ABC):
         """
         return self
 
+    def reconstruction_bound(self, prior: float, steps: int) -> float | None:
+        """Return the most often that any attack on one update succeeds; None without a guarantee.
+
+        Args:
+            prior: Chance in [0, 1] that a guess succeeds without the update.
+            steps: Local steps behind the update.
+        """
+        return None
+
 
 def written(value: Any) -> str:
     """Return a setting as the command line writes it."""
@@ -120,6 +129,13 @@ class Installed(nn.Module):
     def key_examples(self, keys: Tensor | None) -> None:
         """Draw each example of the next forwards from its own key; None for fresh draws again."""
 
+    def pin(self, shuffled: Tensor | None) -> None:
+        """Take these positions, (batch, N), as the shuffled ones instead of drawing; None: draw.
+
+        For an adversary that read them off an update and simulates it. The gradient does not
+        depend on the order of tokens that share one position, so they stay in theirs.
+        """
+
     def truth(self) -> Mapping[str, Tensor]:
         """Return the last secret draw, for the audit's scores only: e.g. `shuffled` (batch, N)."""
         return {}
@@ -154,6 +170,17 @@ class StepDefense(Defense):
         """Return the ledger (None for an empty one) with one release of `gradient` added."""
         return ledger
 
+    def mimic(self, examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return `gradient` on average over its draws, differentiable in each example's own.
+
+        What an adversary that knows the settings does to its dummy images. A mean by default.
+
+        Args:
+            examples: The gradient of each example over all parameters, by name.
+        """
+        size = len(examples)
+        return {k: torch.stack([e[k] for e in examples]).sum(0) / size for k in examples[0]}
+
 
 class UpdateDefense(Defense):
     """Acts on the finished update."""
@@ -161,3 +188,23 @@ class UpdateDefense(Defense):
     @abstractmethod
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return a safer update of the same kind."""
+
+    def record(self, ledger: Any) -> Any:
+        """Return the ledger (None for an empty one) with one sent update added, as a new one.
+
+        Raises:
+            Unprotected: What the defense guarantees does not cover another update.
+        """
+        return ledger
+
+    def mimic(self, dummy: Mapping[str, Tensor], seen: Update) -> dict[str, Tensor]:
+        """Return the tensors that `seal` makes of a dummy update on average over its draws.
+
+        What an adversary that knows the settings compares with `seen`; differentiable. By default
+        the dummy as it is: noise has mean zero, and what is sealed is not compared.
+
+        Args:
+            dummy: Every tensor of a plain update, by name.
+            seen: What left the victim's machine.
+        """
+        return dict(dummy)

@@ -103,15 +103,13 @@ class _Place(_Placing):
 
 
 class _Rows(_Hook):
-    """Remembers the position embedding of this very forward (functional calls swap it)."""
-
     def __init__(self, piece: InstalledShuffle, attribute: str) -> None:
         super().__init__(piece)
         self.attribute = attribute
 
     @torch.compiler.disable
     def act(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.piece.rows = getattr(module, self.attribute)
+        self.piece.remember(getattr(module, self.attribute))
 
 
 class _Outputs(_Hook):

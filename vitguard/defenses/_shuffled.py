@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vitguard.defenses import _masks
@@ -54,7 +55,10 @@ class InstalledShuffle(Installed):
         self._left_out_at: int | None = None
         self._unread = False
         self._keys: Tensor | None = None
-        self.rows: Tensor | None = None
+        self._pinned: Tensor | None = None
+        # position embedding of the last forward; in a tuple, because a module registers parameters
+        self._rows: tuple[Tensor, ...] = ()
+        self._warned = False
         self._forget()
         self.handles: list[Any] = []
         try:
@@ -70,7 +74,7 @@ class InstalledShuffle(Installed):
             setattr(self, name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        forgotten = dict.fromkeys((*_FORWARD, "_keys", "rows"))
+        forgotten = dict.fromkeys((*_FORWARD, "_keys", "_pinned")) | {"_rows": ()}
         return {**self.__dict__, **forgotten, "_unread": False}
 
     def uninstall(self, model: nn.Module) -> None:
@@ -109,6 +113,9 @@ class InstalledShuffle(Installed):
         """
         self._keys = None if keys is None else keys.detach().cpu().to(torch.int64)
 
+    def pin(self, shuffled: Bool[Tensor, "batch patches"] | None) -> None:
+        self._pinned = None if shuffled is None else shuffled.detach().cpu().bool()
+
     # what training leaves behind
 
     def auxiliary_loss(self) -> Tensor | None:
@@ -129,13 +136,13 @@ class InstalledShuffle(Installed):
         if not self._unread or self._losses is not None or self._mask is None:
             return
         over_positions = self.settings.dal == "positions"
-        vectors = self.rows if over_positions else self._outputs
+        vectors = next(iter(self._rows), None) if over_positions else self._outputs
         if vectors is None:
             raise Unprotected(
                 f"Expected the forward of the whole model for DAL over {self.settings.dal}, got a "
                 "part of it. Call the model itself."
             )
-        self.rows = self._outputs = None
+        self._rows, self._outputs = (), None
         prefix = self.anatomy.position_prefix if over_positions else self._prefix
         if vectors.shape[-2] != prefix + self._mask.shape[1]:
             raise Incompatible(
@@ -148,6 +155,10 @@ class InstalledShuffle(Installed):
         vectors = vectors.expand(len(self._mask), -1, -1)
         losses = localization_loss(vectors, ~self._mask, self._grid, self.head)
         self._losses = self._weight() * losses
+
+    def remember(self, rows: Tensor) -> None:
+        """Take the position embedding of this very forward (functional calls swap it)."""
+        self._rows = (rows,)
 
     def leave(self, outputs: Tensor) -> None:
         """Take the last block's output, of the forward itself and not of a recomputation."""
@@ -187,6 +198,13 @@ class InstalledShuffle(Installed):
     def draw(self, batch: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return mask and source, who sits where, (batch, patches) each."""
         s = self.settings
+        if self._pinned is not None:
+            if self._pinned.shape != (batch, grid[0] * grid[1]):
+                raise expected(
+                    f"shuffled positions of shape ({batch}, {grid[0] * grid[1]})",
+                    tuple(self._pinned.shape),
+                )
+            return self._pinned, torch.arange(grid[0] * grid[1]).expand(batch, -1)
         keys = self._keys
         if keys is None:
             one = s.draw == "batch"
@@ -197,6 +215,8 @@ class InstalledShuffle(Installed):
         different, index = keys.unique(return_inverse=True) if s.draw == "batch" else (keys, None)
         patches = grid[0] * grid[1]
         count = math.floor(self._ratio() * patches + 1e-9)
+        if count < 2:
+            self._warn(patches)
         if s.mask == "uniform":
             mask = _masks.uniform_masks(different, patches, count)
         else:
@@ -205,6 +225,25 @@ class InstalledShuffle(Installed):
             mask = mask & _masks.chosen(different, s.probability)
         source = _masks.permute_inside(different, mask, derangement=s.derangement)
         return (mask, source) if index is None else (mask[index], source[index])
+
+    def _warn(self, patches: int) -> None:
+        """Say once that this forward moves no patch."""
+        if self._warned:
+            return
+        self._warned = True
+        s, step = self.settings, self._step()
+        if step < s.warmup:
+            why = f"Step {step} is in the warm-up of {s.warmup} steps."
+        elif self._ratio() < s.ratio:
+            why = f"At step {step} of {s.steps} the {s.schedule} schedule has only begun."
+        else:
+            why = (
+                f"Expected at least 2 of {patches} patches to shuffle; ratio={s.ratio} gives less."
+            )
+        warnings.warn(
+            f"PatchShuffle moves no patch, and updates of such steps are not protected. {why}",
+            stacklevel=2,
+        )
 
     def _step(self) -> int:
         return int(self.get_buffer("step")) if "step" in self._buffers else 0

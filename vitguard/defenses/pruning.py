@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -42,9 +43,23 @@ class GradientPruning(UpdateDefense):
         """Return the update with all but the largest entries of each tensor zeroed."""
         return replace(update, tensors={n: self._pruned(t) for n, t in update.tensors.items()})
 
+    def mimic(self, dummy: Mapping[str, Tensor], seen: Update) -> dict[str, Tensor]:
+        """Keep the entries that the victim kept: the update itself shows them."""
+        return {n: self._masked(t, seen.tensors.get(n)) for n, t in dummy.items()}
+
+    def _masked(self, dummy: Tensor, seen: Tensor | None) -> Tensor:
+        if seen is not None:
+            kept = seen != 0
+            if int(kept.sum()) <= self._count(dummy):
+                return dummy * kept
+        return self._pruned(dummy)  # sealed, or noise came after: which entries is not visible
+
+    def _count(self, tensor: Tensor) -> int:
+        return max(1, round(self.keep * tensor.numel()))
+
     def _pruned(self, tensor: Tensor) -> Tensor:
         flat = tensor.flatten()
-        count = max(1, round(self.keep * flat.numel()))
+        count = self._count(flat)
         if count >= flat.numel():
             return tensor
         kept = flat.abs().topk(count).indices

@@ -1,12 +1,19 @@
 """User level: the whole update is clipped and noised."""
 
+import copy
+import json
+import math
+
 import pytest
 import torch
 
+from tests.defenses.privacy.privacy_models import build
 from vitguard.core import Update
 from vitguard.defenses._base import Draws
-from vitguard.defenses.privacy import ClientPrivacy
-from vitguard.errors import Incompatible, InputError
+from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
+from vitguard.defenses.privacy.accounting import gaussian_epsilon
+from vitguard.errors import Incompatible, InputError, Unprotected
+from vitguard.guard import Guard, protect
 
 ANY = None
 
@@ -55,3 +62,91 @@ def test_encryption_before_client_privacy_is_refused():
 def test_settings_out_of_range_raise(settings):
     with pytest.raises(InputError):
         ClientPrivacy(**settings)
+
+
+# what a guard counts: every update that leaves, however it was made
+
+
+def guarded(*stack):
+    return protect(build("vit", torch.float32), stack)
+
+
+def released(guard, way):
+    """Send one update by one of the ways out."""
+    if way == "update":
+        return guard.update(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    trained = {k: torch.randn_like(p) for k, p in guard.model.named_parameters()}
+    return guard.seal(Update(trained, kind="difference"))
+
+
+@pytest.mark.parametrize("ways", [["seal"] * 3, ["update"] * 3, ["seal", "update", "seal"]])
+def test_every_update_that_leaves_is_a_round_of_the_ledger(ways):
+    guard = guarded(ClientPrivacy(noise=5.0, rounds=3))
+    for way in ways:
+        released(guard, way)
+    spent = guard.privacy_spent()
+    assert spent.steps == 3
+    assert spent.epsilon == ClientPrivacy(noise=5.0).spent(3).epsilon > 0
+
+
+@pytest.mark.parametrize("way", ["seal", "update"])
+def test_no_update_leaves_past_the_rounds_of_a_target_epsilon(way):
+    guard = guarded(ClientPrivacy(epsilon=2.0, rounds=2))
+    for _ in range(2):
+        released(guard, way)
+    spent = guard.privacy_spent()
+    assert 1.99 < spent.epsilon <= 2.0
+    for other in (guard, Guard.of(guard.model), Guard.of(copy.deepcopy(guard.model))):
+        with pytest.raises(Unprotected, match="at most 2 updates"):
+            released(other, way)
+        assert other.privacy_spent() == spent
+
+
+def test_rounds_go_on_after_a_restart():
+    first, second = (guarded(ClientPrivacy(epsilon=2.0, rounds=2)) for _ in range(2))
+    released(first, "seal")
+    state = first.state_dict()
+    assert json.loads(json.dumps(state["ledger"])) == state["ledger"]
+    second.load_state_dict(state)
+    released(second, "seal")
+    with pytest.raises(Unprotected, match="at most 2 updates"):
+        released(second, "seal")
+
+
+def test_past_the_rounds_of_a_given_noise_epsilon_goes_on_growing():
+    guard = guarded(ClientPrivacy(noise=5.0))
+    for rounds in (1, 2, 3):
+        released(guard, "seal")
+        assert guard.privacy_spent().epsilon == ClientPrivacy(noise=5.0).spent(rounds).epsilon
+
+
+def test_without_noise_a_round_spends_an_infinite_epsilon():
+    guard = guarded(ClientPrivacy(noise=0.0))
+    assert guard.privacy_spent().epsilon == 0
+    released(guard, "seal")
+    assert guard.privacy_spent().epsilon == math.inf
+
+
+def test_records_and_clients_have_ledgers_of_their_own():
+    guard = guarded(DifferentialPrivacy(noise=2.0), ClientPrivacy(noise=5.0))
+    released(guard, "update")
+    with pytest.raises(InputError, match="client-privacy"):
+        guard.privacy_spent()
+    assert (
+        guard.privacy_spent("client-privacy").epsilon == ClientPrivacy(noise=5.0).spent(1).epsilon
+    )
+    assert guard.privacy_spent("privacy").epsilon == gaussian_epsilon(1 / 2.0, 1e-5)
+
+
+def test_an_update_that_is_refused_is_not_counted():
+    guard = guarded(ClientPrivacy(noise=5.0))
+    broken = {k: torch.full_like(p, math.nan) for k, p in guard.model.named_parameters()}
+    with pytest.raises(InputError, match="finite"):
+        guard.seal(Update(broken))
+    assert guard.privacy_spent().steps == 0
+
+
+def test_whole_numbers_do_not_leave_around_the_noise():
+    numbers = Update({"a": torch.randn(3), "b": torch.tensor([7])})
+    with pytest.raises(InputError, match="floating-point"):
+        ClientPrivacy().seal(numbers, ANY, Draws())

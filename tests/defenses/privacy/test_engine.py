@@ -105,14 +105,15 @@ CRITERIA = {
 }
 
 
+@pytest.mark.parametrize("clip", [CLIP, 1e6])  # one that does not bind shows the scale as well
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_clipped_sum_equals_a_micro_batch_loop_for_every_criterion(criterion):
+def test_clipped_sum_equals_a_micro_batch_loop_for_every_criterion(criterion, clip):
     model, loss = build("vit"), CRITERIA[criterion]
     images, labels = some()
     if criterion == "soft targets":
         labels = F.one_hot(labels, 10).double() * 0.8 + 0.02
-    got = DifferentialPrivacy(clip=CLIP).clipped_sum(model, loss, Batch(images, labels))
-    assert_same(got, micro_batches(model, loss, images, labels))
+    got = DifferentialPrivacy(clip=clip).clipped_sum(model, loss, Batch(images, labels))
+    assert_same(got, micro_batches(model, loss, images, labels, clip=clip))
 
 
 @pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
@@ -204,6 +205,126 @@ def test_a_tensor_with_a_row_for_each_example_made_from_parameters_is_exact():
         outputs = model(images)
     F.cross_entropy(outputs, labels, reduction="sum").backward()
     assert torch.allclose(tape.collect()["a"].samples(), wanted)
+
+
+@pytest.mark.parametrize("family", ["vit", "average-pooling", "eva-02", "hugging-face", "swin"])
+def test_norms_and_sums_under_bfloat16_autocast_are_those_of_a_micro_batch_loop(family):
+    model = build(family, torch.float32)
+    images, labels = some(4, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine = Engine()
+        with engine.watch(model, images) as tape:
+            outputs = model(images)
+        F.cross_entropy(logits_of(outputs), labels, reduction="sum").backward()
+        got = clipped_sum(tape, CLIP)
+        expected = micro_batches(model, F.cross_entropy, images, labels)
+        alone = [
+            micro_batches(model, F.cross_entropy, images[i : i + 1], labels[i : i + 1], clip=1e9)
+            for i in range(4)
+        ]
+    norms = torch.stack([torch.stack([g.norm() for g in one.values()]).norm() for one in alone])
+    eps = torch.finfo(torch.bfloat16).eps  # 2^-7: one rounding; the passes differ by a few
+    assert got.norms.dtype == torch.float32
+    assert torch.allclose(got.norms, norms, rtol=4 * eps)
+    total = torch.cat([g.flatten() for g in expected.values()])
+    moved = torch.cat([got.sums[k].flatten() for k in model_names(model, expected)])
+    assert (moved - total).norm() <= 4 * eps * total.norm()
+    assert all(s.dtype == torch.float32 for s in got.sums.values())
+
+
+def test_clipping_keeps_its_precision_inside_an_autocast_block():
+    model = build("vit", torch.float32)
+    images, labels = some(1, torch.float32)
+
+    def loud(outputs, y):
+        return 1e3 * F.cross_entropy(outputs, y)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = DifferentialPrivacy(clip=CLIP).clipped_sum(model, loud, Batch(images, labels))
+    assert all(s.dtype == torch.float32 for s in sums.values())
+    norm = torch.cat([s.double().flatten() for s in sums.values()]).norm().item()
+    assert norm == pytest.approx(CLIP, rel=1e-5)
+
+
+def model_names(model, gradients):
+    """Return the model's own names in the order of base names."""
+    own = {canonical_name(k): k for k, _ in model.named_parameters()}
+    return [own[k] for k in gradients]
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
+def test_float16_autocast_is_refused(engine):
+    if engine == "opacus":
+        pytest.importorskip("opacus")
+    model, (images, labels) = build("vit", torch.float32), some(2, torch.float32)
+    with torch.autocast("cpu", torch.float16), pytest.raises(Incompatible, match="bfloat16"):
+        DifferentialPrivacy(engine=engine).clipped_sum(
+            model, F.cross_entropy, Batch(images, labels)
+        )
+
+
+class Reads(nn.Module):
+    """Reads the first `count` tokens only, so the others get no gradient in the last layers."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.stem = count, nn.Conv2d(3, 8, 8, 8)
+        self.norm, self.mlp = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 24), nn.GELU())
+        self.out, self.head = nn.Linear(24, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).mT
+        x = x + self.out(self.mlp(self.norm(x)))
+        return self.head(x[:, : self.count].mean(1))
+
+
+@pytest.mark.parametrize("count", [1, 3, 15, 16])
+@pytest.mark.parametrize("rule", [True, False])
+def test_tokens_without_a_gradient_are_left_out_exactly(count, rule, monkeypatch):
+    monkeypatch.setattr("vitguard.defenses.privacy.functions.prefer_products", lambda *sizes: rule)
+    torch.manual_seed(0)
+    model = Reads(count).double()
+    images, labels = some(4)
+    got = DifferentialPrivacy(clip=CLIP).clipped_sum(model, F.cross_entropy, Batch(images, labels))
+    assert_same(got, micro_batches(model, F.cross_entropy, images, labels))
+
+
+def test_a_first_example_without_a_gradient_hides_nobody_elses():
+    model = build("average-pooling")
+    images, labels = some(4)
+
+    def silent_for_the_first(outputs, y):
+        return (F.cross_entropy(outputs, y, reduction="none") * (y != labels[0])).mean()
+
+    labels[1:] = (labels[0] + torch.tensor([1, 2, 3])) % 10
+    loss = silent_for_the_first
+    got = DifferentialPrivacy(clip=CLIP).clipped_sum(model, loss, Batch(images, labels))
+    assert_same(got, micro_batches(model, loss, images[1:], labels[1:]))
+
+
+@pytest.mark.parametrize("activation", [nn.GELU("tanh"), nn.SiLU(), nn.ReLU(), nn.Dropout(0.0)])
+def test_activations_made_again_are_exact(activation):
+    torch.manual_seed(0)
+    model = Reads(16).double()
+    model.mlp[1] = activation
+    images, labels = some(4)
+    got = DifferentialPrivacy(clip=CLIP).clipped_sum(model, F.cross_entropy, Batch(images, labels))
+    assert_same(got, micro_batches(model, F.cross_entropy, images, labels))
+
+
+def test_an_activation_changed_in_place_is_not_made_again_from_its_input():
+    class InPlace(Reads):
+        def forward(self, x):
+            x = self.stem(x).flatten(2).mT
+            middle = F.gelu(self.mlp[0](self.norm(x)))
+            middle.mul_(3)
+            return self.head((x + self.out(middle)).mean(1))
+
+    torch.manual_seed(0)
+    model = InPlace(16).double()
+    images, labels = some(4)
+    got = DifferentialPrivacy(clip=CLIP).clipped_sum(model, F.cross_entropy, Batch(images, labels))
+    assert_same(got, micro_batches(model, F.cross_entropy, images, labels))
 
 
 # what must be refused

@@ -227,6 +227,17 @@ def test_copies_refuse_plain_training_until_removed_and_evaluation_is_untouched(
         model(torch.randn(5, 3, 32, 32))
 
 
+def test_the_public_model_trains_like_any_other():
+    model, guard, optimizer, loader = protected()
+    for _ in range(2):
+        public = guard.public_model().train()
+        assert not public._forward_pre_hooks
+        public(torch.randn(2, 3, 32, 32)).sum().backward()
+        with pytest.raises(Unprotected):
+            model(torch.randn(2, 3, 32, 32))
+        guard.prepare(optimizer, loader)
+
+
 def test_every_release_of_update_is_in_the_ledger():
     _, guard, _, _ = protected()
     for _ in range(2):
@@ -269,6 +280,46 @@ def test_old_optimizer_raises():
     F.cross_entropy(model(images), labels).backward()
     with pytest.raises(Unprotected, match="optimizer"):
         optimizer.step()
+
+
+def test_float16_autocast_is_refused_at_the_first_pass():
+    model, guard, optimizer, loader = protected()
+    _, poisson = guard.prepare(optimizer, loader)
+    images, _ = next(iter(poisson))
+    with torch.autocast("cpu", torch.float16), pytest.raises(Incompatible, match="GradScaler"):
+        model(images)
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_gradient_scaler_is_refused_before_the_first_step(unscaled):
+    model, guard, optimizer, loader = protected()
+    private, poisson = guard.prepare(optimizer, loader)
+    before = weights(model)
+    scaler = torch.amp.GradScaler("cpu")
+    images, labels = next(iter(poisson))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(images), labels)
+    scaler.scale(loss).backward()
+    if unscaled:
+        scaler.unscale_(private)
+    with pytest.raises(Incompatible, match="without a GradScaler"):
+        scaler.step(private)
+    assert torch.equal(weights(model), before) and guard.privacy_spent().steps == 0
+
+
+def test_a_disabled_scaler_and_bfloat16_autocast_train():
+    model, guard, optimizer, loader = protected()
+    private, poisson = guard.prepare(optimizer, loader)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    before = weights(model)
+    for images, labels in poisson:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(private)
+        private.zero_grad()
+    assert guard.privacy_spent().steps == 4
+    assert torch.isfinite(weights(model)).all() and not torch.equal(weights(model), before)
 
 
 def test_two_passes_for_one_batch_raise():

@@ -19,6 +19,8 @@ _ACCOUNTANTS = ("prv", "rdp")
 class PrivacySpent:
     """What the releases of a ledger add up to: (epsilon, delta) for adding or removing one record.
 
+    Under `ClientPrivacy` the record is the client's whole data set.
+
     `epsilon` is infinite when a release carried no noise.
     """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from vitguard.core import Update
 from vitguard.defenses._base import Defense, Draws, UpdateDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
-from vitguard.errors import Incompatible, expected
+from vitguard.defenses.privacy.verification import reconstruction_bound
+from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy
 
 __all__ = ["ClientPrivacy"]
@@ -28,7 +29,8 @@ class ClientPrivacy(UpdateDefense):
         The clipped update has a 2-norm of at most `clip` over all its tensors together.
         The noise on it has standard deviation `noise * clip` in every coordinate.
         `spent(rounds)` is the exact epsilon at `delta` of that many updates, for replacing nothing
-        by the client's whole data set.
+        by the client's whole data set. A guard counts every update that `update` or `seal` returns.
+        With a target `epsilon`, no update leaves past `rounds`.
 
     Does not protect against:
         What the update says of the client within epsilon. One client's noise alone is large
@@ -39,7 +41,8 @@ class ClientPrivacy(UpdateDefense):
         epsilon: Target over `rounds`; without it `noise` is used. With neither, noise 1.0.
         delta: Chance that the bound fails, in (0, 1).
         noise: Noise multiplier: standard deviation over `clip`; 0 gives an infinite epsilon.
-        rounds: Updates that the client sends in all.
+        rounds: Updates that the client sends in all; past them a target epsilon refuses, while
+            with a given `noise` the ledger goes on counting.
 
     References:
         Geyer et al., arXiv:1712.07557; the exact Gaussian mechanism, arXiv:1805.06530.
@@ -90,6 +93,12 @@ class ClientPrivacy(UpdateDefense):
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return the update clipped as a whole, with noise on every tensor."""
         tensors = {k: t for k, t in update.tensors.items() if t.is_floating_point()}
+        rest = [k for k, t in update.tensors.items() if k not in tensors and bool(t.any())]
+        if rest:
+            raise expected(
+                "an update of floating-point tensors", f"{update.tensors[rest[0]].dtype}",
+                f"{rest[0]} can neither be clipped nor noised: leave it out.",
+            )  # fmt: skip
         if not tensors:
             return update
         norms = torch.stack([t.double().norm() for t in tensors.values()])
@@ -101,14 +110,50 @@ class ClientPrivacy(UpdateDefense):
         noised = {k: t * factor + deviation * _normal(t, draws) for k, t in tensors.items()}
         return replace(update, tensors={**update.tensors, **noised})
 
-    def record(self, ledger: Ledger, rounds: int = 1) -> None:
-        """Add sent updates to a ledger; it composes them exactly."""
-        ledger.record(self.multiplier, 1.0, rounds)
+    def mimic(self, dummy: Mapping[str, Tensor], seen: Update) -> dict[str, Tensor]:
+        """Clip a dummy update as a whole, sealed tensors included; the noise has mean zero."""
+        squares = [t.square().sum() for t in dummy.values() if t.is_floating_point()]
+        factor = self.clip / torch.stack(squares).sum().clamp_min(self.clip**2).sqrt()
+        return {k: t * factor if t.is_floating_point() else t for k, t in dummy.items()}
+
+    def record(self, ledger: Ledger | None) -> Ledger:
+        """Return the ledger with one sent update added; updates compose exactly.
+
+        Raises:
+            Unprotected: The target epsilon does not cover another update.
+        """
+        longer = Ledger([] if ledger is None else [*ledger.history])
+        longer.record(self.multiplier, 1.0)
+        if self.epsilon is not None and (
+            longer.steps > self.rounds or longer.spent(self.delta).epsilon > self.epsilon
+        ):
+            raise Unprotected(
+                f"Expected at most {self.rounds} updates for epsilon {self.epsilon:g}, got one "
+                "more. Set rounds to all that will be sent, before the first."
+            )
+        return longer
+
+    def privacy_spent(self, ledger: Ledger | None) -> PrivacySpent:
+        """Return what the updates in the ledger add up to, for one whole client."""
+        return (ledger or Ledger()).spent(self.delta)
+
+    def reconstruction_bound(self, prior: float, steps: int) -> float:
+        """Return the most often that an attack on one update reconstructs a record in it.
+
+        The local steps are one release; what holds for all of a client's data holds for a record.
+        """
+        return reconstruction_bound(prior, self.multiplier, 1)
+
+    def load_ledger(self, state: Mapping[str, Any], ledger: Ledger | None = None) -> Ledger:
+        """Return a ledger that continues from `state`; `ledger` itself when one is in use."""
+        ledger = ledger if ledger is not None else Ledger()
+        ledger.load_state_dict(state)
+        return ledger
 
     def spent(self, rounds: int | None = None) -> PrivacySpent:
         """Return what `rounds` updates spend (by default all that are planned)."""
         ledger = Ledger()
-        self.record(ledger, self.rounds if rounds is None else rounds)
+        ledger.record(self.multiplier, 1.0, self.rounds if rounds is None else rounds)
         return ledger.spent(self.delta)
 
 

@@ -18,6 +18,7 @@ from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.engine import Clipped, Engine, clipped_sum
 from vitguard.defenses.privacy.losses import auxiliary_losses, per_example_losses
 from vitguard.defenses.privacy.training import paused
+from vitguard.defenses.privacy.verification import reconstruction_bound
 from vitguard.errors import Unprotected, expected, missing_extra
 from vitguard.vit import Anatomy, canonical_name, logits_of
 
@@ -130,6 +131,15 @@ class DifferentialPrivacy(StepDefense):
         size = len(batch.labels)
         return {k: (s + deviation * _normal(s, draws)) / size for k, s in sums.items()}
 
+    def mimic(self, examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Clip each example's gradient as the engine does; the noise has mean zero."""
+        clipped = []
+        for gradient in examples:
+            squares = torch.stack([g.square().sum() for g in gradient.values()])
+            factor = self.clip / squares.sum().clamp_min(self.clip**2).sqrt()
+            clipped.append({k: g * factor for k, g in gradient.items()})
+        return super().mimic(clipped)
+
     def prepare(
         self,
         model: nn.Module,
@@ -160,6 +170,14 @@ class DifferentialPrivacy(StepDefense):
     def privacy_spent(self, ledger: Ledger | None) -> PrivacySpent:
         """Return what the releases in the ledger add up to."""
         return (ledger or Ledger()).spent(self.delta, self.accountant)
+
+    def reconstruction_bound(self, prior: float, steps: int) -> float:
+        """Return the most often that an attack on one update reconstructs one of its records.
+
+        Each local step releases the whole batch's noised gradient, so nothing is amplified by
+        sampling. Without noise it is 1.0: no bound.
+        """
+        return reconstruction_bound(prior, self._release_noise(), steps)
 
     def load_ledger(self, state: Mapping[str, Any], ledger: Ledger | None = None) -> Ledger:
         """Return a ledger that continues from `state`; `ledger` itself when one is in use."""

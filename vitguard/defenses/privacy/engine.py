@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from vitguard.defenses.privacy.functions import REMADE, note
 from vitguard.defenses.privacy.rules import RULES, expand_rule, one_by_one, tensors_in
-from vitguard.defenses.privacy.tape import Tape
+from vitguard.defenses.privacy.tape import Tape, full_precision
 from vitguard.errors import Incompatible, Unprotected
 
-__all__ = ["Clipped", "Engine", "Watch", "clipped_sum"]
+__all__ = ["Clipped", "Engine", "Watch", "clipped_sum", "refuse_float16"]
 
 _EXPANSIONS = ("expand", "expand_as", "repeat")
 
@@ -50,6 +51,8 @@ class Watch(TorchFunctionMode):
             out = func(*args, **kwargs)
             if isinstance(out, Tensor):
                 self._mark(out, given)
+                if getattr(func, "__name__", "") in REMADE:
+                    note(out, func, args, kwargs)
             elif isinstance(out, tuple | list):
                 for part in out:
                     if isinstance(part, Tensor):
@@ -103,6 +106,11 @@ def clipped_sum(tape: Tape, clip: float, *, scale: float = 1.0, real: int | None
             the loss was a mean).
         real: How many of the first examples count; the rest is padding.
     """
+    with full_precision(tape.device):
+        return _clipped_sum(tape, clip, scale, real)
+
+
+def _clipped_sum(tape: Tape, clip: float, scale: float, real: int | None) -> Clipped:
     uses = tape.collect()
     if not uses:
         return Clipped({}, torch.zeros(tape.batch))
@@ -122,6 +130,16 @@ def clipped_sum(tape: Tape, clip: float, *, scale: float = 1.0, real: int | None
     for name in list(uses):  # each use is dropped once it is summed, to keep the peak low
         sums[name] = uses.pop(name).weighted(weights)
     return Clipped(sums, norms)
+
+
+def refuse_float16(model: nn.Module) -> None:
+    """Raise Incompatible under float16 autocast, which needs a scaled loss."""
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        raise Incompatible(
+            "Expected float32 or bfloat16 autocast, got float16: its gradients need a GradScaler, "
+            "whose scale would change what is clipped. Use torch.autocast(device, torch.bfloat16)."
+        )
 
 
 Kind = frozenset[tuple[str, str]]
@@ -144,6 +162,7 @@ class Engine:
 
     def tape(self, model: nn.Module, batch: int) -> Tape:
         """Return an empty tape for a model."""
+        refuse_float16(model)
         trainable = {k: p for k, p in model.named_parameters() if p.requires_grad}
         frozen = [p for p in model.parameters() if not p.requires_grad]
         constants = frozenset(map(id, (*frozen, *model.buffers())))
@@ -182,14 +201,21 @@ def _compare(tape: Tape, outputs: Any, images: Tensor | None) -> None:
     tape.checking = False
     leaves = [r.leaf for r in roots]
     torch.autograd.grad(values.sum(), leaves, retain_graph=True, allow_unused=True)
-    uses = tape.collect()
-    tape.forget()
-    norms = torch.stack([u.squared_norms().to(values.dtype) for u in uses.values()]).sum(0).sqrt()
     exact = values.dtype == torch.float64
     low = torch.is_autocast_enabled(values.device.type)
     tolerance = 3e-2 if low else 1e-9 if exact else 1e-3
-    for i in chosen:
-        plain = expected_gradients[i]
+    with full_precision(tape.device):
+        _agree(tape, expected_gradients, values, tolerance)
+
+
+def _agree(
+    tape: Tape, wanted: dict[int, dict[str, Tensor]], values: Tensor, tolerance: float
+) -> None:
+    """Raise Incompatible where what the tape holds is not the plain gradient of an example."""
+    uses = tape.collect()
+    tape.forget()
+    norms = torch.stack([u.squared_norms().to(values.dtype) for u in uses.values()]).sum(0).sqrt()
+    for i, plain in wanted.items():
         only = torch.zeros(tape.batch, dtype=values.dtype, device=values.device)
         only[i] = 1
         size = torch.stack([g.norm() for g in plain.values()]).norm()

@@ -7,6 +7,8 @@ recorded; the engine compares the two.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +22,14 @@ from vitguard.defenses.privacy.tape import (
     Samples,
     Slots,
     Tape,
+    full_precision,
     prefer_products,
 )
 
-__all__ = ["convolve", "layer_norm", "lift", "linear", "slots"]
+__all__ = ["REMADE", "convolve", "layer_norm", "lift", "linear", "note", "slots"]
+
+REMADE = ("gelu", "silu")
+"""Activations that a linear layer makes again from their input, which autograd keeps anyway."""
 
 
 def linear(
@@ -34,7 +40,19 @@ def linear(
     roots: tuple[Root | None, Root | None],
 ) -> Tensor:
     """Return `x @ weight.T + bias`, book-kept; x has shape (k * batch, ..., columns)."""
-    return _Linear.apply(x, weight, bias, tape, roots)  # type: ignore[return-value]
+    made = getattr(x, "_vitguard_made", None)
+    return _Linear.apply(x, weight, bias, tape, roots, made)  # type: ignore[return-value]
+
+
+def note(out: Tensor, func: Callable[..., Tensor], args: tuple, kwargs: dict) -> None:
+    """Remember how an activation was made, for a linear layer that would keep it.
+
+    What pays for a block's formed gradients during the backward pass: one activation a block less.
+    """
+    if args and isinstance(args[0], Tensor) and args[0].requires_grad:
+        source, *rest = args
+        made = (lambda x: func(x, *rest, **kwargs)), source, out._version
+        out._vitguard_made = made  # type: ignore[attr-defined]
 
 
 def convolve(
@@ -72,6 +90,17 @@ def slots(tape: Tape, root: Root) -> Tensor:
     return _Slots.apply(root.leaf, tape, root)  # type: ignore[return-value]
 
 
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a backward pass in the precision of its tensors, also inside an autocast block."""
+
+    @functools.wraps(backward)
+    def exact(ctx: Any, *gradients: Tensor) -> Any:
+        with full_precision(gradients[0].device):
+            return backward(ctx, *gradients)
+
+    return exact
+
+
 def _record_matrix(root: Root, x: Tensor, g: Tensor) -> None:
     """Record `g[i].T @ x[i]`: as factors where that is cheaper and nothing else uses the root."""
     dtype = root.leaf.dtype
@@ -85,33 +114,66 @@ def _record_matrix(root: Root, x: Tensor, g: Tensor) -> None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, tape: Tape, roots: Any) -> Tensor:
-        ctx.tape, ctx.roots = tape, roots
-        ctx.save_for_backward(x if roots[0] is not None else None, weight)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Any, tape: Tape, roots: Any, made: Any
+    ) -> Tensor:
+        ctx.tape, ctx.roots, ctx.remake = tape, roots, None
         ctx.x_dtype = x.dtype
+        kept: Tensor | None = x if roots[0] is not None else None
+        if kept is not None and made is not None and made[2] == x._version:
+            ctx.remake, kept, _ = made
+        ctx.save_for_backward(kept, weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (g,) = gradients
         x, weight = ctx.saved_tensors
         tape, (weight_root, bias_root) = ctx.tape, ctx.roots
+        remake = ctx.remake or (lambda kept: kept)
         gx = gw = gb = None
-        if ctx.needs_input_grad[0]:
-            gx = torch.matmul(g, weight.to(g.dtype)).to(ctx.x_dtype)
         if tape.checking:
             if weight_root is not None:
-                gw = g.flatten(0, -2).mT @ x.to(g.dtype).flatten(0, -2)
+                gw = g.flatten(0, -2).mT @ remake(x.detach()).to(g.dtype).flatten(0, -2)
             if bias_root is not None:
                 gb = g.flatten(0, -2).sum(0)
-            return gx, gw, gb, None, None
-        g = g.reshape(tape.batch, -1, g.shape[-1])
+            if ctx.needs_input_grad[0]:
+                gx = torch.matmul(g, weight.to(g.dtype)).to(ctx.x_dtype)
+            return gx, gw, gb, None, None, None
+        rows = g.reshape(tape.batch, -1, g.shape[-1])
+        live = _live_positions(tape, rows)
+        rows = rows if live is None else rows[:, live]
         if weight_root is not None:
-            _record_matrix(weight_root, x.reshape(tape.batch, -1, x.shape[-1]), g)
+            kept = x.detach().reshape(tape.batch, -1, x.shape[-1])
+            x = remake(kept if live is None else kept[:, live])
+            _record_matrix(weight_root, x, rows)
+        del x  # before its gradient takes as much memory again
         if bias_root is not None:
-            bias_root.uses.append(Samples(g.sum(1, dtype=bias_root.leaf.dtype)))
-        return gx, None, None, None, None
+            bias_root.uses.append(Samples(rows.sum(1, dtype=bias_root.leaf.dtype)))
+        if ctx.needs_input_grad[0] and live is None:
+            gx = torch.matmul(g, weight.to(g.dtype)).to(ctx.x_dtype)
+        elif ctx.needs_input_grad[0]:
+            gx = g.new_zeros((*g.shape[:-1], weight.shape[1]), dtype=ctx.x_dtype)
+            gx.view(tape.batch, -1, gx.shape[-1])[:, live] = (rows @ weight.to(g.dtype)).to(gx)
+        return gx, None, None, None, None, None
+
+
+def _live_positions(tape: Tape, rows: Tensor) -> Tensor | None:
+    """Return the positions where any example has a gradient; None where most have one.
+
+    In the last block of a model that reads its class token, only that token has. Backward meets
+    such layers first, so nobody looks any more after the first one that is not.
+    """
+    if not tape.thin or rows.shape[1] == 1:
+        return None
+    if not bool(rows[0, -1].any()):
+        live = rows.any(2).any(0).nonzero()[:, 0]
+        if 2 * len(live) <= rows.shape[1]:
+            return live
+    tape.thin = False
+    return None
 
 
 class _Convolution(torch.autograd.Function):
@@ -126,6 +188,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (g,) = gradients
         x, weight = ctx.saved_tensors
@@ -189,6 +252,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (g,) = gradients
         x, weight, mean, scale = ctx.saved_tensors
@@ -231,6 +295,7 @@ class _Lift(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (g,) = gradients
         leaf = ctx.root.leaf
@@ -249,6 +314,7 @@ class _Slots(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (g,) = gradients
         if ctx.tape.checking:

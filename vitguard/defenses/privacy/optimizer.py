@@ -14,7 +14,7 @@ from torch import nn
 
 from vitguard.defenses.privacy.engine import clipped_sum
 from vitguard.defenses.privacy.training import PrivateTraining
-from vitguard.errors import Unprotected
+from vitguard.errors import Incompatible, Unprotected
 
 __all__ = ["private_optimizer"]
 
@@ -49,6 +49,15 @@ class _BookKeeping:
     def accumulated_iterations(self) -> int:
         """Opacus divides by it; pieces of one batch are one iteration here."""
         return 1
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by `GradScaler.step`, before it does anything else."""
+        raise Incompatible(
+            "Expected private steps without a GradScaler, got one that is enabled: its scale would "
+            "change what is clipped. Call loss.backward() and optimizer.step(); bfloat16 autocast "
+            "needs no scaler."
+        )
 
     def clip_and_accumulate(self) -> None:
         tape, real, self._last = self._training.take()

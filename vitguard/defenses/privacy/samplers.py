@@ -14,7 +14,7 @@ from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import Tensor, nn
 
-from vitguard.defenses.privacy.engine import Engine
+from vitguard.defenses.privacy.engine import Engine, refuse_float16
 from vitguard.defenses.privacy.tape import Products, Samples, Tape
 from vitguard.errors import Incompatible
 
@@ -113,6 +113,7 @@ class OpacusEngine(Engine):
         self._tape = None
 
     def tape(self, model: nn.Module, batch: int) -> Tape:
+        refuse_float16(model)
         frozen = [p for p in model.parameters() if not p.requires_grad]
         self.close()
         constants = frozenset(map(id, (*frozen, *model.buffers())))

@@ -18,7 +18,20 @@ from torch import Tensor, nn
 
 from vitguard.errors import Unprotected
 
-__all__ = ["Products", "Root", "Samples", "Slots", "Tape", "prefer_products"]
+__all__ = [
+    "Products",
+    "Root",
+    "Samples",
+    "Slots",
+    "Tape",
+    "full_precision",
+    "prefer_products",
+]
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Return a block without autocast: norms and sums keep the precision of the parameters."""
+    return torch.autocast(device.type, enabled=False)
 
 
 @dataclass
@@ -129,11 +142,18 @@ class Tape:
         self.batch = batch
         self._constants = constants
         self.checking = False
+        self.thin = True
+        """Whether every layer so far had a gradient at few positions only."""
         self.signature: set[tuple[str, str]] = set()
         self._parameters = {id(p): (name, p) for name, p in parameters.items()}
         self._computed: dict[int, Tensor] = {}
         self._roots: dict[int, Root] = {}
         self.computed_names: dict[int, str] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((p.device for _, p in self._parameters.values()), torch.device("cpu"))
 
     def is_root(self, tensor: Tensor) -> bool:
         """Whether `tensor` is a trainable parameter or was computed from such alone."""
@@ -220,6 +240,7 @@ class Tape:
 
     def forget(self) -> None:
         """Drop the uses, keep the graph: the next backward pass records afresh."""
+        self.thin = True
         for root in self._roots.values():
             root.uses.clear()
 

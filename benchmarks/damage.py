@@ -1,0 +1,234 @@
+"""Images from damaged gradients: plain attacks, robust ones, and the best choice of parameters.
+
+    python benchmarks/damage.py [--images N] [--first K] [--only WORD ...] [--more] [--figure FILE]
+
+Each of N CIFAR-10 test images goes through each of the two ViTs that others trained (in the folder
+that VITGUARD_DATA names); figures are medians of PSNR over these 2 N cases, float32, batch size 1.
+`position` is the undefended model, `span` the one with frozen positions. Noise is Gaussian, its
+standard deviation relative to the root mean square of the whole gradient; `keep` zeroes all but the
+largest entries of each tensor; local steps are full-batch SGD at rate 0.01, seen as a difference.
+
+`best` takes, by the truth, the best of the candidates that the robust attack chooses from without
+it; `gap` is the largest distance of the choice to it in one case. Floors: the flat image, and under
+matching the best of flat image and flat patches. `--more` adds the points of the figure's curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vitguard.attacks import robust
+from vitguard.attacks._base import Attack
+from vitguard.attacks.position import PositionInversion
+from vitguard.attacks.robust import RobustPosition, RobustSpan
+from vitguard.attacks.span import SpanInversion
+from vitguard.core import Normalization, View
+from vitguard.errors import Blocked, NotApplicable
+from vitguard.guard import protect
+from vitguard.metrics import baseline, psnr
+from vitguard.models import build_model, load_checkpoint
+from vitguard.registry import parse_stack
+from vitguard.threats import CuriousServer
+
+CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+VIT = (
+    "vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=128,depth=4,num_heads=4,mlp_ratio=2,"
+    "num_classes=10"
+)
+EPSILON = {"a": 1e-5, "b": 1e-6}
+TABLE = ("noise 1e-6", "noise 1e-4", "noise 1e-3", "noise 1e-2", "noise 1e-1", "float16",
+         "bfloat16", "keep 10 %", "clipping", "5 local steps")  # fmt: skip
+MORE = ("noise 1e-5", "keep 50 %", "keep 20 %", "keep 2 %", "1 local steps", "2 local steps",
+        "10 local steps")  # fmt: skip
+COLUMNS = ("position", "position-robust", "best", "gap", "span", "span-robust", "best", "gap")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image on one model."""
+
+    model: nn.Module
+    pixels: Tensor
+    label: Tensor
+    seed: int
+
+
+def main() -> None:
+    """Print the table; draw it where a file is given."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=6)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--more", action="store_true")
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    if not os.environ.get("VITGUARD_DATA"):
+        sys.exit("Expected VITGUARD_DATA to name the folder with CIFAR-10 and the trained ViTs.")
+    cases = list(load_cases(options.first, options.images))
+    floors = [baseline(case.pixels, (4, 4)) for case in cases]
+    low, high = (
+        float(torch.cat([getattr(f, k) for f in floors]).median()) for k in ("psnr", "patch_psnr")
+    )
+    print(f"{len(cases)} cases, floors {low:.1f} dB flat image, {high:.1f} dB flat patches")
+    print(f"| damage | {' | '.join(COLUMNS)} |\n|---{'|---' * len(COLUMNS)}|", flush=True)
+    table: dict[str, Tensor] = {}
+    for damage in TABLE + (MORE if options.more else ()):
+        if options.only and not any(word in damage for word in options.only):
+            continue
+        figures = torch.tensor([figures_of(case, damage) for case in cases])
+        table[damage] = row = figures.nanmedian(0).values
+        for gap, best in ((3, 2), (7, 6)):
+            row[gap] = (figures[:, best] - figures[:, best - 1]).max()
+        print(f"| {damage} | {' | '.join(map(cell, row.tolist()))} |", flush=True)
+    if options.figure is not None:
+        draw(options.figure, table, low)
+
+
+def cell(value: float) -> str:
+    """Return a number with one digit; what did not apply is a dash."""
+    return "-" if value != value else f"{value:.1f}"
+
+
+def load_cases(first: int, count: int) -> Iterator[Case]:
+    """Yield CIFAR-10 test images on both trained models."""
+    folder = Path(os.environ["VITGUARD_DATA"])
+    sys.path.insert(0, str(folder))
+    from load import cifar10  # type: ignore[import-not-found]
+
+    images, labels = cifar10("test", first + count)
+    pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
+    for name, epsilon in EPSILON.items():
+        model = build_model(VIT)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = epsilon
+        load_checkpoint(model, folder / f"weights/cifar10_vit_{name}.safetensors")
+        for i in range(first, first + count):
+            yield Case(model, pixels[i : i + 1], torch.as_tensor(labels[i : i + 1]).long(), i)
+
+
+def figures_of(case: Case, damage: str) -> list[float]:
+    """Return PSNR of plain, robust and best candidate (and room for the gap) for both attacks."""
+    learnable, fixed = (observe(case, damage, s) for s in ("none", "positions:kind=frozen"))
+    made: list[float] = []
+    for plain, strong, view in (
+        (PositionInversion(), RobustPosition(seconds=60), learnable),
+        (SpanInversion(), RobustSpan(seconds=60), fixed),
+    ):
+        best: list[float] = []
+        made.append(quality(plain, view, case.pixels))
+        made.append(watched(strong, view, case.pixels, best.append))
+        made += [max(best, default=float("nan")), 0.0]
+    return made
+
+
+def quality(attack: Attack, view: View, truth: Tensor) -> float:
+    """Return the PSNR of an attack; NaN where it does not apply."""
+    try:
+        guess = attack.run(view, torch.Generator().manual_seed(0))
+    except (NotApplicable, Blocked):
+        return float("nan")
+    return float(psnr(guess.images.cpu(), truth))
+
+
+def watched(attack: Attack, view: View, truth: Tensor, keep: Callable[[float], None]) -> float:
+    """Return the PSNR of a robust attack, and tell `keep` that of every candidate."""
+
+    def compare(choice: robust.Choice, patches: Tensor) -> None:
+        images = view.normalization.invert(choice.anatomy.unpatchify(patches[None]))
+        keep(float(psnr(images.clamp(0, 1), truth)))
+
+    before, robust.Choice.on_offer = robust.Choice.on_offer, compare  # type: ignore[assignment]
+    try:
+        return quality(attack, view, truth)
+    finally:
+        robust.Choice.on_offer = before
+
+
+def observe(case: Case, damage: str, stack: str) -> View:
+    """Return what a curious server sees of the damaged update."""
+    generator = torch.Generator().manual_seed(case.seed)
+    guard = protect(case.model.train(), parse_stack(stack), generator=generator)
+    word, *amount = damage.split()
+    how = {"learning_rate": 0.01, "local_steps": int(word)} if "steps" in damage else {}
+    update = guard.update(CIFAR.apply(case.pixels), case.label, **how)
+    view = CuriousServer(()).view(guard, update, CIFAR)
+    guard.remove()
+    whole = torch.cat([t.flatten() for t in update.tensors.values()]).double()
+    level = float(whole.square().mean().sqrt())
+
+    def spoil(tensor: Tensor) -> Tensor:
+        if word == "noise":
+            noise = torch.randn(tensor.shape, generator=generator)
+            return tensor + float(amount[0]) * level * noise
+        if word in ("float16", "bfloat16"):
+            return tensor.to(getattr(torch, word)).float()
+        if word == "clipping":
+            return tensor * min(1.0, 0.1 / float(whole.norm()))
+        if word == "keep":
+            dropped = max(1, int((1 - float(amount[0]) / 100) * tensor.numel()))
+            bound = tensor.abs().flatten().kthvalue(dropped).values
+            return torch.where(tensor.abs() > bound, tensor, 0.0)
+        return tensor
+
+    tensors = {name: spoil(tensor) for name, tensor in update.tensors.items()}
+    return replace(view, update=replace(update, tensors=tensors))
+
+
+def draw(path: Path, table: dict[str, Tensor], floor: float) -> None:
+    """Draw noise, pruning and local steps as curves, rounding and clipping as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = {"position": 0, "position-robust": 1, "span": 4, "span-robust": 5}
+    colours = {"position": "#7fb2d9", "position-robust": "#1f5f99",
+               "span": "#f0b27a", "span-robust": "#b9510d"}  # fmt: skip
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.6), sharey=True, width_ratios=(4, 3, 3, 3))
+    curves = (("noise", "noise, relative to the gradient"), ("keep", "% of entries kept"),
+              ("steps", "local SGD steps"))  # fmt: skip
+    for axis, (word, title) in zip(axes[:3], curves, strict=True):
+        points = sorted((number_in(d), d) for d in table if word in d)
+        for name, column in lines.items():
+            dashed = "-" if "robust" in name else "--"
+            values = [float(table[d][column]) for _, d in points]
+            axis.plot([x for x, _ in points], values, f"o{dashed}", color=colours[name],
+                      markersize=3.5, label=name)  # fmt: skip
+        axis.set_xscale("log")
+        ticks = [x for x, _ in points]
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+        axis.minorticks_off()
+        axis.set_xlabel(title)
+    bars = [d for d in ("float16", "bfloat16", "clipping") if d in table]
+    for i, (name, column) in enumerate(lines.items()):
+        heights = [float(table[d][column].nan_to_num(0)) for d in bars]
+        places = [j + 0.2 * i - 0.3 for j in range(len(bars))]
+        axes[3].bar(places, heights, 0.18, color=colours[name])
+    axes[3].set_xticks(range(len(bars)), bars, fontsize=8)
+    for axis in axes:
+        axis.axhline(floor, color="0.5", linewidth=0.8, label="flat image")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("PSNR in dB, median")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=5, loc="upper center", fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def number_in(damage: str) -> float:
+    """Return the amount in a damage's name."""
+    return next(float(w) for w in damage.split() if w[0].isdigit())
+
+
+if __name__ == "__main__":
+    main()

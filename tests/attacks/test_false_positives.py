@@ -1,0 +1,70 @@
+"""What `verified` rests on: equations that images outside the update do not satisfy."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitguard.attacks.gelu_span import GeluSpan
+from vitguard.attacks.ladder import Ladder
+from vitguard.vit import Anatomy
+
+FROZEN = "positions:kind=frozen"
+TINY = {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SECONDS = 0.35  # true updates of this size are solved within it, as the first test holds
+
+
+def images(seed, count=2):
+    """Smooth random images: never a photo of the package, and as many as there are seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 5, 5, generator=generator)
+    return torch.nn.functional.interpolate(coarse, (8, 8), mode="bilinear").clamp(0, 1)
+
+
+def spliced(one, other, part):
+    """The update `one` with the tensors of `part` out of an unrelated update."""
+    tensors = {
+        name: (other if part in name else one).update.tensors[name] for name in one.update.tensors
+    }
+    return replace(one, update=replace(one.update, tensors=tensors))
+
+
+def run(attack, view, seed):
+    return attack.run(view, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.slow
+def test_every_verified_patch_of_a_true_update_is_a_patch_of_its_images(small_vit, observe):
+    model, proved = small_vit(**TINY), 0
+    for trial in range(20):
+        pixels = images(trial)
+        view = observe(model, pixels, defenses=FROZEN)
+        guess = run(GeluSpan(seconds=SECONDS), view, trial)
+        anatomy = Anatomy.of(view.model)
+        made = anatomy.patchify(guess.images.double())[guess.verified]
+        true = anatomy.patchify(pixels.double()).flatten(0, 1)
+        proved += len(made)
+        if len(made):
+            assert float(torch.cdist(made, true).amin(1).max()) / 48**0.5 < 1e-2, trial
+    assert proved > 0.8 * 20 * 8  # so the time is enough to find what is there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["mlp.fc2", "mlp.fc1", "attn.proj", "patch_embed"])
+def test_no_patch_is_verified_where_the_images_are_not_in_the_update(small_vit, observe, part):
+    """100 trials over the four parts: one layer's gradient is that of other images."""
+    model = small_vit(**TINY)
+    for trial in range(25):
+        views = [observe(model, images(1000 + 2 * trial + i), defenses=FROZEN) for i in range(2)]
+        guess = run(GeluSpan(seconds=SECONDS), spliced(*views, part), trial)
+        assert int(guess.verified.sum()) == 0, trial
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["mlp.fc2", "attn.qkv"])
+def test_the_ladder_verifies_nothing_there_either(small_vit, observe, part):
+    model = small_vit(**TINY)
+    for trial in range(8):
+        views = [observe(model, images(3000 + 2 * trial + i, 1), defenses=FROZEN) for i in range(2)]
+        guess = run(Ladder(seconds=1.0), spliced(*views, part), trial)
+        assert guess.details["verified"] == 0.0, (trial, guess.details)
