@@ -21,7 +21,7 @@ DEFAULT_DEFENSES = (
     "noise:scale=0.01",
 )
 DEFAULT_REPORT = "vitguard-report.html"
-DEFAULT_BUDGET = 90.0
+DEFAULT_BUDGET = 50.0
 """Seconds of climbing that a run without --attack shares among its updates."""
 _INTERRUPTED = 130
 

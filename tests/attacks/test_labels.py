@@ -71,10 +71,58 @@ def test_hidden_heads_block_and_two_heads_do_not_apply(small_vit, observe, photo
         infer_labels(two, generator)
 
 
-def test_a_batch_without_its_bias_does_not_apply(small_vit, observe, photos, generator):
-    view = observe(small_vit(), photos[:2], withhold=(r"head\.bias",))
+def test_the_last_block_gives_every_label_of_a_batch(small_vit, observe, photos, generator):
+    labels = torch.tensor([7, 2, 2, 9])
+    for withhold in ((), (r"head\.bias",)):
+        view = observe(small_vit(), photos[:4], labels, withhold=withhold)
+        assert infer_labels(view, generator).tolist() == [2, 2, 7, 9]
+
+
+def test_a_batch_without_bias_and_last_block_does_not_apply(small_vit, observe, photos, generator):
+    view = observe(small_vit(), photos[:2], withhold=(r"head\.bias", r"blocks\.1\.mlp"))
     with pytest.raises(NotApplicable, match="bias"):
         infer_labels(view, generator)
+
+
+@pytest.mark.parametrize("labels", [[3, 3], [1, 1, 4], [0, 0, 0, 9], [2, 5, 5, 5, 7]])
+def test_without_the_last_block_counts_are_estimated(small_vit, observe, photos, generator, labels):
+    view = observe(
+        small_vit(), photos[: len(labels)], torch.tensor(labels), withhold=(r"blocks\.1\.mlp",)
+    )
+    assert infer_labels(view, generator).tolist() == labels
+
+
+@pytest.mark.parametrize("weights", ["a", "b"])
+def test_labels_of_a_batch_on_trained_weights(cifar, cifar_vit, data_folder, observe, weights):
+    import copy
+
+    from conftest import CIFAR_NORMALIZATION
+
+    from vitguard._verdicts import labels_overlap
+    from vitguard.models import load_checkpoint
+
+    model = copy.deepcopy(cifar_vit)
+    load_checkpoint(model, data_folder / "weights" / f"cifar10_vit_{weights}.safetensors")
+    pixels, labels = cifar
+    shares = []
+    for k in range(5):
+        part = slice(8 * k, 8 * k + 8)
+        view = observe(model, pixels[part], labels[part], normalization=CIFAR_NORMALIZATION)
+        got = infer_labels(view, torch.Generator().manual_seed(k))
+        shares.append(labels_overlap(got, labels[part]))
+    assert sum(shares) / 5 >= 0.9
+
+
+def test_a_trained_model_without_the_cascade_takes_every_class_alike(
+    cifar, cifar_vit, observe, generator
+):
+    from conftest import CIFAR_NORMALIZATION
+
+    from vitguard._verdicts import labels_overlap
+
+    pixels, labels = cifar
+    view = observe(cifar_vit, pixels[:32], labels[:32], normalization=CIFAR_NORMALIZATION)
+    assert labels_overlap(infer_labels(view, generator), labels[:32]) > 0.7
 
 
 @settings(max_examples=100, deadline=None)

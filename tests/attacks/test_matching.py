@@ -153,6 +153,44 @@ def test_a_time_budget_ends_the_run():
     assert guess.details["out of time"] and guess.details["iterations"] < 10**6
 
 
+def test_a_shortened_schedule_says_so_and_names_the_full_one():
+    view, _, _ = make_view()
+    shortened = InvertingGradients.fast(iterations=2).run(view, seeded())
+    assert shortened.details["schedule"] == (
+        "shortened: 2 iterations where the full run has 24,000"
+    )
+    whole = Plain(iterations=1000, seconds=0.05).run(view, seeded())
+    assert whole.details["schedule"] == "the full 1,000 iterations"
+
+
+def test_the_budget_of_a_fast_preset_cuts_iterations_and_not_those_that_were_given():
+    view, _, _ = make_view()
+    assert InvertingGradients.fast().budget is not None
+    assert InvertingGradients.fast(iterations=7).budget is None
+    tight = replace(InvertingGradients.fast(), budget=1.0)
+    guess = tight.run(view, seeded())
+    assert guess.details["iterations"] == 5
+    assert "to fit the budget of a CPU: 5 iterations" in guess.details["schedule"]
+    assert InvertingGradients.fast().budget > 1e11 and InvertingGradients().budget is None
+    roomy = replace(tight, budget=1e12, iterations=6).run(view, seeded())
+    assert roomy.details["iterations"] == 6
+
+
+def test_the_budget_shortens_the_steps_of_lbfgs_too():
+    view, _, _ = make_view()
+    evaluations: list[int] = []
+    simulate = view.simulate
+
+    def counted(*arguments, **known):
+        evaluations.append(1)
+        return simulate(*arguments, **known)
+
+    Plain(iterations=4, optimizer="lbfgs", budget=1.0).run(
+        replace(view, simulate=counted), seeded()
+    )
+    assert 1 <= len(evaluations) <= 8
+
+
 def test_fused_attention_is_off_inside_the_loop_only():
     view, _, _ = make_view()
     flash = torch.backends.cuda.flash_sdp_enabled
@@ -355,6 +393,7 @@ def test_settings_are_plain_values():
         {"iterations": 0},
         {"restarts": 0},
         {"seconds": 0},
+        {"budget": 0},
         {"seconds": float("nan")},
         {"spectrum": -1},
     ],

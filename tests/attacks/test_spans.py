@@ -127,26 +127,39 @@ def test_the_smoothest_image_has_the_sparsest_curvature_and_stays_in_its_space(
     origin = torch.randn(4, pixels, generator=generator).double()
     shape = (pixels, 3) if shared else (4, pixels, 3)
     basis = torch.linalg.qr(torch.randn(shape, generator=generator).double()).Q
-    scale = torch.linspace(0.2, 0.3, channels)
-    found = smoothest(AffineSpace(origin, basis), anatomy, scale=scale, iterations=200)
+    normalization = Normalization((0.4,) * channels, (0.2, 0.25, 0.3)[:channels])
+    found = smoothest(
+        AffineSpace(origin, basis), anatomy, normalization=normalization, iterations=200
+    )
     each = basis.expand(4, pixels, 3)
     moved = torch.einsum("npk,np->nk", each, found - origin)
     assert torch.allclose(found, origin + torch.einsum("npk,nk->np", each, moved), atol=1e-8)
 
-    # written anew, with convolutions: the size of every second difference of every colour
+    # written anew, with convolutions: the size of every second difference of every colour, each
+    # by its mean in the result, and what lies outside [0, 1]
     kernels = [[[1.0, -2, 1]], [[1.0], [-2], [1]], [[1.0, -1], [-1, 1]]]
     brightness, red_blue, green = [1.0, 1, 1], [1.0, 0, -1], [1.0, -2, 1]
     colours = torch.tensor([brightness, red_blue, green] if channels == 3 else [[1.0]]).double()
     colours = torch.nn.functional.normalize(colours)
 
-    def energy(v):
+    def parts_of(v):
         patches = origin + torch.einsum("npk,nk->np", each, v)
-        image = anatomy.unpatchify(patches) * scale.double()[:, None, None]
-        image = (colours @ image.flatten(1)).view(channels, 1, 8, 8)
-        parts = [
-            torch.nn.functional.conv2d(image, torch.tensor(k).double()[None, None]) for k in kernels
+        pixels = normalization.invert(anatomy.unpatchify(patches))
+        image = (colours @ pixels.flatten(1)).view(channels, 1, 8, 8)
+        conv = torch.nn.functional.conv2d
+        return [conv(image, torch.tensor(k).double()[None, None]) for k in kernels], pixels
+
+    means = [p.abs().mean((1, 2, 3), keepdim=True) for p in parts_of(moved)[0]]
+    usual = torch.cat(means).log().mean().exp()
+
+    def energy(v):
+        parts, pixels = parts_of(v)
+        sizes = [
+            (usual / m * (p.square() + 256**-2).sqrt()).sum()
+            for p, m in zip(parts, means, strict=True)
         ]
-        return sum((p.square() + 256**-2).sqrt().sum() for p in parts)
+        outside = (pixels - pixels.clamp(0, 1)).square().sum()
+        return torch.stack(sizes).sum() + 50 * outside
 
     slow = moved.clone().requires_grad_()
     search = torch.optim.LBFGS([slow], max_iter=500, line_search_fn="strong_wolfe")
@@ -170,5 +183,6 @@ def test_an_image_of_few_edges_comes_back_from_mixtures_with_others(generator):
     truth = anatomy.patchify(image)
     basis = torch.linalg.qr(torch.randn(192, 8, generator=generator).double()).Q
     wrong = torch.randn(16, 8, generator=generator).double() @ basis.T
-    found = smoothest(AffineSpace(truth + wrong, basis), anatomy)
+    plain = Normalization((0.0,) * 3, (1.0,) * 3)
+    found = smoothest(AffineSpace(truth + wrong, basis), anatomy, normalization=plain)
     assert (found - truth).norm() < 2e-3 * wrong.norm()

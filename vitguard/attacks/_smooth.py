@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vitguard.core import AffineSpace
+from vitguard.core import AffineSpace, Normalization
 from vitguard.vit import Anatomy
 
 __all__ = ["smoothest"]
@@ -21,6 +21,7 @@ _COLOURS = ((3**-0.5,) * 3, (2**-0.5, 0.0, -(2**-0.5)), (6**-0.5, -2 * 6**-0.5, 
 # what counts as a small curvature, in pixels of range 1: from nearly a quadratic to nearly a sum
 # of absolute values, down to a step of 8-bit pixels
 _COARSE, _FINE = 0.1, 1 / 256
+_WALL = 100.0  # weight of a squared pixel outside [0, 1]
 _ROUNDS = 15
 
 Image = Float[Tensor, "channels height width"]
@@ -30,23 +31,23 @@ def smoothest(
     space: AffineSpace,
     anatomy: Anatomy,
     *,
-    scale: Tensor | None = None,
+    normalization: Normalization,
     iterations: int = 30,
     tolerance: float = 1e-5,
 ) -> Float[Tensor, "patches pixels"]:
     """Return the patches x_i = origin_i + basis_i v_i whose image has the sparsest curvature.
 
     Minimises the sum of absolute second differences between neighbouring pixels, within patches
-    and across their borders, in brightness and opponent colours. Photos are straight ramps with a
-    few edges; the wrong mixtures that the equations allow put other patches' edges everywhere. An
-    absolute value forgives the edges of the photo itself, which a square would blur away.
-    Solved by reweighted least squares: conjugate gradients, then weights from the result.
+    and across their borders, in brightness and opponent colours, each relative to its own mean;
+    pixels outside [0, 1] cost extra. Photos are straight ramps with a few edges; the wrong
+    mixtures that the equations allow put other patches' edges everywhere. An absolute value
+    forgives the edges of the photo itself, which a square would blur away. Solved by reweighted
+    least squares: conjugate gradients, then weights from the result. Nothing is fitted to photos.
 
     Args:
         space: Affine space of each patch, in model-input units; an orthonormal basis converges
             fastest.
-        scale: Standard deviation of each channel in the normalisation, from model input to pixels;
-            one half where it is not given.
+        normalization: From pixels in [0, 1] to model input.
         iterations: At most so many conjugate-gradient steps in each of 15 rounds of weights.
         tolerance: Relative norm of the residual at which a round stops.
 
@@ -54,7 +55,9 @@ def smoothest(
         docs/methods.md 2.4 (`span-smooth`). Reweighting: Daubechies et al., arXiv 0807.0575.
     """
     origin, basis = space.origin, space.basis
-    colours = _mixing(anatomy, scale, origin)
+    scale = torch.tensor(normalization.std).to(origin)
+    colours = _colours(anatomy.channels).to(origin) * scale
+    wide = scale[:, None, None]
 
     def image(v: Tensor) -> Image:
         patches = v @ basis.T if basis.dim() == 2 else torch.einsum("npk,nk->np", basis, v)
@@ -63,9 +66,9 @@ def smoothest(
     def curvature(pixels: Image) -> list[Tensor]:
         return list(_curvature(torch.einsum("dc,chw->dhw", colours, pixels)))
 
-    def pull(curved: list[Tensor]) -> Tensor:
-        """Return the adjoint of v -> curvature(image(v))."""
-        pixels = torch.einsum("dc,dhw->chw", colours, _spread(curved))
+    def pull(curved: list[Tensor], outside: Image) -> Tensor:
+        """Return the adjoint of v -> (curvature, pixels) of image(v)."""
+        pixels = torch.einsum("dc,dhw->chw", colours, _spread(curved)) + wide * outside
         patches = anatomy.patchify(pixels)
         return patches @ basis if basis.dim() == 2 else torch.einsum("npk,np->nk", basis, patches)
 
@@ -73,23 +76,35 @@ def smoothest(
     v = origin.new_zeros(len(origin), basis.shape[-1])
     for turn in range(_ROUNDS):
         small = _COARSE * (_FINE / _COARSE) ** min(1.0, turn / (0.8 * _ROUNDS))
-        curved = curvature(start + image(v))
-        weights = [(c.square() + small**2).rsqrt() for c in curved]
+        now = start + image(v)
+        curved, pixels = curvature(now), normalization.invert(now)
+        beyond = pixels - pixels.clamp(0, 1)
+        weights = _weights(curved, small)
+        walls = _WALL * (beyond != 0).to(beyond)
 
-        def operator(step: Tensor, weights: list[Tensor] = weights) -> Tensor:
-            return pull(_times(weights, curvature(image(step))))
+        def operator(
+            step: Tensor, weights: list[Tensor] = weights, walls: Tensor = walls
+        ) -> Tensor:
+            moved = image(step)
+            return pull(_times(weights, curvature(moved)), walls * wide * moved)
 
-        right = -pull(_times(weights, curved))
+        right = -pull(_times(weights, curved), _WALL * beyond)
         v = v + _conjugate_gradients(operator, right, iterations, tolerance)
     return anatomy.patchify(start + image(v))
 
 
-def _mixing(anatomy: Anatomy, scale: Tensor | None, like: Tensor) -> Float[Tensor, "mixed given"]:
-    """Return the matrix from model-input channels to colours in pixel units."""
-    channels = anatomy.channels
-    colours = torch.tensor(_COLOURS) if channels == 3 else torch.eye(channels)
-    scale = torch.full((channels,), 0.5) if scale is None else scale
-    return colours.to(like) * scale.to(like)
+def _colours(channels: int) -> Float[Tensor, "mixed given"]:
+    return torch.tensor(_COLOURS) if channels == 3 else torch.eye(channels)
+
+
+def _weights(curved: list[Tensor], small: float) -> list[Tensor]:
+    """Return what makes squares of the curvature stand for its size relative to the mean size."""
+    sizes = [c.abs().mean((-2, -1), keepdim=True).clamp_min(_FINE / 8) for c in curved]
+    usual = torch.cat(sizes).log().mean().exp()
+    return [
+        usual / size * (c.square() + small**2).rsqrt()
+        for c, size in zip(curved, sizes, strict=True)
+    ]
 
 
 def _curvature(image: Tensor) -> Iterator[Tensor]:

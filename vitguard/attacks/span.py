@@ -86,8 +86,9 @@ class SpanInversion(Attack):
         space = None
         if null.shape[1]:
             space = AffineSpace(patches, null)
-            scale = torch.tensor(view.normalization.std)
-            patches = smoothest(space, anatomy, scale=scale, iterations=self.smooth_iterations)
+            patches = smoothest(
+                space, anatomy, normalization=view.normalization, iterations=self.smooth_iterations
+            )
         details: dict[str, Any] = {
             "from": system.source,
             "patch_gradient": system.reads_patch,
