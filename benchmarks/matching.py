@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 from vitguard import metrics
 from vitguard._verdicts import labels_overlap
+from vitguard.attacks._matching import _Run
 from vitguard.attacks._restart import EVALUATIONS
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.labels import infer_labels
@@ -45,6 +46,7 @@ from vitguard.vit import Anatomy
 NORMALIZATION = Normalization()
 clock = time.perf_counter
 LABEL = torch.tensor([3])
+SEED = 0
 
 
 def small_model() -> torch.nn.Module:
@@ -91,7 +93,7 @@ def ours(
     preset = InvertingGradients.fast if fast else InvertingGradients
     attack = preset(iterations=iterations)
     began = clock()
-    guess = attack.run(view, torch.Generator().manual_seed(0))
+    guess = attack.run(view, torch.Generator().manual_seed(SEED))
     return (clock() - began) / iterations, guess.images
 
 
@@ -100,6 +102,9 @@ def theirs(model: torch.nn.Module, pixels: torch.Tensor, iterations: int) -> tup
     import breaching  # type: ignore[import-not-found]
     from breaching.attacks import prepare_attack  # type: ignore[import-not-found]
 
+    view = view_of(model, pixels)
+    seeded = torch.Generator().manual_seed(SEED)
+    noise = _Run(InvertingGradients(), view, seeded).restarts[0].free.detach()
     model = model.eval()
     for module in model.modules():  # its double backward needs the plain attention
         if hasattr(module, "fused_attn"):
@@ -125,15 +130,16 @@ def theirs(model: torch.nn.Module, pixels: torch.Tensor, iterations: int) -> tup
         },
     }  # fmt: skip
     attacker = prepare_attack(model, torch.nn.CrossEntropyLoss(), config)
-    torch.manual_seed(0)
     began = clock()
-    result, _ = attacker.reconstruct([server], [shared], {})
+    result, _ = attacker.reconstruct([server], [shared], {}, initial_data=noise)
     seconds = (clock() - began) / iterations
     return seconds, NORMALIZATION.invert(result["data"]).clamp(0, 1).detach()
 
 
 def speed(options: argparse.Namespace) -> None:
     """Both attackers, turn by turn, on both models."""
+    global SEED
+    SEED = options.seed
     sys.path[:0] = options.peer
     warnings.simplefilter("ignore")
     runners: list[tuple[str, Callable[..., tuple[float, Any]]]] = [
@@ -150,6 +156,8 @@ def speed(options: argparse.Namespace) -> None:
         ("32x32/4 d=192 depth 4", small_model, options.iterations, 30),
         ("vit_tiny_patch16_224", tiny_model, max(4, options.iterations // 10), 6),
     ):
+        if options.small_only and make is tiny_model:
+            continue
         pixels = photo(options.photo, make())
         unit = forward_backward(make(), pixels, repeat)
         patch = (4, 4) if pixels.shape[-1] == 32 else (16, 16)
@@ -335,6 +343,8 @@ def main() -> None:
     timing = commands.add_parser("speed", help="against breaching")
     timing.add_argument("--peer", action="append", default=[], metavar="PATH")
     timing.add_argument("--photo", default="astronaut")
+    timing.add_argument("--seed", type=int, default=0, help="of the noise that both start from")
+    timing.add_argument("--small-only", action="store_true", help="leave vit_tiny out")
     timing.add_argument("--iterations", type=int, default=200)
     timing.add_argument("--rounds", type=int, default=1)
     timing.add_argument("--threads", type=int, default=1)

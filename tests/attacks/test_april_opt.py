@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 
 from vitguard import metrics
 from vitguard.attacks.april_opt import AprilMatching
-from vitguard.core import Normalization
-from vitguard.data import sample_images
 from vitguard.errors import InputError
-from vitguard.guard import protect
-from vitguard.threats import CuriousServer
 from vitguard.vit import Anatomy
 
 
-def make_view(withhold=()):
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=16,
-        patch_size=4,
-        embed_dim=64,
-        depth=2,
-        num_heads=2,
-        num_classes=10,
-    )
-    truth = sample_images((16, 16), count=1).pixels
-    guard = protect(model.train(), [])
-    update = guard.update(Normalization().apply(truth), torch.tensor([2]))
-    return CuriousServer(withhold=withhold).view(guard, update, Normalization()), truth
-
-
-@pytest.fixture(scope="module")
-def attacked():
-    return make_view()
-
-
 def test_the_distance_is_squared_error_minus_alpha_times_the_position_cosine(attacked):
-    view, _ = attacked
+    view, _ = attacked([2])
     seen = {k: v.double() for k, v in view.update.tensors.items()}
     generator = torch.Generator().manual_seed(0)
     dummy = {k: torch.randn(v.shape, generator=generator).double() for k, v in seen.items()}
@@ -51,18 +24,18 @@ def test_the_distance_is_squared_error_minus_alpha_times_the_position_cosine(att
 
 
 def test_without_the_position_gradient_the_term_is_off_and_it_says_so(attacked):
-    view, _ = make_view(withhold=("position",))
+    view, _ = attacked([2], withhold=("position",))
     guess = AprilMatching.fast(iterations=1).run(view, torch.Generator())
     assert "position gradient" in guess.details["dropped"][0]
     assert (
         "dropped"
-        not in AprilMatching.fast(iterations=1).run(attacked[0], torch.Generator()).details
+        not in AprilMatching.fast(iterations=1).run(attacked([2])[0], torch.Generator()).details
     )
 
 
 @pytest.mark.parametrize("settings", [{}, {"total_variation": 0.01}])
 def test_it_ends_3_db_above_its_own_start(attacked, settings):
-    view, truth = attacked
+    view, truth = attacked([2])
     attack = AprilMatching.fast(**settings)
     start = attack.begins_at(view, torch.Generator().manual_seed(0))
     guess = attack.run(view, torch.Generator().manual_seed(0))

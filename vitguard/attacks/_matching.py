@@ -385,7 +385,7 @@ class _Run:
 
     def _schedule(self) -> str:
         """Say plainly how long the run was beside the paper's."""
-        paper = next(f.default for f in fields(self.attack) if f.name == "iterations")
+        paper = type(self.attack)().iterations
         if self.planned >= paper:
             return f"the full {paper:,} iterations"
         cause = "" if self.planned == self.attack.iterations else " to fit the budget of a CPU"
