@@ -286,9 +286,10 @@ class Guard:
     def _gradient(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         step = self._step()
         if step is not None:
+            ledger = step.record(self._ledgers.get(step.name))
             with self.rehearsing():
                 gradient = dict(step.gradient(self.model, loss, batch, self._draws))
-            self._ledgers[step.name] = step.record(self._ledgers.get(step.name))
+            self._ledgers[step.name] = ledger
             return gradient
         parameters = canonical_parameters(self.model)
         total = loss(logits_of(self.model(batch.images)), batch.labels) + self.auxiliary_loss()

@@ -191,6 +191,24 @@ def test_target_epsilon_is_spent_after_the_epochs_and_not_exceeded():
     private, poisson = guard.prepare(optimizer, loader)
     train(model, guard, private, poisson, passes=2)
     assert 2.9 < guard.privacy_spent().epsilon <= 3.0
+    planned = guard.privacy_spent().steps
+    with pytest.raises(Unprotected, match="at most epsilon 3"):
+        train(model, guard, private, poisson, passes=2)
+    assert guard.privacy_spent().epsilon <= 3.0
+    assert guard.privacy_spent().steps <= planned + 1  # one that the rounding of the noise left
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_target_epsilon_holds_over_rounds_of_any_data():
+    model, guard, optimizer, loader = protected(noise=None, epsilon=3.0, epochs=2)
+    private, poisson = guard.prepare(optimizer, loader)
+    train(model, guard, private, poisson, passes=2)
+    records = loader.dataset
+    other = DataLoader(records, batch_size=loader.batch_size // 2)
+    private, poisson = guard.prepare(optimizer, other)
+    with pytest.raises(Unprotected, match="at most epsilon 3"):
+        train(model, guard, private, poisson)
+    assert guard.privacy_spent().epsilon <= 3.0
 
 
 def test_without_noise_epsilon_is_infinite():

@@ -48,7 +48,8 @@ class DifferentialPrivacy(StepDefense):
         noise: Noise multiplier: standard deviation over `clip`. 0 gives no privacy and an infinite
             epsilon. With neither `epsilon` nor `noise`, 1.0.
         epochs: Passes over the data that the target epsilon must last for, over all rounds. In
-            `Guard.update`, where nothing is sampled, the number of updates.
+            `Guard.update`, where nothing is sampled, the number of updates. A step that would
+            spend more than the target raises `Unprotected` and releases nothing.
         engine: `bookkeeping`, or `opacus` for Opacus's own per-sample gradients: slow, for
             reference.
         accountant: `prv` (tight) or `rdp`.
@@ -162,10 +163,30 @@ class DifferentialPrivacy(StepDefense):
         return prepare_training(self, model, optimizer, loader, draws, ledger or Ledger())
 
     def record(self, ledger: Ledger | None) -> Ledger:
-        """Add one release of `gradient`: every example takes part, so nothing is amplified."""
-        ledger = ledger or Ledger()
-        ledger.record(self._release_noise(), 1.0)
-        return ledger
+        """Return the ledger with one more release of `gradient`; as all take part, not amplified.
+
+        Raises:
+            Unprotected: The target epsilon does not cover another release.
+        """
+        longer = Ledger([] if ledger is None else [*ledger.history])
+        longer.record(self._release_noise(), 1.0)
+        self.refuse_beyond_target(longer, math.ceil(self.epochs or 1))
+        return longer
+
+    def refuse_beyond_target(self, ledger: Ledger, planned: int) -> None:
+        """Raise Unprotected if a ledger spends more than the target epsilon.
+
+        Args:
+            planned: Releases that the noise was chosen for; fewer equal ones need no accountant.
+        """
+        if self.epsilon is None or (len(ledger.history) == 1 and ledger.steps <= planned):
+            return
+        if (spent := ledger.spent(self.delta, self.accountant)).epsilon > self.epsilon:
+            raise Unprotected(
+                f"Expected at most epsilon {self.epsilon:g}, got a step that would make it "
+                f"{spent.epsilon:.4g} after {ledger.steps} steps; nothing was released. Protect "
+                "with more epochs from the start, or with noise in place of epsilon."
+            )
 
     def privacy_spent(self, ledger: Ledger | None) -> PrivacySpent:
         """Return what the releases in the ledger add up to."""

@@ -14,7 +14,7 @@ from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.checks import check_model, probe
 from vitguard.defenses.privacy.loader import PoissonLoader
 from vitguard.defenses.privacy.training import PrivateTraining
-from vitguard.errors import Incompatible, UnsupportedModel, expected, missing_extra
+from vitguard.errors import Incompatible, Unprotected, UnsupportedModel, expected, missing_extra
 from vitguard.vit import Anatomy
 
 if TYPE_CHECKING:
@@ -70,7 +70,18 @@ def prepare_training(
         generator=noise_source,
         secure_mode=defense.secure_mode,
     )
-    private.attach_step_hook(lambda _: ledger.record(noise, poisson.rate))
+
+    def count(private: Any) -> None:
+        longer = Ledger([*ledger.history])
+        longer.record(noise, poisson.rate)
+        try:
+            defense.refuse_beyond_target(longer, steps)
+        except Unprotected:
+            private.zero_grad()
+            raise
+        ledger.history = longer.history
+
+    private.attach_step_hook(count)  # called before the parameters move
     return private, poisson, ledger
 
 
