@@ -344,6 +344,10 @@ class TestConsole:
         assert console_text(report(*twice)).count("it is sealed") == 1
         assert console_text(report(*twice, other)).count("it is sealed") == 2
 
+    def test_what_a_verdict_does_not_mean_stands_at_each_of_them(self) -> None:
+        twice = [finding(d, details={"exact": "no exact attack known"}) for d in (FIXED, STACK)]
+        assert console_text(report(*twice)).count("that is not protection") == 2
+
     def test_columns_stay_aligned(self) -> None:
         lines = console_text(full_report()).splitlines()
         heading = next(line for line in lines if "verdict" in line)

@@ -117,9 +117,15 @@ def remarks(finding: Finding) -> list[str]:
             f"identified {share(finding.identified)}, bound {share(bound)} for any attack on this "
             f"one update (a blind guess: {prior})"
         )
-    if isinstance(exact := details.get("exact"), str) and exact.startswith("no exact"):
-        lines.append(f"{exact} for this batch and width; that is not protection")
-    return [line for line in lines if line]
+    return [line for line in (*lines, _caution(finding)) if line]
+
+
+def _caution(finding: Finding) -> str:
+    """Return what keeps a reader from trusting the verdict too far, "" where nothing does."""
+    exact = finding.details.get("exact")
+    if isinstance(exact, str) and exact.startswith("no exact"):
+        return f"{exact} for this batch and width; that is not protection"
+    return ""
 
 
 def print_to(report: AuditReport, console: Console) -> None:
@@ -149,7 +155,7 @@ def print_to(report: AuditReport, console: Console) -> None:
             console.print(line, crop=False)
             for remark in remarks(f):
                 new = (f.attack, remark) not in said  # the first time is enough for a table
-                if new or remark == accuracies(f):
+                if new or remark in (accuracies(f), _caution(f)):
                     said.add((f.attack, remark))
                     say(remark, "dim", indent=4)
     console.print()
