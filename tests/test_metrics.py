@@ -149,6 +149,16 @@ def test_baseline_takes_the_best_of_flat_image_flat_patches_and_mean_image(photo
     assert float(metrics.baseline(photos, (8, 8), mean_image=photos[0]).psnr[0]) == 200.0
 
 
+@pytest.mark.parametrize("away", [0.0, 0.03, 0.1, 0.2, 0.5])
+def test_the_mean_image_counts_wherever_it_is_better(photos, away):
+    generator = torch.Generator().manual_seed(0)
+    mean = photos[2] + away * (torch.rand(photos[2].shape, generator=generator) - 0.5)
+    made = metrics.baseline(photos, (8, 8), mean_image=mean).patch_psnr
+    each = metrics.patch_psnr(mean.expand_as(photos), photos, (8, 8))
+    slow = torch.maximum(metrics.baseline(photos, (8, 8)).patch_psnr, each)
+    torch.testing.assert_close(made, slow)
+
+
 def test_no_order_of_flat_patches_beats_their_own_places(photos):
     patches = photos.unflatten(2, (8, 8)).unflatten(4, (8, 8)).mean((3, 5))
     flat = patches.repeat_interleave(8, 2).repeat_interleave(8, 3)
