@@ -1,14 +1,15 @@
 """What the exact attacks reach: one row per case, with floors, verified share and seconds.
 
     python benchmarks/ladder.py [--seconds S] [--only WORD ...] [--images DIR]
-    python benchmarks/ladder.py --damage [--images DIR]
 
 PSNR is the worst image of the batch. `floor` is the flat image and the best of flat image and flat
 patches under matching (`vitguard.metrics.baseline`). Rows on CIFAR need the weights and images in
 the folder that VITGUARD_DATA names. ViT-B rows have random weights with every norm and bias moved.
-Under a shuffle the mask is inferred from the update; `matched` and `>= 100 dB` do not count the
-order of the patches. Photos are the sample photos of scikit-image. `CPU s` is the process's own
-time, which is what to compare on a machine that is shared.
+Under a shuffle the mask is inferred from the update, or known: with learnable positions the rows of
+shuffled positions are zero. `matched` and `>= 100 dB` do not count the order of the patches.
+`unrounded` is the worst image before the adversary's last step, which may round pixels to those of
+image files. Photos are the sample photos of scikit-image. `CPU s` is the process's own time, which is
+what to compare on a machine that is shared. Damaged gradients: benchmarks/damage.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from vitguard import data
+from vitguard.attacks import ladder as rungs
 from vitguard.attacks.ladder import Ladder
-from vitguard.attacks.position import PositionInversion
-from vitguard.attacks.robust import RobustPosition, RobustSpan
-from vitguard.attacks.span import SpanInversion
 from vitguard.core import Guess, Normalization, View
-from vitguard.errors import Blocked, NotApplicable
 from vitguard.guard import protect
 from vitguard.metrics import baseline, best_assignment, patch_psnr, psnr
 from vitguard.models import build_model, load_checkpoint
@@ -54,22 +52,22 @@ class Case:
     images: Callable[[], tuple[Tensor, Tensor]]
     defenses: str = FROZEN
     normalization: Normalization = PLAIN
+    double: bool = False
 
 
 def main() -> None:
-    """Print the table, or the one of damaged gradients."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--images", type=Path)
-    parser.add_argument("--damage", action="store_true")
     options = parser.parse_args()
     print(f"threads {torch.get_num_threads()}, torch {torch.__version__}", flush=True)
-    if options.damage:
-        return damage_table(options.images)
-    heads = "case, rung, raw dB [floor], matched dB [floor], verified, >= 100 dB, seconds, CPU s"
-    print(f"| {heads.replace(', ', ' | ')} |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    heads = (
+        "case, rung, unrounded dB, raw dB [floor], matched dB [floor], verified, >= 100 dB, "
+        "seconds, CPU s"
+    )
+    print(f"| {heads.replace(', ', ' | ')} |\n{'|---' * 9}|", flush=True)
     for case in cases():
         if not options.only or any(word in case.name for word in options.only):
             print(row(case, options.seconds, options.images), flush=True)
@@ -85,8 +83,17 @@ def cases() -> Iterator[Case]:
     yield Case("ViT-B/32 depth 12, B=2", lambda: vit_base(32, 12), photos(2))
     for batch in (1, 2):
         yield Case(f"ViT-B/16 depth 3, B={batch}", lambda: vit_base(16, 3), photos(batch))
-    yield Case("d=384 depth 3 32 px, sine-cosine, B=1", narrow, photos(1, size=32),
-               "positions:kind=sincos")  # fmt: skip
+    for index in range(3):
+        name = f"ViT-B/16 depth 3, B=1, photo {index + 2}"
+        yield Case(name, lambda: vit_base(16, 3), photos(1, index + 1))
+    for index in range(3):
+        name = f"d=384 depth 3 32 px, sine-cosine, B=1, photo {index + 1}"
+        yield Case(name, narrow, photos(1, index, size=32), "positions:kind=sincos")
+    yield Case("d=384 depth 3 32 px, sine-cosine, B=1, float64", narrow, photos(1, size=32),
+               "positions:kind=sincos", double=True)  # fmt: skip
+    for batch in (1, 2):
+        yield Case(f"d=384 depth 3 32 px, average pooling, B={batch}", averaging,
+                   photos(batch, size=32))  # fmt: skip
     if not os.environ.get("VITGUARD_DATA"):
         return
     for batch in (1, 2, 4):
@@ -96,6 +103,8 @@ def cases() -> Iterator[Case]:
     for ratio in (0.05, 0.3, 0.7, 0.9):
         stack = f"{FROZEN}+shuffle:ratio={ratio},mask=uniform"
         yield cifar_case(f"trained d=128 32 px, shuffle {ratio}", 32, 1, stack)
+        stack = f"shuffle:ratio={ratio},mask=uniform"
+        yield cifar_case(f"trained d=128 32 px, shuffle {ratio}, mask known", 32, 1, stack)
     yield cifar_case("trained d=128 32 px, sine-cosine", 32, 1, "positions:kind=sincos")
 
 
@@ -107,11 +116,11 @@ def cifar_case(name: str, size: int, batch: int, defenses: str = FROZEN) -> Case
 def row(case: Case, seconds: float, folder: Path | None) -> str:
     """Run one case and return its line."""
     model, (pixels, labels) = case.model(), case.images()
+    if case.double:
+        model, pixels = model.double(), pixels.double()
     view, shuffled = observe(model, pixels, labels, case)
     anatomy = Anatomy.of(view.model)
-    started, worked = time.perf_counter(), time.process_time()
-    guess = Ladder(seconds=seconds).run(view, torch.Generator().manual_seed(0))
-    spent, worked = time.perf_counter() - started, time.process_time() - worked
+    guess, rough, (spent, worked) = climb(view, seconds)
     made = matched(guess.images.cpu(), pixels)
     floor = baseline(pixels, anatomy.patch_size)
     raw, moved = psnr(made, pixels), patch_psnr(made, pixels, anatomy.patch_size)
@@ -119,11 +128,34 @@ def row(case: Case, seconds: float, folder: Path | None) -> str:
         save_picture(folder / PICTURES[case.name], pixels, made)
     sharp = patches_above(anatomy, made, pixels, shuffled, 100.0)
     return (
-        f"| {case.name} | {guess.details['rung']} | {float(raw.min()):.1f} "
+        f"| {case.name} | {guess.details['rung']} | "
+        f"{float(psnr(matched(rough.images.cpu(), pixels), pixels).min()):.1f} | "
+        f"{float(raw.min()):.1f} "
         f"[{float(floor.psnr.min()):.1f}] | {float(moved.min()):.1f} "
         f"[{float(floor.patch_psnr.min()):.1f}] | {100 * guess.details['verified']:.0f} % | "
         f"{sharp} | {spent:.1f} | {worked:.1f} |"
     )
+
+
+def climb(view: View, seconds: float) -> tuple[Guess, Guess, tuple[float, float]]:
+    """Return the ladder's guess, the one before anything was rounded, and seconds by both clocks."""
+    given: list[Any] = []
+    final = rungs.polish
+
+    def keeping(*arguments: Any, levels: int | None) -> Guess:
+        given.extend(arguments)
+        return final(*arguments, levels=levels)
+
+    rungs.polish = keeping
+    started, worked = time.perf_counter(), time.process_time()
+    try:
+        guess = Ladder(seconds=seconds).run(view, torch.Generator().manual_seed(0))
+    finally:
+        rungs.polish = final
+    spent = time.perf_counter() - started, time.process_time() - worked
+    if "rounded" not in guess.details.get("polish", ""):
+        return guess, guess, spent
+    return guess, final(*given[:3], time.monotonic() + seconds, levels=None), spent
 
 
 PICTURES = {
@@ -174,6 +206,12 @@ def narrow() -> nn.Module:
     """Return a random ViT of width 384 with 64 tokens."""
     sizes = "img_size=32,patch_size=4,embed_dim=384,depth=3,num_heads=6,num_classes=10"
     return moved(build_model(f"vit_tiny_patch16_224:{sizes}"))
+
+
+def averaging() -> nn.Module:
+    """Return the same without a class token, its tokens averaged."""
+    sizes = "img_size=32,patch_size=4,embed_dim=384,depth=3,num_heads=6,num_classes=10"
+    return moved(build_model(f"vit_tiny_patch16_224:{sizes},global_pool=avg,class_token=false"))
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -230,81 +268,6 @@ def save_picture(path: Path, truth: Tensor, made: Tensor) -> None:
     grid = torch.cat(rows, 1).permute(1, 2, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((grid * 255).round().byte().numpy()).save(path)
-
-
-# Damaged gradients: median over photos, plain closed form and its robust form.
-
-DAMAGES = ("noise 1e-6", "noise 1e-4", "noise 1e-3", "noise 1e-2", "noise 1e-1", "float16",
-           "bfloat16", "keep 10 %", "clipping", "5 local steps")  # fmt: skip
-
-
-def damage_table(folder: Path | None) -> None:
-    """Print median PSNR per damage and attack; draw it where `folder` is given."""
-    attacks = (PositionInversion(), RobustPosition(), SpanInversion(), RobustSpan())
-    print("| damage | " + " | ".join(a.name for a in attacks) + " |\n|---|---|---|---|---|")
-    table = []
-    for damage in DAMAGES:
-        figures = torch.tensor([list(damaged(damage, index, attacks)) for index in range(3)])
-        table.append(figures.nanmedian(0).values)
-        print(f"| {damage} | " + " | ".join(f"{v:.1f}" for v in table[-1]) + " |", flush=True)
-    if folder is not None:
-        draw_damage(folder / "ladder-damage.png", torch.stack(table), [a.name for a in attacks])
-
-
-def damaged(damage: str, index: int, attacks: tuple) -> Iterator[float]:
-    """Yield each attack's PSNR on one photo's damaged gradient."""
-    pixels = data.sample_images((32, 32), count=5).pixels[index : index + 1]
-    model = cifar_vit(32) if os.environ.get("VITGUARD_DATA") else narrow()
-    model.train()
-    labels = torch.tensor([index])
-    guard = protect(model, [])
-    how = {"learning_rate": 0.01, "local_steps": 5} if "steps" in damage else {}
-    update = guard.update(CIFAR.apply(pixels), labels, **how)
-    view = CuriousServer(()).view(guard, update, CIFAR)
-    total = torch.cat([t.flatten() for t in update.tensors.values()]).double()
-    generator = torch.Generator().manual_seed(index)
-    sigma = float(damage.split()[1]) if damage.startswith("noise") else 0.0
-    sigma *= float(total.norm()) / total.numel() ** 0.5
-
-    def spoil(tensor: Tensor) -> Tensor:
-        if sigma:
-            return tensor + sigma * torch.randn(tensor.shape, generator=generator)
-        if damage in ("float16", "bfloat16"):
-            return tensor.to(getattr(torch, damage)).float()
-        if damage == "clipping":
-            return tensor * min(1.0, 0.1 / float(total.norm()))
-        if damage == "keep 10 %":
-            bound = tensor.abs().flatten().kthvalue(max(1, int(0.9 * tensor.numel()))).values
-            return torch.where(tensor.abs() > bound, tensor, 0.0)
-        return tensor
-
-    tensors = {name: spoil(tensor) for name, tensor in update.tensors.items()}
-    view = replace(view, update=replace(update, tensors=tensors))
-    for attack in attacks:
-        try:
-            guess: Guess = attack.run(view, torch.Generator().manual_seed(0))
-            yield float(psnr(guess.images.cpu(), pixels))
-        except (NotApplicable, Blocked):
-            yield float("nan")
-
-
-def draw_damage(path: Path, table: Tensor, names: list[str]) -> None:
-    """Draw one bar group per damage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 3.6))
-    for column, name in enumerate(names):
-        places = torch.arange(len(DAMAGES)) + 0.2 * column - 0.3
-        axes.bar(places.tolist(), table[:, column].nan_to_num(0).tolist(), 0.18, label=name)
-    axes.set_xticks(range(len(DAMAGES)), DAMAGES, rotation=30, ha="right")
-    axes.set_ylabel("PSNR in dB, median of three photos")
-    axes.axhline(15, color="0.5", linewidth=0.8)
-    axes.legend(frameon=False, ncols=4, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

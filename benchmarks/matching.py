@@ -5,10 +5,11 @@
     python benchmarks/matching.py table --data FOLDER [--attacks ...] [--batches 1 2 4 8]
     python benchmarks/matching.py labels --data FOLDER [--batches 8 32]
 
-`speed` runs both attackers on the same model, photo, iterations and threads, turn by turn, each
-from the same noise: where a run ends in raw PSNR hangs on its noise by 2 dB and more. The peer
-(https://github.com/JonasGeiping/breaching) and what it imports (hydra-core, omegaconf, lpips) are
-installed beside this project and found in the folders given with `--peer`.
+`speed` runs both attackers on the same models, photos, iterations and threads, turn by turn, each
+from the same noise: where a run ends in raw PSNR hangs on its noise by 2 dB and more, so figures
+are medians over photos and seeds. The peer (https://github.com/JonasGeiping/breaching) and what it
+imports (hydra-core, omegaconf, lpips) are installed beside this project and found in the folders
+given with `--peer`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,6 @@ import torch.nn.functional as F
 
 from vitguard import metrics
 from vitguard._verdicts import labels_overlap
-from vitguard.attacks._matching import _Run
-from vitguard.attacks._restart import EVALUATIONS
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.labels import infer_labels
 from vitguard.core import Guess, Normalization, View
@@ -46,7 +45,7 @@ from vitguard.vit import Anatomy
 NORMALIZATION = Normalization()
 clock = time.perf_counter
 LABEL = torch.tensor([3])
-SEED = 0
+INNER = 20  # evaluations of the update in one iteration of L-BFGS
 
 
 def small_model() -> torch.nn.Module:
@@ -86,25 +85,24 @@ def forward_backward(model: torch.nn.Module, pixels: torch.Tensor, repeat: int) 
 
 
 def ours(
-    model: torch.nn.Module, pixels: torch.Tensor, iterations: int, *, fast: bool = False
-) -> tuple[float, Any]:
+    model: torch.nn.Module, pixels: torch.Tensor, noise: Guess, iterations: int, *, fast: bool
+) -> tuple[float, torch.Tensor]:
     """Seconds per iteration and the images of `inverting`, the paper's settings or `fast`."""
     view = view_of(model, pixels)
     preset = InvertingGradients.fast if fast else InvertingGradients
-    attack = preset(iterations=iterations)
+    attack = preset(iterations=iterations, start=noise)
     began = clock()
-    guess = attack.run(view, torch.Generator().manual_seed(SEED))
+    guess = attack.run(view, torch.Generator().manual_seed(0))
     return (clock() - began) / iterations, guess.images
 
 
-def theirs(model: torch.nn.Module, pixels: torch.Tensor, iterations: int) -> tuple[float, Any]:
+def theirs(
+    model: torch.nn.Module, pixels: torch.Tensor, noise: Guess, iterations: int
+) -> tuple[float, torch.Tensor]:
     """Seconds per iteration and the images of breaching's `invertinggradients`."""
     import breaching  # type: ignore[import-not-found]
     from breaching.attacks import prepare_attack  # type: ignore[import-not-found]
 
-    view = view_of(model, pixels)
-    seeded = torch.Generator().manual_seed(SEED)
-    noise = _Run(InvertingGradients(), view, seeded).restarts[0].free.detach()
     model = model.eval()
     for module in model.modules():  # its double backward needs the plain attention
         if hasattr(module, "fused_attn"):
@@ -131,54 +129,75 @@ def theirs(model: torch.nn.Module, pixels: torch.Tensor, iterations: int) -> tup
     }  # fmt: skip
     attacker = prepare_attack(model, torch.nn.CrossEntropyLoss(), config)
     began = clock()
-    result, _ = attacker.reconstruct([server], [shared], {}, initial_data=noise)
+    first = NORMALIZATION.apply(noise.images)
+    result, _ = attacker.reconstruct([server], [shared], {}, initial_data=first)
     seconds = (clock() - began) / iterations
     return seconds, NORMALIZATION.invert(result["data"]).clamp(0, 1).detach()
 
 
 def speed(options: argparse.Namespace) -> None:
-    """Both attackers, turn by turn, on both models."""
-    global SEED
-    SEED = options.seed
+    """All attackers, turn by turn, on both models, each photo and seed."""
     sys.path[:0] = options.peer
     warnings.simplefilter("ignore")
-    runners: list[tuple[str, Callable[..., tuple[float, Any]]]] = [
-        ("vitguard", ours),
-        ("vitguard fast", functools.partial(ours, fast=True)),
-    ]
+    runners: dict[str, Callable[..., tuple[float, torch.Tensor]]] = {
+        "vitguard": functools.partial(ours, fast=False),
+        "vitguard fast": functools.partial(ours, fast=True),
+    }
     if options.peer:
         import logging
 
         logging.disable(logging.CRITICAL)
-        runners.append(("breaching", theirs))
-    print(f"{options.threads} threads, photo {options.photo}")
-    for name, make, iterations, repeat in (
-        ("32x32/4 d=192 depth 4", small_model, options.iterations, 30),
-        ("vit_tiny_patch16_224", tiny_model, max(4, options.iterations // 10), 6),
-    ):
-        if options.small_only and make is tiny_model:
-            continue
-        pixels = photo(options.photo, make())
-        unit = forward_backward(make(), pixels, repeat)
-        patch = (4, 4) if pixels.shape[-1] == 32 else (16, 16)
-        floor = metrics.baseline(pixels, patch)
-        print(f"\n{name}: {iterations} iterations, forward+backward {1e3 * unit:.1f} ms, "
-              f"floor {float(floor.psnr):.1f} raw "
-              f"{float(floor.patch_psnr):.1f} matched")  # fmt: skip
-        seconds: dict[str, list[float]] = {}
-        quality: dict[str, tuple[float, float]] = {}
-        for _ in range(options.rounds):
-            for who, run in runners:
-                taken, images = run(make(), pixels, iterations)
-                seconds.setdefault(who, []).append(taken)
-                raw = float(metrics.psnr(images, pixels))
-                quality[who] = raw, float(metrics.patch_psnr(images, pixels, patch))
-        for who, taken in seconds.items():
-            best = min(taken)
-            print(f"  {who:14s} {1e3 * best:7.1f} ms/iteration, {best / unit:.2f} units, "
-                  f"PSNR {quality[who][0]:.2f} raw {quality[who][1]:.2f} matched")  # fmt: skip
-        if "breaching" in seconds:
-            print(f"  ratio {min(seconds['vitguard']) / min(seconds['breaching']):.2f}")
+        runners["breaching"] = theirs
+    print(f"{options.threads} threads, {', '.join(options.photos)}, {options.seeds} seeds each")
+    small = ("32x32/4 d=192 depth 4", small_model, options.iterations, 30)
+    tiny = ("vit_tiny_patch16_224", tiny_model, options.tiny_iterations, 6)
+    for name, make, iterations, repeat in (small, tiny) if options.tiny_iterations else (small,):
+        seconds: dict[str, list[float]] = {who: [] for who in runners}
+        scores: dict[str, list[tuple[float, float]]] = {who: [] for who in runners}
+        units = []
+        for which in options.photos:
+            pixels = photo(which, make())
+            patch = Anatomy.of(make()).patch_size
+            for seed in range(options.seeds):
+                units.append(forward_backward(make(), pixels, repeat))
+                view, seeded = view_of(make(), pixels), torch.Generator().manual_seed(seed)
+                noise = Guess(images=InvertingGradients().begins_at(view, seeded))
+                for who, run in runners.items():
+                    taken, images = run(make(), pixels, noise, iterations)
+                    seconds[who].append(taken)
+                    score = metrics.score(images, pixels, patch)
+                    scores[who].append((float(score.psnr), float(score.patch_psnr)))
+                    print(f"  {which} {seed} {who:14s} {1e3 * taken:7.1f} ms "
+                          f"{scores[who][-1][0]:.2f} raw {scores[who][-1][1]:.2f} matched",
+                          file=sys.stderr, flush=True)  # fmt: skip
+        report(name, iterations, units, seconds, scores)
+
+
+def report(
+    name: str,
+    iterations: int,
+    units: list[float],
+    seconds: dict[str, list[float]],
+    scores: dict[str, list[tuple[float, float]]],
+) -> None:
+    """Print medians over photos and seeds."""
+    unit = statistics.median(units)
+    print(f"\n{name}: {iterations} iterations, forward+backward {1e3 * unit:.1f} ms")
+    for who, taken in seconds.items():
+        each = statistics.median(taken)
+        raw, matched = (statistics.median(column) for column in zip(*scores[who], strict=True))
+        print(f"  {who:14s} {1e3 * each:7.1f} ms/iteration, {each / unit:.2f} units, "
+              f"median PSNR {raw:.2f} raw {matched:.2f} matched")  # fmt: skip
+    if "breaching" in seconds:
+        pairs = zip(seconds["vitguard"], seconds["breaching"], strict=True)
+        print(f"  ratio of seconds {statistics.median(a / b for a, b in pairs):.2f}")
+        for column, what in enumerate(("raw", "matched")):
+            gaps = [
+                a[column] - b[column]
+                for a, b in zip(scores["vitguard"], scores["breaching"], strict=True)
+            ]
+            print(f"  {what}: median difference {statistics.median(gaps):+.2f} dB, "
+                  f"from {min(gaps):+.2f} to {max(gaps):+.2f}")  # fmt: skip
 
 
 def photo(name: str, model: Any) -> torch.Tensor:
@@ -290,7 +309,7 @@ def lines(
         sizes: dict[str, Any] = {"start": guess}
         if options.evaluations:
             steps = name in ("dlg", "idlg", "april-opt")
-            inner = EVALUATIONS if steps else 1
+            inner = INNER if steps else 1
             sizes["iterations"] = max(1, options.evaluations // inner)
         if options.restarts and name in ("gradinversion", "gradvit"):
             sizes["restarts"] = options.restarts
@@ -342,11 +361,10 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     timing = commands.add_parser("speed", help="against breaching")
     timing.add_argument("--peer", action="append", default=[], metavar="PATH")
-    timing.add_argument("--photo", default="astronaut")
-    timing.add_argument("--seed", type=int, default=0, help="of the noise that both start from")
-    timing.add_argument("--small-only", action="store_true", help="leave vit_tiny out")
-    timing.add_argument("--iterations", type=int, default=200)
-    timing.add_argument("--rounds", type=int, default=1)
+    timing.add_argument("--photos", nargs="+", default=["astronaut", "coffee", "chelsea"])
+    timing.add_argument("--seeds", type=int, default=2, help="of the noise that all start from")
+    timing.add_argument("--iterations", type=int, default=200, help="on the small model")
+    timing.add_argument("--tiny-iterations", type=int, default=4, help="0 leaves vit_tiny out")
     timing.add_argument("--threads", type=int, default=1)
     timing.add_argument(
         "--cpu-clock", action="store_true", help="count CPU seconds: for a machine that is shared"

@@ -152,11 +152,13 @@ def attacked(spec: str) -> list[Defense]:
     ]  # fmt: skip
 
 
-def best(audits: list[dict[str, Any]], run: dict[str, Any], what: str) -> float | None:
-    """Return the median over images of the best attack's dB, None where no attack applied."""
-    same = ("configuration", "ratio", "seed")
-    rows = [a[what] for a in audits if a[what] and all(a[k] == run[k] for k in same)]
-    return statistics.median(max(each) for each in zip(*rows, strict=True)) if rows else None
+def best(audits: list[dict[str, Any]], name: str, ratio: float, what: str) -> list[float]:
+    """Return the best attack's dB on each image of each seed; empty where none applied."""
+    rows = [a for a in audits if (a["configuration"], a["ratio"]) == (name, ratio) and a[what]]
+    seeds = {
+        seed: [a[what] for a in rows if a["seed"] == seed] for seed in {a["seed"] for a in rows}
+    }
+    return [max(image) for tries in seeds.values() for image in zip(*tries, strict=True)]
 
 
 def report(options: argparse.Namespace) -> None:
@@ -191,42 +193,55 @@ def _seen(path: Path) -> None:
 def _table(done: list[dict[str, Any]], audits: list[dict[str, Any]]) -> Iterator[str]:
     first = done[0]
     yield (
-        f"ViT of width {first['width']}, depth {first['depth']}, {first['image_size']} px in 4 px "
-        f"patches, {first['images']} CIFAR-10 images, {first['steps']} steps of "
-        f"{first['batch_size']}, AdamW; accuracy on 2,000 test images; "
-        "the ladder on one gradient of single test images, in steps that shuffle."
+        f"Budget: ViT of width {first['width']}, depth {first['depth']}, {first['image_size']} px "
+        f"in 4 px patches, {first['images']:,} CIFAR-10 images, {first['epochs']} epochs "
+        f"({first['steps']:,} steps of {first['batch_size']}), AdamW, the same for all. Accuracy "
+        "on 2,000 test images, mean and range over seeds. Attack: `ladder`, up to 120 s an image, "
+        "on the gradient of one image in a step that shuffles; "
+        f"{len(audits[0]['floor']) if audits else 0} test images a seed, medians."
     )
     yield ""
     yield (
         "| configuration | ratio | seeds | accuracy % (range) | image dB (raw) "
-        "| content dB (matched) | mask precision / recall |"
+        "| content dB (matched) | content above flat patches | mask precision / recall |"
     )
-    yield "|---|---|---|---|---|---|---|"
-    places = {name: i for i, name in enumerate((*CONFIGURATIONS, PAPER))}
-    rows = {(r["configuration"], r["ratio"]) for r in done}
-    for name, ratio in sorted(
-        rows, key=lambda row: (row[1] not in (0, RATIO), places[row[0]], row)
-    ):
-        group = [r for r in done if (r["configuration"], r["ratio"]) == (name, ratio)]
-        accuracy = [100 * r["accuracy"] for r in group]
-        spread = f" ({min(accuracy):.1f} to {max(accuracy):.1f})" if len(group) > 1 else ""
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, ratio in _rows(done):
+        accuracy = _accuracy(done, name, ratio)
+        spread = f" ({min(accuracy):.1f} to {max(accuracy):.1f})" if len(accuracy) > 1 else ""
+        leaks = [a for a in audits if a["patch_psnr"]]
+        content, floors = (best(leaks, name, ratio, w) for w in ("patch_psnr", "patch_floor"))
+        over = sum(c > f for c, f in zip(content, floors, strict=True))
         masks = [
             a["mask"] for a in audits
             if (a["configuration"], a["ratio"]) == (name, ratio) and a["mask"]
         ]  # fmt: skip
+        told = [statistics.mean(m[i] or 0 for m in masks) for i in range(2)] if masks else []
         cells = [
-            name, f"{ratio:g}" if ratio else "", str(len(group)),
+            name, f"{ratio:g}" if ratio else "", str(len(accuracy)),
             f"{statistics.mean(accuracy):.1f}{spread}",
-            _decibels(best(audits, group[0], "psnr")),
-            _decibels(best(audits, group[0], "patch_psnr")),
-            " / ".join(f"{m or 0:.2f}" for m in max(masks, key=lambda m: min(m[0] or 0, m[1] or 0)))
-            if masks else "",
+            _median(best(audits, name, ratio, "psnr")), _median(content),
+            f"{over} of {len(content)} images" if content else "",
+            " / ".join(f"{m:.2f}" for m in told),
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
     if audits:
         flat, patches = (statistics.median(audits[0][k]) for k in ("floor", "patch_floor"))
         yield ""
         yield f"Floors: best flat image {flat:.1f} dB, best flat patches {patches:.1f} dB."
+
+
+def _rows(done: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Return (configuration, ratio): first the table of configurations, then the ratios."""
+    places = {name: i for i, name in enumerate((*CONFIGURATIONS, PAPER))}
+    rows = {(r["configuration"], r["ratio"]) for r in done}
+    return sorted(rows, key=lambda row: (row[1] not in (0, RATIO), places[row[0]], row))
+
+
+def _accuracy(done: list[dict[str, Any]], name: str, ratio: float) -> list[float]:
+    """Return the accuracy of each seed in percent."""
+    same = (name, ratio)
+    return [100 * r["accuracy"] for r in done if (r["configuration"], r["ratio"]) == same]
 
 
 def _figure(done: list[dict[str, Any]], audits: list[dict[str, Any]], path: Path) -> None:
@@ -237,50 +252,85 @@ def _figure(done: list[dict[str, Any]], audits: list[dict[str, Any]], path: Path
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sweep = [r for r in done if r["seed"] == 0 and r["configuration"] in ("plain", "shuffle")]
-    sweep.sort(key=lambda r: r["ratio"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    ratios = [r["ratio"] for r in sweep]
-    left.plot(ratios, [100 * r["accuracy"] for r in sweep], "o-", color="black", label="one seed")
-    for (name, ratio), marker in zip(
-        dict.fromkeys(
-            (r["configuration"], r["ratio"]) for r in done
-            if r["ratio"] in (0, RATIO) or r["configuration"] == PAPER
-        ),
-        "sDv^PX", strict=False,
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
+    rows = _rows(done)
+    sweep = sorted((r for r in rows if r[0] in ("plain", "shuffle")), key=lambda r: r[1])
+    _costs(left, done, rows, sweep)
+    _leaks(right, done, audits, rows, sweep)
+    figure.savefig(path, dpi=130)
+
+
+def _costs(axes: Any, done: list[dict[str, Any]], rows: list[Any], sweep: list[Any]) -> None:
+    """Draw accuracy over the ratio."""
+    means = [statistics.mean(_accuracy(done, *row)) for row in sweep]
+    axes.plot([ratio for _, ratio in sweep], means, "-", color="black", linewidth=1)
+    for (name, ratio), colour in zip(
+        (row for row in rows if row[1] in (0, RATIO) or row[0] == PAPER),
+        ("black", "tab:blue", "tab:cyan", "tab:green", "tab:olive", "tab:red"), strict=False,
     ):  # fmt: skip
-        group = [r for r in done if (r["configuration"], r["ratio"]) == (name, ratio)]
-        accuracy = [100 * r["accuracy"] for r in group]
+        accuracy = _accuracy(done, name, ratio)
         middle = statistics.mean(accuracy)
         around = [[middle - min(accuracy)], [max(accuracy) - middle]]
-        left.errorbar([ratio], [middle], around, fmt=marker, capsize=4, label=name, alpha=0.7)
-    left.set(xlabel="ratio of patches shuffled", ylabel="test accuracy, %", title="What it costs")
-    left.legend(fontsize=7)
+        at = ratio + 0.01 * (("tokens" in name) - (name == "sincos") - ("positions" in name))
+        axes.errorbar(
+            [at], [middle], around, fmt="s", capsize=4, color=colour,
+            label=f"{name}, {len(accuracy)} seed{'s' * (len(accuracy) > 1)}",
+        )  # fmt: skip
+    others = [row for row in sweep if row[1] not in (0, RATIO)]
+    axes.plot(
+        [ratio for _, ratio in others], [_accuracy(done, *row)[0] for row in others], "o",
+        color="black", markersize=4, label="shuffle, other ratios, 1 seed",
+    )  # fmt: skip
+    axes.set(xlabel="ratio of patches shuffled", ylabel="test accuracy, %", title="What it costs")
+    axes.legend(fontsize=7)
+
+
+def _leaks(
+    axes: Any, done: list[dict[str, Any]], audits: list[dict[str, Any]], rows: list[Any],
+    sweep: list[Any],
+) -> None:  # fmt: skip
+    """Draw what the ladder gets over the accuracy; each ratio is a column of two points."""
+    sincos = [row for row in rows if row[0].startswith("sincos")]
     for what, colour, label in (
-        ("psnr", "tab:blue", "image (order and content), raw PSNR"),
-        ("patch_psnr", "tab:red", "content, patches matched"),
+        ("patch_psnr", "tab:red", "content: patches matched"),
+        ("psnr", "tab:blue", "order too: raw image"),
     ):
-        known = [(r["ratio"], best(audits, r, what)) for r in sweep]
-        known = [(x, y) for x, y in known if y is not None]
-        right.plot(*zip(*known, strict=True), "o-", color=colour, label=label) if known else None
+        for group, marker, kind in ((sweep, "o", "shuffle"), (sincos, "^", "sincos")):
+            known = [(row, best(audits, *row, what)) for row in group]
+            points = [
+                (statistics.mean(_accuracy(done, *row)), statistics.median(dB), row[1])
+                for row, dB in known if dB
+            ]  # fmt: skip
+            if not points:
+                continue
+            points.sort(key=lambda point: point[2])
+            x, y, _ = zip(*points, strict=True)
+            line = ":" if group is sweep else ""
+            hollow = {"markersize": 10, "fillstyle": "none"} if what == "patch_psnr" else {}
+            axes.plot(x, y, marker + line, color=colour, label=f"{label} ({kind})", **hollow)
+            for at, dB, ratio in points:
+                axes.annotate(
+                    f"{ratio:g}", (at, dB), textcoords="offset points", xytext=(4, 7), fontsize=7
+                )
     if audits:
         for key, style, label in (
             ("floor", ":", "flat image"), ("patch_floor", "--", "flat patches"),
         ):  # fmt: skip
             level = statistics.median(audits[0][key])
-            right.axhline(level, color="grey", linestyle=style, label=f"no information: {label}")
-    right.set(
-        xlabel="ratio of patches shuffled", ylabel="dB, best attack", yscale="log",
-        title="What one gradient still tells (batch size 1)",
+            axes.axhline(level, color="grey", linestyle=style, label=f"no information: {label}")
+    axes.set(
+        xlabel="test accuracy, %", ylabel="dB, median of the ladder's guesses", yscale="log",
+        title="What one gradient still tells (batch size 1); numbers are ratios",
     )  # fmt: skip
-    ticks = [5, 10, 20, 50, 100]
-    right.set_yticks(ticks, [str(t) for t in ticks])
-    right.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+    ticks = [10, 15, 20, 30, 50, 100]
+    axes.set_yticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.margins(x=0.1)
+    axes.legend(fontsize=7, loc="center left")
 
 
-def _decibels(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _median(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f}" if values else ""
 
 
 def _file(name: str, ratio: float, seed: int) -> str:

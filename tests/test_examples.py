@@ -201,10 +201,10 @@ def test_the_tradeoff_benchmark_goes_on_where_it_was_stopped(folder, tmp_path):
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         ).stdout  # fmt: skip
 
-    assert run("train", *common, *small).count("seed 0") == 10
+    assert run("train", *common, *small).count("seed 0") == 11
     assert run("train", *common, *small) == ""
     attacks = ["--photos", "1", "--attacks", "position", "span"]
-    assert run("audit", *common, *attacks).count("\n") == 20
+    assert run("audit", *common, *attacks).count("\n") == 22
     assert run("audit", *common, *attacks) == ""
     run("report", "--out", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs"))
     page = (tmp_path / "docs" / "shuffle.md").read_text()

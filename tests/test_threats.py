@@ -92,6 +92,17 @@ def test_a_simulated_update_is_differentiable_in_images_and_soft_labels(
     assert all(s.isfinite().all() and s.any() for s in slopes)
 
 
+def test_a_simulated_update_carries_no_graph_that_nobody_asked_for(small_vit, observe, photo):
+    view = observe(small_vit(), photo)
+    images = Normalization().apply(photo)
+    made = view.simulate(images, torch.tensor([0]))
+    assert all(t.grad_fn is None for t in made.tensors.values())
+    asked = view.simulate(images.requires_grad_(), torch.tensor([0]))
+    for name, tensor in asked.tensors.items():
+        assert tensor.grad_fn is not None
+        torch.testing.assert_close(made.tensors[name], tensor.detach())
+
+
 def test_adam_steps_cannot_be_simulated(small_vit, observe, photo):
     view = observe(small_vit(), photo, learning_rate=1e-3, optimizer="adamw")
     with pytest.raises(NotApplicable, match="adamw"):

@@ -62,7 +62,7 @@ class Simulation:
         generator: torch.Generator | None = None,
         shuffled: Tensor | None = None,
     ) -> Update:
-        """Return the dummy update; see `View.simulate`.
+        """Return the dummy update, differentiable by what requires grad; see `View.simulate`.
 
         Raises:
             NotApplicable: Local steps of an optimizer that cannot be simulated.
@@ -165,16 +165,19 @@ class Simulation:
         *,
         moved: bool = False,
     ) -> dict[str, Tensor]:
-        """Return one step's gradient, with a graph, by the model's own parameter names.
+        """Return one step's gradient by the model's own parameter names.
+
+        It has a graph, which costs more than the gradient, where images or labels ask for one.
 
         Args:
             moved: Whether `weights` are not the model's own, after a local step.
         """
         given = weights if moved else None
+        graph = images.requires_grad or labels.requires_grad
 
         def by_weight(total: Tensor) -> dict[str, Tensor]:
             gradients = torch.autograd.grad(
-                total, list(weights.values()), create_graph=True, materialize_grads=True
+                total, list(weights.values()), create_graph=graph, materialize_grads=True
             )
             return dict(zip(weights, gradients, strict=True))
 

@@ -1,5 +1,7 @@
 """Cascade: labels and per-sample gradients of a batch from the last block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -56,15 +58,54 @@ def test_samples_are_the_inputs_and_gradients_of_each_image(small_vit, observe, 
     torch.testing.assert_close(samples.gradients, gradients, rtol=1e-2, atol=2e-4)
 
 
-def test_trained_models_two_to_sixteen_images(cifar_vit, cifar, observe):
+def test_trained_models_two_to_thirty_two_images(cifar_vit, cifar, observe):
     pixels, labels = cifar
-    for batch in (2, 5, 16):
+    for batch in (2, 5, 16, 32):
         view = observe(
             cifar_vit, pixels[:batch], labels[:batch], defenses=FROZEN,
             normalization=CIFAR,
         )  # fmt: skip
         guess = Cascade().run(view, generator())
         assert guess.labels.tolist() == labels[:batch].sort().values.tolist()
+
+
+def test_the_gradient_of_the_head_is_not_needed(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:3], torch.tensor([8, 1, 8]), withhold=("head",))
+    assert Cascade().run(view, generator()).labels.tolist() == [1, 8, 8]
+
+
+def test_every_image_has_its_weight_in_the_update(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:4], torch.tensor([3, 7, 7, 0])).gradient()
+    weights = last_block_samples(view, generator()).weights
+    torch.testing.assert_close(weights, torch.full((4,), 0.25).double(), rtol=1e-2, atol=0)
+
+
+def test_labels_that_no_single_class_explains_are_refused(small_vit, observe, photos):
+    def mixed(out, y):
+        half = torch.nn.functional.one_hot(y, 10) + torch.nn.functional.one_hot(y + 1, 10)
+        return torch.nn.functional.cross_entropy(out, half / 2)
+
+    view = observe(small_vit(), photos[:3], torch.tensor([3, 7, 1]), loss=mixed)
+    with pytest.raises(NotApplicable, match="soft label"):
+        Cascade().run(view, generator())
+
+
+def test_images_of_unlike_weight_keep_their_labels(small_vit, observe, photos):
+    """As after clipping each example: the head's gradient confirms the weights."""
+    labels, weights = [3, 7, 1], (1 / 3, 0.2, 0.1)
+    views = [observe(small_vit(), photos[k][None], torch.tensor([labels[k]])) for k in range(3)]
+    tensors = {
+        name: sum(w * v.update.tensors[name] for w, v in zip(weights, views, strict=True))
+        for name in views[0].update.tensors
+    }
+    update = replace(views[0].update, tensors=tensors, batch_size=3)
+    view = replace(views[0], update=update)
+    assert Cascade().run(view, generator()).labels.tolist() == [1, 3, 7]
+    found = last_block_samples(view, generator())
+    order = found.labels.argsort()
+    torch.testing.assert_close(
+        found.weights[order], torch.tensor([0.1, 1 / 3, 0.2]).double(), rtol=0.02, atol=0
+    )
 
 
 def test_average_pooling_is_refused(small_vit, observe, photos):
@@ -80,8 +121,6 @@ def test_names_what_it_cannot_do_without(small_vit, observe, photos):
 
 
 def test_noise_gives_no_labels(small_vit, observe, photos):
-    from dataclasses import replace
-
     view = observe(small_vit(), photos[:2], defenses=FROZEN)
     noise = {k: torch.randn_like(t) for k, t in view.update.tensors.items()}
     with pytest.raises(NotApplicable, match="0 of 2 samples"):

@@ -136,7 +136,7 @@ def test_the_smoothest_image_has_the_sparsest_curvature_and_stays_in_its_space(
     assert torch.allclose(found, origin + torch.einsum("npk,nk->np", each, moved), atol=1e-8)
 
     # written anew, with convolutions: the size of every second difference of every colour, each
-    # by its mean in the result, and what lies outside [0, 1]
+    # by its mean in the result, borders as heavy as insides, and what lies outside [0, 1]
     kernels = [[[1.0, -2, 1]], [[1.0], [-2], [1]], [[1.0, -1], [-1, 1]]]
     brightness, red_blue, green = [1.0, 1, 1], [1.0, 0, -1], [1.0, -2, 1]
     colours = torch.tensor([brightness, red_blue, green] if channels == 3 else [[1.0]]).double()
@@ -149,14 +149,20 @@ def test_the_smoothest_image_has_the_sparsest_curvature_and_stays_in_its_space(
         conv = torch.nn.functional.conv2d
         return [conv(image, torch.tensor(k).double()[None, None]) for k in kernels], pixels
 
+    # which of 6 or 7 differences along one side reach over the border in the middle of 8 pixels
+    three, two, one = torch.zeros(6), torch.zeros(7), torch.zeros(8)
+    three[2:4], two[3] = 1, 1
+    over = [one[:, None] + three, three[:, None] + one, (two[:, None] + two).clamp(max=1)]
+    borders = [torch.where(o > 0, (1 - o).sum() / o.sum(), 1.0).double() for o in over]
+    assert [b.max() for b in borders] == [2, 2, pytest.approx(36 / 13)]
     means = [p.abs().mean((1, 2, 3), keepdim=True) for p in parts_of(moved)[0]]
     usual = torch.cat(means).log().mean().exp()
 
     def energy(v):
         parts, pixels = parts_of(v)
         sizes = [
-            (usual / m * (p.square() + 256**-2).sqrt()).sum()
-            for p, m in zip(parts, means, strict=True)
+            (b * usual / m * (p.square() + 256**-2).sqrt()).sum()
+            for b, p, m in zip(borders, parts, means, strict=True)
         ]
         outside = (pixels - pixels.clamp(0, 1)).square().sum()
         return torch.stack(sizes).sum() + 50 * outside

@@ -28,11 +28,11 @@ def mismatch(view: View, guess: Guess) -> float | None:
     total, count = 0.0, 0
     anatomy = Anatomy.of(view.model)
     for name, made, seen in _simulated(view, guess):
-        kept = seen != 0
-        if anatomy.role(name) == "norm" or not bool(kept.any()):
+        if anatomy.role(name) == "norm" or not bool(seen.any()):
             continue
-        cosine = torch.nn.functional.cosine_similarity(made[kept], seen[kept], dim=0, eps=1e-300)
-        total += 2 - 2 * float(torch.nan_to_num(cosine).clamp(-1, 1))
+        made = made if bool(seen.all()) else made * (seen != 0)
+        gap = _unit(made) - _unit(seen)  # |gap|^2 = 2 (1 - cosine), to full precision
+        total += min(float(torch.nan_to_num(gap.square().sum(), nan=2.0)), 4.0)
         count += 1
     return (total / count) ** 0.5 if count else None
 
@@ -59,6 +59,10 @@ def surprise(view: View, guess: Guess) -> float | None:
     return sum(part.count * math.log(part.misfit(scale)) for part in parts)
 
 
+def _unit(tensor: Tensor) -> Tensor:
+    return tensor / tensor.norm().clamp_min(1e-300)
+
+
 class _Part:
     """The inner products of one tensor, made and seen, that its likelihood needs."""
 
@@ -68,13 +72,16 @@ class _Part:
 
     @staticmethod
     def of(made: Tensor, seen: Tensor) -> _Part:
-        kept = seen != 0
-        excess = 0.0
-        if bool(kept.any()) and float(kept.double().mean()) < 0.7:
+        kept, excess = seen != 0, 0.0
+        share = float(kept.double().mean())
+        if 0 < share < 0.7:
             over = made[~kept].abs() - seen[kept].abs().min()
             excess = float(over.clamp_min(0).square().sum())
-        a, b = made[kept], seen[kept]
-        return _Part(float(a @ a), float(a @ b), float(b @ b), excess, seen.numel())
+        if share < 1:
+            made = made * kept
+        return _Part(
+            float(made @ made), float(made @ seen), float(seen @ seen), excess, seen.numel()
+        )
 
     def misfit(self, scale: float) -> float:
         """|c g' - g|^2, never below rounding."""

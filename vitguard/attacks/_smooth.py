@@ -39,10 +39,12 @@ def smoothest(
 
     Minimises the sum of absolute second differences between neighbouring pixels, within patches
     and across their borders, in brightness and opponent colours, each relative to its own mean;
-    pixels outside [0, 1] cost extra. Photos are straight ramps with a few edges; the wrong
-    mixtures that the equations allow put other patches' edges everywhere. An absolute value
-    forgives the edges of the photo itself, which a square would blur away. Solved by reweighted
-    least squares: conjugate gradients, then weights from the result. Nothing is fitted to photos.
+    pixels outside [0, 1] cost extra. Photos are straight ramps with a few edges, and the wrong
+    mixtures that the equations allow put other patches' edges everywhere. Inside a patch those
+    look like a photo too and stand out only where patches meet, so all borders together weigh as
+    much as all insides. An absolute value forgives the edges of the photo itself, which a square
+    would blur away. Solved by reweighted least squares: conjugate gradients, then weights from
+    the result. Nothing is fitted to photos.
 
     Args:
         space: Affine space of each patch, in model-input units; an orthonormal basis converges
@@ -54,14 +56,14 @@ def smoothest(
     References:
         docs/methods.md 2.4 (`span-smooth`). Reweighting: Daubechies et al., arXiv 0807.0575.
     """
-    origin, basis = space.origin, space.basis
+    # float32 halves the time; the prior is rough, and the result lies in the space all the same
+    origin, basis = space.origin.float(), space.basis.float()
     scale = torch.tensor(normalization.std).to(origin)
     colours = _colours(anatomy.channels).to(origin) * scale
     wide = scale[:, None, None]
 
     def image(v: Tensor) -> Image:
-        patches = v @ basis.T if basis.dim() == 2 else torch.einsum("npk,nk->np", basis, v)
-        return anatomy.unpatchify(patches)
+        return anatomy.unpatchify(_along(basis, v))
 
     def curvature(pixels: Image) -> list[Tensor]:
         return list(_curvature(torch.einsum("dc,chw->dhw", colours, pixels)))
@@ -73,13 +75,14 @@ def smoothest(
         return patches @ basis if basis.dim() == 2 else torch.einsum("npk,np->nk", basis, patches)
 
     start = anatomy.unpatchify(origin)
+    borders = _borders(anatomy, start)
     v = origin.new_zeros(len(origin), basis.shape[-1])
     for turn in range(_ROUNDS):
         small = _COARSE * (_FINE / _COARSE) ** min(1.0, turn / (0.8 * _ROUNDS))
         now = start + image(v)
         curved, pixels = curvature(now), normalization.invert(now)
         beyond = pixels - pixels.clamp(0, 1)
-        weights = _weights(curved, small)
+        weights = _times(borders, _weights(curved, small))
         walls = _WALL * (beyond != 0).to(beyond)
 
         def operator(
@@ -90,7 +93,11 @@ def smoothest(
 
         right = -pull(_times(weights, curved), _WALL * beyond)
         v = v + _conjugate_gradients(operator, right, iterations, tolerance)
-    return anatomy.patchify(start + image(v))
+    return space.origin + _along(space.basis, v.to(space.origin))
+
+
+def _along(basis: Tensor, v: Float[Tensor, "patches free"]) -> Float[Tensor, "patches pixels"]:
+    return v @ basis.T if basis.dim() == 2 else torch.einsum("npk,nk->np", basis, v)
 
 
 def _colours(channels: int) -> Float[Tensor, "mixed given"]:
@@ -105,6 +112,21 @@ def _weights(curved: list[Tensor], small: float) -> list[Tensor]:
         usual / size * (c.square() + small**2).rsqrt()
         for c, size in zip(curved, sizes, strict=True)
     ]
+
+
+def _borders(anatomy: Anatomy, image: Image) -> list[Tensor]:
+    """Return a weight for each second difference: above 1 where it reaches over a border."""
+    weights = []
+    for axes in _AXES:
+        over = torch.zeros((), dtype=torch.bool, device=image.device)
+        for axis, patch in zip((-1, -2), reversed(anatomy.patch_size), strict=True):
+            size, reach = image.shape[axis], axes.count(axis)
+            patches = torch.arange(size, device=image.device) // patch
+            parts = patches[reach:] != patches[: size - reach]
+            over = over | (parts if axis == -1 else parts[:, None])
+        balance = max(1.0, float((~over).sum() / over.sum().clamp_min(1)))
+        weights.append(1 + (balance - 1) * over.to(image))
+    return weights
 
 
 def _curvature(image: Tensor) -> Iterator[Tensor]:

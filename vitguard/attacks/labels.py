@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,10 +12,15 @@ from vitguard.core import View
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.vit import Anatomy, logits_of
 
+if TYPE_CHECKING:
+    from vitguard.attacks.cascade import Samples
+
 __all__ = ["infer_labels", "labels_from_counts", "linear_head", "try_labels"]
 
 _SLACK = 0.1
 """Share of the bias gradient that may be left over where it should sum to 0: noise, rounding."""
+_ALIKE = 0.1
+"""Share of its possible spread below which a model says the same of every image."""
 _SECOND = 0.25
 """Share of the most negative entry at which a second one is a label too, and no longer noise."""
 
@@ -23,12 +30,16 @@ def infer_labels(view: View, generator: torch.Generator) -> Int[Tensor, " batch"
 
     The gradient of the head's bias is g_c = mean_b p_bc - n_c / B. At B=1 the label is the only
     class with g_c < 0. Without a bias it is the row of the weight gradient that points against the
-    sum of all others. For B > 1 the mean prediction is estimated on noise images with natural
-    spectra and n_c = B (p_c - g_c) is rounded to counts that sum to B: exact while the estimate is
-    right to 1 / (2 B), otherwise a guess.
+    sum of all others. For B > 1 with class-token pooling the cascade separates the batch in the
+    last block, which gives the label of each image it finds, and mostly it finds all. For the rest
+    n_c = B (p_c - g_c) is rounded to counts that sum to what is missing, with p_c from noise images
+    of natural spectra where the model says the same of all of them (it is hardly trained), else
+    from the images found, else equal for all classes: exact while p_c is right to 1 / (2 B),
+    otherwise a guess.
 
     Raises:
-        NotApplicable: No linear head, or its gradient is no hard-label cross-entropy gradient.
+        NotApplicable: No linear head, its gradient is no hard-label cross-entropy gradient, or an
+            incomplete batch and no gradient of the head's bias.
         Blocked: Neither bias nor weight of the head can be read.
 
     References:
@@ -37,6 +48,9 @@ def infer_labels(view: View, generator: torch.Generator) -> Int[Tensor, " batch"
     view = view.gradient()
     head = linear_head(view)
     batch = view.update.batch_size
+    samples = _separated(view, generator) if batch > 1 else None
+    if samples is not None and len(samples.labels) == batch:
+        return samples.labels.sort().values
     if view.update.can_read(f"{head}.bias"):
         gradient = view.read(f"{head}.bias")
         _require_finite(gradient)
@@ -44,8 +58,7 @@ def infer_labels(view: View, generator: torch.Generator) -> Int[Tensor, " batch"
             return _only_negative(gradient)
         if not bool(gradient.sum().abs() <= _SLACK * gradient.abs().sum().clamp_min(1e-12)):
             raise NotApplicable("the head's bias gradient does not sum to 0: no cross-entropy")
-        mean = _mean_prediction(view, generator)
-        return labels_from_counts(batch * (mean - gradient), batch)
+        return _completed(view, gradient, samples, generator)
     weight = view.read(f"{head}.weight")
     _require_finite(weight)
     if batch == 1:
@@ -53,6 +66,46 @@ def infer_labels(view: View, generator: torch.Generator) -> Int[Tensor, " batch"
         total = weight @ weight.sum(0) - weight.square().sum(1)
         return total.argmin()[None]
     raise NotApplicable("labels of a batch need the gradient of the head's bias")
+
+
+def _separated(view: View, generator: torch.Generator) -> Samples | None:
+    """Return the images that the cascade finds with a label, None where it does not apply.
+
+    Raises:
+        NotApplicable: It finds images that no single class explains.
+    """
+    from vitguard.attacks.cascade import last_block_samples  # it reads the head with this module
+
+    try:
+        samples = last_block_samples(view, generator)
+    except (Blocked, NotApplicable):
+        return None
+    told = samples.labels >= 0
+    found, batch = len(told), view.update.batch_size
+    if not found:
+        return None
+    if not bool(told.all()) and (found == batch or int(told.sum()) * 2 < found):
+        raise NotApplicable("no single class explains an image's gradient: a soft label")
+    return samples.where(told)
+
+
+def _completed(
+    view: View, gradient: Tensor, samples: Samples | None, generator: torch.Generator
+) -> Tensor:
+    """Return the labels of `samples` and, from the bias gradient, guesses of the missing ones."""
+    batch = view.update.batch_size
+    mean = _mean_prediction(view, generator)
+    if samples is None or samples.reading is None:
+        mean = mean if mean is not None else gradient.new_full(gradient.shape, 1 / len(gradient))
+        return labels_from_counts(batch * (mean - gradient), batch)
+    predicted, labels = samples.reading.predicted, samples.labels
+    mean = mean if mean is not None else predicted.mean(0)
+    wrong = predicted - torch.nn.functional.one_hot(labels, predicted.shape[1])
+    share = samples.weights.median()
+    left = gradient / share - wrong.sum(0)
+    missing = batch - len(labels)
+    rest = labels_from_counts(missing * mean - left, missing)
+    return torch.cat([labels, rest.to(labels)]).sort().values
 
 
 def _require_finite(gradient: Tensor) -> None:
@@ -105,8 +158,11 @@ def linear_head(view: View) -> str:
     return linear[-1]
 
 
-def _mean_prediction(view: View, generator: torch.Generator, count: int = 64) -> Tensor:
-    """Mean softmax output on images with the 1 / frequency spectrum of natural photos."""
+def _mean_prediction(view: View, generator: torch.Generator, count: int = 64) -> Tensor | None:
+    """Mean softmax output on images with the 1 / frequency spectrum of natural photos.
+
+    None where the outputs differ: a trained model's opinion on noise says nothing of photos.
+    """
     channels, height, width = view.image_shape
     shape = (count, channels, height, width)
     noise = torch.randn(shape, generator=generator)
@@ -119,4 +175,7 @@ def _mean_prediction(view: View, generator: torch.Generator, count: int = 64) ->
     inputs = view.normalization.apply(images.clamp(0, 1)).to(parameter)
     with torch.no_grad():
         chunks = [logits_of(view.model(c)).softmax(-1).double() for c in inputs.split(16)]
-    return torch.cat(chunks).mean(0)
+    said = torch.cat(chunks)
+    mean = said.mean(0)
+    spread = (said - mean).square().sum(1).mean()
+    return mean if bool(spread < _ALIKE * (1 - mean.square().sum())) else None

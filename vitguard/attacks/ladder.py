@@ -13,6 +13,7 @@ from vitguard.attacks._base import Attack
 from vitguard.attacks._check import mismatch
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.gelu_span import GeluSpan
+from vitguard.attacks.polish import polish
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.span import SpanInversion
@@ -33,7 +34,8 @@ class Ladder(Attack):
     Rungs: `position`, `span`, `cascade` (labels of a batch), `gelu-span`, and for damaged gradients
     `position-robust` and `span-robust`. A rung that does not apply says why in the details. The
     choice never sees the truth: the adversary recomputes the update from each guess with the known
-    settings (`View.simulate`) and compares, and counts the patches that proved themselves.
+    settings (`View.simulate`) and compares, and counts the patches that proved themselves. A single
+    image that is nearly right is polished last.
 
     Details: `rung`, `verified` (share of patches), `mismatch` of the chosen guess, `rungs` (what
     each said), `exact` (what is known of exact attacks: `"no exact attack known"` where T >= D and
@@ -42,6 +44,7 @@ class Ladder(Attack):
 
     Args:
         seconds: Time budget of all rungs; what was found by then is returned.
+        levels: Grey levels above zero of an image file, to which `polish` may round; None never.
 
     Raises:
         NotApplicable: No rung applied; the message has every rung's reason.
@@ -54,10 +57,13 @@ class Ladder(Attack):
     family: ClassVar[str] = "ladder"
     covers: ClassVar[tuple[str, ...]] = ("closed-form",)
     seconds: float = 60.0
+    levels: int | None = 255
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
             raise expected("seconds above 0", self.seconds)
+        if self.levels is not None and not self.levels >= 1:
+            raise expected("levels of at least 1, or None", self.levels)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the best guess of all rungs; a keyboard interrupt keeps what was found."""
@@ -66,7 +72,14 @@ class Ladder(Attack):
             climb.all()
         except KeyboardInterrupt:
             climb.unfinished.append("the rest (interrupted)")
-        return climb.best()
+            return climb.best()
+        best = climb.best()
+        if time.monotonic() < climb.deadline and self._clear(view):
+            best = polish(view, best, generator, climb.deadline, levels=self.levels)
+        return best
+
+    def _clear(self, view: View) -> bool:
+        return view.update.batch_size == 1 and not any(name in view.settings for name in _DAMAGE)
 
 
 class _Climb:
@@ -100,7 +113,8 @@ class _Climb:
             self._try(lambda: Cascade(seconds=self._left(0.2)))
             cascade = self.guesses.pop(Cascade.name, None)
             self.labels = None if cascade is None else cascade.labels
-        self._try(lambda: GeluSpan(seconds=self._left(0.8)))
+        share = 0.6 if self.view.update.batch_size == 1 else 0.8  # the rest is for `polish`
+        self._try(lambda: GeluSpan(seconds=self._left(share)))
 
     def _robust(self) -> None:
         self._try(lambda: RobustPosition(seconds=self._left(0.4)))

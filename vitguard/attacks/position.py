@@ -26,7 +26,8 @@ class PositionInversion(Attack):
     dL/dW = sum_i G_i x_i^T. At batch size 1 this is a linear system for all patches at once; it is
     solved by least squares in float64, unique where rank(G) = N <= D and minimum norm otherwise.
     No assumption on attention, norms or depth. In a batch the solution is a mixture in which one
-    dominant image may still stand out.
+    dominant image may still stand out. Positions that a shuffle replaced get no gradient: their
+    rows of zeros in G tell its mask (in a batch, the positions replaced in every image).
 
     Raises:
         NotApplicable: No absolute positions, a norm inside the patch embedding, patch dropout,
@@ -55,8 +56,14 @@ class PositionInversion(Attack):
         weight = patch_gradient(summed, anatomy)
         patches, rank, residual = _solve(positions.T, weight)
         details = {"rank": rank, "patches": anatomy.patches, "residual": residual}
+        replaced = positions.eq(0).all(dim=1)[None]
         return guess_from_patches(
-            view, anatomy, patches, labels=try_labels(view, generator), details=details
+            view,
+            anatomy,
+            patches,
+            labels=try_labels(view, generator),
+            shuffled=replaced if "vitguard.shuffle.unknown" in view.extras else None,
+            details=details,
         )
 
 

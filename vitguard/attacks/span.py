@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -116,6 +117,7 @@ class System:
         constraint: Q^T with gamma and C folded in, shape (equations, width): applied to a token.
         left, values, right: Thin singular value decomposition of A, shape (equations, unknowns).
         rank: Numerical rank of A, known from the geometry of positions and patches.
+        unseen: How many directions no equation sees if so many positions share the unknown one.
         shift: What the proj bias adds to every token (zero in the query-key-value form).
         source: `qkv` or `proj+fc1`.
         reads_patch: Whether R comes from the patch gradient.
@@ -128,9 +130,16 @@ class System:
     values: Tensor
     right: Tensor
     rank: int
+    unseen: Callable[[int | None], int]
     shift: Tensor
     source: str
     reads_patch: bool
+
+    def with_shuffled(self, count: int) -> System:
+        """Return the same equations, with the rank they have if `count` positions are shuffled."""
+        unknowns = self.right.shape[0]
+        rank = max(1, min(len(self.values), unknowns - self.unseen(count)))
+        return replace(self, rank=rank)
 
     def solve(
         self, offset: Float[Tensor, "patches width"]
@@ -167,12 +176,11 @@ class System:
         return bias[0] + unknown.detach().to(bias).flatten()
 
 
-def span_system(view: View, anatomy: Anatomy, *, shuffled: int | None = None) -> System:
+def span_system(view: View, anatomy: Anatomy) -> System:
     """Build the system from query-key-value rows, or from projection and fc1 without them.
 
-    Args:
-        shuffled: Positions of the image that share the unknown one; what the settings allow by
-            default, which may be more than there are.
+    Under a shuffle as many positions are taken to share the unknown one as the settings allow,
+    which may be more than there are.
 
     Raises:
         NotApplicable: See `SpanInversion`.
@@ -184,10 +192,10 @@ def span_system(view: View, anatomy: Anatomy, *, shuffled: int | None = None) ->
     if anatomy.positions is None:
         raise NotApplicable("without absolute positions every patch has the same equations")
     try:
-        return _system(view, anatomy, _qkv_form, shuffled)
+        return _system(view, anatomy, _qkv_form)
     except (Blocked, NotApplicable) as first:
         try:
-            return _system(view, anatomy, _projection_form, shuffled)
+            return _system(view, anatomy, _projection_form)
         except (Blocked, NotApplicable):
             raise first from None
 
@@ -233,20 +241,21 @@ def _fitted(view: View, anatomy: Anatomy) -> tuple[System, Tensor]:
     wrong: then no gap stands behind the larger rank, and what the settings say is taken.
     """
     at_most, exactly = _shuffled_count(view, anatomy)
-    plain = span_system(view, anatomy, shuffled=0)
+    system = span_system(view, anatomy)
+    plain = system.with_shuffled(0)
     residual = plain.solve(plain.embedding.offset)[1]
     shuffled = shuffled_positions(residual, at_most, exactly=exactly)
     found = int(shuffled.sum())
     if found >= at_most or view.update.batch_size > 1:
-        return span_system(view, anatomy), shuffled
-    system = plain if found == 0 else span_system(view, anatomy, shuffled=found)
-    values, rank = system.values, system.rank
+        return system, shuffled
+    fitted = system.with_shuffled(found)
+    values, rank = fitted.values, fitted.rank
     if rank < len(values) and values[rank - 1] < _GAP * values[rank]:
-        return span_system(view, anatomy), shuffled
-    return system, shuffled
+        return system, shuffled
+    return fitted, shuffled
 
 
-def _system(view: View, anatomy: Anatomy, form_of: Any, shuffled: int | None) -> System:
+def _system(view: View, anatomy: Anatomy, form_of: Any) -> System:
     embedding = Embedding.of(view, anatomy)
     form: _Form = form_of(view, anatomy, embedding)
     if form.tokens >= anatomy.width:
@@ -281,10 +290,13 @@ def _system(view: View, anatomy: Anatomy, form_of: Any, shuffled: int | None) ->
     elif bool(beta.any()):
         columns.append(deviation[:, None])
     left, values, right = torch.linalg.svd(torch.cat(columns, dim=1), full_matrices=False)
-    nullity = max(_nullity(view, anatomy, embedding, moves, form, shuffled) - same, 0)
-    rank = max(1, min(len(values), right.shape[1] - nullity))
+
+    def unseen(shuffled: int | None) -> int:
+        return max(_nullity(view, anatomy, embedding, moves, form, shuffled) - same, 0)
+
+    rank = max(1, min(len(values), right.shape[1] - unseen(None)))
     return System(
-        embedding, basis, constraint, left, values, _full(right), rank, form.shift,
+        embedding, basis, constraint, left, values, _full(right), rank, unseen, form.shift,
         form.source, reads_patch,
     )  # fmt: skip
 

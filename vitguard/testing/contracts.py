@@ -120,11 +120,12 @@ def check_attack(attack: Attack) -> None:
 
 
 def check_guess(guess: Guess, view: View, where: str) -> None:
-    """The images are finite pixels of the right shape; labels are classes."""
+    """The images are finite pixels of the right shape; labels are classes. One of them is there."""
     images = guess.images
     assert images.dim() == 4 and images.shape[1:] == view.image_shape, f"{where}: {images.shape}"
-    assert len(images) >= 1 and bool(images.isfinite().all()), f"{where}: not finite"
-    assert float(images.min()) >= 0 and float(images.max()) <= 1, f"{where}: outside [0, 1]"
+    assert len(images) >= 1 or guess.labels is not None, f"{where}: neither images nor labels"
+    assert bool(images.isfinite().all()), f"{where}: not finite"
+    assert bool(((images >= 0) & (images <= 1)).all()), f"{where}: outside [0, 1]"
     if guess.labels is not None:
         assert guess.labels.shape == (view.update.batch_size,), f"{where}: {guess.labels.shape}"
         low, high = int(guess.labels.min()), int(guess.labels.max())
