@@ -8,8 +8,8 @@ the folder that VITGUARD_DATA names. ViT-B rows have random weights with every n
 Under a shuffle the mask is inferred from the update, or known: with learnable positions the rows of
 shuffled positions are zero. `matched` and `>= 100 dB` do not count the order of the patches.
 `unrounded` is the worst image before the adversary's last step, which may round pixels to those of
-image files. Photos are the sample photos of scikit-image. `CPU s` is the process's own time, which is
-what to compare on a machine that is shared. Damaged gradients: benchmarks/damage.py.
+image files. Photos are the sample photos of scikit-image. `CPU s` is the process's own time, which
+is what to compare on a machine that is shared. Damaged gradients: benchmarks/damage.py.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def row(case: Case, seconds: float, folder: Path | None) -> str:
 
 
 def climb(view: View, seconds: float) -> tuple[Guess, Guess, tuple[float, float]]:
-    """Return the ladder's guess, the one before anything was rounded, and seconds by both clocks."""
+    """Return the ladder's guess, the one before rounding, and seconds by both clocks."""
     given: list[Any] = []
     final = rungs.polish
 

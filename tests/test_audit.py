@@ -116,6 +116,16 @@ def test_resisted_where_the_control_leaks_and_the_defended_does_not(small_vit, p
     assert report.gate(max_gain=6) == 0
 
 
+def test_on_a_cpu_matching_by_name_fits_the_budget_and_says_so(small_vit, photo, monkeypatch):
+    from vitguard.attacks import _matching
+
+    monkeypatch.setattr(_matching, "CPU_BUDGET", 1e9)
+    report = audit(small_vit(), (photo, torch.tensor([3])), attacks=["gradvit"])
+    (finding,) = report.findings
+    assert finding.details["schedule"].startswith("shortened to fit the budget of a CPU: 8 ")
+    assert "120,000" in finding.details["schedule"]
+
+
 def test_blocked_where_a_tensor_is_not_there_names_it(small_vit, photo):
     found, report = run(small_vit(), photo, [PositionInversion()], defenses=FROZEN)
     finding = found["positions:kind=frozen", "position"]

@@ -70,6 +70,20 @@ def test_attacks_by_name_group_and_object_once_each():
         registry.parse_attacks("spam")
 
 
+def test_on_a_cpu_a_name_means_the_preset_unless_it_sets_iterations():
+    named = {a.name: a for a in registry.parse_attacks(["matching", "span"], fast=True)}
+    for name, attack in named.items():
+        cls = registry.attack_types()[name]
+        preset = getattr(cls, "fast", None)
+        assert attack == (preset() if preset else cls())
+        assert registry.parse_attack(name) == cls()
+    assert named["gradvit"].budget is not None and named["gradvit"].iterations < 1000
+    (kept,) = registry.parse_attacks("gradvit:restarts=3", fast=True)
+    assert kept.restarts == 3 and kept.iterations == named["gradvit"].iterations
+    (whole,) = registry.parse_attacks("gradvit:iterations=120000", fast=True)
+    assert whole == registry.parse_attack("gradvit") and whole.budget is None
+
+
 def test_ladder_is_one_attack_and_stands_for_the_closed_forms():
     (ladder,) = registry.parse_attacks("ladder")
     assert ladder.name == "ladder"

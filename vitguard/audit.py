@@ -91,7 +91,8 @@ def audit(
         defenses: One stack, exactly what `protect` takes; or a spec such as
             `"positions:kind=frozen"`; or several stacks by name.
         attacks: Names, groups (`closed-form`, `matching`, `input`, `all`) or attacks. The default
-            climbs every exact attack for at most a minute per batch.
+            climbs every exact attack for at most a minute per batch. On a CPU a name means the
+            attack's preset for a CPU, unless it sets iterations; `details` name the schedule.
         batch_size: Images behind one update; all of them by default. The images are cut into
             batches of this size.
         normalization: From pixels to model input; what the model's own configuration says by
@@ -111,7 +112,7 @@ def audit(
     size = batch_size or len(pixels)
     normalization = normalization or normalization_of(model)
     training = training or LocalTraining()
-    chosen = parse_attacks(attacks)
+    chosen = parse_attacks(attacks, fast=next(model.parameters()).device.type == "cpu")
     names = tuple(names or (f"image {i}" for i in range(len(pixels))))
     stage = _Stage(model, normalization, training, loss, seed, pixels, labels, names, size)
     stacks: dict[str, Sequence[Defense]] = {"none": ()}

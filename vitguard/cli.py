@@ -259,7 +259,8 @@ def _attacks(options: argparse.Namespace) -> list[Any]:
     from vitguard.registry import parse_attacks
 
     attacks: list[Any] = []
-    chosen: list[Any] = parse_attacks(options.attack or ["ladder"])
+    fast = options.device.partition(":")[0] == "cpu" and options.iterations is None
+    chosen: list[Any] = parse_attacks(options.attack or ["ladder"], fast=fast)
     for attack in chosen:
         fields = {f.name for f in dataclasses.fields(attack)}
         changes = {

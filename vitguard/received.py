@@ -69,7 +69,8 @@ def audit_update(
     normalization = normalization or normalization_of(model)
     _check_update(model, update)
     stack = parse_stack(defenses) if isinstance(defenses, str) else list(defenses)
-    chosen = [a for a in parse_attacks(attacks) if isinstance(a, Attack)]
+    fast = next(model.parameters()).device.type == "cpu"
+    chosen = [a for a in parse_attacks(attacks, fast=fast) if isinstance(a, Attack)]
     training = LocalTraining(
         update.learning_rate if update.kind == "difference" else None, update.local_steps,
         "adamw" if update.optimizer == "adamw" else "sgd",

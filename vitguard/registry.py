@@ -88,26 +88,31 @@ def stack_name(stack: Sequence[Defense]) -> str:
     return "+".join(defense.spec() for defense in stack) or "none"
 
 
-def parse_attack(spec: str) -> AnyAttack:
-    """Read one attack such as `inverting:iterations=200`."""
-    return _build(spec, attack_types(), "attack", (*GROUPS, "all"))
+def parse_attack(spec: str, *, fast: bool = False) -> AnyAttack:
+    """Read one attack such as `inverting:iterations=200`.
+
+    Args:
+        spec: Name and settings; what is not set has its default, the paper's.
+        fast: Where the attack has a preset for a CPU and `spec` sets no iterations, start from it.
+    """
+    return _build(spec, attack_types(), "attack", (*GROUPS, "all"), fast=fast)
 
 
-def parse_attacks(specs: str | Sequence[str | AnyAttack]) -> list[AnyAttack]:
+def parse_attacks(specs: str | Sequence[str | AnyAttack], *, fast: bool = False) -> list[AnyAttack]:
     """Read attacks by name, group (`closed-form`, `matching`, `input`) or `all`.
 
+    `fast` is for a CPU, as in `parse_attack`; an attack given as an object stays what it is.
     `ladder` is the one attack that climbs every exact rung; a rung alone goes by its own name.
     """
     attacks: list[AnyAttack] = []
     for spec in [specs] if isinstance(specs, str) else specs:
         if not isinstance(spec, str):
             attacks.append(spec)
-        elif spec in attack_types():
-            attacks.append(parse_attack(spec))
-        elif spec in (*GROUPS, "all"):
-            attacks += [t() for t in attack_types().values() if spec in ("all", t.family)]
+        elif spec in (*GROUPS, "all") and spec not in attack_types():
+            named = attack_types().items()
+            attacks += [parse_attack(n, fast=fast) for n, t in named if spec in ("all", t.family)]
         else:
-            attacks.append(parse_attack(spec))
+            attacks.append(parse_attack(spec, fast=fast))
     return list(dict.fromkeys(attacks))
 
 
@@ -128,7 +133,14 @@ def _split(spec: str) -> list[str]:
     return parts
 
 
-def _build(spec: str, known: dict[str, type[Kind]], kind: str, also: tuple[str, ...]) -> Kind:
+def _build(
+    spec: str,
+    known: dict[str, type[Kind]],
+    kind: str,
+    also: tuple[str, ...],
+    *,
+    fast: bool = False,
+) -> Kind:
     name, _, rest = spec.strip().partition(":")
     if name not in known:
         choices = (*known, *also)
@@ -151,8 +163,9 @@ def _build(spec: str, known: dict[str, type[Kind]], kind: str, also: tuple[str, 
     ]
     if missing:
         raise expected(f"{kind} {name} with {', '.join(f'{k}=...' for k in missing)}", repr(spec))
+    preset = getattr(cls, "fast", None) if fast and "iterations" not in values else None
     try:
-        return cls(**values)
+        return cls(**values) if preset is None else preset(**values)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
 

@@ -137,6 +137,9 @@ def test_several_local_steps_are_read_by_both(small_vit, observe, photo):
     span = run(RobustSpan(), observe(small_vit(), photo, defenses=FROZEN, **how))
     assert float(psnr(position.images, photo)) > 50
     assert float(psnr(span.images, photo)) > 30
+    for guess in (position, span):
+        assert guess.details["chosen"] == "by the simulated update"
+        assert guess.labels.tolist() == [0]
 
 
 def test_without_labels_the_noise_estimate_decides(small_vit, observe, photo):

@@ -34,8 +34,8 @@ class DLG(MatchingAttack):
 
     @classmethod
     def fast(cls, **changes: Any) -> DLG:
-        """Return a preset for a CPU: 15 iterations or what its budget lasts for."""
-        return cls._preset({"iterations": 15, "line_search": True, "spectrum": 1.0}, changes)
+        """Return a preset for a CPU: 20 iterations or what its budget lasts for."""
+        return cls._preset({"iterations": 20, "line_search": True, "spectrum": 1.0}, changes)
 
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
         """See `MatchingAttack`."""
@@ -62,8 +62,8 @@ class IDLG(MatchingAttack):
 
     @classmethod
     def fast(cls, **changes: Any) -> IDLG:
-        """Return a preset for a CPU: 15 iterations or what its budget lasts for."""
-        return cls._preset({"iterations": 15, "line_search": True, "spectrum": 1.0}, changes)
+        """Return a preset for a CPU: 20 iterations or what its budget lasts for."""
+        return cls._preset({"iterations": 20, "line_search": True, "spectrum": 1.0}, changes)
 
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
         """See `MatchingAttack`."""

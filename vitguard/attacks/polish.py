@@ -22,6 +22,7 @@ __all__ = ["polish"]
 _NEAR = 1e-2  # mismatch above which a guess is too far for linearised equations
 _MISSED = 2.0  # misfit over its expected noise above which the equations have more to say
 _ON_GRID = 0.15  # levels; 48 pixels off the grid have 0.29 with a deviation of 0.02
+_CERTAIN = 0.02  # levels; no pixel of such a patch is half a level off
 _FLOOR = 8  # units of rounding: the true image's update differs by 3 to 5 (float32)
 
 Patches = Float[Tensor, "patches pixels"]
@@ -157,10 +158,11 @@ def _rounded(
             return whole
         away = (pixels - near).square().mean(1).sqrt()
         free = away > limit
-        if not bool(free.any()):  # some pixel is wrong: doubt more of them
-            limit = float(away.sort(descending=True).values[min(2, len(away) - 1)])
+        if not bool(free.any()):  # some pixel is wrong: doubt the three least certain patches
+            limit = max(float(away.topk(min(3, len(away))).values[-1]), _CERTAIN)
             free = away >= limit
-        if float(free.double().mean()) > 0.5 or labels is None or time.monotonic() > deadline:
+        share = float(free.double().mean())
+        if not 0 < share <= 0.5 or labels is None or time.monotonic() > deadline:
             return None
         fixed = anatomy.unpatchify(torch.where(free[:, None], pixels, near)[None] / levels)
         patches = _patches(view, replace(guess, images=fixed))

@@ -187,6 +187,9 @@ class Choice:
     def __init__(self, view: View, generator: torch.Generator, seconds: float) -> None:
         self.view, self.anatomy = view, Anatomy.of(view.model)
         self.labels = try_labels(view, generator)
+        if self.labels is None and view.update.batch_size == 1:
+            # one label, and every step's gradient has its sign: the sum over local steps will do
+            self.labels = try_labels(view.gradient(steps=True), generator)
         self.deadline = time.monotonic() + seconds
         self.best: Guess | None = None
         self.patches = torch.empty(0)
