@@ -155,7 +155,11 @@ def climb(view: View, seconds: float) -> tuple[Guess, Guess, tuple[float, float]
     spent = time.perf_counter() - started, time.process_time() - worked
     if "rounded" not in guess.details.get("polish", ""):
         return guess, guess, spent
-    return guess, final(*given[:3], time.monotonic() + seconds, levels=None), spent
+    return (
+        guess,
+        final(given[0], given[1], given[2], time.monotonic() + seconds, levels=None),
+        spent,
+    )
 
 
 PICTURES = {

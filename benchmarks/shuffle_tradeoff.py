@@ -353,7 +353,7 @@ def _append(folder: Path, name: str, line: dict[str, Any]) -> None:
 
 def main() -> None:
     """Read the command line and do one of the three."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("train", "audit", "report"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--data", help="folder with cifar10.npz; VITGUARD_DATA by default")

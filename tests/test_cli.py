@@ -245,3 +245,14 @@ def test_plan_says_what_remains(capsys):
     assert not remains["span"]["possible"] and remains["span"]["reason"]
     assert cli.main(["plan", "--model", SMALL, "--encrypt", "nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "iterations", "budget"),
+    [([], 400, True), (["--iterations", "7"], 7, False), (["--device", "cuda"], 120_000, False)],
+)
+def test_on_a_cpu_a_matching_attack_by_name_is_its_preset(arguments, iterations, budget):
+    options = cli._parser().parse_args(["audit", "--attack", "gradvit", *arguments])
+    (attack,) = cli._attacks(options)
+    assert attack.iterations == iterations
+    assert (attack.budget is not None) == budget

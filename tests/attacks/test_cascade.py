@@ -65,7 +65,7 @@ def test_trained_models_two_to_thirty_two_images(cifar_vit, cifar, observe):
             cifar_vit, pixels[:batch], labels[:batch], defenses=FROZEN,
             normalization=CIFAR,
         )  # fmt: skip
-        guess = Cascade().run(view, generator())
+        guess = Cascade(seconds=120.0).run(view, generator())
         assert guess.labels.tolist() == labels[:batch].sort().values.tolist()
 
 

@@ -569,23 +569,55 @@ def test_a_compiled_model_shuffles_and_takes_the_same_gradient():
         assert torch.allclose(whole(IMAGES), model(IMAGES), atol=1e-6)
 
 
-def test_distributed_training_reduces_the_new_parameters_too(tmp_path):
+@pytest.mark.parametrize("probability", [1.0, 0.0])
+def test_distributed_training_reduces_the_new_parameters_too(tmp_path, probability):
+    """Also where no image of a batch is shuffled, or the reducer would wait for a gradient."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         model = net()
-        guard = protect(model, [PatchShuffle(0.5, probability=0.5, dal="tokens")])
+        guard = protect(model, [PatchShuffle(0.5, probability=probability, dal="tokens")])
         wrapped = DistributedDataParallel(model)
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-        for _ in range(4):  # also where no image of a batch is shuffled
+        for _ in range(2):
             (wrapped(IMAGES).sum() + guard.auxiliary_loss()).backward()
             optimizer.step()
             assert model.vitguard.shuffle.unknown.grad is not None
             optimizer.zero_grad()
     finally:
         dist.destroy_process_group()
+
+
+def _train_one_rank(rank: int, folder: str) -> None:
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    method = f"file://{folder}/group"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = net(depth=1)
+    guard = protect(model, [PatchShuffle(0.5, dal="tokens")], generator=seeded(rank))
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    images = torch.rand(3, 3, 16, 16, generator=seeded(5 + rank))
+    (wrapped(images).square().sum() + guard.auxiliary_loss()).backward()
+    optimizer.step()
+    torch.save((model.state_dict(), guard.truth()["source"]), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_draw_their_own_shuffles_and_keep_one_model(tmp_path):
+    torch.multiprocessing.spawn(_train_one_rank, (str(tmp_path),), nprocs=2)
+    (one, mine), (other, yours) = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
+    assert not torch.equal(mine, yours)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    start = net(depth=1)
+    moved = one["vitguard.shuffle.unknown"] - start.pos_embed[:, 1:].mean(1)
+    assert moved.abs().max() > 0
 
 
 def test_the_adversary_can_simulate_and_differentiate_twice():

@@ -25,7 +25,8 @@ __all__ = ["LastBlock", "Separated", "separate"]
 
 _WORK = 2e9  # multiplications in a round of starts: about a second on one core
 _STARTS = 64
-_PATIENCE, _HOPE = 2, 8  # rounds without a new image, and before the first
+_PATIENCE = 2  # rounds without a new image
+_FIRST, _LARGE = (3, 8), 32  # rounds before the first one, in batches up to 32 and above
 _NEAR = 0.05  # residual in the reduced problem from which the whole one converges
 _APART = 1e-2
 _STEADY = 0.05
@@ -170,7 +171,7 @@ def separate(
     rest, idle, reading = block, 0, None
     basis = torch.eye(batch).to(block.inner)
     while len(found) < batch and rounds and time.monotonic() < deadline:
-        if idle >= (_PATIENCE if len(found) else _HOPE):
+        if idle >= (_PATIENCE if len(found) else _FIRST[batch > _LARGE]):
             break
         rounds -= 1
         m, residual = descend(rest, _starts(rest, generator), deadline)

@@ -113,7 +113,8 @@ class _Climb:
             self._try(lambda: Cascade(seconds=self._left(0.2)))
             cascade = self.guesses.pop(Cascade.name, None)
             self.labels = None if cascade is None else cascade.labels
-        share = 0.6 if self.view.update.batch_size == 1 else 0.8  # the rest is for `polish`
+        polished = self.view.update.batch_size == 1 and "shuffle" not in self.view.settings
+        share = 0.5 if polished else 0.8  # `polish` needs the rest
         self._try(lambda: GeluSpan(seconds=self._left(share)))
 
     def _robust(self) -> None:

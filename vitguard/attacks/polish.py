@@ -170,6 +170,7 @@ def _rounded(
             update = WholeUpdate.at(view, patches, labels.to(patches.device), free)
         except NotApplicable:
             return None
-        patches[free] += update.step((time.monotonic() + deadline) / 2, generator)
+        until = time.monotonic() + 0.8 * (deadline - time.monotonic())
+        patches[free] += update.step(until, generator)
         pixels[free] = anatomy.patchify(_with(view, guess, patches).images)[0][free] * levels
     return None
