@@ -1,5 +1,6 @@
 """Robust forms: right estimates under the prior, and a choice that never sees the truth."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -232,6 +233,20 @@ def test_conjugate_gradients_solve_a_dense_system():
         lambda x: (matrix @ x.flatten()).view(4, 6), right, lambda r: r, tolerance=1e-12
     )
     torch.testing.assert_close(made.flatten(), torch.linalg.solve(matrix, right.flatten()))
+
+
+def test_past_its_deadline_the_solver_stops_after_one_step():
+    seen = []
+
+    def operator(x):
+        seen.append(x)
+        return x * torch.arange(1.0, 25.0)
+
+    right = torch.ones(24)
+    conjugate_gradients(operator, right, lambda r: r, deadline=time.monotonic() - 1)
+    assert len(seen) == 1
+    conjugate_gradients(operator, right, lambda r: r)
+    assert len(seen) > 10
 
 
 def test_the_position_estimate_is_the_dense_posterior_mean(small_vit, observe, photo):

@@ -11,6 +11,7 @@ orthogonal to every right singular vector that only shows E. Two steps (docs/met
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -78,13 +79,17 @@ class Containment:
     Args:
         view, anatomy: What is attacked; the update summed over local steps.
         even: Whether rows count as they are (added noise) or each at unit size (rounding).
+        deadline: `time.monotonic()` after which estimates are rough.
 
     Raises:
         NotApplicable: The first norm is no LayerNorm.
         Blocked: The gradient of query, key and value cannot be read.
     """
 
-    def __init__(self, view: View, anatomy: Anatomy, *, even: bool) -> None:
+    def __init__(
+        self, view: View, anatomy: Anatomy, *, even: bool, deadline: float = math.inf
+    ) -> None:
+        self.deadline = deadline
         self.anatomy, self.prior = anatomy, NaturalImages.of(view, anatomy)
         self.embedding = Embedding.of(view, anatomy)
         self.norm = Norm.of(view, anatomy.blocks[0].norm1)
@@ -197,7 +202,7 @@ class Containment:
         def precondition(r: Tensor) -> Tensor:
             return (basis @ ((basis.T @ (r * even) @ side) / spectrum) @ side.T) * even
 
-        return conjugate_gradients(operator, right, precondition)
+        return conjugate_gradients(operator, right, precondition, deadline=self.deadline)
 
 
 def _reliability(tokens: Tensor, rows: _Rows) -> Tensor:

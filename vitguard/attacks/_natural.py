@@ -9,6 +9,7 @@ photographs in general; none is fitted to an image of this project.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -110,8 +111,14 @@ def conjugate_gradients(
     *,
     iterations: int = 150,
     tolerance: float = 1e-7,
+    deadline: float = math.inf,
 ) -> Tensor:
-    """Solve operator(x) = right for a symmetric positive operator, from x = 0."""
+    """Solve operator(x) = right for a symmetric positive operator, from x = 0.
+
+    Args:
+        deadline: `time.monotonic()` after which the first iteration is the last: nearer than
+            nothing, and no step of a wide model takes half a minute of a budget of seconds.
+    """
     x, r = torch.zeros_like(right), right.clone()
     z = precondition(r)
     p, power = z.clone(), (r * z).sum()
@@ -125,4 +132,6 @@ def conjugate_gradients(
         z = precondition(r)
         new = (r * z).sum()
         p, power = z + (new / power) * p, new
+        if time.monotonic() > deadline:
+            break
     return x

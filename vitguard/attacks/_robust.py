@@ -9,6 +9,7 @@ of a linear system; its noise level is read off the equations that no image can 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -28,9 +29,12 @@ _HOLDS = (10.0, 1.0, 100.0, 0.1, 1000.0)
 
 
 def position_estimates(
-    view: View, anatomy: Anatomy
+    view: View, anatomy: Anatomy, deadline: float = math.inf
 ) -> Iterator[tuple[dict[str, object], Float[Tensor, "patches pixels"]]]:
     """Yield (settings, patches X) that minimise |Y - G^T X|^2 / noise + prior(X), likeliest first.
+
+    Args:
+        deadline: `time.monotonic()` after which they are rough.
 
     Raises:
         Blocked: The gradient of positions or patches cannot be read.
@@ -45,11 +49,11 @@ def position_estimates(
     for hold in _HOLDS:
         for name, shape in forms.items():
             noise = hold * _noise_level(seen, target, shape) * shape
-            patches = _solve(seen, target, noise, prior)
+            patches = _solve(seen, target, noise, prior, deadline=deadline)
             spread = patches.T @ patches
             spread = torch.eye(len(spread)).to(spread) + spread
             spread = spread / spread.diagonal().mean()
-            both = _solve(seen, target, noise, prior, spread)
+            both = _solve(seen, target, noise, prior, spread, deadline)
             yield {"rows": name, "hold": hold, "errors": "in patches and positions"}, both
             yield {"rows": name, "hold": hold, "errors": "in patches"}, patches
 
@@ -73,6 +77,7 @@ def _solve(
     noise: Float[Tensor, " width"],
     prior: NaturalImages,
     spread: Float[Tensor, "pixels pixels"] | None = None,
+    deadline: float = math.inf,
 ) -> Float[Tensor, "patches pixels"]:
     """Solve (G N^-1 G^T) dX S^-1 + prior dX = G N^-1 (Y - G^T mean) S^-1, X = mean + dX."""
     weighted = seen / noise
@@ -88,5 +93,8 @@ def _solve(
         return basis @ ((basis.T @ r @ side) / size) @ side.T
 
     return prior.mean + conjugate_gradients(
-        lambda x: normal @ x @ inverse + prior.precision(x), right @ inverse, precondition
+        lambda x: normal @ x @ inverse + prior.precision(x),
+        right @ inverse,
+        precondition,
+        deadline=deadline,
     )

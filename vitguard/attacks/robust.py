@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class RobustPosition(Attack):
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the image under which the update is most probable."""
         choice = Choice(view, generator, self.seconds)
-        choice.offer(position_candidates(view, choice.anatomy, generator))
+        choice.offer(position_candidates(view, choice.anatomy, generator, choice.deadline))
         return choice.guess()
 
 
@@ -96,7 +97,7 @@ class RobustSpan(Attack):
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the image under which the update is most probable."""
         choice = Choice(view, generator, self.seconds)
-        starts, refined = span_candidates(view, choice.anatomy, generator)
+        starts, refined = span_candidates(view, choice.anatomy, generator, choice.deadline)
         choice.offer(starts)
         for _ in range(ROUNDS):
             if not choice.offer(refined(choice.patches)):
@@ -105,9 +106,12 @@ class RobustSpan(Attack):
 
 
 def position_candidates(
-    view: View, anatomy: Anatomy, generator: torch.Generator
+    view: View, anatomy: Anatomy, generator: torch.Generator, deadline: float = math.inf
 ) -> Iterator[Candidate]:
     """Yield the (settings, patches) that `position-robust` chooses from.
+
+    Args:
+        deadline: `time.monotonic()` after which estimates are rough.
 
     Raises:
         NotApplicable: See `RobustPosition`.
@@ -119,14 +123,17 @@ def position_candidates(
     summed = view.gradient(steps=True)
     require_finite(summed)
     return _with_plain(
-        position_estimates(summed, anatomy), PositionInversion(), view, anatomy, generator
+        position_estimates(summed, anatomy, deadline), PositionInversion(), view, anatomy, generator
     )
 
 
 def span_candidates(
-    view: View, anatomy: Anatomy, generator: torch.Generator
+    view: View, anatomy: Anatomy, generator: torch.Generator, deadline: float = math.inf
 ) -> tuple[Iterator[Candidate], Callable[[Tensor], Iterator[Candidate]]]:
     """Return the first candidates of `span-robust`, and what refines the best of them.
+
+    Args:
+        deadline: `time.monotonic()` after which estimates are rough.
 
     Raises:
         NotApplicable: See `RobustSpan`.
@@ -137,7 +144,9 @@ def span_candidates(
         raise NotApplicable("needs absolute positions and a first norm before the attention")
     summed = view.gradient(steps=True)
     require_finite(summed)
-    forms = {even: Containment(summed, anatomy, even=even) for even in (True, False)}
+    forms = {
+        even: Containment(summed, anatomy, even=even, deadline=deadline) for even in (True, False)
+    }
     tokens = view.update.batch_size * anatomy.patches + anatomy.prefix_tokens
     clear = tokens < anatomy.width and view.update.local_steps == 1
 
