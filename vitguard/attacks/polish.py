@@ -63,11 +63,14 @@ def polish(
     if levels is not None and levels < 1:
         raise expected("levels of at least 1", levels)
     view = view.gradient()
-    before = mismatch(view, guess)
+    known = guess.details.get("mismatch")
+    before = known if isinstance(known, float) else mismatch(view, guess)
     if before is None or len(guess.images) != 1:
         return _saying(guess, "not tried: needs one image and an update that can be simulated")
     if before > _NEAR:
         return _saying(guess, "not tried: the guess is not near")
+    if before < _floor(view):
+        return _saying(guess, "not needed: the update is explained to its rounding")
     done: list[str] = []
     refined, last = _refined(view, guess, before, deadline)
     if last < before:
@@ -75,10 +78,14 @@ def polish(
     if levels is not None:
         exact = _rounded(view, refined, generator, deadline, levels)
         if exact is not None:
-            refined, last = exact, mismatch(view, exact) or 0.0
+            refined, last = exact
             done.append("rounded to the grid of image files")
     said = " and ".join(done) or "nothing gained"
     return _saying(refined, f"{said}: mismatch {before:.1e} -> {last:.1e}")
+
+
+def _floor(view: View) -> float:
+    return _FLOOR * torch.finfo(next(iter(view.update.tensors.values())).dtype).eps
 
 
 def _saying(guess: Guess, what: str) -> Guess:
@@ -144,10 +151,9 @@ def _step(
 
 def _rounded(
     view: View, guess: Guess, generator: torch.Generator, deadline: float, levels: int
-) -> Guess | None:
+) -> tuple[Guess, float] | None:
     """Set patches to the grid, solve for the rest, until the update is explained to rounding."""
-    anatomy, like = Anatomy.of(view.model), next(iter(view.update.tensors.values()))
-    floor = _FLOOR * torch.finfo(like.dtype).eps
+    anatomy, floor = Anatomy.of(view.model), _floor(view)
     pixels = anatomy.patchify(guess.images.detach().double())[0] * levels
     limit, labels = _ON_GRID, guess.labels
     for _ in range(4):
@@ -155,7 +161,7 @@ def _rounded(
         whole = replace(guess, images=anatomy.unpatchify(near[None] / levels))
         distance = mismatch(view, whole)
         if distance is not None and distance < floor:
-            return whole
+            return whole, distance
         away = (pixels - near).square().mean(1).sqrt()
         free = away > limit
         if not bool(free.any()):  # some pixel is wrong: doubt the three least certain patches
