@@ -9,7 +9,8 @@ import torch
 from vitguard.attacks import robust
 from vitguard.attacks._check import mismatch, surprise
 from vitguard.attacks._containment import Containment
-from vitguard.attacks._natural import NaturalImages, conjugate_gradients
+from vitguard.attacks._linear import conjugate_gradients
+from vitguard.attacks._natural import NaturalImages
 from vitguard.attacks._robust import position_estimates
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.position import PositionInversion

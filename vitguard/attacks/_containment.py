@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._linear import conjugate_gradients
 from vitguard.attacks._mlp import Norm
-from vitguard.attacks._natural import NaturalImages, conjugate_gradients
+from vitguard.attacks._natural import NaturalImages
 from vitguard.attacks._spans import Embedding, block_rows, patch_gradient, whitened
 from vitguard.core import View
 from vitguard.vit import Anatomy

@@ -1,7 +1,8 @@
-"""Least squares by conjugate gradients, and the whole update linearised at an image."""
+"""Conjugate gradients, least squares by them, and the whole update linearised at an image."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +15,45 @@ from vitguard.core import View
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy
 
-__all__ = ["WholeUpdate", "least_squares"]
+__all__ = ["WholeUpdate", "conjugate_gradients", "least_squares"]
 
 _SKETCH = 30  # equations kept per unknown: the preconditioner is then within a factor 1.5
+
+
+def conjugate_gradients(
+    operator: Callable[[Tensor], Tensor],
+    right: Tensor,
+    precondition: Callable[[Tensor], Tensor] = lambda r: r,
+    *,
+    iterations: int = 150,
+    tolerance: float = 1e-7,
+    deadline: float = math.inf,
+) -> Tensor:
+    """Solve operator(x) = right for a symmetric operator without negative directions.
+
+    It starts at x = 0.
+
+    Args:
+        tolerance: Relative norm of the (preconditioned) residual at which to stop.
+        deadline: `time.monotonic()` after which the first iteration is the last: nearer than
+            nothing, and no step of a wide model takes half a minute of a budget of seconds.
+    """
+    x, r = torch.zeros_like(right), right.clone()
+    z = precondition(r)
+    p, power = z.clone(), (r * z).sum()
+    goal = tolerance**2 * power
+    for _ in range(iterations):
+        if not bool(power > goal):
+            break
+        q = operator(p)
+        step = power / (p * q).sum()
+        x, r = x + step * p, r - step * q
+        z = precondition(r)
+        new = (r * z).sum()
+        p, power = z + (new / power) * p, new
+        if time.monotonic() > deadline:
+            break
+    return x
 
 
 def least_squares(

@@ -9,7 +9,6 @@ photographs in general; none is fitted to an image of this project.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from vitguard.core import Normalization, View
 from vitguard.vit import Anatomy
 
-__all__ = ["NaturalImages", "conjugate_gradients"]
+__all__ = ["NaturalImages"]
 
 _MEAN, _SPREAD, _COLOURS = 0.45, 0.25, 0.9  # of pixels in [0, 1], and correlation of channels
 Operator = Callable[[Tensor], Tensor]
@@ -102,36 +101,3 @@ def _cosines(size: int, device: torch.device) -> Tensor:
     waves = torch.cos(math.pi * (at[None] + 0.5) * at[:, None] / size) * math.sqrt(2 / size)
     waves[0] /= math.sqrt(2)
     return waves
-
-
-def conjugate_gradients(
-    operator: Operator,
-    right: Tensor,
-    precondition: Operator,
-    *,
-    iterations: int = 150,
-    tolerance: float = 1e-7,
-    deadline: float = math.inf,
-) -> Tensor:
-    """Solve operator(x) = right for a symmetric positive operator, from x = 0.
-
-    Args:
-        deadline: `time.monotonic()` after which the first iteration is the last: nearer than
-            nothing, and no step of a wide model takes half a minute of a budget of seconds.
-    """
-    x, r = torch.zeros_like(right), right.clone()
-    z = precondition(r)
-    p, power = z.clone(), (r * z).sum()
-    goal = tolerance**2 * power
-    for _ in range(iterations):
-        if not bool(power > goal):
-            break
-        q = operator(p)
-        step = power / (p * q).sum()
-        x, r = x + step * p, r - step * q
-        z = precondition(r)
-        new = (r * z).sum()
-        p, power = z + (new / power) * p, new
-        if time.monotonic() > deadline:
-            break
-    return x

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitguard.attacks._natural import NaturalImages, conjugate_gradients
+from vitguard.attacks._linear import conjugate_gradients
+from vitguard.attacks._natural import NaturalImages
 from vitguard.attacks._spans import patch_gradient
 from vitguard.core import View
 from vitguard.errors import Blocked

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._linear import conjugate_gradients
 from vitguard.core import AffineSpace, Normalization
 from vitguard.vit import Anatomy
 
@@ -92,7 +93,7 @@ def smoothest(
             return pull(_times(weights, curvature(moved)), walls * wide * moved)
 
         right = -pull(_times(weights, curved), _WALL * beyond)
-        v = v + _conjugate_gradients(operator, right, iterations, tolerance)
+        v = v + conjugate_gradients(operator, right, iterations=iterations, tolerance=tolerance)
     return space.origin + _along(space.basis, v.to(space.origin))
 
 
@@ -147,22 +148,3 @@ def _spread(curved: list[Tensor]) -> Tensor:
 
 def _times(weights: list[Tensor], curved: list[Tensor]) -> list[Tensor]:
     return [w * c for w, c in zip(weights, curved, strict=True)]
-
-
-def _conjugate_gradients(
-    operator: Callable[[Tensor], Tensor], right: Tensor, iterations: int, tolerance: float
-) -> Tensor:
-    """Solve operator(x) = right for a symmetric operator without negative directions."""
-    x, residual, direction = torch.zeros_like(right), right, right
-    energy = right.square().sum()
-    stop = tolerance**2 * energy
-    for _ in range(iterations):
-        if not bool(energy > stop):
-            break
-        curved = operator(direction)
-        step = energy / (direction * curved).sum().clamp_min(1e-300)
-        x = x + step * direction
-        residual = residual - step * curved
-        previous, energy = energy, residual.square().sum()
-        direction = residual + (energy / previous) * direction
-    return x
