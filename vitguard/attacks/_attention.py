@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._linear import solve_positive
 from vitguard.attacks._mlp import Norm
 from vitguard.core import View
 from vitguard.errors import NotApplicable
@@ -163,7 +164,7 @@ class Attention:
             cost = error.square().sum() + prior * (x - centre).square().sum()
             for _ in range(5):
                 lift = torch.diag(damping * normal.diagonal() + prior)
-                trial = x - torch.linalg.solve(normal + lift, right)
+                trial = x - solve_positive((normal + lift)[None], right[None])[0]
                 new_error, new_state = miss(trial)
                 new_cost = new_error.square().sum() + prior * (trial - centre).square().sum()
                 if bool(new_cost < cost):

@@ -1,4 +1,4 @@
-"""Conjugate gradients, least squares by them, and the whole update linearised at an image."""
+"""Linear systems, by Cholesky and conjugate gradients; the update linearised at an image."""
 
 from __future__ import annotations
 
@@ -15,9 +15,23 @@ from vitguard.core import View
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy
 
-__all__ = ["WholeUpdate", "conjugate_gradients", "least_squares"]
+__all__ = ["WholeUpdate", "conjugate_gradients", "least_squares", "solve_positive"]
 
 _SKETCH = 30  # equations kept per unknown: the preconditioner is then within a factor 1.5
+
+
+def solve_positive(
+    matrices: Float[Tensor, "batch k k"], right: Float[Tensor, "batch k"]
+) -> Float[Tensor, "batch k"]:
+    """Solve symmetric positive definite systems; 0 where a matrix is not.
+
+    By Cholesky: twice as fast as LU, and the batched LU of some builds of torch (2.15 with MKL)
+    never returns from sizes above 128 on more than one thread.
+    """
+    roots, failed = torch.linalg.cholesky_ex(matrices)
+    solved = torch.cholesky_solve(right[..., None], roots)[..., 0]
+    fine = (failed == 0)[:, None] & solved.isfinite()
+    return torch.where(fine, solved, torch.zeros_like(solved))
 
 
 def conjugate_gradients(

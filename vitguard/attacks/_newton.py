@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitguard.attacks._family import Family, Solver
+from vitguard.attacks._linear import solve_positive
 from vitguard.attacks._mlp import Mlp
 
 __all__ = ["Problem", "Solutions"]
@@ -136,7 +137,7 @@ class Problem:
         diagonal = normal.diagonal(dim1=1, dim2=2)
         floor = diagonal + _floor(normal) * diagonal.amax(1, keepdim=True)
         normal = normal + torch.diag_embed(damping[:, None] * floor)
-        return torch.nan_to_num(torch.linalg.solve_ex(normal, right)[0])
+        return solve_positive(normal, right)
 
     def _gram(self, slope: Tensor, spread: Tensor) -> Tensor:
         """P^T diag(slope^2) P for every start; as one product where the outer products fit."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vitguard.attacks._linear import solve_positive
 from vitguard.attacks._mlp import Activation, Norm, activation_of, thin_basis
 from vitguard.attacks._spans import layer_rows
 from vitguard.attacks._tail import Reading, Tail
@@ -278,7 +279,7 @@ def descend(
         right = right + weight * (rows.mT @ power[:, :, None])[..., 0]
         diagonal = normal.diagonal(dim1=1, dim2=2)
         lift = damping[:, None] * (diagonal + 1e-12 * diagonal.amax(1, keepdim=True))
-        trial = m - torch.linalg.solve_ex(normal + torch.diag_embed(lift), right)[0]
+        trial = m - solve_positive(normal + torch.diag_embed(lift), right)
         new = cost_of(trial)
         better = new[0] < cost
         damping = torch.where(better, damping * 0.3, damping * 4).clamp(1e-12, 1e8)
