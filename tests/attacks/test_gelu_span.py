@@ -9,7 +9,7 @@ from vitguard import data
 from vitguard.attacks._attention import Attention
 from vitguard.attacks._family import Solver
 from vitguard.attacks._mlp import Mlp, activation_of
-from vitguard.attacks._newton import Problem
+from vitguard.attacks._newton import Problem, Pull
 from vitguard.attacks._peel import peel
 from vitguard.attacks._seams import place_by_seams, seam_energy
 from vitguard.attacks.gelu_span import GeluSpan
@@ -132,23 +132,43 @@ def test_the_step_is_that_of_the_explicit_jacobian(small_vit, observe, photos):
     _, solver, mlp = parts(view)
     problem = Problem.of(mlp, solver, solver.family(4))
     positions = torch.tensor([0, 3])
-    v = 0.01 * torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    v = 0.01 * torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    target = torch.randn(2, len(problem.attended), generator=generator, dtype=torch.float64)
+    pull = torch.tensor([0.0, 3.0], dtype=torch.float64)
 
-    def residuals(v, position):
-        state = problem._evaluate(position[None], v[None])
+    def residuals(v, row):
+        state = problem._evaluate(positions[row][None], v[None], target[row][None])
         weight = (0.01 * state.u.shape[1]) ** 0.5
-        return torch.cat([state.outside[0], weight * state.excess])
+        return torch.cat([state.outside[0], weight * state.excess, pull[row].sqrt() * state.gap[0]])
 
     damping = torch.full((2,), 0.5, dtype=torch.float64)
-    step = problem._step(problem._evaluate(positions, v), damping)
+    step = problem._step(problem._evaluate(positions, v, target), damping, pull)
     for row in range(2):
-        jacobian = torch.autograd.functional.jacobian(
-            lambda x, row=row: residuals(x, positions[row]), v[row]
-        )
+        jacobian = torch.autograd.functional.jacobian(lambda x, row=row: residuals(x, row), v[row])
         normal = jacobian.T @ jacobian
         normal = normal + 0.5 * torch.diag(normal.diagonal())
-        slow = torch.linalg.solve(normal, jacobian.T @ residuals(v[row], positions[row]))
+        slow = torch.linalg.solve(normal, jacobian.T @ residuals(v[row], row))
         torch.testing.assert_close(step[row], slow, rtol=1e-6, atol=1e-10)
+
+
+def test_a_pull_chooses_the_image_whose_token_is_found(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:2], defenses=FROZEN)
+    anatomy, solver, mlp = parts(view)
+    family = solver.family(solver.free(1e-2))
+    problem = Problem.of(mlp, solver, family)
+    truth = anatomy.patchify(Normalization().apply(photos[:2])).double()
+    attended = embedded(view, photos[:2])[1].unflatten(0, (2, 16)) @ solver.attended
+    positions, start = torch.arange(16), family.origin.new_zeros(16, family.directions.shape[1])
+
+    def found(image: int, strength: float) -> int:
+        pull = Pull(attended[image], torch.full((16,), strength, dtype=torch.float64))
+        solved = problem.solve(positions, start, iterations=20, pull=pull)
+        gap = (solver.pixels(family.at(positions, solved.v)) - truth[image]).abs().amax(1)
+        return int(((gap < 0.02) & (solved.residual < 1e-3)).sum())
+
+    assert [found(0, 5.0), found(1, 5.0)] == [16, 16]
+    assert min(found(0, 0.0), found(1, 0.0)) < 4
 
 
 def test_true_tokens_lie_in_the_family_and_fit_the_span(small_vit, observe, photos):
@@ -166,7 +186,8 @@ def test_true_tokens_lie_in_the_family_and_fit_the_span(small_vit, observe, phot
         assert float(solved.residual.max()) < 1e-3
         there = base + solved.v @ basis.T
         assert float((there - image).abs().max()) < 1e-2
-    false = problem._evaluate(torch.arange(16), v.roll(1, 0))
+    free = v.new_zeros(16, len(problem.attended))
+    false = problem._evaluate(torch.arange(16), v.roll(1, 0), free)
     assert float(false.residual.min()) > 1e-2
 
 
@@ -197,7 +218,7 @@ def test_attention_completes_missing_tokens(small_vit, observe, photo):
     offset = (tokens - truth @ weight.T)[missing]
     start = truth[[4]]
     found, residual = attention.complete(
-        torch.cat([prefix, tokens[kept]]), attended[kept], 1, weight, offset, start, 0.5,
+        torch.cat([prefix, tokens[kept]]), tokens[kept], attended[kept], weight, offset, start, 0.5,
         iterations=60,
     )  # fmt: skip
     assert residual < 1e-4

@@ -12,9 +12,10 @@ from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.span import SpanInversion
 from vitguard.audit import audit
-from vitguard.core import Guess
+from vitguard.core import Guess, Normalization
 from vitguard.errors import NotApplicable
 from vitguard.metrics import psnr
+from vitguard.vit import Anatomy
 
 FROZEN = "positions:kind=frozen"
 
@@ -58,6 +59,25 @@ def test_saturated_spans_are_called_unknown_and_not_safe(small_vit, observe, pho
 def test_cascade_labels_are_handed_on(small_vit, observe, photos):
     view = observe(small_vit(), photos[:2], torch.tensor([8, 8]), defenses=FROZEN)
     assert run(Ladder(seconds=200), view).labels.tolist() == [8, 8]
+
+
+def test_the_space_that_span_leaves_is_handed_on_and_holds_the_truth(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:2], defenses=FROZEN)
+    guess = run(Ladder(seconds=200), view)
+    assert guess.details["rung"] == "gelu-span" and guess.space is not None
+    anatomy, space = Anatomy.of(view.model), guess.space
+    truth = anatomy.patchify(Normalization().apply(photos[:2])).double()
+    basis = torch.linalg.qr(space.basis.double()).Q
+    rest = truth - space.origin
+    outside = rest - rest @ basis @ basis.T
+    assert basis.shape[1] < anatomy.patch_pixels and outside.norm() < 1e-3 * rest.norm()
+
+
+@pytest.mark.parametrize("defense", ["noise", "shuffle:ratio=0.3,mask=uniform"])
+def test_no_space_is_handed_on_where_it_is_not_exact(small_vit, observe, photos, defense):
+    view = observe(small_vit(), photos[:2], defenses=f"{FROZEN}+{defense}")
+    guess = run(Ladder(seconds=8), view)
+    assert guess.space is None or guess.details["rung"] == "span"
 
 
 def test_nothing_applies_gives_every_reason(small_vit, observe, photo):

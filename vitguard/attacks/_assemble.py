@@ -13,7 +13,8 @@ from vitguard.core import View
 __all__ = ["complete_images", "complete_tokens"]
 
 _WHOLE = 2e-3  # misfit of a complete image; one wrong token makes 1e-2 and more, true ones 5e-5
-_LARGEST = 700  # unknowns of one completion
+_LARGEST = 1500  # unknowns of one completion
+_EQUATIONS = 6  # of the attention for each unknown; more take longer and say no more
 
 
 def _tokens(search: Search, embedding: Embedding) -> tuple[Tensor, Tensor]:
@@ -49,23 +50,26 @@ def complete_images(search: Search, attention: Attention, view: View) -> list[Te
 
 
 def complete_tokens(
-    search: Search, attention: Attention, view: View, others: list[Tensor] | None = None
+    search: Search, attention: Attention, view: View, own: Tensor, missing: Tensor
 ) -> int:
-    """Fill in the missing tokens of the last image from its attention; return how many.
+    """Fill in the missing tokens of one image from its attention; return how many.
 
-    `others` are the tokens of the images that are complete. The solution is a start for the MLP's
-    equations. Where the attention itself holds to the accepted residual it is a proof of its own,
-    which repeated patches need.
+    The solution is a start for the MLP's equations. Where the attention itself holds to the
+    accepted residual it is a proof of its own, which repeated patches need.
+
+    Args:
+        own: Which of the tokens found are of that image.
+        missing: Positions of those that are not found, one that several share repeated.
     """
     basis, found, anatomy = search.basis, search.found, search.anatomy
-    own = torch.ones_like(found.position, dtype=torch.bool)
-    for rows in others or []:
-        own[rows] = False
-    missing = torch.repeat_interleave(search.missing())
     unknowns = len(missing) * basis.shape[1]
-    equations = int(own.sum()) * anatomy.width
+    asked = torch.nonzero(own)[:, 0]
+    asked = asked[torch.randperm(len(asked), generator=search.generator).to(asked.device)]
+    asked = asked[: -(-_EQUATIONS * unknowns // anatomy.width)]
     several = len(search.wanted) > anatomy.patches + 1  # who shares which is not known
-    if several or not len(missing) or unknowns > _LARGEST or equations < 1.5 * unknowns:
+    if several or not len(missing) or unknowns > _LARGEST:
+        return 0
+    if len(asked) * anatomy.width < 1.5 * unknowns:
         return 0
     embedding = Embedding.of(view, anatomy)
     tokens, attended = _tokens(search, embedding)
@@ -74,7 +78,7 @@ def complete_tokens(
     draw = torch.randint(len(found.patch), (len(missing),), generator=search.generator)
     start = (found.patch[draw.to(missing.device)] - base) @ basis
     moved, residual = attention.complete(
-        torch.cat([embedding.prefix, tokens[own]]), attended[own], len(embedding.prefix),
+        torch.cat([embedding.prefix, tokens[own]]), tokens[asked], attended[asked],
         embedding.weight @ basis, base @ embedding.weight.T + shift[missing], start,
         float(found.patch.std()),
     )  # fmt: skip

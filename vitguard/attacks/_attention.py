@@ -127,8 +127,8 @@ class Attention:
     def complete(
         self,
         known: Float[Tensor, "known width"],
-        attended: Float[Tensor, "targets width"],
-        first: int,
+        asked: Float[Tensor, "asked width"],
+        attended: Float[Tensor, "asked width"],
         embed: Float[Tensor, "width pixels"],
         offset: Float[Tensor, "missing width"],
         start: Float[Tensor, "missing pixels"],
@@ -138,12 +138,12 @@ class Attention:
     ) -> tuple[Float[Tensor, "missing pixels"], float]:
         """Solve for the missing tokens z = W x + offset of one image by Gauss-Newton.
 
-        `known[first:]` are the tokens whose attention output `attended` is known. A Gaussian prior
+        `asked` are tokens of the image whose attention output `attended` is known. A Gaussian prior
         around `start`'s mean with deviation `spread` is halved at every step. The starts must
         differ: tokens that share an offset would otherwise move as one.
         """
-        query, key, value = self.maps(known)
-        query = query[:, first:]
+        _, key, value = self.maps(known)
+        query = self.maps(asked)[0]
         target = attended.reshape(len(attended), self.heads, -1).transpose(0, 1)
         centre, x = start.mean(0).expand_as(start).flatten(), start.flatten()
         shape, damping = start.shape, 1e-3

@@ -7,6 +7,10 @@ p0, P are W1 gamma2 C applied to the family and q = W1 beta2 + b1. A true token 
 
 V the span of fc2's inputs (docs/methods.md 2.4b). The normal matrix needs no projection matrix:
 K^T K - (V^T K)^T (V^T K), K = d act(u) / d v.
+
+A start may be pulled toward attended values: the tokens of one image attend to the same values, so
+theirs are alike, and a search near those of image b ends at a token of image b. The pull fades and
+is off in the last iterations, so it chooses a solution and does not move it.
 """
 
 from __future__ import annotations
@@ -21,10 +25,11 @@ from vitguard.attacks._family import Family, Solver
 from vitguard.attacks._linear import solve_positive
 from vitguard.attacks._mlp import Mlp
 
-__all__ = ["Problem", "Solutions"]
+__all__ = ["Problem", "Pull", "Solutions"]
 
 _OUTER_BYTES = 3e8
 _NORM_WEIGHT = 0.01  # of the norm equation against the hidden equations, per hidden unit
+_FADE, _RELEASED = 0.7, 8  # of a pull at each iteration; iterations without it at the end
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,19 @@ class Solutions:
 
 
 @dataclass(frozen=True)
+class Pull:
+    """Where each start is drawn to.
+
+    Args:
+        target: Attended values in the coordinates d of the family, shape (starts, attended).
+        strength: Of the pull against the equations, both as they are at the start; 0 for none.
+    """
+
+    target: Float[Tensor, "starts attended"]
+    strength: Float[Tensor, " starts"]
+
+
+@dataclass(frozen=True)
 class Problem:
     """The equations of one family; build with `Problem.of`."""
 
@@ -53,6 +71,8 @@ class Problem:
     hidden_origin: Tensor
     shift: Tensor
     outer: Tensor | None
+    attended: Tensor
+    attended_origin: Tensor
 
     @staticmethod
     def of(mlp: Mlp, solver: Solver, family: Family, dtype: torch.dtype = torch.float64) -> Problem:
@@ -71,41 +91,58 @@ class Problem:
             centred=origin.to(dtype), hidden=hidden, hidden_origin=(origin @ weight.T).to(dtype),
             shift=(mlp.weight @ mlp.norm.shift + mlp.bias).to(dtype),
             outer=hidden[:, row] * hidden[:, column] if small else None,
+            attended=family.directions[solver.patch.shape[1] : index].to(dtype),
+            attended_origin=family.origin[:, solver.patch.shape[1] : index].to(dtype),
         )  # fmt: skip
 
     def solve(
-        self, positions: Tensor, start: Float[Tensor, "starts k"], *, iterations: int = 30
+        self,
+        positions: Tensor,
+        start: Float[Tensor, "starts k"],
+        *,
+        iterations: int = 30,
+        pull: Pull | None = None,
     ) -> Solutions:
         """Run damped Gauss-Newton steps from every start at its position, in chunks."""
         hidden, k = self.hidden.shape
         chunk = max(1, int(5e6 / (hidden * max(k, 1))))
-        pieces = zip(positions.split(chunk), start.split(chunk), strict=True)
-        parts = [self._solve(p, v, iterations) for p, v in pieces]
+        if pull is None:
+            pull = Pull(
+                start.new_zeros(len(start), len(self.attended)), start.new_zeros(len(start))
+            )
+        whole = (positions, start, pull.target.to(start), pull.strength.to(start))
+        pieces = zip(*(t.split(chunk) for t in whole), strict=True)
+        parts = [self._solve(p, v, Pull(d, w), iterations) for p, v, d, w in pieces]
         return Solutions(torch.cat([p.v for p in parts]), torch.cat([p.residual for p in parts]))
 
-    def _solve(self, positions: Tensor, v: Tensor, iterations: int) -> Solutions:
+    def _solve(self, positions: Tensor, v: Tensor, pull: Pull, iterations: int) -> Solutions:
         v, residual = v.clone(), v.new_full((len(v),), torch.inf)
         alive = torch.arange(len(v), device=v.device)
-        state = self._evaluate(positions, v)
+        state = self._evaluate(positions, v, pull.target)
         damping = v.new_full((len(v),), 0.1)
+        weight = pull.strength * state.cost.clamp(max=1e6) / state.apart.clamp_min(1e-12)
         mark = state.cost
         for step in range(iterations):
-            move = self._step(state, damping)
-            trial = self._evaluate(state.positions, state.v - move)
-            better = trial.cost < state.cost
+            if step >= iterations - _RELEASED:
+                weight = torch.zeros_like(weight)
+            move = self._step(state, damping, weight)
+            trial = self._evaluate(state.positions, state.v - move, state.target)
+            better = trial.cost + weight * trial.apart < state.cost + weight * state.apart
             state = state.where(better, trial)
             damping = torch.where(better, damping * 0.3, damping * 4).clamp(1e-12, 1e8)
+            weight = weight * _FADE
             if step % 4 == 3:  # drop what has converged
-                moving = state.cost < 0.98 * mark
+                moving = (state.cost < 0.98 * mark) | (weight > 0)
                 v[alive], residual[alive] = state.v, state.residual
-                alive, damping, state = alive[moving], damping[moving], state.pick(moving)
+                alive, damping, weight = alive[moving], damping[moving], weight[moving]
+                state = state.pick(moving)
                 mark = state.cost
                 if not len(alive):
                     break
         v[alive], residual[alive] = state.v, state.residual
         return Solutions(v, residual)
 
-    def _evaluate(self, positions: Tensor, v: Tensor) -> _State:
+    def _evaluate(self, positions: Tensor, v: Tensor, target: Tensor) -> _State:
         index, family = self.index, self.family
         s = family.origin[positions, index] + v @ family.directions[index]
         u = (self.hidden_origin[positions] + v @ self.hidden.T) / s[:, None]
@@ -114,9 +151,13 @@ class Problem:
         excess = normal.square().mean(1) + self.mlp.norm.epsilon / s.square() - 1
         cost = outside.square().sum(1) + _NORM_WEIGHT * u.shape[1] * excess.square()
         cost = torch.where((s > 1e-6) & cost.isfinite(), cost, torch.inf)
-        return _State(positions, v, s, u, outside, normal, excess, outside.norm(dim=1) / size, cost)
+        gap = self.attended_origin[positions] + v @ self.attended.T - target
+        return _State(
+            positions, target, v, s, u, outside, normal, excess, gap,
+            residual=outside.norm(dim=1) / size, cost=cost, apart=gap.square().sum(1),
+        )  # fmt: skip
 
-    def _step(self, state: _State, damping: Tensor) -> Tensor:
+    def _step(self, state: _State, damping: Tensor, pull: Tensor) -> Tensor:
         """Solve the damped normal equations, J = diag(g / s) (P - u s_v^T) with slopes g."""
         s, along = state.s, self.family.directions[self.index]
         slope = self.mlp.activation.slope(state.u + self.shift) / s[:, None]
@@ -134,6 +175,9 @@ class Problem:
         weight = _NORM_WEIGHT * state.u.shape[1]
         normal = normal + weight * excess[:, :, None] * excess[:, None, :]
         right = right + weight * state.excess[:, None] * excess
+        if bool(pull.any()):
+            normal = normal + pull[:, None, None] * (self.attended.T @ self.attended)
+            right = right + pull[:, None] * (state.gap @ self.attended)
         diagonal = normal.diagonal(dim1=1, dim2=2)
         floor = diagonal + _floor(normal) * diagonal.amax(1, keepdim=True)
         normal = normal + torch.diag_embed(damping[:, None] * floor)
@@ -165,14 +209,17 @@ def _floor(values: Tensor) -> float:
 @dataclass(frozen=True)
 class _State:
     positions: Tensor
+    target: Tensor
     v: Tensor
     s: Tensor
     u: Tensor
     outside: Tensor
     normal: Tensor
     excess: Tensor
+    gap: Tensor
     residual: Tensor
     cost: Tensor
+    apart: Tensor
 
     def _all(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)

@@ -2,7 +2,9 @@
 
 Each round gives every unfinished position a few starts: the minimum-norm member, flat and ramped
 patches of random colours, and what was already found at other positions (or, where many tokens
-share one position, random mixtures of what was found there). A start that ends below `accept` is
+share one position, random mixtures of what was found there). In a batch the tokens found tell what
+the tokens of each image attend to, and starts are pulled there (`_groups`, `Pull`): without that
+nearly all starts end at the one image that is easiest to find. A start that ends below `accept` is
 a token: local minima end a hundred times above.
 """
 
@@ -17,12 +19,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitguard.attacks._family import Solver
+from vitguard.attacks._groups import group_tokens
 from vitguard.attacks._mlp import Mlp
-from vitguard.attacks._newton import Problem
+from vitguard.attacks._newton import Problem, Pull
 from vitguard.core import Normalization
 from vitguard.vit import Anatomy
 
 __all__ = ["Found", "Search"]
+
+_PULL = (-0.3, 0.8)  # decades of its strength
+_UNGUIDED = 3  # in a batch, every third round also starts without a pull
+_AWAY = 0.6  # of the distance to what other images attend to, by which a pull may overshoot
 
 _LOG = logging.getLogger("vitguard.attacks")
 _SAME = 1e-3  # root mean square below which two patches are one, in model-input units
@@ -115,8 +122,12 @@ class Search:
                 return "done"
             if time.monotonic() > self.deadline:
                 return "time"
-            positions, start = self._starts(self.missing(), self._rounds)
-            new = self._harvest(positions, start)
+            new = 0
+            if self.grouped and len(self.found.position):
+                new = self._harvest(*self._guided(self.missing()))
+            if not self.done and (not new or self._rounds % _UNGUIDED == 0):
+                each = 1 if new else min(1 + self._rounds, self._most)
+                new += self._harvest(*self._starts(self.missing(), each))
             self._rounds += 1
             self._idle = 0 if new else self._idle + 1
             _LOG.info("round %d: %d tokens found, %d wanted", self._rounds,
@@ -132,7 +143,7 @@ class Search:
             return 0
         for p, x in zip(positions.split(32), patches.split(32), strict=True):
             v = [self.project(int(i), row[None]) for i, row in zip(p, x, strict=True)]
-            new += self._accept(p, torch.cat(v))
+            new += self._accept(p, torch.cat(v), None)
         self._idle = 0 if new else self._idle
         return new
 
@@ -154,12 +165,78 @@ class Search:
         counts = torch.bincount(self.found.position, minlength=len(self.wanted))
         return (self.wanted - counts).clamp_min(0)
 
-    def _starts(self, missing: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
-        """Return positions and coordinates of this round's starts."""
+    def groups(
+        self, some: Tensor | None = None, images: int | None = None
+    ) -> tuple[Int[Tensor, " tokens"], Float[Tensor, "images attended"]]:
+        """Return which image each token found is of, as far as attention tells, and their means.
+
+        Args:
+            some: Which tokens, all where None.
+            images: That they are of, the batch where None.
+        """
+        rows = slice(None) if some is None else some
+        attended = self._attended(self.found.y)[rows]
+        return group_tokens(attended, self.found.position[rows], images or int(self.wanted.max()))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there are several images, each with one token at every position."""
+        return len(self.wanted) == self.anatomy.patches and int(self.wanted.max()) > 1
+
+    def _attended(self, y: Tensor) -> Tensor:
+        return y[:, self.solver.patch.shape[1] : self.solver.scale_index]
+
+    def _guided(self, missing: Tensor) -> tuple[Tensor, Tensor, Pull]:
+        """Starts pulled to the attended values of each image that has no token at a position.
+
+        Images of which no token is known lie beyond the mean member, as seen from the known ones.
+        """
+        found, family = self.found, self._rough.family
+        positions, starts, targets = [], [], []
+        groups, centers = self.groups()
+        for i in torch.nonzero(missing)[:, 0].tolist():
+            here = found.position == i
+            mean = self._attended(family.origin[i : i + 1])
+            absent = sorted(set(range(len(centers))) - set(groups[here].tolist()))
+            if len(centers) < int(self.wanted.max()):
+                known = centers[groups[here]].mean(0) if bool(here.any()) else centers.mean(0)
+                draw = 0.5 + 1.5 * torch.rand((), generator=self.generator).to(mean)
+                targets.append(mean + draw * (mean - known))
+                starts.append(family.origin.new_zeros(1, self.free))
+                positions.append(i)
+            for group in absent:
+                near = self._nearest(i, groups == group)
+                starts += [family.origin.new_zeros(1, self.free), self.project(i, near)]
+                targets += [self._caricature(centers, group) for _ in range(2)]
+                positions += [i, i]
+        where = torch.tensor(positions, dtype=torch.long, device=missing.device)
+        low, high = _PULL
+        draw = torch.rand(len(positions), generator=self.generator).to(family.origin)
+        pull = Pull(torch.cat(targets), 10 ** (low + (high - low) * draw))
+        return where, torch.cat(starts), pull
+
+    def _caricature(self, centers: Tensor, group: int) -> Float[Tensor, "one attended"]:
+        """What an image attends to, its difference from the image most alike overdrawn."""
+        own = centers[group : group + 1]
+        if len(centers) == 1:
+            return own
+        gaps = own - torch.cat([centers[:group], centers[group + 1 :]])
+        draw = _AWAY * torch.rand((), generator=self.generator).to(own)
+        return own + draw * gaps[gaps.norm(dim=1).argmin()]
+
+    def _nearest(self, position: int, mask: Tensor) -> Float[Tensor, "one pixels"]:
+        """The patch found nearest to a position among the tokens of a mask."""
+        columns, where = self.anatomy.grid[1], self.found.position[mask]
+        rows = (where // columns - position // columns).abs()
+        distance = rows + (where % columns - position % columns).abs()
+        return self.found.patch[mask][distance.argmin()][None]
+
+    def _starts(self, missing: Tensor, each: int) -> tuple[Tensor, Tensor, None]:
+        """Return positions and coordinates of starts without a pull, `each` of every kind."""
         origin, positions, starts = self._rough.family.origin, [], []
         for i in torch.nonzero(missing)[:, 0].tolist():
             crowd = int(self.wanted[i]) > 8
-            count = 8 * min(int(self.wanted[i]), 16) if crowd else min(1 + rounds, self._most)
+            count = 8 * min(int(self.wanted[i]), 16) if crowd else each
             here = self.found.position == i
             targets = [self._textures(count)]
             if crowd and bool(here.any()):
@@ -170,11 +247,11 @@ class Search:
                 targets.append(self._elsewhere(i, count))
                 targets.append(self._mixtures(torch.ones_like(here), count))
             v = self.project(i, torch.cat(targets))
-            if rounds == 0:
+            if self._rounds == 0:
                 v = torch.cat([origin.new_zeros(1, self.free), v])
             positions.append(torch.full((len(v),), i, device=v.device))
             starts.append(v)
-        return torch.cat(positions), torch.cat(starts)
+        return torch.cat(positions), torch.cat(starts), None
 
     def base(self, position: int) -> Float[Tensor, "one pixels"]:
         """Return the minimum-norm patch at a position."""
@@ -233,19 +310,20 @@ class Search:
         spread = self._normal(count, len(here)) @ (here - here.mean(0)) / max(len(here), 2) ** 0.5
         return here.mean(0) + 1.5 * spread
 
-    def _harvest(self, positions: Tensor, start: Tensor) -> int:
+    def _harvest(self, positions: Tensor, start: Tensor, pull: Pull | None) -> int:
         """Iterate all starts, in slices that respect the deadline; return how many were new."""
         new = 0
-        for p, v in zip(positions.split(64), start.split(64), strict=True):
-            open_ = self.missing()[p] > 0
-            if bool(open_.any()):
-                new += self._accept(p[open_], v[open_])
+        for rows in torch.arange(len(positions), device=positions.device).split(64):
+            rows = rows[self.missing()[positions[rows]] > 0]
+            if len(rows):
+                drawn = None if pull is None else Pull(pull.target[rows], pull.strength[rows])
+                new += self._accept(positions[rows], start[rows], drawn)
             if time.monotonic() > self.deadline:
                 break
         return new
 
-    def _accept(self, positions: Tensor, start: Tensor) -> int:
-        rough = self._quick.solve(positions, start.float(), iterations=20)
+    def _accept(self, positions: Tensor, start: Tensor, pull: Pull | None) -> int:
+        rough = self._quick.solve(positions, start.float(), iterations=20, pull=pull)
         good = rough.residual < 10 * self.accept
         if not bool(good.any()):
             return 0

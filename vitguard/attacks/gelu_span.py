@@ -175,15 +175,35 @@ class _State:
         self._store(whole)
         if state == "done" and (batch == 1 or len(whole) == batch):
             return False
-        if attention is not None and len(whole) == batch - 1 and state not in ("done", "time"):
-            if complete_tokens(self.search, attention, self.view, whole):
+        if attention is not None and state not in ("done", "time"):
+            if self._complete(attention, whole):
                 self.tries = 0
                 return True
-            self.tries += 1
+            self.tries += len(whole) == batch - 1
         if whole and (self.tries >= _TRIES or len(whole) < batch - 1 or state):
             return self._peel(whole)
         self.stopped = "" if state == "done" else state
         return not state
+
+    def _complete(self, attention: Attention, whole: list[Tensor]) -> int:
+        """Fill in what the images that are not whole lack; return how many tokens that brought."""
+        search, patches = self.search, self.anatomy.patches
+        own = torch.ones_like(search.found.position, dtype=torch.bool)
+        for rows in whole:
+            own[rows] = False
+        if not search.grouped:
+            missing = torch.repeat_interleave(search.missing())
+            return complete_tokens(search, attention, self.view, own, missing)
+        drafts, new = self._drafts(own, len(whole)), 0
+        where = search.found.position
+        for index in range(len(self.patches) - self.filled - len(whole)):
+            mine = torch.zeros(len(search.found.position), dtype=torch.bool, device=own.device)
+            mine[: len(drafts)] = drafts == index
+            absent = torch.ones(patches, dtype=torch.bool, device=own.device)
+            absent[where[: len(drafts)][drafts == index]] = False
+            missing = torch.nonzero(absent)[:, 0]
+            new += complete_tokens(search, attention, self.view, mine, missing)
+        return new
 
     def keep(self) -> None:
         """Write what was found so far into the images."""
@@ -198,17 +218,16 @@ class _State:
             self.patches[self.filled + index] = found.patch[rows]
             self.verified[self.filled + index] = True
             rest[rows] = False
+        drafts = self._drafts(rest & (found.position < anatomy.patches), len(whole))
         for index in range(self.filled + len(whole), len(self.patches)):
             patches, put = base.clone(), torch.zeros_like(self.verified[0])
             if self.view.update.batch_size == 1:
                 for where, (_, patch) in self.search.near.items():
                     if where < anatomy.patches:
                         patches[where] = patch
-            rows = torch.nonzero(rest & (found.position < anatomy.patches))[:, 0]
-            for row in rows.tolist():
+            for row in torch.nonzero(drafts == index - self.filled - len(whole))[:, 0].tolist():
                 where = int(found.position[row])
-                if not bool(put[where]):
-                    patches[where], put[where], rest[row] = found.patch[row], True, False
+                patches[where], put[where] = found.patch[row], True
             loose = torch.nonzero(rest & (found.position >= anatomy.patches))[:, 0]
             if len(loose):
                 holes = ~put if self.masked is None else self.masked & ~put
@@ -219,6 +238,19 @@ class _State:
                 )
                 put = put | filled
             self.patches[index], self.verified[index] = patches, put
+
+    def _drafts(self, rest: Tensor, whole: int) -> Tensor:
+        """Return the number of the image not whole that each token of `rest` goes to, else -1.
+
+        By what it attends to; the draft with the most tokens comes first.
+        """
+        drafts = torch.full_like(self.search.found.position, -1)
+        if bool(rest.any()):
+            images = len(self.patches) - self.filled - whole
+            groups, _ = self.search.groups(rest, images)
+            order = torch.bincount(groups, minlength=images).argsort(descending=True, stable=True)
+            drafts[rest] = order.argsort()[groups]
+        return drafts
 
     def _peel(self, whole: list[Tensor]) -> bool:
         """Subtract the complete images and go on with the rest of the batch."""

@@ -17,7 +17,7 @@ from vitguard.attacks.polish import polish
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.span import SpanInversion
-from vitguard.core import Guess, View
+from vitguard.core import AffineSpace, Guess, View
 from vitguard.errors import Blocked, NotApplicable, expected
 from vitguard.vit import Anatomy
 
@@ -184,7 +184,13 @@ class _Climb:
         if self.unfinished:
             details["unfinished"] = list(self.unfinished)
         labels = guess.labels if self.labels is None else self.labels
-        return replace(guess, labels=labels, details=details)
+        return replace(guess, labels=labels, space=self._space(guess), details=details)
+
+    def _space(self, guess: Guess) -> AffineSpace | None:
+        """What `span` knows of patches that another rung has not proved."""
+        span = self.guesses.get(SpanInversion.name)
+        inexact = any(name in self.view.settings for name in (*_DAMAGE, "shuffle"))
+        return guess.space if guess.space is not None or span is None or inexact else span.space
 
 
 def _known(view: View) -> str:
