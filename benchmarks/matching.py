@@ -3,6 +3,7 @@
     python benchmarks/matching.py speed --peer PATH [--peer PATH ...] [--threads N]
     python benchmarks/matching.py parameters
     python benchmarks/matching.py table --data FOLDER [--attacks ...] [--batches 1 2 4 8]
+    python benchmarks/matching.py identify --data FOLDER [--attack ladder:seconds=60] [--then ...]
     python benchmarks/matching.py labels --data FOLDER [--batches 8 32]
 
 `speed` runs both attackers on the same models, photos, iterations and threads, turn by turn, each
@@ -328,6 +329,49 @@ def lines(
               flush=True)  # fmt: skip
 
 
+def identify(options: argparse.Namespace) -> None:
+    """Images of many batches identified among 100 decoys: an attack's, and matching from there.
+
+    The decoys are the folder's other photos, filled up with crops of the sample photos.
+    """
+    torch.manual_seed(0)
+    model = timm.create_model(options.model, num_classes=1000)
+    size, batch = model.patch_embed.img_size, options.batch  # type: ignore[union-attr,operator]
+    photos = load_images([f"{options.data}/photos"], size, count=100).pixels
+    fill = sampled_decoys(batch, size, seed=0, truth=photos[:1])
+    patch = Anatomy.of(model).patch_size
+    print("| positions | photos | attack | identified | matched dB, each image | floor | CPU s |")
+    print(f"|{'---|' * 7}")
+    hits: dict[tuple[str, str], list[int]] = {}
+    for kind in options.positions:
+        for first in range(0, options.count * batch, batch):
+            truth, aims = photos[first : first + batch], torch.arange(first, first + batch)
+            decoys = torch.cat([photos[:first], photos[first + batch :], fill])[:100]
+            stack = parse_stack("none" if kind == "learnable" else f"positions:kind={kind}")
+            guard = protect(copy.deepcopy(model).train(), stack)
+            update = guard.update(NORMALIZATION.apply(truth), aims)
+            view = CuriousServer().view(guard, update, NORMALIZATION)
+            floor = metrics.baseline(truth, patch).patch_psnr.tolist()
+            guess = None
+            for name in (options.attack, *options.then):
+                attack = parse_attack(name, fast=guess is not None)
+                if guess is not None:
+                    attack = dataclasses.replace(attack, start=guess)  # type: ignore[call-arg]
+                began = time.process_time()
+                got = attack.run(view, torch.Generator().manual_seed(0))
+                spent = time.process_time() - began
+                guess = guess or got
+                score = metrics.score(got.images, truth, patch, decoys=decoys)
+                found = int(score.identified.sum()) if score.identified is not None else 0
+                hits.setdefault((kind, name), []).append(found)
+                print(f"| {kind} | {first} to {first + batch - 1} | {name} | {found}/{batch} "
+                      f"| {' '.join(f'{v:.1f}' for v in score.patch_psnr.tolist())} "
+                      f"| {' '.join(f'{v:.1f}' for v in floor)} | {spent:.0f} |",
+                      flush=True)  # fmt: skip
+    for (kind, name), found in hits.items():
+        print(f"{kind}, {name}: {sum(found)} of {len(found) * batch} identified")
+
+
 def labels(options: argparse.Namespace) -> None:
     """Share of the labels of a batch that the head's gradient gives, over many batches."""
     print(
@@ -393,6 +437,16 @@ def main() -> None:
     research.add_argument("--skip", type=int, default=0, help="test photos to leave out first")
     research.add_argument("--threads", type=int, default=1)
     research.set_defaults(run=table, cpu_clock=True)
+    whole = commands.add_parser("identify", help="images of a batch told from 100 decoys")
+    whole.add_argument("--data", required=True, help="folder with photos")
+    whole.add_argument("--model", default="vit_base_patch32_224")
+    whole.add_argument("--batch", type=int, default=4)
+    whole.add_argument("--count", type=int, default=5, help="of batches")
+    whole.add_argument("--positions", nargs="+", default=["frozen", "learnable"])
+    whole.add_argument("--attack", default="ladder:seconds=60")
+    whole.add_argument("--then", nargs="*", default=[], help="attacks that start from its guess")
+    whole.add_argument("--threads", type=int, default=1)
+    whole.set_defaults(run=identify, cpu_clock=True)
     counts = commands.add_parser("labels", help="labels of a batch from the head's gradient")
     counts.add_argument("--data", required=True, help="folder with load.py and weights")
     counts.add_argument("--models", nargs="+", default=["a", "b"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vitguard._verdicts import labels_overlap
 from vitguard.attacks import cascade
-from vitguard.attacks.labels import infer_labels, labels_from_counts, try_labels
+from vitguard.attacks.labels import infer_labels, labels_from_counts, pair_labels, try_labels
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.models import load_checkpoint
 
@@ -30,6 +30,17 @@ def test_without_a_bias_at_all(small_vit, observe, photo, generator):
     model.head = torch.nn.Linear(96, 10, bias=False)
     view = observe(model, photo, torch.tensor([7]))
     assert infer_labels(view, generator).tolist() == [7]
+
+
+@pytest.mark.parametrize("labels", [[7, 3], [4, 1, 1], [9, 0, 5, 2]])
+def test_labels_are_put_to_the_images_they_belong_to(small_vit, observe, photos, labels):
+    images = photos[: len(labels)]
+    view = observe(small_vit(), images, torch.tensor(labels))
+    assert pair_labels(view, images, torch.tensor(sorted(labels))).tolist() == labels
+    turned = pair_labels(view, images.roll(1, 0), torch.tensor(labels))
+    assert turned.tolist() == torch.tensor(labels).roll(1).tolist()
+    hidden = observe(small_vit(), images, torch.tensor(labels), withhold=(r"head\.weight",))
+    assert pair_labels(hidden, images, torch.tensor(sorted(labels))).tolist() == sorted(labels)
 
 
 @pytest.mark.parametrize("labels", [[3, 3], [1, 1, 4], [0, 0, 0, 9], [2, 5, 5, 5, 7]])

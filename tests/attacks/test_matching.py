@@ -267,11 +267,15 @@ def test_labels_that_cannot_be_inferred_are_optimised_and_it_says_so():
     assert guess.labels.shape == labels.shape
 
 
-def test_labels_of_the_start_are_taken():
-    view, images, _ = make_view(batch=2)
-    start = Guess(images=images, labels=torch.tensor([4, 3]))
-    guess = Plain(iterations=1, start=start).run(view, seeded())
-    assert guess.details["labels"] == "from the start" and guess.labels.tolist() == [4, 3]
+def test_labels_of_the_start_are_taken_and_put_to_their_images():
+    view, images, labels = make_view(batch=2)
+    assert labels[0] != labels[1]
+    for given in (labels, labels.flip(0)):
+        guess = Plain(iterations=1, start=Guess(images, given)).run(view, seeded())
+        assert guess.details["labels"] == "from the start"
+        assert guess.labels.tolist() == labels.tolist()
+    wrong = Plain(iterations=1, start=Guess(images, torch.tensor([4, 3]))).run(view, seeded())
+    assert sorted(wrong.labels.tolist()) == [3, 4]
 
 
 def test_one_start_image_stands_for_a_batch():

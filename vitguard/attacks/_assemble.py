@@ -50,16 +50,18 @@ def complete_images(search: Search, attention: Attention, view: View) -> list[Te
 
 
 def complete_tokens(
-    search: Search, attention: Attention, view: View, own: Tensor, missing: Tensor
+    search: Search, attention: Attention, view: View, own: Tensor, missing: Tensor, *, last: bool
 ) -> int:
     """Fill in the missing tokens of one image from its attention; return how many.
 
-    The solution is a start for the MLP's equations. Where the attention itself holds to the
-    accepted residual it is a proof of its own, which repeated patches need.
+    The solution is a start for the MLP's equations. For the last image, where the attention itself
+    holds to the accepted residual, it is a proof of its own, which repeated patches need. For an
+    earlier one it is not: its own token may only have been counted to another image.
 
     Args:
         own: Which of the tokens found are of that image.
         missing: Positions of those that are not found, one that several share repeated.
+        last: Every other image is complete.
     """
     basis, found, anatomy = search.basis, search.found, search.anatomy
     unknowns = len(missing) * basis.shape[1]
@@ -84,7 +86,7 @@ def complete_tokens(
     )  # fmt: skip
     patches = base + moved @ basis.T
     new = search.seed(missing, patches)
-    if residual > search.accept:
+    if residual > search.accept or not last:
         return new
     for i, patch in zip(missing.tolist(), patches, strict=True):
         if int(search.missing()[i]) > 0 and _repeated(search, i, patch):

@@ -25,7 +25,7 @@ from vitguard.attacks._priors import Prior, Scene
 from vitguard.attacks._restart import EVALUATIONS, Recipe, Restart
 from vitguard.attacks._slope import DifferenceSlope
 from vitguard.attacks._subspace import Subspace, row_space
-from vitguard.attacks.labels import try_labels
+from vitguard.attacks.labels import pair_labels, try_labels
 from vitguard.core import Guess, Update, View
 from vitguard.errors import Blocked, NotApplicable, expected
 from vitguard.vit import Anatomy, math_attention
@@ -201,9 +201,10 @@ class _Run:
         start = self.attack.start
         if self.recipe.joint_labels:
             return "optimised with the images", None
-        given = start.labels if start is not None else None
-        if given is not None and len(given) == self.view.update.batch_size:
-            return "from the start", given.to(self.like.device)
+        given = None if start is None else start.labels
+        if start is not None and given is not None and len(given) == self.view.update.batch_size:
+            paired = pair_labels(self.view, start.images, given)
+            return "from the start", paired.to(self.like.device)
         labels = try_labels(self._mean_gradient(), generator)
         if labels is None:
             return "optimised with the images: they cannot be inferred", None

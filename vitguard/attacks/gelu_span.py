@@ -193,16 +193,18 @@ class _State:
             own[rows] = False
         if not search.grouped:
             missing = torch.repeat_interleave(search.missing())
-            return complete_tokens(search, attention, self.view, own, missing)
+            return complete_tokens(search, attention, self.view, own, missing, last=True)
         drafts, new = self._drafts(own, len(whole)), 0
         where = search.found.position
-        for index in range(len(self.patches) - self.filled - len(whole)):
+        left = len(self.patches) - self.filled - len(whole)
+        last = left == 1
+        for index in range(left):
             mine = torch.zeros(len(search.found.position), dtype=torch.bool, device=own.device)
             mine[: len(drafts)] = drafts == index
             absent = torch.ones(patches, dtype=torch.bool, device=own.device)
             absent[where[: len(drafts)][drafts == index]] = False
             missing = torch.nonzero(absent)[:, 0]
-            new += complete_tokens(search, attention, self.view, mine, missing)
+            new += complete_tokens(search, attention, self.view, mine, missing, last=last)
         return new
 
     def keep(self) -> None:

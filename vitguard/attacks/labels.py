@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vitguard.core import View
@@ -15,7 +16,7 @@ from vitguard.vit import Anatomy, logits_of
 if TYPE_CHECKING:
     from vitguard.attacks.cascade import Samples
 
-__all__ = ["infer_labels", "labels_from_counts", "linear_head", "try_labels"]
+__all__ = ["infer_labels", "labels_from_counts", "linear_head", "pair_labels", "try_labels"]
 
 _SLACK = 0.1
 """Share of the bias gradient that may be left over where it should sum to 0: noise, rounding."""
@@ -129,6 +130,43 @@ def try_labels(view: View, generator: torch.Generator) -> Tensor | None:
         return infer_labels(view, generator)
     except (Blocked, NotApplicable):
         return None
+
+
+def pair_labels(
+    view: View, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    """Return the labels in the order of the images, as far as the head's gradient tells.
+
+    Its rows are sum_b p_bc f_b - sum_{y_b = c} f_b over the batch: the right pairs (b, c) make the
+    sum of row_c f_b smallest where labels differ. Where the head cannot be read, or a label is
+    there for every image, the labels come back as they were.
+
+    Args:
+        images: Guessed pixels in [0, 1], as many as labels.
+        labels: Class indices in any order.
+    """
+    if len(labels) != len(images) or len(images) < 2:
+        return labels
+    try:
+        head = linear_head(view)
+        rows = view.gradient(steps=True).read(f"{head}.weight")
+    except (Blocked, NotApplicable):
+        return labels
+    features: list[Tensor] = []
+    hook = view.model.get_submodule(head).register_forward_pre_hook(
+        lambda _module, inputs: features.append(inputs[0].double())
+    )
+    try:
+        with torch.no_grad():
+            parameter = next(view.model.parameters())
+            view.model(view.normalization.apply(images.to(parameter)))
+    finally:
+        hook.remove()
+    cost = features[0].flatten(1) @ rows[labels].T
+    if not bool(cost.isfinite().all()):
+        return labels
+    _, order = linear_sum_assignment(cost.cpu().numpy())
+    return labels[torch.as_tensor(order, device=labels.device)]
 
 
 def labels_from_counts(counts: Float[Tensor, " classes"], batch: int) -> Int[Tensor, " batch"]:

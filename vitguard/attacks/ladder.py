@@ -13,6 +13,7 @@ from vitguard.attacks._base import Attack
 from vitguard.attacks._check import mismatch
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.gelu_span import GeluSpan
+from vitguard.attacks.labels import pair_labels
 from vitguard.attacks.polish import polish
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
@@ -136,8 +137,9 @@ class _Climb:
         except (NotApplicable, Blocked) as why:
             self.said[attack.name] = str(why)
             return
-        if self.labels is not None:
-            guess = replace(guess, labels=self.labels)
+        labels = guess.labels if self.labels is None else self.labels
+        if labels is not None:
+            guess = replace(guess, labels=pair_labels(self.view, guess.images, labels))
         self.guesses[attack.name] = guess
         distance = mismatch(self.view, guess)
         if distance is not None:
@@ -183,8 +185,7 @@ class _Climb:
         }
         if self.unfinished:
             details["unfinished"] = list(self.unfinished)
-        labels = guess.labels if self.labels is None else self.labels
-        return replace(guess, labels=labels, space=self._space(guess), details=details)
+        return replace(guess, space=self._space(guess), details=details)
 
     def _space(self, guess: Guess) -> AffineSpace | None:
         """What `span` knows of patches that another rung has not proved."""
