@@ -120,7 +120,7 @@ def test_on_a_cpu_matching_by_name_fits_the_budget_and_says_so(small_vit, photo,
     from vitguard.attacks import _matching
 
     monkeypatch.setattr(_matching, "CPU_BUDGET", 1e9)
-    report = audit(small_vit(), (photo, torch.tensor([3])), attacks=["gradvit"])
+    report = audit(small_vit(), (photo, torch.tensor([3])), attacks=["gradvit:seconds=20"])
     (finding,) = report.findings
     assert finding.details["schedule"].startswith("shortened to fit the budget of a CPU: 8 ")
     assert "120,000" in finding.details["schedule"]

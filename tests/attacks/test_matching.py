@@ -323,6 +323,26 @@ def test_projection_onto_one_space_per_patch_equals_least_squares():
             torch.testing.assert_close(got[b, i], slow, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("spectrum", [0.0, 1.0])
+def test_patches_that_the_start_proved_stay(spectrum):
+    view, images, labels = make_view(batch=2)
+    anatomy = Anatomy.of(view.model)
+    proved = torch.zeros(2, anatomy.patches, dtype=torch.bool)
+    proved[0, :9] = proved[1, 3:5] = True
+    noise = torch.rand(images.shape, generator=seeded(7))
+    mask = proved[..., None].expand(-1, -1, anatomy.patch_pixels)
+    begin = torch.where(mask, anatomy.patchify(images), anatomy.patchify(noise))
+    start = Guess(anatomy.unpatchify(begin), labels, verified=proved)
+    for restarts in (1, 2):
+        plain = Plain(iterations=5, start=start, spectrum=spectrum, restarts=restarts)
+        ended = anatomy.patchify(plain.run(view, seeded()).images)
+        gap = (ended - begin).abs().amax(-1)
+        assert gap[proved].max() < 1e-6 and gap[~proved].max() > 1e-3
+    free = Plain(iterations=5, start=start, spectrum=spectrum, subspace=False)
+    moved = anatomy.patchify(free.run(view, seeded()).images) - begin
+    assert moved.abs().amax(-1)[proved].max() > 1e-3
+
+
 def test_the_space_of_the_start_is_searched():
     view, images, _ = make_view()
     anatomy = Anatomy.of(view.model)

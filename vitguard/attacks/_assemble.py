@@ -14,7 +14,7 @@ __all__ = ["complete_images", "complete_tokens"]
 
 _WHOLE = 2e-3  # misfit of a complete image; one wrong token makes 1e-2 and more, true ones 5e-5
 _LARGEST = 1500  # unknowns of one completion
-_EQUATIONS = 6  # of the attention for each unknown; more take longer and say no more
+_EQUATIONS = 4  # of the attention for each unknown; more take longer and say no more
 
 
 def _tokens(search: Search, embedding: Embedding) -> tuple[Tensor, Tensor]:

@@ -70,8 +70,9 @@ class MatchingAttack(Attack):
         parameters: Which tensors are matched: `attention`, `mlp`, `patch`, `position`, `all` or a
             regular expression over parameter names.
         restarts: Starts that run side by side; the one with the smallest distance is returned.
-        subspace: Search only where an exact attack left room: the start guess's affine space, else
-            the row space of the patch gradient where it is smaller than the pixels.
+        subspace: Search only where an exact attack left room: patches that the start proved stay,
+            the others lie in its affine space, else in the row space of the patch gradient where
+            that is smaller than the pixels.
         spectrum: Search in coordinates whitened by frequency^spectrum; 1 is the spectrum of photos,
             0 the papers' free pixels. It is for L-BFGS and plain Adam; signs undo it.
         budget: Floating-point operations that a run may cost for each image of the batch, at about
@@ -168,7 +169,7 @@ class _Run:
         self.label_rule, labels = self._labels(generator)
         self.shuffled, self.mask_rule = leaked_mask(view, self.anatomy, attack.start, generator)
         self.known = {} if self.shuffled is None else {"shuffled": self.shuffled}
-        self.subspace = Subspace(self.anatomy, self._space(), attack.spectrum)
+        self.subspace = Subspace(self.anatomy, self._space(), attack.spectrum, self._proved())
         shape = (1, *view.image_shape)
         box = [view.normalization.apply(torch.full(shape, v)).to(self.like) for v in (0.0, 1.0)]
         self.restarts = [self._restart(r, labels, (box[0], box[1])) for r in range(attack.restarts)]
@@ -247,6 +248,16 @@ class _Run:
         start = self.attack.start
         given = start.space if start is not None else None
         return given if given is not None else row_space(self.view, self.anatomy)
+
+    def _proved(self) -> tuple[Tensor, Tensor] | None:
+        """Model-input images of the start and its verified patches, which are not searched."""
+        start = self.attack.start
+        if start is None or start.verified is None or not self.attack.subspace:
+            return None
+        if len(start.images) != self.view.update.batch_size or "shuffle" in self.view.settings:
+            return None
+        images = self.view.normalization.apply(start.images.to(self.like))
+        return (images, start.verified.to(images.device)) if bool(start.verified.any()) else None
 
     def _restart(self, index: int, labels: Tensor | None, box: tuple[Tensor, Tensor]) -> Restart:
         noise = self._generator(-1, index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitguard.core import AffineSpace, View
@@ -32,12 +32,19 @@ class Subspace:
         anatomy: Of the attacked model.
         space: In model-input units, one for every image of the batch.
         spectrum: The exponent s; 0 leaves pixels free.
+        proved: Images and which of their patches are known to be right, shapes (batch, ...) and
+            (batch, patches): these stay as they are.
     """
 
     def __init__(
-        self, anatomy: Anatomy, space: AffineSpace | None = None, spectrum: float = 0.0
+        self,
+        anatomy: Anatomy,
+        space: AffineSpace | None = None,
+        spectrum: float = 0.0,
+        proved: tuple[Images, Bool[Tensor, "batch patches"]] | None = None,
     ) -> None:
         self.anatomy = anatomy
+        self.proved = proved
         self.space = space
         self.spectrum = spectrum
         self._pair: tuple[Tensor, Tensor, Tensor] | None = None
@@ -66,6 +73,14 @@ class Subspace:
 
     def project(self, images: Images) -> Images:
         """Return the nearest model-input images inside the space; differentiable."""
+        inside = self._inside(images)
+        if self.proved is None:
+            return inside
+        right, mask = self.proved
+        known = torch.ones_like(self.anatomy.patchify(right)) * mask[..., None]
+        return torch.where(self.anatomy.unpatchify(known) > 0, right.to(images), inside)
+
+    def _inside(self, images: Images) -> Images:
         if self.space is None:
             return images
         if self._pair is None or self._pair[0].dtype != images.dtype:

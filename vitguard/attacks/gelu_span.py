@@ -38,9 +38,10 @@ class GeluSpan(Attack):
     The linear equations of `span` leave an affine family of tokens at each position (a batch, a
     shuffle's shared position, low-rank positions). A true token's activation also lies in the row
     space of dL/dW_fc2, which leaves hidden - T equations: many-start Levenberg-Marquardt finds the
-    members that satisfy them, to rounding error. The attention equation then says which tokens form
-    an image and fills in the last missing ones; a complete image is subtracted from the gradient
-    and the rest is a smaller batch.
+    members that satisfy them, to rounding error. In a batch, starts are pulled to what the tokens
+    found of each image attend to. The attention equation then says which tokens form an image and
+    fills in the last missing ones; a complete image is subtracted from the gradient and the rest is
+    a smaller batch. An incomplete image has the tokens that attend alike.
 
     Guarantees: a patch marked `verified` satisfies hidden - T equations to below `accept`.
     Under a shuffle what is verified is the content of a patch; its place is a guess by seams.
