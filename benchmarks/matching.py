@@ -338,7 +338,9 @@ def identify(options: argparse.Namespace) -> None:
     model = timm.create_model(options.model, num_classes=1000)
     size, batch = model.patch_embed.img_size, options.batch  # type: ignore[union-attr,operator]
     photos = load_images([f"{options.data}/photos"], size, count=100).pixels
-    fill = sampled_decoys(batch, size, seed=0, truth=photos[:1])
+    if len(photos) < options.count * batch:
+        raise SystemExit(f"{options.count} batches of {batch} need more than {len(photos)} photos")
+    fill = sampled_decoys(100, size, seed=0, truth=photos[:1])
     patch = Anatomy.of(model).patch_size
     print("| positions | photos | attack | identified | matched dB, each image | floor | CPU s |")
     print(f"|{'---|' * 7}")

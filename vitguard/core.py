@@ -247,8 +247,9 @@ class Guess:
     Args:
         images: Pixels in [0, 1], shape (guessed, channels, height, width). One image may stand
             for a whole batch; none (guessed = 0) says that only labels were recovered.
-        labels: Shape (batch,), in no particular order.
-        verified: Shape (guessed, patches): patches that the attack itself proved to be right.
+        labels: Shape (batch,); of images where there are as many, as far as the attack knows.
+        verified: Shape (guessed, patches): patches that the attack itself proved to be right. Of
+            an incomplete batch, right for one of its images at that position.
         shuffled: Shape (guessed, patches): positions the attack found to be shuffled.
         space: What is known exactly where the image is not.
         details: Plain facts for the report (rung, residual, rank); JSON values only. A non-empty

@@ -86,6 +86,15 @@ def test_as_many_tokens_as_width_is_refused(small_vit, observe, photos):
         run(observe(small_vit(embed_dim=32), photos[:2], defenses=FROZEN))
 
 
+def test_positions_that_cannot_be_told_apart_are_refused(small_vit, observe, photos):
+    """68 tokens of width 96: what fits at one position fits at all, as well as a true token."""
+    with pytest.raises(NotApplicable, match="positions that are not its own"):
+        run(observe(small_vit(), photos[:4], defenses=FROZEN))
+    view = observe(small_vit(), photos[:3], defenses=FROZEN)
+    _, solver, _ = parts(view)
+    assert solver.positions_apart(solver.family(solver.free(1e-2))) > 0.1
+
+
 @pytest.mark.parametrize("hidden", ["mlp.fc1", "mlp.fc2", "attn.proj"])
 def test_names_what_it_cannot_do_without(small_vit, observe, photo, hidden):
     view = observe(small_vit(), photo, defenses=FROZEN, withhold=(rf"blocks\.0\.{hidden}",))

@@ -78,7 +78,14 @@ def test_the_space_that_span_leaves_is_handed_on_and_holds_the_truth(small_vit, 
 def test_no_space_is_handed_on_where_it_is_not_exact(small_vit, observe, photos, defense):
     view = observe(small_vit(), photos[:2], defenses=f"{FROZEN}+{defense}")
     guess = run(Ladder(seconds=8), view)
-    assert guess.space is None or guess.details["rung"] == "span"
+    assert "span" in guess.details["rungs"] and guess.space is None
+
+
+def test_a_batch_near_the_width_is_not_called_proved(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:4], defenses=FROZEN)
+    guess = run(Ladder(seconds=20), view)
+    assert guess.details["verified"] == 0.0
+    assert "not its own" in guess.details["rungs"]["gelu-span"]
 
 
 def test_nothing_applies_gives_every_reason(small_vit, observe, photo):

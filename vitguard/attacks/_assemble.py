@@ -13,8 +13,8 @@ from vitguard.core import View
 __all__ = ["complete_images", "complete_tokens"]
 
 _WHOLE = 2e-3  # misfit of a complete image; one wrong token makes 1e-2 and more, true ones 5e-5
-_LARGEST = 1500  # unknowns of one completion
-_EQUATIONS = 4  # of the attention for each unknown; more take longer and say no more
+_LARGEST = 900  # unknowns of one completion
+_EQUATIONS = 8  # of the attention for each unknown; more take longer and say no more
 
 
 def _tokens(search: Search, embedding: Embedding) -> tuple[Tensor, Tensor]:
@@ -63,14 +63,17 @@ def complete_tokens(
         missing: Positions of those that are not found, one that several share repeated.
         last: Every other image is complete.
     """
-    basis, found, anatomy = search.basis, search.found, search.anatomy
+    found, anatomy = search.found, search.anatomy
+    several = len(search.wanted) > anatomy.patches + 1  # who shares which is not known
+    if several or not len(missing):
+        return 0
+    basis = search.basis
     unknowns = len(missing) * basis.shape[1]
+    if unknowns > _LARGEST:
+        return 0
     asked = torch.nonzero(own)[:, 0]
     asked = asked[torch.randperm(len(asked), generator=search.generator).to(asked.device)]
     asked = asked[: -(-_EQUATIONS * unknowns // anatomy.width)]
-    several = len(search.wanted) > anatomy.patches + 1  # who shares which is not known
-    if several or not len(missing) or unknowns > _LARGEST:
-        return 0
     if len(asked) * anatomy.width < 1.5 * unknowns:
         return 0
     embedding = Embedding.of(view, anatomy)

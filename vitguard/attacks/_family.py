@@ -108,6 +108,25 @@ class Solver:
             scaled / self.columns, (self.right[kept:] / self.columns).T, self.columns, misfit
         )
 
+    def positions_apart(self, family: Family) -> float:
+        """Return how far the members of one position stay outside those of another, in [0, 1].
+
+        Relative, and of the nearest two positions. At 0 a true token of one position is a member at
+        another, and the MLP's equations, which know no position, cannot refuse it there.
+        """
+        index = self.scale_index
+        first = family.origin[:, :index] @ self.stream.T + self.offset
+        first = torch.cat([first, family.origin[:, index : index + 1]], 1)
+        moves = torch.cat([self.stream @ family.directions[:index],
+                           family.directions[index : index + 1]])  # fmt: skip
+        left, values, _ = torch.linalg.svd(moves, full_matrices=False)
+        left = left[:, values > 1e-9 * values[0]]
+        outside = first - (first @ left) @ left.T
+        row, column = torch.triu_indices(len(first), len(first), 1, device=first.device)
+        size = (first[row] - first[column]).norm(dim=1)
+        ratio = (outside[row] - outside[column]).norm(dim=1) / size.clamp_min(1e-300)
+        return float(ratio[size > 0].min()) if bool((size > 0).any()) else 1.0
+
     def pixels(self, y: Tensor) -> Float[Tensor, "tokens pixels"]:
         """Return the patches x = R c of unknowns y."""
         return y[:, : self.patch.shape[1]] @ self.patch.T

@@ -24,14 +24,15 @@ def group_tokens(
 ) -> tuple[Int[Tensor, " tokens"], Float[Tensor, "groups dim"]]:
     """Return the group of every token, and the mean attended values of each group.
 
-    Two tokens of one position are never in one group. Groups that no token speaks for are not
-    opened, so there may be fewer than `images`.
+    Two tokens of one position are never in one group, as long as no position has more than
+    `images`. Every group has a token, so there may be fewer than `images`.
 
     Args:
         attended: Attended values o in any orthonormal coordinates.
         position: Where in the image each token stands.
         images: Of the batch.
     """
+    device, attended = attended.device, attended.cpu()  # sums in the same order on every device
     place = position.tolist()
     members = {p: [t for t in range(len(place)) if place[t] == p] for p in sorted(set(place))}
     crowded = max(members.values(), key=len)[:images]
@@ -45,7 +46,8 @@ def group_tokens(
         if torch.equal(new, groups):
             break
         groups = new
-    return groups, _means(attended, groups, centers)
+    used, groups = torch.unique(groups, return_inverse=True)
+    return groups.to(device), _means(attended, groups, centers[used]).to(device)
 
 
 def _means(attended: Tensor, groups: Tensor, centers: Tensor) -> Tensor:
@@ -66,9 +68,9 @@ def _opened(attended: Tensor, centers: Tensor) -> Tensor:
 
 def _assign(attended: Tensor, centers: Tensor, members: dict[int, list[int]]) -> Tensor:
     """Give the tokens of each position to different groups, nearest ones first."""
-    distance = torch.cdist(attended, centers).cpu().numpy()
+    distance = torch.cdist(attended, centers).numpy()
     groups = torch.zeros(len(attended), dtype=torch.long)
     for tokens in members.values():
         rows, columns = linear_sum_assignment(distance[tokens])
         groups[[tokens[row] for row in rows]] = torch.tensor(columns)
-    return groups.to(attended.device)
+    return groups

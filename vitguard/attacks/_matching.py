@@ -72,7 +72,8 @@ class MatchingAttack(Attack):
         restarts: Starts that run side by side; the one with the smallest distance is returned.
         subspace: Search only where an exact attack left room: patches that the start proved stay,
             the others lie in its affine space, else in the row space of the patch gradient where
-            that is smaller than the pixels.
+            that is smaller than the pixels. Of a batch only patches of whole images stay, of a
+            shuffle none.
         spectrum: Search in coordinates whitened by frequency^spectrum; 1 is the spectrum of photos,
             0 the papers' free pixels. It is for L-BFGS and plain Adam; signs undo it.
         budget: Floating-point operations that a run may cost for each image of the batch, at about
@@ -250,14 +251,20 @@ class _Run:
         return given if given is not None else row_space(self.view, self.anatomy)
 
     def _proved(self) -> tuple[Tensor, Tensor] | None:
-        """Model-input images of the start and its verified patches, which are not searched."""
+        """Model-input images of the start and its verified patches, which are not searched.
+
+        Of a batch only those of whole images: of another, which image a patch is of is a guess.
+        """
         start = self.attack.start
         if start is None or start.verified is None or not self.attack.subspace:
             return None
         if len(start.images) != self.view.update.batch_size or "shuffle" in self.view.settings:
             return None
         images = self.view.normalization.apply(start.images.to(self.like))
-        return (images, start.verified.to(images.device)) if bool(start.verified.any()) else None
+        proved = start.verified.to(images.device, copy=True)
+        if len(images) > 1:
+            proved[int(start.details.get("whole", 0)) :] = False
+        return (images, proved) if bool(proved.any()) else None
 
     def _restart(self, index: int, labels: Tensor | None, box: tuple[Tensor, Tensor]) -> Restart:
         noise = self._generator(-1, index)

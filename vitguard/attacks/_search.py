@@ -361,5 +361,6 @@ class Search:
             gap = (content[rivals] - patch[i]).square().mean(1).sqrt() if rivals else patch[:0, 0]
             if bool((gap > same).all()) and int(room[p]) > 0:
                 keep.append(i)
+                room[p] -= 1
                 known.append(len(self.found.position) + i)
         return torch.tensor(keep, dtype=torch.long, device=positions.device)

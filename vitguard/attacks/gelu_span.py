@@ -28,6 +28,7 @@ from vitguard.vit import Anatomy
 __all__ = ["GeluSpan"]
 
 _TRIES = 3  # fruitless completions before a complete image is peeled off
+_APART = 1e-2  # distance of positions below which tokens cannot be told from those of another
 _DROP = 1e-2  # rank drop of the head gradient above which a subtraction was wrong
 
 
@@ -91,6 +92,7 @@ class GeluSpan(Attack):
             "found": int(state.verified.sum()),
             "verified": float(state.verified.double().mean()),
             "peeled": state.peeled,
+            "whole": state.whole,
             "stopped": state.stopped or "",
             "seconds": round(time.monotonic() - started, 2),
         }
@@ -130,7 +132,7 @@ class _State:
     ) -> None:
         self.view, self.anatomy, self.generator = view, anatomy, generator
         self.deadline, self.accept = deadline, accept
-        self.stopped, self.peeled, self.filled, self.tries = "", 0, 0, 0
+        self.stopped, self.peeled, self.filled, self.tries, self.whole = "", 0, 0, 0, 0
         self.tokens = view.update.batch_size * anatomy.tokens
         self.unknown = view.extras.get("vitguard.shuffle.unknown")
         batch = view.update.batch_size
@@ -152,6 +154,11 @@ class _State:
         mlp = Mlp.of(view, anatomy, anatomy.blocks[0], batch * anatomy.tokens)
         solver = Solver.of(view, anatomy, self.unknown)
         self.base = solver.pixels(solver.family(max(solver.free(1e-2), 2)).origin)
+        if solver.positions_apart(solver.family(max(solver.free(1e-2), 2))) < _APART:
+            raise NotApplicable(
+                f"{batch * anatomy.tokens} tokens of width {anatomy.width} leave so much free that "
+                "a token fits at positions that are not its own"
+            )
         wanted = torch.full((len(self.base),), batch, device=self.base.device)
         if self.unknown is not None:
             misfit = solver.family(max(solver.free(1e-4), 1)).misfit[: anatomy.patches]
@@ -200,6 +207,8 @@ class _State:
         left = len(self.patches) - self.filled - len(whole)
         last = left == 1
         for index in range(left):
+            if time.monotonic() > self.deadline:
+                break
             mine = torch.zeros(len(search.found.position), dtype=torch.bool, device=own.device)
             mine[: len(drafts)] = drafts == index
             absent = torch.ones(patches, dtype=torch.bool, device=own.device)
@@ -215,6 +224,8 @@ class _State:
     def _store(self, whole: list[Tensor]) -> None:
         """Write the images that are complete, and drafts of the others, behind those peeled."""
         found, anatomy = self.search.found, self.anatomy
+        sure = self.filled + len(whole)
+        self.whole = sure + (sure == len(self.patches) - 1)  # the last one has all that is left
         base = self.base[: anatomy.patches]
         rest = torch.ones_like(found.position, dtype=torch.bool)
         for index, rows in enumerate(whole):

@@ -137,9 +137,9 @@ def pair_labels(
 ) -> Int[Tensor, " batch"]:
     """Return the labels in the order of the images, as far as the head's gradient tells.
 
-    Its rows are sum_b p_bc f_b - sum_{y_b = c} f_b over the batch: the right pairs (b, c) make the
-    sum of row_c f_b smallest where labels differ. Where the head cannot be read, or a label is
-    there for every image, the labels come back as they were.
+    Its rows are sum_b p_bc f_b - sum_{y_b = c} f_b over the batch: mostly the right pairs (b, c)
+    make the sum of row_c f_b smallest. Where the head cannot be read or no order is better, the
+    labels come back as they were.
 
     Args:
         images: Guessed pixels in [0, 1], as many as labels.
@@ -154,19 +154,24 @@ def pair_labels(
         return labels
     features: list[Tensor] = []
     hook = view.model.get_submodule(head).register_forward_pre_hook(
-        lambda _module, inputs: features.append(inputs[0].double())
+        lambda _module, inputs: features.extend(x.double() for x in inputs[:1])
     )
+    parameter = next(view.model.parameters())
+    inputs = view.normalization.apply(images.to(parameter)).split(16)
     try:
         with torch.no_grad():
-            parameter = next(view.model.parameters())
-            view.model(view.normalization.apply(images.to(parameter)))
+            for few in inputs:
+                view.model(few)
     finally:
         hook.remove()
-    cost = features[0].flatten(1) @ rows[labels].T
+    if len(features) != len(inputs) or any(f.shape[1:] != rows.shape[1:] for f in features):
+        return labels
+    cost = (torch.cat(features) @ rows.to(features[0])[labels.to(rows.device)].T).cpu()
     if not bool(cost.isfinite().all()):
         return labels
-    _, order = linear_sum_assignment(cost.cpu().numpy())
-    return labels[torch.as_tensor(order, device=labels.device)]
+    order = torch.as_tensor(linear_sum_assignment(cost.numpy())[1])
+    better = cost.gather(1, order[:, None]).sum() < cost.diagonal().sum()
+    return labels[order.to(labels.device)] if bool(better) else labels
 
 
 def labels_from_counts(counts: Float[Tensor, " classes"], batch: int) -> Int[Tensor, " batch"]:

@@ -24,7 +24,9 @@ from vitguard.vit import Anatomy
 
 __all__ = ["Ladder"]
 
+_FITS = 1e-2  # residual of `span` below which its space holds the truth
 _DAMAGE = ("noise", "pruning", "privacy", "client-privacy")  # no exact rung first under these
+_CONTRADICTED = 0.1  # above it the patches may be right, but not all in their own image
 _EXACT = 1e-3  # a relative mismatch below which no further rung is needed
 
 
@@ -114,6 +116,8 @@ class _Climb:
             self._try(lambda: Cascade(seconds=self._left(0.2)))
             cascade = self.guesses.pop(Cascade.name, None)
             self.labels = None if cascade is None else cascade.labels
+            for name, guess in list(self.guesses.items()) if self.labels is not None else []:
+                self._take(name, guess)
         polished = self.view.update.batch_size == 1 and "shuffle" not in self.view.settings
         share = 0.5 if polished else 0.8  # `polish` needs the rest
         self._try(lambda: GeluSpan(seconds=self._left(share)))
@@ -137,25 +141,36 @@ class _Climb:
         except (NotApplicable, Blocked) as why:
             self.said[attack.name] = str(why)
             return
-        labels = guess.labels if self.labels is None else self.labels
-        if labels is not None:
-            guess = replace(guess, labels=pair_labels(self.view, guess.images, labels))
-        self.guesses[attack.name] = guess
-        distance = mismatch(self.view, guess)
-        if distance is not None:
-            self.distance[attack.name] = distance
+        distance = self._take(attack.name, guess)
         known = "" if distance is None else f"mismatch {distance:.1e}, "
         share = self._verified(attack.name)
         proved = f"verified {share:.2f}, " if guess.verified is not None else ""
         self.said[attack.name] = f"{known}{proved}{time.monotonic() - started:.1f} s"
+
+    def _take(self, name: str, guess: Guess) -> float | None:
+        """Keep a guess with the labels that are known by now; return its mismatch."""
+        labels = guess.labels if self.labels is None else self.labels
+        if labels is not None:
+            guess = replace(guess, labels=pair_labels(self.view, guess.images, labels))
+        self.guesses[name] = guess
+        distance = mismatch(self.view, guess)
+        if distance is not None:
+            self.distance[name] = distance
+        return distance
 
     def _verified(self, name: str) -> float:
         verified = self.guesses[name].verified
         return 0.0 if verified is None else float(verified.double().mean())
 
     def _exact(self) -> bool:
-        near = any(distance < _EXACT for distance in self.distance.values())
-        return near or any(self._verified(name) == 1.0 for name in self.guesses)
+        return any(self._proved(name) for name in self.guesses)
+
+    def _proved(self, name: str) -> bool:
+        """Whether the update, or every patch without the update saying otherwise, proves it."""
+        distance = self.distance.get(name)
+        if distance is not None and distance < _EXACT:
+            return True
+        return self._verified(name) == 1.0 and (distance is None or distance < _CONTRADICTED)
 
     def best(self) -> Guess:
         """Return the chosen guess with what every rung said."""
@@ -165,16 +180,17 @@ class _Climb:
 
         def worth(name: str) -> tuple[bool, float, float, int]:
             share, distance = self._verified(name), self.distance.get(name)
-            exact = share == 1.0 or (distance is not None and distance < _EXACT)
             likeness = -1e9 if distance is None else -distance
             whole = len(self.guesses[name].images) == self.view.update.batch_size
-            return exact, share, likeness, int(whole)
+            return self._proved(name), share, likeness, int(whole)
 
         name = max(self.guesses, key=worth)
         guess = self.guesses[name]
         if self.distance.get(name, 1.0) < _EXACT:  # the whole update is explained
             proved = torch.ones(len(guess.images), Anatomy.of(self.view.model).patches)
-            guess = self.guesses[name] = replace(guess, verified=proved.bool())
+            whole = {**guess.details, "whole": len(guess.images)}
+            guess = replace(guess, verified=proved.bool(), details=whole)
+            self.guesses[name] = guess
         details: dict[str, Any] = {
             **guess.details,
             "rung": name,
@@ -188,10 +204,13 @@ class _Climb:
         return replace(guess, space=self._space(guess), details=details)
 
     def _space(self, guess: Guess) -> AffineSpace | None:
-        """What `span` knows of patches that another rung has not proved."""
-        span = self.guesses.get(SpanInversion.name)
-        inexact = any(name in self.view.settings for name in (*_DAMAGE, "shuffle"))
-        return guess.space if guess.space is not None or span is None or inexact else span.space
+        """What the guess, else `span`, leaves open, where that is known exactly."""
+        source = guess if guess.space is not None else self.guesses.get(SpanInversion.name)
+        if source is None or any(name in self.view.settings for name in _DAMAGE):
+            return None
+        if source is not guess and "shuffle" in self.view.settings:
+            return None
+        return source.space if source.details.get("residual", 1.0) < _FITS else None
 
 
 def _known(view: View) -> str:
