@@ -332,7 +332,7 @@ def test_patches_that_the_start_proved_stay(spectrum):
     noise = torch.rand(images.shape, generator=seeded(7))
     mask = proved[..., None].expand(-1, -1, anatomy.patch_pixels)
     begin = torch.where(mask, anatomy.patchify(images), anatomy.patchify(noise))
-    start = Guess(anatomy.unpatchify(begin), labels, verified=proved, details={"whole": 1})
+    start = Guess(anatomy.unpatchify(begin), labels, verified=proved, details={"told_apart": 1})
     proved = proved & torch.tensor([[True], [False]])  # which image the others are of is a guess
     for restarts in (1, 2):
         plain = Plain(iterations=5, start=start, spectrum=spectrum, restarts=restarts)

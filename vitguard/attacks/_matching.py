@@ -72,7 +72,7 @@ class MatchingAttack(Attack):
         restarts: Starts that run side by side; the one with the smallest distance is returned.
         subspace: Search only where an exact attack left room: patches that the start proved stay,
             the others lie in its affine space, else in the row space of the patch gradient where
-            that is smaller than the pixels. Of a batch only patches of whole images stay, of a
+            that is smaller than the pixels. Of a batch only patches whose image is known stay, of a
             shuffle none.
         spectrum: Search in coordinates whitened by frequency^spectrum; 1 is the spectrum of photos,
             0 the papers' free pixels. It is for L-BFGS and plain Adam; signs undo it.
@@ -253,7 +253,8 @@ class _Run:
     def _proved(self) -> tuple[Tensor, Tensor] | None:
         """Model-input images of the start and its verified patches, which are not searched.
 
-        Of a batch only those of whole images: of another, which image a patch is of is a guess.
+        Of a batch only those of the first `told_apart` images: of others, whose patch one is is a
+        guess.
         """
         start = self.attack.start
         if start is None or start.verified is None or not self.attack.subspace:
@@ -263,7 +264,7 @@ class _Run:
         images = self.view.normalization.apply(start.images.to(self.like))
         proved = start.verified.to(images.device, copy=True)
         if len(images) > 1:
-            proved[int(start.details.get("whole", 0)) :] = False
+            proved[int(start.details.get("told_apart", 0)) :] = False
         return (images, proved) if bool(proved.any()) else None
 
     def _restart(self, index: int, labels: Tensor | None, box: tuple[Tensor, Tensor]) -> Restart:

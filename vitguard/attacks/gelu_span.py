@@ -92,7 +92,7 @@ class GeluSpan(Attack):
             "found": int(state.verified.sum()),
             "verified": float(state.verified.double().mean()),
             "peeled": state.peeled,
-            "whole": state.whole,
+            "told_apart": state.told_apart,
             "stopped": state.stopped or "",
             "seconds": round(time.monotonic() - started, 2),
         }
@@ -132,7 +132,7 @@ class _State:
     ) -> None:
         self.view, self.anatomy, self.generator = view, anatomy, generator
         self.deadline, self.accept = deadline, accept
-        self.stopped, self.peeled, self.filled, self.tries, self.whole = "", 0, 0, 0, 0
+        self.stopped, self.peeled, self.filled, self.tries, self.told_apart = "", 0, 0, 0, 0
         self.tokens = view.update.batch_size * anatomy.tokens
         self.unknown = view.extras.get("vitguard.shuffle.unknown")
         batch = view.update.batch_size
@@ -225,7 +225,9 @@ class _State:
         """Write the images that are complete, and drafts of the others, behind those peeled."""
         found, anatomy = self.search.found, self.anatomy
         sure = self.filled + len(whole)
-        self.whole = sure + (sure == len(self.patches) - 1)  # the last one has all that is left
+        self.told_apart = sure + (
+            sure == len(self.patches) - 1
+        )  # the last one has all that is left
         base = self.base[: anatomy.patches]
         rest = torch.ones_like(found.position, dtype=torch.bool)
         for index, rows in enumerate(whole):

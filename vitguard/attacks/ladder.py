@@ -188,8 +188,8 @@ class _Climb:
         guess = self.guesses[name]
         if self.distance.get(name, 1.0) < _EXACT:  # the whole update is explained
             proved = torch.ones(len(guess.images), Anatomy.of(self.view.model).patches)
-            whole = {**guess.details, "whole": len(guess.images)}
-            guess = replace(guess, verified=proved.bool(), details=whole)
+            told = {**guess.details, "told_apart": len(guess.images)}
+            guess = replace(guess, verified=proved.bool(), details=told)
             self.guesses[name] = guess
         details: dict[str, Any] = {
             **guess.details,
@@ -206,9 +206,7 @@ class _Climb:
     def _space(self, guess: Guess) -> AffineSpace | None:
         """What the guess, else `span`, leaves open, where that is known exactly."""
         source = guess if guess.space is not None else self.guesses.get(SpanInversion.name)
-        if source is None or any(name in self.view.settings for name in _DAMAGE):
-            return None
-        if source is not guess and "shuffle" in self.view.settings:
+        if source is None or (source is not guess and "shuffle" in self.view.settings):
             return None
         return source.space if source.details.get("residual", 1.0) < _FITS else None
 
