@@ -338,15 +338,16 @@ def identify(options: argparse.Namespace) -> None:
     model = timm.create_model(options.model, num_classes=1000)
     size, batch = model.patch_embed.img_size, options.batch  # type: ignore[union-attr,operator]
     photos = load_images([f"{options.data}/photos"], size, count=100).pixels
-    if len(photos) < options.count * batch:
-        raise SystemExit(f"{options.count} batches of {batch} need more than {len(photos)} photos")
+    begin, end = options.skip, options.skip + options.count * batch
+    if len(photos) < end:
+        raise SystemExit(f"expected {end} photos in {options.data}/photos, got {len(photos)}")
     fill = sampled_decoys(100, size, seed=0, truth=photos[:1])
     patch = Anatomy.of(model).patch_size
     print("| positions | photos | attack | identified | matched dB, each image | floor | CPU s |")
     print(f"|{'---|' * 7}")
     hits: dict[tuple[str, str], list[int]] = {}
     for kind in options.positions:
-        for first in range(0, options.count * batch, batch):
+        for first in range(begin, end, batch):
             truth, aims = photos[first : first + batch], torch.arange(first, first + batch)
             decoys = torch.cat([photos[:first], photos[first + batch :], fill])[:100]
             stack = parse_stack("none" if kind == "learnable" else f"positions:kind={kind}")
@@ -444,6 +445,7 @@ def main() -> None:
     whole.add_argument("--model", default="vit_base_patch32_224")
     whole.add_argument("--batch", type=int, default=4)
     whole.add_argument("--count", type=int, default=5, help="of batches")
+    whole.add_argument("--skip", type=int, default=0, help="photos to leave out first")
     whole.add_argument("--positions", nargs="+", default=["frozen", "learnable"])
     whole.add_argument("--attack", default="ladder:seconds=60")
     whole.add_argument("--then", nargs="*", default=[], help="attacks that start from its guess")
