@@ -1,5 +1,6 @@
 """GELU-span: tokens prove themselves, false ones do not, and the slow formulas agree."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 from vitguard import data
 from vitguard.attacks._attention import Attention
-from vitguard.attacks._family import Solver
+from vitguard.attacks._family import Frame, Solver
 from vitguard.attacks._mlp import Mlp, activation_of
 from vitguard.attacks._newton import Problem, Pull
 from vitguard.attacks._peel import peel
 from vitguard.attacks._seams import place_by_seams, seam_energy
+from vitguard.attacks._search import Search
 from vitguard.attacks.gelu_span import GeluSpan
 from vitguard.core import Normalization
 from vitguard.errors import Blocked, NotApplicable
@@ -35,8 +37,9 @@ def patch_decibels(view, guess, image, shuffled):
 
 def parts(view):
     anatomy = Anatomy.of(view.model)
-    solver = Solver.of(view, anatomy)
-    mlp = Mlp.of(view, anatomy, anatomy.blocks[0], view.update.batch_size * anatomy.tokens)
+    tokens = view.update.batch_size * anatomy.tokens
+    solver = Solver.of(Frame.of(view, anatomy), view, tokens)
+    mlp = Mlp.of(view, anatomy, anatomy.blocks[0], tokens)
     return anatomy, solver, mlp
 
 
@@ -115,7 +118,7 @@ def test_an_interrupt_keeps_what_was_found(small_vit, observe, photos, monkeypat
 
     monkeypatch.setattr(_search.Search, "_harvest", interrupted)
     view = observe(small_vit(), photos[:3], defenses=FROZEN)
-    guess = run(view)
+    guess = run(view, seconds=600.0)
     assert guess.details["stopped"] == "interrupted"
     assert 0 < int(guess.verified.sum()) < guess.verified.numel()
 
@@ -159,6 +162,19 @@ def test_the_step_is_that_of_the_explicit_jacobian(small_vit, observe, photos):
         normal = normal + 0.5 * torch.diag(normal.diagonal())
         slow = torch.linalg.solve(normal, jacobian.T @ residuals(v[row], row))
         torch.testing.assert_close(step[row], slow, rtol=1e-6, atol=1e-10)
+
+
+def test_what_is_found_leaves_less_to_search(small_vit, observe, photos):
+    model = small_vit().double()
+    view = observe(model, photos[:3].double(), defenses=FROZEN).gradient()
+    anatomy, generator = Anatomy.of(view.model), torch.Generator().manual_seed(0)
+    wanted = torch.full((anatomy.patches,), 3)
+    search = Search(view, anatomy, None, None, wanted, True, math.inf, generator)
+    before = search.remainder.free
+    search.run(rounds=3)
+    taken = sum(len(part) for part in search._parts)
+    assert taken >= 0.7 * len(search.found) > 0
+    assert search.remainder.free <= max(before - taken, 2)
 
 
 def test_a_pull_chooses_the_image_whose_token_is_found(small_vit, observe, photos):

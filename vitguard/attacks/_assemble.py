@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vitguard.attacks._attention import Attention
 from vitguard.attacks._search import Search
-from vitguard.attacks._spans import Embedding
 from vitguard.core import View
 
 __all__ = ["complete_images", "complete_tokens"]
@@ -17,23 +16,14 @@ _LARGEST = 900  # unknowns of one completion
 _EQUATIONS = 8  # of the attention for each unknown; more take longer and say no more
 
 
-def _tokens(search: Search, embedding: Embedding) -> tuple[Tensor, Tensor]:
-    """Embedded tokens z and attended values o of what was found."""
-    found, patches = search.found, search.anatomy.patches
-    shift = search.solver.offset - search.solver.project_bias
-    embedded = found.patch @ embedding.weight.T + shift[found.position]
-    assert len(shift) >= patches
-    return embedded, search.solver.values_attended(found.y)
-
-
 def complete_images(search: Search, attention: Attention, view: View) -> list[Tensor]:
     """Return the indices (by position) of the tokens of every image that is complete."""
     anatomy, found = search.anatomy, search.found
     count = torch.bincount(found.position, minlength=anatomy.patches)
     if int(count.min()) < 1:
         return []
-    embedding = Embedding.of(view, anatomy)
-    tokens, attended = _tokens(search, embedding)
+    embedding = search.frame.embedding
+    tokens, attended = search.embedded(found), found.attended
     left = torch.ones_like(found.position, dtype=torch.bool)
     images: list[Tensor] = []
     for seed in found.residual.argsort().tolist()[:40]:
@@ -67,7 +57,7 @@ def complete_tokens(
     several = len(search.wanted) > anatomy.patches + 1  # who shares which is not known
     if several or not len(missing):
         return 0
-    basis = search.basis
+    basis = search.remainder.basis
     unknowns = len(missing) * basis.shape[1]
     if unknowns > _LARGEST:
         return 0
@@ -76,10 +66,10 @@ def complete_tokens(
     asked = asked[: -(-_EQUATIONS * unknowns // anatomy.width)]
     if len(asked) * anatomy.width < 1.5 * unknowns:
         return 0
-    embedding = Embedding.of(view, anatomy)
-    tokens, attended = _tokens(search, embedding)
-    shift = search.solver.offset - search.solver.project_bias
-    base = torch.cat([search.base(int(i)) for i in missing])
+    embedding = search.frame.embedding
+    tokens, attended = search.embedded(found), found.attended
+    shift = search.frame.offset
+    base = torch.cat([search.remainder.base(int(i)) for i in missing])
     draw = torch.randint(len(found.patch), (len(missing),), generator=search.generator)
     start = (found.patch[draw.to(missing.device)] - base) @ basis
     moved, residual = attention.complete(

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._groups import Draws
 from vitguard.attacks._linear import solve_positive
 from vitguard.attacks._mlp import Norm
 from vitguard.core import View
@@ -91,6 +92,13 @@ class Attention:
     ) -> Float[Tensor, "tokens width"]:
         """Return o of the queries' tokens, in front of the projection."""
         return self._merge(self._weights(query, key) @ value)
+
+    def draws(self, tokens: Float[Tensor, "tokens width"], prefix: Tensor, patches: int) -> Draws:
+        """Return what embedded tokens would draw from each other, on the CPU."""
+        query, key, value = self.maps(torch.cat([prefix, tokens]))
+        scores = self._scores(query[:, len(prefix) :], key)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        return Draws(weights.cpu().float(), value.cpu().float(), patches)
 
     def membership(
         self,

@@ -22,9 +22,9 @@ from vitguard.attacks._mlp import Norm, thin_basis
 from vitguard.attacks._spans import Embedding, Rows, block_rows, complement, layer_rows, patch_basis
 from vitguard.core import View
 from vitguard.errors import NotApplicable
-from vitguard.vit import Anatomy
+from vitguard.vit import Anatomy, Block
 
-__all__ = ["Family", "Solver", "projection"]
+__all__ = ["Family", "Frame", "Solver", "projection"]
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,62 @@ class Solver:
         return y[:, self.patch.shape[1] : self.scale_index] @ self.attended.T
 
     @staticmethod
-    def of(view: View, anatomy: Anatomy, unknown: Tensor | None = None) -> Solver:
-        """Set the system up for block 0; a shuffle's `unknown` positions add rows at the end.
+    def of(frame: Frame, view: View, tokens: int, left: Tensor | None = None) -> Solver:
+        """Set the system up for block 0.
+
+        Args:
+            frame: What is the same whichever tokens are known.
+            view: Of the tokens that are left: what known ones put into fc1 and into the attention's
+                projection is taken out.
+            tokens: How many that are.
+            left: Of them at each position, where that is known; shape (positions,).
+
+        Raises:
+            Blocked: The gradient of fc1 or of the attention projection cannot be read.
+        """
+        block, offset, into = frame.block, frame.offset + frame.bias, frame.into
+        attended, _ = thin_basis(view.read(f"{block.proj}.weight"), tokens)
+        stream = torch.cat([into, frame.project @ attended], 1)
+        inner = _equations(layer_rows(view, block.fc1), frame.norm2, stream, offset, tokens, 0)
+        parts = [inner]
+        if frame.attention is not None:
+            matrix, right = frame.attention
+            zeros = matrix.new_zeros(len(matrix), attended.shape[1])
+            pixels = into.shape[1]
+            parts.append((torch.cat([matrix[:, :pixels], zeros, matrix[:, pixels:]], 1), right))
+        nullity = frame.nullity(tokens, left)
+        return _factorise(parts, frame.patch, attended, stream, offset, frame.bias, nullity)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the system of a view is made of that known tokens do not change.
+
+    Args:
+        offset: b + e_i; of a shuffle also the shared offset, in the last row.
+        patch: R.
+        into: W R.
+        project, bias: The attention's projection.
+        attention: Equations of the spans of qkv over (c, s, s1), where they can be read.
+    """
+
+    block: Block
+    embedding: Embedding
+    offset: Tensor
+    patch: Tensor
+    into: Tensor
+    project: Tensor
+    bias: Tensor
+    norm2: Norm
+    attention: tuple[Tensor, Tensor] | None
+    batch: int
+
+    @staticmethod
+    def of(view: View, anatomy: Anatomy, unknown: Tensor | None = None) -> Frame:
+        """Read the public part and what known tokens leave; a shuffle's `unknown` adds rows.
 
         Raises:
             NotApplicable: The block is not of this form.
-            Blocked: The gradient of fc1 or of the attention projection cannot be read.
         """
         block, batch = anatomy.blocks[0], view.update.batch_size
         if not block.pre_norm:
@@ -158,39 +208,32 @@ class Solver:
         pixels = anatomy.patch_pixels
         if patch is None or patch.shape[1] >= pixels:
             patch = torch.eye(pixels, dtype=offset.dtype, device=offset.device)
-        tokens = batch * anatomy.tokens
-        attended, _ = thin_basis(view.read(f"{block.proj}.weight"), tokens)
         project, bias = projection(view, anatomy)
-        into = embedding.weight @ patch
-        stream = torch.cat([into, project @ attended], 1)
-        parts = [
-            _equations(layer_rows(view, block.fc1), Norm.of(view, block.norm2), stream,
-                       offset + bias, tokens, 0)
-        ]  # fmt: skip
+        into, attention = embedding.weight @ patch, None
         if all(view.update.can_read(name) for name in block.qkv):
             shared = batch * anatomy.patches + anatomy.prefix_tokens
-            only = torch.cat([into, torch.zeros_like(stream[:, into.shape[1] :])], 1)
-            parts.append(
-                _equations(block_rows(view, block), Norm.of(view, block.norm1), only,
-                           offset, shared, 1)
-            )  # fmt: skip
-        nullity = _nullity(embedding, into, batch)
-        return _factorise(parts, patch, attended, stream, offset + bias, bias, nullity)
+            attention = _equations(
+                block_rows(view, block), Norm.of(view, block.norm1), into, offset, shared, 1
+            )
+        norm2 = Norm.of(view, block.norm2)
+        return Frame(block, embedding, offset, patch, into, project, bias, norm2, attention, batch)
 
+    def nullity(self, tokens: int, left: Tensor | None) -> int:
+        """Return how many directions no equation can see, from what is public.
 
-def _nullity(embedding: Embedding, into: Tensor, batch: int) -> int:
-    """Return how many directions no equation can see, from what is public.
-
-    A combination of true tokens whose offsets cancel, up to what a patch can be, fits every span:
-    T - rank((I - P) offsets). Rounding lifts these singular values, so a threshold misses them.
-    """
-    offsets = torch.cat([embedding.offset, embedding.prefix])
-    rows = offsets - offsets.mean(1, keepdim=True)
-    moves = torch.linalg.qr(into - into.mean(0)).Q
-    rest = rows - (rows @ moves) @ moves.T
-    size = torch.linalg.matrix_norm(rows, 2).clamp_min(1e-300)
-    rank = int((torch.linalg.svdvals(rest) > 1e-6 * size).sum())
-    return batch * len(rows) - rank
+        A combination of the tokens that are left whose offsets cancel, up to what a patch can be,
+        fits every span: T - rank((I - P) offsets). Rounding lifts these singular values, so a
+        threshold misses them.
+        """
+        offset = self.embedding.offset
+        offset = offset if left is None else self.offset[left > 0]
+        offsets = torch.cat([offset, self.embedding.prefix])
+        rows = offsets - offsets.mean(1, keepdim=True)
+        moves = torch.linalg.qr(self.into - self.into.mean(0)).Q
+        rest = rows - (rows @ moves) @ moves.T
+        size = torch.linalg.matrix_norm(rows, 2).clamp_min(1e-300)
+        rank = int((torch.linalg.svdvals(rest) > 1e-6 * size).sum())
+        return max(tokens - rank, 0)
 
 
 def projection(view: View, anatomy: Anatomy) -> tuple[Tensor, Tensor]:

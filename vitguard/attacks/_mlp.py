@@ -193,6 +193,18 @@ class Mlp:
             self, weight=self.weight.to(dtype), bias=self.bias.to(dtype), span=self.span.to(dtype)
         )
 
+    def some(self, units: int, generator: torch.Generator) -> Mlp:
+        """Return the same of a random choice of hidden units: fewer equations, each still true."""
+        hidden = len(self.weight)
+        if units >= hidden:
+            return self
+        rows = torch.randperm(hidden, generator=generator)[:units].sort().values
+        rows = rows.to(self.weight.device)
+        span = torch.cat([self.span[rows], self.span[-1:]])
+        return replace(
+            self, weight=self.weight[rows], bias=self.bias[rows], span=torch.linalg.qr(span)[0]
+        )
+
     def misfit(self, u: Float[Tensor, "tokens hidden"]) -> tuple[Tensor, Tensor]:
         """Return what of the activations lies outside the span, and the activations' norms."""
         a = self.activation.value(u)

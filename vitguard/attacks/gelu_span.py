@@ -13,8 +13,6 @@ from vitguard.attacks._assemble import complete_images, complete_tokens
 from vitguard.attacks._attention import Attention
 from vitguard.attacks._base import Attack
 from vitguard.attacks._check import require_finite
-from vitguard.attacks._family import Solver
-from vitguard.attacks._mlp import Mlp
 from vitguard.attacks._peel import peel
 from vitguard.attacks._seams import place_by_seams
 from vitguard.attacks._search import Search
@@ -145,32 +143,33 @@ class _State:
         except NotApplicable:
             self.attention = None
         self._begin()
-        self.free = self.search.free
+        self.free = self.search.remainder.free
 
     def _begin(self) -> None:
         """Set up the search for the batch that is left."""
         view, anatomy = self.view, self.anatomy
         batch = view.update.batch_size
-        mlp = Mlp.of(view, anatomy, anatomy.blocks[0], batch * anatomy.tokens)
-        solver = Solver.of(view, anatomy, self.unknown)
-        self.base = solver.pixels(solver.family(max(solver.free(1e-2), 2)).origin)
-        if solver.positions_apart(solver.family(max(solver.free(1e-2), 2))) < _APART:
+        shared = 0 if self.unknown is None else self.unknown.numel() // anatomy.width
+        wanted = torch.full((anatomy.patches + shared,), batch, device=self.patches.device)
+        if shared:
+            wanted[anatomy.patches :] = batch * anatomy.patches
+        self.search = search = Search(
+            view, anatomy, self.attention, self.unknown, wanted, not shared,
+            self.deadline, self.generator, accept=self.accept,
+        )  # fmt: skip
+        solver, family = search.remainder.solver, search.remainder.family
+        self.base = solver.pixels(family.origin)
+        if solver.positions_apart(family) < _APART:
             raise NotApplicable(
                 f"{batch * anatomy.tokens} tokens of width {anatomy.width} leave so much free that "
                 "a token fits at positions that are not its own"
             )
-        wanted = torch.full((len(self.base),), batch, device=self.base.device)
-        if self.unknown is not None:
+        if shared and batch == 1:
             misfit = solver.family(max(solver.free(1e-4), 1)).misfit[: anatomy.patches]
-            masked = shuffled_positions(misfit)
-            if batch == 1:
-                self.masked = masked
-                wanted[: anatomy.patches][masked] = 0
-            wanted[anatomy.patches :] = int(masked.sum()) if batch == 1 else batch * anatomy.patches
-        self.search = Search(
-            solver, mlp, anatomy, view.normalization, wanted, self.deadline, self.generator,
-            accept=self.accept,
-        )  # fmt: skip
+            self.masked = masked = shuffled_positions(misfit)
+            wanted[: anatomy.patches][masked] = 0
+            wanted[anatomy.patches :] = int(masked.sum())
+            search.exact = shared == 1
 
     def step(self) -> bool:
         """Search some rounds, use the attention, take complete images out; False when over."""
@@ -263,7 +262,7 @@ class _State:
         drafts = torch.full_like(self.search.found.position, -1)
         if bool(rest.any()):
             images = len(self.patches) - self.filled - whole
-            groups, _ = self.search.groups(rest, images)
+            groups = self.search.groups(self.search.found.pick(rest), images)
             order = torch.bincount(groups, minlength=images).argsort(descending=True, stable=True)
             drafts[rest] = order.argsort()[groups]
         return drafts
@@ -286,7 +285,6 @@ class _State:
         self.view = view
         self._begin()
         self.tries = 0
-        for row in torch.nonzero(left)[:, 0].tolist():  # proved before, and still true
-            self.search.add(int(found.position[row]), found.patch[row], float(found.residual[row]))
+        self.search.keep(found.pick(left))  # proved before, and still true
         self._store([])
         return True
