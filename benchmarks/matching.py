@@ -231,8 +231,8 @@ def parameters(options: argparse.Namespace) -> None:
 
 CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
 HEADS = (
-    "model", "B", "positions", "start", "attack", "raw", "matched", "floor", "at the start",
-    "identified", "labels", "CPU s",
+    "model", "B", "positions", "start", "attack", "evaluations", "raw", "matched", "floor",
+    "at the start", "gain", "identified", "labels", "CPU s",
 )  # fmt: skip
 
 
@@ -308,9 +308,8 @@ def lines(
         guess = parse_attack(start).run(view, torch.Generator().manual_seed(0))
     for name in options.attacks:
         sizes: dict[str, Any] = {"start": guess}
+        inner = INNER if name in ("dlg", "idlg", "april-opt") else 1
         if options.evaluations:
-            steps = name in ("dlg", "idlg", "april-opt")
-            inner = INNER if steps else 1
             sizes["iterations"] = max(1, options.evaluations // inner)
         if options.restarts and name in ("gradinversion", "gradvit"):
             sizes["restarts"] = options.restarts
@@ -322,11 +321,14 @@ def lines(
         result = metrics.score(got.images, truth, patch, decoys=case.decoys)
         before = metrics.score(own, truth, patch).patch_psnr.mean()
         right = labels_overlap(got.labels, case.labels[:batch])
-        print(f"| {case.name} | {batch} | {kind} | {start} | {name} | {result.psnr.mean():.1f} "
-              f"| {result.patch_psnr.mean():.1f} | {floor.psnr.mean():.1f} / "
-              f"{floor.patch_psnr.mean():.1f} | {before:.1f} | "
-              f"{int(result.identified.sum())}/{batch} | {right or 0:.2f} | {spent:.0f} |",
-              flush=True)  # fmt: skip
+        after, level = result.patch_psnr.mean(), floor.patch_psnr.mean()
+        cells = (
+            case.name, batch, kind, start, name, got.details["iterations"] * inner,
+            f"{result.psnr.mean():.1f}", f"{after:.1f}", f"{floor.psnr.mean():.1f} / {level:.1f}",
+            f"{before:.1f}", f"{after - before:+.1f}", f"{int(result.identified.sum())}/{batch}",
+            f"{right or 0:.2f}", f"{spent:.0f}",
+        )  # fmt: skip
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def identify(options: argparse.Namespace) -> None:

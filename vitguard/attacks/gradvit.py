@@ -64,8 +64,9 @@ class GradViT(MatchingAttack):
 
     @classmethod
     def fast(cls, **changes: Any) -> GradViT:
-        """Return a preset for a CPU: 400 iterations of 2 restarts."""
-        return cls._preset({"iterations": 400, "restarts": 2}, changes)
+        """Return a preset for a CPU: 400 iterations of 2 restarts, a stronger total variation."""
+        preset = {"iterations": 400, "restarts": 2, "total_variation": 2e-3}
+        return cls._preset(preset, changes)
 
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
         """See `MatchingAttack`."""
