@@ -149,16 +149,15 @@ def speed(options: argparse.Namespace) -> None:
 
         logging.disable(logging.CRITICAL)
         runners["breaching"] = theirs
-    print(f"{options.threads} threads, {', '.join(options.photos)}, {options.seeds} seeds each")
+    print(f"{options.threads} threads, {options.seeds} seeds each")
     small = ("32x32/4 d=192 depth 4", small_model, options.iterations, 30)
     tiny = ("vit_tiny_patch16_224", tiny_model, options.tiny_iterations, 6)
     for name, make, iterations, repeat in (small, tiny) if options.tiny_iterations else (small,):
         seconds: dict[str, list[float]] = {who: [] for who in runners}
         scores: dict[str, list[tuple[float, float]]] = {who: [] for who in runners}
         units = []
-        for which in options.photos:
-            pixels = photo(which, make())
-            patch = Anatomy.of(make()).patch_size
+        patch = Anatomy.of(make()).patch_size
+        for which, pixels in subjects(options, make()):
             for seed in range(options.seeds):
                 units.append(forward_backward(make(), pixels, repeat))
                 view, seeded = view_of(make(), pixels), torch.Generator().manual_seed(seed)
@@ -187,18 +186,29 @@ def report(
     for who, taken in seconds.items():
         each = statistics.median(taken)
         raw, matched = (statistics.median(column) for column in zip(*scores[who], strict=True))
+        mean = [statistics.mean(column) for column in zip(*scores[who], strict=True)]
         print(f"  {who:14s} {1e3 * each:7.1f} ms/iteration, {each / unit:.2f} units, "
-              f"median PSNR {raw:.2f} raw {matched:.2f} matched")  # fmt: skip
-    if "breaching" in seconds:
-        pairs = zip(seconds["vitguard"], seconds["breaching"], strict=True)
-        print(f"  ratio of seconds {statistics.median(a / b for a, b in pairs):.2f}")
+              f"median PSNR {raw:.2f} raw {matched:.2f} matched, "
+              f"mean {mean[0]:.2f} raw {mean[1]:.2f} matched")  # fmt: skip
+    for who in [name for name in seconds if "breaching" in seconds and name != "breaching"]:
+        pairs = zip(seconds[who], seconds["breaching"], strict=True)
+        print(f"  {who}: ratio of seconds {statistics.median(a / b for a, b in pairs):.2f}")
         for column, what in enumerate(("raw", "matched")):
-            gaps = [
-                a[column] - b[column]
-                for a, b in zip(scores["vitguard"], scores["breaching"], strict=True)
-            ]
-            print(f"  {what}: median difference {statistics.median(gaps):+.2f} dB, "
-                  f"from {min(gaps):+.2f} to {max(gaps):+.2f}")  # fmt: skip
+            both = zip(scores[who], scores["breaching"], strict=True)
+            gaps = [a[column] - b[column] for a, b in both]
+            print(f"    {what} above breaching: {statistics.median(gaps):+.2f} dB in the median, "
+                  f"{statistics.mean(gaps):+.2f} in the mean, {sum(g > 0 for g in gaps)} of "
+                  f"{len(gaps)} pairs, from {min(gaps):+.2f} to {max(gaps):+.2f}")  # fmt: skip
+
+
+def subjects(options: argparse.Namespace, model: Any) -> list[tuple[str, torch.Tensor]]:
+    """The photos of `speed`, each (1, 3, height, width): of a folder, or the samples named."""
+    if options.data is None:
+        return [(name, photo(name, model)) for name in options.photos]
+    photos = load_images(
+        [f"{options.data}/photos"], model.patch_embed.img_size, count=options.count
+    )
+    return [(name, one[None]) for name, one in zip(photos.names, photos.pixels, strict=True)]
 
 
 def photo(name: str, model: Any) -> torch.Tensor:
@@ -411,6 +421,8 @@ def main() -> None:
     timing = commands.add_parser("speed", help="against breaching")
     timing.add_argument("--peer", action="append", default=[], metavar="PATH")
     timing.add_argument("--photos", nargs="+", default=["astronaut", "coffee", "chelsea"])
+    timing.add_argument("--data", help="folder whose photos to take instead")
+    timing.add_argument("--count", type=int, default=12, help="of the folder's photos")
     timing.add_argument("--seeds", type=int, default=2, help="of the noise that all start from")
     timing.add_argument("--iterations", type=int, default=200, help="on the small model")
     timing.add_argument("--tiny-iterations", type=int, default=4, help="0 leaves vit_tiny out")
