@@ -109,23 +109,24 @@ class Solver:
         )
 
     def positions_apart(self, family: Family) -> float:
-        """Return how far the members of one position stay outside those of another, in [0, 1].
+        """Return how far the members of one position stay outside those of another.
 
-        Relative, and of the nearest two positions. At 0 a true token of one position is a member at
-        another, and the MLP's equations, which know no position, cannot refuse it there.
+        Of the nearest two positions, relative to the centred stream h. Near 0 a true token of one
+        position is a member at another, and the MLP's equations, which know no position, cannot
+        refuse it there.
         """
         index = self.scale_index
-        first = family.origin[:, :index] @ self.stream.T + self.offset
-        first = torch.cat([first, family.origin[:, index : index + 1]], 1)
+        stream = family.origin[:, :index] @ self.stream.T + self.offset
+        size = (stream - stream.mean(1, keepdim=True)).norm(dim=1).mean()
+        first = torch.cat([stream, family.origin[:, index : index + 1]], 1)
         moves = torch.cat([self.stream @ family.directions[:index],
                            family.directions[index : index + 1]])  # fmt: skip
         left, values, _ = torch.linalg.svd(moves, full_matrices=False)
         left = left[:, values > 1e-9 * values[0]]
         outside = first - (first @ left) @ left.T
         row, column = torch.triu_indices(len(first), len(first), 1, device=first.device)
-        size = (first[row] - first[column]).norm(dim=1)
-        ratio = (outside[row] - outside[column]).norm(dim=1) / size.clamp_min(1e-300)
-        return float(ratio[size > 0].min()) if bool((size > 0).any()) else 1.0
+        gap = (outside[row] - outside[column]).norm(dim=1)
+        return float(gap.min() / size) if len(gap) else 1.0
 
     def pixels(self, y: Tensor) -> Float[Tensor, "tokens pixels"]:
         """Return the patches x = R c of unknowns y."""
@@ -184,11 +185,10 @@ class Frame:
     bias: Tensor
     norm2: Norm
     attention: tuple[Tensor, Tensor] | None
-    batch: int
 
     @staticmethod
     def of(view: View, anatomy: Anatomy, unknown: Tensor | None = None) -> Frame:
-        """Read the public part and what known tokens leave; a shuffle's `unknown` adds rows.
+        """Read what known tokens do not change; a shuffle's `unknown` adds rows.
 
         Raises:
             NotApplicable: The block is not of this form.
@@ -216,7 +216,7 @@ class Frame:
                 block_rows(view, block), Norm.of(view, block.norm1), into, offset, shared, 1
             )
         norm2 = Norm.of(view, block.norm2)
-        return Frame(block, embedding, offset, patch, into, project, bias, norm2, attention, batch)
+        return Frame(block, embedding, offset, patch, into, project, bias, norm2, attention)
 
     def nullity(self, tokens: int, left: Tensor | None) -> int:
         """Return how many directions no equation can see, from what is public.

@@ -10,8 +10,7 @@ from torch import Tensor
 
 __all__ = ["Found"]
 
-_SAME = 1e-3  # root mean square below which two patches are one, in model-input units
-_ALIKE = 0.05  # of the spread of attended values, below which two tokens attend to the same
+_SAME = 3e-2  # root mean square below which two patches are one, in model-input units
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,17 @@ class Found:
     def new(self, some: Found, wanted: Int[Tensor, " positions"]) -> Int[Tensor, " new"]:
         """Return the rows of `some` that are neither found already nor repeated, and are wanted.
 
-        Two patches of one position that are the same to rounding are two tokens where they attend
-        to different values: two images that are white there.
+        Two patches of one position that are nearly the same count as one, though they may be of two
+        images that are white there: what is left of a token that was taken out can be found again.
         """
-        every = self.plus(some)
-        spread = every.attended - every.attended.mean(0)
-        apart = _ALIKE * float(spread.norm(dim=1).mean())
-        known, keep, room = list(range(len(self))), [], self.missing(wanted)
-        for i in range(len(some)):
-            p = int(some.position[i])
-            rivals = [j for j in known if int(every.position[j]) == p]
-            content = (every.patch[rivals] - some.patch[i]).square().mean(1).sqrt() > _SAME
-            drawn = (every.attended[rivals] - some.attended[i]).norm(dim=1) > apart
-            if bool((content | drawn).all()) and int(room[p]) > 0:
-                keep.append(i)
-                room[p] -= 1
-                known.append(len(self) + i)
+        every = torch.cat([self.patch, some.patch])
+        place = torch.cat([self.position, some.position]).tolist()
+        known, keep, room = list(range(len(self))), [], self.missing(wanted).tolist()
+        for i in range(len(self), len(place)):
+            rivals = [j for j in known if place[j] == place[i]]
+            gap = (every[rivals] - every[i]).square().mean(1).sqrt()
+            if bool((gap > _SAME).all()) and room[place[i]] > 0:
+                keep.append(i - len(self))
+                room[place[i]] -= 1
+                known.append(i)
         return torch.tensor(keep, dtype=torch.long, device=some.position.device)

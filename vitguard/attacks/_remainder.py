@@ -12,11 +12,13 @@ from vitguard.attacks._family import Family, Frame, Solver
 from vitguard.attacks._mlp import Mlp
 from vitguard.attacks._newton import Problem
 from vitguard.core import View
+from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy
 
 __all__ = ["Remainder"]
 
 _UNITS = (4, 200)  # equations of a far search for each unknown, and besides
+_SURE = 1.4  # equations for each unknown without which a fit proves nothing
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Remainder:
         """Set up what a view of so many tokens says, `left` of them at each position if known.
 
         Raises:
-            NotApplicable: The spans are full, or the block is not of this form.
+            NotApplicable: The spans are full, there are too few equations to prove anything, or the
+                block is not of this form.
             Blocked: The gradient of fc1, fc2 or the attention projection cannot be read.
         """
         mlp = Mlp.of(view, anatomy, anatomy.blocks[0], tokens)
@@ -58,13 +61,19 @@ class Remainder:
         most = len(solver.values) - 1
         k = min(max(solver.free(1e-2), 2), most)
         family = solver.family(k)
+        last = min(solver.free(3e-2) + 20, most)
+        equations = len(mlp.weight) + int(mlp.augmented) - tokens
+        if equations < _SURE * last:
+            raise NotApplicable(
+                f"the MLP's {max(equations, 0)} equations for {last} unknowns cannot prove a token"
+            )
         few = mlp.some(tokens + _UNITS[0] * k + _UNITS[1], generator)
         moved = solver.patch @ family.directions[: solver.patch.shape[1]]
         return Remainder(
             solver=solver,
             family=family,
             quick=Problem.of(few, solver, family, torch.float32),
-            fine=Problem.of(mlp, solver, solver.family(min(solver.free(3e-2) + 20, most))),
+            fine=Problem.of(mlp, solver, solver.family(last)),
             inverse=torch.linalg.pinv(moved, rtol=1e-3),
         )
 

@@ -1,8 +1,10 @@
 """Many starts, few tokens: collect the true tokens of every position.
 
 Each round gives every unfinished position a few starts (`_starts`); one that ends below `accept` is
-a token: local minima end a hundred times above. What is found is taken out of the gradient
-(`_tokens`), which leaves fewer directions free and nothing that later starts could find again.
+a token: local minima mostly end a hundred times above. What is found is taken out of the gradient
+(`_tokens`), which leaves fewer directions free and little that later starts could find again. The
+equations of the whole gradient have the last word on every token, and are searched too where the
+rest brings nothing more: each token taken out leaves its rounding behind.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitguard.attacks._attention import Attention
-from vitguard.attacks._family import Frame
+from vitguard.attacks._family import Frame, Solver
 from vitguard.attacks._found import Found
 from vitguard.attacks._groups import group_tokens
 from vitguard.attacks._newton import Pull
@@ -24,6 +26,7 @@ from vitguard.attacks._remainder import Remainder
 from vitguard.attacks._starts import Starts
 from vitguard.attacks._tokens import Parts, TokenGradients
 from vitguard.core import View
+from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy
 
 __all__ = ["Search"]
@@ -64,6 +67,7 @@ class Search:
     near: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
     found: Found = field(init=False)
     frame: Frame = field(init=False)
+    whole: Remainder = field(init=False)
     remainder: Remainder = field(init=False)
     _gradients: TokenGradients | None = None
     _parts: list[Parts] = field(default_factory=list)
@@ -75,7 +79,7 @@ class Search:
         self.frame = Frame.of(self.view, self.anatomy, self.unknown)
         self.found = Found.none(self.frame.offset, self.anatomy.patch_pixels)
         self._taken = torch.zeros(0, dtype=torch.bool, device=self.frame.offset.device)
-        self.remainder = self._remainder(self.view)
+        self.whole = self.remainder = self._remainder(self.view)
 
     def _remainder(self, view: View) -> Remainder:
         tokens = self.view.update.batch_size * self.anatomy.tokens - int(self._taken.sum())
@@ -104,16 +108,19 @@ class Search:
             if time.monotonic() > self.deadline:
                 return "time"
             self._take_out()
+            rest = self.remainder
+            if self._idle % 2:
+                self.remainder = self.whole
             new = 0
             if self.grouped and len(self.found):
                 groups = self.groups(self.found, int(self.wanted.max()))
                 new = self._harvest(*self._starts().guided(groups))
             if not self.done and (not new or self._rounds % _UNGUIDED == 0):
-                self._take_out()
                 # A start costs hidden units times unknowns: fewer of them on wide models.
                 work = self.remainder.hidden * self.remainder.free
                 each = 1 if new else min(1 + self._rounds, 4 if work > 1.5e5 else 12)
                 new += self._harvest(*self._starts().free(each, first=self._rounds == 0))
+            self.remainder = rest
             self._rounds += 1
             self._idle = 0 if new else self._idle + 1
             _LOG.info("round %d: %d tokens found, %d wanted", self._rounds, len(self.found),
@@ -176,7 +183,10 @@ class Search:
         self._taken = torch.cat([self._taken, proved])
         if len(parts):
             self._parts.append(parts)
-            self.remainder = self._remainder(self._gradients.without(self._parts))
+            try:
+                self.remainder = self._remainder(self._gradients.without(self._parts))
+            except NotApplicable:  # rounding was all that was left
+                self.remainder = self.whole
 
     def _harvest(self, positions: Tensor, start: Tensor, pull: Pull | None) -> int:
         """Iterate all starts, in slices that respect the deadline; return how many were new."""
@@ -196,29 +206,43 @@ class Search:
         good = rough.residual < 10 * self.accept
         if not bool(good.any()):
             return 0
-        some = self._tokens(
-            positions[good], remainder.family.at(positions[good], rough.v[good].double()),
-            rough.residual[good].double(),
-        )  # fmt: skip
-        keep = self.found.new(some, self.wanted)
-        positions = some.position[keep]
-        fine = remainder.fine
-        y = remainder.family.at(positions, rough.v[good][keep].double())
-        solved = fine.solve(positions, fine.family.coordinates(positions, y), iterations=20)
-        y = fine.family.at(positions, solved.v)
-        good = solved.residual < self.accept
-        self._remember(positions[~good], solver.pixels(y[~good]), solved.residual[~good])
-        some = self._tokens(positions[good], y[good], solved.residual[good])
+        positions = positions[good]
+        y = remainder.family.at(positions, rough.v[good].double())
+        keep = self.found.new(self._tokens(solver, positions, y, rough.residual[good]), self.wanted)
+        positions, y = positions[keep], y[keep]
+        y, residual = _solved(remainder, positions, y, 20)
+        if remainder is not self.whole:
+            y = torch.cat(
+                [y[:, : solver.patch.shape[1]],
+                 solver.values_attended(y) @ self.whole.solver.attended,
+                 y[:, solver.scale_index :]], 1,
+            )  # fmt: skip
+            solver, near = self.whole.solver, residual < 10 * self.accept
+            positions, y = positions[near], y[near]
+            y, residual = _solved(self.whole, positions, y, 4)
+        good = residual < self.accept
+        self._remember(positions[~good], solver.pixels(y[~good]), residual[~good])
+        some = self._tokens(solver, positions[good], y[good], residual[good])
         some = some.pick(self.found.new(some, self.wanted))
         self.keep(some)
         return len(some)
 
-    def _tokens(self, positions: Tensor, y: Tensor, residual: Tensor) -> Found:
-        solver = self.remainder.solver
-        return Found(positions, solver.values_attended(y), solver.pixels(y), residual)
+    @staticmethod
+    def _tokens(solver: Solver, positions: Tensor, y: Tensor, residual: Tensor) -> Found:
+        return Found(positions, solver.values_attended(y), solver.pixels(y), residual.to(y))
 
     def _remember(self, positions: Tensor, patches: Tensor, residuals: Tensor) -> None:
         """Keep the best candidate that just missed: noise can hide a true token."""
         for i, patch, residual in zip(positions.tolist(), patches, residuals.tolist(), strict=True):
             if residual < min(10 * self.accept, self.near.get(i, (1.0, patch))[0]):
                 self.near[i] = (residual, patch)
+
+
+def _solved(
+    remainder: Remainder, positions: Tensor, y: Tensor, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Solve all equations of a remainder from tokens y; return new ones and their residuals."""
+    fine = remainder.fine
+    v = fine.family.coordinates(positions, y)
+    solved = fine.solve(positions, v, iterations=iterations)
+    return fine.family.at(positions, solved.v), solved.residual

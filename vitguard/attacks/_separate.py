@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vitguard.attacks._linear import solve_positive
-from vitguard.attacks._mlp import Activation, Norm, activation_of, thin_basis
+from vitguard.attacks._mlp import Activation, Norm, activation_of, bias_of, thin_basis
 from vitguard.attacks._spans import layer_rows
 from vitguard.attacks._tail import Reading, Tail
 from vitguard.core import View
@@ -81,7 +81,7 @@ class LastBlock:
             constant=basis[width] if rows.augmented else basis.new_zeros(batch),
             span=span,
             weight=view.weight(f"{block.fc1}.weight"),
-            bias=view.weight(f"{block.fc1}.bias"),
+            bias=bias_of(view, block.fc1),
             out=view.weight(f"{block.fc2}.weight"),
             shift=view.weight(shift) if shift in known else scale.new_zeros(width),
             activation=activation_of(view, block),

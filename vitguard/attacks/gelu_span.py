@@ -26,7 +26,7 @@ from vitguard.vit import Anatomy
 __all__ = ["GeluSpan"]
 
 _TRIES = 3  # fruitless completions before a complete image is peeled off
-_APART = 1e-2  # distance of positions below which tokens cannot be told from those of another
+_APART = 2e-2  # distance of positions below which tokens cannot be told from those of another
 _DROP = 1e-2  # rank drop of the head gradient above which a subtraction was wrong
 
 
@@ -42,7 +42,8 @@ class GeluSpan(Attack):
     fills in the last missing ones; a complete image is subtracted from the gradient and the rest is
     a smaller batch. An incomplete image has the tokens that attend alike.
 
-    Guarantees: a patch marked `verified` satisfies hidden - T equations to below `accept`.
+    Guarantees: a patch marked `verified` satisfies hidden - T equations to below `accept`, or, of
+    the last image of a batch, those of the attention.
     Under a shuffle what is verified is the content of a patch; its place is a guess by seams.
 
     Args:
@@ -142,24 +143,22 @@ class _State:
             self.attention: Attention | None = Attention.of(view, anatomy)
         except NotApplicable:
             self.attention = None
-        self._begin()
-        self.free = self.search.remainder.free
+        self.search = self._search(view)
+        self.free = self.search.whole.free
 
-    def _begin(self) -> None:
-        """Set up the search for the batch that is left."""
-        view, anatomy = self.view, self.anatomy
-        batch = view.update.batch_size
+    def _search(self, view: View) -> Search:
+        """Set up the search for a view of the batch that is left."""
+        anatomy, batch = self.anatomy, view.update.batch_size
         shared = 0 if self.unknown is None else self.unknown.numel() // anatomy.width
         wanted = torch.full((anatomy.patches + shared,), batch, device=self.patches.device)
         if shared:
             wanted[anatomy.patches :] = batch * anatomy.patches
-        self.search = search = Search(
+        search = Search(
             view, anatomy, self.attention, self.unknown, wanted, not shared,
             self.deadline, self.generator, accept=self.accept,
         )  # fmt: skip
-        solver, family = search.remainder.solver, search.remainder.family
-        self.base = solver.pixels(family.origin)
-        if solver.positions_apart(family) < _APART:
+        solver = search.whole.solver
+        if solver.positions_apart(search.whole.fine.family) < _APART:
             raise NotApplicable(
                 f"{batch * anatomy.tokens} tokens of width {anatomy.width} leave so much free that "
                 "a token fits at positions that are not its own"
@@ -170,11 +169,14 @@ class _State:
             wanted[: anatomy.patches][masked] = 0
             wanted[anatomy.patches :] = int(masked.sum())
             search.exact = shared == 1
+        return search
 
     def step(self) -> bool:
         """Search some rounds, use the attention, take complete images out; False when over."""
         batch = self.view.update.batch_size
+        before = len(self.search.found)
         state = self.search.run(rounds=2)
+        new, missing = len(self.search.found) - before, int(self.search.missing().sum())
         whole: list[Tensor] = []
         attention = self.attention if self.unknown is None or batch == 1 else None
         if attention is not None and batch > 1:
@@ -182,6 +184,8 @@ class _State:
         self._store(whole)
         if state == "done" and (batch == 1 or len(whole) == batch):
             return False
+        if new > missing:  # the search does well: no need to solve for what it may find
+            return True
         if attention is not None and state not in ("done", "time"):
             if self._complete(attention, whole):
                 self.tries = 0
@@ -227,7 +231,7 @@ class _State:
         self.told_apart = sure + (
             sure == len(self.patches) - 1
         )  # the last one has all that is left
-        base = self.base[: anatomy.patches]
+        base = torch.cat([self.search.whole.base(i) for i in range(anatomy.patches)])
         rest = torch.ones_like(found.position, dtype=torch.bool)
         for index, rows in enumerate(whole):
             self.patches[self.filled + index] = found.patch[rows]
@@ -280,11 +284,13 @@ class _State:
             if drop > _DROP:
                 self.stopped = "peeling"
                 return False
-        self.peeled += len(whole)
-        self.filled += len(whole)
-        self.view = view
-        self._begin()
-        self.tries = 0
-        self.search.keep(found.pick(left))  # proved before, and still true
+        try:
+            search = self._search(view)
+        except NotApplicable:
+            self.stopped = "peeling"
+            return False
+        search.keep(found.pick(left))  # proved before, and still true
+        self.peeled, self.filled = self.peeled + len(whole), self.filled + len(whole)
+        self.view, self.search, self.tries = view, search, 0
         self._store([])
         return True
