@@ -158,7 +158,7 @@ def test_an_interrupt_while_an_image_is_taken_out_keeps_its_patches_once(
     state = gelu_span._State(view, anatomy, generator, math.inf, 1e-3)
     while state.search.run(rounds=2) != "done":
         pass
-    whole = complete_images(state.search, state.attention, view)[:1]
+    whole = complete_images(state.search, state.attention)[:1]
     assert len(whole) == 1
     state._store(whole)
     stop = KeyboardInterrupt()

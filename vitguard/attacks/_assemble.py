@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vitguard.attacks._attention import Attention
 from vitguard.attacks._search import Search
-from vitguard.core import View
 
 __all__ = ["complete_images", "complete_tokens"]
 
@@ -16,7 +15,7 @@ _LARGEST = 900  # unknowns of one completion
 _EQUATIONS = 8  # of the attention for each unknown; more take longer and say no more
 
 
-def complete_images(search: Search, attention: Attention, view: View) -> list[Tensor]:
+def complete_images(search: Search, attention: Attention) -> list[Tensor]:
     """Return the indices (by position) of the tokens of every image that is complete."""
     anatomy, found = search.anatomy, search.found
     count = torch.bincount(found.position, minlength=anatomy.patches)
@@ -27,7 +26,7 @@ def complete_images(search: Search, attention: Attention, view: View) -> list[Te
     left = torch.ones_like(found.position, dtype=torch.bool)
     images: list[Tensor] = []
     for seed in found.residual.argsort().tolist()[:40]:
-        if not bool(left[seed]) or len(images) == view.update.batch_size:
+        if not bool(left[seed]) or len(images) == search.view.update.batch_size:
             continue
         member, distance = attention.membership(
             tokens, attended, embedding.prefix, found.position, anatomy.patches, seed
@@ -40,7 +39,7 @@ def complete_images(search: Search, attention: Attention, view: View) -> list[Te
 
 
 def complete_tokens(
-    search: Search, attention: Attention, view: View, own: Tensor, missing: Tensor, *, last: bool
+    search: Search, attention: Attention, own: Tensor, missing: Tensor, *, last: bool
 ) -> int:
     """Fill in the missing tokens of one image from its attention; return how many.
 

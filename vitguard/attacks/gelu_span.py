@@ -37,10 +37,11 @@ class GeluSpan(Attack):
     The linear equations of `span` leave an affine family of tokens at each position (a batch, a
     shuffle's shared position, low-rank positions). A true token's activation also lies in the row
     space of dL/dW_fc2, which leaves hidden - T equations: many-start Levenberg-Marquardt finds the
-    members that satisfy them, to rounding error. In a batch, starts are pulled to what the tokens
-    found of each image attend to. The attention equation then says which tokens form an image and
-    fills in the last missing ones; a complete image is subtracted from the gradient and the rest is
-    a smaller batch. An incomplete image has the tokens that attend alike.
+    members that satisfy them, to rounding error. What a token found put into the gradient is taken
+    out, which leaves less to search. In a batch, starts are pulled to what the tokens found of each
+    image attend to. The attention equation then says which tokens form an image and fills in the
+    last missing ones; a complete image is subtracted and the rest is a smaller batch. An incomplete
+    image has the tokens that fit together by what their queries draw.
 
     Guarantees: a patch marked `verified` satisfies hidden - T equations to below `accept`, or, of
     the last image of a batch, those of the attention.
@@ -51,7 +52,8 @@ class GeluSpan(Attack):
         accept: Relative residual below which a token counts as found.
 
     Raises:
-        NotApplicable: T >= D (no exact attack is known), no plain embedding, no first block of the
+        NotApplicable: T >= D (no exact attack is known); a fit would prove nothing (positions that
+            are not told apart, too few hidden units); no plain embedding, no first block of the
             form x + attention(norm(x)), x + fc2(act(fc1(norm(x)))).
         Blocked: The gradient of fc1, fc2 or the attention projection is not in the update.
 
@@ -180,7 +182,7 @@ class _State:
         whole: list[Tensor] = []
         attention = self.attention if self.unknown is None or batch == 1 else None
         if attention is not None and batch > 1:
-            whole = complete_images(self.search, attention, self.view)
+            whole = complete_images(self.search, attention)
         self._store(whole)
         if state == "done" and (batch == 1 or len(whole) == batch):
             return False
@@ -204,7 +206,7 @@ class _State:
             own[rows] = False
         if not search.grouped:
             missing = torch.repeat_interleave(search.missing())
-            return complete_tokens(search, attention, self.view, own, missing, last=True)
+            return complete_tokens(search, attention, own, missing, last=True)
         drafts, new = self._drafts(own, len(whole)), 0
         where = search.found.position
         left = len(self.patches) - self.filled - len(whole)
@@ -217,7 +219,7 @@ class _State:
             absent = torch.ones(patches, dtype=torch.bool, device=own.device)
             absent[where[: len(drafts)][drafts == index]] = False
             missing = torch.nonzero(absent)[:, 0]
-            new += complete_tokens(search, attention, self.view, mine, missing, last=last)
+            new += complete_tokens(search, attention, mine, missing, last=last)
         return new
 
     def keep(self) -> None:
