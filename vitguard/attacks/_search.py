@@ -48,6 +48,8 @@ class Search:
         near: By position, residual and patch of the best candidate that was not accepted.
         deadline: `time.monotonic()` after which no start is begun.
         accept: Residual below which a token counts as found.
+        found: Tokens so far.
+        whole, remainder: The equations of all tokens, and of those not taken out.
 
     Raises:
         NotApplicable: The spans are full, or the block is not of this form.
