@@ -114,10 +114,14 @@ class Starts:
 
     def _nearest(self, position: int, mask: Tensor) -> Float[Tensor, "one pixels"]:
         """The patch found nearest to a position among the tokens of a mask."""
-        columns, where = self.anatomy.grid[1], self.found.position[mask]
-        rows = (where // columns - position // columns).abs()
-        distance = rows + (where % columns - position % columns).abs()
+        distance = self._distance(position, self.found.position[mask])
         return self.found.patch[mask][distance.argmin()][None]
+
+    def _distance(self, position: int, where: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Steps along rows and columns of the grid."""
+        columns = self.anatomy.grid[1]
+        rows = (where // columns - position // columns).abs()
+        return rows + (where % columns - position % columns).abs()
 
     def _normal(self, *shape: int) -> Tensor:
         draw = torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -146,10 +150,8 @@ class Starts:
 
     def _elsewhere(self, position: int, count: int) -> Tensor:
         """Patches found at other positions, near ones first."""
-        columns, where = self.anatomy.grid[1], self.found.position
-        rows = (where // columns - position // columns).abs()
-        distance = rows + (where % columns - position % columns).abs()
-        jitter = torch.rand(len(where), generator=self.generator).to(self.found.patch)
+        distance = self._distance(position, self.found.position)
+        jitter = torch.rand(len(distance), generator=self.generator).to(self.found.patch)
         return self.found.patch[(distance + 2 * jitter).argsort()[:count]]
 
     def _opposites(self, position: int, count: int) -> Tensor:
