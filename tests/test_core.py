@@ -186,3 +186,15 @@ def test_view_reads_in_float64_and_knows_the_public_weights(small_vit, observe, 
     assert view.weight("pos_embed").shape == (1, 17, 96)
     with pytest.raises(KeyError):
         view.weight("pos_embedding")
+
+
+def test_view_gives_zeros_for_a_bias_that_is_not_there(small_vit, observe, photo):
+    model = small_vit()
+    model.blocks[0].mlp.fc1.bias = None
+    view = observe(model, photo)
+    assert torch.equal(view.bias("head"), model.head.bias.detach().double())
+    missing = view.bias("blocks.0.mlp.fc1")
+    assert missing.dtype == torch.float64
+    assert missing.tolist() == [0.0] * len(model.blocks[0].mlp.fc1.weight)
+    with pytest.raises(KeyError):
+        view.bias("blocks.9.mlp.fc1")

@@ -322,6 +322,13 @@ class View:
                     return value.detach().to(torch.float64)
         raise KeyError(name)
 
+    def bias(self, layer: str) -> Tensor:
+        """Return the public bias of a layer in float64: zeros where it has none."""
+        if any(name == f"{layer}.bias" for name, _ in self.model.named_parameters()):
+            return self.weight(f"{layer}.bias")
+        weight = self.weight(f"{layer}.weight")
+        return weight.new_zeros(len(weight))
+
     def gradient(self, *, steps: bool = False) -> View:
         """Return the view with its update turned into a gradient (see `Update.as_gradient`)."""
         return replace(self, update=self.update.as_gradient(self.model, steps=steps))

@@ -54,8 +54,7 @@ class Attention:
         norm = Norm.of(view, block.norm1)
         inputs, output = _probe(view, block)
         project = view.weight(f"{block.proj}.weight")
-        known = {name for name, _ in view.model.named_parameters()}
-        shift = view.weight(f"{block.proj}.bias") if f"{block.proj}.bias" in known else 0.0
+        shift = view.bias(block.proj)
         for heads in (h for h in range(1, 65) if anatomy.width % h == 0):
             attention = Attention(norm, weight, bias, heads)
             query, key, value = attention._split(inputs @ weight.T + bias)

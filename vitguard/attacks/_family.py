@@ -240,9 +240,7 @@ def projection(view: View, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
     """Return weight and bias of the attention's output projection, LayerScale folded in."""
     block = anatomy.blocks[0]
     weight = view.weight(f"{block.proj}.weight")
-    known = {name for name, _ in view.model.named_parameters()}
-    name = f"{block.proj}.bias"
-    bias = view.weight(name) if name in known else weight.new_zeros(weight.shape[0])
+    bias = view.bias(block.proj)
     if block.scale1 is None:
         return weight, bias
     scale = view.weight(block.scale1)

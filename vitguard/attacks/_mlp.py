@@ -20,7 +20,7 @@ from vitguard.core import View
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy, Block
 
-__all__ = ["Activation", "Mlp", "Norm", "activation_of", "bias_of", "thin_basis"]
+__all__ = ["Activation", "Mlp", "Norm", "activation_of", "thin_basis"]
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,6 @@ class Norm:
         return nn.functional.layer_norm(h, h.shape[-1:], self.scale, self.shift, self.epsilon)
 
 
-def bias_of(view: View, layer: str) -> Float[Tensor, " outputs"]:
-    """Return a linear layer's public bias, zeros where it has none."""
-    names = {name for name, _ in view.model.named_parameters()}
-    if f"{layer}.bias" in names:
-        return view.weight(f"{layer}.bias")
-    weight = view.weight(f"{layer}.weight")
-    return weight.new_zeros(len(weight))
-
-
 def thin_basis(
     matrix: Float[Tensor, "rows columns"], rank: int
 ) -> tuple[Float[Tensor, "columns rank"], Float[Tensor, " values"]]:
@@ -190,7 +181,7 @@ class Mlp:
         return Mlp(
             norm=Norm.of(view, block.norm2),
             weight=view.weight(f"{block.fc1}.weight"),
-            bias=bias_of(view, block.fc1),
+            bias=view.bias(block.fc1),
             activation=activation,
             span=span,
             augmented=rows.augmented,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vitguard.attacks._linear import solve_positive
-from vitguard.attacks._mlp import Activation, Norm, activation_of, bias_of, thin_basis
+from vitguard.attacks._mlp import Activation, Norm, activation_of, thin_basis
 from vitguard.attacks._spans import layer_rows
 from vitguard.attacks._tail import Reading, Tail
 from vitguard.core import View
@@ -74,16 +74,14 @@ class LastBlock:
         outer_gradient = outer.matrix @ span
         if not outer.augmented:
             span = torch.cat([span, span.new_zeros(1, batch)])
-        known = {name for name, _ in view.model.named_parameters()}
-        shift = f"{block.fc2}.bias"
         return LastBlock(
             inner=basis[:width],
             constant=basis[width] if rows.augmented else basis.new_zeros(batch),
             span=span,
             weight=view.weight(f"{block.fc1}.weight"),
-            bias=bias_of(view, block.fc1),
+            bias=view.bias(block.fc1),
             out=view.weight(f"{block.fc2}.weight"),
-            shift=view.weight(shift) if shift in known else scale.new_zeros(width),
+            shift=view.bias(block.fc2),
             activation=activation_of(view, block),
             norm=Norm.of(view, block.norm2),
             inner_gradient=rows.matrix @ basis,

@@ -83,13 +83,11 @@ class Tail:
             NotApplicable: No linear head, or no LayerNorm in front of it.
         """
         head, block = linear_head(view), anatomy.blocks[-1]
-        known = {name for name, _ in view.model.named_parameters()}
         weight = view.weight(f"{head}.weight")
-        bias = f"{head}.bias"
         return Tail(
             norm=_final_norm(view, anatomy, head),
             weight=weight,
-            bias=view.weight(bias) if bias in known else weight.new_zeros(len(weight)),
+            bias=view.bias(head),
             scale=torch.ones_like(weight[0]) if block.scale2 is None else view.weight(block.scale2),
         )
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vitguard.attacks._mlp import Activation, Norm, activation_of, bias_of
+from vitguard.attacks._mlp import Activation, Norm, activation_of
 from vitguard.core import View
 from vitguard.vit import Anatomy
 
@@ -90,7 +90,7 @@ class TokenGradients:
         second = view.weight(f"{block.fc2}.weight")
         return TokenGradients(
             view=view, names=names, fc1=layers[0], fc2=layers[1], project=layers[2],
-            into=(view.weight(f"{block.fc1}.weight"), bias_of(view, block.fc1)),
+            into=(view.weight(f"{block.fc1}.weight"), view.bias(block.fc1)),
             back=second.T @ layers[1].left, second=second, norm=Norm.of(view, block.norm2),
             activation=activation_of(view, block),
             scales=(

@@ -13,12 +13,12 @@ from vitguard.attacks._assemble import complete_images, complete_tokens
 from vitguard.attacks._attention import Attention
 from vitguard.attacks._base import Attack
 from vitguard.attacks._check import require_finite
+from vitguard.attacks._mask import shuffled_positions
 from vitguard.attacks._peel import peel
 from vitguard.attacks._seams import place_by_seams
 from vitguard.attacks._search import Search
 from vitguard.attacks._spans import guess_from_patches
 from vitguard.attacks.labels import try_labels
-from vitguard.attacks.span import shuffled_positions
 from vitguard.core import Guess, View
 from vitguard.errors import Blocked, NotApplicable, expected
 from vitguard.vit import Anatomy

@@ -1,0 +1,236 @@
+"""What an audit runs: the victim's update under each stack, and every attack on it."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitguard import data
+from vitguard._attempts import attempt, decoys_for, seed_of
+from vitguard._finding import Baseline, Control, Finding
+from vitguard._verdicts import Attempt, finding_of, rivals_of
+from vitguard.attacks._base import Attack, InputAttack, InputResult
+from vitguard.core import Loss, Normalization
+from vitguard.defenses._base import Defense
+from vitguard.guard import protect
+from vitguard.metrics import baseline
+from vitguard.threats import CuriousServer
+from vitguard.vit import Anatomy
+
+__all__ = ["CONTROL", "LocalTraining", "Progress", "Stage"]
+
+CONTROL = ""
+"""Name of the undefended control among the runs."""
+Progress = Callable[[int, int, str], None]
+_GLOBAL_GENERATOR = threading.Lock()
+"""Held while the global generator is seeded and put back: it belongs to all threads."""
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client makes its update: one gradient, or the difference of local steps.
+
+    Args:
+        learning_rate: None for one gradient; otherwise the rate of the steps behind a difference.
+        steps: Full-batch local steps.
+        optimizer: `sgd` or `adamw`.
+    """
+
+    learning_rate: float | None = None
+    steps: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+
+    def __str__(self) -> str:
+        if self.learning_rate is None:
+            return "one gradient"
+        steps = "step" if self.steps == 1 else "steps"
+        return (
+            f"difference after {self.steps} {self.optimizer} {steps} at rate {self.learning_rate:g}"
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every run of one audit shares."""
+
+    model: nn.Module
+    normalization: Normalization
+    training: LocalTraining
+    loss: Loss
+    seed: int
+    pixels: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+    size: int
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return Anatomy.of(self.model)
+
+    def findings(
+        self,
+        stacks: Mapping[str, Sequence[Defense]],
+        attacks: Sequence[Attack],
+        withhold: tuple[str, ...],
+        workers: int,
+        progress: Progress | None,
+    ) -> tuple[list[Finding], Baseline]:
+        """Run all attacks on all stacks and batches, the control (nothing withheld) first."""
+        scale = Scale.of(self)
+        batches = range(len(self.pixels) // self.size)
+        # the undefended control, then each configuration under the threat
+        runs: list[tuple[str, Sequence[Defense], tuple[str, ...]]] = [(CONTROL, (), ())]
+        runs += [(n, s, withhold) for n, s in stacks.items() if n != "none" or withhold]
+        jobs = [(run, b) for b in batches for run in runs]
+        done = 0
+
+        def work(job: tuple[Any, int]) -> list[Attempt]:
+            nonlocal done
+            (name, stack, held), b = job
+            attempts = self.attempts(stack, attacks, held, b, scale)
+            done += 1
+            if progress is not None:
+                progress(done, len(jobs), "undefended control" if name == CONTROL else name)
+            return attempts
+
+        with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+            results = list(pool.map(work, jobs))
+        by_run: dict[str, list[list[Attempt]]] = {name: [] for name, _, _ in runs}
+        for ((name, _, _), _), attempts in zip(jobs, results, strict=True):
+            by_run[name].append(attempts)
+        return self._judge(by_run, stacks, attacks), scale.level(batches, self.size)
+
+    def _bounded(self, finding: Finding, stack: Sequence[Defense]) -> Finding:
+        """Put what differential privacy guarantees of one update beside what the attack did."""
+        if finding.identified is None or (rivals := rivals_of(finding)) < 1:
+            return finding
+        prior = 1 / (rivals + 1)
+        steps = 1 if self.training.learning_rate is None else self.training.steps
+        bounds = [b for d in stack if (b := d.reconstruction_bound(prior, steps)) is not None]
+        if not bounds:
+            return finding
+        bound = {"reconstruction_bound": min(bounds), "reconstruction_prior": prior}
+        return replace(finding, details={**finding.details, **bound})
+
+    def _judge(
+        self,
+        by_run: Mapping[str, list[list[Attempt]]],
+        stacks: Mapping[str, Sequence[Defense]],
+        attacks: Sequence[Attack],
+    ) -> list[Finding]:
+        controls: dict[int, Finding] = {}
+        findings = []
+        for name in stacks:
+            for i, attack in enumerate(attacks):
+                tried = [
+                    [batch[i] for batch in by_run[run]] for run in (CONTROL, name) if run in by_run
+                ]
+                common = (attack.name, attack.settings())
+                if i not in controls:
+                    controls[i] = finding_of("none", *common, tried[0], None, ())
+                of_control = replace(controls[i], control=None)
+                if len(tried) == 1:
+                    finding = finding_of("none", *common, tried[0], None, tried[0])
+                    finding = replace(finding, control=Control(of_control.verdict, of_control.psnr))
+                else:
+                    finding = finding_of(name, *common, tried[1], of_control, tried[0])
+                    finding = self._bounded(finding, stacks[name])
+                findings.append(finding)
+        return findings
+
+    def attempts(
+        self,
+        stack: Sequence[Defense],
+        attacks: Sequence[Attack],
+        withhold: tuple[str, ...],
+        index: int,
+        scale: Scale,
+    ) -> list[Attempt]:
+        """Make the victim's update of one batch under a stack and run every attack on it."""
+        part = slice(index * self.size, (index + 1) * self.size)
+        pixels, labels = self.pixels[part], self.labels[part]
+        like = next(self.model.parameters())
+        secret = torch.Generator().manual_seed(seed_of(self.seed, index, "defense"))
+        guard = protect(copy.deepcopy(self.model).train(), stack, generator=secret)
+        with _GLOBAL_GENERATOR, torch.random.fork_rng():
+            torch.manual_seed(seed_of(self.seed, index, "victim"))  # dropout of the victim
+            update = guard.update(
+                self.normalization.apply(pixels).to(like),
+                labels.to(like.device),
+                loss=self.loss,
+                learning_rate=self.training.learning_rate,
+                local_steps=self.training.steps,
+                optimizer=self.training.optimizer,
+            )
+        mask = guard.truth().get("shuffled")
+        view = CuriousServer(withhold).view(guard, update, self.normalization, loss=self.loss)
+        empty = Attempt(pixels, self.names[part], scale.baselines[index], mask=mask)
+        return [
+            attempt(
+                attack,
+                view,
+                empty,
+                labels=labels,
+                patch_size=self.anatomy.patch_size,
+                decoys=scale.decoys,
+                seed=seed_of(self.seed, index, "attack"),
+            )
+            for attack in attacks
+        ]
+
+    def input_finding(self, name: str, stack: Sequence[Defense], attack: InputAttack) -> Finding:
+        """Return the finding of an attack on the input of the (defended) model in eval mode."""
+        guard = protect(copy.deepcopy(self.model), stack)
+        generator = torch.Generator().manual_seed(self.seed)
+        started = time.perf_counter()
+        result = attack.evaluate(
+            guard.model.eval(), self.pixels, self.labels,
+            normalization=self.normalization, generator=generator,
+        )  # fmt: skip
+        return Finding(
+            name,
+            attack.name,
+            "inconclusive",
+            reason="an attack on the input measures robustness, not what an update leaks",
+            settings=attack.settings(),
+            clean_accuracy=result.clean_accuracy,
+            robust_accuracy={**result.robust_accuracy},
+            details={**result.details, **_hits(result)},
+            examples=result.examples,
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _hits(result: InputResult) -> dict[str, Any]:
+    return {"target reached": {**result.target_hits}} if result.target_hits else {}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What numbers are compared with: decoys, and the no-information baseline of each batch."""
+
+    decoys: Tensor
+    baselines: tuple[Any, ...]
+
+    @staticmethod
+    def of(stage: Stage) -> Scale:
+        pixels, patch = stage.pixels.cpu(), stage.anatomy.patch_size
+        decoys = decoys_for(pixels, stage.seed)
+        mean = data.mean_image(decoys)
+        cut = pixels.split(stage.size)
+        return Scale(decoys, tuple(baseline(part, patch, mean_image=mean) for part in cut))
+
+    def level(self, batches: range, size: int) -> Baseline:
+        used = [self.baselines[b] for b in batches]
+        return Baseline(
+            psnr=max(float(b.psnr.max()) for b in used),
+            patch_psnr=max(float(b.patch_psnr.max()) for b in used),
+        )
