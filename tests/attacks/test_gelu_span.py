@@ -18,6 +18,7 @@ from vitguard.attacks._newton import Problem, Pull
 from vitguard.attacks._peel import peel
 from vitguard.attacks._seams import place_by_seams, seam_energy
 from vitguard.attacks._search import Search
+from vitguard.attacks._tokens import TokenGradients
 from vitguard.attacks.gelu_span import GeluSpan
 from vitguard.core import Normalization
 from vitguard.errors import Blocked, NotApplicable
@@ -250,6 +251,25 @@ def test_what_is_found_leaves_less_to_search(small_vit, observe, photos):
     taken = sum(len(part) for part in search._parts)
     assert taken >= 0.7 * len(search.found) > 0
     assert search.remainder.free <= max(before - taken, 2)
+
+
+def test_taking_out_stops_at_the_deadline(small_vit, observe, photos, monkeypatch):
+    model = small_vit().double()
+    view = observe(model, photos[:3].double(), defenses=FROZEN).gradient()
+    anatomy, generator = Anatomy.of(view.model), torch.Generator().manual_seed(0)
+    wanted = torch.full((anatomy.patches,), 3)
+    search = Search(view, anatomy, None, None, wanted, True, math.inf, generator)
+    while len(search.found) - len(search._taken) <= 16:
+        assert search.run(rounds=1) == ""
+    fresh, taken = len(search.found), len(search._taken)
+
+    def late(self, *tokens, parts=TokenGradients.parts):
+        search.deadline = 0
+        return parts(self, *tokens)
+
+    monkeypatch.setattr(TokenGradients, "parts", late)
+    assert search.run(rounds=1) == "time"
+    assert len(search._taken) == taken + 16 < fresh == len(search.found)
 
 
 def test_a_pull_chooses_the_image_whose_token_is_found(small_vit, observe, photos):

@@ -32,6 +32,7 @@ from vitguard.vit import Anatomy
 __all__ = ["Search"]
 
 _UNGUIDED = 3  # in a batch, every third round also starts without a pull
+_AT_ONCE = 16  # tokens taken out between two looks at the clock
 
 _LOG = logging.getLogger("vitguard.attacks")
 
@@ -107,9 +108,9 @@ class Search:
         for _ in range(rounds):
             if self.done:
                 return "done"
+            self._take_out()
             if time.monotonic() > self.deadline:
                 return "time"
-            self._take_out()
             rest = self.remainder
             if self._idle % 2:
                 self.remainder = self.whole
@@ -174,17 +175,23 @@ class Search:
 
     def _take_out(self) -> None:
         """Take what was found since the last time out of the equations, if it proves itself."""
-        fresh = self.found.pick(torch.arange(len(self._taken), len(self.found)))
-        if not len(fresh):
+        fresh = torch.arange(len(self._taken), len(self.found))
+        if not len(fresh) or time.monotonic() > self.deadline:
             return
+        before = len(self._parts)
         if self._gradients is None:
             tokens = self.view.update.batch_size * self.anatomy.tokens
             self._gradients = TokenGradients.of(self.view, self.anatomy, tokens)
-        stream = fresh.attended @ self.frame.project.T + self.frame.bias + self.embedded(fresh)
-        parts, proved = self._gradients.parts(stream, fresh.attended)
-        self._taken = torch.cat([self._taken, proved])
-        if len(parts):
-            self._parts.append(parts)
+        for rows in fresh.split(_AT_ONCE):
+            if time.monotonic() > self.deadline:
+                return
+            some = self.found.pick(rows)
+            stream = some.attended @ self.frame.project.T + self.frame.bias + self.embedded(some)
+            parts, proved = self._gradients.parts(stream, some.attended)
+            self._taken = torch.cat([self._taken, proved])
+            if len(parts):
+                self._parts.append(parts)
+        if len(self._parts) > before:
             try:
                 self.remainder = self._remainder(self._gradients.without(self._parts))
             except NotApplicable:  # rounding was all that was left
