@@ -34,7 +34,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import vitguard as vg
 from vitguard.data import load_images
 from vitguard.errors import InputError, expected
-from vitguard.registry import parse_stack
+from vitguard.models import find_device
+from vitguard.registry import parse_stack, stack_name
 from vitguard.tracking import TensorBoard, what_the_model_saw
 
 NORMALIZATION = vg.Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -140,7 +141,7 @@ class Training:
 
     def __init__(self, options: argparse.Namespace, data: Data) -> None:
         self.options, self.data = options, data
-        self.device = torch.device(options.device)
+        self.device = find_device(options.device)
         torch.manual_seed(options.seed)
         self.model = build(options, data.classes).to(self.device)
         self.order = torch.Generator().manual_seed(options.seed + 1)
@@ -271,6 +272,7 @@ class Training:
     def save(self, path: Path) -> None:
         """Write all that the next epoch depends on, whole or not at all."""
         state = {
+            "defense": stack_name(self.guard.defenses),
             "model": self.model.state_dict(),
             "guard": self.guard.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -284,17 +286,33 @@ class Training:
         path.with_suffix(".part").replace(path)
 
     def load(self, path: Path) -> None:
-        """Continue where `save` left off."""
+        """Continue where `save` left off.
+
+        Raises:
+            InputError: There is no checkpoint, or it is one of another model or defense.
+        """
         if not path.is_file():
             raise expected("a checkpoint to resume from", f"no file at {path}")
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        self.model.load_state_dict(state["model"])
-        self.guard.load_state_dict(state["guard"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.order.set_state(state["order"])
-        torch.set_rng_state(state["random"])
-        self.step, self.epoch = state["step"], state["epoch"]
+        defense = stack_name(self.guard.defenses)
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            if state["defense"] != defense:
+                raise expected(f"--defense {state['defense']}, as before", defense)
+            self.model.load_state_dict(state["model"])
+            self.guard.load_state_dict(state["guard"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.order.set_state(state["order"])
+            torch.set_rng_state(state["random"])
+            self.step, self.epoch = state["step"], state["epoch"]
+        except InputError:
+            raise
+        except Exception as error:  # what torch raises depends on what differs
+            raise expected(
+                "a checkpoint of this run", f"{path} ({type(error).__name__})",
+                "Resume with the data and options of the first run, or start anew with another "
+                "--out.",
+            ) from error  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from vitguard import data
 from vitguard._verdicts import labels_overlap
@@ -376,6 +377,68 @@ LABELS = torch.tensor([0])
 def test_bad_input_is_refused(small_vit, pixels, labels, how):
     with pytest.raises(InputError):
         audit(small_vit(), (pixels, labels), **{"attacks": [PositionInversion()], **how})
+
+
+BATCH = (torch.full((2, 3, 16, 16), 0.5), torch.tensor([0, 1]))
+
+
+def loader(size):
+    return DataLoader(TensorDataset(*BATCH), batch_size=size)
+
+
+@pytest.mark.parametrize(
+    ("batch", "how", "said"),
+    [
+        (BATCH[0], {}, r"batch=\(images, labels\).*got Tensor"),
+        (torch.zeros(3, 3, 16, 16), {}, r"batch=\(images, labels\).*got Tensor"),
+        (loader(1), {}, "got DataLoader.*next"),
+        (loader(2), {}, "got DataLoader.*next"),
+        ((BATCH[0], None), {}, "got Tensor and NoneType"),
+        ((BATCH[0], "ab"), {}, "got Tensor and str"),
+        ((BATCH[0], [0.5, 1.0]), {}, "class indices"),
+        ((BATCH[0] * 255, BATCH[1]), {}, r"Divide by 255\.$"),
+        (((BATCH[0] * 255).byte().numpy(), BATCH[1]), {}, r"Divide by 255\.$"),
+        ((BATCH[0] * 255 - 1, BATCH[1]), {}, r"Divide by 255\.$"),
+        ((BATCH[0] - 0.6, BATCH[1]), {}, "normalization="),
+        ((BATCH[0] * 4, BATCH[1]), {}, "normalization="),
+        (BATCH, {"defenses": [FixedPositions]}, "Expected defenses, got <class"),
+        (BATCH, {"defenses": [FROZEN, FROZEN]}, "as {name: stack}"),
+        (BATCH, {"defenses": None}, "Expected defenses, got None"),
+        (BATCH, {"defenses": {"a": [5]}}, "Expected defenses, got 5"),
+        (BATCH, {"defenses": {"none": "noise"}}, "names of their own"),
+        (BATCH, {"attacks": ["position", 5]}, "Expected attacks, got 5"),
+        (BATCH, {"attacks": [SpanInversion]}, "instances, not classes"),
+        (BATCH, {"attacks": None}, "Expected attacks, got None"),
+        (BATCH, {"model": "vit_tiny_patch16_224"}, r"nn\.Module, got 'vit_tiny.*build_model"),
+    ],
+)
+def test_what_a_newcomer_gives_is_one_clear_error(small_vit, batch, how, said):
+    how = {"attacks": [PositionInversion()], "model": small_vit(depth=1), **how}
+    with pytest.raises(InputError, match=said):
+        audit(batch=batch, **how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"defenses": FROZEN[0]},
+        {"defenses": tuple(FROZEN)},
+        {"defenses": "positions:kind=frozen"},
+        {"defenses": {"positions:kind=frozen": "positions:kind=frozen"}},
+        {"defenses": {"positions:kind=frozen": FROZEN[0], "none": "none"}},
+        {"batch": (BATCH[0].tolist(), [0, 1])},
+        {"batch": [BATCH[0].double().numpy(), BATCH[1].numpy()]},
+        {"batch": (BATCH[0].numpy(), BATCH[1].numpy().astype("uint16"))},
+        {"attacks": PositionInversion()},
+        {"attacks": "position"},
+    ],
+)
+def test_every_form_of_the_same_input_gives_the_same_report(small_vit, how):
+    usual = {"batch": BATCH, "defenses": FROZEN, "attacks": [PositionInversion()]}
+    usual, given = (audit(small_vit(depth=1), **{**usual, **how}) for how in ({}, how))
+    assert [replace(f, seconds=None) for f in given.findings] == [
+        replace(f, seconds=None) for f in usual.findings
+    ]
 
 
 def test_weights_that_are_not_finite_and_stacks_that_cannot_work_are_refused(small_vit, photo):

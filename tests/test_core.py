@@ -30,10 +30,14 @@ def test_normalization_inverts_what_it_applied(photos):
         ((0.5,), (math.nan,)),
         ((0.5,), (math.inf,)),
         ((math.nan,), (0.5,)),
+        ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4)),
+        ((0.5,), (58.4,)),
+        ((123.7,), (0.5,)),
+        ((-0.1,), (0.5,)),
     ],
 )
-def test_normalization_refuses_what_cannot_be_inverted(mean, std):
-    with pytest.raises(InputError):
+def test_normalization_refuses_what_cannot_be_inverted_or_is_not_for_pixels_in_0_to_1(mean, std):
+    with pytest.raises(InputError, match=r"by 255|as many means"):
         Normalization(mean, std)
 
 

@@ -141,6 +141,34 @@ def test_a_resumed_run_goes_on_with_the_secret_draws_of_the_first(script, folder
     assert not torch.equal(fresh.guard.truth()["source"], masks[0])
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--defense", "shuffle:ratio=0.7"], "--defense shuffle:ratio=0.5, as before"),
+        (["--defense", "none"], "--defense shuffle:ratio=0.5, as before, got none"),
+        (["--width", "64"], "a checkpoint of this run.*options of the first run"),
+        (["--device", "cuda:99"], "device of this machine, got 'cuda:99'"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_options(script, folder, tmp_path, changed, said):
+    arguments = [
+        "--data", str(folder), "--epochs", "1", "--width", "32", "--depth", "1", "--batch-size",
+        "8", "--defense", "shuffle:ratio=0.5", "--device", "cpu", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    script.main(arguments)
+    with pytest.raises(InputError, match=said):
+        script.main([*arguments, *changed, "--resume"])
+
+
+@pytest.mark.parametrize("content", [b"noise", b"", None])
+def test_a_file_that_is_no_checkpoint_is_not_resumed(script, folder, tmp_path, content):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "checkpoint.pt")
+    if content is not None:
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"checkpoint of this run, got .*checkpoint\.pt"):
+        script.main(["--data", str(folder), "--out", str(tmp_path), "--resume", "--width", "32"])
+
+
 def test_training_learns_something(script, tmp_path):
     for name, level in (("dark", 40), ("light", 200)):
         (tmp_path / name).mkdir()

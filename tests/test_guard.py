@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from vitguard.core import Batch, Update
 from vitguard.defenses._base import (
     BatchDefense,
+    Defense,
     Installed,
     ModelDefense,
     StepDefense,
@@ -189,8 +190,12 @@ def test_an_error_while_installing_leaves_nothing_behind(small_vit):
     [
         ([GradientNoise(), GradientNoise(0.5)], Incompatible),
         (["positions"], InputError),
-        ("positions", InputError),
+        ("position", InputError),
         ([FixedPositions], InputError),
+        (FixedPositions, InputError),
+        ([[FixedPositions()]], InputError),
+        ([type("Nowhere", (Defense,), {"name": "nowhere"})()], InputError),
+        (None, InputError),
         ([Ones([]), type("Twos", (Ones,), {"name": "twos"})([])], Incompatible),
     ],
 )
@@ -199,6 +204,13 @@ def test_stacks_that_cannot_work_are_refused_and_the_model_is_unchanged(small_vi
     with pytest.raises(error):
         protect(model, wrong)
     assert not hasattr(model, "vitguard")
+
+
+@pytest.mark.parametrize(
+    "stack", ["positions", FixedPositions(), (FixedPositions(),), iter([FixedPositions()])]
+)
+def test_a_stack_is_several_defenses_a_single_one_or_a_spec(small_vit, stack):
+    assert protect(small_vit(), stack).defenses == (FixedPositions(),)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +286,29 @@ def test_impossible_local_training_is_refused_and_changes_nothing(small_vit, wro
     with pytest.raises(InputError):
         protect(model, []).update(IMAGES, LABELS, **wrong)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        (torch.zeros(2, 3, 32, 32), LABELS, "images of 16 x 16 pixels, got 32 x 32"),
+        (torch.zeros(2, 3, 16, 8), LABELS, "images of 16 x 16 pixels, got 16 x 8"),
+        (torch.zeros(2, 1, 16, 16), LABELS, r"\(batch, 3, height, width\)"),
+        (IMAGES.numpy(), LABELS, "as tensors, got ndarray and Tensor"),
+        (IMAGES, LABELS.tolist(), "as tensors, got Tensor and list"),
+        (IMAGES, LABELS[:-1], "one label"),
+        (IMAGES, LABELS + 10, "labels from 0 to 9"),
+    ],
+)
+@pytest.mark.parametrize("how", [{}, {"learning_rate": 0.1}])
+def test_a_batch_that_does_not_fit_the_model_is_refused(small_vit, images, labels, said, how):
+    with pytest.raises(InputError, match=said):
+        protect(small_vit(), [FixedPositions("frozen")]).update(images, labels, **how)
+
+
+def test_images_of_another_size_reach_a_model_that_takes_them(small_vit):
+    guard = protect(small_vit(dynamic_img_size=True), [FixedPositions("frozen")])
+    assert guard.update(torch.zeros(2, 3, 32, 32), LABELS).can_read("cls_token")
 
 
 def test_an_error_inside_the_loss_leaves_the_weights_as_they_were(small_vit):

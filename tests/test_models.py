@@ -1,6 +1,7 @@
 """Models by name, checkpoints that are not trusted, and the architecture of APRIL."""
 
 import pickle
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from vitguard.models import (
     AprilViT,
     build_model,
     check_finite,
+    find_device,
     load_checkpoint,
     normalization_of,
 )
@@ -99,14 +101,17 @@ def changed(**changes):
         (changed(head__bias=torch.tensor([0.0, float("nan"), 0])), "NaN or infinity in head.bias"),
         (changed(head__bias=torch.tensor([0.0, float("inf"), 0])), "NaN or infinity in head.bias"),
         ([1, 2], "state dict"),
+        ({1: torch.zeros(1)}, "1 unknown, such as 1"),
+        (torch.nn.Linear(1, 1), r"w\.pt, which is none .*model\.state_dict\(\)"),
     ],
 )
 def test_a_wrong_checkpoint_is_refused_and_changes_nothing(tmp_path, state, named):
     torch.save(state, tmp_path / "w.pt")
     model = build_model(APRIL, seed=2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(InputError, match=named):
+    with pytest.raises(InputError, match=named) as caught:
         load_checkpoint(model, tmp_path / "w.pt")
+    assert not re.search("\x1b|weights_only|\n", str(caught.value))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
@@ -143,6 +148,13 @@ def test_a_missing_file_and_a_folder(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(InputError, match="no file"):
             load_checkpoint(AprilViT(), path)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_named(name):
+    assert find_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match=f"device of this machine, got '{name}'"):
+        find_device(name)
 
 
 def test_weights_that_are_not_finite_are_named():

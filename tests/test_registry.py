@@ -9,6 +9,7 @@ import torch
 
 from vitguard import registry
 from vitguard.attacks._base import Attack
+from vitguard.attacks.fgsm import FGSM
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
 from vitguard.core import Guess
@@ -47,7 +48,8 @@ def test_a_spec_is_its_stack(spec, stack):
         ("noise:scale=-1", "-1"),
         ("noise:keep_statistics=maybe", "'maybe'"),
         ("positions+", "''"),
-        ("none+noise", "'none'"),
+        ("none+noise", "'none'.*stands alone"),
+        ("none:ratio=1", "'none:ratio=1'.*stands alone"),
     ],
 )
 def test_a_wrong_spec_names_the_value(spec, named):
@@ -58,8 +60,8 @@ def test_a_wrong_spec_names_the_value(spec, named):
         registry.parse_stack(spec)
 
 
-def test_attacks_by_name_group_and_object_once_each():
-    found = registry.parse_attacks(["span", "closed-form", SpanInversion(), "span"])
+def test_attacks_by_name_and_group_once_each():
+    found = registry.parse_attacks(["span", "closed-form", "span"])
     assert found[0] == SpanInversion() and found.count(SpanInversion()) == 1
     assert PositionInversion() in found and all(a.family == "closed-form" for a in found)
     everything = registry.parse_attacks("all")
@@ -68,6 +70,30 @@ def test_attacks_by_name_group_and_object_once_each():
     assert registry.parse_attack("span:smooth_iterations=5") == other
     with pytest.raises(InputError, match="closed-form"):
         registry.parse_attacks("spam")
+
+
+def test_attacks_that_compare_equal_all_run():
+    first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    asked = [FGSM(), FGSM(surrogate=first), FGSM(surrogate=second)]
+    assert asked[0] == asked[1] == asked[2]
+    found = registry.parse_attacks([asked[1], "fgsm", *asked, "fgsm"])
+    assert [a.surrogate for a in found] == [first, None, None, second]
+    assert found[0] is asked[1] and found[2] is asked[0] and found[3] is asked[2]
+
+
+@pytest.mark.parametrize(
+    ("specs", "said"),
+    [
+        ("matching:iterations=3", "one attack, got 'matching:iterations=3'. A group takes no sett"),
+        (["span", "all:seconds=2"], "one attack, got 'all:seconds=2'. A group takes no settings"),
+        ("spam", r"^Expected one attack among (?!.*ladder.*ladder).*ladder.*, all, got 'spam'"),
+        (["span", 5], "Expected attacks, got 5"),
+        (SpanInversion, "instances, not classes"),
+    ],
+)
+def test_what_is_no_attack_is_told_from_a_group_with_settings(specs, said):
+    with pytest.raises(InputError, match=said):
+        registry.parse_attacks(specs)
 
 
 def test_on_a_cpu_a_name_means_the_preset_unless_it_sets_iterations():

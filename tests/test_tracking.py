@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,11 +17,19 @@ from PIL import Image
 from vitguard._finding import Finding, Summary
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.core import Normalization
+from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
 from vitguard.defenses.shuffle import PatchShuffle
-from vitguard.errors import InputError
+from vitguard.errors import InputError, MissingExtra
 from vitguard.guard import protect
+from vitguard.metrics import score
 from vitguard.threats import CuriousServer
-from vitguard.tracking import ProgressBar, TensorBoard, thumbnail, what_the_model_saw
+from vitguard.tracking import (
+    ProgressBar,
+    TensorBoard,
+    check_writable_folder,
+    thumbnail,
+    what_the_model_saw,
+)
 
 pytest.importorskip("tensorboard")
 
@@ -70,22 +79,48 @@ def test_an_attack_leaves_terms_psnr_pictures_and_settings(tmp_path, attacked):
     } <= set(scalars)
     assert [e.step for e in reader.Scalars("inverting/distance")] == [1, 2, 3, 4, 5, 6]
     assert [e.step for e in reader.Scalars("inverting/psnr")] == [1, 4, 6]
+    seen = pictures(tmp_path, "inverting/estimate")[-1]
+    for tag, patch in (("psnr", (16, 16)), ("patch psnr", (4, 4))):
+        written = reader.Scalars(f"inverting/{tag}")
+        assert [e.step for e in written] == [1, 4, 6]
+        shown = torch.as_tensor(seen.copy()).permute(2, 0, 1)[None] / 255
+        want = score(shown, truth, patch)
+        value = want.psnr if tag == "psnr" else want.patch_psnr
+        assert written[-1].value == pytest.approx(value.item(), abs=0.1) and value > 3
     assert {"inverting/truth", "inverting/estimate"} <= set(reader.Tags()["images"])
     assert "inverting/settings/text_summary" in reader.Tags()["tensors"]
     assert guess.details["iterations"] == 6
 
 
 def test_training_writes_losses_epsilon_and_what_the_model_saw(tmp_path):
-    guard = protect(make_model(), [])
-    guard.privacy_spent = lambda: SimpleNamespace(epsilon=1.5)
+    guard = protect(make_model().train(), [DifferentialPrivacy(noise=2.0)])
+    spent = []
     with TensorBoard(tmp_path) as board:
         for step in range(3):
+            guard.update(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))
+            spent.append(guard.privacy_spent().epsilon)
             losses = {"task": torch.tensor(2.0 - step), "auxiliary": 0.1}
             board.training(guard, step=step, losses=losses, images=torch.zeros(2, 3, 16, 16))
     reader = events(tmp_path)
     assert [e.value for e in reader.Scalars("training/loss task")] == [2.0, 1.0, 0.0]
-    assert reader.Scalars("training/epsilon")[-1].value == 1.5
+    written = [e.value for e in reader.Scalars("training/epsilon")]
+    assert written == pytest.approx(spent) and 0 < spent[0] < spent[1] < spent[2]
     assert any("what the model saw" in tag for tag in reader.Tags()["images"])
+
+
+def test_privacy_of_records_and_of_clients_have_a_curve_each(tmp_path):
+    guard = protect(
+        make_model().train(), [DifferentialPrivacy(noise=2.0), ClientPrivacy(noise=5.0)]
+    )
+    guard.update(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))
+    with TensorBoard(tmp_path) as board:
+        board.training(guard, step=0, losses={})
+    reader = events(tmp_path)
+    values = {name: guard.privacy_spent(name).epsilon for name in ("privacy", "client-privacy")}
+    assert values["privacy"] > values["client-privacy"] > 0
+    for name, value in values.items():
+        assert reader.Scalars(f"training/epsilon {name}")[0].value == pytest.approx(value)
+    assert "training/epsilon" not in reader.Tags()["scalars"]
 
 
 def pictures(folder, tag):
@@ -147,19 +182,32 @@ def test_what_the_model_saw_has_the_shuffled_patches_in_their_new_places():
     hook.remove()
     seen = what_the_model_saw(guard, images)
     assert not torch.equal(seen, images)
+    model.eval()(images)
+    assert torch.equal(what_the_model_saw(guard, images), images)  # no draw of the last training
+    assert torch.equal(what_the_model_saw(guard, images[:1]), images[:1])
     guard.remove()
     torch.testing.assert_close(model.patch_embed(seen), embedded[-1][:, 1:], rtol=1e-4, atol=1e-5)
 
 
 def test_audits_make_one_curve_for_each_defense_and_attack(tmp_path):
     summary = Summary.of([31.0, 20.0])
-    finding = Finding("none", "span", "leaks", psnr=summary, patch_psnr=summary, identified=1.0)
+    patches = Summary.of([32.0])
+    finding = Finding(
+        "none", "span", "leaks", "nearly all", psnr=summary, patch_psnr=patches, identified=0.75
+    )
+    other = replace(finding, identified=0.25)
     with TensorBoard(tmp_path) as board:
         for step in (0, 10):
-            board.audit(SimpleNamespace(findings=[finding]), step=step)
+            board.audit(SimpleNamespace(findings=[finding, other]), step=step)
     reader = events(tmp_path)
     assert [e.step for e in reader.Scalars("audit/none/span/psnr max")] == [0, 10]
     assert reader.Scalars("audit/none/span/psnr max")[0].value == 31.0
+    assert reader.Scalars("audit/none/span/patch_psnr max")[0].value == 32.0
+    assert [e.value for e in reader.Scalars("audit/none/span/identified")] == [0.75, 0.75]
+    (verdict,) = reader.Tensors("audit/none/span/verdict/text_summary")[-1].tensor_proto.string_val
+    assert verdict == b"leaks nearly all"
+    # the same attack with other settings: no zigzag between the two
+    assert [e.value for e in reader.Scalars("audit/none/span 2/identified")] == [0.25, 0.25]
 
 
 def test_the_progress_bar_shows_distance_psnr_and_a_thumbnail(attacked):
@@ -191,5 +239,51 @@ def test_bad_settings_are_refused(tmp_path):
     with pytest.raises(InputError):
         TensorBoard(tmp_path, every=0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="below"):
         TensorBoard(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize(
+    ("truth", "named"),
+    [
+        (torch.rand(3, 16, 16), r"\(batch, 1 or 3, height, width\), got torch.float32 of shape"),
+        (torch.rand(1, 4, 16, 16), "1 or 3"),
+        (torch.rand(0, 3, 16, 16), "1 or 3"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "uint8"),
+        (4 * torch.rand(1, 3, 16, 16) - 2, r"in \[0, 1\]"),
+        (torch.full((1, 3, 16, 16), float("nan")), r"in \[0, 1\]"),
+    ],
+)
+def test_truth_that_is_no_batch_of_images_is_refused(tmp_path, truth, named):
+    for make in (lambda: TensorBoard(tmp_path, truth=truth), lambda: ProgressBar(truth=truth)):
+        with pytest.raises(InputError, match=named):
+            make()
+    TensorBoard(tmp_path, truth=torch.tensor(1.0001).expand(1, 1, 2, 2)).close()
+
+
+def test_truth_of_other_images_is_refused_in_the_first_iteration(tmp_path, attacked):
+    view, _ = attacked
+    for shape in ((2, 3, 16, 16), (1, 3, 8, 8)):
+        bar = ProgressBar(truth=torch.rand(shape), every=1)
+        for watch in (TensorBoard(tmp_path, truth=torch.rand(shape), every=99), bar):
+            with pytest.raises(InputError, match=r"attacked, shape \(1, 3, 16, 16\)"):
+                InvertingGradients(iterations=2, watch=watch).run(view, torch.Generator())
+
+
+def test_a_folder_is_checked_before_a_long_run_and_nothing_is_left(tmp_path, monkeypatch):
+    check_writable_folder(tmp_path / "new" / "below")
+    monkeypatch.chdir(tmp_path)
+    check_writable_folder("runs")
+    check_writable_folder("s3://bucket/runs")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none/here"):
+        with pytest.raises(InputError, match="TensorBoard"):
+            check_writable_folder(folder)
+
+
+def test_a_missing_tensorboard_is_named_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for call in (check_writable_folder, TensorBoard):
+        with pytest.raises(MissingExtra, match=r"vitguard\[tensorboard\]"):
+            call(tmp_path)

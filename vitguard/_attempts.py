@@ -57,7 +57,7 @@ def run_attack(attack: Attack, view: View, seed: int) -> tuple[Any, str, Guess |
         return "blocked", str(error), None, 0.0
     except NotApplicable as error:
         return "not applicable", str(error), None, 0.0
-    except RuntimeError as error:
+    except Exception as error:
         if isinstance(error, VitguardError):
             raise
         first = (str(error).splitlines() or [""])[0]

@@ -109,7 +109,7 @@ def remarks(finding: Finding) -> list[str]:
         proved = details.get("verified")
         part = f", {share(proved)} of its patches proved" if isinstance(proved, float) else ""
         lines.append(f"best rung: {rung}{part}")
-    if isinstance(run := details.get("schedule"), str) and run.startswith("shortened"):
+    if isinstance(run := details.get("schedule"), str) and run.startswith(("shortened", "cut")):
         lines.append(f"{run}; a weak result says nothing of the full run")
     if isinstance(bound := details.get("reconstruction_bound"), float):
         prior = share(details.get("reconstruction_prior"))

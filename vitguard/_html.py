@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,7 @@ def _robustness(report: AuditReport) -> str:
     if not attacked:
         return ""
     bounds = list(dict.fromkeys(e for f in attacked for e in f.robust_accuracy or {}))
-    alone = {_input_attack(f): f for f in attacked if not f.defended}
+    titles, alone = _titles(report.findings), _own_controls(report.findings)
 
     def cell(f: Finding, bound: Any) -> str:
         def value(finding: Finding | None) -> float | None:
@@ -169,7 +170,7 @@ def _robustness(report: AuditReport) -> str:
                 else (finding.robust_accuracy or {}).get(bound)
             )
 
-        mine, plainly = value(f), value(alone.get(_input_attack(f)))
+        mine, plainly = value(f), value(alone.get(id(f)))
         if mine is None:
             return NOTHING
         if not f.defended or plainly is None:
@@ -180,7 +181,7 @@ def _robustness(report: AuditReport) -> str:
     def row(f: Finding) -> str:
         cells = "".join(f'<td class="number">{cell(f, b)}</td>' for b in (None, *bounds))
         return (
-            f'<tr><th scope="row">{_text(_input_attack(f))}</th>'
+            f'<tr><th scope="row">{_text(titles[id(f)])}</th>'
             f"<td>{_defense(report, f.defense)}</td>"
             f"{cells}</tr>"
         )
@@ -205,6 +206,38 @@ def _input_attack(f: Finding) -> str:
     kind = " targeted" if f.settings.get("targeted") else ""
     source = f.settings.get("surrogate")
     return f"{f.attack}{kind}" + (f" from {source}" if source else "")
+
+
+def _places(findings: Sequence[Finding]) -> list[tuple[str, int]]:
+    """Return each finding's attack, and which one of that name it is under its defense, from 0."""
+    seen: Counter[tuple[str, str]] = Counter()
+    places = []
+    for f in findings:
+        name = _input_attack(f)
+        places.append((name, seen[f.defense, name]))
+        seen[f.defense, name] += 1
+    return places
+
+
+def _titles(findings: Sequence[Finding]) -> dict[int, str]:
+    """Return each finding's attack by the finding's id, numbered where several share the name."""
+    places = _places(findings)
+    several = {name for name, place in places if place}
+    return {
+        id(f): f"{name}, no. {place + 1}" if name in several else name
+        for f, (name, place) in zip(findings, places, strict=True)
+    }
+
+
+def _own_controls(findings: Sequence[Finding]) -> dict[int, Finding]:
+    """Return the undefended run of the same attack, by the finding's id.
+
+    Two surrogates may be of one class, so the order tells them apart: it is the same under each
+    defense.
+    """
+    placed = list(zip(findings, _places(findings), strict=True))
+    alone = {place: f for f, place in placed if not f.defended}
+    return {id(f): alone[place] for f, place in placed if place in alone}
 
 
 def _meter(value: float, floor: float, scale: float, verdict: str) -> str:
@@ -234,7 +267,7 @@ def _card(report: AuditReport, f: Finding, limit: int) -> str:
     if guessed and total > len(shown):
         strips += f'<p class="quiet">{len(shown)} of {total} images, the closest first.</p>'
     return f"""<article class="card">
-<div class="title"><h3>{_text(_input_attack(f))}</h3>{_badge(f.verdict)}</div>
+<div class="title"><h3>{_text(_titles(report.findings)[id(f)])}</h3>{_badge(f.verdict)}</div>
 {reasons}
 <div class="body">{f"<div>{strips}</div>" if strips else ""}{_metrics(report, f)}</div>
 {_details(f)}

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitguard._randomness import draws_globally, seeded
 from vitguard.core import Loss, Objective, Update
-from vitguard.defenses._base import Defense, Draws, Installed, StepDefense, UpdateDefense
+from vitguard.defenses._base import (
+    Defense,
+    Draws,
+    Installed,
+    StepDefense,
+    UpdateDefense,
+    rewinding,
+)
 from vitguard.errors import NotApplicable
 from vitguard.guard import Guard, protect
 from vitguard.vit import Anatomy, canonical_name, logits_of, math_attention
@@ -25,7 +34,8 @@ class Simulation:
 
     Defenses of the model run on a twin, each example is clipped where the victim's was, and what
     was done to the finished update is done to the dummy (`mimic`). Noise has mean zero, so none is
-    added. Draws come from the generator given to each call.
+    added. Draws, those of dropout too, come from the generator given to each call: the global one
+    is left as it was, and an equal generator gives an equal update, bit for bit.
 
     Args:
         model: The public model; it is copied.
@@ -43,6 +53,7 @@ class Simulation:
     like: Update
     loss: Loss
     _twin: Guard | None = field(default=None, init=False)
+    _random: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._pieces: list[Installed] = []
@@ -101,10 +112,19 @@ class Simulation:
 
         return Objective(parameters, loss)
 
+    def random(self) -> bool:
+        """Whether the model draws while it trains, whatever the defenses do: dropout, drop path."""
+        self._guard()
+        return self._random
+
     def _guard(self) -> Guard:
         if self._twin is None:
             known = [defense.known() for defense in self.defenses]
-            guard = protect(copy.deepcopy(self.model).train(), known, anatomy=self.anatomy)
+            model = copy.deepcopy(self.model).train()
+            like = next(model.parameters())
+            blank = like.new_zeros(2, self.anatomy.channels, *self.anatomy.image_size)
+            self._random = draws_globally(model, blank)
+            guard = protect(model, known, anatomy=self.anatomy)
             guard.release()  # what the twin makes never leaves
             state = guard.model.state_dict()
             state.update({k: v for k, v in self.extras.items() if k in state})
@@ -124,7 +144,12 @@ class Simulation:
         for piece in self._pieces:
             piece.pin(shuffled)
         try:
-            yield guard
+            with rewinding(self._pieces):
+                yield guard
+        except BaseException:  # Ctrl-C too: the matching loop goes on to measure its best so far
+            for piece in self._pieces:
+                piece.abandon()
+            raise
         finally:
             for piece in self._pieces:
                 piece.pin(None)
@@ -148,12 +173,18 @@ class Simulation:
         labels: Tensor,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        model = guard.model
-        if weights is None:
-            output = model(images)
-        else:
-            output = torch.func.functional_call(model, dict(weights), (images,))
-        return self.loss(logits_of(output), labels) + guard.auxiliary_loss()
+        with self._seeded(guard.model):
+            if weights is None:
+                output = guard.model(images)
+            else:
+                output = torch.func.functional_call(guard.model, dict(weights), (images,))
+            return self.loss(logits_of(output), labels) + guard.auxiliary_loss()
+
+    def _seeded(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Draw dropout anew from this call's generator; a model without it is spared the cost."""
+        if not self._random:
+            return nullcontext()
+        return seeded(int(torch.randint(2**62, (), generator=self._draws)), model)
 
     def _gradient(
         self,
@@ -213,4 +244,6 @@ class Simulation:
                     step = step + like.momentum * velocity[name] if name in velocity else step
                     velocity[name] = step
                 weights[name] = weights[name] - like.learning_rate * step
+            for piece in self._pieces:
+                piece.stepped()
         return {k: weights[k] - start[k] for k in start}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,22 +18,23 @@ from torch import Tensor, nn
 from vitguard import data
 from vitguard._attempts import attempt, decoys_for, seed_of
 from vitguard._finding import Baseline, Control, Finding
+from vitguard._randomness import seeded
 from vitguard._verdicts import Attempt, finding_of, rivals_of
 from vitguard.attacks._base import Attack, InputAttack, InputResult
 from vitguard.core import Loss, Normalization
 from vitguard.defenses._base import Defense
+from vitguard.errors import Blocked, NotApplicable, Unprotected
 from vitguard.guard import protect
 from vitguard.metrics import baseline
 from vitguard.threats import CuriousServer
 from vitguard.vit import Anatomy
 
-__all__ = ["CONTROL", "LocalTraining", "Progress", "Stage"]
+__all__ = ["CONTROL", "INTERRUPTED", "LocalTraining", "Progress", "Stage"]
 
 CONTROL = ""
 """Name of the undefended control among the runs."""
+INTERRUPTED = "interrupted before its end"
 Progress = Callable[[int, int, str], None]
-_GLOBAL_GENERATOR = threading.Lock()
-"""Held while the global generator is seeded and put back: it belongs to all threads."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,13 @@ class Stage:
         withhold: tuple[str, ...],
         workers: int,
         progress: Progress | None,
+        stop: threading.Event,
     ) -> tuple[list[Finding], Baseline]:
-        """Run all attacks on all stacks and batches, the control (nothing withheld) first."""
+        """Run all attacks on all stacks and batches, the control (nothing withheld) first.
+
+        A keyboard interrupt sets `stop`: what has not begun then is not run. With one worker it
+        reaches the attack that is running; with several these come to their end first.
+        """
         scale = Scale.of(self)
         batches = range(len(self.pixels) // self.size)
         # the undefended control, then each configuration under the threat
@@ -95,14 +103,22 @@ class Stage:
         def work(job: tuple[Any, int]) -> list[Attempt]:
             nonlocal done
             (name, stack, held), b = job
-            attempts = self.attempts(stack, attacks, held, b, scale)
+            attempts = self.attempts(name, stack, attacks, held, b, scale, stop)
             done += 1
             if progress is not None:
                 progress(done, len(jobs), "undefended control" if name == CONTROL else name)
             return attempts
 
-        with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-            results = list(pool.map(work, jobs))
+        if workers <= 1:  # threads get no interrupt
+            results = [work(job) for job in jobs]
+        else:
+            with ThreadPoolExecutor(max_workers=workers) as pool:
+                running = [pool.submit(work, job) for job in jobs]
+                try:
+                    wait(running)
+                except KeyboardInterrupt:
+                    stop.set()
+                results = [one.result() for one in running]
         by_run: dict[str, list[list[Attempt]]] = {name: [] for name, _, _ in runs}
         for ((name, _, _), _), attempts in zip(jobs, results, strict=True):
             by_run[name].append(attempts)
@@ -148,11 +164,13 @@ class Stage:
 
     def attempts(
         self,
+        run: str,
         stack: Sequence[Defense],
         attacks: Sequence[Attack],
         withhold: tuple[str, ...],
         index: int,
         scale: Scale,
+        stop: threading.Event,
     ) -> list[Attempt]:
         """Make the victim's update of one batch under a stack and run every attack on it."""
         part = slice(index * self.size, (index + 1) * self.size)
@@ -160,8 +178,7 @@ class Stage:
         like = next(self.model.parameters())
         secret = torch.Generator().manual_seed(seed_of(self.seed, index, "defense"))
         guard = protect(copy.deepcopy(self.model).train(), stack, generator=secret)
-        with _GLOBAL_GENERATOR, torch.random.fork_rng():
-            torch.manual_seed(seed_of(self.seed, index, "victim"))  # dropout of the victim
+        with seeded(seed_of(self.seed, index, "victim"), guard.model):  # dropout of the victim
             update = guard.update(
                 self.normalization.apply(pixels).to(like),
                 labels.to(like.device),
@@ -173,40 +190,78 @@ class Stage:
         mask = guard.truth().get("shuffled")
         view = CuriousServer(withhold).view(guard, update, self.normalization, loss=self.loss)
         empty = Attempt(pixels, self.names[part], scale.baselines[index], mask=mask)
-        return [
-            attempt(
-                attack,
-                view,
-                empty,
-                labels=labels,
-                patch_size=self.anatomy.patch_size,
-                decoys=scale.decoys,
-                seed=seed_of(self.seed, index, "attack"),
-            )
-            for attack in attacks
-        ]
+        attempts = []
+        for attack in attacks:
+            made = replace(empty, state="failed", reason=INTERRUPTED)
+            if not stop.is_set():
+                try:
+                    made = attempt(
+                        _with_own_file(attack, run, index),
+                        view,
+                        empty,
+                        labels=labels,
+                        patch_size=self.anatomy.patch_size,
+                        decoys=scale.decoys,
+                        seed=seed_of(self.seed, index, "attack"),
+                    )
+                except KeyboardInterrupt:
+                    stop.set()
+            if made.guess is not None and "interrupted" in made.guess.details:
+                stop.set()  # it kept its best; the next attack would have to be interrupted too
+            attempts.append(made)
+        return attempts
 
-    def input_finding(self, name: str, stack: Sequence[Defense], attack: InputAttack) -> Finding:
-        """Return the finding of an attack on the input of the (defended) model in eval mode."""
-        guard = protect(copy.deepcopy(self.model), stack)
+    def input_finding(
+        self, name: str, stack: Sequence[Defense], attack: InputAttack, stop: threading.Event
+    ) -> Finding:
+        """Return the finding of an attack on the input of the (defended) model in eval mode.
+
+        An attack that fails, on its settings or in torch, says so and never ends the audit.
+        """
+        empty = Finding(name, attack.name, "inconclusive", settings=attack.settings())
+        if stop.is_set():
+            return replace(empty, reason=INTERRUPTED)
+        like = next(self.model.parameters())
+        secret = torch.Generator().manual_seed(seed_of(self.seed, 0, "defense"))
+        guard = protect(copy.deepcopy(self.model), stack, generator=secret)
         generator = torch.Generator().manual_seed(self.seed)
         started = time.perf_counter()
-        result = attack.evaluate(
-            guard.model.eval(), self.pixels, self.labels,
-            normalization=self.normalization, generator=generator,
-        )  # fmt: skip
-        return Finding(
-            name,
-            attack.name,
-            "inconclusive",
+        try:
+            result = attack.evaluate(
+                guard.model.eval(), self.pixels.to(like), self.labels.to(like.device),
+                normalization=self.normalization, generator=generator,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            stop.set()
+            return replace(empty, reason=INTERRUPTED)
+        except Blocked as error:
+            return replace(empty, verdict="blocked", reason=str(error))
+        except NotApplicable as error:
+            return replace(empty, verdict="not applicable", reason=str(error))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            if isinstance(error, Unprotected):
+                raise
+            first = (str(error).splitlines() or [""])[0]
+            return replace(empty, reason=f"the attack failed: {type(error).__name__}: {first}")
+        return replace(
+            empty,
             reason="an attack on the input measures robustness, not what an update leaks",
-            settings=attack.settings(),
             clean_accuracy=result.clean_accuracy,
             robust_accuracy={**result.robust_accuracy},
             details={**result.details, **_hits(result)},
             examples=result.examples,
             seconds=time.perf_counter() - started,
         )
+
+
+def _with_own_file(attack: Attack, run: str, index: int) -> Attack:
+    """Let an attack that can be resumed keep each configuration and batch in a file of its own."""
+    resume = getattr(attack, "resume", None)
+    if resume is None:
+        return attack
+    path, name = Path(resume), re.sub(r"\W+", "-", run).strip("-") or "control"
+    own = path.with_name(f"{path.stem}-{name}-{index}{path.suffix}")
+    return replace(attack, resume=str(own))  # type: ignore[call-arg]
 
 
 def _hits(result: InputResult) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _verdict(
         return "inconclusive", "the undefended model does not leak to this attack"
     left = {rung for a in guessed if a.guess for rung in a.guess.details.get("unfinished", ())}
     if control.verdict == "leaks" and left:
-        return "inconclusive", f"the time was over before {', '.join(sorted(left))}: allow more"
+        return "inconclusive", f"it ended before {', '.join(sorted(left))}: allow more"
     still = [int(n) for a in guessed if a.mask is not None for n in a.mask.sum(1) if n < 2]
     if control.verdict == "leaks" and still:
         why = "warm-up, ratio or probability"

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitguard import data
+from vitguard._files import check_writable
 from vitguard._finding import ModelFacts
 from vitguard._stage import CONTROL, LocalTraining, Progress, Stage
 from vitguard.attacks._base import Attack, InputAttack
 from vitguard.core import Loss, Normalization
 from vitguard.defenses._base import Defense
 from vitguard.errors import expected
-from vitguard.guard import protect
+from vitguard.guard import Stack, protect, stack_of
 from vitguard.models import check_finite, normalization_of
-from vitguard.registry import families_not_run, parse_attacks, parse_stack, stack_name
+from vitguard.registry import families_not_run, parse_attacks, stack_name
 from vitguard.report import AuditReport
 from vitguard.vit import Anatomy
 
 __all__ = ["LocalTraining", "audit", "facts_of"]
 
-Stacks = Sequence[Defense] | str | Mapping[str, Sequence[Defense]]
+Stacks = Stack | Mapping[str, Stack]
 
 
 def audit(
@@ -51,12 +55,14 @@ def audit(
 
     Args:
         model: The bare model, before `protect`.
-        batch: Pixels in [0, 1], shape (images, channels, height, width), and class indices.
-        defenses: One stack, exactly what `protect` takes; or a spec such as
-            `"positions:kind=frozen"`; or several stacks by name.
+        batch: Pixels in [0, 1], shape (images, channels, height, width), and class indices:
+            tensors, or what `torch.as_tensor` makes tensors of.
+        defenses: One stack, exactly what `protect` takes (a list, one defense, or a spec such as
+            `"positions:kind=frozen"`); or several stacks by name.
         attacks: Names, groups (`closed-form`, `matching`, `input`, `all`) or attacks. The default
             climbs every exact attack for at most a minute per batch. On a CPU a name means the
-            attack's preset for a CPU, unless it sets iterations; `details` name the schedule.
+            attack's preset for a CPU, unless it sets iterations; `details` name the schedule. One
+            with `resume` keeps a file for each configuration and batch, named after it.
         batch_size: Images behind one update; all of them by default. The images are cut into
             batches of this size.
         normalization: From pixels to model input; what the model's own configuration says by
@@ -64,8 +70,10 @@ def audit(
         withhold: Selectors of parameters that are never sent (see `Anatomy.select`).
         training: How the update is made; one gradient by default.
         names, model_name, weights, notes: For the report.
-        seed: Seeds the defenses' draws and the attacks; the same seed gives the same report.
-        workers: Threads over configurations and batches.
+        seed: Seeds the defenses' draws and the attacks; the same seed gives the same report with
+            one worker, and with several up to rounding.
+        workers: Threads over configurations and batches. With one a keyboard interrupt ends the
+            running attack at its best so far, and the report tells what was not run.
         progress: Called with (done, total, what) as configurations finish.
 
     Raises:
@@ -83,11 +91,17 @@ def audit(
     stacks |= {k: s for k, s in _stacks(defenses).items() if s}
     for stack in stacks.values():
         protect(copy.deepcopy(model), stack)  # a stack that cannot work fails before the first run
-    findings, levels = stage.findings(
-        stacks, [a for a in chosen if isinstance(a, Attack)], tuple(withhold), workers, progress
-    )
+    on_updates = [a for a in chosen if isinstance(a, Attack)]
+    for attack in on_updates:
+        if (resume := getattr(attack, "resume", None)) is not None:
+            check_writable(resume)
+    stop = threading.Event()
+    findings, levels = stage.findings(stacks, on_updates, tuple(withhold), workers, progress, stop)
     for attack in (a for a in chosen if isinstance(a, InputAttack)):
-        findings += [stage.input_finding(name, stack, attack) for name, stack in stacks.items()]
+        findings += [stage.input_finding(n, stack, attack, stop) for n, stack in stacks.items()]
+    notes = [*notes, *(d.audit_note() for stack in stacks.values() for d in stack)]
+    if stop.is_set():
+        notes.append("a keyboard interrupt ended this audit early: what is missing says so")
     return AuditReport(
         model=facts_of(model, stage.anatomy, model_name),
         images=names,
@@ -99,18 +113,19 @@ def audit(
         seed=seed,
         threat={"adversary": "curious server", "withheld": list(withhold)},
         families_not_run=families_not_run(chosen),
-        notes=tuple(notes),
+        notes=tuple(note for note in dict.fromkeys(notes) if note),
+        interrupted=stop.is_set(),
     )
 
 
-def _stacks(defenses: Stacks) -> dict[str, Sequence[Defense]]:
-    if isinstance(defenses, str):
-        defenses = parse_stack(defenses)
-    if isinstance(defenses, Mapping):
-        if defenses.get("none") or CONTROL in defenses:
-            raise expected("stacks with names of their own", "'none' or '', the undefended control")
-        return {name: list(stack) for name, stack in defenses.items()}
-    return {stack_name(defenses): list(defenses)}
+def _stacks(defenses: Stacks) -> dict[str, list[Defense]]:
+    if not isinstance(defenses, Mapping):
+        stack = stack_of(defenses)
+        return {stack_name(stack): stack}
+    stacks = {str(name): stack_of(stack) for name, stack in defenses.items()}
+    if stacks.get("none") or CONTROL in stacks:
+        raise expected("stacks with names of their own", "'none' or '', the undefended control")
+    return stacks
 
 
 def facts_of(model: nn.Module, anatomy: Anatomy, name: str | None) -> ModelFacts:
@@ -123,7 +138,7 @@ def _check_batch(
     model: nn.Module, batch: tuple[Tensor, Tensor], batch_size: int | None
 ) -> tuple[Tensor, Tensor]:
     anatomy = Anatomy.of(model)
-    pixels, labels = batch
+    pixels, labels = _tensors(batch)
     shape = (anatomy.channels, *anatomy.image_size)
     if pixels.dim() != 4 or tuple(pixels.shape[1:]) != shape or not len(pixels):
         raise expected(
@@ -131,12 +146,12 @@ def _check_batch(
         )
     if not bool(pixels.isfinite().all()):
         raise expected("finite images", "NaN or infinity")
-    if float(pixels.min()) < 0 or float(pixels.max()) > 1:
-        raise expected(
-            "pixels in [0, 1]",
-            f"values from {float(pixels.min()):.3g} to {float(pixels.max()):.3g}",
-            "Give pixels and normalization=Normalization(mean, std).",
-        )
+    low, high = float(pixels.min()), float(pixels.max())
+    if low < 0 or high > 1:
+        # the usual normalisations stay below 3, and go below 0
+        raw = low >= 0 and 3 < high <= 255
+        do = "Divide by 255." if raw else "Give pixels and normalization=Normalization(mean, std)."
+        raise expected("pixels in [0, 1]", f"values from {low:.3g} to {high:.3g}", do)
     labels = data.check_labels(labels, anatomy.classes)
     if len(labels) != len(pixels):
         raise expected(f"{len(pixels)} labels", len(labels))
@@ -146,4 +161,18 @@ def _check_batch(
             "Change --batch-size or --num-images.",
         )  # fmt: skip
     check_finite(model)
+    return pixels, labels
+
+
+def _tensors(batch: Any) -> tuple[Tensor, Tensor]:
+    # a loader or a lone tensor of images would be taken apart along its first dimension
+    parts = batch if isinstance(batch, tuple | list) and len(batch) == 2 else ()
+    try:
+        pixels, labels = (torch.as_tensor(part) for part in parts)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = " and ".join(type(p).__name__ for p in parts) or type(batch).__name__
+        raise expected(
+            "batch=(images, labels), two tensors or arrays of numbers", got,
+            "Of a loader, give one batch: next(iter(loader)).",
+        ) from error  # fmt: skip
     return pixels.float(), labels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -89,8 +90,13 @@ def _add_audit(commands: Any) -> None:
     add("--mean", metavar="R,G,B", help="normalisation; the model's own by default")
     add("--std", metavar="R,G,B")
     add("--images", nargs="+", metavar="DIR|FILE", help="files, a folder or class folders")
-    add("--num-images", type=int, metavar="K", help="images to audit (sample photos: 2)")
-    add("--batch-size", type=int, default=1, metavar="B", help="images behind one update (1)")
+    add(
+        "--num-images",
+        type=int,
+        metavar="K",
+        help="images to audit (sample photos: 2; a folder: 4 or one batch)",
+    )
+    add("--batch-size", type=int, metavar="B", help="images behind one update (1)")
     add(
         "--defense",
         action="append",
@@ -162,6 +168,10 @@ def _audit(options: argparse.Namespace) -> int:
     for path in (html, None if options.json == "-" else options.json):
         if path:
             check_writable(path)
+    if options.tensorboard:
+        from vitguard.tracking import check_writable_folder
+
+        check_writable_folder(options.tensorboard)
     report = _run_audit(options)
     _print_report(report, to_error=options.json == "-")
     if options.json:
@@ -171,10 +181,33 @@ def _audit(options: argparse.Namespace) -> int:
         print(f"Report: {html}", file=sys.stderr)
     if options.tensorboard:
         report.to_tensorboard(options.tensorboard)
-    return report.gate(options.max_psnr, options.max_gain)
+    if code := report.gate(options.max_psnr, options.max_gain):
+        _say_why(report, options)
+    elif report.interrupted:
+        code = _INTERRUPTED
+    return code
+
+
+def _say_why(report: Any, options: argparse.Namespace) -> None:
+    """Print what kept the report from passing its gate."""
+    from vitguard.errors import LeakFound
+
+    try:
+        report.raise_if_leaks(options.max_psnr, options.max_gain)
+    except LeakFound as found:
+        print(f"vitguard: gate: {' '.join(str(found).split())}", file=sys.stderr)
 
 
 def _check_options(options: argparse.Namespace) -> None:
+    if options.update_file:
+        for name in ("num_images", "batch_size"):
+            if getattr(options, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise expected("--update-file, which says how many images are behind it", flag)
+    options.batch_size = 1 if options.batch_size is None else options.batch_size
+    for name in ("max_psnr", "max_gain"):
+        if (limit := getattr(options, name)) is not None and not math.isfinite(limit):
+            raise expected(f"--{name.replace('_', '-')} as a finite number of dB", limit)
     for name in ("num_images", "batch_size", "workers", "local_steps", "iterations"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -234,10 +267,14 @@ def _run_audit(options: argparse.Namespace) -> Any:
             raise expected("one --defense, what the client ran", f"{len(stacks)}")
         truth = names = None
         if options.images:
+            if (given := data.count_images(options.images)) != update.batch_size:
+                raise expected(
+                    f"--images with the {update.batch_size} images behind the update, in order",
+                    f"{given}",
+                )
             images = data.load_images(
-                options.images, anatomy.image_size, count=update.batch_size,
-                min_size=anatomy.patch_size,
-            )  # fmt: skip
+                options.images, anatomy.image_size, min_size=anatomy.patch_size
+            )
             truth, names = images.pixels, images.names
         stack = next(iter(stacks.values()), [])
         return audit_update(model, update, defenses=stack, truth=truth, names=names, **common)
@@ -269,6 +306,12 @@ def _attacks(options: argparse.Namespace) -> list[Any]:
             if getattr(options, name) is not None and name in fields
         }
         attacks.append(dataclasses.replace(attack, **changes))
+    for name in ("iterations", "parameters"):
+        if getattr(options, name) is not None and not any(hasattr(a, name) for a in attacks):
+            raise expected(
+                f"--attack with one that has {name} beside --{name}",
+                ", ".join(dict.fromkeys(a.name for a in attacks)), "Add --attack matching.",
+            )  # fmt: skip
     return attacks
 
 
@@ -290,8 +333,9 @@ def _images(options: argparse.Namespace, anatomy: Any) -> tuple[Any, Any, list[s
     size, batch = anatomy.image_size, options.batch_size
     if options.images:
         count = options.num_images
+        found = data.count_images(options.images)
         if count is None and len(options.images) == 1:
-            count = min(max(4, batch), data.count_images(options.images))
+            count = min(max(4, batch), found)
         images = data.load_images(
             options.images, size, count=count, classes=anatomy.classes,
             min_size=anatomy.patch_size,
@@ -300,7 +344,10 @@ def _images(options: argparse.Namespace, anatomy: Any) -> tuple[Any, Any, list[s
         images = data.sample_images(
             size, count=options.num_images or max(2, batch), classes=anatomy.classes
         )
+        found = len(images)
     notes = list(images.notes)
+    if options.num_images is None and found > len(images):
+        notes.append(f"the first {len(images)} of {found} images; --num-images {found} takes all")
     if len(images) < batch:
         raise expected(f"at least {batch} images for one batch", len(images))
     if extra := len(images) % batch:

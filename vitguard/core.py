@@ -47,10 +47,13 @@ class Normalization:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
             raise expected("as many means as standard deviations", f"{self.mean} and {self.std}")
-        if not all(0 < s < float("inf") for s in self.std):
-            raise expected("finite standard deviations above 0", self.std)
-        if not all(abs(m) < float("inf") for m in self.mean):
-            raise expected("finite means", self.mean)
+        # 2 leaves room for inputs that are only scaled; of pixels in [0, 1] none exceeds 0.5
+        if not (all(0 <= m <= 1 for m in self.mean) and all(0 < s <= 2 for s in self.std)):
+            raise expected(
+                "means in [0, 1] and standard deviations in (0, 2], for pixels in [0, 1]",
+                f"{self.mean} and {self.std}",
+                "Divide those of pixels in 0 to 255 by 255.",
+            )
 
     def apply(self, pixels: Tensor) -> Tensor:
         """Map pixels in [0, 1], shape (..., channels, height, width), to model input."""
@@ -298,6 +301,8 @@ class View:
             the graph of `images` and `labels`.
         objective: The loss whose gradient `simulate` returns, or None where the update is anything
             but that gradient.
+        random: `() -> bool`: whether the model itself draws while it trains (dropout, drop path),
+            so that `simulate` is random whatever the defenses do.
     """
 
     model: nn.Module
@@ -309,6 +314,7 @@ class View:
     extras: Mapping[str, Tensor]
     simulate: Callable[..., Update]
     objective: Objective | None = None
+    random: Callable[[], bool] = lambda: False
 
     def read(self, name: str) -> Tensor:
         """Return the update's tensor `name` in float64, or raise `Blocked`."""

@@ -185,10 +185,11 @@ def check_labels(labels: Tensor, classes: int) -> Int[Tensor, " batch"]:
         raise expected(
             "class indices of shape (batch,)", f"{labels.dtype} of shape {tuple(labels.shape)}"
         )
+    labels = labels.long()  # first: torch cannot compare every unsigned type
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise expected(f"labels from 0 to {classes - 1}", int(wrong[0]))
-    return labels.long()
+    return labels
 
 
 def decoys(

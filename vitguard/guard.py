@@ -21,18 +21,43 @@ from vitguard.defenses._base import (
     ModelDefense,
     StepDefense,
     UpdateDefense,
+    rewinding,
 )
-from vitguard.errors import Incompatible, InputError, Unprotected, expected
+from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
+from vitguard.registry import parse_stack
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of
 
-__all__ = ["Guard", "protect"]
+__all__ = ["Guard", "Stack", "protect", "stack_of"]
+
+Stack = Sequence[Defense] | Defense | str
+"""Defenses that act together: several, a single one, or a spec for `parse_stack`."""
 
 _PLACES = (ModelDefense, BatchDefense, StepDefense, UpdateDefense)
 
 
+def stack_of(defenses: Stack) -> list[Defense]:
+    """Return the defenses that a stack in any of its three forms means.
+
+    Raises:
+        InputError: Something else, such as a class in place of an instance, or a wrong spec.
+    """
+    if isinstance(defenses, str):
+        return parse_stack(defenses)
+    stack = list(defenses) if isinstance(defenses, Iterable) else [defenses]
+    strangers = [d for d in stack if not isinstance(d, _PLACES)]
+    if strangers:
+        raise expected(
+            "defenses",
+            repr(strangers[0]),
+            "A stack is a list such as [vg.FixedPositions('frozen')] or a spec such as "
+            "'positions:kind=frozen'; audit takes several as {name: stack}.",
+        )
+    return stack
+
+
 def protect(
     model: nn.Module,
-    defenses: Sequence[Defense],
+    defenses: Stack,
     *,
     anatomy: Anatomy | None = None,
     generator: torch.Generator | None = None,
@@ -41,28 +66,21 @@ def protect(
 
     Args:
         model: A Vision Transformer that `Anatomy` recognises, not yet compiled or distributed.
-        defenses: What to apply. The place fixes the order (model, batch, step, update); inside a
-            place the list does.
+        defenses: What to apply: a list, a single defense, or a spec such as
+            `"positions:kind=frozen+shuffle"`. The place fixes the order (model, batch, step,
+            update); inside a place the list does.
         anatomy: Names and sizes of a model that is not recognised.
         generator: Source of every secret draw; fresh entropy by default. It must stay secret.
 
     Raises:
         UnsupportedModel: No Vision Transformer was recognised.
         Incompatible: The defenses cannot work together or on this model; the model is unchanged.
-        InputError: The model is wrapped or protected already.
+        InputError: The model is wrapped or protected already, or something is no defense.
     """
     _require_bare(model)
-    if isinstance(defenses, Defense):
-        raise expected("a list of defenses", repr(defenses), f"Write [{defenses!r}].")
+    stack = stack_of(defenses)
     anatomy = anatomy or Anatomy.of(model)
-    ordered = [d for place in _PLACES for d in defenses if isinstance(d, place)]
-    if len(ordered) != len(defenses):
-        strangers = [d for d in defenses if d not in ordered]
-        raise expected(
-            "defenses",
-            f"{strangers[0]!r}",
-            "Give instances, such as [vg.FixedPositions('frozen')].",
-        )
+    ordered = [d for place in _PLACES for d in stack if isinstance(d, place)]
     names = [d.name for d in ordered]
     if repeated := {n for n in names if names.count(n) > 1}:
         raise Incompatible(f"Expected each defense once, got {', '.join(sorted(repeated))} twice.")
@@ -243,11 +261,12 @@ class Guard:
             labels: Class indices, shape (batch,).
             loss: `loss(logits, labels)`, a mean over the batch.
             learning_rate: None gives a gradient; a value gives the weight difference after
-                `local_steps` steps of `optimizer` on the whole batch. The model's own weights are
-                unchanged afterwards.
+                `local_steps` steps of `optimizer` on the whole batch. The model's own weights, and
+                the step that a defense's schedule has reached, are unchanged afterwards.
 
         Raises:
             Unprotected: A defense would not act (a shuffle in eval mode, for instance).
+            InputError: Images or labels that are no tensors or do not fit the model.
         """
         self._check_batch(images, labels)
         batch = Batch(images, labels)
@@ -272,6 +291,9 @@ class Guard:
 
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
         channels, classes = self.anatomy.channels, self.anatomy.classes
+        if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+            got = f"{type(images).__name__} and {type(labels).__name__}"
+            raise expected("images and labels as tensors", got, "torch.as_tensor makes them.")
         if images.dim() != 4 or images.shape[1] != channels or not images.is_floating_point():
             raise expected(
                 f"floating-point images of shape (batch, {channels}, height, width)",
@@ -284,6 +306,19 @@ class Guard:
             raise expected(f"labels from 0 to {classes - 1}", labels.tolist())
 
     def _gradient(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
+        own, given = self.anatomy.image_size, tuple(batch.images.shape[2:])
+        try:
+            return self._backward(batch, loss)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            # only some models take images of another size, and each refuses them in its own way
+            if own == given or isinstance(error, VitguardError):
+                raise
+            raise expected(
+                f"images of {own[0]} x {own[1]} pixels", f"{given[0]} x {given[1]}",
+                "Resize them, or build the model for their size.",
+            ) from error  # fmt: skip
+
+    def _backward(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         step = self._step()
         if step is not None:
             ledger = step.record(self._ledgers.get(step.name))
@@ -309,10 +344,11 @@ class Guard:
         stepper = kinds[optimizer](parameters.values(), lr=learning_rate, weight_decay=0.0)
         held = {name: p.grad for name, p in parameters.items()}
         try:
-            for _ in range(steps):
-                for name, gradient in self._gradient(batch, loss).items():
-                    parameters[name].grad = gradient
-                stepper.step()
+            with rewinding(self._protection.installed()):
+                for _ in range(steps):
+                    for name, gradient in self._gradient(batch, loss).items():
+                        parameters[name].grad = gradient
+                    stepper.step()
             return {name: p.detach() - before[name] for name, p in parameters.items()}
         finally:
             with torch.no_grad():

@@ -17,7 +17,14 @@ from vitguard.core import Normalization
 from vitguard.errors import InputError, expected
 from vitguard.vit import canonical_name
 
-__all__ = ["AprilViT", "build_model", "check_finite", "load_checkpoint", "normalization_of"]
+__all__ = [
+    "AprilViT",
+    "build_model",
+    "check_finite",
+    "find_device",
+    "load_checkpoint",
+    "normalization_of",
+]
 
 
 def build_model(spec: str, *, pretrained: bool = False, seed: int = 0) -> nn.Module:
@@ -86,7 +93,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     if not Path(path).is_file():
         raise expected("a checkpoint file", f"no file at {path}")
     state = _read_state(Path(path))
-    state = {canonical_name(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    state = {canonical_name(str(k)): v for k, v in state.items() if isinstance(v, Tensor)}
     own = {k: v.shape for k, v in model.state_dict().items()}
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
@@ -118,14 +125,31 @@ def _read_state(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise expected("a safetensors or torch checkpoint", f"{path} ({first})") from error
+        # not in torch's words: of a pickled model they advise to run the code in the file
+        raise expected(
+            "a state dict, as a safetensors or torch file",
+            f"{path}, which is none ({type(error).__name__})",
+            "Write one with torch.save(model.state_dict(), FILE).",
+        ) from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             return state[key]
     if not isinstance(state, Mapping):
         raise expected("a state dict", f"{type(state).__name__} in {path}")
     return state
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name, such as `cpu`, `cuda:1` or `mps`.
+
+    Raises:
+        InputError: There is no such device, or it cannot be used.
+    """
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0]
+        raise expected("a device of this machine", f"{name!r} ({first})") from error
 
 
 def check_finite(model: nn.Module) -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from vitguard._remaining import RULES, Released, Remaining
-from vitguard.defenses.encryption import minimal_names, preset, select_names
+from vitguard._released import Released, Remaining
+from vitguard._remaining import RULES
+from vitguard.defenses.encryption import minimal_names, preset, require_all_match, select_names
 from vitguard.errors import expected
 from vitguard.models import build_model
 from vitguard.vit import Anatomy, canonical_parameters
@@ -62,7 +63,10 @@ class PlanReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return {"schema": 1, **json.loads(json.dumps(asdict(self)))}
+        report = json.loads(json.dumps(asdict(self)))
+        for attack in report["attacks"]:
+            del attack["exact"]  # the reason says it in words
+        return {"schema": 1, **report}
 
     def to_json_text(self) -> str:
         """Return `to_json` as text; pure ASCII."""
@@ -121,6 +125,7 @@ def plan_report(
     network = build_model(model) if isinstance(model, str) else model
     anatomy = anatomy or Anatomy.of(network)
     sizes = {n: p.numel() for n, p in canonical_parameters(network).items()}
+    require_all_match(anatomy, select, sizes)
     if positions != "learnable":
         sizes.pop(anatomy.positions or "", None)
     chosen = select_names(anatomy, select, sizes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,12 +18,11 @@ from vitguard._verdicts import LABELS_ONLY, Attempt, finding_of
 from vitguard.attacks._base import Attack, InputAttack
 from vitguard.audit import LocalTraining, audit, facts_of
 from vitguard.core import Guess, Loss, Normalization, Update, View
-from vitguard.defenses._base import Defense
 from vitguard.errors import VitguardError, expected
-from vitguard.guard import protect
+from vitguard.guard import Stack, protect, stack_of
 from vitguard.metrics import baseline
 from vitguard.models import normalization_of
-from vitguard.registry import families_not_run, parse_attacks, parse_stack, stack_name
+from vitguard.registry import families_not_run, parse_attacks, stack_name
 from vitguard.report import AuditReport
 from vitguard.threats import CuriousServer
 from vitguard.vit import Anatomy
@@ -38,7 +37,7 @@ def audit_update(
     model: nn.Module,
     update: Update,
     *,
-    defenses: Sequence[Defense] | str = (),
+    defenses: Stack = (),
     attacks: str | Sequence[str | Attack | InputAttack] = "ladder",
     truth: Tensor | None = None,
     normalization: Normalization | None = None,
@@ -51,10 +50,11 @@ def audit_update(
 ) -> AuditReport:
     """Audit a client's update on its own.
 
-    With `truth` the guesses are scored against it. Without, a guess that reproduces the update
-    (relative error of the simulated update at most 5 %) or proves patches leaks, and any other is
-    inconclusive: nobody can say that it is wrong. The control is the same attack on the same model
-    with sample photos and no defense.
+    A guess leaks if it reproduces the update (relative error of the simulated update and of its
+    patch embedding at most 5 %) or proves patches, whatever the truth is said to be; one that was
+    fitted to the update (gradient matching) cannot show it that way. With `truth` guesses are
+    scored against it as well. Without, any other is inconclusive: nobody can say that it is wrong.
+    The control is the same attack on the same model with sample photos and no defense.
 
     Args:
         model: The public model the update refers to.
@@ -68,7 +68,7 @@ def audit_update(
     anatomy = Anatomy.of(model)
     normalization = normalization or normalization_of(model)
     _check_update(model, update)
-    stack = parse_stack(defenses) if isinstance(defenses, str) else list(defenses)
+    stack = stack_of(defenses)
     fast = next(model.parameters()).device.type == "cpu"
     chosen = [a for a in parse_attacks(attacks, fast=fast) if isinstance(a, Attack)]
     training = LocalTraining(
@@ -91,7 +91,8 @@ def audit_update(
         if truth is not None:
             scored = _scored(attack, view, truth, names, anatomy, seed)
             common = (name, attack.name, attack.settings(), [scored])
-            findings.append(finding_of(*common, replace(of_control, control=None), ()))
+            finding = finding_of(*common, replace(of_control, control=None), ())
+            findings.append(_unless_explained(finding, attack, view, scored.guess, seed))
         else:
             findings.append(_explain(name, attack, view, of_control, seed))
     return AuditReport(
@@ -150,39 +151,87 @@ def _explain(name: str, attack: Attack, view: View, control: Finding, seed: int)
     if not len(guess.images):
         details = {**guess.details}
         return replace(base, reason=LABELS_ONLY, seconds=seconds, details=details)
-    error = _relative_error(view, guess, torch.Generator().manual_seed(seed))
+    error = _relative_error(view, guess, seed)
     details = {**guess.details, "update_error": error}
     if guess.verified is not None:
         details["verified"] = float(guess.verified.double().mean())
     shown = guess.images.detach().float().cpu()
     found = replace(base, seconds=seconds, details=details, images=Pictures(reconstruction=shown))
+    if reason := _explanation(attack, guess, error):
+        return replace(found, verdict="leaks", reason=reason)
+    why = "the guess does not reproduce the update"
     if error is not None and error <= _REPRODUCED:
-        reason = f"the reconstruction reproduces the update to {100 * error:.2g} %"
-        return replace(found, verdict="leaks", reason=reason)
-    proved = 0 if guess.verified is None else int(guess.verified.sum())
-    if proved:
-        reason = f"{proved} of {guess.verified.numel()} patches proved by the attack itself"  # type: ignore[union-attr]
-        return replace(found, verdict="leaks", reason=reason)
+        why = f"the guess was fitted to the update (to {100 * error:.2g} %): others may fit as well"
+    return replace(found, reason=f"the truth is not known and {why}")
+
+
+def _explanation(attack: Attack, guess: Guess, error: float | None) -> str:
+    """Return why the update itself says that a guess is right, "" where it does not.
+
+    Gradient matching makes this very error small, with images that are nothing like the truth.
+    """
+    if error is not None and error <= _REPRODUCED and attack.family != "matching":
+        return f"the reconstruction reproduces the update to {100 * error:.2g} %"
+    if guess.verified is not None and bool(guess.verified.any()):
+        proved, patches = int(guess.verified.sum()), guess.verified.numel()
+        return f"{proved} of {patches} patches proved by the attack itself"
+    return ""
+
+
+def _unless_explained(
+    finding: Finding, attack: Attack, view: View, guess: Guess | None, seed: int
+) -> Finding:
+    """Turn a finding into a leak where the guess explains the update and is not the truth given.
+
+    Then the images, the normalisation or the settings that were given are not the update's.
+    """
+    if finding.verdict == "leaks" or guess is None or not len(guess.images):
+        return finding
+    if not (reason := _explanation(attack, guess, _relative_error(view, guess, seed))):
+        return finding
     return replace(
-        found, reason="the truth is not known and the guess does not reproduce the update"
-    )
+        finding, verdict="leaks",
+        reason=f"{reason}, and is none of the images that were given: check them and the mean and "
+        "standard deviation",
+    )  # fmt: skip
 
 
-def _relative_error(view: View, guess: Guess, generator: torch.Generator) -> float | None:
+def _relative_error(view: View, guess: Guess, seed: int) -> float | None:
+    """Relative error of what the guess would send: of all tensors, or of the earliest one.
+
+    The larger one; None where it cannot be simulated, or where no early tensor was sent: the last
+    layers say little of pixels.
+    """
     labels, batch = guess.labels, view.update.batch_size
     if labels is None or not len(labels) == len(guess.images) == batch or not view.update.tensors:
         return None
     like = next(view.model.parameters())
     images = view.normalization.apply(guess.images).to(like)
+    generator = torch.Generator().manual_seed(seed)
     try:
         made = view.simulate(images, labels.to(like.device), generator).tensors
     except VitguardError:
         return None
-    known = view.update.tensors
-    error = sum(float((made[k] - known[k]).detach().double().square().sum()) for k in made)
-    total = sum(float(known[k].double().square().sum()) for k in made)
-    ratio = (error / total) ** 0.5 if total else math.inf  # zeros prove nothing
+    if not (early := [name for name in _early(Anatomy.of(view.model)) if name in made]):
+        return None
+
+    def error(names: Iterable[str]) -> float:
+        known = {k: view.update.tensors[k].double() for k in names}
+        gap = sum(float((made[k].detach() - t).square().sum()) for k, t in known.items())
+        total = sum(float(t.square().sum()) for t in known.values())
+        return (gap / total) ** 0.5 if total else math.inf  # zeros prove nothing
+
+    ratio = max(error(made), error(early[:1]))
     return ratio if math.isfinite(ratio) else None
+
+
+def _early(anatomy: Anatomy) -> list[str]:
+    """Return the tensors whose gradient is a sum over patches or tokens of the first block."""
+    if not anatomy.blocks:
+        return [anatomy.patch_weight]
+    block = anatomy.blocks[0]
+    layers = [f"{layer}.weight" for layer in (block.proj, block.fc1)]
+    return [anatomy.patch_weight, *block.qkv, *layers]
 
 
 def _check_update(model: nn.Module, update: Update) -> None:

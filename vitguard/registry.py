@@ -37,6 +37,10 @@ __all__ = [
 Kind = TypeVar("Kind")
 AnyAttack = Attack | InputAttack
 GROUPS = ("closed-form", "ladder", "matching", "input")
+_ALONE = {
+    "defense": "none is the empty stack and stands alone.",
+    "attack": "A group takes no settings: name its attacks, or set --iterations.",
+}
 
 
 @cache
@@ -98,22 +102,34 @@ def parse_attack(spec: str, *, fast: bool = False) -> AnyAttack:
     return _build(spec, attack_types(), "attack", (*GROUPS, "all"), fast=fast)
 
 
-def parse_attacks(specs: str | Sequence[str | AnyAttack], *, fast: bool = False) -> list[AnyAttack]:
+def parse_attacks(
+    specs: str | AnyAttack | Sequence[str | AnyAttack], *, fast: bool = False
+) -> list[AnyAttack]:
     """Read attacks by name, group (`closed-form`, `matching`, `input`) or `all`.
 
     `fast` is for a CPU, as in `parse_attack`; an attack given as an object stays what it is.
+    Names are taken once each; objects that compare equal all stay: a start or a surrogate differs.
     `ladder` is the one attack that climbs every exact rung; a rung alone goes by its own name.
+
+    Raises:
+        InputError: An unknown name or setting, or something that is neither name nor attack.
     """
     attacks: list[AnyAttack] = []
-    for spec in [specs] if isinstance(specs, str) else specs:
-        if not isinstance(spec, str):
+    objects: set[int] = set()
+    for spec in [specs] if isinstance(specs, str) or not isinstance(specs, Iterable) else specs:
+        if isinstance(spec, Attack | InputAttack):
             attacks.append(spec)
+            objects.add(id(spec))
+        elif not isinstance(spec, str):
+            raise expected(
+                "attacks", repr(spec), "Give names such as 'span', or instances, not classes."
+            )
         elif spec in (*GROUPS, "all") and spec not in attack_types():
             named = attack_types().items()
             attacks += [parse_attack(n, fast=fast) for n, t in named if spec in ("all", t.family)]
         else:
             attacks.append(parse_attack(spec, fast=fast))
-    return list(dict.fromkeys(attacks))
+    return list({id(a) if id(a) in objects else a: a for a in attacks}.values())
 
 
 def families_not_run(attacks: Sequence[AnyAttack]) -> tuple[str, ...]:
@@ -143,8 +159,11 @@ def _build(
 ) -> Kind:
     name, _, rest = spec.strip().partition(":")
     if name not in known:
-        choices = (*known, *also)
-        raise expected(f"a {kind} among {', '.join(choices)}", repr(name), _nearest(name, choices))
+        if name in also:
+            raise expected(f"one {kind}", repr(spec), _ALONE[kind])
+        choices = dict.fromkeys((*known, *also))
+        near = _nearest(name, choices)
+        raise expected(f"one {kind} among {', '.join(choices)}", repr(name), near)
     cls = known[name]
     hints = get_type_hints(cls)
     settings = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]

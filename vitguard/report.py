@@ -67,6 +67,7 @@ class AuditReport:
         threat: What the adversary was granted or denied (`"withheld"`: selectors); JSON values.
         families_not_run: Attack families that were left out.
         notes: Anything a reader must know, such as labels that were made up.
+        interrupted: Whether a keyboard interrupt ended it early; findings say what is missing.
         version: vitguard's version.
     """
 
@@ -81,6 +82,7 @@ class AuditReport:
     threat: Mapping[str, Any] = field(default_factory=dict)
     families_not_run: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    interrupted: bool = False
     version: str = field(default_factory=lambda: _version())
 
     def gain(self, finding: Finding) -> float | None:
@@ -155,8 +157,8 @@ class AuditReport:
     def raise_if_leaks(self, max_psnr: float | None = None, max_gain: float | None = None) -> None:
         """Raise if a defended configuration leaks.
 
-        Without limits: if a verdict says so, or a measurement is not finite. With limits: whenever
-        `gate` would not return 0.
+        Without limits: if a verdict says so, a measurement is not finite, or no attack on a
+        configuration was conclusive. With limits: whenever `gate` would not return 0.
 
         Raises:
             LeakFound: Names the worst finding, or the configurations that stayed undecided.
@@ -165,13 +167,11 @@ class AuditReport:
         if max_psnr is None and max_gain is None:
             defended = [f for f in self.findings if f.defended]
             bad = [f for f in defended if f.verdict == "leaks" or self._is_broken(f)]
-            undecided: list[str] = []
         else:
             bad = self._exceeding(max_psnr, max_gain)
-            undecided = self._undecided()
         if bad:
             raise LeakFound(self._name_worst(bad))
-        if undecided:
+        if undecided := self._undecided():
             raise LeakFound(
                 f"No attack was conclusive for {'; '.join(undecided)}: a failed attack is no "
                 "evidence. Add an attack that leaks on the undefended model."

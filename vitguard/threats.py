@@ -65,6 +65,7 @@ class CuriousServer:
             extras=extras,
             simulate=simulation.update,
             objective=simulation.objective(),
+            random=simulation.random,
         )
 
 

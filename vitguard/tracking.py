@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +12,15 @@ import torch
 from torch import Tensor
 
 from vitguard.core import Normalization
-from vitguard.errors import VitguardError, expected, missing_extra
-from vitguard.metrics import score
+from vitguard.errors import InputError, expected, missing_extra
+from vitguard.metrics import Scores, score
 
 if TYPE_CHECKING:
-    from vitguard.attacks._matching import Progress
+    from vitguard.attacks._run import Progress
     from vitguard.guard import Guard
     from vitguard.report import AuditReport
 
-__all__ = ["ProgressBar", "TensorBoard"]
+__all__ = ["ProgressBar", "TensorBoard", "check_writable_folder"]
 
 
 class TensorBoard:
@@ -29,7 +31,8 @@ class TensorBoard:
 
     Args:
         folder: Where the events go.
-        truth: The images an attack is after, pixels in [0, 1]; with it PSNR is written.
+        truth: The images an attack is after, pixels in [0, 1] of shape (batch, channels, height,
+            width); with it PSNR is written.
         patch_size: (height, width) of a patch, for the matched PSNR.
         every: Iterations between pictures of an attack, and PSNR values.
 
@@ -40,7 +43,7 @@ class TensorBoard:
 
     Raises:
         MissingExtra: TensorBoard is not installed.
-        InputError: The folder cannot be written.
+        InputError: The folder cannot be written, or `truth` is no such batch of images.
     """
 
     def __init__(
@@ -53,14 +56,10 @@ class TensorBoard:
     ) -> None:
         if every < 1:
             raise expected("every of at least 1", every)
+        _check_truth(truth)
+        check_writable_folder(folder)
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise missing_extra(
-                "Writing TensorBoard events", "tensorboard", "tensorboard"
-            ) from error
-        try:
-            self._writer = SummaryWriter(str(folder))
+            self._writer = _writer_type()(str(folder))
         except OSError as error:
             raise expected("a folder for TensorBoard", f"{folder} ({error.strerror})") from error
         self._truth = truth
@@ -82,6 +81,7 @@ class TensorBoard:
             rows = "\n".join(f"| {k} | {v} |" for k, v in progress.settings.items())
             self._writer.add_text(f"{name}/settings", f"| setting | value |\n|---|---|\n{rows}")
             if self._truth is not None:
+                _check_same(progress.estimate(), self._truth)
                 self._writer.add_images(f"{name}/truth", self._truth.clamp(0, 1), 0)
         for term, value in progress.terms.items():
             self._writer.add_scalar(f"{name}/{term}", value, step)
@@ -91,7 +91,7 @@ class TensorBoard:
         self._writer.add_images(f"{name}/estimate", images, step)
         if self._truth is not None:
             patch = self._patch or (1, 1)
-            got = score(images, self._truth, self._patch or tuple(images.shape[-2:]))  # type: ignore[arg-type]
+            got = _scored(images, self._truth, self._patch)
             self._writer.add_scalar(f"{name}/psnr", got.psnr.mean().item(), step)
             if patch != (1, 1):
                 self._writer.add_scalar(f"{name}/patch psnr", got.patch_psnr.mean().item(), step)
@@ -109,9 +109,11 @@ class TensorBoard:
     ) -> None:
         """Take one step of a user's own training loop.
 
-        Writes the losses, the privacy spent so far where the stack gives any, and, when images are
-        given, each beside what the model saw of it: shuffled patches at the places they were moved
-        to. These pictures show training data: keep the folder as private as the data.
+        Writes the losses, the privacy spent so far (a curve for each defense that bounds it, of one
+        record or of a whole client), and, when images are given, each beside what the model saw of
+        it: shuffled patches at the places they were moved to. Call it before `model.eval()`: then
+        the model sees images as they are. These pictures show training data: keep the folder as
+        private as the data.
 
         Args:
             guard: The guard of the model that is trained.
@@ -125,9 +127,10 @@ class TensorBoard:
             self._writer.add_scalar(f"training/loss {name}", float(value), step)
         for name, value in (values or {}).items():
             self._writer.add_scalar(f"training/{name}", float(value), step)
-        epsilon = _epsilon(guard)
-        if epsilon is not None:
-            self._writer.add_scalar("training/epsilon", epsilon, step)
+        epsilons = _epsilons(guard)
+        for name, epsilon in epsilons.items():
+            of = f" {name}" if len(epsilons) > 1 else ""
+            self._writer.add_scalar(f"training/epsilon{of}", epsilon, step)
         if images is not None:
             seen = what_the_model_saw(guard, images)
             pairs = _beside(images[:most], seen[:most], normalization)
@@ -162,8 +165,11 @@ class TensorBoard:
 
     def audit(self, report: AuditReport, *, step: int) -> None:
         """Take an audit of the model as it is at `step`: one curve for each defense and attack."""
+        seen: Counter[str] = Counter()
         for finding in report.findings:
             where = f"audit/{finding.defense}/{finding.attack}"
+            seen[where] += 1
+            where += f" {seen[where]}" if seen[where] > 1 else ""  # with other settings
             for name in ("psnr", "patch_psnr", "ssim"):
                 summary = getattr(finding, name)
                 if summary is not None and summary.finite:
@@ -177,9 +183,67 @@ class TensorBoard:
         self._writer.close()
 
 
+def check_writable_folder(folder: str | Path) -> None:
+    """Check, before a long run, that TensorBoard events can be written; nothing is left behind.
+
+    Raises:
+        MissingExtra: TensorBoard is not installed.
+        InputError: The folder cannot be written or made.
+    """
+    _writer_type()
+    if "://" in str(folder):  # a file system of TensorBoard's own
+        return
+    target = Path(folder)
+    try:
+        existing = next(p for p in (target, *target.absolute().parents) if p.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise expected("a folder for TensorBoard", f"{folder} ({error.strerror})") from error
+
+
+def _writer_type() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise missing_extra("Writing TensorBoard events", "tensorboard", "tensorboard") from error
+    return SummaryWriter
+
+
+def _check_truth(truth: Tensor | None) -> None:
+    if truth is None:
+        return
+    shaped = truth.dim() == 4 and truth.shape[1] in (1, 3) and truth.numel()
+    if not shaped or not truth.is_floating_point():
+        raise expected(
+            "truth as floating pixels of shape (batch, 1 or 3, height, width)",
+            f"{truth.dtype} of shape {tuple(truth.shape)}",
+        )
+    low, high = (float(value) for value in truth.detach().aminmax())
+    if not (low > -0.01 and high < 1.01):  # resizing oversteps a little; normalised input by far
+        raise expected("truth as pixels in [0, 1]", f"[{low:.3g}, {high:.3g}]")
+
+
+def _check_same(images: Tensor, truth: Tensor) -> None:
+    if images.shape != truth.shape:
+        raise expected(
+            f"truth of the images that are attacked, shape {tuple(images.shape)}",
+            tuple(truth.shape),
+        )
+
+
+def _scored(images: Tensor, truth: Tensor, patch_size: tuple[int, int] | None) -> Scores:
+    _check_same(images, truth)
+    height, width = images.shape[-2:]
+    return score(images, truth, patch_size or (height, width))
+
+
 def what_the_model_saw(guard: Guard, images: Tensor) -> Tensor:
-    """Return the images with patches where the last draw of a shuffle moved them."""
-    source = guard.truth().get("source")
+    """Return the images with patches where the last draw of a shuffle moved them.
+
+    As they are if the model is not training: nothing is shuffled then.
+    """
+    source = guard.truth().get("source") if guard.model.training else None
     if source is None or source.shape[0] != len(images):
         return images.detach()
     patches = guard.anatomy.patchify(images.detach())
@@ -211,11 +275,15 @@ def _beside(left: Tensor, right: Tensor, normalization: Normalization | None) ->
     return pixels.clamp(0, 1).cpu()
 
 
-def _epsilon(guard: Guard) -> float | None:
-    try:
-        return float(guard.privacy_spent().epsilon)
-    except (VitguardError, TypeError):  # no defense of the stack gives one (yet)
-        return None
+def _epsilons(guard: Guard) -> dict[str, float]:
+    """Return what each defense that gives a privacy guarantee has spent, by its name."""
+    spent = {}
+    for defense in guard.defenses:
+        try:
+            spent[defense.name] = float(guard.privacy_spent(defense.name).epsilon)
+        except InputError:  # this one gives none
+            continue
+    return spent
 
 
 class ProgressBar:
@@ -224,9 +292,13 @@ class ProgressBar:
     Give it to an attack as `watch`. It is a context manager, which leaves the terminal clean.
 
     Args:
-        truth: The images an attack is after, pixels in [0, 1]; with it the PSNR is shown.
+        truth: The images an attack is after, pixels in [0, 1] of shape (batch, channels, height,
+            width); with it the PSNR is shown.
         every: Iterations between thumbnails; 0 shows none.
         console: A rich console; standard error by default.
+
+    Raises:
+        InputError: `truth` is no such batch of images.
     """
 
     def __init__(
@@ -236,6 +308,7 @@ class ProgressBar:
         from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+        _check_truth(truth)
         self._truth, self._every = truth, every
         console = console or Console(stderr=True)
         columns = (
@@ -267,7 +340,7 @@ class ProgressBar:
         if self._every and (progress.iteration % self._every == 0 or progress.iteration == 1):
             images = progress.estimate()
             if self._truth is not None:
-                got = score(images, self._truth, tuple(images.shape[-2:]))  # type: ignore[arg-type]
+                got = _scored(images, self._truth, None)
                 note += f", PSNR {got.psnr.mean():.1f} dB"
             self._live.update(Group(self._bar, thumbnail(images[0])))
         self._bar.update(self._tasks[name], completed=progress.iteration, note=note)

@@ -97,7 +97,8 @@ class Block:
 
     `scale1` and `scale2` are LayerScale parameters, `gated` says that the MLP multiplies two
     branches (SwiGLU), `pre_norm` that attention reads `norm1(x)`, `residual` that x is added to it,
-    `centred` that the norms subtract the mean (LayerNorm) and do not only divide (RMSNorm).
+    `centred` that the norms subtract the mean (LayerNorm) and do not only divide (RMSNorm). `heads`
+    is the number of attention heads, 0 where it is not known.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Block:
     residual: bool = True
     gated: bool = False
     centred: bool = True
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,10 @@ class Anatomy:
 
         Raises:
             UnsupportedModel: None was recognised; the message says what was looked for.
+            InputError: Something else than a model.
         """
+        if not isinstance(model, nn.Module):
+            raise expected("an nn.Module", repr(model), "vitguard.models.build_model builds one.")
         for recognise in _FAMILIES:
             anatomy = recognise(model)
             if anatomy is not None:
@@ -403,6 +408,7 @@ def _timm_block(name: str, block: Any) -> Block:
         residual=getattr(block, "residual", True),
         gated=width != inner or hasattr(block.mlp, "fc1_g"),
         centred=_centres(getattr(block, "norm1", None)),
+        heads=int(getattr(block.attn, "num_heads", 0)),
     )
 
 
@@ -495,6 +501,7 @@ def _transformers_block(name: str, block: nn.Module) -> Block:
         scale2=f"{name}.{scale2[0]}" if scale2 else None,
         pre_norm=norm1 in modules,
         gated=fc1.endswith("weights_in"),
+        heads=int(getattr(modules.get(inner), "num_attention_heads", 0)),
     )
 
 
@@ -530,6 +537,7 @@ def _torchvision(model: nn.Module) -> Anatomy | None:
                 proj=f"{n}.self_attention.out_proj",
                 fc1=f"{n}.mlp.0",
                 fc2=f"{n}.mlp.3",
+                heads=int(getattr(model.get_submodule(f"{n}.self_attention"), "num_heads", 0)),
             )
             for n in names
         ),

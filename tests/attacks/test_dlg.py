@@ -20,7 +20,7 @@ def test_defaults_are_the_papers():
         recipe = attack.recipe(None, None)
         assert attack.iterations == 300 and attack.rate == 1.0 and not attack.line_search
         assert recipe.optimizer == "lbfgs" and not recipe.boxed and not recipe.priors
-    assert DLG().recipe(None, None).joint_labels
+    assert DLG().recipe(None, None).joint_labels == "random"
     assert not IDLG().recipe(None, None).joint_labels
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 from vitguard.attacks.fgsm import FGSM, train_surrogate
-from vitguard.core import Normalization
+from vitguard.core import Normalization, Update
+from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.errors import InputError
+from vitguard.guard import protect
 
 NORMALIZATION = Normalization((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
-def make_model(seed=0):
+def make_model(seed=0, **changes):
     torch.manual_seed(seed)
     return timm.create_model(
         "vit_tiny_patch16_224",
@@ -24,6 +28,7 @@ def make_model(seed=0):
         depth=2,
         num_heads=2,
         num_classes=4,
+        **changes,
     )
 
 
@@ -100,9 +105,10 @@ def test_targets_are_wrong_classes_and_are_reached(victim):
     assert plain.target_hits == {}
 
 
-def test_triptychs_hold_classes_and_confidences(victim):
+@pytest.mark.parametrize("epsilons", [(0.1, 0.2), (0.2, 0.1)])
+def test_triptychs_at_the_largest_epsilon_hold_classes_and_confidences(victim, epsilons):
     images, labels = colours(8)
-    result = FGSM((0.1, 0.2), examples=3).evaluate(
+    result = FGSM(epsilons, examples=3).evaluate(
         victim, images, labels, normalization=NORMALIZATION
     )
     assert len(result.examples) == 3
@@ -113,6 +119,7 @@ def test_triptychs_hold_classes_and_confidences(victim):
         assert example.after[0] == scores.argmax()
         assert example.after[1] == pytest.approx(scores.max().item(), abs=1e-5)
         assert example.epsilon == 0.2
+        assert example.perturbation.abs().max() > 0.19
 
 
 def test_a_surrogate_trained_on_answers_transfers(victim):
@@ -144,13 +151,153 @@ def test_a_surrogate_trained_on_answers_transfers(victim):
     assert box.robust_accuracy[0.15] < noise.robust_accuracy[0.15] - 0.2
 
 
-def test_the_model_keeps_its_mode_and_its_gradients(victim):
+class Breaks(nn.Module):
+    """A model whose forward fails where it is told to."""
+
+    def __init__(self, model, when):
+        super().__init__()
+        self.model, self.when = model, when
+
+    def forward(self, images):
+        if torch.is_grad_enabled() == self.when:
+            raise RuntimeError("out of memory")
+        return self.model(images)
+
+
+@pytest.mark.parametrize("broken", [None, True, False])
+def test_the_model_is_left_as_it_was(broken):
     images, labels = colours(2)
-    model = make_model().train()
-    model.patch_embed.eval()
-    FGSM().evaluate(model, images, labels)
-    assert model.training and model.blocks.training and not model.patch_embed.training
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    model = Breaks(make_model(), broken).train()
+    model.model.patch_embed.eval()
+    model.model.patch_embed.requires_grad_(False)
+    model(images).sum().backward() if broken is None else None
+
+    def state():
+        facts = {n: (p.requires_grad, p.grad, p._version) for n, p in model.named_parameters()}
+        return facts, [m.training for m in model.modules()]
+
+    before = state()
+    if broken is None:
+        FGSM().evaluate(model, images, labels)
+    else:
+        with pytest.raises(RuntimeError, match="memory"):
+            FGSM().evaluate(model, images, labels)
+    assert state() == before
+
+
+def test_a_guarded_model_still_seals_after_an_attack_on_its_input():
+    images, labels = colours(2)
+    model = make_model()
+    guard = protect(model, [PatchShuffle(0.5)])
+    zeros = {n: torch.zeros_like(p) for n, p in model.named_parameters() if "vitguard" not in n}
+    for mode in (model.train, model.eval):
+        mode()
+        FGSM().perturb(model, images, labels)
+        FGSM().evaluate(model, images, labels)
+    model.train()
+    guard.seal(Update(tensors=zeros))
+    # a gradient of the user's own in eval mode is still refused
+    nn.functional.cross_entropy(model.eval()(images), labels).backward()
+    with pytest.raises(RuntimeError, match="eval mode"):
+        guard.seal(Update(tensors=zeros))
+
+
+def test_gradient_and_accuracy_are_those_of_eval_mode():
+    images, labels = colours(32)
+    model = make_model(drop_rate=0.5, pos_drop_rate=0.9)
+    want = FGSM(0.05).perturb(model.eval(), images, labels)
+    scores = FGSM((0.05,)).evaluate(model, images, labels)
+    assert torch.equal(FGSM(0.05).perturb(model.train(), images, labels), want)
+    again = FGSM((0.05,)).evaluate(model, images, labels)
+    assert model.training and again.clean_accuracy == scores.clean_accuracy
+    assert again.robust_accuracy == scores.robust_accuracy
+    assert [e.before for e in again.examples] == [e.before for e in scores.examples]
+
+
+def test_the_callers_gradient_mode_does_not_matter(victim):
+    images, labels = colours(2)
+    want = FGSM(0.05).perturb(victim, images, labels)
+    with torch.no_grad():
+        assert torch.equal(FGSM(0.05).perturb(victim, images, labels), want)
+    with torch.inference_mode():
+        inside = FGSM(0.05).perturb(victim, images.clone(), labels.clone())
+    assert torch.equal(inside, want)
+    assert not FGSM(0.05).perturb(victim, images.clone().requires_grad_(), labels).requires_grad
+
+
+def test_int32_labels_and_a_list_of_epsilons_are_taken(victim):
+    images, labels = colours(3)
+    want = FGSM(0.05).perturb(victim, images, labels)
+    assert torch.equal(FGSM([0.05]).perturb(victim, images, labels.int()), want)
+    assert FGSM([0.1, 0]) == FGSM((0.1, 0.0)) and hash(FGSM([0.1])) == hash(FGSM((0.1,)))
+    result = FGSM([0.1], targeted=True).evaluate(victim, images, labels.int())
+    assert list(result.robust_accuracy) == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (torch.tensor([0, 4]), "from 0 to 3, got 4"),
+        (torch.tensor([-1, 0]), "from 0 to 3, got -1"),
+        (torch.rand(2, 4), "2 labels"),
+        (torch.rand(2), "class indices"),
+        (torch.tensor([1]), "2 labels"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(victim, labels, named):
+    images, _ = colours(2)
+    for call in (FGSM().perturb, FGSM().evaluate, FGSM(targeted=True).evaluate):
+        with pytest.raises(InputError, match=named):
+            call(victim, images, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pixels_must_have_the_dtype_of_the_model(victim, dtype):
+    images, labels = colours(2)
+    model = make_model().to(dtype)
+    for call in (FGSM().perturb, FGSM().evaluate):
+        with pytest.raises(InputError, match=r"on cpu, got torch\.float32"):
+            call(model, images, labels)
+    example = FGSM().evaluate(model, images.to(dtype), labels).examples[0]
+    assert example.adversarial.dtype == torch.float32
+    # the adversary's own model need not be of the attacked one's
+    got = FGSM(0.05, surrogate=victim).perturb(model, images.to(dtype), labels)
+    want = FGSM(0.05).perturb(victim, images.to(dtype).float(), labels)
+    torch.testing.assert_close(got.float(), want, atol=0.004, rtol=0)
+    with pytest.raises(InputError, match="on meta"):
+        FGSM().perturb(victim, images.to("meta"), labels)
+
+
+def test_pixels_of_other_channels_are_refused(victim):
+    images, labels = colours(2)
+    with pytest.raises(InputError, match="3 channels"):
+        FGSM().perturb(victim, images[:, :1], labels, normalization=NORMALIZATION)
+
+
+def test_no_step_is_taken_along_a_gradient_that_is_not_finite():
+    images, labels = colours(2)
+    model = make_model()
+    with torch.no_grad():
+        model.head.weight.fill_(float("inf"))
+    with pytest.raises(InputError, match="finite gradient"):
+        FGSM().perturb(model, images, labels)
+
+
+def test_a_black_box_that_cannot_be_copied_is_attacked_by_transfer(victim):
+    class Remote(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lock = threading.Lock()
+
+        def forward(self, images):
+            with self.lock:
+                return victim(images)
+
+    images, labels = colours(2)
+    result = FGSM(surrogate=victim).evaluate(Remote(), images, labels)
+    assert result.robust_accuracy == FGSM().evaluate(victim, images, labels).robust_accuracy
+    with pytest.raises(InputError, match="can be copied"):
+        FGSM().perturb(Remote(), images, labels)
 
 
 def test_normalised_input_is_refused(victim):
@@ -165,6 +312,9 @@ def test_normalised_input_is_refused(victim):
         {"epsilon": -0.1},
         {"epsilon": 8.0},
         {"epsilon": ()},
+        {"epsilon": []},
+        {"epsilon": "0.1"},
+        {"epsilon": None},
         {"epsilon": float("nan")},
         {"examples": -1},
     ],

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from vitguard import metrics
-from vitguard.attacks._matching import _Run
 from vitguard.attacks._priors import FeatureStatistics
+from vitguard.attacks._run import Run
 from vitguard.attacks.gradinversion import GradInversion
 from vitguard.errors import InputError
 
@@ -55,7 +55,7 @@ def test_restarts_are_drawn_together(attacked):
     spread = {}
     for weight in (0.0, 10.0):
         attack = GradInversion.fast(iterations=30, group=weight, langevin=0.0)
-        run = _Run(attack, view, torch.Generator().manual_seed(0))
+        run = Run(attack, view, torch.Generator().manual_seed(0))
         run.go()
         first, second = (r.images() for r in run.restarts)
         spread[weight] = float((first - second).square().mean())

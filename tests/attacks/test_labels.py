@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vitguard._verdicts import labels_overlap
 from vitguard.attacks import cascade
+from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.labels import infer_labels, labels_from_counts, pair_labels, try_labels
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.models import load_checkpoint
@@ -102,6 +103,33 @@ def test_the_last_block_gives_every_label_of_a_batch(small_vit, observe, photos,
     for withhold in ((), (r"head\.bias",)):
         view = observe(small_vit(), photos[:4], labels, withhold=withhold)
         assert infer_labels(view, generator).tolist() == [2, 2, 7, 9]
+
+
+def hugging_face(kind, moved):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        image_size=16, patch_size=4, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_labels=10, **({"intermediate_size": 96} if kind == "ViT" else {}),
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return moved(getattr(transformers, f"{kind}ForImageClassification")(config))
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Dinov2WithRegisters"])
+@pytest.mark.parametrize("labels", [[4], [7, 2], [3, 3]])
+def test_labels_on_hugging_face_models(moved, observe, photos, generator, kind, labels):
+    """DINOv2's head reads two tokens: the last block tells nothing, the bias still does."""
+    model = hugging_face(kind, moved)
+    view = observe(model, photos[: len(labels)], torch.tensor(labels))
+    assert infer_labels(view, generator).tolist() == sorted(labels)
+    guess = InvertingGradients.fast(iterations=2).run(view, generator)
+    assert sorted(guess.labels.tolist()) == sorted(labels)
+    if kind == "ViT" and len(labels) > 1:
+        assert len(cascade.last_block_samples(view, generator).labels) == len(labels)
+    elif len(labels) > 1:
+        with pytest.raises(NotApplicable, match="no LayerNorm between"):
+            cascade.Cascade().run(view, generator)
 
 
 def test_a_batch_without_bias_and_last_block_does_not_apply(small_vit, observe, photos, generator):

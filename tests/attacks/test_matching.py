@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from vitguard.attacks import _run
 from vitguard.attacks._distances import Cosine, SquaredError
 from vitguard.attacks._matching import MatchingAttack
 from vitguard.attacks._restart import Recipe, at
@@ -28,7 +29,7 @@ class Plain(MatchingAttack):
     """A recipe for tests: squared error, Adam."""
 
     name: ClassVar[str] = "plain"
-    joint: bool = False
+    joint: str = ""
     optimizer: str = "adam"
 
     def recipe(self, view, anatomy):
@@ -90,7 +91,7 @@ def test_the_truth_is_a_fixed_point():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("joint", ["", "random"])
 def test_a_killed_attack_resumes_to_the_same_end(tmp_path, optimizer, joint):
     view, _, _ = make_view()
     size = {"iterations": 6, "restarts": 2} if optimizer == "adam" else {"iterations": 2}
@@ -103,14 +104,12 @@ def test_a_killed_attack_resumes_to_the_same_end(tmp_path, optimizer, joint):
             raise SystemExit  # as a scheduler would, after the last save
 
     saving = replace(whole, resume=path, watch=kill)
-    import vitguard.attacks._matching as matching
-
-    pause, matching._SAVE_EVERY = matching._SAVE_EVERY, 0.0
+    pause, _run._SAVE_EVERY = _run._SAVE_EVERY, 0.0
     try:
         with pytest.raises(SystemExit):
             saving.run(view, seeded())
     finally:
-        matching._SAVE_EVERY = pause
+        _run._SAVE_EVERY = pause
     done: list[int] = []
     resumed = replace(saving, watch=lambda p: done.append(p.iteration)).run(view, seeded())
     assert done[0] == whole.iterations // 2 + 1, "nothing was resumed"
@@ -127,7 +126,7 @@ def test_a_saved_run_of_other_settings_is_refused(tmp_path):
     with pytest.raises(InputError, match="another seed"):
         Plain(iterations=2, resume=path).run(view, seeded(1))
     other, _, _ = make_view(seed=9)
-    with pytest.raises(InputError, match="another seen"):
+    with pytest.raises(InputError, match="another update"):
         Plain(iterations=2, resume=path).run(other, seeded())
     (tmp_path / "noise").write_bytes(b"nothing")
     with pytest.raises(InputError, match="a saved run"):
@@ -159,8 +158,6 @@ def test_a_shortened_schedule_says_so_and_names_the_full_one():
     assert shortened.details["schedule"] == (
         "shortened: 2 iterations where the full run has 24,000"
     )
-    whole = Plain(iterations=1000, seconds=0.05).run(view, seeded())
-    assert whole.details["schedule"] == "the full 1,000 iterations"
 
 
 def test_the_budget_of_a_fast_preset_cuts_iterations_and_not_those_that_were_given():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,18 +34,19 @@ def load_run(path: str | Path, identity: dict[str, Any], restarts: Sequence[Rest
     """
     if not Path(path).exists():
         return 0
+    afresh = "Give another file to start afresh."
     try:
         state = torch.load(path, weights_only=True)
-        saved = state["identity"]
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise expected("a saved run", f"{path} ({error})") from error
+        saved, parts, done = dict(state["identity"]), state["restarts"], int(state["done"])
+    except Exception as error:  # torch raises whatever it likes on a file of another kind
+        raise expected("a saved run", f"{path} ({type(error).__name__})", afresh) from error
     different = [k for k in identity if saved.get(k) != identity[k]]
     if different:
         raise expected(
             f"the saved run of this attack at {path}",
             f"one with another {', '.join(different)}",
-            "Give another file to start afresh.",
+            afresh,
         )
-    for restart, part in zip(restarts, state["restarts"], strict=True):
+    for restart, part in zip(restarts, parts, strict=True):
         restart.load(part)
-    return int(state["done"])
+    return done

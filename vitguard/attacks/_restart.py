@@ -41,7 +41,8 @@ class Recipe:
         signed: Give Adam the sign of the gradient only.
         boxed: Clip to valid pixels after each step.
         langevin: Noise after each step, as a multiple of the rate.
-        joint_labels: Optimise the labels with the images instead of inferring them.
+        joint_labels: Optimise the labels with the images, from `random` ones or `inferred` ones,
+            instead of holding on to the inferred ones.
         line_search: L-BFGS searches along its direction (strong Wolfe) instead of a fixed step.
         spread: Standard deviation of the noise a run starts from, in model-input units.
         dropped: Terms of the paper that are off here, each with the reason; for the report.
@@ -56,7 +57,7 @@ class Recipe:
     signed: bool = False
     boxed: bool = True
     langevin: float = 0.0
-    joint_labels: bool = False
+    joint_labels: Literal["", "random", "inferred"] = ""
     line_search: bool = False
     spread: float = 1.0
     dropped: tuple[str, ...] = ()

@@ -200,11 +200,13 @@ def _final_norm(view: View, anatomy: Anatomy, head: str) -> Norm:
     finally:
         for hook in hooks:
             hook.remove()
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.LayerNorm) and len(module.normalized_shape) == 1:
-            norm = Norm.of(view, name)
-            if len(norm.scale) == anatomy.width and torch.allclose(
-                norm(seen["block"][0, 0].double()), seen["head"][0].double(), atol=1e-4
-            ):
-                return norm
+    left, entered = seen["block"], seen["head"]
+    # DINOv2's head reads the class token beside the mean of the patches, which is no norm's output
+    if left.dim() == 3 and left.shape[2] == anatomy.width and entered.shape == (1, anatomy.width):
+        token = left[0, 0].double()
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.LayerNorm) and module.normalized_shape == token.shape:
+                norm = Norm.of(view, name)
+                if torch.allclose(norm(token), entered[0].double(), atol=1e-4):
+                    return norm
     raise NotApplicable("no LayerNorm between the last block's class token and the head")

@@ -97,6 +97,8 @@ class GeluSpan(Attack):
             "stopped": state.stopped or "",
             "seconds": round(time.monotonic() - started, 2),
         }
+        if state.stopped in ("time", "interrupted"):
+            details["unfinished"] = [f"all tokens were found ({state.stopped})"]
         if state.masked is not None:
             details["order"] = "by seams" if bool(state.masked.any()) else "known"
         return guess_from_patches(

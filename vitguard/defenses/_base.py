@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ __all__ = [
     "ModelDefense",
     "StepDefense",
     "UpdateDefense",
+    "rewinding",
     "written",
 ]
 
@@ -64,6 +66,10 @@ class Defense(ABC):
             steps: Local steps behind the update.
         """
         return None
+
+    def audit_note(self) -> str:
+        """Return what a reader of an audit must know of these settings, "" where nothing."""
+        return ""
 
 
 def written(value: Any) -> str:
@@ -122,6 +128,12 @@ class Installed(nn.Module):
         """Return that loss per example, shape (batch,), for differential privacy; read once."""
         return None
 
+    def abandon(self) -> None:
+        """Drop what a forward left behind that broke off, so that the next one starts clean."""
+
+    def stepped(self) -> None:
+        """Note that an optimizer is about to step the parameters of this defense."""
+
     def one_draw(self) -> bool:
         """Whether a whole batch gets the same draw, which its pieces must share."""
         return False
@@ -139,6 +151,17 @@ class Installed(nn.Module):
     def truth(self) -> Mapping[str, Tensor]:
         """Return the last secret draw, for the audit's scores only: e.g. `shuffled` (batch, N)."""
         return {}
+
+
+@contextmanager
+def rewinding(pieces: Iterable[Installed]) -> Iterator[None]:
+    """Put back how far the pieces' schedules have come: the steps inside are only rehearsed."""
+    buffers = [(b, b.clone()) for piece in pieces for b in piece.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 class ModelDefense(Defense):

@@ -116,6 +116,10 @@ class InstalledShuffle(Installed):
     def pin(self, shuffled: Bool[Tensor, "batch patches"] | None) -> None:
         self._pinned = None if shuffled is None else shuffled.detach().cpu().bool()
 
+    def abandon(self) -> None:
+        self._forget()
+        self._rows, self._unread = (), False
+
     # what training leaves behind
 
     def auxiliary_loss(self) -> Tensor | None:
@@ -284,7 +288,6 @@ class InstalledShuffle(Installed):
     # optimizers, see _steps.py
 
     def stepped(self) -> None:
-        """Note that an optimizer is about to step the parameters of this defense."""
         self._left_out_at = None
         if "step" in self._buffers:
             self.get_buffer("step").add_(1)

@@ -248,7 +248,8 @@ def _require_positions(anatomy: Anatomy, name: str) -> None:
     if anatomy.positions is None:
         raise Incompatible(
             f"Expected a model with an absolute position embedding for {name}, got none "
-            f"({anatomy.family}). Rotary and relative positions are not replaced."
+            f"({anatomy.family}). Rotary and relative positions are not replaced: leave {name} out "
+            "and give others, such as noise:scale=0.01 or shuffle:ratio=0.5."
         )
 
 

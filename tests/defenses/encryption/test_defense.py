@@ -60,13 +60,27 @@ def test_what_is_not_selected_stays_plain(model, batch):
 
 
 def test_attention_alone_with_learnable_positions_is_refused_unless_forced(model, batch):
-    with pytest.raises(Incompatible, match=r"pos_embed or patch_embed.proj.weight.*force=True"):
+    with pytest.raises(Incompatible, match=r"pos_embed, patch_embed.proj.weight.*force=True"):
         protect(copy.deepcopy(model), [EncryptedGradients("attention")])
     protect(copy.deepcopy(model), [EncryptedGradients("attention", force=True)]).update(*batch)
     for hidden in (FixedPositions(), WithheldPositions()):
         protect(copy.deepcopy(model), [hidden, EncryptedGradients("attention")])
     for fine in ("all", "plan", "embedding", "attention/patch"):
         protect(copy.deepcopy(model), [EncryptedGradients(fine)])
+
+
+@pytest.mark.parametrize(
+    "hidden", [FixedPositions("frozen"), FixedPositions("sincos"), WithheldPositions()]
+)
+def test_hidden_positions_do_not_lift_the_refusal_of_what_still_leaks(model, hidden):
+    """Audited, the same stack leaks through `span` or `gelu-span`: test_plan_confirmed.py."""
+    with pytest.raises(Incompatible, match=r"leaves .*`gelu-span`.*vitguard plan") as refused:
+        protect(copy.deepcopy(model), [hidden, EncryptedGradients(r"attn\.qkv")])
+    protect(copy.deepcopy(model), [hidden, EncryptedGradients(r"attn\.qkv", force=True)])
+    with pytest.raises(Incompatible) as first:
+        protect(copy.deepcopy(model), [EncryptedGradients(r"attn\.qkv")])
+    for error in (refused, first):
+        assert "'plan' or 'all'" in str(error.value) and "FixedPositions" not in str(error.value)
 
 
 def test_large_selections_are_listed_without_ciphertext_and_say_so(model, batch):
@@ -147,6 +161,41 @@ def test_specs_round_trip_and_wrong_settings_are_refused(model):
 @pytest.mark.parametrize("select", ["", "/", "attention/", "[", "nothing_like_this"])
 def test_wrong_selections_are_refused(model, select):
     with pytest.raises(InputError):
+        select_names(Anatomy.of(model), select, names(model))
+
+
+@pytest.mark.parametrize(
+    "select, role",
+    [
+        (r"embedding|attn\.qkv", "embedding"),
+        (r"attn\.qkv|plan", "plan"),
+        (r"head/attn\.qkv|all", "all"),
+    ],
+)
+def test_a_role_among_the_alternatives_of_a_pattern_is_refused(model, select, role):
+    joined = select.replace("head/", "").replace("|", "/")
+    for read in (
+        lambda: select_names(Anatomy.of(model), select, names(model)),
+        lambda: protect(copy.deepcopy(model), [EncryptedGradients(select, force=True)]),
+    ):
+        with pytest.raises(InputError, match=rf"role '{role}' would be read as a pattern") as error:
+            read()
+        assert f"as in {joined};" in str(error.value) and "--encrypt" in str(error.value)
+    assert len(select_names(Anatomy.of(model), joined, names(model))) > 2
+
+
+def test_an_alternative_that_matches_nothing_is_refused_by_protect(model):
+    with pytest.raises(InputError, match=r"of which 'no_such' matches none"):
+        protect(copy.deepcopy(model), [EncryptedGradients(r"patch_embed|no_such")])
+    for fine in (r"patch_embed|(no_such|attn)\.qkv", r"patch_embed|attn[|]?\.qkv"):
+        protect(copy.deepcopy(model), [EncryptedGradients(fine, force=True)])
+    stack = [FixedPositions(), EncryptedGradients(r"pos_embed|patch_embed", force=True)]
+    protect(copy.deepcopy(model), stack)  # a parameter of the model, though no update has it
+
+
+@pytest.mark.parametrize("select", ["nothing_like_this", "attention/", "["])
+def test_the_error_of_a_selection_lists_plan(model, select):
+    with pytest.raises(InputError, match=r"Expected one of attention,.*, plan or a regular"):
         select_names(Anatomy.of(model), select, names(model))
 
 

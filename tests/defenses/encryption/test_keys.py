@@ -47,6 +47,17 @@ def test_saved_keys_load_again_under_the_passphrase(keys, tmp_path):
     assert loaded.public_bytes() == keys.public_bytes()
 
 
+def test_keys_in_a_file_are_replaced_only_when_asked(keys, tmp_path):
+    path = tmp_path / "keys.json"
+    keys.save(path, PASSPHRASE)
+    fresh = keys.rotate()
+    with pytest.raises(InputError, match="overwrite=True"):
+        fresh.save(path, PASSPHRASE)
+    assert KeySet.load(path, PASSPHRASE).fingerprint == keys.fingerprint
+    fresh.save(path, PASSPHRASE, overwrite=True)
+    assert KeySet.load(path, PASSPHRASE).fingerprint == fresh.fingerprint
+
+
 def test_a_saved_file_is_encrypted_under_the_passphrase_and_readable_by_its_owner_alone(
     keys, tmp_path
 ):
@@ -82,7 +93,7 @@ def test_a_wrong_passphrase_or_a_changed_file_is_refused(keys, tmp_path):
     with pytest.raises(InputError, match="no file"):
         KeySet.load(tmp_path / "missing", PASSPHRASE)
     with pytest.raises(InputError, match="passphrase"):
-        keys.save(path, "")
+        keys.save(tmp_path / "new.json", "")
 
 
 def test_the_secret_key_is_in_no_repr_pickle_or_log_and_no_message_or_server_key_contains_it(

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from vitguard._released import Released
+from vitguard._remaining import giving_away
 from vitguard.core import Update
 from vitguard.defenses._base import Defense, Draws, UpdateDefense
 from vitguard.defenses.encryption.backend import require_tenseal
@@ -15,8 +17,9 @@ from vitguard.defenses.encryption.client import Decryptor, Encryptor, worst_erro
 from vitguard.defenses.encryption.keys import KeySet, ServerKeys
 from vitguard.defenses.encryption.manifest import Entry, Manifest, model_version
 from vitguard.defenses.encryption.presets import PRESETS, Preset, preset
-from vitguard.defenses.encryption.selection import minimal_names, select_names
+from vitguard.defenses.encryption.selection import minimal_names, require_all_match, select_names
 from vitguard.defenses.encryption.server import Aggregator
+from vitguard.defenses.positions import FixedPositions, WithheldPositions
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy, canonical_parameters
 
@@ -34,11 +37,10 @@ __all__ = [
     "minimal_names",
     "model_version",
     "preset",
+    "require_all_match",
     "select_names",
     "worst_error",
 ]
-
-_HIDE_POSITIONS = ("positions", "withheld")
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class EncryptedGradients(UpdateDefense):
             forms), another role, a regular expression, or several joined by `/`.
         preset: `quantised` (3.8 bytes a value, 10 clients), `many` (4.0, 100 clients), `precise`
             (7.6, 10 clients) or `compact` (2.7, coarse).
-        force: Accept a selection that leaves position and patch gradients plain, which give the
-            image back exactly.
+        force: Accept a selection under which an attack that gives the image back remains, by the
+            analysis of `vitguard plan`: at batch size 1 and by the positions of the stack; its
+            other defenses are not counted.
         rehearse: Without `encryptor`, selections of up to this many values are encrypted under
             a key that is thrown away; larger ones are listed as sealed and no ciphertext is made.
             The reason of each sealed name says which.
@@ -92,23 +95,28 @@ class EncryptedGradients(UpdateDefense):
         """Refuse a selection that encrypts nothing, or that gives the image away.
 
         Raises:
-            Incompatible: Nothing is selected, or position and patch gradients stay plain and
-                `force` is not set.
+            Incompatible: Nothing is selected, or what stays plain gives the image away, by the
+                analysis of `vitguard plan`, and `force` is not set.
+            InputError: The selection cannot be read, or a part of it matches no parameter.
             MissingExtra: TenSEAL is not installed.
         """
         require_tenseal()
-        released = set(canonical_parameters(model))
-        if any(d.name in _HIDE_POSITIONS for d in stack):
-            released.discard(anatomy.positions or "")
-        chosen = select_names(anatomy, self.select, sorted(released))
+        sizes = {n: p.numel() for n, p in canonical_parameters(model).items()}
+        require_all_match(anatomy, self.select, sizes)
+        positions = _positions(stack)
+        if positions != "learnable":
+            sizes.pop(anatomy.positions or "", None)
+        chosen = select_names(anatomy, self.select, sizes)
         if not chosen:
             raise Incompatible(f"Expected parameters to encrypt, got none for {self.select!r}.")
-        plain = released - set(chosen)
-        if {anatomy.positions, anatomy.patch_weight} <= plain and not self.force:
+        plain = Released(anatomy, sizes, frozenset(sizes) - frozenset(chosen), positions)
+        if not self.force and (remaining := giving_away(plain)):
+            first, names = remaining[0], ", ".join(f"`{a.attack}`" for a in remaining)
             raise Incompatible(
-                f"Expected a selection that hides {anatomy.positions} or {anatomy.patch_weight}, "
-                f"got {self.select!r}: their plain gradients give the image back exactly "
-                "(attack `position`). Add FixedPositions, select 'plan' or 'all', or force=True."
+                f"Expected a selection that ends the exact attacks, got {self.select!r} with "
+                f"{positions} positions, which leaves {names}: {', '.join(first.needs)} stay "
+                "plain and give the image back. Select 'plan' or 'all'; see what remains with "
+                "`vitguard plan`; force=True accepts it."
             )
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
@@ -147,6 +155,16 @@ class EncryptedGradients(UpdateDefense):
         sealed = encryptor.seal(update, round_id=0)
         reason = f"encrypted ({self.preset}) under a key that was thrown away"
         return sealed.seal(dict.fromkeys(chosen, reason))
+
+
+def _positions(stack: Sequence[Defense]) -> str:
+    """Return what the stack makes of the positions, as `Released` calls it."""
+    for defense in stack:
+        if isinstance(defense, FixedPositions):
+            return defense.kind
+        if isinstance(defense, WithheldPositions):
+            return "withheld"
+    return "learnable"
 
 
 def _own_bounds(tensors: Mapping[str, Tensor]) -> dict[str, float]:

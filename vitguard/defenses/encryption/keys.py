@@ -14,7 +14,7 @@ from vitguard.defenses.encryption.authority import Authority
 from vitguard.defenses.encryption.backend import Engine, shared_engine
 from vitguard.defenses.encryption.keyfile import cipher_of, decrypt, read_private, write_private
 from vitguard.defenses.encryption.presets import Layout, preset
-from vitguard.errors import Rejected
+from vitguard.errors import Rejected, expected
 
 __all__ = ["KeySet", "ServerKeys"]
 
@@ -184,12 +184,18 @@ class KeySet:
         """Return SEAL's secret key for `engine`; for the encryptor and decryptor only."""
         return engine.secret(self.__secret)
 
-    def save(self, path: str | Path, passphrase: str) -> None:
+    def save(self, path: str | Path, passphrase: str, *, overwrite: bool = False) -> None:
         """Write the keys encrypted (scrypt, AES-256-GCM), mode 600, atomically.
 
         Raises:
-            InputError: The passphrase is empty, or the folder cannot be written.
+            InputError: The passphrase is empty, the folder cannot be written, or the file is there
+                already and `overwrite` is false.
         """
+        if not overwrite and Path(path).exists():
+            raise expected(
+                "a new key file", f"{path}, which is there already",
+                "Give another path. overwrite=True destroys the keys in it.",
+            )  # fmt: skip
         salt, nonce = secrets.token_bytes(16), secrets.token_bytes(12)
         facts = _facts(self._public)
         facts["salt"], facts["nonce"] = salt.hex(), nonce.hex()

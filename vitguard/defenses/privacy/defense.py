@@ -200,6 +200,18 @@ class DifferentialPrivacy(StepDefense):
         """
         return reconstruction_bound(prior, self._release_noise(), steps)
 
+    def audit_note(self) -> str:
+        """Say which noise a target epsilon came to: training on a loader takes less."""
+        if self.epsilon is None:
+            return ""
+        updates = math.ceil(self.epochs or 1)
+        return (
+            f"{self.spec()} was audited with noise {self._release_noise():.3g}, enough for "
+            f"{updates} update{'s' if updates > 1 else ''} of all records; training on a prepared "
+            "loader takes less noise for the same epsilon: audit that with privacy:noise= the "
+            "noise_multiplier of its optimizer"
+        )
+
     def load_ledger(self, state: Mapping[str, Any], ledger: Ledger | None = None) -> Ledger:
         """Return a ledger that continues from `state`; `ledger` itself when one is in use."""
         ledger = ledger if ledger is not None else Ledger()
