@@ -138,6 +138,60 @@ def test_update_file_is_audited_on_its_own(photo):
     with_wrong_truth = report(*arguments, "--attack", "span", "--images", str(photo))
     client = next(f for f in with_wrong_truth["findings"] if f["defense"] != "none")
     assert client["psnr"]["max"] < 20
+    assert client["verdict"] == "leaks" and "none of the images" in client["reason"]
+    assert run(*arguments, "--attack", "span", "--images", str(photo), "--max-gain", "6") == 1
+    Image.open(photo).save("second.png")
+    for wrong in (["--images", str(photo), "second.png"], ["--num-images", "1"],
+                  ["--batch-size", "1"]):  # fmt: skip
+        assert run(*arguments, *wrong) == 2
+
+
+@pytest.mark.parametrize(
+    ("gate", "attack", "said"),
+    [
+        (["--max-gain", "6"], "span", "positions:kind=frozen"),
+        (["--max-gain", "6"], "position", "No attack was conclusive"),
+        ([], "span", None),
+    ],
+)
+def test_a_gate_says_why(gate, attack, said, capsys):
+    run("--defense", "positions:kind=frozen", "--attack", attack, *gate)
+    shown = [row for row in capsys.readouterr().err.splitlines() if row.startswith("vitguard: ")]
+    assert len(shown) == (said is not None)
+    assert said is None or (shown[0].startswith("vitguard: gate: ") and said in shown[0])
+
+
+def test_parameters_and_iterations_reach_the_attacks(capsys):
+    result = report("--attack", "inverting", "--parameters", "attention", "--iterations", "2")
+    settings = result["findings"][0]["settings"]
+    assert (settings["parameters"], settings["iterations"]) == ("attention", 2)
+    for option in (["--parameters", "attention"], ["--iterations", "2"]):
+        assert run(*option) == 2
+        assert run("--attack", "position", *option) == 2
+        assert option[0] in capsys.readouterr().err
+
+
+def test_a_folder_of_which_not_all_is_audited_says_so(photo):
+    Path("folder").mkdir()
+    for i in range(6):
+        Image.open(photo).save(f"folder/{i}.png")
+    assert run("--images", "folder", "--attack", "position", "--html", "some.html") == 0
+    assert "the first 4 of 6 images" in Path("some.html").read_text()
+    assert run("--images", "folder", "--num-images", "6", "--attack", "position",
+               "--html", "all.html") == 0  # fmt: skip
+    assert "the first" not in Path("all.html").read_text()
+
+
+def test_an_interrupted_audit_is_written_and_is_not_done(monkeypatch):
+    from vitguard.attacks.span import SpanInversion
+
+    def stopped(self, view, generator):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SpanInversion, "run", stopped)
+    assert run("--attack", "position", "span", "--json", "out.json") == 130
+    found = json.loads(Path("out.json").read_text())["findings"]
+    assert [f["attack"] for f in found if f["verdict"] == "leaks"] == ["position"]
 
 
 def _bad_files(folder: Path) -> None:
@@ -167,6 +221,9 @@ def _bad_files(folder: Path) -> None:
         (["--checkpoint", "other.safetensors"], "other.safetensors"),
         (["--checkpoint", "shape.safetensors"], "norm.weight"),
         (["--checkpoint", "nan.safetensors"], "norm.weight"),
+        (["--max-gain", "nan"], "--max-gain"),
+        (["--max-psnr", "inf"], "--max-psnr"),
+        (["--tensorboard", "text.png"], "text.png"),
         (["--model", "vit_nonsense"], "vit_nonsense"),
         (["--model", "vit_tiny_patch16_224:nonsense=1"], "nonsense"),
         (["--model", "resnet18"], "ResNet"),

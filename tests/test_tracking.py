@@ -268,6 +268,12 @@ def test_truth_of_other_images_is_refused_in_the_first_iteration(tmp_path, attac
         for watch in (TensorBoard(tmp_path, truth=torch.rand(shape), every=99), bar):
             with pytest.raises(InputError, match=r"attacked, shape \(1, 3, 16, 16\)"):
                 InvertingGradients(iterations=2, watch=watch).run(view, torch.Generator())
+    resumed = SimpleNamespace(
+        attack="inverting", iteration=7, iterations=50, terms={}, settings={}, seconds=0.0,
+        estimate=lambda: torch.rand(1, 3, 16, 16),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="attacked"):
+        TensorBoard(tmp_path, truth=torch.rand(2, 3, 16, 16))(resumed)
 
 
 def test_a_folder_is_checked_before_a_long_run_and_nothing_is_left(tmp_path, monkeypatch):

@@ -117,6 +117,19 @@ def test_draws_of_a_shuffle_make_one_good_value_luck(small_vit, observe, photos)
     assert guess.details["distance"] != run.restarts[0].best_distance
 
 
+def test_dropout_is_measured_again_under_equal_draws(small_vit, observe, photo):
+    view = observe(small_vit(proj_drop_rate=0.2), photo)
+    run = Run(Loop(iterations=6, restarts=2, terms={"rate": 0.1}), view, seeded())
+    guess = run.go()
+    again = [run._distance(restart, restart.best) for restart in run.restarts]
+    assert guess.details["distance"] == min(again)
+    assert not set(again) & {restart.best_distance for restart in run.restarts}
+    best = run.restarts[again.index(min(again))].best_images()
+    assert torch.equal(guess.images, view.normalization.invert(best).clamp(0, 1))
+    repeated = Loop(iterations=6, restarts=2, terms={"rate": 0.1}).run(view, seeded())
+    assert torch.equal(repeated.images, guess.images)
+
+
 def test_labels_are_counted_in_the_mean_gradient_of_the_steps(small_vit, observe, photos):
     labels = torch.tensor([0, 0, 1, 2])
     model = small_vit(global_pool="avg", class_token=False)

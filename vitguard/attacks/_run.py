@@ -261,10 +261,12 @@ class Run:
             value = self._measure(images, labels, self._generator(-2 - draws, 0).initial_seed())
         return float(value.detach())
 
-    def _stochastic(self) -> bool:
+    def _drawn(self) -> bool:
         """Whether the defense's draws move the distance: then one good value is luck."""
         if not self.view.settings or self.shuffled is not None:
             return False
+        if self.view.random():  # two distances differ anyhow
+            return "shuffle" in self.view.settings
         restart = self.restarts[0]
         return self._distance(restart, restart.free.detach(), 0) != self._distance(
             restart, restart.free.detach(), 1
@@ -272,10 +274,12 @@ class Run:
 
     def _candidates(self) -> tuple[list[Tensor], list[float]]:
         """The images each restart stands for, and their distances under equal draws."""
-        if not self._stochastic():
-            return [r.best for r in self.restarts], [r.best_distance for r in self.restarts]
-        last = [r.free.detach() for r in self.restarts]
-        return last, [self._distance(r, x) for r, x in zip(self.restarts, last, strict=True)]
+        drawn = self._drawn()
+        images = [r.free.detach() if drawn else r.best for r in self.restarts]
+        if not drawn and not self.view.random():
+            return images, [r.best_distance for r in self.restarts]
+        pairs = zip(self.restarts, images, strict=True)
+        return images, [self._distance(r, x) for r, x in pairs]
 
     def _guess(self) -> Guess:
         if not self.interrupted and all(r.best_distance == math.inf for r in self.restarts):

@@ -1,0 +1,179 @@
+"""Audits that take long: interrupted, cut short, resumed; and updates whose truth is not known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from vitguard._stage import INTERRUPTED
+from vitguard.attacks._base import Attack
+from vitguard.attacks.fgsm import FGSM
+from vitguard.attacks.inverting import InvertingGradients
+from vitguard.attacks.position import PositionInversion
+from vitguard.attacks.span import SpanInversion
+from vitguard.audit import audit
+from vitguard.core import Guess, Normalization
+from vitguard.errors import InputError, LeakFound
+from vitguard.guard import protect
+from vitguard.received import audit_update
+
+FROZEN = "positions:kind=frozen"
+
+
+@dataclass(frozen=True)
+class Told(Attack):
+    """Knows the image; breaks off where told."""
+
+    name: ClassVar[str] = "told"
+    family: ClassVar[str] = "closed-form"
+    image: torch.Tensor
+    how: str = ""
+    on_control: bool = False
+
+    def run(self, view, generator):
+        if bool(view.settings) == self.on_control:
+            return Guess(self.image)
+        if self.how == "interrupt":
+            raise KeyboardInterrupt
+        if self.how == "index":
+            raise IndexError("target -1")
+        return Guess(torch.full_like(self.image, 0.5), details={"unfinished": ["the end"]})
+
+    def settings(self):
+        return {"how": self.how}
+
+
+def labelled(pixels):
+    return pixels, torch.arange(len(pixels))
+
+
+def test_an_interrupt_keeps_what_is_done_and_skips_the_rest(small_vit, photo):
+    seen: list[int] = []
+
+    def stop(progress):
+        seen.append(progress.iteration)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    attacks = [PositionInversion(), InvertingGradients(iterations=50, watch=stop), FGSM()]
+    report = audit(small_vit(), labelled(photo), defenses=FROZEN, attacks=attacks)
+    found = {(f.defense, f.attack): f for f in report.findings}
+    assert report.interrupted and any("keyboard interrupt" in note for note in report.notes)
+    assert found["none", "position"].verdict == "leaks"
+    cut = found["none", "inverting"]
+    assert cut.psnr is not None and cut.details["unfinished"] == ["iteration 50"]
+    for key in ((FROZEN, "position"), (FROZEN, "inverting"), ("none", "fgsm"), (FROZEN, "fgsm")):
+        assert (found[key].verdict, found[key].reason) == ("inconclusive", INTERRUPTED)
+    assert len(seen) == 3
+    assert report.gate(max_gain=6) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_that_an_attack_does_not_take_loses_nothing(small_vit, photo, workers):
+    told = Told(photo, "interrupt")
+    report = audit(
+        small_vit(), labelled(photo), defenses=FROZEN, attacks=[told, SpanInversion()],
+        workers=workers,
+    )  # fmt: skip
+    found = {(f.defense, f.attack): f for f in report.findings}
+    assert found["none", "told"].verdict == "leaks"
+    assert found[FROZEN, "told"].reason == INTERRUPTED
+    assert found[FROZEN, "span"].reason == INTERRUPTED and report.interrupted
+
+
+def test_an_attack_that_was_cut_short_was_not_resisted(small_vit, photo):
+    report = audit(small_vit(), labelled(photo), defenses=FROZEN, attacks=[Told(photo)])
+    assert report.findings[0].verdict == "leaks"
+    assert report.findings[-1].verdict == "inconclusive"
+    assert "ended before the end" in report.findings[-1].reason
+    assert not report.interrupted and report.gate(max_gain=6) == 3
+
+
+def test_any_error_of_an_attack_is_a_failed_attempt(small_vit, photo):
+    report = audit(small_vit(), labelled(photo), defenses=FROZEN, attacks=[Told(photo, "index")])
+    assert report.findings[-1].verdict == "inconclusive"
+    assert report.findings[-1].reason == "the attack failed: IndexError: target -1"
+
+
+def test_each_configuration_and_batch_resumes_from_a_file_of_its_own(small_vit, photos, tmp_path):
+    path = tmp_path / "run.pt"
+    attack = InvertingGradients(iterations=3, resume=str(path))
+
+    def once():
+        return audit(
+            small_vit(), labelled(photos[:2]), defenses=FROZEN, attacks=[attack], batch_size=1
+        )
+
+    first = once()
+    names = {f"run-{run}-{b}.pt" for run in ("control", "positions-kind-frozen") for b in (0, 1)}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    seen: list[int] = []
+    attack = replace(attack, watch=lambda p: seen.append(p.iteration))
+    again = once()
+    assert not seen, "nothing was resumed"
+    assert [f.psnr for f in again.findings] == [f.psnr for f in first.findings]
+    gone = InvertingGradients(iterations=3, resume=str(tmp_path / "no" / "run.pt"))
+    with pytest.raises(InputError, match="writable"):
+        audit(small_vit(), labelled(photos[:1]), attacks=[PositionInversion(), gone])
+
+
+def received(model, photo, attack, truth=None, **how):
+    guard = protect(model, [])
+    update = guard.update(Normalization().apply(photo), torch.tensor([0]))
+    guard.remove()
+    report = audit_update(
+        model, update, attacks=[attack], truth=truth, normalization=Normalization(), **how
+    )
+    return report.findings[-1]
+
+
+def test_a_guess_that_explains_the_update_leaks_whatever_the_truth_is_said_to_be(small_vit, photos):
+    other = received(small_vit(), photos[:1], PositionInversion(), truth=photos[1:2])
+    assert other.verdict == "leaks" and other.psnr.max < 30
+    assert "none of the images that were given" in other.reason
+    right = received(small_vit(), photos[:1], PositionInversion(), truth=photos[:1])
+    assert right.verdict == "leaks" and "none of the images" not in right.reason
+
+
+def test_a_guess_that_was_fitted_to_the_update_does_not_explain_it(small_vit, photo):
+    near = Guess(
+        photo + 1e-4 * torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))
+    )
+    fitted = InvertingGradients(iterations=1, start=near)
+    finding = received(small_vit(), photo, fitted)
+    assert finding.details["update_error"] < 0.05
+    assert finding.verdict == "inconclusive" and "fitted to the update" in finding.reason
+
+
+def test_the_last_layers_explain_no_image(small_vit, photo):
+    @dataclass(frozen=True)
+    class Labelled(Told):
+        def run(self, view, generator):
+            return Guess(self.image, torch.tensor([0]))
+
+    model = small_vit()
+    assert received(model, photo, Labelled(photo)).verdict == "leaks"
+    early = ("patch", "position", "attention", "mlp", "cls_token")
+    sealed = received(model, photo, Labelled(photo), withhold=early)
+    assert sealed.verdict == "inconclusive"
+
+
+def test_no_conclusive_attack_raises_without_limits_too(small_vit, photo):
+    report = audit(small_vit(), labelled(photo), defenses=FROZEN, attacks=[PositionInversion()])
+    assert report.findings[-1].verdict == "blocked"
+    with pytest.raises(LeakFound, match="No attack was conclusive"):
+        report.raise_if_leaks()
+
+
+def test_a_target_epsilon_says_which_noise_was_audited(small_vit, photo):
+    stack = "privacy:epsilon=8,epochs=3"
+    report = audit(small_vit(), labelled(photo), defenses=stack, attacks=[PositionInversion()])
+    (note,) = (note for note in report.notes if "epsilon=8" in note)
+    assert "noise 1.04, enough for 3 updates" in note and "takes less noise" in note
+    plain = audit(
+        small_vit(), labelled(photo), defenses="privacy:noise=1", attacks=[PositionInversion()]
+    )
+    assert not any("noise" in note for note in plain.notes)
