@@ -146,6 +146,18 @@ def test_update_file_is_audited_on_its_own(photo):
         assert run(*arguments, *wrong) == 2
 
 
+def test_a_wrong_option_names_its_command(capsys):
+    assert run("--nonsense", "3") == 2
+    assert "--nonsense 3 (see vitguard audit --help)" in capsys.readouterr().err
+
+
+def test_the_listing_fits_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["list"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) > 40 and max(map(len, shown)) <= 80
+
+
 @pytest.mark.parametrize(
     ("gate", "attack", "said"),
     [

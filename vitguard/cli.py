@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import json
 import math
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -37,7 +39,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1, 2 or 3 (see `vitguard audit --help`)."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.prog += f" {options.command}"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return options.run(options)
     except VitguardError as error:
@@ -62,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     listing = commands.add_parser("list", help="defenses and attacks with their settings")
     listing.add_argument("--json", action="store_true", help="as JSON")
-    listing.set_defaults(run=_list)
+    listing.set_defaults(run=_list, command="list")
     return parser
 
 
@@ -140,7 +146,7 @@ def _add_audit(commands: Any) -> None:
     add("--tensorboard", metavar="DIR")
     add("--max-psnr", type=float, metavar="DB", help="gate: matched-patch PSNR")
     add("--max-gain", type=float, metavar="DB", help="gate: dB above the no-information baseline")
-    audit.set_defaults(run=_audit)
+    audit.set_defaults(run=_audit, command="audit")
 
 
 def _add_plan(commands: Any) -> None:
@@ -148,16 +154,28 @@ def _add_plan(commands: Any) -> None:
         "plan", help="which closed forms remain if only some parameters are encrypted, and the cost"
     )
     plan.add_argument("--model", default="vit_base_patch16_224", metavar="NAME[:key=value,...]")
-    plan.add_argument("--encrypt", action="append", required=True, metavar="SELECT")
+    plan.add_argument(
+        "--encrypt",
+        action="append",
+        required=True,
+        metavar="SELECT",
+        help="attention, mlp, patch, position, embedding, head, all, plan (the least that ends the "
+        "known attacks) or a regular expression; may be repeated",
+    )
     plan.add_argument(
         "--positions",
         default="learnable",
         metavar="KIND",
         help="learnable, frozen, random, sincos, none or withheld",
     )
-    plan.add_argument("--preset", default="quantised", metavar="NAME", help="encryption preset")
+    plan.add_argument(
+        "--preset",
+        default="quantised",
+        metavar="NAME",
+        help="of the encryption: quantised, many (clients), precise or compact",
+    )
     plan.add_argument("--json", metavar="FILE|-")
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=_plan, command="plan")
 
 
 def _audit(options: argparse.Namespace) -> int:
@@ -461,11 +479,21 @@ def _list(options: argparse.Namespace) -> int:
             )
         )
         return 0
+    width = min(shutil.get_terminal_size().columns, 100)
     for title, entries in (("Defenses", defenses), ("Attacks", attacks)):
         print(title)
         for entry in entries:
             family = f" ({entry['family']})" if "family" in entry else ""
-            print(f"  {entry['name']}{family}: {entry['summary']}")
-            if entry["settings"]:
-                print("    " + ", ".join(f"{k}={v}" for k, v in entry["settings"].items()))
+            said = f"{entry['name']}{family}: {entry['summary']}"
+            settings = ", ".join(f"{k}={v}" for k, v in entry["settings"].items())
+            for text, space in ((said, "  "), (settings, "    ")):
+                if text:
+                    print(_folded(text, width, space))
     return 0
+
+
+def _folded(text: str, width: int, space: str) -> str:
+    return textwrap.fill(
+        text, width, initial_indent=space, subsequent_indent=f"{space}  ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
