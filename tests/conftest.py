@@ -103,7 +103,8 @@ def observe(
     guard = protect(copy.deepcopy(model).train(), stack, generator=secret)
     like = next(model.parameters())
     labels = torch.arange(len(pixels)) % 10 if labels is None else labels
-    update = guard.update(normalization.apply(pixels).to(like), labels, **how)
+    with guard.rewound():
+        update = guard.update(normalization.apply(pixels).to(like), labels, **how)
     return CuriousServer(tuple(withhold)).view(guard, update, normalization)
 
 

@@ -11,14 +11,15 @@ import torch
 
 from vitguard._stage import INTERRUPTED
 from vitguard.attacks._base import Attack
+from vitguard.attacks._search import Search
 from vitguard.attacks.fgsm import FGSM
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
-from vitguard.audit import audit
+from vitguard.audit import LocalTraining, audit
 from vitguard.core import Guess, Normalization
 from vitguard.errors import InputError, LeakFound
-from vitguard.guard import protect
+from vitguard.guard import Guard, protect
 from vitguard.received import audit_update
 
 FROZEN = "positions:kind=frozen"
@@ -100,6 +101,80 @@ def test_an_interrupt_that_an_attack_does_not_take_loses_nothing(small_vit, phot
         assert found["none", "told"].verdict == "leaks"
     assert found[FROZEN, "told"].reason == INTERRUPTED
     assert found[FROZEN, "span"].reason == INTERRUPTED and report.interrupted
+
+
+@pytest.mark.parametrize("attack", ["ladder:seconds=20", "gelu-span:seconds=20"])
+def test_an_interrupt_of_the_exact_attacks_ends_the_audit(small_vit, photos, attack, monkeypatch):
+    run, calls = Search.run, []
+
+    def interrupted(self, rounds):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return run(self, rounds)
+
+    monkeypatch.setattr(Search, "run", interrupted)
+    stacks = {"sincos": "positions:kind=sincos", "frozen": FROZEN}
+    model = small_vit(embed_dim=192, num_heads=3)
+    report = audit(model, labelled(photos[:2]), defenses=stacks, attacks=attack)
+    assert report.interrupted and report.gate(max_gain=6) != 0
+    assert not any(f.verdict == "resisted" for f in report.findings)
+    assert report.findings[-1].reason == INTERRUPTED
+
+
+def test_an_interrupt_between_attacks_loses_nothing(small_vit, photo, monkeypatch):
+    calls: list[int] = []
+
+    def stopped(self, *arguments, update=Guard.update, **how):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return update(self, *arguments, **how)
+
+    monkeypatch.setattr(Guard, "update", stopped)
+    stacks = {"frozen": FROZEN, "sincos": "positions:kind=sincos"}
+    report = audit(small_vit(), labelled(photo), defenses=stacks, attacks=[PositionInversion()])
+    assert report.interrupted and len(calls) == 2
+    assert [f.verdict for f in report.findings] == ["leaks", "inconclusive", "inconclusive"]
+
+
+def test_an_interrupt_of_a_saved_updates_audit_loses_nothing(small_vit, photo):
+    model = small_vit()
+    guard = protect(model, FROZEN)
+    update = guard.update(Normalization().apply(photo), torch.tensor([0]))
+    guard.remove()
+    told = Told(photo, "interrupt")
+    report = audit_update(model, update, defenses=FROZEN, attacks=[told, SpanInversion()])
+    assert report.interrupted
+    assert [f.reason for f in report.findings[2:]] == [INTERRUPTED, INTERRUPTED]
+    report = audit_update(model, update, attacks=[replace(told, on_control=True)])
+    assert report.interrupted and report.findings[-1].reason == INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    ("attacks", "stacks"),
+    [
+        (2, {"a": FROZEN}),
+        (1, {"a b": FROZEN, "a-b": FROZEN}),
+        (1, {"control": FROZEN}),
+    ],
+)
+def test_files_that_two_runs_would_share_are_refused_before_the_first(
+    small_vit, photo, tmp_path, attacks, stacks
+):
+    one = InvertingGradients(iterations=2, resume=str(tmp_path / "run.pt"))
+    several = [one, replace(one, iterations=3)][:attacks]
+    with pytest.raises(InputError, match="a resume file for each"):
+        audit(small_vit(), labelled(photo), defenses=stacks, attacks=several)
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_local_steps_do_not_end_the_ladder(small_vit, photo):
+    report = audit(
+        small_vit(), labelled(photo), attacks="ladder:seconds=10",
+        training=LocalTraining(1e-3, 3),
+    )  # fmt: skip
+    assert report.findings[0].verdict == "leaks"
 
 
 def test_an_attack_that_was_cut_short_was_not_resisted(small_vit, photo):

@@ -201,7 +201,7 @@ def test_the_weight_of_dense_localization_moves_with_the_local_steps(small_vit, 
         assert gap(view, IMAGES(photo), labels) < 1e-5
 
 
-def test_computing_an_update_does_not_move_the_schedule(small_vit, photo):
+def test_updates_move_the_schedule_unless_they_are_only_looked_at(small_vit, photo):
     model = small_vit().train()
     guard = protect(model, parse_stack("shuffle:ratio=0.5,mask=uniform,warmup=3"))
     optimizer = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.0))
@@ -209,13 +209,17 @@ def test_computing_an_update_does_not_move_the_schedule(small_vit, photo):
     with pytest.warns(UserWarning, match="warm-up"):
         model(photo).sum().backward()
         optimizer.step()
-        guard.update(photo, torch.tensor([0]), learning_rate=0.1, local_steps=2)
+        with guard.rewound():
+            guard.update(photo, torch.tensor([0]), learning_rate=0.1, local_steps=2)
         assert int(step) == 1 and step is model.vitguard.shuffle.step
-        with pytest.raises(RuntimeError, match="broken"):
+        with pytest.raises(RuntimeError, match="broken"), guard.rewound():
             guard.update(
                 photo, torch.tensor([0]), learning_rate=0.1, local_steps=5, loss=_break_at(3)
             )
-    assert int(step) == 1
+        assert int(step) == 1
+        # a client that trains through updates leaves the warm-up
+        guard.update(photo, torch.tensor([0]), learning_rate=0.1, local_steps=2)
+    assert int(step) == 3
 
 
 def _break_at(call):

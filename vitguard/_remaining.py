@@ -88,8 +88,9 @@ def _solved(
 
     Where they leave something open, the smoothest image that fits them can still be the image
     (26 dB of ViT-S/16, whose count lacks 10) or tell it from others (all of 6 images from 100
-    decoys at depth 2, 32 and 48 px, sine-cosine positions). So that remains too, if the patch
-    gradient confines the patches and the equations are not used up by what is no patch.
+    decoys at depth 2, 32 and 48 px, sine-cosine positions; without the patch gradient 9 to 55 dB on
+    6 of 6 images where 6 of 193 unknowns are open, on 4 of 6 where 18 are). How many may be open is
+    not known, so that remains wherever the equations are not used up by what is no patch.
     """
     reads = () if plain.hidden(plain.anatomy.patch_weight) else (plain.anatomy.patch_weight,)
     unknowns = plain.patch_rank + nuisance + 1
@@ -98,7 +99,7 @@ def _solved(
     enough = unknowns <= plain.equations
     if enough and not plain.low_rank:
         return Remaining(attack, True, (*reads, *needs), f"{where}: {count}", exact=True)
-    if enough or (reads and nuisance < plain.equations):
+    if enough or nuisance < plain.equations:
         why = f"not exactly ({where}: {plain.low_rank or count}), but as the smoothest image"
         return Remaining(attack, True, (*reads, *needs), why)
     return Remaining(attack, False, (*reads, *needs), f"{where}: {count}")

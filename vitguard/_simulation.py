@@ -123,7 +123,10 @@ class Simulation:
             model = copy.deepcopy(self.model).train()
             like = next(model.parameters())
             blank = like.new_zeros(2, self.anatomy.channels, *self.anatomy.image_size)
-            self._random = draws_globally(model, blank)
+            try:
+                self._random = draws_globally(model, blank)
+            except Exception:  # noqa: BLE001 - it takes other images: seeding each pass costs time only
+                self._random = True
             guard = protect(model, known, anatomy=self.anatomy)
             guard.release()  # what the twin makes never leaves
             state = guard.model.state_dict()

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard._attempts import attempt, decoys_for, seed_of
+from vitguard._files import check_writable
 from vitguard._finding import Baseline, Control, Finding
 from vitguard._randomness import seeded
 from vitguard._verdicts import Attempt, finding_of, rivals_of
 from vitguard.attacks._base import Attack, InputAttack, InputResult
-from vitguard.core import Loss, Normalization
+from vitguard.core import Loss, Normalization, View
 from vitguard.defenses._base import Defense
-from vitguard.errors import Blocked, NotApplicable, Unprotected
+from vitguard.errors import Blocked, NotApplicable, Unprotected, expected
 from vitguard.guard import protect
 from vitguard.metrics import baseline
 from vitguard.threats import CuriousServer
@@ -98,6 +99,7 @@ class Stage:
         runs: list[tuple[str, Sequence[Defense], tuple[str, ...]]] = [(CONTROL, (), ())]
         runs += [(n, s, withhold) for n, s in stacks.items() if n != "none" or withhold]
         jobs = [(run, b) for b in batches for run in runs]
+        _check_files(attacks, [(name, b) for (name, _, _), b in jobs])
         done = 0
 
         def work(job: tuple[Any, int]) -> list[Attempt]:
@@ -114,10 +116,11 @@ class Stage:
         else:
             with ThreadPoolExecutor(max_workers=workers) as pool:
                 running = [pool.submit(work, job) for job in jobs]
-                try:
-                    wait(running)
-                except KeyboardInterrupt:
-                    stop.set()
+                while not all(one.done() for one in running):
+                    try:
+                        wait(running)
+                    except KeyboardInterrupt:  # a second one cannot hurry them either
+                        stop.set()
                 results = [one.result() for one in running]
         by_run: dict[str, list[list[Attempt]]] = {name: [] for name, _, _ in runs}
         for ((name, _, _), _), attempts in zip(jobs, results, strict=True):
@@ -175,24 +178,17 @@ class Stage:
         """Make the victim's update of one batch under a stack and run every attack on it."""
         part = slice(index * self.size, (index + 1) * self.size)
         pixels, labels = self.pixels[part], self.labels[part]
-        like = next(self.model.parameters())
-        secret = torch.Generator().manual_seed(seed_of(self.seed, index, "defense"))
-        guard = protect(copy.deepcopy(self.model).train(), stack, generator=secret)
-        with seeded(seed_of(self.seed, index, "victim"), guard.model):  # dropout of the victim
-            update = guard.update(
-                self.normalization.apply(pixels).to(like),
-                labels.to(like.device),
-                loss=self.loss,
-                learning_rate=self.training.learning_rate,
-                local_steps=self.training.steps,
-                optimizer=self.training.optimizer,
-            )
-        mask = guard.truth().get("shuffled")
-        view = CuriousServer(withhold).view(guard, update, self.normalization, loss=self.loss)
-        empty = Attempt(pixels, self.names[part], scale.baselines[index], mask=mask)
+        empty = Attempt(pixels, self.names[part], scale.baselines[index])
+        skipped = replace(empty, state="failed", reason=INTERRUPTED)
+        try:
+            view, mask = self._view(stack, withhold, index, stop)
+        except KeyboardInterrupt:
+            stop.set()
+            return [skipped for _ in attacks]
+        empty, skipped = replace(empty, mask=mask), replace(skipped, mask=mask)
         attempts = []
         for attack in attacks:
-            made = replace(empty, state="failed", reason=INTERRUPTED)
+            made = skipped
             if not stop.is_set():
                 try:
                     made = attempt(
@@ -210,6 +206,34 @@ class Stage:
                 stop.set()  # it kept its best; the next attack would have to be interrupted too
             attempts.append(made)
         return attempts
+
+    def _view(
+        self,
+        stack: Sequence[Defense],
+        withhold: tuple[str, ...],
+        index: int,
+        stop: threading.Event,
+    ) -> tuple[View, Tensor | None]:
+        """Return what the server sees of one batch, and which positions were shuffled."""
+        if stop.is_set():
+            raise KeyboardInterrupt
+        part = slice(index * self.size, (index + 1) * self.size)
+        pixels, labels = self.pixels[part], self.labels[part]
+        like = next(self.model.parameters())
+        secret = torch.Generator().manual_seed(seed_of(self.seed, index, "defense"))
+        guard = protect(copy.deepcopy(self.model).train(), stack, generator=secret)
+        victim = seeded(seed_of(self.seed, index, "victim"), guard.model)  # its dropout
+        with victim, guard.rewound():  # the adversary starts from the step before
+            update = guard.update(
+                self.normalization.apply(pixels).to(like),
+                labels.to(like.device),
+                loss=self.loss,
+                learning_rate=self.training.learning_rate,
+                local_steps=self.training.steps,
+                optimizer=self.training.optimizer,
+            )
+        view = CuriousServer(withhold).view(guard, update, self.normalization, loss=self.loss)
+        return view, guard.truth().get("shuffled")
 
     def input_finding(
         self, name: str, stack: Sequence[Defense], attack: InputAttack, stop: threading.Event
@@ -259,9 +283,24 @@ def _with_own_file(attack: Attack, run: str, index: int) -> Attack:
     resume = getattr(attack, "resume", None)
     if resume is None:
         return attack
-    path, name = Path(resume), re.sub(r"\W+", "-", run).strip("-") or "control"
+    path, name = Path(resume), re.sub(r"\W+", "-", run).strip("-")[:80] or "control"
     own = path.with_name(f"{path.stem}-{name}-{index}{path.suffix}")
     return replace(attack, resume=str(own))  # type: ignore[call-arg]
+
+
+def _check_files(attacks: Sequence[Attack], jobs: Sequence[tuple[str, int]]) -> None:
+    """Refuse files that two runs would share, or that cannot be written, before the first run."""
+    seen: set[str] = set()
+    for attack in (a for a in attacks if getattr(a, "resume", None) is not None):
+        for name, index in jobs:
+            path: str = _with_own_file(attack, name, index).resume  # type: ignore[attr-defined]
+            if path in seen:
+                raise expected(
+                    "a resume file for each attack and stack", f"{path} for two of them",
+                    "Give each attack its own resume, and stacks names that differ in letters.",
+                )  # fmt: skip
+            seen.add(path)
+            check_writable(path)
 
 
 def _hits(result: InputResult) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitguard import data
-from vitguard._files import check_writable
 from vitguard._finding import ModelFacts
 from vitguard._stage import CONTROL, LocalTraining, Progress, Stage
 from vitguard.attacks._base import Attack, InputAttack
@@ -92,9 +91,6 @@ def audit(
     for stack in stacks.values():
         protect(copy.deepcopy(model), stack)  # a stack that cannot work fails before the first run
     on_updates = [a for a in chosen if isinstance(a, Attack)]
-    for attack in on_updates:
-        if (resume := getattr(attack, "resume", None)) is not None:
-            check_writable(resume)
     stop = threading.Event()
     findings, levels = stage.findings(stacks, on_updates, tuple(withhold), workers, progress, stop)
     for attack in (a for a in chosen if isinstance(a, InputAttack)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -261,8 +261,8 @@ class Guard:
             labels: Class indices, shape (batch,).
             loss: `loss(logits, labels)`, a mean over the batch.
             learning_rate: None gives a gradient; a value gives the weight difference after
-                `local_steps` steps of `optimizer` on the whole batch. The model's own weights, and
-                the step that a defense's schedule has reached, are unchanged afterwards.
+                `local_steps` steps of `optimizer` on the whole batch. The model's own weights are
+                unchanged afterwards; a defense's schedule has come so many steps further.
 
         Raises:
             Unprotected: A defense would not act (a shuffle in eval mode, for instance).
@@ -331,6 +331,13 @@ class Guard:
         gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
         return dict(zip(parameters, gradients, strict=True))
 
+    def rewound(self) -> AbstractContextManager[None]:
+        """Put back, at the end of the context, how far the defenses' schedules have come.
+
+        For an update that is only looked at: an adversary starts from the step before it.
+        """
+        return rewinding(self._protection.installed())
+
     def _difference(
         self, batch: Batch, loss: Loss, learning_rate: float, steps: int, optimizer: str
     ) -> dict[str, Tensor]:
@@ -344,11 +351,10 @@ class Guard:
         stepper = kinds[optimizer](parameters.values(), lr=learning_rate, weight_decay=0.0)
         held = {name: p.grad for name, p in parameters.items()}
         try:
-            with rewinding(self._protection.installed()):
-                for _ in range(steps):
-                    for name, gradient in self._gradient(batch, loss).items():
-                        parameters[name].grad = gradient
-                    stepper.step()
+            for _ in range(steps):
+                for name, gradient in self._gradient(batch, loss).items():
+                    parameters[name].grad = gradient
+                stepper.step()
             return {name: p.detach() - before[name] for name, p in parameters.items()}
         finally:
             with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitguard import data
 from vitguard._attempts import attempt, decoys_for, run_attack
 from vitguard._finding import Control, Finding, Pictures
+from vitguard._stage import INTERRUPTED
 from vitguard._verdicts import LABELS_ONLY, Attempt, finding_of
 from vitguard.attacks._base import Attack, InputAttack
 from vitguard.audit import LocalTraining, audit, facts_of
@@ -29,6 +30,8 @@ from vitguard.vit import Anatomy
 
 __all__ = ["audit_update"]
 
+_ALIKE = 40.0
+"""PSNR in dB from which a guess is the image that was given; a flat one is no leak by its gain."""
 _REPRODUCED = 0.05
 """Relative error of the simulated update up to which a guess explains the update."""
 
@@ -87,14 +90,27 @@ def audit_update(
     view = CuriousServer(tuple(withhold)).view(guard, update, normalization, loss=loss)
     name = f"{stack_name(stack)}" if stack else "update"
     findings = [replace(f, defense="none") for f in control.findings]
-    for attack, of_control in zip(chosen, control.findings, strict=True):
+
+    def judge(attack: Attack, of_control: Finding) -> Finding:
         if truth is not None:
             scored = _scored(attack, view, truth, names, anatomy, seed)
             common = (name, attack.name, attack.settings(), [scored])
             finding = finding_of(*common, replace(of_control, control=None), ())
-            findings.append(_unless_explained(finding, attack, view, scored.guess, seed))
-        else:
-            findings.append(_explain(name, attack, view, of_control, seed))
+            return _unless_explained(finding, attack, view, scored.guess, seed)
+        return _explain(name, attack, view, of_control, seed)
+
+    interrupted = control.interrupted
+    for attack, of_control in zip(chosen, control.findings, strict=True):
+        found = Finding(
+            name, attack.name, "inconclusive", INTERRUPTED, settings=attack.settings(),
+            control=Control(of_control.verdict, of_control.psnr),
+        )  # fmt: skip
+        try:
+            found = found if interrupted else judge(attack, of_control)
+        except KeyboardInterrupt:
+            interrupted = True
+        interrupted = interrupted or "interrupted" in found.details
+        findings.append(found)
     return AuditReport(
         model=facts_of(model, anatomy, model_name),
         images=tuple(names or ()),
@@ -106,6 +122,7 @@ def audit_update(
         seed=seed,
         threat={"adversary": "curious server", "withheld": list(withhold)},
         families_not_run=families_not_run(chosen),
+        interrupted=interrupted,
         notes=("The row none is the control: the same attack on sample photos without a defense.",),
     )
 
@@ -160,7 +177,9 @@ def _explain(name: str, attack: Attack, view: View, control: Finding, seed: int)
     if reason := _explanation(attack, guess, error):
         return replace(found, verdict="leaks", reason=reason)
     why = "the guess does not reproduce the update"
-    if error is not None and error <= _REPRODUCED:
+    if error is None:
+        why = "whether the guess reproduces the update could not be checked"
+    elif error is not None and error <= _REPRODUCED:
         why = f"the guess was fitted to the update (to {100 * error:.2g} %): others may fit as well"
     return replace(found, reason=f"the truth is not known and {why}")
 
@@ -189,11 +208,9 @@ def _unless_explained(
         return finding
     if not (reason := _explanation(attack, guess, _relative_error(view, guess, seed))):
         return finding
-    return replace(
-        finding, verdict="leaks",
-        reason=f"{reason}, and is none of the images that were given: check them and the mean and "
-        "standard deviation",
-    )  # fmt: skip
+    if finding.psnr is None or finding.psnr.max < _ALIKE:
+        reason += ", and is none of the images that were given: check them, mean and deviation"
+    return replace(finding, verdict="leaks", reason=reason)
 
 
 def _relative_error(view: View, guess: Guess, seed: int) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
@@ -164,9 +164,10 @@ class FGSM(InputAttack):
         normalization: Normalization | None,
     ) -> Pixels:
         signs = []
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
             source = _deployed(model if self.surrogate is None else self.surrogate)
             like = next(source.parameters(), images)
+            stack.enter_context(_evaluating(source))
             for pixels, aims in zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True):
                 leaf = pixels.to(like).detach().clone().requires_grad_()
                 scores = _logits(source, leaf, normalization)
@@ -233,13 +234,17 @@ def train_surrogate(
 
 
 def _deployed(model: nn.Module) -> nn.Module:
-    """Return a copy as it is deployed, for a gradient that no hook takes for one of training.
+    """Return a protected model's copy, for a gradient that no hook takes for one of training.
 
-    A shuffle, say, refuses to send anything after a gradient that was taken in eval mode.
+    A shuffle, say, refuses to send anything after a gradient that was taken in eval mode. A model
+    without a defense is used as it is: not every model can be copied.
     """
+    # the bare model: a copy of a compiled one would compile anew
+    bare = dict(model.named_children()).get("_orig_mod", model)
+    if not any(name.rpartition(".")[2] == "vitguard" for name, _ in bare.named_modules()):
+        return model
     try:
-        # the bare model: a copy of a compiled one would compile anew
-        model = copy.deepcopy(dict(model.named_children()).get("_orig_mod", model))
+        model = copy.deepcopy(bare)
     except (RuntimeError, TypeError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise expected("a model that can be copied", f"{type(model).__name__} ({first})") from error

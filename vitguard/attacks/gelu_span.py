@@ -99,6 +99,8 @@ class GeluSpan(Attack):
         }
         if state.stopped in ("time", "interrupted"):
             details["unfinished"] = [f"all tokens were found ({state.stopped})"]
+        if state.stopped == "interrupted":
+            details["interrupted"] = True
         if state.masked is not None:
             details["order"] = "by seams" if bool(state.masked.any()) else "known"
         return guess_from_patches(

@@ -74,15 +74,26 @@ class Ladder(Attack):
         try:
             climb.all()
         except KeyboardInterrupt:
-            climb.unfinished.append("the rest (interrupted)")
-            return climb.best()
+            if not climb.guesses:
+                raise
+            return _cut(climb.best(), "the rest (interrupted)")
         best = climb.best()
         if time.monotonic() < climb.deadline and self._clear(view):
-            best = polish(view, best, generator, climb.deadline, levels=self.levels)
+            try:
+                best = polish(view, best, generator, climb.deadline, levels=self.levels)
+            except (NotApplicable, Blocked):  # a rung may need less
+                pass
+            except KeyboardInterrupt:
+                return _cut(best, "polish (interrupted)")
         return best
 
     def _clear(self, view: View) -> bool:
         return view.update.batch_size == 1 and not any(name in view.settings for name in _DAMAGE)
+
+
+def _cut(guess: Guess, what: str) -> Guess:
+    left = [*guess.details.get("unfinished", ()), what]
+    return replace(guess, details={**guess.details, "unfinished": left, "interrupted": True})
 
 
 class _Climb:
@@ -146,6 +157,10 @@ class _Climb:
         share = self._verified(attack.name)
         proved = f"verified {share:.2f}, " if guess.verified is not None else ""
         self.said[attack.name] = f"{known}{proved}{time.monotonic() - started:.1f} s"
+        if guess.details.get("unfinished"):
+            self.unfinished.append(attack.name)
+        if guess.details.get("interrupted"):
+            raise KeyboardInterrupt
 
     def _take(self, name: str, guess: Guess) -> float | None:
         """Keep a guess with the labels that are known by now; return its mismatch."""
@@ -199,7 +214,8 @@ class _Climb:
             "rungs": dict(self.said),
             "exact": _known(self.view),
         }
-        if self.unfinished:
+        details.pop("unfinished", None)
+        if self.unfinished and not self._proved(name):
             details["unfinished"] = list(self.unfinished)
         return replace(guess, space=self._space(guess), details=details)
 
