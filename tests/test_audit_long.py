@@ -120,6 +120,9 @@ def test_an_interrupt_of_the_exact_attacks_ends_the_audit(small_vit, photos, att
     assert report.interrupted and report.gate(max_gain=6) != 0
     assert not any(f.verdict == "resisted" for f in report.findings)
     assert report.findings[-1].reason == INTERRUPTED
+    if attack.startswith("ladder"):  # it climbs no further
+        cut = next(f for f in report.findings if "interrupted" in f.details)
+        assert "span-robust" not in cut.details["rungs"]
 
 
 def test_an_interrupt_between_attacks_loses_nothing(small_vit, photo, monkeypatch):
@@ -138,7 +141,7 @@ def test_an_interrupt_between_attacks_loses_nothing(small_vit, photo, monkeypatc
     assert [f.verdict for f in report.findings] == ["leaks", "inconclusive", "inconclusive"]
 
 
-def test_an_interrupt_of_a_saved_updates_audit_loses_nothing(small_vit, photo):
+def test_an_interrupt_of_a_saved_updates_audit_loses_nothing(small_vit, photo, monkeypatch):
     model = small_vit()
     guard = protect(model, FROZEN)
     update = guard.update(Normalization().apply(photo), torch.tensor([0]))
@@ -147,8 +150,16 @@ def test_an_interrupt_of_a_saved_updates_audit_loses_nothing(small_vit, photo):
     report = audit_update(model, update, defenses=FROZEN, attacks=[told, SpanInversion()])
     assert report.interrupted
     assert [f.reason for f in report.findings[2:]] == [INTERRUPTED, INTERRUPTED]
+    calls: list[int] = []
+
+    def counted(self, view, generator, run=Told.run):
+        calls.append(1)
+        return run(self, view, generator)
+
+    monkeypatch.setattr(Told, "run", counted)
     report = audit_update(model, update, attacks=[replace(told, on_control=True)])
     assert report.interrupted and report.findings[-1].reason == INTERRUPTED
+    assert len(calls) == 1, "the control was interrupted, the audit of the update went on"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1, 2 or 3 (see `vitguard audit --help`)."""
+    """Run the command line and return its exit code (see `vitguard audit --help`)."""
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -81,7 +81,7 @@ def _add_audit(commands: Any) -> None:
         epilog="Class folders with numeric names are class indices, others count in sorted order. "
         "Exit codes: 0 done; 1 a defended configuration exceeds --max-psnr or --max-gain, or leaks "
         "in a way that no dB limit sees; 2 usage or input error; 3 a gate was asked for and no "
-        "attack was conclusive.",
+        "attack was conclusive; 130 interrupted, with the report written.",
     )
     add = audit.add_argument
     add(
@@ -248,7 +248,13 @@ def _run_audit(options: argparse.Namespace) -> Any:
     from vitguard import data
     from vitguard.audit import LocalTraining, audit
     from vitguard.core import Update
-    from vitguard.models import build_model, check_finite, load_checkpoint, normalization_of
+    from vitguard.models import (
+        build_model,
+        check_finite,
+        find_device,
+        load_checkpoint,
+        normalization_of,
+    )
     from vitguard.received import audit_update
     from vitguard.registry import parse_stack
     from vitguard.vit import Anatomy
@@ -274,7 +280,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
         )
     for selector in options.withhold:
         anatomy.select(selector, [n for n, _ in model.named_parameters()])
-    model = model.to(_device(options.device))
+    model = model.to(find_device(options.device))
     common: dict[str, Any] = {
         "attacks": attacks, "normalization": normalization, "withhold": options.withhold,
         "model_name": options.model, "weights": weights, "seed": options.seed,
@@ -386,18 +392,6 @@ def _triple(text: str, flag: str) -> tuple[float, ...]:
     if len(values) != 3:
         raise expected(f"{flag} as three numbers R,G,B", repr(text))
     return values
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise expected("a --device of this machine", f"{name!r} ({first})") from error
-    return device
 
 
 class _Progress:

@@ -1,4 +1,4 @@
-"""The one loop of all gradient-matching attacks.
+"""What all gradient-matching attacks share: settings, and the one loop they run (`_run`).
 
 Dummy images give a dummy update under the settings the adversary knows; distance and priors give a
 step. A paper is a `Recipe`: which distance, which priors, which optimizer, which schedule.

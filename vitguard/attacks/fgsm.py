@@ -40,7 +40,8 @@ class FGSM(InputAttack):
         surrogate: The adversary's own model, of any dtype and device, which takes the gradient in
             place of the attacked one (transfer: a black box); None is white-box.
 
-    The models are left as they are: the gradient is taken on a copy in eval mode.
+    The models are left as they are. The gradient is taken in eval mode, of a protected model on a
+    copy.
 
     References:
         Goodfellow et al., arXiv 1412.6572, section 4.
