@@ -489,6 +489,16 @@ class TestTensorboard:
         assert (event.step, event.value) == (3, pytest.approx(1.0))
         assert sum(tag.endswith("reconstruction") for tag in events.Tags()["images"]) == 2
 
+    def test_an_attack_with_two_settings_has_two_tags(self, tmp_path) -> None:
+        pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        longer = replace(finding(), settings={"iterations": 400})
+        report(finding(), longer).to_tensorboard(tmp_path / "events")
+        events = EventAccumulator(str(tmp_path / "events")).Reload()
+        tags = {tag.rpartition("/")[0] for tag in events.Tags()["scalars"]}
+        assert tags == {f"{longer.defense}/{longer.attack}{end}" for end in ("", "-2")}
+
     def test_without_tensorboard_the_error_names_the_extra(self, tmp_path, monkeypatch) -> None:
         import sys
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from vitguard._selectors import SELECTORS
 from vitguard.errors import InputError, NotApplicable, UnsupportedModel
 from vitguard.vit import (
-    SELECTORS,
     Anatomy,
     canonical_name,
     canonical_parameters,
@@ -82,9 +82,17 @@ def test_a_selector_may_be_a_regular_expression_that_matches(small_vit):
     assert anatomy.select(r"blocks\.0\..*qkv", ["blocks.0.attn.qkv.weight", "head.weight"]) == [
         "blocks.0.attn.qkv.weight"
     ]
-    for wrong in ("nothing like it", "(unclosed"):
+    for wrong in ("nothing like it", "(unclosed", ""):
         with pytest.raises(InputError):
             anatomy.select(wrong, ["head.weight"])
+
+
+def test_a_role_among_alternatives_is_no_pattern(small_vit):
+    anatomy = Anatomy.of(small_vit())
+    names = ["patch_embed.proj.weight", "pos_embed", "head.weight"]
+    with pytest.raises(InputError, match="the role 'embedding' would be read as a pattern"):
+        anatomy.select("embedding|head", names)
+    assert anatomy.select(r"(embed|head)\.weight", names) == ["head.weight"]
 
 
 def test_an_unknown_model_is_told_what_was_looked_for():

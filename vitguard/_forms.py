@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,8 +247,12 @@ def to_tensorboard(report: AuditReport, directory: str | Path, *, step: int = 0)
         raise expected("a folder for TensorBoard", f"{directory} ({error.strerror})") from error
     with SummaryWriter(str(directory)) as writer:
         writer.add_text("report", to_markdown(report), step)
+        used = Counter[str]()
         for f in report.findings:
             tag = f"{f.defense}/{f.attack}"
+            used[tag] += 1
+            if used[tag] > 1:  # an attack that ran with other settings as well
+                tag = f"{tag}-{used[tag]}"
             for name, value in _scalars(report, f).items():
                 if plain(value) is not None:
                     writer.add_scalar(f"{tag}/{name}", value, step)

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.backends import cuda as backends
 
+from vitguard._selectors import SELECTORS, matching
 from vitguard.errors import NotApplicable, UnsupportedModel, expected
 
 __all__ = [
-    "SELECTORS",
     "Anatomy",
     "Block",
     "canonical_name",
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "_module.")
-SELECTORS = ("attention", "mlp", "patch", "position", "token", "norm", "head", "embedding", "all")
 
 
 def canonical_name(name: str) -> str:
@@ -222,7 +221,8 @@ class Anatomy:
         """Return those of `names` that a selector means: a role, `embedding`, `all` or a regex.
 
         Raises:
-            InputError: The selector is no role, and as a regular expression matches no name.
+            InputError: The selector is no role, and as a regular expression matches no name or has
+                a role among its alternatives.
         """
         names = list(names)
         if selector == "all":
@@ -231,18 +231,7 @@ class Anatomy:
             return [n for n in names if self.role(n) in ("patch", "position", "token")]
         if selector in SELECTORS:
             return [n for n in names if self.role(n) == selector]
-        try:
-            pattern = re.compile(selector)
-        except re.error as error:
-            raise expected("a selector or regular expression", f"{selector!r} ({error})") from error
-        chosen = [n for n in names if pattern.search(n)]
-        if not chosen:
-            raise expected(
-                f"one of {', '.join(SELECTORS)} or a regular expression that matches a parameter",
-                repr(selector),
-                f"Names look like {', '.join(names[:3])}.",
-            )
-        return chosen
+        return matching(selector, names)
 
     @staticmethod
     def of(model: nn.Module) -> Anatomy:

@@ -135,6 +135,15 @@ def test_feature_statistics(anatomy, images):
     torch.testing.assert_close(got, slow)
 
 
+def test_feature_statistics_of_a_network_of_another_dtype(anatomy, images):
+    wanted = FeatureStatistics(_network())(images, scene(anatomy, images[None]))
+    seen = images.clone().requires_grad_()
+    got = FeatureStatistics(_network().float())(seen, scene(anatomy, images[None]))
+    (slope,) = torch.autograd.grad(got, seen)
+    assert got.dtype == slope.dtype == images.dtype
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_feature_statistics_leave_the_network_as_it_was(anatomy, images):
     network = _network().train()
     before = {k: v.clone() for k, v in network.state_dict().items()}

@@ -143,10 +143,11 @@ class FeatureStatistics(Prior):
 
     def __call__(self, images: Images, scene: Scene) -> Tensor:
         """See `Prior`."""
-        pixels = scene.normalization.invert(images)
+        like = next(self.network.parameters())
+        pixels = scene.normalization.invert(images).to(like)
         with self._recorded() as gaps:
             self.network(self.normalization.apply(pixels))
-        return torch.stack(gaps).sum()
+        return torch.stack(gaps).sum().to(images)
 
     @contextmanager
     def _recorded(self) -> Iterator[list[Tensor]]:

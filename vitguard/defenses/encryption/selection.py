@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
+from vitguard._selectors import SELECTORS, alternatives, matching
 from vitguard.errors import InputError, expected
-from vitguard.vit import SELECTORS, Anatomy
+from vitguard.vit import Anatomy
 
 __all__ = ["minimal_names", "require_all_match", "select_names"]
 
-_MINIMAL = ("plan", "minimal")
-_CHOICES = (*SELECTORS, "plan")
+_MINIMAL = ("minimal", "plan")
+_CHOICES = (*SELECTORS, *_MINIMAL)
 
 
 def select_names(anatomy: Anatomy, selector: str, names: Iterable[str]) -> list[str]:
@@ -51,7 +51,7 @@ def require_all_match(anatomy: Anatomy, selector: str, names: Iterable[str]) -> 
     for part in selector.split("/"):
         if part in _MINIMAL or part in SELECTORS:
             continue
-        for alternative in _alternatives(part):
+        for alternative in alternatives(part):
             try:
                 _matching(alternative, names)
             except InputError as error:
@@ -60,44 +60,9 @@ def require_all_match(anatomy: Anatomy, selector: str, names: Iterable[str]) -> 
 
 
 def _matching(part: str, names: list[str]) -> list[str]:
-    """Return the names in which a regular expression is found."""
-    what = f"one of {', '.join(_CHOICES)} or a regular expression that matches a parameter"
-    do = f"Names look like {', '.join(names[:3])}."
-    if not part:
-        raise expected(what, "an empty part", do)
-    for alternative in _alternatives(part):
-        if alternative in (*_CHOICES, *_MINIMAL):
-            raise expected(
-                "a role alone or a regular expression",
-                f"{part!r}, in which the role {alternative!r} would be read as a pattern",
-                f"Join them by '/', as in {'/'.join(_alternatives(part))}; on the command line "
-                "--encrypt can be repeated instead.",
-            )
-    try:
-        pattern = re.compile(part)
-    except re.error as error:
-        raise expected(what, f"{part!r} ({error})", do) from error
-    chosen = [n for n in names if pattern.search(n)]
-    if not chosen:
-        raise expected(what, repr(part), do)
-    return chosen
-
-
-def _alternatives(pattern: str) -> list[str]:
-    """Split a regular expression at those `|` that are in no group, no set and not escaped."""
-    found, depth, inside = [""], 0, False
-    for piece in re.findall(r"\\.|.", pattern, re.DOTALL):
-        if piece == "|" and not depth and not inside:
-            found.append("")
-            continue
-        if inside:
-            inside = piece != "]"
-        elif piece == "[":
-            inside = True
-        else:
-            depth += (piece == "(") - (piece == ")")
-        found[-1] += piece
-    return found
+    joined = "/".join(alternatives(part))
+    join = f"Join them by '/', as in {joined}; on the command line --encrypt can be repeated."
+    return matching(part, names, _CHOICES, join)
 
 
 def minimal_names(anatomy: Anatomy, names: Iterable[str]) -> list[str]:
