@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 from vitguard.errors import expected
 
-__all__ = ["check_writable", "write_atomically"]
+__all__ = ["check_writable", "write_atomically", "write_text"]
 
 
 def check_writable(path: str | Path) -> Path:
@@ -41,3 +42,11 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_text(text: str, path: str) -> None:
+    """Write a line, or lines, to a file at once, or to standard output where the path is `-`."""
+    if path == "-":
+        sys.stdout.write(f"{text}\n")
+    else:
+        write_atomically(path, text)

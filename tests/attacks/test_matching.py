@@ -320,6 +320,20 @@ def test_projection_onto_one_space_per_patch_equals_least_squares():
             torch.testing.assert_close(got[b, i], slow, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_a_start_that_proved_every_patch_leaves_nothing_to_search(optimizer):
+    view, images, labels = make_view(batch=2)
+    proved = torch.ones(2, Anatomy.of(view.model).patches, dtype=torch.bool)
+    start = Guess(images, labels, verified=proved, details={"told_apart": 2})
+    attack = Plain(iterations=50, start=start, optimizer=optimizer)
+    guess = attack.run(view, seeded())
+    assert guess.details["iterations"] == 1 and "nothing is left" in guess.details["schedule"]
+    assert guess.details["distance"] < 1e-9 and "unfinished" not in guess.details
+    torch.testing.assert_close(guess.images, images, rtol=0, atol=1e-6)
+    proved[0, 0] = False
+    assert replace(attack, iterations=2).run(view, seeded()).details["iterations"] == 2
+
+
 @pytest.mark.parametrize("spectrum", [0.0, 1.0])
 def test_patches_that_the_start_proved_stay(spectrum):
     view, images, labels = make_view(batch=2)

@@ -127,6 +127,8 @@ class Run:
     def _plan(self) -> int:
         """Return how many iterations the budget lasts for; L-BFGS may get shorter ones too."""
         attack, update = self.attack, self.view.update
+        if self.subspace.settled:
+            return 1  # for the distance
         if attack.budget is None:
             return attack.iterations
         weights = sum(p.numel() for p in self.view.model.parameters())
@@ -325,6 +327,8 @@ class Run:
             why = "a value that is not finite"
             why = "an interrupt" if self.interrupted else "time" if self.out_of_time else why
             return f"cut short by {why}: {self.done:,} of {self.planned:,} iterations"
+        if self.subspace.settled:
+            return "one iteration: the start proved every patch, so nothing is left to search"
         if self.planned >= paper:
             return f"the full {paper:,} iterations"
         cause = "" if self.planned == self.attack.iterations else " to fit the budget of a CPU"

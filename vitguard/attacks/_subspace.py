@@ -54,6 +54,11 @@ class Subspace:
         """Free directions of each patch, None where every pixel is free."""
         return None if self.space is None else self.space.basis.shape[-1]
 
+    @property
+    def settled(self) -> bool:
+        """Whether every patch is proved, so that nothing is free."""
+        return self.proved is not None and bool(self.proved[1].all())
+
     def decode(self, free: Tensor) -> Images:
         """Return the model-input images of free variables; differentiable."""
         return self.project(self._filter(free, -1) if self.spectrum else free)
