@@ -16,6 +16,7 @@ from vitguard.attacks._restart import Recipe, at
 from vitguard.attacks._subspace import Subspace, row_space
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.core import AffineSpace, Guess, Normalization
+from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.errors import Blocked, InputError
 from vitguard.guard import protect
 from vitguard.threats import CuriousServer
@@ -332,6 +333,19 @@ def test_a_start_that_proved_every_patch_leaves_nothing_to_search(optimizer):
     torch.testing.assert_close(guess.images, images, rtol=0, atol=1e-6)
     proved[0, 0] = False
     assert replace(attack, iterations=2).run(view, seeded()).details["iterations"] == 2
+
+
+@pytest.mark.parametrize("defenses", [(), (PatchShuffle(0.3),)])
+def test_a_start_that_is_nearer_than_all_that_was_found_is_kept(defenses):
+    view, images, labels = make_view(batch=2, defenses=defenses)
+    attack = InvertingGradients(iterations=4, total_variation=1.0, start=Guess(images, labels))
+    guess = attack.run(view, seeded())
+    assert "the start" in guess.details["kept"]
+    assert torch.equal(guess.labels, labels)
+    torch.testing.assert_close(guess.images, images, rtol=0, atol=1e-5)
+    noise = torch.rand(images.shape, generator=seeded(3))
+    moved = replace(attack, start=Guess(noise, labels), iterations=40).run(view, seeded())
+    assert "kept" not in moved.details and (moved.images - noise).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("spectrum", [0.0, 1.0])

@@ -144,6 +144,10 @@ class Restart:
         assert self.labels is not None
         return self.labels
 
+    def labels_found(self) -> Tensor:
+        """Return what goes with the best images: as `current_labels`."""
+        return self.current_labels() if self.label_scores is None else self.best_labels
+
     def step(
         self,
         share: float,

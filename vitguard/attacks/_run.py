@@ -77,6 +77,7 @@ class Run:
         shape = (1, *view.image_shape)
         box = [view.normalization.apply(torch.full(shape, v)).to(self.like) for v in (0.0, 1.0)]
         self.restarts = [self._restart(r, labels, (box[0], box[1])) for r in range(attack.restarts)]
+        self.begun = self._begun()
         self.difference = self._difference_slope()
         self.planned = self._plan()
         self.done = 0
@@ -192,6 +193,13 @@ class Run:
         free = images if start is None else self.subspace.encode(images)
         return Restart(self.recipe, self.subspace, free, labels, scores, box)
 
+    def _begun(self) -> tuple[Tensor, Tensor] | None:
+        """Free variables and labels of a start that has an image for each of the batch."""
+        if self.start is None or len(self.start.images) != self.view.update.batch_size:
+            return None
+        first = self.restarts[0]
+        return first.free.detach().clone(), _classes(first.current_labels())
+
     def _generator(self, iteration: int, restart: int) -> torch.Generator:
         """One generator for each step, so that a resumed run draws what an unbroken one does."""
         mixed = (self.seed + 1_000_003 * (iteration + 1) + 7_919 * restart) % 2**63
@@ -274,22 +282,31 @@ class Run:
             restart, restart.free.detach(), 1
         )
 
-    def _candidates(self) -> tuple[list[Tensor], list[float]]:
-        """The images each restart stands for, and their distances under equal draws."""
+    def _candidates(self) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
+        """Images and labels of each restart, the start's last, and their distances.
+
+        The start stays in the race: priors and coarse steps lead away from one that is nearly
+        right, and its distance tells. Defenses that draw do so alike for all.
+        """
         drawn = self._drawn()
-        images = [r.free.detach() if drawn else r.best for r in self.restarts]
-        if not drawn and not self.view.random():
-            return images, [r.best_distance for r in self.restarts]
-        pairs = zip(self.restarts, images, strict=True)
-        return images, [self._distance(r, x) for r, x in pairs]
+        runners = list(self.restarts)
+        held = [(r.free.detach() if drawn else r.best, _classes(r.labels_found())) for r in runners]
+        distances = [r.best_distance for r in runners]
+        if self.begun is not None:
+            first = runners[0].first_distance
+            runners.append(runners[0])
+            held.append(self.begun)
+            distances.append(math.inf if first is None else first)
+        if drawn or self.view.random():
+            distances = [self._distance(r, x) for r, (x, _) in zip(runners, held, strict=True)]
+        return held, distances
 
     def _guess(self) -> Guess:
         if not self.interrupted and all(r.best_distance == math.inf for r in self.restarts):
             raise NotApplicable("the distance to the update was never a finite number")
         candidates, distances = self._candidates()
         chosen = min(range(len(distances)), key=distances.__getitem__)
-        winner = self.restarts[chosen]
-        labels = winner.labels if winner.label_scores is None else winner.best_labels.argmax(-1)
+        free, labels = candidates[chosen]
         begun = [r.first_distance for r in self.restarts if r.first_distance is not None]
         details: dict[str, Any] = {
             "iterations": self.done,
@@ -308,14 +325,16 @@ class Run:
             details["shuffle mask"] = self.mask_rule
         if self.recipe.dropped:
             details["dropped"] = list(self.recipe.dropped)
+        if chosen == len(self.restarts):
+            details["kept"] = "the start: nothing that was found has a nearer update"
         for flag in ("interrupted", "out_of_time"):
             if getattr(self, flag):
                 details[flag.replace("_", " ")] = True
         if self.done < self.planned:  # a cut attack has not been resisted
             details["unfinished"] = [f"iteration {self.planned:,}"]
         return Guess(
-            images=self._pixels(self.subspace.decode(candidates[chosen])),
-            labels=labels.cpu() if labels is not None else None,
+            images=self._pixels(self.subspace.decode(free)),
+            labels=labels.cpu(),
             shuffled=self.shuffled,
             details=details,
         )
@@ -364,6 +383,11 @@ class Run:
             "tools": list(tools),
             **settings,
         }
+
+
+def _classes(labels: Tensor) -> Tensor:
+    """Return class indices of labels that may be probabilities."""
+    return labels.argmax(-1) if labels.is_floating_point() else labels
 
 
 def _norm(*tensors: Tensor) -> float:
