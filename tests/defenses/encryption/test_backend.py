@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import zstandard
 
 from vitguard.defenses.encryption.backend import Engine
 from vitguard.defenses.encryption.packing import canary, pack, unpack
@@ -86,12 +87,36 @@ def test_a_compressed_stream_that_inflates_too_far_is_refused_before_seal_sees_i
         engine.load(header + frame)
     wide = b"\x28\xb5\x2f\xfd" + bytes([0, 0xF8]) + block(1)
     header = b"\x5e\xa1\x10\x04\x03\x02\0\0" + (len(wide) + 16 + 100).to_bytes(8, "little")
-    with pytest.raises(Rejected, match="large window"):
+    with pytest.raises(Rejected, match="damaged"):
         engine.load(header + wide + bytes(100))
 
 
 def test_a_true_ciphertext_passes(engine, cipher):
     assert engine.load(cipher).size() == 2
+    assert engine.load(_uncompressed(cipher)).size() == 2
+    total = engine.load(cipher)
+    engine.add(total, engine.load(cipher))
+    assert engine.load(engine.save(total)).size() == 2
+
+
+def _uncompressed(cipher):
+    content = zstandard.ZstdDecompressor().decompress(cipher[16:])
+    return cipher[:5] + bytes(3) + (16 + len(content)).to_bytes(8, "little") + content
+
+
+def test_no_field_but_coefficients_and_seed_may_differ(engine, cipher):
+    """SEAL ends the process at some false inner sizes: it must never be asked."""
+    honest = _uncompressed(cipher)
+    fields = [*range(16, 16 + 97), *range(len(honest) - 81, len(honest) - 64)]
+    for at in fields:
+        forged = bytearray(honest)
+        forged[at] ^= 0x41
+        with pytest.raises(Rejected, match="another size, level or scale"):
+            engine.load(bytes(forged))
+    with pytest.raises(Rejected, match="another size, level or scale"):
+        engine.load(
+            _uncompressed(cipher)[:8] + (len(honest) - 8).to_bytes(8, "little") + honest[16:-8]
+        )
 
 
 def _encrypt_in_child(engine, secret, queue):

@@ -1,8 +1,9 @@
 """The only file that calls TenSEAL, through `tenseal.sealapi`: no protobuf is ever parsed.
 
 TenSEAL's vector layer trusts the sizes in a message (missing ones crash the process, false ones
-read past the buffer) and its contexts carry keys. `sealapi` reads one SEAL ciphertext at a time,
-whose size, level and scale are checked here before it is used.
+read past the buffer) and its contexts carry keys. `sealapi` reads one SEAL ciphertext at a time.
+SEAL itself ends the process at some streams whose inner sizes are false, so it is given none: what
+is inflated here must equal our own ciphertexts in all but coefficients and seed.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ from vitguard.errors import Rejected, expected, missing_extra
 __all__ = ["Engine", "require_tenseal", "shared_engine"]
 
 _SEAL_HEADER = b"\x5e\xa1\x10"  # magic 0xA15E, little endian, and the header's size of 16
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-_ZSTD_BLOCK = 1 << 17
+_HEAD = 97  # bytes before the coefficients: 73 of fields, SEAL's header, their number
+_SEED, _SEED_HEAD = (
+    64,
+    17,
+)  # bytes of a seed, of header and kind before it
 
 
 def require_tenseal() -> ModuleType:
     """Import and return `tenseal.sealapi`.
 
     Raises:
-        MissingExtra: TenSEAL is not installed.
+        MissingExtra: TenSEAL, or zstandard, is not installed.
     """
     try:
         import tenseal.sealapi as sealapi
+        import zstandard  # noqa: F401
     except ImportError as error:
         raise missing_extra("EncryptedGradients", "tenseal") from error
     return sealapi
@@ -101,6 +106,7 @@ class Engine:
         self._evaluator = s.Evaluator(self._context)
         self._lock = threading.RLock()
         self._slot = _Slot()
+        self._forms = self._forms_of_own()
 
     def __reduce__(self) -> tuple[type, tuple[Layout]]:
         return (type(self), (self.layout,))
@@ -150,11 +156,11 @@ class Engine:
         Raises:
             Rejected: It is malformed, too large, or of another size, level or scale.
         """
-        self._check_stream(data)
+        stream = self._checked(data)
         cipher = self._seal.Ciphertext()
         with self._lock:
             try:
-                cipher.load(self._context, self._file().put(data))
+                cipher.load(self._context, self._file().put(stream))
             except (RuntimeError, ValueError, MemoryError) as error:
                 raise Rejected("ciphertext", f"SEAL refused a ciphertext ({error})") from error
         if (
@@ -195,39 +201,62 @@ class Engine:
             sealed.save(file.path)
             return file.take()
 
-    def _check_stream(self, data: bytes | memoryview) -> None:
-        """Refuse streams that SEAL would inflate far beyond a ciphertext."""
-        most = 2 * 8 * self.layout.degree + 4096  # two polynomials of 64-bit words
+    def _forms_of_own(self) -> dict[int, tuple[bytes, bytes]]:
+        """Return the lengths of ciphertexts, seeded and not, and what never varies in them.
+
+        Before the coefficients: level, form, sizes, scale, and their own header. After them, in a
+        seeded one: header and kind of the seed.
+        """
+        plain = self._seal.Plaintext()
+        self._coder.encode([0j] * self.layout.slots, self.layout.scale, plain)
+        secret = self._seal.KeyGenerator(self._context).secret_key()
+        seeded = self._save(self.encryptor(secret).encrypt_symmetric(plain))
+        cipher = self._seal.Ciphertext()
+        with self._lock:
+            cipher.load(self._context, self._file().put(seeded))
+        short, whole = (self._inflated(data) for data in (seeded, self._save(cipher)))
+        return {
+            len(short): (short[:_HEAD], short[-_SEED - _SEED_HEAD : -_SEED]),
+            len(whole): (whole[:_HEAD], b""),
+        }
+
+    def _checked(self, data: bytes | memoryview) -> bytes:
+        """Return the stream without compression; all but coefficients and seed is as in our own.
+
+        SEAL reads sizes in the stream, and some false ones end the process.
+        """
+        content = self._inflated(data)
+        head, middle = self._forms.get(len(content), (b"", b""))
+        before_seed = content[: len(content) - _SEED]
+        if not head or content[:_HEAD] != head or not before_seed.endswith(middle):
+            raise Rejected("ciphertext", "a ciphertext of another size, level or scale")
+        start = bytes(data[:5]) + bytes(3) + (16 + len(content)).to_bytes(8, "little")
+        return start + content
+
+    def _inflated(self, data: bytes | memoryview) -> bytes:
+        """Return what follows SEAL's header, never more than two polynomials of 64-bit words."""
+        most = 2 * 8 * self.layout.degree + 4096
         if len(data) < 32 or len(data) > most:
             raise Rejected("ciphertext", f"a ciphertext of {len(data)} bytes")
         size = int.from_bytes(data[8:16], "little")
         if data[:3] != _SEAL_HEADER or any(data[6:8]) or size != len(data):
             raise Rejected("ciphertext", "bytes that are no SEAL ciphertext")
         compression = data[5]
-        if compression == 2:
-            _check_zstd(data[16:], most)
-        elif compression != 0:
+        if compression == 0:
+            return bytes(data[16:])
+        if compression != 2:
             raise Rejected("ciphertext", f"compression mode {compression}")
+        return _inflate(bytes(data[16:]), most)
 
 
-def _check_zstd(frame: bytes | memoryview, most: int) -> None:
-    """Walk the frame's block headers (RFC 8878, section 3.1.1): a block holds at most 128 KiB."""
-    if frame[:4] != _ZSTD_MAGIC:
-        raise Rejected("ciphertext", "a compressed stream without its magic number")
-    descriptor = frame[4]
-    single, checksum, dictionary = descriptor & 0x20, descriptor & 0x04, descriptor & 0x03
-    if dictionary or descriptor & 0x08:
-        raise Rejected("ciphertext", "a compressed stream with a dictionary")
-    if not single and 10 + (frame[5] >> 3) > 24:
-        raise Rejected("ciphertext", "a compressed stream with a large window")
-    content = (1 if single else 0, 2, 4, 8)[descriptor >> 6]
-    at, blocks, last = 5 + (0 if single else 1) + content, 0, False
-    while not last:
-        header = int.from_bytes(frame[at : at + 3], "little")
-        last, kind, size = bool(header & 1), (header >> 1) & 3, header >> 3
-        at += 3 + (1 if kind == 1 else size)
-        blocks += 1
-        if kind == 3 or at > len(frame) or blocks > most // _ZSTD_BLOCK + 3:
-            raise Rejected("ciphertext", "a compressed stream that is cut or inflates too far")
-    if at + (4 if checksum else 0) != len(frame):
-        raise Rejected("ciphertext", "bytes after a compressed stream")
+def _inflate(frame: bytes, most: int) -> bytes:
+    """Return the content of one zstd frame that says its size."""
+    import zstandard
+
+    try:
+        said = zstandard.get_frame_parameters(frame).content_size
+        if said > most:  # also where it is unknown: it is allocated at once
+            raise Rejected("ciphertext", "a compressed stream that inflates too far")
+        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise Rejected("ciphertext", f"a compressed stream that is damaged ({error})") from error
