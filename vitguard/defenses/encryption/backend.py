@@ -25,10 +25,8 @@ __all__ = ["Engine", "require_tenseal", "shared_engine"]
 
 _SEAL_HEADER = b"\x5e\xa1\x10"  # magic 0xA15E, little endian, and the header's size of 16
 _HEAD = 97  # bytes before the coefficients: 73 of fields, SEAL's header, their number
-_SEED, _SEED_HEAD = (
-    64,
-    17,
-)  # bytes of a seed, of header and kind before it
+_SEED = 64  # bytes, at the end of a seeded ciphertext
+_SEED_HEAD = 17  # SEAL's header and the generator's kind, before the seed
 
 
 def require_tenseal() -> ModuleType:
@@ -41,7 +39,8 @@ def require_tenseal() -> ModuleType:
         import tenseal.sealapi as sealapi
         import zstandard  # noqa: F401
     except ImportError as error:
-        raise missing_extra("EncryptedGradients", "tenseal") from error
+        missing = "zstandard" if error.name == "zstandard" else "tenseal"
+        raise missing_extra("EncryptedGradients", missing) from error
     return sealapi
 
 
