@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitguard.core import Batch, Loss, Update
+from vitguard.core import Batch, Loss, Traits, Update
 from vitguard.defenses._base import (
     BatchDefense,
     Defense,
@@ -23,6 +23,7 @@ from vitguard.defenses._base import (
     StepDefense,
     UpdateDefense,
     rewinding,
+    traits_of,
 )
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
 from vitguard.registry import parse_stack
@@ -185,6 +186,11 @@ class Guard:
     def defenses(self) -> tuple[Defense, ...]:
         """The defenses in the order they act."""
         return self._protection.defenses
+
+    @property
+    def traits(self) -> Traits:
+        """What is publicly true of an update under these defenses."""
+        return traits_of(self.defenses, self.anatomy)
 
     def _step(self) -> Any:
         return next((d for d in self.defenses if isinstance(d, StepDefense)), None)

@@ -139,7 +139,7 @@ class _State:
         self.deadline, self.accept = deadline, accept
         self.stopped, self.peeled, self.filled, self.tries, self.told_apart = "", 0, 0, 0, 0
         self.tokens = view.update.batch_size * anatomy.tokens
-        self.unknown = view.extras.get("vitguard.shuffle.unknown")
+        self.unknown = view.unknown
         batch = view.update.batch_size
         weight = view.weight(anatomy.patch_weight)
         self.patches = weight.new_zeros(batch, anatomy.patches, anatomy.patch_pixels)

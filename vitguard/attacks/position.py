@@ -47,7 +47,7 @@ class PositionInversion(Attack):
         anatomy.require_plain_embedding()
         if anatomy.positions is None:
             raise NotApplicable("the model has no absolute position embedding")
-        if "positions" in view.settings and not view.update.can_read(anatomy.positions):
+        if view.traits.positions == "fixed" and not view.update.can_read(anatomy.positions):
             raise Blocked(anatomy.positions, "fixed positions have no gradient")
         summed = view.gradient(steps=True)
         positions = summed.read(anatomy.positions)[0, anatomy.position_prefix :]
@@ -62,7 +62,7 @@ class PositionInversion(Attack):
             anatomy,
             patches,
             labels=try_labels(view, generator),
-            shuffled=replaced if "vitguard.shuffle.unknown" in view.extras else None,
+            shuffled=None if view.traits.shuffle is None else replaced,
             details=details,
         )
 

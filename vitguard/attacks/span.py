@@ -62,7 +62,7 @@ class SpanInversion(Attack):
         """Return one image, exact where `details["nullity"]` is 0 and the residual is small."""
         anatomy = Anatomy.of(view.model)
         view = view.gradient()
-        unknown = view.extras.get("vitguard.shuffle.unknown")
+        unknown = view.unknown
         shuffled = None
         if unknown is None:
             system = span_system(view, anatomy)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from vitguard._released import Released
 from vitguard._remaining import giving_away
-from vitguard.core import Update
+from vitguard.core import Traits, Update
 from vitguard.defenses._base import Defense, Draws, UpdateDefense
 from vitguard.defenses.encryption.backend import require_tenseal
 from vitguard.defenses.encryption.client import Decryptor, Encryptor, worst_error
@@ -118,6 +118,10 @@ class EncryptedGradients(UpdateDefense):
                 "plain and give the image back. Select 'plan' or 'all'; see what remains with "
                 "`vitguard plan`; force=True accepts it."
             )
+
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return that the selected tensors cannot be read."""
+        return replace(before, sealed=(*before.sealed, self.select))
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return the update with the selected tensors sealed.
