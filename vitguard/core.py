@@ -315,6 +315,7 @@ class Traits:
         shuffle: What is known of moved patches; None where none is moved.
         sealed: Selections of tensors that exist but cannot be read, as `EncryptedGradients` takes
             them.
+        accepted: Whether the user accepts what the analysis of the sealed tensors says remains.
     """
 
     positions: Literal["learnable", "fixed", "withheld", "none"] = "learnable"
@@ -323,6 +324,7 @@ class Traits:
     sparse: bool = False
     shuffle: Shuffle | None = None
     sealed: tuple[str, ...] = ()
+    accepted: bool = False
 
 
 @dataclass(frozen=True)

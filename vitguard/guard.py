@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitguard._remaining import refuse_given_away
 from vitguard.core import Batch, Loss, Traits, Update
 from vitguard.defenses._base import (
     BatchDefense,
@@ -92,6 +93,7 @@ def protect(
         raise Incompatible("Expected at most one defense of the step, got two. Drop one.")
     for defense in ordered:
         defense.check(model, anatomy, ordered)
+    refuse_given_away(model, anatomy, ordered)
     draws = Draws(generator)
     protection = Protection(anatomy, tuple(ordered), draws)
     try:
