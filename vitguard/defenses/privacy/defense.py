@@ -231,7 +231,7 @@ class DifferentialPrivacy(StepDefense):
         if self.engine == "bookkeeping":
             return Engine()
         try:
-            from vitguard.defenses.privacy.samplers import OpacusEngine
+            from vitguard.defenses.privacy.opacus_engine import OpacusEngine
         except ImportError as error:
             raise missing_extra("engine='opacus'", "opacus") from error
         return OpacusEngine()
