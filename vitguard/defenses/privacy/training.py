@@ -86,11 +86,13 @@ class PrivateTraining(Installed):
         self._key: int | None = None
         self._batch = 0
         self._reader: object = None
+        self.skipped = False
+        """Whether the rest of the batch handed out last is not wanted."""
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         transient = dict.fromkeys(("due", "tape", "_watch", "_key", "_reader"))
-        return {**self.__dict__, **transient, "live": False, "_handles": []}
+        return {**self.__dict__, **transient, "live": False}
 
     def install(self, model: nn.Module) -> None:
         """Start watching `model`."""
@@ -146,6 +148,7 @@ class PrivateTraining(Installed):
                 whole batch.
         """
         self.drop()
+        self.skipped = False
         self._batch += piece == 0
         self.due, self._key = Due(size, real, last, piece, self._batch, rate), key
         return self.due
@@ -155,6 +158,7 @@ class PrivateTraining(Installed):
         if self.tape is not None:
             self.tape.close()
         self.due = self.tape = None
+        self.skipped = True
 
     # the optimizer's side
 

@@ -1,0 +1,195 @@
+"""Poisson draws of records, and what a loader's own sampler means for them.
+
+A sampler that gives each record of a set once is honoured: the draws are from that set. Any other
+is refused, because privacy would account for something else than what it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
+
+from vitguard.defenses._base import Draws
+from vitguard.errors import Incompatible, expected
+
+__all__ = ["PoissonSampler", "place", "records_of"]
+
+_SUBSET = "Choose records with torch.utils.data.Subset(dataset, indices) and leave the sampler out."
+
+
+class PoissonSampler(Sampler[list[int]]):
+    """Batches of indices: each record joins each batch independently with probability `rate`.
+
+    Of several processes each draws from its own share of the records: every `world`-th, from
+    `rank` on.
+
+    Args:
+        records: The indices that may be drawn, each once.
+        rate: In (0, 1].
+        steps: Batches in one pass.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[int],
+        rate: float,
+        steps: int,
+        draws: Draws,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.rate, self.steps = rate, steps
+        self._own = np.asarray(records, dtype=np.int64)[rank::world]
+        self._draws = draws
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            yield self._own[self._draws.chosen(len(self._own), self.rate)].tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: every draw is fresh. For loops written for `DistributedSampler`."""
+
+
+def place() -> tuple[int, int]:
+    """Return this process's rank and the number of processes that train together."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def records_of(loader: Any) -> Sequence[int]:
+    """Return the indices of the dataset that a loader's sampler gives, each once.
+
+    Raises:
+        Incompatible: It gives some more often or with other chances than others, or in groups of
+            its own, so that Poisson draws would not be what was asked for.
+    """
+    _check_loader(loader)
+    size = len(loader.dataset)
+    sampler = _sampler_of(loader)
+    kind = type(sampler)
+    if kind is SequentialSampler:
+        return _first(sampler.data_source, size, kind.__name__)
+    if kind is RandomSampler:
+        if sampler.replacement or sampler.num_samples != len(sampler.data_source):
+            how = "replacement" if sampler.replacement else "num_samples"
+            raise _refused(
+                f"RandomSampler with {how}", "each record joins a batch independently and at most "
+                "once: use shuffle=True.",
+            )  # fmt: skip
+        return _first(sampler.data_source, size, kind.__name__)
+    if kind is SubsetRandomSampler:
+        return _distinct(sampler.indices, size, kind.__name__)
+    if kind is DistributedSampler:
+        return _shared(sampler, size)
+    if "Weighted" in kind.__name__:
+        raise _refused(
+            kind.__name__, "a record that is drawn more often than others spends more privacy than "
+            "they do, which no ledger here counts. Weight the loss of each example instead.",
+        )  # fmt: skip
+    raise _refused(kind.__name__, _SUBSET)
+
+
+def _check_loader(loader: Any) -> None:
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        over = f" over {type(loader.dataset).__name__}" if isinstance(loader, DataLoader) else ""
+        raise Incompatible(
+            f"Expected a DataLoader over a dataset with a length, got {type(loader).__name__}"
+            f"{over}: Poisson sampling draws every example independently. Use a dataset with "
+            "__getitem__ and __len__."
+        )
+    for name in ("__iter__", "__len__"):
+        if getattr(type(loader), name) is not getattr(DataLoader, name):
+            raise Incompatible(
+                f"Expected a plain DataLoader, got {type(loader).__name__}, which has a {name} of "
+                "its own that Poisson batches would leave out. Pass torch.utils.data.DataLoader, "
+                "before other tools wrap it."
+            )
+    if not isinstance(loader.dataset, Sized):
+        raise Incompatible(
+            f"Expected a dataset with a length, got {type(loader.dataset).__name__}: Poisson "
+            "sampling draws every example independently. Give it a __len__."
+        )
+    if loader.batch_size is None and loader.batch_sampler is None:
+        raise Incompatible(
+            "Expected a loader that makes batches of single examples, got batch_size=None: what "
+            "one record adds cannot be told in batches that the dataset makes. Set batch_size and "
+            "let the dataset return one example for an index."
+        )
+    _distinct_subset(loader.dataset)
+    if not len(loader):
+        raise expected("a loader with at least one batch", 0)
+
+
+def _sampler_of(loader: DataLoader) -> Any:
+    if loader.batch_size is not None:
+        return loader.sampler
+    given: Any = loader.batch_sampler
+    if type(given) is not BatchSampler:
+        raise _refused(
+            f"the batch sampler {type(given).__name__}", "batches that were put together "
+            "otherwise are no Poisson sample: set batch_size in place of batch_sampler.",
+        )  # fmt: skip
+    return given.sampler
+
+
+def _first(source: Any, size: int, name: str) -> Sequence[int]:
+    """Return the indices of a sampler over all of `source`."""
+    if not 0 < len(source) <= size:
+        raise expected(f"a {name} over at most the {size} records of the dataset", len(source))
+    return range(len(source))
+
+
+def _distinct(indices: Any, size: int, name: str) -> Sequence[int]:
+    chosen = [int(i) for i in indices]
+    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(range(size)):
+        raise Incompatible(
+            f"Expected a {name} of different indices from 0 to {size - 1}, got {len(chosen)}, "
+            f"{len(set(chosen))} of them different. A record that joins twice spends more privacy: "
+            "give each index once."
+        )
+    return chosen
+
+
+def _distinct_subset(dataset: Any) -> None:
+    while isinstance(dataset, Subset):
+        _distinct(dataset.indices, len(cast(Sized, dataset.dataset)), "Subset")
+        dataset = dataset.dataset
+
+
+def _shared(sampler: DistributedSampler, size: int) -> Sequence[int]:
+    rank, world = place()
+    if (sampler.rank, sampler.num_replicas) != (rank, world):
+        raise Incompatible(
+            f"Expected a DistributedSampler for this process group, rank {rank} of {world}, got "
+            f"rank {sampler.rank} of {sampler.num_replicas}. Call init_process_group first, then "
+            "make the sampler, then guard.prepare."
+        )
+    return _first(sampler.dataset, size, "DistributedSampler")
+
+
+def _refused(what: str, do: str) -> Incompatible:
+    return Incompatible(
+        "Expected a sampler that gives each record of a fixed set once (shuffle, "
+        f"SubsetRandomSampler, DistributedSampler), got {what}. Poisson sampling takes its place: "
+        f"{do}"
+    )
