@@ -98,13 +98,14 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 @contextmanager
 def same_draws(model: nn.Module) -> Iterator[None]:
     """Draw the same numbers in every such block; the state of all generators stays. No warnings."""
-    states: tuple[Any, Any] = random.getstate(), np.random.get_state()
+    legacy = np.random.mtrand  # what layers that call numpy.random draw from
+    states: tuple[Any, Any] = random.getstate(), legacy.get_state()
     try:
         with warnings.catch_warnings(), seeded(0, model):
             warnings.simplefilter("ignore")
             random.seed(0)
-            np.random.seed(0)
+            legacy.seed(0)
             yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])
+        legacy.set_state(states[1])

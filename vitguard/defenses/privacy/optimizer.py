@@ -156,8 +156,8 @@ class BookKeepingOptimizer(DPOptimizer):
         sums = clipped_sum(tape, self._clip, scale=tape.batch, real=due.real).sums
         if not sums:
             raise Unprotected(
-                "Expected loss.backward() between the pass of a batch and its step, got no backward "
-                "pass. Call loader.skip() in place of the step for a batch you do not want."
+                "Expected loss.backward() between the pass of a batch and its step, got none. Call "
+                "loader.skip() in place of the step for a batch that you do not want."
             )
         for p in self.params:
             total = sums.get(self._name(p))
@@ -254,7 +254,7 @@ def _checked(name: str, value: Any, *, above: bool = False) -> float:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not (0 < number if above else 0 <= number) or not number < math.inf:
+    if not (number > 0 if above else number >= 0) or not number < math.inf:
         raise Unprotected(
             f"Expected a finite {name} {'above' if above else 'of at least'} 0 at the step, got "
             f"{value}. Nothing was released; a schedule may have set it."
@@ -269,7 +269,7 @@ def refuse_optimizer(optimizer: Any) -> None:
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise Incompatible(
-            f"Expected an optimizer that takes one gradient a step, got {type(optimizer).__name__}, "
-            "which evaluates its closure several times: each is a release of its own. Use SGD or "
-            "AdamW."
+            "Expected an optimizer that takes one gradient a step, got "
+            f"{type(optimizer).__name__}, which evaluates its closure several times: each is a "
+            "release of its own. Use SGD or AdamW."
         )

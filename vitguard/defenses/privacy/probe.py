@@ -147,9 +147,9 @@ class _Trial:
             changed = self._measure(_replaced(self.inputs, example, how))
             if (name := differing(state, self.kept.changed())) is not None:
                 raise Incompatible(
-                    f"Expected buffers and parameters that a forward pass leaves alone, got {name}, "
-                    "which learns from the images: it would be published without noise. Remove "
-                    "the statistics (an observer, a running mean, FakeQuantize) or freeze them."
+                    "Expected buffers and parameters that a forward pass leaves alone, got "
+                    f"{name}, which learns from the images and would be published without noise. "
+                    "Remove the statistics (an observer, a running mean) or freeze them."
                 )
             others = [i for i in range(_BATCH) if i != example]
             self._expect_same(base, changed, others, f"example {example} was {how}")
@@ -311,5 +311,3 @@ def _meet(what: str, example: int, when: str, where: str) -> Incompatible:
         f"example {example} when {when}: examples meet in {where}. Differential privacy cannot "
         "hold for this model: replace the layer by one that treats each example alone."
     )
-
-

@@ -48,7 +48,7 @@ class Due(NamedTuple):
 @contextmanager
 def paused(model: nn.Module) -> Iterator[None]:
     """Let passes through that are protected, and no part of the loop, such as Guard.update's."""
-    live = [m for m in model.modules() if isinstance(m, PrivateTraining) and m.live]
+    live = [t for t in _trainings(model) if t.live]
     protection: Any = getattr(model, "vitguard", None)
     prepared = getattr(protection, "prepared", True)
     for training in live:
@@ -62,6 +62,13 @@ def paused(model: nn.Module) -> Iterator[None]:
             protection.prepared = False
         for training in live:
             training.live = True
+
+
+def _trainings(model: nn.Module) -> list[PrivateTraining]:
+    """Return what watches a model, which need not be protected, or a part of it."""
+    hooks = (h for m in model.modules() for h in m._forward_pre_hooks.values())
+    owners = {id(o): o for h in hooks if (o := getattr(h, "__self__", None)) is not None}
+    return [o for o in owners.values() if isinstance(o, PrivateTraining)]
 
 
 class PrivateTraining(Installed):
