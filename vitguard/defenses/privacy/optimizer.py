@@ -200,6 +200,7 @@ class BookKeepingOptimizer(DPOptimizer):
 
     def scale_grad(self) -> None:
         """Divide by the number of examples that a batch has on average."""
+        assert self.expected_batch_size is not None
         for p in self.params:
             if p.grad is not None:
                 p.grad /= self.expected_batch_size * self._place[1]
