@@ -90,6 +90,12 @@ class PoissonLoader:
             **{name: getattr(loader, name) for name in kept if hasattr(loader, name)},
         )
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"The private loader has no {name}: use it as it is, with physical_batch for memory. "
+            "The loader that it stands in for is its `source`."
+        )
+
     def __len__(self) -> int:
         return len(self.batch_sampler)
 

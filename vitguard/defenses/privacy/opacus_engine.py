@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitguard.defenses.privacy.engine import Engine, refuse_float16
 from vitguard.defenses.privacy.tape import Products, Samples, Tape
-from vitguard.errors import Incompatible
+from vitguard.errors import Incompatible, Unprotected
 
 __all__ = ["OpacusEngine"]
 
@@ -53,6 +53,11 @@ class _Hooks(GradSampleHooks):
         return []  # vitguard's own checks ran; buffers of tables and rotations are no statistics
 
     def rearrange_grad_samples(self, **settings: Any) -> Any:
+        if not settings["module"].activations:
+            raise Unprotected(
+                "Expected one backward pass for each batch with engine='opacus', got a second. Add "
+                "up the losses first, or use engine='bookkeeping'."
+            )
         activations, backprops = super().rearrange_grad_samples(**settings)
         # Opacus reads memory order where index order is meant: wrong under channels_last.
         return [a.contiguous() for a in activations], backprops.contiguous()
