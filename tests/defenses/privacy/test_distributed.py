@@ -73,19 +73,15 @@ def run(worker, world, *args):
         return dict(found)
 
 
-def _noise(rank, world, ports, found):
-    join(rank, world, ports[0])
+def _noise(rank, world):
     model = build("vit", torch.float32)
     optimizer, loader, ledger = prepared(model)
     moved = torch.cat(list(steps(model, optimizer, loader)))
     shares = loader.batch_sampler._own.tolist()
-    found[rank] = (moved, weights(model), ledger.history, shares, optimizer.expected_batch_size)
+    return moved, weights(model), ledger.history, shares, optimizer.expected_batch_size
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_noise_on_the_sum_of_several_processes_is_that_of_one_draw(world):
-    found = run(_noise, world)
+def expect_one_draw(found, world):
     fit = measure_noise(found[0][0], NOISE * CLIP)
     assert fit.ratio == pytest.approx(1, abs=0.01) and fit.p_value > 1e-4
     for rank in range(world):
@@ -95,28 +91,17 @@ def test_noise_on_the_sum_of_several_processes_is_that_of_one_draw(world):
         assert shares == list(range(rank, COUNT, world))
 
 
-def _gradient(rank, world, ports, found):
-    join(rank, world, ports[0])
+def _gradient(rank, world):
     model = build("vit", torch.float32)
     optimizer, loader, _ = prepared(model, batch_size=COUNT)  # a rate of one: all records join
     optimizer.noise_multiplier = 0.0
     (moved,) = steps(model, optimizer, loader, scale=1e4)
-    found[rank] = moved
+    return moved
 
 
-@pytest.mark.slow
-def test_the_sum_of_several_processes_is_that_of_one():
-    found = run(_gradient, 2)
-    model = build("vit", torch.float32)
-    optimizer, loader, _ = prepared(model, batch_size=COUNT)
-    optimizer.noise_multiplier = 0.0
-    (alone,) = steps(model, optimizer, loader, scale=1e4)
-    assert torch.equal(found[0], found[1])
-    assert torch.allclose(found[0], alone, atol=1e-4) and alone.norm() > CLIP
-
-
-def _dropping_out(rank, world, ports, found):
+def _three(rank, world, ports, found):
     join(rank, world, ports[0])
+    found["noise", rank] = _noise(rank, world)
     model = build("vit", torch.float32)
     optimizer, loader, _ = prepared(model)
     taken = steps(model, optimizer, loader, scale=1e4)
@@ -127,7 +112,7 @@ def _dropping_out(rank, world, ports, found):
         os._exit(0)
     try:
         next(taken)
-        found[rank] = "stepped"
+        found["went on", rank] = "stepped"
         return
     except Unprotected as error:
         assert "nothing was applied" in str(error), error
@@ -147,20 +132,10 @@ def _dropping_out(rank, world, ports, found):
     refused(f"rank {rank} of {world}, got rank {rank} of {world - 1}")
     optimizer, loader, ledger = prepared(model)
     moved = torch.cat(list(steps(model, optimizer, loader)))
-    found[rank] = (moved, weights(model), ledger.history)
+    found["went on", rank] = (moved, weights(model), ledger.history)
 
 
-@pytest.mark.slow
-def test_when_one_of_three_drops_out_nothing_is_applied_and_two_go_on_with_one_draw():
-    found = run(_dropping_out, 3)
-    assert found.keys() == {0, 1} and "stepped" not in found.values()
-    fit = measure_noise(found[0][0], NOISE * CLIP)
-    assert fit.ratio == pytest.approx(1, abs=0.01) and fit.p_value > 1e-4
-    assert torch.equal(found[0][1], found[1][1])
-    assert found[0][2] == [(NOISE, 0.25, STEPS)]
-
-
-def _prepared_before(rank, world, ports, found):
+def _prepared_before(rank, world, ports):
     model = build("vit", torch.float32)
     optimizer, loader, ledger = prepared(model)
     join(rank, world, ports[0])
@@ -169,48 +144,96 @@ def _prepared_before(rank, world, ports, found):
     F.cross_entropy(model(images), labels).backward()
     with pytest.raises(Unprotected, match=f"rank 0 of 1, got rank {rank} of 2"):
         optimizer.step()
-    found[rank] = torch.equal(before, weights(model)) and not ledger.history
+    return torch.equal(before, weights(model)) and not ledger.history
 
 
-def _samplers(rank, world, ports, found):
-    join(rank, world, ports[0])
+def _samplers(rank):
     shared = prepared(build("vit", torch.float32), DistributedSampler(data()), 3)[1]
     with pytest.raises(Incompatible, match=r"rank \d of 2, got rank 0 of 4"):
         prepared(build("vit", torch.float32), DistributedSampler(data(), 4, 0), 3)
     with pytest.raises(Incompatible, match=rf"rank {rank} of 2, got rank {1 - rank} of 2"):
         prepared(build("vit", torch.float32), DistributedSampler(data(), 2, 1 - rank), 3)
     subset = prepared(build("vit", torch.float32), SubsetRandomSampler(range(10)), 5)[1]
-    found[rank] = (
+    return (
         (shared.rate, shared.expected_batch_size, len(shared), shared.batch_sampler._own.tolist()),
         (subset.rate, subset.expected_batch_size, len(subset), subset.batch_sampler._own.tolist()),
     )
 
 
-def _other_noise(rank, world, ports, found):
-    join(rank, world, ports[0])
+def _other_clip(rank):
     model = build("vit", torch.float32)
     optimizer, loader, ledger = prepared(model)
     optimizer.max_grad_norm = CLIP * (1 + rank)
     before = weights(model)
     with pytest.raises(Unprotected, match="same noise_multiplier, max_grad_norm"):
         next(steps(model, optimizer, loader))
-    found[rank] = torch.equal(before, weights(model)) and not ledger.history
+    return torch.equal(before, weights(model)) and not ledger.history
+
+
+def _two(rank, world, ports, found):
+    found["prepared before", rank] = _prepared_before(rank, world, ports)
+    found["noise", rank] = _noise(rank, world)
+    found["gradient", rank] = _gradient(rank, world)
+    found["samplers", rank] = _samplers(rank)
+    found["other clip", rank] = _other_clip(rank)
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Return what two processes found, by what they did and rank."""
+    return run(_two, 2)
+
+
+@pytest.fixture(scope="module")
+def three():
+    """Return what three processes found before one dropped out, and two after it."""
+    return run(_three, 3)
+
+
+def of(found, what):
+    return {rank: value for (name, rank), value in found.items() if name == what}
 
 
 @pytest.mark.slow
-def test_a_step_of_more_processes_than_were_prepared_raises_before_anything_moves():
-    assert run(_prepared_before, 2) == {0: True, 1: True}
+def test_noise_on_the_sum_of_two_processes_is_that_of_one_draw(two):
+    expect_one_draw(of(two, "noise"), 2)
 
 
 @pytest.mark.slow
-def test_processes_that_would_clip_differently_raise_before_anything_moves():
-    assert run(_other_noise, 2) == {0: True, 1: True}
+def test_noise_on_the_sum_of_three_processes_is_that_of_one_draw(three):
+    expect_one_draw(of(three, "noise"), 3)
 
 
 @pytest.mark.slow
-def test_a_distributed_sampler_is_honoured_where_it_fits_the_processes():
-    found = run(_samplers, 2)
-    for rank in range(2):
-        shared, subset = found[rank]
+def test_when_one_of_three_drops_out_nothing_is_applied_and_two_go_on_with_one_draw(three):
+    found = of(three, "went on")
+    assert found.keys() == {0, 1} and "stepped" not in found.values()
+    fit = measure_noise(found[0][0], NOISE * CLIP)
+    assert fit.ratio == pytest.approx(1, abs=0.01) and fit.p_value > 1e-4
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][2] == [(NOISE, 0.25, STEPS)]
+
+
+@pytest.mark.slow
+def test_the_sum_of_two_processes_is_that_of_one(two):
+    found = of(two, "gradient")
+    alone = _gradient(0, 1)
+    assert torch.equal(found[0], found[1])
+    assert torch.allclose(found[0], alone, atol=1e-4) and alone.norm() > CLIP
+
+
+@pytest.mark.slow
+def test_a_step_of_more_processes_than_were_prepared_raises_before_anything_moves(two):
+    assert of(two, "prepared before") == {0: True, 1: True}
+
+
+@pytest.mark.slow
+def test_processes_that_would_clip_differently_raise_before_anything_moves(two):
+    assert of(two, "other clip") == {0: True, 1: True}
+
+
+@pytest.mark.slow
+def test_a_distributed_sampler_is_honoured_where_it_fits_the_processes(two):
+    for rank, (shared, subset) in of(two, "samplers").items():
         assert shared == (0.25, 3.0, 4, list(range(rank, COUNT, 2)))
         assert subset == (0.5, 2.5, 2, list(range(rank, 10, 2)))
