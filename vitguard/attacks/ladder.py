@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from vitguard.attacks._base import Attack
+from vitguard.attacks._budget import Budget, worked
 from vitguard.attacks._check import mismatch
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.gelu_span import GeluSpan
@@ -42,11 +43,12 @@ class Ladder(Attack):
 
     Details: `rung`, `verified` (share of patches), `mismatch` of the chosen guess, `rungs` (what
     each said), `exact` (what is known of exact attacks: `"no exact attack known"` where T >= D and
-    B >= 2 means that, and not that there is none), `unfinished` (rungs that the time did not reach;
-    an audit then never says `resisted`).
+    B >= 2 means that, and not that there is none), `unfinished` (rungs that the budget cut or did
+    not reach; an audit then never says `resisted`).
 
     Args:
-        seconds: Time budget of all rungs; what was found by then is returned.
+        seconds: Budget of all rungs, in nominal seconds of work (`Budget`): the same work, and the
+            same result, on every machine. What was found by then is returned.
         levels: Grey levels above zero of an image file, to which `polish` may round; None never.
 
     Raises:
@@ -70,7 +72,7 @@ class Ladder(Attack):
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the best guess of all rungs; a keyboard interrupt keeps what was found."""
-        climb = _Climb(view, generator, time.monotonic() + self.seconds)
+        climb = _Climb(view, generator, Budget.of(self.seconds))
         try:
             climb.all()
         except KeyboardInterrupt:
@@ -78,9 +80,9 @@ class Ladder(Attack):
                 raise
             return _cut(climb.best(), "the rest (interrupted)")
         best = climb.best()
-        if time.monotonic() < climb.deadline and self._clear(view):
+        if self._clear(view):
             try:
-                best = polish(view, best, generator, climb.deadline, levels=self.levels)
+                best = polish(view, best, generator, climb.budget, levels=self.levels)
             except (NotApplicable, Blocked):  # a rung may need less
                 pass
             except KeyboardInterrupt:
@@ -99,8 +101,8 @@ def _cut(guess: Guess, what: str) -> Guess:
 class _Climb:
     """The rungs tried so far."""
 
-    def __init__(self, view: View, generator: torch.Generator, deadline: float) -> None:
-        self.view, self.generator, self.deadline = view, generator, deadline
+    def __init__(self, view: View, generator: torch.Generator, budget: Budget) -> None:
+        self.view, self.generator, self.budget = view, generator, budget
         self.guesses: dict[str, Guess] = {}
         self.distance: dict[str, float] = {}
         self.said: dict[str, str] = {}
@@ -138,25 +140,27 @@ class _Climb:
         self._try(lambda: RobustSpan(seconds=self._left(0.6)))
 
     def _left(self, share: float) -> float:
-        return max(share * (self.deadline - time.monotonic()), 0.5)
+        return max(share * self.budget.left, 0.5)
 
     def _try(self, rung: Callable[[], Attack]) -> None:
         attack = rung()
-        if time.monotonic() > self.deadline:
-            self.said[attack.name] = "not tried: the time was over"
+        if self.budget.over:
+            self.said[attack.name] = "not tried: the budget was spent"
             self.unfinished.append(attack.name)
             return
-        started = time.monotonic()
+        before, own = worked(), Budget.of(getattr(attack, "seconds", math.inf))
         try:
             guess = attack.run(self.view, self.generator)
         except (NotApplicable, Blocked) as why:
             self.said[attack.name] = str(why)
+            if own.over:  # with more it might have applied
+                self.unfinished.append(attack.name)
             return
         distance = self._take(attack.name, guess)
         known = "" if distance is None else f"mismatch {distance:.1e}, "
         share = self._verified(attack.name)
         proved = f"verified {share:.2f}, " if guess.verified is not None else ""
-        self.said[attack.name] = f"{known}{proved}{time.monotonic() - started:.1f} s"
+        self.said[attack.name] = f"{known}{proved}{1e-9 * (worked() - before):.1f} s"
         if guess.details.get("unfinished"):
             self.unfinished.append(attack.name)
         if guess.details.get("interrupted"):

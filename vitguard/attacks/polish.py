@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import replace
 
 import torch
@@ -11,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitguard.attacks._block_equations import BlockEquations, Preconditioner
+from vitguard.attacks._budget import ENDLESS, Budget
 from vitguard.attacks._check import mismatch
 from vitguard.attacks._linear import WholeUpdate, least_squares
 from vitguard.core import Guess, View
@@ -32,7 +31,7 @@ def polish(
     view: View,
     guess: Guess,
     generator: torch.Generator,
-    deadline: float = math.inf,
+    budget: Budget = ENDLESS,
     *,
     levels: int | None = 255,
 ) -> Guess:
@@ -48,10 +47,11 @@ def polish(
     (`mismatch` below 8 units of it). An image off the grid fails that: it stays as step 1 left it.
 
     Details: `polish` says what was done, `rounded to the grid of image files` among it, and the
-    mismatch before and after; or the reason why nothing was.
+    mismatch before and after; or the reason why nothing was. Where the budget ended it,
+    `unfinished` says so.
 
     Args:
-        deadline: `time.monotonic()` after which no iteration is begun.
+        budget: Once it is spent no iteration is begun.
         levels: Grey levels above zero of an image file; None keeps real values.
 
     Raises:
@@ -71,17 +71,21 @@ def polish(
         return _saying(guess, "not tried: the guess is not near")
     if before < _floor(view):
         return _saying(guess, "not needed: the update is explained to its rounding")
+    if budget.over:
+        return _cut(_saying(guess, "not tried: the budget was spent"))
     done: list[str] = []
-    refined, last = _refined(view, guess, before, deadline)
+    half = budget.part(0.5)
+    refined, last = _refined(view, guess, before, half)
     if last < before:
         done.append("refined")
     if levels is not None:
-        exact = _rounded(view, refined, generator, deadline, levels)
+        exact = _rounded(view, refined, generator, budget, levels)
         if exact is not None:
             refined, last = exact
             done.append("rounded to the grid of image files")
     said = " and ".join(done) or "nothing gained"
-    return _saying(refined, f"{said}: mismatch {before:.1e} -> {last:.1e}")
+    made = _saying(refined, f"{said}: mismatch {before:.1e} -> {last:.1e}")
+    return _cut(made) if half.over and not last < _floor(view) else made
 
 
 def _floor(view: View) -> float:
@@ -90,6 +94,11 @@ def _floor(view: View) -> float:
 
 def _saying(guess: Guess, what: str) -> Guess:
     return replace(guess, details={**guess.details, "polish": what})
+
+
+def _cut(guess: Guess) -> Guess:
+    left = [*guess.details.get("unfinished", ()), "polish"]
+    return replace(guess, details={**guess.details, "unfinished": left})
 
 
 def _patches(view: View, guess: Guess) -> Patches:
@@ -102,20 +111,19 @@ def _with(view: View, guess: Guess, patches: Patches) -> Guess:
     return replace(guess, images=view.normalization.invert(images).clamp(0, 1))
 
 
-def _refined(view: View, guess: Guess, before: float, deadline: float) -> tuple[Guess, float]:
+def _refined(view: View, guess: Guess, before: float, budget: Budget) -> tuple[Guess, float]:
     """Take Gauss-Newton steps on the first block's equations while they explain more."""
     try:
         equations = BlockEquations.of(view, Anatomy.of(view.model))
     except (NotApplicable, Blocked):
         return guess, before
-    halfway = time.monotonic() + (deadline - time.monotonic()) / 2
     for _ in range(2):
         c = _patches(view, guess) @ equations.basis
         weights = equations.weights(c)
         rest = -equations.misfits(c, weights)
-        if time.monotonic() > halfway or not float(rest.square().mean()) > _MISSED**2:
+        if budget.over or not float(rest.square().mean()) > _MISSED**2:
             break
-        moved = c + _step(equations, c, weights, rest, halfway)
+        moved = c + _step(equations, c, weights, rest, budget)
         trial = _with(view, guess, moved @ equations.basis.T)
         after = mismatch(view, trial)
         if after is None or not after < before:
@@ -129,7 +137,7 @@ def _step(
     c: Tensor,
     weights: tuple[Tensor, Tensor],
     rest: Tensor,
-    deadline: float,
+    budget: Budget,
 ) -> Tensor:
     """Return the least-squares solution of the linearised equations."""
     root = Preconditioner.of(equations, c, weights)
@@ -137,20 +145,28 @@ def _step(
     def misfits(c: Tensor) -> Tensor:
         return equations.misfits(c, weights)
 
+    def forth(u: Tensor) -> Tensor:
+        equations.charge(3.0)
+        return torch.func.jvp(misfits, (c,), (root.up(u),))[1]
+
+    def down(r: Tensor) -> Tensor:
+        equations.charge(2.0)
+        return root.down(back(r)[0])
+
     back = torch.func.vjp(misfits, c)[1]
     return root.up(
         least_squares(
-            lambda u: torch.func.jvp(misfits, (c,), (root.up(u),))[1],
-            lambda r: root.down(back(r)[0]),
+            forth,
+            down,
             rest,
             iterations=24,
-            deadline=deadline,
+            budget=budget,
         )
     )
 
 
 def _rounded(
-    view: View, guess: Guess, generator: torch.Generator, deadline: float, levels: int
+    view: View, guess: Guess, generator: torch.Generator, budget: Budget, levels: int
 ) -> tuple[Guess, float] | None:
     """Set patches to the grid, solve for the rest, until the update is explained to rounding."""
     anatomy, floor = Anatomy.of(view.model), _floor(view)
@@ -168,7 +184,7 @@ def _rounded(
             limit = max(float(away.topk(min(3, len(away))).values[-1]), _CERTAIN)
             free = away >= limit
         share = float(free.double().mean())
-        if not 0 < share <= 0.5 or labels is None or time.monotonic() > deadline:
+        if not 0 < share <= 0.5 or labels is None or budget.over:
             return None
         fixed = anatomy.unpatchify(torch.where(free[:, None], pixels, near)[None] / levels)
         patches = _patches(view, replace(guess, images=fixed))
@@ -176,7 +192,6 @@ def _rounded(
             update = WholeUpdate.at(view, patches, labels.to(patches.device), free)
         except NotApplicable:
             return None
-        until = time.monotonic() + 0.8 * (deadline - time.monotonic())
-        patches[free] += update.step(until, generator)
+        patches[free] += update.step(budget.part(0.8), generator)
         pixels[free] = anatomy.patchify(_with(view, guess, patches).images)[0][free] * levels
     return None
