@@ -20,7 +20,7 @@ __all__ = ["ENDLESS", "Budget", "charge", "charge_update", "worked"]
 
 # What a nominal second holds, of each kind of work in float64.
 _PRODUCTS = 4e10  # operations of matrix products, two for a multiplication and addition
-_SVD = 1.7e9  # rows * columns * smaller of both, of singular value decompositions and pinv
+_SVD = 2.2e9  # rows * columns * smaller of both, of singular value decompositions and pinv
 _QR = 7e9  # the same of QR; an eigendecomposition is two of them
 _ELEMENTS = 3e8  # numbers through an activation; a plain sum or product takes a tenth
 _CALLS = 2e5  # calls of a tensor function, which small tensors are all about
