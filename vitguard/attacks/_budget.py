@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vitguard.core import View
 from vitguard.vit import Anatomy
 
-__all__ = ["ENDLESS", "Budget", "charge", "charge_update", "worked"]
+__all__ = ["ENDLESS", "Budget", "charge", "charge_update", "nominal", "update_seconds", "worked"]
 
 # What a nominal second holds, of each kind of work in float64.
 _PRODUCTS = 4e10  # operations of matrix products, two for a multiplication and addition
@@ -25,7 +25,7 @@ _QR = 7e9  # the same of QR; an eigendecomposition is two of them
 _ELEMENTS = 3e8  # numbers through an activation; a plain sum or product takes a tenth
 _CALLS = 2e5  # calls of a tensor function, which small tensors are all about
 
-_UPDATE_PASSES = 6.0  # over every parameter in a simulated update and its comparison
+_UPDATE_PASSES = 12.0  # over every parameter in a simulated update and its comparison
 
 _LOCAL = threading.local()
 
@@ -35,7 +35,7 @@ def worked() -> int:
     return getattr(_LOCAL, "worked", 0)
 
 
-def charge(
+def nominal(
     *,
     products: float = 0.0,
     svd: float = 0.0,
@@ -43,22 +43,37 @@ def charge(
     elements: float = 0.0,
     calls: float = 0.0,
     share: float = 1.0,
-) -> None:
-    """Count work that is done; `share` scales it all, 0.5 for float32."""
+) -> float:
+    """Return the nominal seconds of some work; `share` scales all but calls, 0.5 for float32."""
     seconds = products / _PRODUCTS + svd / _SVD + qr / _QR + elements / _ELEMENTS
-    _LOCAL.worked = worked() + round(1e9 * (share * seconds + calls / _CALLS))
+    return share * seconds + calls / _CALLS
 
 
-def charge_update(view: View, *, times: float = 1.0, images: int | None = None) -> None:
-    """Count `times` the work of simulating the update of a view, or one of so many images."""
+def charge(**work: float) -> None:
+    """Count work that is done; see `nominal`."""
+    _count(nominal(**work))
+
+
+def _count(seconds: float) -> None:
+    _LOCAL.worked = worked() + round(1e9 * seconds)
+
+
+def update_seconds(view: View, *, images: int | None = None) -> float:
+    """Return the nominal seconds of simulating the update of a view, or one of so many images."""
     anatomy, update = Anatomy.of(view.model), view.update
     images = update.batch_size if images is None else images
     parameters = sum(p.numel() for p in view.model.parameters())
-    steps = images * max(update.local_steps, 1)
-    passes = _UPDATE_PASSES * parameters * max(update.local_steps, 1)
-    products = 6.0 * parameters * anatomy.tokens * steps
-    calls = 60.0 * max(len(anatomy.blocks), 1) * max(update.local_steps, 1)
-    charge(products=0.6 * times * products, elements=0.1 * times * passes, calls=times * calls)
+    each = nominal(
+        products=0.7 * 6.0 * parameters * anatomy.tokens * images,
+        elements=0.1 * _UPDATE_PASSES * parameters,
+        calls=60.0 * max(len(anatomy.blocks), 1),
+    )
+    return max(update.local_steps, 1) * each
+
+
+def charge_update(view: View, *, times: float = 1.0, images: int | None = None) -> None:
+    """Count `times` the work of `update_seconds`."""
+    _count(times * update_seconds(view, images=images))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitguard.attacks._budget import charge
+from vitguard.attacks._budget import ENDLESS, Budget, charge
 from vitguard.attacks._family import Family, Solver
 from vitguard.attacks._linear import solve_positive
 from vitguard.attacks._mlp import Mlp
@@ -105,8 +105,12 @@ class Problem:
         *,
         iterations: int = 30,
         pull: Pull | None = None,
+        budget: Budget = ENDLESS,
     ) -> Solutions:
-        """Run damped Gauss-Newton steps from every start at its position, in chunks."""
+        """Run damped Gauss-Newton steps from every start at its position, in chunks.
+
+        Once the budget is spent they stay where they are.
+        """
         hidden, k = self.hidden.shape
         chunk = max(1, int(5e6 / (hidden * max(k, 1))))
         if pull is None:
@@ -115,10 +119,12 @@ class Problem:
             )
         whole = (positions, start, pull.target.to(start), pull.strength.to(start))
         pieces = zip(*(t.split(chunk) for t in whole), strict=True)
-        parts = [self._solve(p, v, Pull(d, w), iterations) for p, v, d, w in pieces]
+        parts = [self._solve(p, v, Pull(d, w), iterations, budget) for p, v, d, w in pieces]
         return Solutions(torch.cat([p.v for p in parts]), torch.cat([p.residual for p in parts]))
 
-    def _solve(self, positions: Tensor, v: Tensor, pull: Pull, iterations: int) -> Solutions:
+    def _solve(
+        self, positions: Tensor, v: Tensor, pull: Pull, iterations: int, budget: Budget
+    ) -> Solutions:
         v, residual = v.clone(), v.new_full((len(v),), torch.inf)
         alive = torch.arange(len(v), device=v.device)
         state = self._evaluate(positions, v, pull.target)
@@ -126,6 +132,8 @@ class Problem:
         weight = pull.strength * state.cost.clamp(max=1e6) / state.apart.clamp_min(1e-12)
         mark = state.cost
         for step in range(iterations):
+            if budget.over:
+                break
             if step >= iterations - _RELEASED:
                 weight = torch.zeros_like(weight)
             self._charge(len(alive))

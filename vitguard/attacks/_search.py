@@ -212,7 +212,9 @@ class Search:
 
     def _accept(self, positions: Tensor, start: Tensor, pull: Pull | None) -> int:
         remainder, solver = self.remainder, self.remainder.solver
-        rough = remainder.quick.solve(positions, start.float(), iterations=20, pull=pull)
+        rough = remainder.quick.solve(
+            positions, start.float(), iterations=20, pull=pull, budget=self.budget
+        )
         good = rough.residual < 10 * self.accept
         if not bool(good.any()):
             return 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitguard.attacks._assemble import complete_images, complete_tokens
 from vitguard.attacks._attention import Attention
 from vitguard.attacks._base import Attack
-from vitguard.attacks._budget import Budget, worked
+from vitguard.attacks._budget import Budget, nominal, worked
 from vitguard.attacks._check import require_finite
 from vitguard.attacks._mask import shuffled_positions
 from vitguard.attacks._peel import peel
@@ -71,6 +71,14 @@ class GeluSpan(Attack):
             raise expected("seconds above 0", self.seconds)
         if not 0 < self.accept < 0.01:
             raise expected("accept between 0 and 0.01", self.accept)
+
+    @staticmethod
+    def least(view: View) -> float:
+        """Return about how many nominal seconds pass before the first start."""
+        anatomy, batch = Anatomy.of(view.model), view.update.batch_size
+        width, tokens = anatomy.width, batch * anatomy.tokens
+        unknowns = min(batch * anatomy.patches, anatomy.patch_pixels) + tokens
+        return nominal(svd=5.0 * width**3 + unknowns**3, qr=20.0 * width**3)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image per member of the batch; what is not verified is minimum norm."""

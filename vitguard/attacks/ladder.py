@@ -133,18 +133,21 @@ class _Climb:
                 self._take(name, guess)
         polished = self.view.update.batch_size == 1 and "shuffle" not in self.view.settings
         share = 0.5 if polished else 0.8  # `polish` needs the rest
-        self._try(lambda: GeluSpan(seconds=self._left(share)))
+        self._try(lambda: GeluSpan(seconds=self._left(share)), GeluSpan.least)
 
     def _robust(self) -> None:
-        self._try(lambda: RobustPosition(seconds=self._left(0.4)))
-        self._try(lambda: RobustSpan(seconds=self._left(0.6)))
+        self._try(lambda: RobustPosition(seconds=self._left(0.4)), RobustPosition.least)
+        self._try(lambda: RobustSpan(seconds=self._left(0.6)), RobustSpan.least)
 
     def _left(self, share: float) -> float:
         return max(share * self.budget.left, 0.5)
 
-    def _try(self, rung: Callable[[], Attack]) -> None:
+    def _try(
+        self, rung: Callable[[], Attack], least: Callable[[View], float] = lambda view: 0.0
+    ) -> None:
+        """Run a rung unless less than its `least` nominal seconds are left, or none."""
         attack = rung()
-        if self.budget.over:
+        if self.budget.over or self.budget.left < least(self.view):
             self.said[attack.name] = "not tried: the budget was spent"
             self.unfinished.append(attack.name)
             return
@@ -172,7 +175,8 @@ class _Climb:
         if labels is not None:
             guess = replace(guess, labels=pair_labels(self.view, guess.images, labels))
         self.guesses[name] = guess
-        distance = mismatch(self.view, guess)
+        known = guess.details.get("mismatch") if self.view.update.batch_size == 1 else None
+        distance = known if isinstance(known, float) else mismatch(self.view, guess)
         if distance is not None:
             self.distance[name] = distance
         return distance

@@ -22,6 +22,7 @@ _NEAR = 1e-2  # mismatch above which a guess is too far for linearised equations
 _MISSED = 2.0  # misfit over its expected noise above which the equations have more to say
 _ON_GRID = 0.15  # levels; 48 pixels off the grid have 0.29 with a deviation of 0.02
 _CERTAIN = 0.02  # levels; no pixel of such a patch is half a level off
+_ROUNDED = "rounded to the grid of image files"
 _FLOOR = 8  # units of rounding: the true image's update differs by 3 to 5 (float32)
 
 Patches = Float[Tensor, "patches pixels"]
@@ -37,13 +38,16 @@ def polish(
 ) -> Guess:
     """Return a nearly right image made exact, or as it was where that explains nothing more.
 
+    Where every pixel lies near a multiple of 1 / levels, as image files store them, all are set to
+    those. Otherwise:
+
     1. Gauss-Newton on the first block's equations for the image as a whole: attention is computed,
        not solved for, and each equation is weighted by what rounding leaves of it.
-    2. With `levels`: patches whose pixels lie near multiples of 1 / levels, as image files store
-       them, are set to those; the few others follow by least squares from the whole update.
+    2. Patches whose pixels lie near such multiples are set to them; the few others follow by least
+       squares from the whole update.
 
     The adversary's own test decides: step 1 counts where the update that the image would make
-    comes nearer to the one seen, step 2 where it comes as near as rounding of the update's type
+    comes nearer to the one seen, rounding where it comes as near as that of the update's type
     (`mismatch` below 8 units of it). An image off the grid fails that: it stays as step 1 left it.
 
     Details: `polish` says what was done, `rounded to the grid of image files` among it, and the
@@ -73,6 +77,9 @@ def polish(
         return _saying(guess, "not needed: the update is explained to its rounding")
     if budget.over:
         return _cut(_saying(guess, "not tried: the budget was spent"))
+    if levels is not None and (exact := _on_grid(view, guess, levels)) is not None:
+        whole, last = exact
+        return _saying(whole, f"{_ROUNDED}: mismatch {before:.1e} -> {last:.1e}")
     done: list[str] = []
     half = budget.part(0.5)
     refined, last = _refined(view, guess, before, half)
@@ -82,7 +89,7 @@ def polish(
         exact = _rounded(view, refined, generator, budget, levels)
         if exact is not None:
             refined, last = exact
-            done.append("rounded to the grid of image files")
+            done.append(_ROUNDED)
     said = " and ".join(done) or "nothing gained"
     made = _saying(refined, f"{said}: mismatch {before:.1e} -> {last:.1e}")
     return _cut(made) if half.over and not last < _floor(view) else made
@@ -163,6 +170,18 @@ def _step(
             budget=budget,
         )
     )
+
+
+def _on_grid(view: View, guess: Guess, levels: int) -> tuple[Guess, float] | None:
+    """Set all pixels to the grid if each patch is near it and that explains the update."""
+    anatomy = Anatomy.of(view.model)
+    pixels = anatomy.patchify(guess.images.detach().double())[0] * levels
+    near = pixels.round()
+    if bool(((pixels - near).square().mean(1).sqrt() > _ON_GRID).any()):
+        return None
+    whole = replace(guess, images=anatomy.unpatchify(near[None] / levels))
+    distance = mismatch(view, whole)
+    return (whole, distance) if distance is not None and distance < _floor(view) else None
 
 
 def _rounded(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitguard.attacks._base import Attack
-from vitguard.attacks._budget import ENDLESS, Budget
+from vitguard.attacks._budget import ENDLESS, Budget, nominal, update_seconds
 from vitguard.attacks._check import check_seconds, mismatch, require_finite, surprise
 from vitguard.attacks._containment import Containment
 from vitguard.attacks._robust import position_estimates
@@ -61,6 +61,11 @@ class RobustPosition(Attack):
     def __post_init__(self) -> None:
         check_seconds(self.seconds)
 
+    @staticmethod
+    def least(view: View) -> float:
+        """Return about how many nominal seconds a first candidate and the plain one take."""
+        return 2 * update_seconds(view)
+
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the image under which the update is most probable."""
         choice = Choice(view, generator, self.seconds)
@@ -92,6 +97,12 @@ class RobustSpan(Attack):
 
     def __post_init__(self) -> None:
         check_seconds(self.seconds)
+
+    @staticmethod
+    def least(view: View) -> float:
+        """Return about how many nominal seconds a first candidate and the plain one take."""
+        width, pixels = Anatomy.of(view.model).width, Anatomy.of(view.model).patch_pixels
+        return nominal(svd=2.0 * width**3 + 2.0 * pixels**3) + 2 * update_seconds(view)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the image under which the update is most probable."""
