@@ -12,6 +12,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,6 +21,10 @@ from vitguard.core import Normalization
 from vitguard.guard import protect
 from vitguard.registry import parse_stack
 from vitguard.threats import CuriousServer
+
+# A busy machine is no failure: Hypothesis has no limit in milliseconds here.
+hypothesis.settings.register_profile("no clock", deadline=None)
+hypothesis.settings.load_profile("no clock")
 
 if os.environ["OMP_NUM_THREADS"] == "1":  # a plugin may have imported torch before this file
     torch.set_num_threads(1)

@@ -141,7 +141,7 @@ def test_no_token_counts_twice(small_vit, observe, photos, case):
             for k, t in view.update.tensors.items()
         }
         view = replace(view, update=replace(view.update, tensors=tensors))
-    guess = run(view, seconds=8.0)
+    guess = run(view, seconds=4.0)
     assert int(guess.verified.sum()) > 0
     assert surplus(Anatomy.of(view.model), guess, pixels) == 0
 

@@ -77,7 +77,7 @@ def test_the_space_that_span_leaves_is_handed_on_and_holds_the_truth(small_vit, 
 @pytest.mark.parametrize("defense", ["noise", "shuffle:ratio=0.3,mask=uniform"])
 def test_no_space_is_handed_on_where_it_is_not_exact(small_vit, observe, photos, defense):
     view = observe(small_vit(), photos[:2], defenses=f"{FROZEN}+{defense}")
-    guess = run(Ladder(seconds=8), view)
+    guess = run(Ladder(seconds=2), view)
     assert "span" in guess.details["rungs"] and guess.space is None
 
 
