@@ -12,16 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitguard.core import Batch, Loss, Update
+from vitguard._remaining import refuse_given_away
+from vitguard.core import Batch, LocalTraining, Loss, Traits, Update
 from vitguard.defenses._base import (
     BatchDefense,
     Defense,
     Draws,
     Installed,
+    Ledgered,
     ModelDefense,
     StepDefense,
     UpdateDefense,
     rewinding,
+    traits_of,
 )
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
 from vitguard.registry import parse_stack
@@ -70,7 +73,9 @@ def protect(
             `"positions:kind=frozen+shuffle"`. The place fixes the order (model, batch, step,
             update); inside a place the list does.
         anatomy: Names and sizes of a model that is not recognised.
-        generator: Source of every secret draw; fresh entropy by default. It must stay secret.
+        generator: Source of every draw, for tests and audits: a seed can be searched, so no
+            guarantee holds then, and `privacy_spent` says so. By default every draw is fresh from
+            the operating system.
 
     Raises:
         UnsupportedModel: No Vision Transformer was recognised.
@@ -88,6 +93,7 @@ def protect(
         raise Incompatible("Expected at most one defense of the step, got two. Drop one.")
     for defense in ordered:
         defense.check(model, anatomy, ordered)
+    refuse_given_away(model, anatomy, ordered)
     draws = Draws(generator)
     protection = Protection(anatomy, tuple(ordered), draws)
     try:
@@ -114,7 +120,7 @@ class Protection(nn.Module):
         self.prepared = False
         """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
         self.watch: Any = None
-        self.ledgers: dict[str, Any] = {}
+        self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
         """What each defense with a guarantee has spent, by its name; copies go on from it."""
         self.register_load_state_dict_pre_hook(_tolerate_original)
 
@@ -183,6 +189,11 @@ class Guard:
         """The defenses in the order they act."""
         return self._protection.defenses
 
+    @property
+    def traits(self) -> Traits:
+        """What is publicly true of an update under these defenses."""
+        return traits_of(self.defenses, self.anatomy)
+
     def _step(self) -> Any:
         return next((d for d in self.defenses if isinstance(d, StepDefense)), None)
 
@@ -218,7 +229,7 @@ class Guard:
         step = self._step()
         if step is not None and hasattr(step, "prepare"):
             with self.rehearsing():
-                optimizer, loader, self._ledgers[step.name] = step.prepare(
+                optimizer, loader, _ = step.prepare(
                     self.model, optimizer, loader, self._draws, self._ledgers.get(step.name)
                 )
             self._protection.prepared = True
@@ -234,7 +245,7 @@ class Guard:
         Raises:
             InputError: No defense of the stack gives a privacy guarantee, or several do.
         """
-        found: dict[str, Any] = {d.name: d for d in self.defenses if hasattr(d, "privacy_spent")}
+        found = self._ledgered()
         if not found:
             raise expected("a stack with DifferentialPrivacy", f"{list(self.defenses)}")
         if len(found) > 1 or defense is not None:
@@ -242,7 +253,10 @@ class Guard:
                 raise expected(f"a name among {', '.join(found)}", repr(defense))
             found = {defense: found[defense]}
         ((name, asked),) = found.items()
-        return asked.privacy_spent(self._ledgers.get(name))
+        return asked.privacy_spent(self._ledgers[name])
+
+    def _ledgered(self) -> dict[str, Any]:
+        return {d.name: d for d in self.defenses if isinstance(d, Ledgered)}
 
     def update(
         self,
@@ -252,7 +266,8 @@ class Guard:
         loss: Loss = F.cross_entropy,
         learning_rate: float | None = None,
         local_steps: int = 1,
-        optimizer: Literal["sgd", "adamw"] = "sgd",
+        optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
+        training: LocalTraining | None = None,
     ) -> Update:
         """Return what leaves the client for one batch: sealed, by the base model's names.
 
@@ -263,6 +278,7 @@ class Guard:
             learning_rate: None gives a gradient; a value gives the weight difference after
                 `local_steps` steps of `optimizer` on the whole batch. The model's own weights are
                 unchanged afterwards; a defense's schedule has come so many steps further.
+            training: All of this in one, with momentum and weight decay; in place of the three.
 
         Raises:
             Unprotected: A defense would not act (a shuffle in eval mode, for instance).
@@ -274,20 +290,12 @@ class Guard:
             if isinstance(defense, BatchDefense):
                 batch = defense.transform(batch, self._draws)
         self.verify()
-        facts: dict[str, Any] = {"batch_size": len(labels)}
-        if learning_rate is None:
-            if local_steps != 1:
-                raise expected("a learning rate with several local steps", "none")
+        training = training or LocalTraining(learning_rate, local_steps, optimizer)
+        if training.learning_rate is None:
             tensors = self._gradient(batch, loss)
         else:
-            tensors = self._difference(batch, loss, learning_rate, local_steps, optimizer)
-            facts |= {
-                "kind": "difference",
-                "local_steps": local_steps,
-                "learning_rate": learning_rate,
-                "optimizer": optimizer,
-            }
-        return self._seal(Update(tensors=tensors, **facts))
+            tensors = self._difference(batch, loss, training)
+        return self._seal(Update(tensors=tensors, batch_size=len(labels), **training.facts()))
 
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
         channels, classes = self.anatomy.channels, self.anatomy.classes
@@ -321,15 +329,22 @@ class Guard:
     def _backward(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         step = self._step()
         if step is not None:
-            ledger = step.record(self._ledgers.get(step.name))
-            with self.rehearsing():
-                gradient = dict(step.gradient(self.model, loss, batch, self._draws))
-            self._ledgers[step.name] = ledger
-            return gradient
+            with self._released([step]), self.rehearsing():
+                return dict(step.gradient(self.model, loss, batch, self._draws))
         parameters = canonical_parameters(self.model)
         total = loss(logits_of(self.model(batch.images)), batch.labels) + self.auxiliary_loss()
         gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
         return dict(zip(parameters, gradients, strict=True))
+
+    @contextmanager
+    def _released(self, defenses: Sequence[Defense]) -> Iterator[None]:
+        """Count what the block makes before it leaves; what cannot be afforded is not made."""
+        ledgered = [d for d in defenses if isinstance(d, Ledgered)]
+        for defense in ledgered:
+            defense.admit(self._ledgers[defense.name])
+        yield
+        for defense in ledgered:  # refuses once more: another thread may have spent the rest
+            defense.record(self._ledgers[defense.name], void=self._draws.void)
 
     def rewound(self) -> AbstractContextManager[None]:
         """Put back, at the end of the context, how far the defenses' schedules have come.
@@ -338,20 +353,13 @@ class Guard:
         """
         return rewinding(self._protection.installed())
 
-    def _difference(
-        self, batch: Batch, loss: Loss, learning_rate: float, steps: int, optimizer: str
-    ) -> dict[str, Tensor]:
-        kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-        if optimizer not in kinds:
-            raise expected(f"optimizer among {', '.join(kinds)}", repr(optimizer))
-        if not 0 < learning_rate < float("inf"):
-            raise expected("a finite learning rate above 0", learning_rate)
+    def _difference(self, batch: Batch, loss: Loss, training: LocalTraining) -> dict[str, Tensor]:
         parameters = canonical_parameters(self.model)
         before = {name: p.detach().clone() for name, p in parameters.items()}
-        stepper = kinds[optimizer](parameters.values(), lr=learning_rate, weight_decay=0.0)
+        stepper = training.stepper(parameters.values())
         held = {name: p.grad for name, p in parameters.items()}
         try:
-            for _ in range(steps):
+            for _ in range(training.steps):
                 for name, gradient in self._gradient(batch, loss).items():
                     parameters[name].grad = gradient
                 stepper.step()
@@ -411,12 +419,10 @@ class Guard:
         for piece in self._protection.installed():
             held |= {n: r for n, r in piece.withheld().items() if n in tensors}
         update = update.seal(held)
-        for defense in self.defenses:
-            if isinstance(defense, UpdateDefense):
-                ledger = defense.record(self._ledgers.get(defense.name))
+        acting = [d for d in self.defenses if isinstance(d, UpdateDefense)]
+        with self._released(acting):
+            for defense in acting:
                 update = defense.seal(update, self.anatomy, self._draws)
-                if ledger is not None:
-                    self._ledgers[defense.name] = ledger
         return update
 
     def truth(self) -> Mapping[str, Tensor]:
@@ -424,8 +430,8 @@ class Guard:
         return {k: v for piece in self._protection.installed() for k, v in piece.truth().items()}
 
     def redraw(self, generator: torch.Generator | None) -> None:
-        """Take every later draw from `generator`, None for fresh entropy."""
-        self._draws.generator = generator or Draws().generator
+        """Take every later draw from `generator`, as `protect` does; None for fresh entropy."""
+        self._draws.redraw(generator)
 
     def public_model(self) -> nn.Module:
         """Return a clean copy of what the public knows: no hooks, secrets or local values."""
@@ -455,24 +461,37 @@ class Guard:
             del self.model.vitguard
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of draws and ledger: local and secret, never to be averaged."""
-        spent = {k: v.state_dict() for k, v in self._ledgers.items() if v is not None}
-        return {"version": 1, "draws": self._draws.generator.get_state(), "ledger": spent}
+        """Return what was spent: local, never to be averaged.
+
+        Secret draws have no state. Those of a generator given to `protect` go on from theirs.
+        """
+        state: dict[str, Any] = {"version": 2}
+        state["ledger"] = {name: ledger.state_dict() for name, ledger in self._ledgers.items()}
+        if self._draws.seeded is not None:
+            state["draws"] = self._draws.seeded.get_state()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where a `state_dict` left off."""
+        """Continue where a `state_dict` left off. A ledger never goes back: it joins the state's.
+
+        Raises:
+            InputError: The state is something else, of another stack, or older than the ledger.
+        """
         try:
-            self._draws.generator.set_state(state["draws"])
             spent = dict(state["ledger"] or {})
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise expected("a state from Guard.state_dict", repr(error)) from error
-        counting: dict[str, Any] = {d.name: d for d in self.defenses if hasattr(d, "load_ledger")}
-        if strangers := sorted(spent.keys() - counting.keys()):
+        if strangers := sorted(spent.keys() - self._ledgers.keys()):
             raise expected(
                 "a ledger of this stack's defenses", strangers[0], "Protect with it, as before."
             )
         for name, ledger in spent.items():
-            self._ledgers[name] = counting[name].load_ledger(ledger, self._ledgers.get(name))
+            self._ledgers[name].load_state_dict(ledger)
+        if self._draws.seeded is not None and "draws" in state:
+            try:
+                self._draws.seeded.set_state(state["draws"])
+            except (TypeError, RuntimeError) as error:
+                raise expected("a state from Guard.state_dict", repr(error)) from error
 
 
 def _require_bare(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vitguard.core import Update
+from vitguard.core import Traits, Update
 from vitguard.defenses._base import Draws, UpdateDefense
 from vitguard.errors import expected
 from vitguard.vit import Anatomy
@@ -37,14 +37,18 @@ class GradientNoise(UpdateDefense):
         if not 0 <= self.scale < float("inf"):
             raise expected("a finite noise scale of at least 0", self.scale)
 
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return that tensors are no longer exact, where there is noise."""
+        return replace(before, exact=before.exact and self.scale == 0)
+
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return the update with noise on every readable tensor."""
         tensors = {name: self._noised(t, draws) for name, t in update.tensors.items()}
         return replace(update, tensors=tensors)
 
     def _noised(self, tensor: Tensor, draws: Draws) -> Tensor:
-        noise = torch.randn(tensor.shape, generator=draws.generator, dtype=torch.float32)
-        noised = tensor + self.scale * tensor.square().mean().sqrt() * noise.to(tensor)
+        noise = draws.normal(tensor.shape, like=tensor)
+        noised = tensor + self.scale * tensor.square().mean().sqrt() * noise
         if not self.keep_statistics or tensor.numel() < 2:
             return noised
         about = noised - noised.mean()
