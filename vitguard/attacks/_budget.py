@@ -14,9 +14,19 @@ import threading
 from dataclasses import dataclass
 
 from vitguard.core import View
+from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy
 
-__all__ = ["ENDLESS", "Budget", "charge", "charge_update", "nominal", "update_seconds", "worked"]
+__all__ = [
+    "ENDLESS",
+    "Budget",
+    "CutShort",
+    "charge",
+    "charge_update",
+    "nominal",
+    "update_seconds",
+    "worked",
+]
 
 # What a nominal second holds, of each kind of work in float64.
 _PRODUCTS = 4e10  # operations of matrix products, two for a multiplication and addition
@@ -104,6 +114,10 @@ class Budget:
     def part(self, share: float) -> Budget:
         """Return a share of what is left, from now."""
         return Budget.of(share * self.left)
+
+
+class CutShort(NotApplicable):
+    """The budget ended before the attack could say anything; with more it might have."""
 
 
 ENDLESS = Budget()

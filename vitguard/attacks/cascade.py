@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitguard._released import Released, Remaining
 from vitguard.attacks._base import Attack
-from vitguard.attacks._budget import ENDLESS, Budget
+from vitguard.attacks._budget import ENDLESS, Budget, CutShort
 from vitguard.attacks._check import check_seconds, require_finite
 from vitguard.attacks._separate import LastBlock, Separated, separate
 from vitguard.attacks._tail import Reading, Tail
@@ -121,8 +121,10 @@ class Cascade(Attack):
         samples = last_block_samples(view, generator, budget=budget, accept=self.accept)
         found, batch = len(samples.inputs), view.update.batch_size
         if found < batch:
-            cut = f" in {self.seconds:g} nominal seconds" if samples.cut else ""
-            raise NotApplicable(f"{found} of {batch} samples of the last block were found{cut}")
+            what = f"{found} of {batch} samples of the last block were found"
+            if samples.cut:
+                raise CutShort(f"{what} in {self.seconds:g} nominal seconds")
+            raise NotApplicable(what)
         if bool((samples.labels < 0).any()):
             raise NotApplicable("no single class explains an image's gradient: a soft label")
         details = {"samples": found, "residual": float(samples.residual.max())}

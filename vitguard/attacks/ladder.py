@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from vitguard.attacks._base import Attack
-from vitguard.attacks._budget import Budget, worked
+from vitguard.attacks._budget import Budget, CutShort, worked
 from vitguard.attacks._check import mismatch
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.gelu_span import GeluSpan
@@ -150,12 +149,12 @@ class _Climb:
             self.said[attack.name] = "not tried: the budget was spent"
             self.unfinished.append(attack.name)
             return
-        before, own = worked(), Budget.of(getattr(attack, "seconds", math.inf))
+        before = worked()
         try:
             guess = attack.run(self.view, self.generator)
         except (NotApplicable, Blocked) as why:
             self.said[attack.name] = str(why)
-            if own.over:  # with more it might have applied
+            if isinstance(why, CutShort):
                 self.unfinished.append(attack.name)
             return
         distance = self._take(attack.name, guess)
