@@ -19,6 +19,7 @@ from vitguard.defenses.encryption.manifest import Entry, Manifest, model_version
 from vitguard.defenses.encryption.presets import PRESETS, Preset, preset
 from vitguard.defenses.encryption.selection import minimal_names, require_all_match, select_names
 from vitguard.defenses.encryption.server import Aggregator
+from vitguard.defenses.encryption.signing import SigningKey
 from vitguard.defenses.positions import FixedPositions, WithheldPositions
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy, canonical_parameters
@@ -34,6 +35,7 @@ __all__ = [
     "Manifest",
     "Preset",
     "ServerKeys",
+    "SigningKey",
     "minimal_names",
     "model_version",
     "preset",
