@@ -176,4 +176,4 @@ def _own_bounds(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _largest(tensor: Tensor) -> float:
     largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
-    return largest if largest > 0 or largest != largest else 1.0
+    return max(largest, 1e-30) if largest > 0 or largest != largest else 1.0

@@ -294,7 +294,7 @@ class Decryptor:
         levels = self.keys.layout.levels
         share = header.weight / self.manifest.max_weight
         return min(
-            levels * header.clients, math.floor(share * levels * (1 + 1e-9)) + header.clients
+            levels * header.clients, math.floor(share * levels * (1 + 1e-12)) + header.clients
         )
 
 

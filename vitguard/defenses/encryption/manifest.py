@@ -190,7 +190,7 @@ def _entry(stored: dict[str, Any]) -> Entry:
 
 def _check_scale(what: str, number: object) -> None:
     if type(number) not in (int, float) or not 1 / _SCALE <= number <= _SCALE:  # type: ignore
-        raise expected(f"a {what} from {1 / _SCALE:g} to {_SCALE:g}", repr(number)[:80])
+        raise expected(f"a finite {what} from {1 / _SCALE:g} to {_SCALE:g}", repr(number)[:80])
 
 
 def model_version(tensors: Mapping[str, Tensor]) -> str:

@@ -194,9 +194,7 @@ def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list
     return header, ciphertexts
 
 
-def _check_proof(
-    header: Header, digest: bytes, proof: bytes, keys: KeySet | ServerKeys
-) -> None:
+def _check_proof(header: Header, digest: bytes, proof: bytes, keys: KeySet | ServerKeys) -> None:
     """Raise Rejected unless the sender made the message."""
     if header.kind == SUM:
         if not isinstance(keys, KeySet) or keys.server is None:
