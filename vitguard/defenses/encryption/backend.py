@@ -73,9 +73,9 @@ class _Slot:
         return self._owner == os.getpid()
 
     def put(self, data: bytes | memoryview | Secret[bytes]) -> str:
-        data = data if isinstance(data, Secret) else Secret(data)
-        os.pwrite(self._handle, data.reveal(), 0)  # over the last content: its pages are kept
-        os.ftruncate(self._handle, len(data.reveal()))
+        hidden = data if isinstance(data, Secret) else Secret(data)
+        os.pwrite(self._handle, hidden.reveal(), 0)  # over the last content: its pages are kept
+        os.ftruncate(self._handle, len(hidden.reveal()))
         return self.path
 
     def take(self) -> bytes:

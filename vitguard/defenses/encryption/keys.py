@@ -61,7 +61,8 @@ class KeyFacts:
         if any(type(n) is not int for n in counts) or any(type(n) is not str for n in names):
             raise TypeError("facts of another type")
         facts = KeyFacts(names[0], counts[0], names[1], counts[1])
-        facts.fingerprint, facts.layout  # noqa: B018 - both must exist
+        if not (facts.fingerprint and facts.layout):  # raises where they cannot exist
+            raise ValueError("facts of no preset")
         return facts
 
 
