@@ -11,7 +11,7 @@ import json
 import math
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -145,8 +145,8 @@ class Manifest:
                     "a manifest that names its run", "one without",
                     "Make it again with Manifest.of and give it to all parties.",
                 )  # fmt: skip
-            entries = tuple(_entry(e) for e in data.pop("entries"))
-            return Manifest(entries, **data)
+            entries = tuple(_entry(e) for e in data["entries"])
+            return _exactly(Manifest, {**data, "entries": entries})
         except InputError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -185,7 +185,14 @@ _KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _entry(stored: dict[str, Any]) -> Entry:
-    return Entry(**{**stored, "shape": tuple(stored["shape"])})
+    return _exactly(Entry, {**stored, "shape": tuple(stored["shape"])})
+
+
+def _exactly(kind: Any, stored: dict[str, Any]) -> Any:
+    """Make a dataclass of all its fields: a default would be said by nobody."""
+    if stored.keys() != {f.name for f in fields(kind)}:
+        raise KeyError(f"other fields than those of {kind.__name__}")
+    return kind(**stored)
 
 
 def _check_scale(what: str, number: object) -> None:
