@@ -32,7 +32,7 @@ from vitguard.errors import Rejected, expected
 
 __all__ = ["Decryptor", "Encryptor", "worst_error"]
 
-_PIECE = 1 << 18
+_PIECE = 1 << 17
 _TRUE_DISTANCE = 0.15  # a true decryption is within 1/14, noise is at 0.29
 
 
