@@ -153,6 +153,21 @@ def test_an_addition_that_is_broken_off_ends_the_sum_rather_than_falsify_it(run,
         assert caught.value.cause == "broken"
 
 
+def test_an_addition_that_is_broken_off_before_its_client_is_counted_ends_the_sum(run, monkeypatch):
+    for clients in ("", "a"):
+        aggregator = run.aggregator()
+        for client in clients:
+            aggregator.add(run.message(client))
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                aggregator, "_included", Refusing(aggregator._included, 1, KeyboardInterrupt())
+            )
+            with pytest.raises(KeyboardInterrupt):
+                aggregator.add(run.message("b"))
+        with pytest.raises(Rejected, match="broken off"):
+            aggregator.add(run.message("c"))
+
+
 def test_a_sum_that_seal_cannot_write_is_refused_and_can_be_asked_for_again(run, monkeypatch):
     aggregator = run.aggregator()
     for client, seed in (("a", 0), ("b", 1)):

@@ -87,32 +87,33 @@ class Aggregator:
                 raise Rejected("replay", f"a second message of client {header.sender!r}")
             if len(self._weights) >= self._context.keys.max_clients:
                 raise Rejected("clients", f"more than {self._context.keys.max_clients} clients")
-            self._include(ciphertexts)
-            self._weights[header.sender] = header.weight
+            self._broken = True  # and left so by whatever breaks this off: Ctrl-C, a timeout
+            refusal = self._included(ciphertexts)
+            if refusal is None:
+                self._weights[header.sender] = header.weight
+            self._broken = False
+        if refusal is not None:
+            raise refusal
 
-    def _include(self, ciphertexts: Sequence[memoryview]) -> None:
-        """Add all ciphertexts of a message, or none."""
-        if not self._total:
-            self._total = [self._engine.load(part, seeded=True) for part in ciphertexts]
-            return
-        done = 0
+    def _included(self, ciphertexts: Sequence[memoryview]) -> Rejected | None:
+        """Add all ciphertexts of a message, or none and return why."""
+        total, added = self._total, 0
         try:
-            for total, part in zip(self._total, ciphertexts, strict=True):
-                self._engine.add(total, self._engine.load(part, seeded=True))
-                done += 1
-        except Rejected:  # of one that was not added; those before it were
-            self._take_back(ciphertexts[:done])
-            raise
-        except BaseException:  # broken off anywhere: nobody knows what was added
-            self._broken = True
-            raise
+            if not total:
+                self._total = [self._engine.load(part, seeded=True) for part in ciphertexts]
+                return None
+            for part in ciphertexts:
+                self._engine.add(total[added], self._engine.load(part, seeded=True))
+                added += 1
+        except Rejected as refusal:  # of a ciphertext that was not added; those before it were
+            self._take_back(ciphertexts[:added])
+            return refusal
+        return None
 
     def _take_back(self, added: Sequence[memoryview]) -> None:
         """Subtract what was added of a message; exact, since ciphertexts add modulo primes."""
-        self._broken = True
         for total, part in zip(self._total, added, strict=False):
             self._engine.subtract(total, self._engine.load(part, seeded=True))
-        self._broken = False
 
     def _check_open(self) -> None:
         if self._broken:
