@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +20,18 @@ __all__ = [
     "Batch",
     "Blocked",
     "Guess",
+    "LocalTraining",
     "Loss",
     "Normalization",
     "Objective",
+    "Shuffle",
+    "Traits",
     "Update",
     "View",
 ]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+_OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,85 @@ class Normalization:
     @staticmethod
     def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client makes its update: one gradient, or the difference of local steps.
+
+    Args:
+        learning_rate: None for one gradient; otherwise the rate of the steps behind a difference.
+        steps: Full-batch local steps.
+        optimizer: `sgd`, `adam` or `adamw`, with torch's defaults for what is not said here.
+        momentum: Of SGD, in [0, 1).
+        weight_decay: At least 0; added to the gradient, by `adamw` to the step.
+
+    Raises:
+        InputError: A value out of range, or steps without a learning rate.
+    """
+
+    learning_rate: float | None = None
+    steps: int = 1
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in _OPTIMIZERS:
+            raise expected(f"optimizer among {', '.join(_OPTIMIZERS)}", repr(self.optimizer))
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise expected("a finite learning rate above 0", self.learning_rate)
+        if self.learning_rate is None and self.steps != 1:
+            raise expected("a learning rate with several local steps", "none")
+        if self.momentum and self.optimizer != "sgd":
+            raise expected("momentum with sgd", f"momentum={self.momentum} with {self.optimizer}")
+
+    @staticmethod
+    def of(update: Update) -> LocalTraining | None:
+        """Return what an update says of its making; None where that cannot be repeated."""
+        if update.kind == "gradient":
+            return LocalTraining()
+        if update.learning_rate is None or update.optimizer not in _OPTIMIZERS:
+            return None
+        return LocalTraining(
+            update.learning_rate,
+            update.local_steps,
+            update.optimizer,  # type: ignore[arg-type]
+            update.momentum,
+            update.weight_decay,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return the public facts of an update that was made so, as arguments of `Update`."""
+        if self.learning_rate is None:
+            return {}
+        return {
+            "kind": "difference",
+            "local_steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "optimizer": self.optimizer,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+        }
+
+    def stepper(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimizer of these steps."""
+        settings: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, momentum=self.momentum, **settings)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, **settings)
+
+    def __str__(self) -> str:
+        if self.learning_rate is None:
+            return "one gradient"
+        steps = "step" if self.steps == 1 else "steps"
+        words = [
+            f"difference after {self.steps} {self.optimizer} {steps} at rate {self.learning_rate:g}"
+        ]
+        words += [f"momentum {self.momentum:g}"] if self.momentum else []
+        words += [f"weight decay {self.weight_decay:g}"] if self.weight_decay else []
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -245,6 +328,50 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Shuffle:
+    """What is public of a defense that moves patches: all but which ones.
+
+    Args:
+        most: Positions of one image that it moves at most.
+        exactly: Whether it is always as many.
+        per_batch: Whether all images of a batch share one draw.
+        unknown: Name in `View.extras` of the embedding that moved patches get for their position.
+    """
+
+    most: int
+    exactly: bool = False
+    per_batch: bool = False
+    unknown: str = ""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is publicly true of an update under a stack of defenses, whatever their names.
+
+    Each defense says how it changes them (`Defense.traits`), and the stack is folded.
+
+    Args:
+        positions: Whether absolute positions are `learnable`, `fixed` (no gradient, values public),
+            `withheld` (trained, but never sent), or there are `none`.
+        low_rank: Whether fixed positions span fewer dimensions than there are patches.
+        exact: Whether readable tensors are the true gradient up to rounding and known factors.
+        sparse: Whether entries may be zero that were not.
+        shuffle: What is known of moved patches; None where none is moved.
+        sealed: Selections of tensors that exist but cannot be read, as `EncryptedGradients` takes
+            them.
+        accepted: Whether the user accepts what the analysis of the sealed tensors says remains.
+    """
+
+    positions: Literal["learnable", "fixed", "withheld", "none"] = "learnable"
+    low_rank: bool = False
+    exact: bool = True
+    sparse: bool = False
+    shuffle: Shuffle | None = None
+    sealed: tuple[str, ...] = ()
+    accepted: bool = False
+
+
+@dataclass(frozen=True)
 class View:
     """What one threat grants an attack (Kerckhoffs: everything but draws and keys).
 
@@ -255,8 +382,10 @@ class View:
         image_shape: (channels, height, width) of one image.
         normalization: From pixels to model input; public.
         classes: Number of classes of the head.
-        settings: Settings of each defense that runs, by its name; values as in its dataclass.
-        extras: Public tensors that a defense added, such as `vitguard.shuffle.unknown`.
+        settings: Settings of each defense that runs, by its name, for the report. An attack reads
+            `traits`.
+        extras: Public tensors that a defense added, by name.
+        traits: What the defenses make true of the update.
         simulate: `(images, labels, generator, shuffled=None) -> Update`, the differentiable update
             that the known settings make of model-input images: fixed positions, clipping, pruning
             as the update shows it, no noise. Labels are class indices or probabilities; `shuffled`,
@@ -278,6 +407,13 @@ class View:
     simulate: Callable[..., Update]
     objective: Objective | None = None
     random: Callable[[], bool] = lambda: False
+    traits: Traits = Traits()
+
+    @property
+    def unknown(self) -> Tensor | None:
+        """The public embedding that stands in for the position of moved patches, if any moved."""
+        shuffle = self.traits.shuffle
+        return None if shuffle is None else self.extras.get(shuffle.unknown)
 
     def read(self, name: str) -> Tensor:
         """Return the update's tensor `name` in float64, or raise `Blocked`."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vitguard.core import Batch, Loss
+from vitguard.core import Batch, Loss, Traits
 from vitguard.defenses._base import Defense, Draws, Ledgered, StepDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
 from vitguard.defenses.privacy.checks import check_model
@@ -102,6 +102,10 @@ class DifferentialPrivacy(StepDefense, Ledgered):
         """Raise Incompatible if no per-example gradient can be told for the model."""
         check_model(model)
 
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return that the gradient is no longer exact, where there is noise."""
+        return replace(before, exact=before.exact and self._release_noise() == 0)
+
     def clipped_sum(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
         """Return the sum of the batch's clipped gradients, without noise, by base parameter name.
 
@@ -144,11 +148,11 @@ class DifferentialPrivacy(StepDefense, Ledgered):
         optimizer: torch.optim.Optimizer,
         loader: Any,
         draws: Draws,
-        ledger: Ledger,
-    ) -> tuple[Any, Any]:
-        """Return the private optimizer and the Poisson loader; every step is put in the ledger.
+        ledger: Ledger | None = None,
+    ) -> tuple[Any, Any, Ledger]:
+        """Return the private optimizer, the Poisson loader and the ledger that counts the steps.
 
-        `model` keeps its structure and state-dict keys.
+        `model` keeps its structure and state-dict keys. A ledger from earlier rounds goes on.
 
         Raises:
             Incompatible: The model or loader cannot be private.
@@ -157,7 +161,9 @@ class DifferentialPrivacy(StepDefense, Ledgered):
         """
         from vitguard.defenses.privacy.prepare import prepare_training
 
-        return prepare_training(self, model, optimizer, loader, draws, ledger)
+        ledger = self.ledger() if ledger is None else ledger
+        private, poisson = prepare_training(self, model, optimizer, loader, draws, ledger)
+        return private, poisson, ledger
 
     def ledger(self) -> Ledger:
         """Return an empty ledger of releases."""
