@@ -142,7 +142,7 @@ class Simulation:
     ) -> Iterator[Guard]:
         """Give the twin its source of draws and the positions known to be shuffled."""
         guard = self._guard()
-        self._draws = generator or Draws().generator
+        self._draws = generator or Draws().public_generator()
         guard.redraw(self._draws)
         for piece in self._pieces:
             piece.pin(shuffled)

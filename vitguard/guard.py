@@ -18,6 +18,7 @@ from vitguard.defenses._base import (
     Defense,
     Draws,
     Installed,
+    Ledgered,
     ModelDefense,
     StepDefense,
     UpdateDefense,
@@ -70,7 +71,9 @@ def protect(
             `"positions:kind=frozen+shuffle"`. The place fixes the order (model, batch, step,
             update); inside a place the list does.
         anatomy: Names and sizes of a model that is not recognised.
-        generator: Source of every secret draw; fresh entropy by default. It must stay secret.
+        generator: Source of every draw, for tests and audits: a seed can be searched, so no
+            guarantee holds then, and `privacy_spent` says so. By default every draw is fresh from
+            the operating system.
 
     Raises:
         UnsupportedModel: No Vision Transformer was recognised.
@@ -114,7 +117,7 @@ class Protection(nn.Module):
         self.prepared = False
         """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
         self.watch: Any = None
-        self.ledgers: dict[str, Any] = {}
+        self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
         """What each defense with a guarantee has spent, by its name; copies go on from it."""
         self.register_load_state_dict_pre_hook(_tolerate_original)
 
@@ -218,7 +221,7 @@ class Guard:
         step = self._step()
         if step is not None and hasattr(step, "prepare"):
             with self.rehearsing():
-                optimizer, loader, self._ledgers[step.name] = step.prepare(
+                optimizer, loader = step.prepare(
                     self.model, optimizer, loader, self._draws, self._ledgers.get(step.name)
                 )
             self._protection.prepared = True
@@ -234,7 +237,7 @@ class Guard:
         Raises:
             InputError: No defense of the stack gives a privacy guarantee, or several do.
         """
-        found: dict[str, Any] = {d.name: d for d in self.defenses if hasattr(d, "privacy_spent")}
+        found = self._ledgered()
         if not found:
             raise expected("a stack with DifferentialPrivacy", f"{list(self.defenses)}")
         if len(found) > 1 or defense is not None:
@@ -242,7 +245,10 @@ class Guard:
                 raise expected(f"a name among {', '.join(found)}", repr(defense))
             found = {defense: found[defense]}
         ((name, asked),) = found.items()
-        return asked.privacy_spent(self._ledgers.get(name))
+        return asked.privacy_spent(self._ledgers[name])
+
+    def _ledgered(self) -> dict[str, Any]:
+        return {d.name: d for d in self.defenses if isinstance(d, Ledgered)}
 
     def update(
         self,
@@ -321,15 +327,22 @@ class Guard:
     def _backward(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         step = self._step()
         if step is not None:
-            ledger = step.record(self._ledgers.get(step.name))
-            with self.rehearsing():
-                gradient = dict(step.gradient(self.model, loss, batch, self._draws))
-            self._ledgers[step.name] = ledger
-            return gradient
+            with self._released([step]), self.rehearsing():
+                return dict(step.gradient(self.model, loss, batch, self._draws))
         parameters = canonical_parameters(self.model)
         total = loss(logits_of(self.model(batch.images)), batch.labels) + self.auxiliary_loss()
         gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
         return dict(zip(parameters, gradients, strict=True))
+
+    @contextmanager
+    def _released(self, defenses: Sequence[Defense]) -> Iterator[None]:
+        """Count what the block makes before it leaves; what cannot be afforded is not made."""
+        ledgered = [d for d in defenses if isinstance(d, Ledgered)]
+        for defense in ledgered:
+            defense.admit(self._ledgers[defense.name])
+        yield
+        for defense in ledgered:  # refuses once more: another thread may have spent the rest
+            defense.record(self._ledgers[defense.name], void=self._draws.void)
 
     def rewound(self) -> AbstractContextManager[None]:
         """Put back, at the end of the context, how far the defenses' schedules have come.
@@ -411,12 +424,10 @@ class Guard:
         for piece in self._protection.installed():
             held |= {n: r for n, r in piece.withheld().items() if n in tensors}
         update = update.seal(held)
-        for defense in self.defenses:
-            if isinstance(defense, UpdateDefense):
-                ledger = defense.record(self._ledgers.get(defense.name))
+        acting = [d for d in self.defenses if isinstance(d, UpdateDefense)]
+        with self._released(acting):
+            for defense in acting:
                 update = defense.seal(update, self.anatomy, self._draws)
-                if ledger is not None:
-                    self._ledgers[defense.name] = ledger
         return update
 
     def truth(self) -> Mapping[str, Tensor]:
@@ -424,8 +435,8 @@ class Guard:
         return {k: v for piece in self._protection.installed() for k, v in piece.truth().items()}
 
     def redraw(self, generator: torch.Generator | None) -> None:
-        """Take every later draw from `generator`, None for fresh entropy."""
-        self._draws.generator = generator or Draws().generator
+        """Take every later draw from `generator`, as `protect` does; None for fresh entropy."""
+        self._draws.redraw(generator)
 
     def public_model(self) -> nn.Module:
         """Return a clean copy of what the public knows: no hooks, secrets or local values."""
@@ -455,24 +466,37 @@ class Guard:
             del self.model.vitguard
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of draws and ledger: local and secret, never to be averaged."""
-        spent = {k: v.state_dict() for k, v in self._ledgers.items() if v is not None}
-        return {"version": 1, "draws": self._draws.generator.get_state(), "ledger": spent}
+        """Return what was spent: local, never to be averaged.
+
+        Secret draws have no state. Those of a generator given to `protect` go on from theirs.
+        """
+        state: dict[str, Any] = {"version": 2}
+        state["ledger"] = {name: ledger.state_dict() for name, ledger in self._ledgers.items()}
+        if self._draws.generator is not None:
+            state["draws"] = self._draws.generator.get_state()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where a `state_dict` left off."""
+        """Continue where a `state_dict` left off. A ledger never goes back: it joins the state's.
+
+        Raises:
+            InputError: The state is something else, of another stack, or older than the ledger.
+        """
         try:
-            self._draws.generator.set_state(state["draws"])
             spent = dict(state["ledger"] or {})
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise expected("a state from Guard.state_dict", repr(error)) from error
-        counting: dict[str, Any] = {d.name: d for d in self.defenses if hasattr(d, "load_ledger")}
-        if strangers := sorted(spent.keys() - counting.keys()):
+        if strangers := sorted(spent.keys() - self._ledgers.keys()):
             raise expected(
                 "a ledger of this stack's defenses", strangers[0], "Protect with it, as before."
             )
         for name, ledger in spent.items():
-            self._ledgers[name] = counting[name].load_ledger(ledger, self._ledgers.get(name))
+            self._ledgers[name].load_state_dict(ledger)
+        if self._draws.generator is not None and "draws" in state:
+            try:
+                self._draws.generator.set_state(state["draws"])
+            except (TypeError, RuntimeError) as error:
+                raise expected("a state from Guard.state_dict", repr(error)) from error
 
 
 def _require_bare(model: nn.Module) -> None:

@@ -255,15 +255,16 @@ def shuffled_at(
     guard: Guard, images: Tensor, ratio: float, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """Return the images with a share of their patches permuted by a draw of its own."""
+    from vitguard._draws import Draws
     from vitguard.defenses import _masks
 
     if not 0 <= ratio <= 1:
         raise expected("ratio in [0, 1]", ratio)
     anatomy = guard.anatomy
-    generator = generator or torch.Generator().manual_seed(0)
-    keys = _masks.draw_keys(len(images), generator)
-    mask = _masks.uniform_masks(keys, anatomy.patches, int(ratio * anatomy.patches + 1e-9))
-    source = _masks.permute_inside(keys, mask).to(images.device)
+    draws = Draws(generator or torch.Generator().manual_seed(0))
+    keys = draws.keys(len(images))
+    mask = _masks.uniform_masks(draws, keys, anatomy.patches, int(ratio * anatomy.patches + 1e-9))
+    source = _masks.permute_inside(draws, keys, mask).to(images.device)
     patches = anatomy.patchify(images.detach())
     return anatomy.unpatchify(patches.gather(1, source[..., None].expand_as(patches)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vitguard._draws import Draws
 from vitguard.core import Batch, Loss, Update
 from vitguard.vit import Anatomy
 
@@ -20,6 +20,7 @@ __all__ = [
     "Defense",
     "Draws",
     "Installed",
+    "Ledgered",
     "ModelDefense",
     "StepDefense",
     "UpdateDefense",
@@ -77,22 +78,6 @@ def written(value: Any) -> str:
     if isinstance(value, tuple):
         return "/".join(map(written, value))
     return str(value).lower() if isinstance(value, bool | None) else str(value)
-
-
-class Draws:
-    """A generator whose state stays secret: copies and pickles start from fresh entropy."""
-
-    def __init__(self, generator: torch.Generator | None = None) -> None:
-        self.generator = generator or torch.Generator().manual_seed(secrets.randbits(63))
-
-    def __repr__(self) -> str:
-        return "Draws()"
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return (type(self), ())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Draws:
-        return type(self)()
 
 
 class Installed(nn.Module):
@@ -164,6 +149,33 @@ def rewinding(pieces: Iterable[Installed]) -> Iterator[None]:
             buffer.copy_(before)
 
 
+class Ledgered(ABC):
+    """A defense of the step or the update whose guarantee is used up by every release."""
+
+    @abstractmethod
+    def ledger(self) -> Any:
+        """Return an empty ledger: it has `state_dict` and `load_state_dict`, and only grows."""
+
+    @abstractmethod
+    def admit(self, ledger: Any) -> None:
+        """Raise Unprotected if what the defense guarantees does not cover one more release."""
+
+    @abstractmethod
+    def record(self, ledger: Any, *, void: str = "") -> None:
+        """Write one release into the ledger, before it leaves; threads may call it at once.
+
+        Args:
+            void: Why the release has no guarantee, "" where it has.
+
+        Raises:
+            Unprotected: As `admit`; nothing is recorded.
+        """
+
+    @abstractmethod
+    def privacy_spent(self, ledger: Any) -> Any:
+        """Return what the releases in the ledger add up to."""
+
+
 class ModelDefense(Defense):
     """Acts on the model: replaces or hooks modules."""
 
@@ -189,10 +201,6 @@ class StepDefense(Defense):
     ) -> Mapping[str, Tensor]:
         """Return the batch's protected gradient by parameter name."""
 
-    def record(self, ledger: Any) -> Any:
-        """Return the ledger (None for an empty one) with one release of `gradient` added."""
-        return ledger
-
     def mimic(self, examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return `gradient` on average over its draws, differentiable in each example's own.
 
@@ -211,14 +219,6 @@ class UpdateDefense(Defense):
     @abstractmethod
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return a safer update of the same kind."""
-
-    def record(self, ledger: Any) -> Any:
-        """Return the ledger (None for an empty one) with one sent update added, as a new one.
-
-        Raises:
-            Unprotected: What the defense guarantees does not cover another update.
-        """
-        return ledger
 
     def mimic(self, dummy: Mapping[str, Tensor], seen: Update) -> dict[str, Tensor]:
         """Return the tensors that `seal` makes of a dummy update on average over its draws.

@@ -1,8 +1,8 @@
 """Secret draws of a patch shuffle: masks and permutations, each example's from its own key.
 
-Every draw is a function of the example's key alone (a counter-based generator), so it depends
-neither on the pixels nor on who else is in the batch, and a whole batch is drawn at once. NumPy
-computes them: on arrays this small torch's threads would cost more than the work.
+Every draw is a function of the example's key alone under the source's secret key (`Draws.keyed`),
+so it depends neither on the pixels nor on who else is in the batch, and a whole batch is drawn at
+once. NumPy computes them: on arrays this small torch's threads would cost more than the work.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
+
+from vitguard._draws import Draws
 
 __all__ = [
     "block_masks",
     "chosen",
-    "draw_keys",
-    "keyed_uniform",
     "permute_inside",
     "uniform_masks",
 ]
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, the increment of splitmix64
-_MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _ATTEMPTS = 10
 _ASPECT = 0.3  # BEiT: rectangles between 0.3 and 1 / 0.3 times as high as wide
 _SMALLEST = 16 / 196  # BEiT: at least 16 of 196 patches in a rectangle
@@ -35,46 +33,23 @@ _CHOICE, _ORDER, _CHANCE, _RECTANGLES = range(4)
 Array = NDArray[Any]
 
 
-def draw_keys(batch: int, generator: torch.Generator) -> Int[Tensor, " batch"]:
-    """Return one key for each example."""
-    high = torch.iinfo(torch.int64).max
-    return torch.randint(high, (batch,), generator=generator, device=generator.device).cpu()
-
-
-def keyed_uniform(keys: Tensor, count: int, *, stream: int) -> Float[NDArray, "batch count"]:
-    """Return `count` numbers in [0, 1) for each key, float64; other streams, other numbers.
-
-    References:
-        splitmix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
-    """
-    counter = np.arange(1, 1 + count, dtype=np.uint64) + np.uint64(stream << 32)
-    state = _mixed(keys.numpy().view(np.uint64))[:, None] + counter * _GOLDEN
-    return (_mixed(state) >> np.uint64(11)) * 2.0**-53
-
-
-def _mixed(state: Array) -> Array:
-    state = (state ^ (state >> np.uint64(30))) * _MIX1
-    state = (state ^ (state >> np.uint64(27))) * _MIX2
-    return state ^ (state >> np.uint64(31))
-
-
-def chosen(keys: Tensor, probability: float) -> Bool[Tensor, "batch 1"]:
+def chosen(draws: Draws, keys: Tensor, probability: float) -> Bool[Tensor, "batch 1"]:
     """Return which examples are shuffled at all."""
-    return torch.from_numpy(keyed_uniform(keys, 1, stream=_CHANCE) < probability)
+    return torch.from_numpy(draws.keyed(keys, 1, stream=_CHANCE) < probability)
 
 
 def uniform_masks(
-    keys: Int[Tensor, " batch"], patches: int, count: int
+    draws: Draws, keys: Int[Tensor, " batch"], patches: int, count: int
 ) -> Bool[Tensor, "batch patches"]:
     """Return masks of exactly `count` patches, each set equally likely."""
-    order = keyed_uniform(keys, patches, stream=_CHOICE).argsort(axis=1)
+    order = draws.keyed(keys, patches, stream=_CHOICE).argsort(axis=1)
     mask = np.zeros((len(keys), patches), dtype=bool)
     np.put_along_axis(mask, order[:, :count], True, axis=1)
     return torch.from_numpy(mask)
 
 
 def block_masks(
-    keys: Int[Tensor, " batch"], grid: tuple[int, int], count: int
+    draws: Draws, keys: Int[Tensor, " batch"], grid: tuple[int, int], count: int
 ) -> Bool[Tensor, "batch patches"]:
     """Return BEiT's block-wise masks of at most `count` patches: unions of random rectangles.
 
@@ -89,7 +64,7 @@ def block_masks(
     stream = _RECTANGLES
     while len(active):
         left = count - mask[active].sum((1, 2))
-        proposed = _rectangles(keys[torch.from_numpy(active)], grid, left, stream=stream)
+        proposed = _rectangles(draws, keys[torch.from_numpy(active)], grid, left, stream=stream)
         new = (proposed & ~mask[active, None]).sum((2, 3))
         fits = (new > 0) & (new <= left[:, None])
         first = fits.argmax(axis=1)
@@ -102,11 +77,11 @@ def block_masks(
 
 
 def _rectangles(
-    keys: Tensor, grid: tuple[int, int], left: Array, *, stream: int
+    draws: Draws, keys: Tensor, grid: tuple[int, int], left: Array, *, stream: int
 ) -> Bool[NDArray, "batch attempts rows columns"]:
     """Propose rectangles of at most `left` patches in area, before rounding."""
     rows, columns = grid
-    numbers = keyed_uniform(keys, 4 * _ATTEMPTS, stream=stream)
+    numbers = draws.keyed(keys, 4 * _ATTEMPTS, stream=stream)
     area, aspect, top, side = np.split(numbers, 4, axis=1)
     smallest = np.minimum(left, max(1, round(_SMALLEST * rows * columns)))[:, None]
     area = smallest + area * (left[:, None] - smallest)
@@ -124,7 +99,11 @@ def _between(start: Array, length: Array, size: int) -> Array:
 
 
 def permute_inside(
-    keys: Int[Tensor, " batch"], mask: Bool[Tensor, "batch patches"], *, derangement: bool = False
+    draws: Draws,
+    keys: Int[Tensor, " batch"],
+    mask: Bool[Tensor, "batch patches"],
+    *,
+    derangement: bool = False,
 ) -> Int[Tensor, "batch patches"]:
     """Return for each slot the patch that goes there: a permutation inside the mask.
 
@@ -136,7 +115,7 @@ def permute_inside(
     slots = np.broadcast_to(np.arange(outside.shape[1]), outside.shape)
     inside = (~outside).sum(axis=1, keepdims=True)
     # masked slots first, once in random order and once in their own
-    shuffled = (keyed_uniform(keys, outside.shape[1], stream=_ORDER) + 2 * outside).argsort(axis=1)
+    shuffled = (draws.keyed(keys, outside.shape[1], stream=_ORDER) + 2 * outside).argsort(axis=1)
     if derangement:
         following = np.where(slots + 1 < inside, slots + 1, 0)
         target, taken = shuffled, np.take_along_axis(shuffled, following, axis=1)

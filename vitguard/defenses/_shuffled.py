@@ -46,7 +46,7 @@ class InstalledShuffle(Installed):
         self.unknown = nn.Parameter(_start(model, anatomy))
         self.head: LocalizationHead | None = None
         if settings.dal != "none" and settings.dal_head != "pca":
-            head = LocalizationHead(anatomy.width, settings.dal_head, draws.generator)
+            head = LocalizationHead(anatomy.width, settings.dal_head, draws.public_generator())
             self.head = head.to(self.unknown)
         if settings.steps or settings.warmup:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -212,7 +212,7 @@ class InstalledShuffle(Installed):
         keys = self._keys
         if keys is None:
             one = s.draw == "batch"
-            keys = _masks.draw_keys(1 if one else batch, self.draws.generator)
+            keys = self.draws.keys(1 if one else batch)
             keys = keys.expand(batch) if one else keys
         if len(keys) != batch:
             raise expected(f"one key for each of {batch} examples", len(keys))
@@ -222,12 +222,12 @@ class InstalledShuffle(Installed):
         if count < 2:
             self._warn(patches)
         if s.mask == "uniform":
-            mask = _masks.uniform_masks(different, patches, count)
+            mask = _masks.uniform_masks(self.draws, different, patches, count)
         else:
-            mask = _masks.block_masks(different, grid, count)
+            mask = _masks.block_masks(self.draws, different, grid, count)
         if s.probability < 1:
-            mask = mask & _masks.chosen(different, s.probability)
-        source = _masks.permute_inside(different, mask, derangement=s.derangement)
+            mask = mask & _masks.chosen(self.draws, different, s.probability)
+        source = _masks.permute_inside(self.draws, different, mask, derangement=s.derangement)
         return (mask, source) if index is None else (mask[index], source[index])
 
     def _warn(self, patches: int) -> None:

@@ -43,8 +43,8 @@ class GradientNoise(UpdateDefense):
         return replace(update, tensors=tensors)
 
     def _noised(self, tensor: Tensor, draws: Draws) -> Tensor:
-        noise = torch.randn(tensor.shape, generator=draws.generator, dtype=torch.float32)
-        noised = tensor + self.scale * tensor.square().mean().sqrt() * noise.to(tensor)
+        noise = draws.normal(tensor.shape, like=tensor)
+        noised = tensor + self.scale * tensor.square().mean().sqrt() * noise
         if not self.keep_statistics or tensor.numel() < 2:
             return noised
         about = noised - noised.mean()

@@ -111,8 +111,7 @@ class FixedPositions(ModelDefense):
             return current.clone()
         values = torch.zeros_like(current)
         if self.kind == "random":
-            noise = torch.randn(current.shape, generator=draws.generator, dtype=torch.float32)
-            values.copy_(0.02 * noise)
+            values.copy_(0.02 * draws.normal(current.shape))
         elif self.kind == "sincos":
             values[:, anatomy.position_prefix :] = sincos_positions(anatomy.grid, anatomy.width).to(
                 values

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from vitguard.errors import expected, missing_extra
@@ -13,106 +19,255 @@ __all__ = ["Ledger", "PrivacySpent", "gaussian_delta", "gaussian_epsilon", "nois
 
 Accountant = Literal["prv", "rdp"]
 _ACCOUNTANTS = ("prv", "rdp")
+_MOST_POINTS = 1 << 22  # of the PRV accountant's mesh: 32 MiB an array
+_FARTHEST = 700.0  # privacy losses beyond it overflow where the accountant takes their exponential
 
 
 @dataclass(frozen=True)
 class PrivacySpent:
     """What the releases of a ledger add up to: (epsilon, delta) for adding or removing one record.
 
-    Under `ClientPrivacy` the record is the client's whole data set.
-
-    `epsilon` is infinite when a release carried no noise.
+    Under `ClientPrivacy` the record is the client's whole data set. Batch sizes and the number of
+    records are public. `epsilon` is infinite when a release carried no noise, or noise that is no
+    secret; `note` says why then.
     """
 
     epsilon: float
     delta: float
     steps: int
     accountant: str
+    note: str = ""
 
     def __str__(self) -> str:
+        note = f"; {self.note}" if self.note else ""
         return (
             f"epsilon {self.epsilon:.3g} at delta {self.delta:.3g} after {self.steps} steps "
-            f"({self.accountant})"
+            f"({self.accountant}{note})"
         )
 
 
-@dataclass
+Entry = tuple[float, float, int]
+
+
 class Ledger:
-    """Every release of the subsampled Gaussian mechanism, in order, and nothing else.
+    """Every release of the subsampled Gaussian mechanism, in order. It only grows.
+
+    Each process, copy and fork writes under a name of its own, so that ledgers which went apart can
+    be joined again: of each name the longer history counts.
 
     Args:
-        history: Entries (noise multiplier, sampling rate, steps).
+        history: Entries (noise multiplier, sampling rate, steps) to begin with.
 
     Guarantees:
         Composition over rounds and checkpoints: a ledger that was saved and loaded continues, and
         rounds of any length spend what one run of the same steps spends.
+        Loading never shortens it. Threads that record at once are all counted.
+
+    Does not protect against:
+        A process that starts anew from an old checkpoint: what was released after that checkpoint
+        is known only to whoever has the later one.
     """
 
-    history: list[tuple[float, float, int]] = field(default_factory=list)
+    def __init__(self, history: Sequence[Entry] = ()) -> None:
+        self._runs: dict[str, list[Entry]] = {}
+        self._void = ""
+        self._begin()
+        for entry in history:
+            self.record(*entry)
 
-    def record(self, noise: float, rate: float, steps: int = 1) -> None:
-        """Add releases with noise of standard deviation `noise * clip` and Poisson rate `rate`."""
-        if not noise >= 0 or not 0 < rate <= 1 or steps < 0:
-            raise expected(
-                "noise of at least 0, a rate in (0, 1] and steps of at least 0",
-                f"{noise}, {rate}, {steps}",
-            )
-        if self.history and self.history[-1][:2] == (noise, rate):
-            steps += self.history.pop()[2]
-        if steps:
-            self.history.append((float(noise), float(rate), int(steps)))
+    def _begin(self) -> None:
+        """Write under a fresh name from now on."""
+        self._name, self._process = secrets.token_hex(16), os.getpid()
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return f"Ledger({self.history})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self.locked():
+            return {"runs": {k: [*v] for k, v in self._runs.items()}, "void": self._void}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._runs, self._void = state["runs"], state["void"]
+        self._begin()
+
+    def locked(self) -> AbstractContextManager[Any]:
+        """Hold the ledger: what is read and written inside the block is one act."""
+        if self._process != os.getpid():  # a fork: another thread's lock would never open here
+            self._begin()
+        return self._lock
+
+    @property
+    def history(self) -> list[Entry]:
+        """All entries (noise multiplier, sampling rate, steps); equal neighbours are together."""
+        with self.locked():
+            entries: list[Entry] = []
+            for run in self._runs.values():
+                for entry in run:
+                    _append(entries, entry)
+            return entries
 
     @property
     def steps(self) -> int:
         """Number of releases."""
         return sum(steps for _, _, steps in self.history)
 
+    @property
+    def void(self) -> str:
+        """Why the releases have no guarantee whatever their noise, "" where they have."""
+        return self._void
+
+    def record(self, noise: float, rate: float, steps: int = 1) -> None:
+        """Add releases with noise of standard deviation `noise * clip` and Poisson rate `rate`.
+
+        Raises:
+            InputError: A value is out of range; nothing is recorded.
+        """
+        if not 0 <= noise < math.inf or not 0 < rate <= 1 or steps < 0:
+            raise expected(
+                "a finite noise of at least 0, a rate in (0, 1] and steps of at least 0",
+                f"{noise}, {rate}, {steps}",
+            )
+        with self.locked():
+            if steps:
+                entry = (float(noise), float(rate), int(steps))
+                _append(self._runs.setdefault(self._name, []), entry)
+
+    def spend(
+        self,
+        noise: float,
+        rate: float,
+        *,
+        admit: Callable[[Ledger], None] | None = None,
+        void: str = "",
+    ) -> None:
+        """Record one release before it leaves, if `admit` lets the longer ledger pass.
+
+        Args:
+            admit: Called with the ledger as it would be; what it raises goes on, and nothing is
+                recorded. No other thread records in between.
+            void: Why this release has no guarantee, such as draws that are no secret.
+        """
+        with self.locked():
+            if admit is not None:
+                longer = Ledger(self.history)
+                longer.record(noise, rate)
+                admit(longer)
+            self.record(noise, rate)
+            self._void = self._void or void
+
     def spent(self, delta: float, accountant: str = "prv") -> PrivacySpent:
         """Return epsilon at `delta` in (0, 1).
 
         Releases without subsampling compose exactly (Balle and Wang, arXiv:1805.06530); the others
-        by Opacus's accountant, whose upper bound is returned.
+        by Opacus's accountant, whose upper bound is returned. What `void` says is left out of it:
+        `statement` is what a user is told.
         """
         if not 0 < delta < 1:
             raise expected("delta in (0, 1)", delta)
         if accountant not in _ACCOUNTANTS:
             raise expected(f"accountant among {', '.join(_ACCOUNTANTS)}", repr(accountant))
-        if not self.history:
+        history = self.history
+        steps = sum(n for _, _, n in history)
+        if not history:
             return PrivacySpent(0.0, delta, 0, accountant)
-        if any(noise == 0 for noise, _, _ in self.history):
-            return PrivacySpent(math.inf, delta, self.steps, accountant)
-        if all(rate == 1 for _, rate, _ in self.history):
-            mu = math.sqrt(sum(steps / noise**2 for noise, _, steps in self.history))
-            return PrivacySpent(gaussian_epsilon(mu, delta), delta, self.steps, "gaussian")
-        epsilon = _epsilon(self._merged(), delta, accountant)
-        return PrivacySpent(epsilon, delta, self.steps, accountant)
+        if any(noise == 0 for noise, _, _ in history):
+            note = "a release carried no noise"
+            return PrivacySpent(math.inf, delta, steps, accountant, note)
+        if all(rate == 1 for _, rate, _ in history):
+            mu = math.sqrt(sum(n / noise**2 for noise, _, n in history))
+            return PrivacySpent(gaussian_epsilon(mu, delta), delta, steps, "gaussian")
+        merged: dict[tuple[float, float], int] = {}  # order does not matter to epsilon
+        for noise, rate, n in history:
+            merged[noise, rate] = merged.get((noise, rate), 0) + n
+        entries = [(*key, n) for key, n in merged.items()]
+        return PrivacySpent(_epsilon(entries, delta, accountant), delta, steps, accountant)
 
-    def _merged(self) -> list[tuple[float, float, int]]:
-        """Return the history with equal entries together: order does not matter to epsilon."""
-        merged: dict[tuple[float, float], int] = {}
-        for noise, rate, steps in self.history:
-            merged[noise, rate] = merged.get((noise, rate), 0) + steps
-        return [(*key, steps) for key, steps in merged.items()]
+    def statement(self, delta: float, accountant: str = "prv") -> PrivacySpent:
+        """Return `spent`, infinite where a release has no guarantee."""
+        if not self._void:
+            return self.spent(delta, accountant)
+        return PrivacySpent(math.inf, delta, self.steps, accountant, f"void: {self._void}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ledger as plain numbers and lists."""
-        return {"version": 1, "history": [list(entry) for entry in self.history]}
+        """Return the ledger as plain numbers, strings and lists."""
+        state = self.__getstate__()
+        runs = {name: [list(entry) for entry in run] for name, run in state["runs"].items()}
+        return {"version": 2, "runs": runs, "void": state["void"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where a `state_dict` left off.
+        """Join a `state_dict`: of each process, copy and fork the longer history counts.
 
         Raises:
-            InputError: The state is not one of a ledger; the ledger is unchanged.
+            InputError: The state is not one of a ledger, or lacks releases that this ledger counted
+                and has none of its own; the ledger is unchanged.
         """
-        fresh = Ledger()
         try:
-            if state["version"] != 1:
-                raise expected("a ledger of version 1", state["version"])
-            for noise, rate, steps in state["history"]:
-                fresh.record(float(noise), float(rate), int(steps))
-        except (KeyError, TypeError, ValueError) as error:
+            runs, void = _runs_of(state), str(state.get("void", ""))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise expected("a state from Ledger.state_dict", repr(error)) from error
-        self.history = fresh.history
+        with self.locked():
+            joined = {name: [*run] for name, run in self._runs.items()}
+            for name, run in runs.items():
+                mine = joined.get(name, [])
+                if _begins(mine, run):
+                    joined[name] = run
+                elif not _begins(run, mine):  # one name, two histories: both happened
+                    joined[f"{name}+{_digest(run)}"] = run
+            before, after = (sum(map(_steps, r.values())) for r in (self._runs, joined))
+            there = sum(map(_steps, runs.values()))
+            if after == before and there < before:
+                raise expected(
+                    f"a ledger that holds the {before} releases counted here",
+                    f"an older one of {there}",
+                    "A release stays counted when weights go back: load the weights alone, or the "
+                    "state of the guard that was saved last.",
+                )
+            self._runs, self._void = joined, self._void or void
+
+
+def _append(run: list[Entry], entry: Entry) -> None:
+    noise, rate, steps = entry
+    if run and run[-1][:2] == (noise, rate):
+        steps += run.pop()[2]
+    run.append((noise, rate, steps))
+
+
+def _steps(run: Sequence[Entry]) -> int:
+    return sum(steps for _, _, steps in run)
+
+
+def _begins(start: Sequence[Entry], run: Sequence[Entry]) -> bool:
+    """Whether `run` is `start` with releases added."""
+    if not start:
+        return True
+    last = len(start) - 1
+    return (
+        len(run) > last
+        and list(run[:last]) == list(start[:last])
+        and run[last][:2] == start[last][:2]
+        and run[last][2] >= start[last][2]
+        and (len(run) == len(start) or run[last][2] == start[last][2])
+    )
+
+
+def _digest(run: Sequence[Entry]) -> str:
+    return hashlib.sha256(json.dumps(run).encode()).hexdigest()[:16]
+
+
+def _runs_of(state: Mapping[str, Any]) -> dict[str, list[Entry]]:
+    """Return the histories by name of a state, checked entry by entry."""
+    if state["version"] == 1:  # one history without a name
+        named = {f"version 1, {_digest(state['history'])}": state["history"]}
+    elif state["version"] == 2:
+        named = state["runs"]
+    else:
+        raise expected("a ledger of version 1 or 2", state["version"])
+    runs = {}
+    for name, history in named.items():
+        checked = Ledger([(float(n), float(r), int(k)) for n, r, k in history])
+        runs[str(name)] = checked.history
+    return {name: run for name, run in runs.items() if run}
 
 
 def _epsilon(history: Sequence[tuple[float, float, int]], delta: float, accountant: str) -> float:
@@ -127,11 +282,16 @@ def _epsilon(history: Sequence[tuple[float, float, int]], delta: float, accounta
         return bound
     prv = PRVAccountant()
     prv.history = list(history)
-    # The default error of 0.01 would be most of a small epsilon: half a percent of the RDP bound.
-    error = min(0.01, max(5e-3 * bound, 1e-4))
+    # Opacus's default error of 0.01 would be most of a small epsilon and nothing of a large one.
+    error = min(0.5, max(1e-4, min(5e-3 * bound, 1e-2), 1e-3 * bound))
+    # Its mesh reaches about as far as the RDP bound at delta / 4000; memory grows with the points.
+    reach, steps = float(rdp.get_epsilon(delta=delta / 4000)), sum(n for _, _, n in history)
+    mesh = error / math.sqrt(steps * math.log(12_000 / delta) / 2)
+    if not (reach < _FARTHEST and 2 * reach / mesh < _MOST_POINTS):
+        return bound
     try:
         epsilon = float(prv.get_epsilon(delta=delta, eps_error=error))
-    except (RuntimeError, ValueError, FloatingPointError):
+    except (RuntimeError, ValueError, FloatingPointError, MemoryError):
         return bound  # the discretisation does not fit; RDP is an upper bound as well
     return min(epsilon, bound) if math.isfinite(epsilon) and epsilon >= 0 else bound
 

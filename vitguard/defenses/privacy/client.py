@@ -6,13 +6,13 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vitguard.core import Update
-from vitguard.defenses._base import Defense, Draws, UpdateDefense
+from vitguard.defenses._base import Defense, Draws, Ledgered, UpdateDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
 from vitguard.defenses.privacy.verification import reconstruction_bound
 from vitguard.errors import Incompatible, Unprotected, expected
@@ -22,7 +22,7 @@ __all__ = ["ClientPrivacy"]
 
 
 @dataclass(frozen=True)
-class ClientPrivacy(UpdateDefense):
+class ClientPrivacy(UpdateDefense, Ledgered):
     """Clip a client's whole update and add Gaussian noise before it leaves.
 
     Guarantees:
@@ -106,9 +106,10 @@ class ClientPrivacy(UpdateDefense):
         if not math.isfinite(norm):
             raise expected("a finite update", f"a norm of {norm}")
         factor = self.clip / max(norm, self.clip)
-        deviation = self.multiplier * self.clip
-        noised = {k: t * factor + deviation * _normal(t, draws) for k, t in tensors.items()}
-        return replace(update, tensors={**update.tensors, **noised})
+        clipped = {k: t.double() * factor for k, t in tensors.items()}
+        noised = draws.noised_all(clipped, self.multiplier * self.clip)
+        released = {k: t.to(tensors[k].dtype) for k, t in noised.items()}
+        return replace(update, tensors={**update.tensors, **released})
 
     def mimic(self, dummy: Mapping[str, Tensor], seen: Update) -> dict[str, Tensor]:
         """Clip a dummy update as a whole, sealed tensors included; the noise has mean zero."""
@@ -116,14 +117,23 @@ class ClientPrivacy(UpdateDefense):
         factor = self.clip / torch.stack(squares).sum().clamp_min(self.clip**2).sqrt()
         return {k: t * factor if t.is_floating_point() else t for k, t in dummy.items()}
 
-    def record(self, ledger: Ledger | None) -> Ledger:
-        """Return the ledger with one sent update added; updates compose exactly.
+    def ledger(self) -> Ledger:
+        """Return an empty ledger of sent updates."""
+        return Ledger()
+
+    def admit(self, ledger: Ledger) -> None:
+        """Raise Unprotected if the target epsilon does not cover one more update."""
+        self._admit(Ledger([*ledger.history, (self.multiplier, 1.0, 1)]))
+
+    def record(self, ledger: Ledger, *, void: str = "") -> None:
+        """Write one sent update into the ledger; updates compose exactly.
 
         Raises:
             Unprotected: The target epsilon does not cover another update.
         """
-        longer = Ledger([] if ledger is None else [*ledger.history])
-        longer.record(self.multiplier, 1.0)
+        ledger.spend(self.multiplier, 1.0, admit=self._admit, void=void)
+
+    def _admit(self, longer: Ledger) -> None:
         if self.epsilon is not None and (
             longer.steps > self.rounds or longer.spent(self.delta).epsilon > self.epsilon
         ):
@@ -131,11 +141,10 @@ class ClientPrivacy(UpdateDefense):
                 f"Expected at most {self.rounds} updates for epsilon {self.epsilon:g}, got one "
                 "more. Set rounds to all that will be sent, before the first."
             )
-        return longer
 
-    def privacy_spent(self, ledger: Ledger | None) -> PrivacySpent:
+    def privacy_spent(self, ledger: Ledger) -> PrivacySpent:
         """Return what the updates in the ledger add up to, for one whole client."""
-        return (ledger or Ledger()).spent(self.delta)
+        return ledger.statement(self.delta)
 
     def reconstruction_bound(self, prior: float, steps: int) -> float:
         """Return the most often that an attack on one update reconstructs a record in it.
@@ -143,12 +152,6 @@ class ClientPrivacy(UpdateDefense):
         The local steps are one release; what holds for all of a client's data holds for a record.
         """
         return reconstruction_bound(prior, self.multiplier, 1)
-
-    def load_ledger(self, state: Mapping[str, Any], ledger: Ledger | None = None) -> Ledger:
-        """Return a ledger that continues from `state`; `ledger` itself when one is in use."""
-        ledger = ledger if ledger is not None else Ledger()
-        ledger.load_state_dict(state)
-        return ledger
 
     def spent(self, rounds: int | None = None) -> PrivacySpent:
         """Return what `rounds` updates spend (by default all that are planned)."""
@@ -160,9 +163,3 @@ class ClientPrivacy(UpdateDefense):
 @functools.lru_cache(maxsize=64)
 def _calibrated(epsilon: float, delta: float, rounds: int) -> float:
     return noise_for(epsilon, delta, 1.0, rounds)
-
-
-def _normal(like: Tensor, draws: Draws) -> Tensor:
-    device = draws.generator.device
-    noise = torch.randn(like.shape, generator=draws.generator, device=device, dtype=like.dtype)
-    return noise.to(like.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.core import Batch, Loss
-from vitguard.defenses._base import Defense, Draws, StepDefense
+from vitguard.defenses._base import Defense, Draws, Ledgered, StepDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
 from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.engine import Clipped, Engine, clipped_sum
@@ -26,7 +26,7 @@ __all__ = ["DifferentialPrivacy"]
 
 
 @dataclass(frozen=True)
-class DifferentialPrivacy(StepDefense):
+class DifferentialPrivacy(StepDefense, Ledgered):
     """DP-SGD on Opacus's optimizer, with every example's gradient clipped in one backward pass.
 
     Guarantees:
@@ -38,8 +38,8 @@ class DifferentialPrivacy(StepDefense):
     Does not protect against:
         What many records have in common, and attacks at a large epsilon: read the audit's rate
         beside the bound. A training loss in which examples meet (class weights with a mean, a
-        contrastive loss, mixup) voids the bound: wrap the criterion in `PerExample`. Floating
-        point: the noise is not discrete (see `secure_mode`).
+        contrastive loss, mixup) voids the bound: wrap the criterion in `PerExample`. The
+        computed sum has the bound to within its rounding (docs/randomness.md).
 
     Args:
         epsilon: Target; needs `epochs`. Without it `noise` is used as it is.
@@ -55,7 +55,6 @@ class DifferentialPrivacy(StepDefense):
         accountant: `prv` (tight) or `rdp`.
         physical_batch: Most examples in memory at once; larger batches come in pieces, and the
             step follows the last. The loader's length still counts steps, not pieces.
-        secure_mode: Opacus's noise against floating-point attacks; needs torchcsprng.
 
     Raises:
         InputError: A value out of range, or both `epsilon` and `noise`.
@@ -78,7 +77,6 @@ class DifferentialPrivacy(StepDefense):
     engine: Literal["bookkeeping", "opacus"] = "bookkeeping"
     accountant: Literal["prv", "rdp"] = "prv"
     physical_batch: int | None = None
-    secure_mode: bool = False
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and self.noise is not None:
@@ -128,9 +126,8 @@ class DifferentialPrivacy(StepDefense):
         """Return (clipped sum + noise) / batch size, by base parameter name."""
         noise = self._release_noise()
         sums = self.clipped_sum(model, loss, batch)
-        deviation = noise * self.clip
         size = len(batch.labels)
-        return {k: (s + deviation * _normal(s, draws)) / size for k, s in sums.items()}
+        return {k: s / size for k, s in draws.noised_all(sums, noise * self.clip).items()}
 
     def mimic(self, examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Clip each example's gradient as the engine does; the noise has mean zero."""
@@ -147,39 +144,51 @@ class DifferentialPrivacy(StepDefense):
         optimizer: torch.optim.Optimizer,
         loader: Any,
         draws: Draws,
-        ledger: Ledger | None = None,
-    ) -> tuple[Any, Any, Ledger]:
-        """Return the private optimizer, the Poisson loader and the ledger that counts the steps.
+        ledger: Ledger,
+    ) -> tuple[Any, Any]:
+        """Return the private optimizer and the Poisson loader; every step is put in the ledger.
 
-        `model` keeps its structure and state-dict keys. A ledger from earlier rounds goes on.
+        `model` keeps its structure and state-dict keys.
 
         Raises:
             Incompatible: The model or loader cannot be private.
             InputError: delta is not below one over the number of records, or epochs are missing.
-            MissingExtra: opacus is not installed, or torchcsprng for secure_mode.
+            MissingExtra: opacus is not installed.
         """
         from vitguard.defenses.privacy.prepare import prepare_training
 
-        return prepare_training(self, model, optimizer, loader, draws, ledger or Ledger())
+        return prepare_training(self, model, optimizer, loader, draws, ledger)
 
-    def record(self, ledger: Ledger | None) -> Ledger:
-        """Return the ledger with one more release of `gradient`; as all take part, not amplified.
+    def ledger(self) -> Ledger:
+        """Return an empty ledger of releases."""
+        return Ledger()
+
+    def admit(self, ledger: Ledger) -> None:
+        """Raise Unprotected if the target epsilon does not cover one more release of `gradient`."""
+        self._admit_update(Ledger([*ledger.history, (self._release_noise(), 1.0, 1)]))
+
+    def record(self, ledger: Ledger, *, void: str = "") -> None:
+        """Write one release of `gradient`; as all examples take part, sampling amplifies nothing.
 
         Raises:
             Unprotected: The target epsilon does not cover another release.
         """
-        longer = Ledger([] if ledger is None else [*ledger.history])
-        longer.record(self._release_noise(), 1.0)
-        self.refuse_beyond_target(longer, math.ceil(self.epochs or 1))
-        return longer
+        ledger.spend(self._release_noise(), 1.0, admit=self._admit_update, void=void)
 
-    def refuse_beyond_target(self, ledger: Ledger, planned: int) -> None:
+    def _admit_update(self, longer: Ledger) -> None:
+        self.refuse_beyond_target(longer, (self._release_noise(), 1.0, math.ceil(self.epochs or 1)))
+
+    def refuse_beyond_target(self, ledger: Ledger, planned: tuple[float, float, int]) -> None:
         """Raise Unprotected if a ledger spends more than the target epsilon.
 
         Args:
-            planned: Releases that the noise was chosen for; fewer equal ones need no accountant.
+            planned: Noise, rate and number of the releases that the target was planned for; a
+                ledger of fewer such releases needs no accountant.
         """
-        if self.epsilon is None or (len(ledger.history) == 1 and ledger.steps <= planned):
+        if self.epsilon is None:
+            return
+        noise, rate, steps = planned
+        if all(n >= noise and r <= rate for n, r, _ in ledger.history) and ledger.steps <= steps:
             return
         if (spent := ledger.spent(self.delta, self.accountant)).epsilon > self.epsilon:
             raise Unprotected(
@@ -188,9 +197,9 @@ class DifferentialPrivacy(StepDefense):
                 "with more epochs from the start, or with noise in place of epsilon."
             )
 
-    def privacy_spent(self, ledger: Ledger | None) -> PrivacySpent:
+    def privacy_spent(self, ledger: Ledger) -> PrivacySpent:
         """Return what the releases in the ledger add up to."""
-        return (ledger or Ledger()).spent(self.delta, self.accountant)
+        return ledger.statement(self.delta, self.accountant)
 
     def reconstruction_bound(self, prior: float, steps: int) -> float:
         """Return the most often that an attack on one update reconstructs one of its records.
@@ -211,12 +220,6 @@ class DifferentialPrivacy(StepDefense):
             "loader takes less noise for the same epsilon: audit that with privacy:noise= the "
             "noise_multiplier of its optimizer"
         )
-
-    def load_ledger(self, state: Mapping[str, Any], ledger: Ledger | None = None) -> Ledger:
-        """Return a ledger that continues from `state`; `ledger` itself when one is in use."""
-        ledger = ledger if ledger is not None else Ledger()
-        ledger.load_state_dict(state)
-        return ledger
 
     def multiplier(self, rate: float, steps: int) -> float:
         """Return the noise multiplier for `steps` releases at a Poisson rate."""
@@ -240,12 +243,6 @@ class DifferentialPrivacy(StepDefense):
 @functools.lru_cache(maxsize=64)
 def _calibrated(epsilon: float, delta: float, rate: float, steps: int, accountant: str) -> float:
     return noise_for(epsilon, delta, rate, steps, accountant)
-
-
-def _normal(like: Tensor, draws: Draws) -> Tensor:
-    device = draws.generator.device
-    noise = torch.randn(like.shape, generator=draws.generator, device=device, dtype=like.dtype)
-    return noise.to(like.device)
 
 
 def _clip(engine: Engine, model: nn.Module, loss: Loss, batch: Batch, clip: float) -> Clipped:

@@ -30,7 +30,7 @@ def prepare_training(
     loader: Any,
     draws: Draws,
     ledger: Ledger,
-) -> tuple[Any, PoissonLoader, Ledger]:
+) -> tuple[Any, PoissonLoader]:
     """See `DifferentialPrivacy.prepare`."""
     try:
         import opacus  # noqa: F401
@@ -71,18 +71,22 @@ def prepare_training(
         secure_mode=defense.secure_mode,
     )
 
+    planned = (noise, poisson.rate, steps)
+
     def count(private: Any) -> None:
-        longer = Ledger([*ledger.history])
-        longer.record(noise, poisson.rate)
         try:
-            defense.refuse_beyond_target(longer, steps)
+            ledger.spend(
+                noise,
+                poisson.rate,
+                admit=lambda longer: defense.refuse_beyond_target(longer, planned),
+                void=draws.void,
+            )
         except Unprotected:
             private.zero_grad()
             raise
-        ledger.history = longer.history
 
     private.attach_step_hook(count)  # called before the parameters move
-    return private, poisson, ledger
+    return private, poisson
 
 
 def _replace(model: nn.Module, training: PrivateTraining) -> None:

@@ -1,0 +1,195 @@
+"""The one source of secret randomness: noise, masks, permutations, sampling, rounding.
+
+Every request takes a fresh 256-bit key from the operating system and expands it by AES-256 in
+counter mode. So there is no state that a checkpoint could hold, that a fork, copy or thread could
+repeat, or that a search could find. `torch.Generator` is no such source: on a CPU it uses 32 bits
+of its seed, which an adversary tries in minutes.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vitguard.errors import expected
+
+__all__ = ["Draws"]
+
+_BLOCK = 1 << 14  # numbers made at once: they stay in the processor's cache
+_GRID = 1024  # steps of the release in one standard deviation of its noise
+_KEY = 32  # bytes
+_PUBLIC_KEY = bytes(_KEY)  # of deterministic draws, which are no secret
+
+
+class Draws:
+    """A source of secret draws. It has no state; copies and pickles are fresh sources.
+
+    Guarantees:
+        No two requests share a draw: over threads, forks, copies, pickles and restarts.
+        `noised` adds Gaussian noise whose rounding is accounted for (docs/randomness.md).
+
+    Args:
+        generator: Makes the draws a function of its state, for tests and for audits of one's own
+            data. The generator is then what must stay secret, and 32 bits of seed are none: every
+            guarantee is `void`.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.redraw(generator)
+
+    def __repr__(self) -> str:
+        return "Draws(deterministic)" if self.deterministic else "Draws()"
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return (type(self), ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Draws:
+        return type(self)()
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a `torch.Generator` decides the draws, so that nothing they hide is secret."""
+        return self.generator is not None
+
+    @property
+    def void(self) -> str:
+        """Why a guarantee that rests on these draws is void, "" where it holds."""
+        return "drawn from a torch.Generator, whose seed can be searched" if self.generator else ""
+
+    def redraw(self, generator: torch.Generator | None) -> None:
+        """Draw from `generator` from now on; None for the operating system."""
+        self.generator = generator
+        self._examples = _PUBLIC_KEY if generator is not None else secrets.token_bytes(_KEY)
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """Return `count` uniform 64-bit words."""
+        return np.frombuffer(self._stream().update(bytes(8 * count)), np.uint64)
+
+    def uniform(self, count: int) -> Float[NDArray, " count"]:
+        """Return `count` numbers in [0, 1), float64, multiples of 2^-53."""
+        return (self.words(count) >> np.uint64(11)) * 2.0**-53
+
+    def chosen(self, count: int, rate: float) -> Bool[NDArray, " count"]:
+        """Return `count` independent choices, each true with probability `rate` to 2^-64.
+
+        Raises:
+            InputError: `rate` is outside [0, 1].
+        """
+        if not 0 <= rate <= 1:
+            raise expected("a rate in [0, 1]", rate)
+        if rate == 1:
+            return np.ones(count, dtype=bool)
+        return self.words(count) < np.uint64(math.ldexp(rate, 64))
+
+    def key(self) -> int:
+        """Return a number in [0, 2^63) that names one example or batch for `keyed`."""
+        return int(self.words(1)[0] >> np.uint64(1))
+
+    def keys(self, count: int) -> Tensor:
+        """Return `count` of them, shape (count,), int64."""
+        return torch.from_numpy((self.words(count) >> np.uint64(1)).view(np.int64))
+
+    def keyed(self, keys: Tensor, count: int, *, stream: int) -> Float[NDArray, "batch count"]:
+        """Return `count` numbers in [0, 1) for each key: equal for equal keys, in any batch.
+
+        A pseudorandom function (AES-256 under this source's own key) of key, stream and place. In a
+        copy of the source the same keys give other numbers, but for deterministic draws.
+
+        Args:
+            keys: Shape (batch,), int64.
+            stream: One for each purpose, in [0, 2^32).
+        """
+        half = -(-count // 2)  # a block of the cipher holds two numbers
+        blocks = np.empty((len(keys), half, 2), np.uint64)
+        blocks[..., 0] = keys.numpy().view(np.uint64)[:, None]
+        blocks[..., 1] = np.arange(half, dtype=np.uint64) + np.uint64(stream << 32)
+        cipher = Cipher(algorithms.AES(self._examples), modes.ECB()).encryptor()
+        numbers = np.frombuffer(cipher.update(blocks.tobytes()), np.uint64)
+        return ((numbers >> np.uint64(11)) * 2.0**-53).reshape(len(keys), -1)[:, :count]
+
+    def normal(self, shape: tuple[int, ...] | torch.Size, *, like: Tensor | None = None) -> Tensor:
+        """Return standard normal numbers, float64, or of the dtype and device of `like`."""
+        out = torch.empty(math.prod(shape), dtype=torch.float64 if like is None else like.dtype)
+        for at, numbers in self._normals(len(out), 1.0):
+            out[at : at + len(numbers)] = numbers
+        return out.reshape(shape) if like is None else out.reshape(shape).to(like.device)
+
+    def noised(self, total: Tensor, deviation: float) -> Tensor:
+        """Return `total` with Gaussian noise of standard deviation `deviation`, fit to be released.
+
+        The noisy sum is rounded to multiples of a power of two, at most a 1024th of the deviation,
+        so that its low bits tell nothing of `total`. A deviation of 0 returns `total` as it is.
+
+        Raises:
+            InputError: The deviation is negative or not finite.
+        """
+        if not 0 <= deviation < math.inf:
+            raise expected("a finite standard deviation of at least 0", deviation)
+        if deviation == 0:
+            return total
+        grid = 2.0 ** math.floor(math.log2(deviation / _GRID))
+        flat = total.detach().to("cpu", torch.float64).reshape(-1)
+        out = torch.empty(len(flat), dtype=total.dtype)
+        for at, numbers in self._normals(len(flat), deviation / grid):
+            numbers.add_(flat[at : at + len(numbers)], alpha=1 / grid)
+            out[at : at + len(numbers)] = numbers.round_().mul_(grid)
+        return out.reshape(total.shape).to(total.device)
+
+    def noised_all(self, totals: Mapping[str, Tensor], deviation: float) -> dict[str, Tensor]:
+        """Return every tensor `noised`; the small ones together, which saves most of their time."""
+        small = [k for k, t in totals.items() if t.numel() < _BLOCK]
+        flat = [totals[k].detach().to("cpu", torch.float64).reshape(-1) for k in small]
+        joined = self.noised(torch.cat(flat), deviation) if small else torch.empty(0)
+        parts = dict(zip(small, joined.split([len(f) for f in flat]), strict=True))
+        return {
+            k: parts[k].reshape(t.shape).to(t) if k in parts else self.noised(t, deviation)
+            for k, t in totals.items()
+        }
+
+    def public_generator(self) -> torch.Generator:
+        """Return a generator for what is published anyway, such as starting weights."""
+        return torch.Generator().manual_seed(int(self.words(1)[0] >> np.uint64(2)))
+
+    def _stream(self) -> Any:
+        """Return the key stream of one request."""
+        if self.generator is None:
+            key = secrets.token_bytes(_KEY)
+        else:
+            words = torch.randint(
+                -(2**63), 2**63 - 1, (4,), generator=self.generator, device=self.generator.device
+            )
+            key = words.cpu().numpy().tobytes()
+        return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    def _normals(self, count: int, deviation: float) -> Iterator[tuple[int, Tensor]]:
+        """Yield (place, float64 numbers of this standard deviation) until there are `count`.
+
+        Box-Muller: the radius from a 63-bit uniform that is exact near zero, where tails are made,
+        the angle from 64 bits. What is yielded is a buffer that is used again.
+        """
+        update = self._stream().update_into
+        block = min(_BLOCK, count + count % 2)
+        half = block // 2
+        zeros, words = bytes(8 * block), bytearray(8 * block + 15)
+        radius, angle = torch.frombuffer(words, dtype=torch.int64, count=block).split(half)
+        square, turn = (torch.empty(half, dtype=torch.float64) for _ in range(2))
+        numbers = torch.empty(block, dtype=torch.float64)
+        for at in range(0, count, block):
+            update(zeros, words)
+            square.copy_(radius).abs_().clamp_min_(0.25)  # the cell of 0 is half as wide
+            square.mul_(2.0**-63).log_().mul_(-2 * deviation**2).sqrt_()
+            turn.copy_(angle).mul_(math.pi * 2.0**-63)
+            torch.cos(turn, out=numbers[:half])
+            torch.sin(turn, out=numbers[half:])
+            numbers[:half].mul_(square)
+            numbers[half:].mul_(square)
+            yield at, numbers[: min(block, count - at)]
