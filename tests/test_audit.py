@@ -299,7 +299,7 @@ class Peek(UpdateDefense):
         return self.name
 
     def seal(self, update, anatomy, draws):
-        return replace(update, tensors={"head.bias": torch.randn(10, generator=draws.generator)})
+        return replace(update, tensors={"head.bias": draws.normal((10,)).float()})
 
 
 def test_an_attack_is_not_given_the_victims_draws(small_vit, photos):

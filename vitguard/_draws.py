@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,7 +26,7 @@ __all__ = ["Draws"]
 _BLOCK = 1 << 14  # numbers made at once: they stay in the processor's cache
 _GRID = 1024  # steps of the release in one standard deviation of its noise
 _KEY = 32  # bytes
-_PUBLIC_KEY = bytes(_KEY)  # of deterministic draws, which are no secret
+_PUBLIC_KEY = bytes(_KEY)  # of seeded draws, which are no secret
 
 
 class Draws:
@@ -40,14 +39,14 @@ class Draws:
     Args:
         generator: Makes the draws a function of its state, for tests and for audits of one's own
             data. The generator is then what must stay secret, and 32 bits of seed are none: every
-            guarantee is `void`.
+            guarantee is `void`. It is kept as `seeded`.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.redraw(generator)
 
     def __repr__(self) -> str:
-        return "Draws(deterministic)" if self.deterministic else "Draws()"
+        return "Draws(seeded)" if self.seeded else "Draws()"
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return (type(self), ())
@@ -56,18 +55,13 @@ class Draws:
         return type(self)()
 
     @property
-    def deterministic(self) -> bool:
-        """Whether a `torch.Generator` decides the draws, so that nothing they hide is secret."""
-        return self.generator is not None
-
-    @property
     def void(self) -> str:
         """Why a guarantee that rests on these draws is void, "" where it holds."""
-        return "drawn from a torch.Generator, whose seed can be searched" if self.generator else ""
+        return "drawn from a torch.Generator, whose seed can be searched" if self.seeded else ""
 
     def redraw(self, generator: torch.Generator | None) -> None:
         """Draw from `generator` from now on; None for the operating system."""
-        self.generator = generator
+        self.seeded = generator
         self._examples = _PUBLIC_KEY if generator is not None else secrets.token_bytes(_KEY)
 
     def words(self, count: int) -> NDArray[np.uint64]:
@@ -102,7 +96,7 @@ class Draws:
         """Return `count` numbers in [0, 1) for each key: equal for equal keys, in any batch.
 
         A pseudorandom function (AES-256 under this source's own key) of key, stream and place. In a
-        copy of the source the same keys give other numbers, but for deterministic draws.
+        copy of the source the same keys give other numbers, but for seeded draws.
 
         Args:
             keys: Shape (batch,), int64.
@@ -112,7 +106,7 @@ class Draws:
         blocks = np.empty((len(keys), half, 2), np.uint64)
         blocks[..., 0] = keys.numpy().view(np.uint64)[:, None]
         blocks[..., 1] = np.arange(half, dtype=np.uint64) + np.uint64(stream << 32)
-        cipher = Cipher(algorithms.AES(self._examples), modes.ECB()).encryptor()
+        cipher = _cipher(self._examples)
         numbers = np.frombuffer(cipher.update(blocks.tobytes()), np.uint64)
         return ((numbers >> np.uint64(11)) * 2.0**-53).reshape(len(keys), -1)[:, :count]
 
@@ -161,14 +155,14 @@ class Draws:
 
     def _stream(self) -> Any:
         """Return the key stream of one request."""
-        if self.generator is None:
+        if self.seeded is None:
             key = secrets.token_bytes(_KEY)
         else:
             words = torch.randint(
-                -(2**63), 2**63 - 1, (4,), generator=self.generator, device=self.generator.device
+                -(2**63), 2**63 - 1, (4,), generator=self.seeded, device=self.seeded.device
             )
             key = words.cpu().numpy().tobytes()
-        return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        return _cipher(key, counter=True)
 
     def _normals(self, count: int, deviation: float) -> Iterator[tuple[int, Tensor]]:
         """Yield (place, float64 numbers of this standard deviation) until there are `count`.
@@ -177,7 +171,7 @@ class Draws:
         the angle from 64 bits. What is yielded is a buffer that is used again.
         """
         update = self._stream().update_into
-        block = min(_BLOCK, count + count % 2)
+        block = min(_BLOCK, count + count % 2 or 2)
         half = block // 2
         zeros, words = bytes(8 * block), bytearray(8 * block + 15)
         radius, angle = torch.frombuffer(words, dtype=torch.int64, count=block).split(half)
@@ -193,3 +187,11 @@ class Draws:
             numbers[:half].mul_(square)
             numbers[half:].mul_(square)
             yield at, numbers[: min(block, count - at)]
+
+
+def _cipher(key: bytes, *, counter: bool = False) -> Any:
+    """Return AES-256: the key stream of a counter from zero, or the block function itself."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    mode = modes.CTR(bytes(16)) if counter else modes.ECB()
+    return Cipher(algorithms.AES(key), mode).encryptor()

@@ -221,7 +221,7 @@ class Guard:
         step = self._step()
         if step is not None and hasattr(step, "prepare"):
             with self.rehearsing():
-                optimizer, loader = step.prepare(
+                optimizer, loader, _ = step.prepare(
                     self.model, optimizer, loader, self._draws, self._ledgers.get(step.name)
                 )
             self._protection.prepared = True
@@ -472,8 +472,8 @@ class Guard:
         """
         state: dict[str, Any] = {"version": 2}
         state["ledger"] = {name: ledger.state_dict() for name, ledger in self._ledgers.items()}
-        if self._draws.generator is not None:
-            state["draws"] = self._draws.generator.get_state()
+        if self._draws.seeded is not None:
+            state["draws"] = self._draws.seeded.get_state()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -492,9 +492,9 @@ class Guard:
             )
         for name, ledger in spent.items():
             self._ledgers[name].load_state_dict(ledger)
-        if self._draws.generator is not None and "draws" in state:
+        if self._draws.seeded is not None and "draws" in state:
             try:
-                self._draws.generator.set_state(state["draws"])
+                self._draws.seeded.set_state(state["draws"])
             except (TypeError, RuntimeError) as error:
                 raise expected("a state from Guard.state_dict", repr(error)) from error
 

@@ -151,7 +151,7 @@ class EncryptedGradients(UpdateDefense):
         tensors = {n: update.tensors[n] for n in chosen}
         keys = KeySet.generate(preset=self.preset)
         manifest = Manifest.of(tensors, bounds=_own_bounds(tensors))
-        encryptor = Encryptor(keys, manifest, client_id="rehearsal", generator=draws.generator)
+        encryptor = Encryptor(keys, manifest, client_id="rehearsal", generator=draws.seeded)
         sealed = encryptor.seal(update, round_id=0)
         reason = f"encrypted ({self.preset}) under a key that was thrown away"
         return sealed.seal(dict.fromkeys(chosen, reason))

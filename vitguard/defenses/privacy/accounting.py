@@ -247,7 +247,6 @@ def _begins(start: Sequence[Entry], run: Sequence[Entry]) -> bool:
         and list(run[:last]) == list(start[:last])
         and run[last][:2] == start[last][:2]
         and run[last][2] >= start[last][2]
-        and (len(run) == len(start) or run[last][2] == start[last][2])
     )
 
 

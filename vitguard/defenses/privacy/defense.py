@@ -144,11 +144,11 @@ class DifferentialPrivacy(StepDefense, Ledgered):
         optimizer: torch.optim.Optimizer,
         loader: Any,
         draws: Draws,
-        ledger: Ledger,
-    ) -> tuple[Any, Any]:
-        """Return the private optimizer and the Poisson loader; every step is put in the ledger.
+        ledger: Ledger | None = None,
+    ) -> tuple[Any, Any, Ledger]:
+        """Return the private optimizer, the Poisson loader and the ledger that counts the steps.
 
-        `model` keeps its structure and state-dict keys.
+        `model` keeps its structure and state-dict keys. A ledger from earlier rounds goes on.
 
         Raises:
             Incompatible: The model or loader cannot be private.
@@ -157,7 +157,9 @@ class DifferentialPrivacy(StepDefense, Ledgered):
         """
         from vitguard.defenses.privacy.prepare import prepare_training
 
-        return prepare_training(self, model, optimizer, loader, draws, ledger)
+        ledger = self.ledger() if ledger is None else ledger
+        private, poisson = prepare_training(self, model, optimizer, loader, draws, ledger)
+        return private, poisson, ledger
 
     def ledger(self) -> Ledger:
         """Return an empty ledger of releases."""

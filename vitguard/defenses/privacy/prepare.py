@@ -41,12 +41,11 @@ def prepare_training(
     if loader is None:
         raise expected("a loader beside the optimizer", "none", "Privacy needs Poisson sampling.")
     optimizer = getattr(optimizer, "original_optimizer", optimizer)
-    noise_source = _noise_source(defense, model, draws)
     check_model(model)
     _check_owned(model, optimizer)
     engine = defense._engine()
     training = PrivateTraining(engine)
-    poisson = PoissonLoader(loader, training, draws.generator, defense.physical_batch)
+    poisson = PoissonLoader(loader, training, draws.public_generator(), defense.physical_batch)
     records = len(loader.dataset)
     if defense.delta >= 1 / records:
         raise expected(f"delta below 1 / {records} records", defense.delta)
@@ -67,8 +66,7 @@ def prepare_training(
         noise_multiplier=noise,
         max_grad_norm=defense.clip,
         expected_batch_size=poisson.expected_batch_size,
-        generator=noise_source,
-        secure_mode=defense.secure_mode,
+        generator=draws.public_generator(),  # replaced with the sampler and the noise
     )
 
     planned = (noise, poisson.rate, steps)
@@ -98,20 +96,6 @@ def _replace(model: nn.Module, training: PrivateTraining) -> None:
     protection = getattr(model, "vitguard", None)
     if isinstance(protection, nn.Module):
         protection.add_module("privacy", training)
-
-
-def _noise_source(defense: DifferentialPrivacy, model: nn.Module, draws: Draws) -> Any:
-    device = next(model.parameters()).device
-    if defense.secure_mode:
-        try:
-            import torchcsprng  # type: ignore[import-not-found]
-        except ImportError as error:
-            raise missing_extra("secure_mode", "torchcsprng") from error
-        return torchcsprng.create_random_device_generator("/dev/urandom")
-    if draws.generator.device == device:
-        return draws.generator
-    seed = int(torch.randint(2**62, (), generator=draws.generator))
-    return torch.Generator(device).manual_seed(seed)
 
 
 def _check_owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
