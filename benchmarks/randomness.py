@@ -34,7 +34,7 @@ BLOCK = 1 << 14
 CHUNK = 64 * BLOCK
 FINE, COARSE, SIDE, PLACES = 1 << 16, 1 << 12, 64, 256
 LAGS = (1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 64, 127, 128, 1024, BLOCK // 2, BLOCK)
-TAILS = (4.0, 5.0, 6.0)
+TAILS = (3.0, 4.0, 4.5, 5.0, 6.0)
 BITS = (16, 24, 32)
 KEPT = 16
 """One number in so many is compared with all others: a block that comes twice is longer."""
