@@ -123,7 +123,7 @@ def _explains(whole: Mapping[str, Tensor], seed: int, skip: int) -> bool:
     """Whether the numbers of a seed are much nearer to a scaled update than independent ones."""
     generator = torch.Generator().manual_seed(seed)
     if skip:
-        torch.randint(2**31, (skip,), generator=generator)  # one 32-bit output each
+        torch.rand(skip, generator=generator)  # one 32-bit output each
     left = [t - torch.randn(t.shape, generator=generator) for t in whole.values()]
     squares = sum(float(t.double().square().sum()) for t in left)
     return squares < sum(t.numel() for t in left)  # twice as much where they are independent
