@@ -284,13 +284,21 @@ def in_processes(kind, draw):
     guard = kind.make()
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    workers = [context.Process(target=lambda: queue.put(draw(guard).numpy())) for _ in range(2)]
+
+    def work():
+        try:
+            queue.put(draw(guard).numpy())
+        except BaseException as error:
+            queue.put(error)
+            raise
+
+    workers = [context.Process(target=work) for _ in range(2)]
     for worker in workers:
         worker.start()
-    results = [torch.from_numpy(queue.get()) for _ in workers]
+    results = [queue.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return results
+    return [torch.from_numpy(r) for r in results]
 
 
 def in_threads(kind, draw):
