@@ -7,6 +7,7 @@ import pytest
 import timm
 from rich.console import Console
 
+from vitguard._remaining import refuse_given_away
 from vitguard.defenses.encryption import EncryptedGradients, minimal_names, select_names
 from vitguard.defenses.positions import FixedPositions, WithheldPositions
 from vitguard.errors import Incompatible, InputError
@@ -207,14 +208,14 @@ def test_the_defense_refuses_exactly_where_the_plan_says_that_an_exact_attack_re
     stack = stack[positions] if positions in stack else [FixedPositions(positions)]
     for select in ("attention", "mlp", "patch", r"attn\.qkv", "plan", "all", "head", "embedding"):
         found = plan_report(model, select, positions=positions).attacks
-        remains = [a.attack for a in found if a.possible and (a.exact or a.attack == "position")]
+        remains = [a.attack for a in found if a.gives_away]
         defense = EncryptedGradients(select)
         if remains:
             with pytest.raises(Incompatible, match=f"leaves `{remains[0]}`"):
-                defense.check(model, anatomy, [*stack, defense])
+                refuse_given_away(model, anatomy, [*stack, defense])
         else:
-            defense.check(model, anatomy, [*stack, defense])
-        EncryptedGradients(select, force=True).check(model, anatomy, stack)
+            refuse_given_away(model, anatomy, [*stack, defense])
+        refuse_given_away(model, anatomy, [*stack, EncryptedGradients(select, force=True)])
 
 
 def test_heads_are_counted_in_every_family_and_where_unknown_the_last_block_may_answer():

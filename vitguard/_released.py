@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vitguard.core import Traits
 from vitguard.vit import Anatomy, Block
 
 __all__ = ["Released", "Remaining"]
@@ -17,7 +18,8 @@ class Remaining:
     """One attack under a selection: whether it remains, what it reads, and why.
 
     `needs` are the tensors that it reads where it remains, else those of which one is missing.
-    `exact` says that it gives the image itself, and not only something about it or near it.
+    `exact` says that it gives the image itself, and not only something about it; `near`, that what
+    it gives is the image in minimum norm.
     """
 
     attack: str
@@ -25,6 +27,12 @@ class Remaining:
     needs: tuple[str, ...]
     reason: str
     exact: bool = False
+    near: bool = False
+
+    @property
+    def gives_away(self) -> bool:
+        """Whether it gives the image away, exactly or in minimum norm."""
+        return self.possible and (self.exact or self.near)
 
 
 @dataclass(frozen=True)
@@ -35,13 +43,13 @@ class Released:
         anatomy: Names and sizes of the model.
         sizes: Number of values of each tensor that is released, plain or encrypted.
         plain: Those of them that can be read.
-        positions: How positions are trained.
+        traits: What the defenses make true of the update.
     """
 
     anatomy: Anatomy
     sizes: dict[str, int]
     plain: frozenset[str]
-    positions: str
+    traits: Traits
 
     @property
     def patch_rank(self) -> int:
@@ -59,9 +67,7 @@ class Released:
     @property
     def low_rank(self) -> str:
         """Why the equations leave the patches open however many there are; empty if they do not."""
-        if self.positions in ("sincos", "none"):
-            return f"positions '{self.positions}' are of low rank"
-        return ""
+        return "the fixed positions are of low rank" if self.traits.low_rank else ""
 
     @property
     def class_token_alone(self) -> bool:
@@ -103,6 +109,16 @@ class Released:
             or not block.heads
             or (readers * (2 * block.heads + 1) >= a.tokens)
         )
+
+    def verdict(
+        self, attack: str, needs: tuple[str, ...], obstacle: str, remains: str
+    ) -> Remaining:
+        """An obstacle ends an attack; else a hidden tensor does; else it remains, and is exact."""
+        if obstacle:
+            return Remaining(attack, False, needs, obstacle)
+        if hidden := self.hidden(*needs):
+            return Remaining(attack, False, needs, self.why_hidden(hidden[0]))
+        return Remaining(attack, True, needs, remains, exact=True)
 
     def hidden(self, *names: str) -> tuple[str, ...]:
         """Those of `names` that cannot be read."""

@@ -22,6 +22,8 @@ __all__ = [
     "Loss",
     "Normalization",
     "Objective",
+    "Shuffle",
+    "Traits",
     "Update",
     "View",
 ]
@@ -282,6 +284,50 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Shuffle:
+    """What is public of a defense that moves patches: all but which ones.
+
+    Args:
+        most: Positions of one image that it moves at most.
+        exactly: Whether it is always as many.
+        per_batch: Whether all images of a batch share one draw.
+        unknown: Name in `View.extras` of the embedding that moved patches get for their position.
+    """
+
+    most: int
+    exactly: bool = False
+    per_batch: bool = False
+    unknown: str = ""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is publicly true of an update under a stack of defenses, whatever their names.
+
+    Each defense says how it changes them (`Defense.traits`), and the stack is folded.
+
+    Args:
+        positions: Whether absolute positions are `learnable`, `fixed` (no gradient, values public),
+            `withheld` (trained, but never sent), or there are `none`.
+        low_rank: Whether fixed positions span fewer dimensions than there are patches.
+        exact: Whether readable tensors are the true gradient up to rounding and known factors.
+        sparse: Whether entries may be zero that were not.
+        shuffle: What is known of moved patches; None where none is moved.
+        sealed: Selections of tensors that exist but cannot be read, as `EncryptedGradients` takes
+            them.
+        accepted: Whether the user accepts what the analysis of the sealed tensors says remains.
+    """
+
+    positions: Literal["learnable", "fixed", "withheld", "none"] = "learnable"
+    low_rank: bool = False
+    exact: bool = True
+    sparse: bool = False
+    shuffle: Shuffle | None = None
+    sealed: tuple[str, ...] = ()
+    accepted: bool = False
+
+
+@dataclass(frozen=True)
 class View:
     """What one threat grants an attack (Kerckhoffs: everything but draws and keys).
 
@@ -292,8 +338,10 @@ class View:
         image_shape: (channels, height, width) of one image.
         normalization: From pixels to model input; public.
         classes: Number of classes of the head.
-        settings: Settings of each defense that runs, by its name; values as in its dataclass.
-        extras: Public tensors that a defense added, such as `vitguard.shuffle.unknown`.
+        settings: Settings of each defense that runs, by its name, for the report. An attack reads
+            `traits`.
+        extras: Public tensors that a defense added, by name.
+        traits: What the defenses make true of the update.
         simulate: `(images, labels, generator, shuffled=None) -> Update`, the differentiable update
             that the known settings make of model-input images: fixed positions, clipping, pruning
             as the update shows it, no noise. Labels are class indices or probabilities; `shuffled`,
@@ -315,6 +363,13 @@ class View:
     simulate: Callable[..., Update]
     objective: Objective | None = None
     random: Callable[[], bool] = lambda: False
+    traits: Traits = Traits()
+
+    @property
+    def unknown(self) -> Tensor | None:
+        """The public embedding that stands in for the position of moved patches, if any moved."""
+        shuffle = self.traits.shuffle
+        return None if shuffle is None else self.extras.get(shuffle.unknown)
 
     def read(self, name: str) -> Tensor:
         """Return the update's tensor `name` in float64, or raise `Blocked`."""

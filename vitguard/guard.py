@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitguard.core import Batch, Loss, Update
+from vitguard._remaining import refuse_given_away
+from vitguard.core import Batch, Loss, Traits, Update
 from vitguard.defenses._base import (
     BatchDefense,
     Defense,
@@ -23,6 +24,7 @@ from vitguard.defenses._base import (
     StepDefense,
     UpdateDefense,
     rewinding,
+    traits_of,
 )
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
 from vitguard.registry import parse_stack
@@ -91,6 +93,7 @@ def protect(
         raise Incompatible("Expected at most one defense of the step, got two. Drop one.")
     for defense in ordered:
         defense.check(model, anatomy, ordered)
+    refuse_given_away(model, anatomy, ordered)
     draws = Draws(generator)
     protection = Protection(anatomy, tuple(ordered), draws)
     try:
@@ -185,6 +188,11 @@ class Guard:
     def defenses(self) -> tuple[Defense, ...]:
         """The defenses in the order they act."""
         return self._protection.defenses
+
+    @property
+    def traits(self) -> Traits:
+        """What is publicly true of an update under these defenses."""
+        return traits_of(self.defenses, self.anatomy)
 
     def _step(self) -> Any:
         return next((d for d in self.defenses if isinstance(d, StepDefense)), None)

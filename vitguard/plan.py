@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from vitguard._released import Released, Remaining
-from vitguard._remaining import RULES
-from vitguard.defenses.encryption import minimal_names, preset, require_all_match, select_names
+from vitguard._released import Remaining
+from vitguard._remaining import released, remaining
+from vitguard.defenses._base import Defense, traits_of
+from vitguard.defenses.encryption import minimal_names, preset, require_all_match
+from vitguard.defenses.positions import FixedPositions, Kind, WithheldPositions
 from vitguard.errors import expected
 from vitguard.models import build_model
 from vitguard.vit import Anatomy, canonical_parameters
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["Cost", "PlanReport", "Remaining", "plan_report"]
 
 Positions = Literal["learnable", "frozen", "random", "sincos", "none", "withheld"]
+_DEFENSES: dict[str, tuple[Defense, ...]] = {
+    "learnable": (),
+    WithheldPositions.name: (WithheldPositions(),),
+    **{kind: (FixedPositions(kind),) for kind in get_args(Kind)},
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class PlanReport:
         """Return the report as JSON values."""
         report = json.loads(json.dumps(asdict(self)))
         for attack in report["attacks"]:
-            del attack["exact"]  # the reason says it in words
+            del attack["exact"], attack["near"]  # the reason says it in words
         return {"schema": 1, **report}
 
     def to_json_text(self) -> str:
@@ -124,22 +131,21 @@ def plan_report(
     name = model if isinstance(model, str) else type(model).__name__
     network = build_model(model) if isinstance(model, str) else model
     anatomy = anatomy or Anatomy.of(network)
-    sizes = {n: p.numel() for n, p in canonical_parameters(network).items()}
-    require_all_match(anatomy, select, sizes)
-    if positions != "learnable":
-        sizes.pop(anatomy.positions or "", None)
-    chosen = select_names(anatomy, select, sizes)
+    every = {n: p.numel() for n, p in canonical_parameters(network).items()}
+    require_all_match(anatomy, select, every)
+    traits = replace(traits_of(_DEFENSES[positions], anatomy), sealed=(select,))
+    plain = released(network, anatomy, traits)
+    chosen = plain.sizes.keys() - plain.plain
     if not chosen:
         raise expected("a selection that names a parameter", repr(select))
-    plain = Released(anatomy, sizes, frozenset(sizes) - frozenset(chosen), positions)
     return PlanReport(
         model=name,
         select=select,
         preset=preset,
         positions=positions,
-        encrypted=_cost(chosen, sizes, preset),
-        minimal=_cost(minimal_names(anatomy, sizes), sizes, preset),
-        attacks=tuple(rule(plain) for rule in RULES),
+        encrypted=_cost(chosen, plain.sizes, preset),
+        minimal=_cost(minimal_names(anatomy, plain.sizes), plain.sizes, preset),
+        attacks=remaining(plain),
     )
 
 

@@ -66,6 +66,7 @@ class CuriousServer:
             simulate=simulation.update,
             objective=simulation.objective(),
             random=simulation.random,
+            traits=guard.traits,
         )
 
 

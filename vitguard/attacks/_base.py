@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vitguard._released import Released, Remaining
 from vitguard.core import Guess, Normalization, View
 
 __all__ = ["Attack", "InputAttack", "InputResult", "Triptych"]
@@ -24,6 +25,9 @@ class Attack(ABC):
     covers: ClassVar[tuple[str, ...]] = ()
     """Other families whose attacks this one runs as well."""
 
+    rung: ClassVar[int | None] = None
+    """Place among the rungs of the ladder, the cheapest first; None for an attack that is none."""
+
     @abstractmethod
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return a guess of the images behind `view.update`.
@@ -32,6 +36,14 @@ class Attack(ABC):
             NotApplicable: An assumption of the attack does not hold.
             Blocked: A tensor that the attack needs cannot be read.
         """
+
+    def remains(self, plain: Released) -> tuple[Remaining, ...]:
+        """Say what an update that can be read in part still lets the attack do, under its name.
+
+        What `vitguard plan` prints, and what `protect` refuses a selection for. Nothing by default:
+        the attack makes no statement before it runs.
+        """
+        return ()
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, for the report."""

@@ -94,7 +94,7 @@ def _simulated(view: View, guess: Guess) -> Iterator[tuple[str, Tensor, Tensor]]
     batch, labels = view.update.batch_size, guess.labels
     if labels is None or len(labels) != batch or len(guess.images) != batch:
         return
-    if guess.shuffled is not None or "shuffle" in view.settings:
+    if guess.shuffled is not None or view.traits.shuffle is not None:
         return
     try:
         seen = view.gradient(steps=True).update

@@ -12,7 +12,6 @@ from vitguard.vit import Anatomy
 
 __all__ = ["leaked_mask"]
 
-_DAMAGE = ("noise", "privacy", "client-privacy", "pruning")
 _RESIDUAL = 1e-2
 """Median residual of span inversion up to which its mask is believed."""
 
@@ -26,18 +25,16 @@ def leaked_mask(
     or with fixed ones as the residual of span inversion. An earlier guess may bring its own. Masks
     of several images that differ, or of several local steps, cannot be told apart.
     """
-    settings = view.settings.get("shuffle")
+    shuffle = view.traits.shuffle
     batch = view.update.batch_size
-    if settings is None:
+    if shuffle is None:
         return None, ""
     if view.update.local_steps > 1:
         return None, "drawn anew at each step: each local step had its own"
     given = start.shuffled if start is not None else None
-    if given is not None and (
-        len(given) == batch or (len(given) == 1 and settings["draw"] == "batch")
-    ):
+    if given is not None and (len(given) == batch or (len(given) == 1 and shuffle.per_batch)):
         return given.expand(batch, -1), "from the start"
-    if batch > 1 and settings["draw"] != "batch":
+    if batch > 1 and not shuffle.per_batch:
         return None, "drawn anew at each step: each image had its own"
     mask = _zero_rows(view, anatomy)
     if mask is not None:
@@ -49,7 +46,7 @@ def leaked_mask(
 
 
 def _zero_rows(view: View, anatomy: Anatomy) -> Tensor | None:
-    if anatomy.positions is None or "pruning" in view.settings:
+    if anatomy.positions is None or view.traits.sparse:
         return None
     try:
         gradient = view.gradient().read(anatomy.positions)
@@ -57,7 +54,7 @@ def _zero_rows(view: View, anatomy: Anatomy) -> Tensor | None:
         return None
     mask = (gradient == 0).all(-1).reshape(-1)[anatomy.position_prefix :]
     # Noise hides the zeros; without any, none of them means that nothing was shuffled.
-    shown = bool(mask.any()) or not any(name in view.settings for name in _DAMAGE)
+    shown = bool(mask.any()) or view.traits.exact
     return mask[None].cpu() if shown else None
 
 

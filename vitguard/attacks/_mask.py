@@ -43,14 +43,8 @@ def shuffled_positions(
 
 
 def shuffled_count(view: View, anatomy: Anatomy) -> tuple[int, bool]:
-    """Return how many positions of one image the settings shuffle at most, and whether exactly."""
-    settings = view.settings.get("shuffle", {})
-    count = int(float(settings.get("ratio", 1.0)) * anatomy.patches + 1e-9)
-    exact = (
-        settings.get("mask") == "uniform"
-        and settings.get("probability") == 1
-        and settings.get("schedule") == "constant"
-        and not settings.get("warmup")
-        and view.update.batch_size == 1
-    )
-    return count, exact
+    """Return how many positions of one image are shuffled at most, and whether exactly."""
+    shuffle = view.traits.shuffle
+    if shuffle is None:
+        return anatomy.patches, False
+    return shuffle.most, shuffle.exactly and view.update.batch_size == 1

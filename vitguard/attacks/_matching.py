@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from vitguard._released import Released, Remaining
 from vitguard.attacks._base import Attack
 from vitguard.attacks._restart import Recipe
 from vitguard.attacks._run import Progress, Run
@@ -70,6 +71,19 @@ class MatchingAttack(Attack):
     watch: Callable[[Progress], None] | None = field(
         default=None, repr=False, compare=False, kw_only=True
     )
+
+    def remains(self, plain: Released) -> tuple[Remaining, ...]:
+        """Say what share there is to fit dummy images to; one statement for all matching."""
+        count = sum(plain.sizes[n] for n in plain.plain)
+        if not count:
+            return (Remaining(self.family, False, (), "nothing is plain"),)
+        share = count / sum(plain.sizes.values())
+        why = (
+            f"{share:.0%} of the gradient is plain and dummy images can be fitted to it; no count "
+            "says how far that gets: try it with audit"
+        )
+        readable = tuple(n for n in plain.sizes if n in plain.plain)
+        return (Remaining(self.family, True, readable, why),)
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.restarts < 1:

@@ -164,7 +164,7 @@ class Run:
         start = self.start
         if start is None or start.verified is None or not self.attack.subspace:
             return None
-        if len(start.images) != self.view.update.batch_size or "shuffle" in self.view.settings:
+        if len(start.images) != self.view.update.batch_size or self.view.traits.shuffle is not None:
             return None
         images = self.view.normalization.apply(start.images.to(self.like))
         proved = start.verified.to(images.device, copy=True)
@@ -276,7 +276,7 @@ class Run:
         if not self.view.settings or self.shuffled is not None:
             return False
         if self.view.random():  # two distances differ anyhow
-            return "shuffle" in self.view.settings
+            return self.view.traits.shuffle is not None
         restart = self.restarts[0]
         return self._distance(restart, restart.free.detach(), 0) != self._distance(
             restart, restart.free.detach(), 1

@@ -209,7 +209,7 @@ def _same_tokens(view: View, anatomy: Anatomy, strengths: Tensor, form: _Form) -
     except NotApplicable:
         strengths = strengths[: form.tokens].clamp_min(torch.finfo(strengths.dtype).tiny)
         same = form.tokens - 1 - int((strengths[:-1] / strengths[1:]).argmax())
-        if "vitguard.shuffle.unknown" not in view.extras or view.update.batch_size > 1:
+        if view.unknown is None or view.update.batch_size > 1:
             raise
         if same >= shuffled_count(view, anatomy)[0]:
             raise
@@ -229,7 +229,7 @@ def _nullity(
     share an offset (images of a batch, shuffled patches under one unknown position) lower the rank.
     """
     offsets = embedding.offset + form.shift
-    unknown = view.extras.get("vitguard.shuffle.unknown")
+    unknown = view.unknown
     extra = view.update.batch_size * anatomy.patches - anatomy.patches
     if unknown is not None:
         count = shuffled_count(view, anatomy)[0] if shuffled is None else shuffled

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from vitguard._released import Released, Remaining
 from vitguard.attacks._base import Attack
 from vitguard.attacks._spans import (
     Embedding,
@@ -44,6 +45,21 @@ class April(Attack):
 
     name: ClassVar[str] = "april"
     family: ClassVar[str] = "closed-form"
+
+    def remains(self, plain: Released) -> tuple[Remaining, ...]:
+        """Possible where attention reads the embedded sequence itself, and is plain."""
+        a = plain.anatomy
+        block = a.blocks[0] if a.blocks else None
+        if block is None or block.pre_norm or block.residual:
+            why = "a norm before the first attention or a residual around it: the identity fails"
+            return (Remaining(self.name, False, (), why),)
+        if a.positions is None:
+            return (Remaining(self.name, False, (), "no absolute position embedding"),)
+        patch = (a.patch_weight,) if a.patch_pixels > a.width else ()
+        needs = (a.positions, *block.qkv, *patch)
+        return (
+            plain.verdict(self.name, needs, "", "attention reads the embedded sequence itself"),
+        )
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image."""

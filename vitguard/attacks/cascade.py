@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitguard._released import Released, Remaining
 from vitguard.attacks._base import Attack
 from vitguard.attacks._check import check_seconds, require_finite
 from vitguard.attacks._separate import LastBlock, Separated, separate
@@ -82,6 +83,7 @@ class Cascade(Attack):
 
     name: ClassVar[str] = "cascade"
     family: ClassVar[str] = "ladder"
+    rung: ClassVar[int | None] = 3
     seconds: float = 10.0
     accept: float = 1e-3
 
@@ -89,6 +91,24 @@ class Cascade(Attack):
         check_seconds(self.seconds)
         if not 0 < self.accept < 0.01:
             raise expected("accept between 0 and 0.01", self.accept)
+
+    def remains(self, plain: Released) -> tuple[Remaining, ...]:
+        """Labels and features where the last MLP is plain; labels alone where the head is."""
+        return self._features(plain), _labels(plain)
+
+    def _features(self, plain: Released) -> Remaining:
+        a = plain.anatomy
+        if not a.blocks or a.pooling != "token":
+            why = f"pooling is {a.pooling!r}: the last MLP sees all tokens"
+            return Remaining(self.name, False, (), why if a.blocks else "no block is known")
+        last = a.blocks[-1]
+        found = plain.verdict(
+            self.name,
+            (f"{last.fc1}.weight", f"{last.fc2}.weight"),
+            "the MLP multiplies two branches" if last.gated else "",
+            "labels and features of each image in a batch, but no images",
+        )
+        return replace(found, exact=False)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the labels of the batch without an image."""
@@ -159,3 +179,11 @@ def _explain_the_head(view: View, found: Separated) -> bool:
     made = (found.weights[:, None] * wrong).T @ reading.features
     seen = view.read(name)
     return bool((made - seen).norm() < _EXPLAINED * seen.norm() and (found.weights > 0).all())
+
+
+def _labels(plain: Released) -> Remaining:
+    names = [n for n in plain.sizes if plain.anatomy.role(n) == "head"]
+    readable = tuple(n for n in names if n in plain.plain)
+    if readable:
+        return Remaining("labels", True, readable, "the head's gradient tells the labels")
+    return Remaining("labels", False, tuple(names), "the head has no plain gradient")

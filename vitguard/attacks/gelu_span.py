@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vitguard._released import Released, Remaining
 from vitguard.attacks._assemble import complete_images, complete_tokens
 from vitguard.attacks._attention import Attention
 from vitguard.attacks._base import Attack
 from vitguard.attacks._check import require_finite
+from vitguard.attacks._counts import gelu_span_remains, token_search_remains
 from vitguard.attacks._mask import shuffled_positions
 from vitguard.attacks._peel import peel
 from vitguard.attacks._seams import place_by_seams
@@ -63,6 +65,7 @@ class GeluSpan(Attack):
 
     name: ClassVar[str] = "gelu-span"
     family: ClassVar[str] = "ladder"
+    rung: ClassVar[int | None] = 4
     seconds: float = 60.0
     accept: float = 1e-3
 
@@ -71,6 +74,10 @@ class GeluSpan(Attack):
             raise expected("seconds above 0", self.seconds)
         if not 0 < self.accept < 0.01:
             raise expected("accept between 0 and 0.01", self.accept)
+
+    def remains(self, plain: Released) -> tuple[Remaining, ...]:
+        """Count the equations of the first block's MLP, and name the search from a later block."""
+        return gelu_span_remains(plain), token_search_remains(plain)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image per member of the batch; what is not verified is minimum norm."""
@@ -139,7 +146,7 @@ class _State:
         self.deadline, self.accept = deadline, accept
         self.stopped, self.peeled, self.filled, self.tries, self.told_apart = "", 0, 0, 0, 0
         self.tokens = view.update.batch_size * anatomy.tokens
-        self.unknown = view.extras.get("vitguard.shuffle.unknown")
+        self.unknown = view.unknown
         batch = view.update.batch_size
         weight = view.weight(anatomy.patch_weight)
         self.patches = weight.new_zeros(batch, anatomy.patches, anatomy.patch_pixels)

@@ -25,7 +25,6 @@ from vitguard.vit import Anatomy
 __all__ = ["Ladder"]
 
 _FITS = 1e-2  # residual of `span` below which its space holds the truth
-_DAMAGE = ("noise", "pruning", "privacy", "client-privacy")  # no exact rung first under these
 _CONTRADICTED = 0.1  # above it the patches may be right, but not all in their own image
 _EXACT = 1e-3  # a relative mismatch below which no further rung is needed
 
@@ -88,7 +87,7 @@ class Ladder(Attack):
         return best
 
     def _clear(self, view: View) -> bool:
-        return view.update.batch_size == 1 and not any(name in view.settings for name in _DAMAGE)
+        return view.update.batch_size == 1 and view.traits.exact
 
 
 def _cut(guess: Guess, what: str) -> Guess:
@@ -109,7 +108,7 @@ class _Climb:
 
     def all(self) -> None:
         """Run the rungs in order; stop at an exact one."""
-        damaged = any(name in self.view.settings for name in _DAMAGE)
+        damaged = not self.view.traits.exact
         rungs = (self._closed, self._robust, self._batch) if damaged else (
             self._closed, self._batch, self._robust)  # fmt: skip
         for climb in rungs:
@@ -129,7 +128,7 @@ class _Climb:
             self.labels = None if cascade is None else cascade.labels
             for name, guess in list(self.guesses.items()) if self.labels is not None else []:
                 self._take(name, guess)
-        polished = self.view.update.batch_size == 1 and "shuffle" not in self.view.settings
+        polished = self.view.update.batch_size == 1 and self.view.traits.shuffle is None
         share = 0.5 if polished else 0.8  # `polish` needs the rest
         self._try(lambda: GeluSpan(seconds=self._left(share)))
 
@@ -222,7 +221,7 @@ class _Climb:
     def _space(self, guess: Guess) -> AffineSpace | None:
         """What the guess, else `span`, leaves open, where that is known exactly."""
         source = guess if guess.space is not None else self.guesses.get(SpanInversion.name)
-        if source is None or (source is not guess and "shuffle" in self.view.settings):
+        if source is None or (source is not guess and self.view.traits.shuffle is not None):
             return None
         return source.space if source.details.get("residual", 1.0) < _FITS else None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from vitguard._released import Released, Remaining
 from vitguard.attacks._base import Attack
 from vitguard.attacks._spans import guess_from_patches, least_squares, patch_gradient
 from vitguard.attacks.labels import try_labels
@@ -40,6 +41,22 @@ class PositionInversion(Attack):
 
     name: ClassVar[str] = "position"
     family: ClassVar[str] = "closed-form"
+    rung: ClassVar[int | None] = 1
+
+    def remains(self, plain: Released) -> tuple[Remaining, ...]:
+        """Possible where the gradients of positions and patches are plain."""
+        a = plain.anatomy
+        if a.positions is None:
+            return (Remaining(self.name, False, (), "no absolute position embedding"),)
+        exact = a.patches <= a.width
+        found = plain.verdict(
+            self.name,
+            (a.positions, a.patch_weight),
+            "; ".join(a.obstacles),
+            "both gradients are plain: G^T X = dL/dW gives the image back by least squares"
+            + (", exactly" if exact else ", in minimum norm"),
+        )
+        return (replace(found, exact=found.possible and exact, near=found.possible),)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image; several full-batch local SGD steps are as good as one."""
@@ -47,7 +64,7 @@ class PositionInversion(Attack):
         anatomy.require_plain_embedding()
         if anatomy.positions is None:
             raise NotApplicable("the model has no absolute position embedding")
-        if "positions" in view.settings and not view.update.can_read(anatomy.positions):
+        if view.traits.positions == "fixed" and not view.update.can_read(anatomy.positions):
             raise Blocked(anatomy.positions, "fixed positions have no gradient")
         summed = view.gradient(steps=True)
         positions = summed.read(anatomy.positions)[0, anatomy.position_prefix :]
@@ -62,7 +79,7 @@ class PositionInversion(Attack):
             anatomy,
             patches,
             labels=try_labels(view, generator),
-            shuffled=replaced if "vitguard.shuffle.unknown" in view.extras else None,
+            shuffled=None if view.traits.shuffle is None else replaced,
             details=details,
         )
 

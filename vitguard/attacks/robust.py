@@ -57,6 +57,7 @@ class RobustPosition(Attack):
 
     name: ClassVar[str] = "position-robust"
     family: ClassVar[str] = "ladder"
+    rung: ClassVar[int | None] = 5
     seconds: float = 20.0
 
     def __post_init__(self) -> None:
@@ -89,6 +90,7 @@ class RobustSpan(Attack):
 
     name: ClassVar[str] = "span-robust"
     family: ClassVar[str] = "ladder"
+    rung: ClassVar[int | None] = 6
     seconds: float = 30.0
 
     def __post_init__(self) -> None:

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vitguard._released import Released, Remaining
 from vitguard.attacks._base import Attack
+from vitguard.attacks._counts import chain_remains, span_remains
 from vitguard.attacks._mask import shuffled_count, shuffled_positions
 from vitguard.attacks._smooth import smoothest
 from vitguard.attacks._spans import guess_from_patches
@@ -56,13 +58,18 @@ class SpanInversion(Attack):
 
     name: ClassVar[str] = "span"
     family: ClassVar[str] = "closed-form"
+    rung: ClassVar[int | None] = 2
     smooth_iterations: int = 30
+
+    def remains(self, plain: Released) -> tuple[Remaining, ...]:
+        """Count the equations of the first block, and of the first norm that chains lead to."""
+        return span_remains(plain), chain_remains(plain)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image, exact where `details["nullity"]` is 0 and the residual is small."""
         anatomy = Anatomy.of(view.model)
         view = view.gradient()
-        unknown = view.extras.get("vitguard.shuffle.unknown")
+        unknown = view.unknown
         shuffled = None
         if unknown is None:
             system = span_system(view, anatomy)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard._draws import Draws
-from vitguard.core import Batch, Loss, Update
+from vitguard.core import Batch, Loss, Traits, Update
 from vitguard.vit import Anatomy
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "StepDefense",
     "UpdateDefense",
     "rewinding",
+    "traits_of",
     "written",
 ]
 
@@ -52,6 +53,13 @@ class Defense(ABC):
     ) -> None:
         """Raise Incompatible if the defense cannot work on this model within this stack."""
 
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return what is publicly true of an update after this defense, given what was before it.
+
+        All that attacks, plan and audit know of a defense. The default changes nothing.
+        """
+        return before
+
     def known(self) -> Defense:
         """Return what the adversary runs on the public model to act as this defense does.
 
@@ -71,6 +79,14 @@ class Defense(ABC):
     def audit_note(self) -> str:
         """Return what a reader of an audit must know of these settings, "" where nothing."""
         return ""
+
+
+def traits_of(stack: Iterable[Defense], anatomy: Anatomy) -> Traits:
+    """Return what is publicly true of an update of this model under a stack."""
+    traits = Traits("none" if anatomy.positions is None else "learnable")
+    for defense in stack:
+        traits = defense.traits(traits, anatomy)
+    return traits
 
 
 def written(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vitguard.core import Update
+from vitguard.core import Traits, Update
 from vitguard.defenses._base import Draws, UpdateDefense
 from vitguard.errors import expected
 from vitguard.vit import Anatomy
@@ -36,6 +36,10 @@ class GradientNoise(UpdateDefense):
     def __post_init__(self) -> None:
         if not 0 <= self.scale < float("inf"):
             raise expected("a finite noise scale of at least 0", self.scale)
+
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return that tensors are no longer exact, where there is noise."""
+        return replace(before, exact=before.exact and self.scale == 0)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return the update with noise on every readable tensor."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitguard.core import Traits
 from vitguard.defenses._base import Defense, Draws, Installed, ModelDefense
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy
@@ -95,6 +96,10 @@ class FixedPositions(ModelDefense):
                 f"Expected a token width that is a multiple of 4 for sincos positions, "
                 f"got {anatomy.width}. Use kind='frozen' or 'random'."
             )
+
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return that positions are fixed and public, and whether they span little."""
+        return replace(before, positions="fixed", low_rank=self.kind in ("sincos", "none"))
 
     def install(self, model: nn.Module, anatomy: Anatomy, draws: Draws) -> Installed:
         """Swap the parameter for a buffer of the same name, shape, dtype and device."""
@@ -213,6 +218,10 @@ class WithheldPositions(ModelDefense):
                 "Expected either fixed or withheld positions, got both. Fixed positions have no "
                 "gradient to withhold: drop one of the two."
             )
+
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return that positions are trained but never sent."""
+        return replace(before, positions="withheld")
 
     def install(self, model: nn.Module, anatomy: Anatomy, draws: Draws) -> Installed:
         """Remember the public positions; the model stays as it is."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vitguard.core import Update
+from vitguard.core import Traits, Update
 from vitguard.defenses._base import Draws, UpdateDefense
 from vitguard.errors import expected
 from vitguard.vit import Anatomy
@@ -38,6 +38,11 @@ class GradientPruning(UpdateDefense):
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise expected("keep above 0 and at most 1", self.keep)
+
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return that entries are missing, where any are zeroed."""
+        whole = self.keep == 1
+        return replace(before, exact=before.exact and whole, sparse=before.sparse or not whole)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return the update with all but the largest entries of each tensor zeroed."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
+from vitguard.core import Shuffle, Traits
 from vitguard.defenses._base import Defense, Draws, Installed, ModelDefense
 from vitguard.defenses._dal import Head
 from vitguard.defenses._shuffled import InstalledShuffle
@@ -135,6 +136,17 @@ class PatchShuffle(ModelDefense):
         if self.dal == "tokens":
             _require_every_token(model, anatomy)
 
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return how many patches move at most, and which embedding they get."""
+        always = self.probability == 1 and self.schedule == "constant" and not self.warmup
+        shuffle = Shuffle(
+            most=int(self.ratio * anatomy.patches + 1e-9),
+            exactly=always and self.mask == "uniform",
+            per_batch=self.draw == "batch",
+            unknown=f"vitguard.{self.name}.unknown",
+        )
+        return replace(before, shuffle=shuffle)
+
     def install(self, model: nn.Module, anatomy: Anatomy, draws: Draws) -> Installed:
         """Hook the patch embedding and the embedded sequence."""
         return InstalledShuffle(model, anatomy, draws, self)
@@ -143,7 +155,7 @@ class PatchShuffle(ModelDefense):
 def _require_learnable_positions(
     model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]
 ) -> None:
-    fixed = next((d for d in stack if d.name == "positions"), None)
+    fixed = next((d for d in stack if d.traits(Traits(), anatomy).positions == "fixed"), None)
     learnable = anatomy.positions in {n for n, p in model.named_parameters() if p.requires_grad}
     if fixed is not None or not learnable:
         got = repr(fixed) if fixed is not None else "a model without them"

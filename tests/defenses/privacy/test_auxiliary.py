@@ -26,10 +26,11 @@ def protected(weight, **settings):
     """Return a guard with privacy, and one of the same weights without."""
     torch.manual_seed(0)
     model = build("vit")
-    private = protect(
-        copy.deepcopy(model), [*stack(weight), DifferentialPrivacy(clip=CLIP, **settings)]
-    )
-    plain = protect(copy.deepcopy(model), stack(weight))
+    defense = DifferentialPrivacy(clip=CLIP, **settings)
+    # seeded draws: an example's key gives the same shuffle in both
+    seeded = [torch.Generator().manual_seed(0) for _ in range(2)]
+    private = protect(copy.deepcopy(model), [*stack(weight), defense], generator=seeded[0])
+    plain = protect(copy.deepcopy(model), stack(weight), generator=seeded[1])
     plain.model.load_state_dict(private.model.state_dict())  # the same auxiliary head
     return private, plain
 

@@ -3,13 +3,14 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.defenses.privacy.privacy_models import build
 from vitguard.core import Update
-from vitguard.defenses._base import Draws
+from vitguard.defenses._base import Draws, UpdateDefense
 from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
 from vitguard.defenses.privacy.accounting import gaussian_epsilon
 from vitguard.errors import Incompatible, InputError, Unprotected
@@ -46,14 +47,20 @@ def test_what_is_not_finite_is_refused():
         ClientPrivacy().seal(broken, ANY, Draws())
 
 
-def test_encryption_before_client_privacy_is_refused():
-    class Encryption:
-        name = "encryption"
+def test_what_seals_before_client_privacy_is_refused_whatever_its_name():
+    class Sealing(UpdateDefense):
+        name = "of-a-third-party"
+
+        def traits(self, before, anatomy):
+            return replace(before, sealed=("all",))
+
+        def seal(self, update, anatomy, draws):
+            raise AssertionError
 
     defense = ClientPrivacy()
-    with pytest.raises(Incompatible, match="first"):
-        defense.check(None, ANY, [Encryption(), defense])
-    defense.check(None, ANY, [defense, Encryption()])
+    with pytest.raises(Incompatible, match="before of-a-third-party"):
+        defense.check(None, ANY, [Sealing(), defense])
+    defense.check(None, ANY, [defense, Sealing()])
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from vitguard._released import Released
-from vitguard._remaining import giving_away
-from vitguard.core import Update
-from vitguard.defenses._base import Defense, Draws, UpdateDefense
+from vitguard.core import Traits, Update
+from vitguard.defenses._base import Defense, Draws, UpdateDefense, traits_of
 from vitguard.defenses.encryption.backend import require_tenseal
 from vitguard.defenses.encryption.client import Decryptor, Encryptor, worst_error
 from vitguard.defenses.encryption.keys import KeySet, ServerKeys
@@ -19,7 +17,6 @@ from vitguard.defenses.encryption.manifest import Entry, Manifest, model_version
 from vitguard.defenses.encryption.presets import PRESETS, Preset, preset
 from vitguard.defenses.encryption.selection import minimal_names, require_all_match, select_names
 from vitguard.defenses.encryption.server import Aggregator
-from vitguard.defenses.positions import FixedPositions, WithheldPositions
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy, canonical_parameters
 
@@ -92,32 +89,28 @@ class EncryptedGradients(UpdateDefense):
         object.__setattr__(self, "_encryptor", encryptor)
 
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
-        """Refuse a selection that encrypts nothing, or that gives the image away.
+        """Refuse a selection that encrypts nothing.
+
+        `protect` also refuses one of which what stays plain gives the image away, by the analysis
+        of `vitguard plan`, unless `force` is set.
 
         Raises:
-            Incompatible: Nothing is selected, or what stays plain gives the image away, by the
-                analysis of `vitguard plan`, and `force` is not set.
+            Incompatible: Nothing is selected.
             InputError: The selection cannot be read, or a part of it matches no parameter.
             MissingExtra: TenSEAL is not installed.
         """
         require_tenseal()
         sizes = {n: p.numel() for n, p in canonical_parameters(model).items()}
         require_all_match(anatomy, self.select, sizes)
-        positions = _positions(stack)
-        if positions != "learnable":
+        if traits_of(stack, anatomy).positions != "learnable":
             sizes.pop(anatomy.positions or "", None)
-        chosen = select_names(anatomy, self.select, sizes)
-        if not chosen:
+        if not select_names(anatomy, self.select, sizes):
             raise Incompatible(f"Expected parameters to encrypt, got none for {self.select!r}.")
-        plain = Released(anatomy, sizes, frozenset(sizes) - frozenset(chosen), positions)
-        if not self.force and (remaining := giving_away(plain)):
-            first, names = remaining[0], ", ".join(f"`{a.attack}`" for a in remaining)
-            raise Incompatible(
-                f"Expected a selection that ends the exact attacks, got {self.select!r} with "
-                f"{positions} positions, which leaves {names}: {', '.join(first.needs)} stay "
-                "plain and give the image back. Select 'plan' or 'all'; see what remains with "
-                "`vitguard plan`; force=True accepts it."
-            )
+
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return that the selected tensors cannot be read."""
+        sealed = (*before.sealed, self.select)
+        return replace(before, sealed=sealed, accepted=before.accepted or self.force)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return the update with the selected tensors sealed.
@@ -155,16 +148,6 @@ class EncryptedGradients(UpdateDefense):
         sealed = encryptor.seal(update, round_id=0)
         reason = f"encrypted ({self.preset}) under a key that was thrown away"
         return sealed.seal(dict.fromkeys(chosen, reason))
-
-
-def _positions(stack: Sequence[Defense]) -> str:
-    """Return what the stack makes of the positions, as `Released` calls it."""
-    for defense in stack:
-        if isinstance(defense, FixedPositions):
-            return defense.kind
-        if isinstance(defense, WithheldPositions):
-            return "withheld"
-    return "learnable"
 
 
 def _own_bounds(tensors: Mapping[str, Tensor]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitguard.core import Update
+from vitguard.core import Traits, Update
 from vitguard.defenses._base import Defense, Draws, Ledgered, UpdateDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
 from vitguard.defenses.privacy.verification import reconstruction_bound
@@ -76,12 +76,16 @@ class ClientPrivacy(UpdateDefense, Ledgered):
 
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
         """Raise Incompatible if an update defense before this one leaves nothing to clip."""
-        names = [d.name for d in stack]
-        if "encryption" in names and names.index("encryption") < names.index(self.name):
+        earlier = stack[: next((i for i, d in enumerate(stack) if d is self), 0)]
+        if sealing := [d for d in earlier if d.traits(Traits(), anatomy).sealed]:
             raise Incompatible(
-                "Expected client-privacy before encryption, got it after: what is encrypted can "
+                f"Expected {self.name} before {sealing[0].name}, got it after: what is sealed can "
                 "neither be clipped nor noised. Put ClientPrivacy first."
             )
+
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return that tensors are no longer exact, where there is noise."""
+        return replace(before, exact=before.exact and self.multiplier == 0)
 
     @property
     def multiplier(self) -> float:

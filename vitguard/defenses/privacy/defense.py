@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vitguard.core import Batch, Loss
+from vitguard.core import Batch, Loss, Traits
 from vitguard.defenses._base import Defense, Draws, Ledgered, StepDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
 from vitguard.defenses.privacy.checks import check_model
@@ -101,6 +101,10 @@ class DifferentialPrivacy(StepDefense, Ledgered):
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
         """Raise Incompatible if no per-example gradient can be told for the model."""
         check_model(model)
+
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return that the gradient is no longer exact, where there is noise."""
+        return replace(before, exact=before.exact and self._release_noise() == 0)
 
     def clipped_sum(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
         """Return the sum of the batch's clipped gradients, without noise, by base parameter name.
