@@ -147,7 +147,8 @@ def decibels(model: nn.Module, update: Update, pixels: Tensor, defense: Any) -> 
 
 def seed_inside(guard: Guard) -> int | None:
     """Return the 32 bits that a guard's generator started from; None where there is none."""
-    generator = getattr(guard._draws, "generator", None)
+    draws = guard._draws
+    generator = getattr(draws, "generator", None) or getattr(draws, "seeded", None)
     return None if generator is None else generator.initial_seed() % SEEDS
 
 
