@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from vitguard._finding import Baseline, Control, Finding
 from vitguard._randomness import seeded
 from vitguard._verdicts import Attempt, finding_of, rivals_of
 from vitguard.attacks._base import Attack, InputAttack, InputResult
-from vitguard.core import Loss, Normalization, View
+from vitguard.core import LocalTraining, Loss, Normalization, View
 from vitguard.defenses._base import Defense
 from vitguard.errors import Blocked, NotApplicable, Unprotected, expected
 from vitguard.guard import protect
@@ -30,35 +30,12 @@ from vitguard.metrics import baseline
 from vitguard.threats import CuriousServer
 from vitguard.vit import Anatomy
 
-__all__ = ["CONTROL", "INTERRUPTED", "LocalTraining", "Progress", "Stage"]
+__all__ = ["CONTROL", "INTERRUPTED", "Progress", "Stage"]
 
 CONTROL = ""
 """Name of the undefended control among the runs."""
 INTERRUPTED = "interrupted before its end"
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class LocalTraining:
-    """How a client makes its update: one gradient, or the difference of local steps.
-
-    Args:
-        learning_rate: None for one gradient; otherwise the rate of the steps behind a difference.
-        steps: Full-batch local steps.
-        optimizer: `sgd` or `adamw`.
-    """
-
-    learning_rate: float | None = None
-    steps: int = 1
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-
-    def __str__(self) -> str:
-        if self.learning_rate is None:
-            return "one gradient"
-        steps = "step" if self.steps == 1 else "steps"
-        return (
-            f"difference after {self.steps} {self.optimizer} {steps} at rate {self.learning_rate:g}"
-        )
 
 
 @dataclass(frozen=True)
@@ -228,9 +205,7 @@ class Stage:
                 self.normalization.apply(pixels).to(like),
                 labels.to(like.device),
                 loss=self.loss,
-                learning_rate=self.training.learning_rate,
-                local_steps=self.training.steps,
-                optimizer=self.training.optimizer,
+                training=self.training,
             )
         view = CuriousServer(withhold).view(guard, update, self.normalization, loss=self.loss)
         return view, guard.truth().get("shuffled")

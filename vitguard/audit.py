@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard._finding import ModelFacts
-from vitguard._stage import CONTROL, LocalTraining, Progress, Stage
+from vitguard._stage import CONTROL, Progress, Stage
 from vitguard.attacks._base import Attack, InputAttack
-from vitguard.core import Loss, Normalization
+from vitguard.core import LocalTraining, Loss, Normalization
 from vitguard.defenses._base import Defense
 from vitguard.errors import expected
 from vitguard.guard import Stack, protect, stack_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ __all__ = [
     "Batch",
     "Blocked",
     "Guess",
+    "LocalTraining",
     "Loss",
     "Normalization",
     "Objective",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+_OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,85 @@ class Normalization:
     @staticmethod
     def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client makes its update: one gradient, or the difference of local steps.
+
+    Args:
+        learning_rate: None for one gradient; otherwise the rate of the steps behind a difference.
+        steps: Full-batch local steps.
+        optimizer: `sgd`, `adam` or `adamw`, with torch's defaults for what is not said here.
+        momentum: Of SGD, in [0, 1).
+        weight_decay: At least 0; added to the gradient, by `adamw` to the step.
+
+    Raises:
+        InputError: A value out of range, or steps without a learning rate.
+    """
+
+    learning_rate: float | None = None
+    steps: int = 1
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in _OPTIMIZERS:
+            raise expected(f"optimizer among {', '.join(_OPTIMIZERS)}", repr(self.optimizer))
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise expected("a finite learning rate above 0", self.learning_rate)
+        if self.learning_rate is None and self.steps != 1:
+            raise expected("a learning rate with several local steps", "none")
+        if self.momentum and self.optimizer != "sgd":
+            raise expected("momentum with sgd", f"momentum={self.momentum} with {self.optimizer}")
+
+    @staticmethod
+    def of(update: Update) -> LocalTraining | None:
+        """Return what an update says of its making; None where that cannot be repeated."""
+        if update.kind == "gradient":
+            return LocalTraining()
+        if update.learning_rate is None or update.optimizer not in _OPTIMIZERS:
+            return None
+        return LocalTraining(
+            update.learning_rate,
+            update.local_steps,
+            update.optimizer,  # type: ignore[arg-type]
+            update.momentum,
+            update.weight_decay,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return the public facts of an update that was made so, as arguments of `Update`."""
+        if self.learning_rate is None:
+            return {}
+        return {
+            "kind": "difference",
+            "local_steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "optimizer": self.optimizer,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+        }
+
+    def stepper(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimizer of these steps."""
+        settings: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, momentum=self.momentum, **settings)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, **settings)
+
+    def __str__(self) -> str:
+        if self.learning_rate is None:
+            return "one gradient"
+        steps = "step" if self.steps == 1 else "steps"
+        words = [
+            f"difference after {self.steps} {self.optimizer} {steps} at rate {self.learning_rate:g}"
+        ]
+        words += [f"momentum {self.momentum:g}"] if self.momentum else []
+        words += [f"weight decay {self.weight_decay:g}"] if self.weight_decay else []
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)

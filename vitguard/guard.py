@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitguard._remaining import refuse_given_away
-from vitguard.core import Batch, Loss, Traits, Update
+from vitguard.core import Batch, LocalTraining, Loss, Traits, Update
 from vitguard.defenses._base import (
     BatchDefense,
     Defense,
@@ -266,7 +266,8 @@ class Guard:
         loss: Loss = F.cross_entropy,
         learning_rate: float | None = None,
         local_steps: int = 1,
-        optimizer: Literal["sgd", "adamw"] = "sgd",
+        optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
+        training: LocalTraining | None = None,
     ) -> Update:
         """Return what leaves the client for one batch: sealed, by the base model's names.
 
@@ -277,6 +278,7 @@ class Guard:
             learning_rate: None gives a gradient; a value gives the weight difference after
                 `local_steps` steps of `optimizer` on the whole batch. The model's own weights are
                 unchanged afterwards; a defense's schedule has come so many steps further.
+            training: All of this in one, with momentum and weight decay; in place of the three.
 
         Raises:
             Unprotected: A defense would not act (a shuffle in eval mode, for instance).
@@ -288,20 +290,12 @@ class Guard:
             if isinstance(defense, BatchDefense):
                 batch = defense.transform(batch, self._draws)
         self.verify()
-        facts: dict[str, Any] = {"batch_size": len(labels)}
-        if learning_rate is None:
-            if local_steps != 1:
-                raise expected("a learning rate with several local steps", "none")
+        training = training or LocalTraining(learning_rate, local_steps, optimizer)
+        if training.learning_rate is None:
             tensors = self._gradient(batch, loss)
         else:
-            tensors = self._difference(batch, loss, learning_rate, local_steps, optimizer)
-            facts |= {
-                "kind": "difference",
-                "local_steps": local_steps,
-                "learning_rate": learning_rate,
-                "optimizer": optimizer,
-            }
-        return self._seal(Update(tensors=tensors, **facts))
+            tensors = self._difference(batch, loss, training)
+        return self._seal(Update(tensors=tensors, batch_size=len(labels), **training.facts()))
 
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
         channels, classes = self.anatomy.channels, self.anatomy.classes
@@ -359,20 +353,13 @@ class Guard:
         """
         return rewinding(self._protection.installed())
 
-    def _difference(
-        self, batch: Batch, loss: Loss, learning_rate: float, steps: int, optimizer: str
-    ) -> dict[str, Tensor]:
-        kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-        if optimizer not in kinds:
-            raise expected(f"optimizer among {', '.join(kinds)}", repr(optimizer))
-        if not 0 < learning_rate < float("inf"):
-            raise expected("a finite learning rate above 0", learning_rate)
+    def _difference(self, batch: Batch, loss: Loss, training: LocalTraining) -> dict[str, Tensor]:
         parameters = canonical_parameters(self.model)
         before = {name: p.detach().clone() for name, p in parameters.items()}
-        stepper = kinds[optimizer](parameters.values(), lr=learning_rate, weight_decay=0.0)
+        stepper = training.stepper(parameters.values())
         held = {name: p.grad for name, p in parameters.items()}
         try:
-            for _ in range(steps):
+            for _ in range(training.steps):
                 for name, gradient in self._gradient(batch, loss).items():
                     parameters[name].grad = gradient
                 stepper.step()

@@ -30,6 +30,15 @@ from vitguard.vit import Anatomy
 
 __all__ = ["audit_update"]
 
+CONTROL_NOTE = (
+    "The row none is the control: the same attack on sample photos without a defense, trained as "
+    "the update says."
+)
+OTHER_CONTROL = (
+    "This update's training cannot be repeated: its control is one plain gradient, so nothing here "
+    "has resisted."
+)
+ON_INPUT = "an attack on the input needs images to change, and a saved update holds none"
 _ALIKE = 40.0
 """PSNR in dB from which a guess is the image that was given; a flat one is no leak by its gain."""
 _REPRODUCED = 0.05
@@ -43,6 +52,7 @@ def audit_update(
     defenses: Stack = (),
     attacks: str | Sequence[str | Attack | InputAttack] = "ladder",
     truth: Tensor | None = None,
+    labels: Tensor | None = None,
     normalization: Normalization | None = None,
     withhold: Sequence[str] = (),
     loss: Loss = F.cross_entropy,
@@ -63,7 +73,9 @@ def audit_update(
         model: The public model the update refers to.
         update: What the client sent.
         defenses: The stack the client ran, in `protect`'s form or as a spec.
+        attacks: As in `audit`; those on the input are reported as not applicable.
         truth: The images behind the update, pixels in [0, 1].
+        labels: Their classes, shape (batch,), to score recovered labels; needs `truth`.
 
     Raises:
         InputError: The update names parameters that the model does not have.
@@ -73,19 +85,20 @@ def audit_update(
     _check_update(model, update)
     stack = stack_of(defenses)
     fast = next(model.parameters()).device.type == "cpu"
-    chosen = [a for a in parse_attacks(attacks, fast=fast) if isinstance(a, Attack)]
-    training = LocalTraining(
-        update.learning_rate if update.kind == "difference" else None, update.local_steps,
-        "adamw" if update.optimizer == "adamw" else "sgd",
-    )  # fmt: skip
+    asked = parse_attacks(attacks, fast=fast)
+    chosen = [a for a in asked if isinstance(a, Attack)]
+    training = LocalTraining.of(update)
     shape = (update.batch_size, anatomy.channels, *anatomy.image_size)
     if truth is not None and tuple(truth.shape) != shape:
         raise expected(f"the images behind the update, of shape {shape}", tuple(truth.shape))
+    if labels is not None and (truth is None or len(labels) != update.batch_size):
+        raise expected(f"{update.batch_size} labels beside the images", len(labels))
     pixels = _photos(shape)
     control = audit(
         model, (pixels, data.assign_labels(len(pixels), anatomy.classes)), attacks=chosen,
-        normalization=normalization, training=training, loss=loss, seed=seed,
+        normalization=normalization, training=training or LocalTraining(), loss=loss, seed=seed,
     )  # fmt: skip
+    made = str(training) if training is not None else _unknown(update)
     guard = protect(copy.deepcopy(model).train(), stack)
     view = CuriousServer(tuple(withhold)).view(guard, update, normalization, loss=loss)
     name = f"{stack_name(stack)}" if stack else "update"
@@ -93,7 +106,7 @@ def audit_update(
 
     def judge(attack: Attack, of_control: Finding) -> Finding:
         if truth is not None:
-            scored = _scored(attack, view, truth, names, anatomy, seed)
+            scored = _scored(attack, view, truth, labels, names, anatomy, seed)
             common = (name, attack.name, attack.settings(), [scored])
             finding = finding_of(*common, replace(of_control, control=None), ())
             return _unless_explained(finding, attack, view, scored.guess, seed)
@@ -110,7 +123,14 @@ def audit_update(
         except KeyboardInterrupt:
             interrupted = True
         interrupted = interrupted or "interrupted" in found.details
+        if training is None and found.verdict == "resisted":
+            found = replace(found, verdict="inconclusive", reason=OTHER_CONTROL)
         findings.append(found)
+    findings += [
+        Finding(name, a.name, "not applicable", ON_INPUT, settings=a.settings())
+        for a in asked
+        if not isinstance(a, Attack)
+    ]
     return AuditReport(
         model=facts_of(model, anatomy, model_name),
         images=tuple(names or ()),
@@ -118,19 +138,26 @@ def audit_update(
         baseline=control.baseline,
         findings=tuple(findings),
         weights=weights,
-        update=f"{training}, from a file",
+        update=f"{made}, from a file",
         seed=seed,
         threat={"adversary": "curious server", "withheld": list(withhold)},
         families_not_run=families_not_run(chosen),
         interrupted=interrupted,
-        notes=("The row none is the control: the same attack on sample photos without a defense.",),
+        notes=(CONTROL_NOTE if training is not None else f"{CONTROL_NOTE} {OTHER_CONTROL}",),
     )
+
+
+def _unknown(update: Update) -> str:
+    steps = "step" if update.local_steps == 1 else "steps"
+    rate = "an unknown rate" if update.learning_rate is None else f"rate {update.learning_rate:g}"
+    return f"difference after {update.local_steps} {update.optimizer} {steps} at {rate}"
 
 
 def _scored(
     attack: Attack,
     view: View,
     truth: Tensor,
+    labels: Tensor | None,
     names: Sequence[str] | None,
     anatomy: Anatomy,
     seed: int,
@@ -142,7 +169,7 @@ def _scored(
         attack,
         view,
         empty,
-        labels=torch.zeros(0),
+        labels=torch.zeros(0) if labels is None else labels,
         patch_size=anatomy.patch_size,
         decoys=decoys,
         seed=seed,
