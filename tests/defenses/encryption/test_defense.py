@@ -161,7 +161,7 @@ def test_an_update_without_anything_to_encrypt_is_refused(model):
 def test_an_update_that_is_not_finite_is_refused(model):
     update = Update(tensors={"pos_embed": torch.tensor([1.0, float("nan")])})
     with pytest.raises(InputError, match="finite"):
-        EncryptedGradients().seal(update, Anatomy.of(model), Draws())
+        EncryptedGradients().seal(update, Anatomy.of(model), Draws(torch.Generator()))
 
 
 def test_specs_round_trip_and_wrong_settings_are_refused(model):
