@@ -66,7 +66,7 @@ class EncryptedGradients(UpdateDefense):
         encryptor: A client's `Encryptor`, for a real run; call its `start_round` before each
             update. It is no setting: it is in no repr, spec, report or pickle.
 
-    Example:
+    Examples:
         >>> EncryptedGradients(select="plan").spec()
         'encryption:select=plan'
     """

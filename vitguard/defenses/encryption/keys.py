@@ -88,7 +88,7 @@ class KeySet:
     Does not protect against:
         A client that works with the server: the shared key opens every client's message.
 
-    Example:
+    Examples:
         >>> keys = KeySet.generate(preset="quantised", max_clients=10)
         >>> server = ServerKeys.load(keys.public_bytes())
         >>> server.fingerprint == keys.fingerprint
