@@ -16,6 +16,7 @@ from vitguard.defenses.encryption import (
     Encryptor,
     KeySet,
     Manifest,
+    SigningKey,
     select_names,
 )
 from vitguard.defenses.positions import FixedPositions, WithheldPositions
@@ -98,8 +99,9 @@ def test_a_real_run_from_guards_to_the_average(model):
     manifest = Manifest.of(
         parameters, select_names(guard.anatomy, "plan", released), bounds=20.0, max_weight=5
     )
-    keys = KeySet.generate(max_clients=3)
-    aggregator = Aggregator(keys.public_bytes(), manifest, round_id=1, base="v1")
+    signing = SigningKey.generate()
+    keys = KeySet.generate(max_clients=3, server=signing.public_bytes())
+    aggregator = Aggregator(keys.for_server(), manifest, signing=signing, round_id=1, base="v1")
     plain, weights = [], [5.0, 1.0]
     for number, weight in enumerate(weights):
         batch = torch.randn(1, 3, 32, 32), torch.tensor([number])

@@ -17,6 +17,7 @@ from vitguard.defenses.encryption.manifest import Entry, Manifest, model_version
 from vitguard.defenses.encryption.presets import PRESETS, Preset, preset
 from vitguard.defenses.encryption.selection import minimal_names, require_all_match, select_names
 from vitguard.defenses.encryption.server import Aggregator
+from vitguard.defenses.encryption.signing import SigningKey
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy, canonical_parameters
 
@@ -31,6 +32,7 @@ __all__ = [
     "Manifest",
     "Preset",
     "ServerKeys",
+    "SigningKey",
     "minimal_names",
     "model_version",
     "preset",
@@ -157,4 +159,4 @@ def _own_bounds(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _largest(tensor: Tensor) -> float:
     largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
-    return largest if largest > 0 or largest != largest else 1.0
+    return max(largest, 1e-30) if largest > 0 or largest != largest else 1.0
