@@ -1,6 +1,7 @@
 """The API pages show what users import, all of it, and nothing private."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ MEMBERS = re.findall(r"^        - (\S+)", TEXT, re.M)
 @pytest.mark.parametrize("name", vitguard.__all__)
 def test_every_name_of_vitguard_is_on_an_api_page(name):
     assert {f"vitguard.{name}", f"vitguard.{name}.{name}"} & set(SHOWN)
+
+
+@pytest.mark.parametrize("home", ["vitguard.defenses.privacy", "vitguard.defenses.encryption"])
+def test_every_public_name_of_a_defense_with_parts_is_on_an_api_page(home):
+    assert set(import_module(home).__all__) <= {*MEMBERS, *vitguard.__all__}
 
 
 def test_no_api_page_shows_a_private_name():
