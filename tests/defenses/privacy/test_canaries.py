@@ -6,6 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from vitguard.errors import Unprotected
+from vitguard.guard import protect
 
 pytest.importorskip("opacus")
 
@@ -45,3 +51,18 @@ def test_no_lower_bound_exceeds_what_is_claimed(path):
 def test_a_planted_fault_is_found_on_every_path(path, fault):
     bound, claim = audited(path, fault, 0.95)
     assert bound.epsilon > claim
+
+
+def test_gradients_of_several_batches_before_one_step_are_refused():
+    """Accumulation has no audit: the sum of two batches would hold a record twice."""
+    scene = canaries.Scene.of(NOISE)
+    guard = protect(scene.model, [scene.private()])
+    optimizer = torch.optim.SGD(scene.model.parameters(), lr=0.0)
+    data = TensorDataset(scene.images.repeat(8, 1, 1, 1), scene.labels.repeat(8))
+    optimizer, loader = guard.prepare(optimizer, DataLoader(data, batch_size=8))
+    batches = iter(loader)
+    with pytest.raises(Unprotected):
+        for _ in range(2):
+            images, labels = next(batches)
+            F.cross_entropy(scene.model(images), labels).backward()
+        optimizer.step()
