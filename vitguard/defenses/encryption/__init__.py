@@ -69,7 +69,7 @@ class EncryptedGradients(UpdateDefense):
             whose draws come from a generator; call its `start_round` before each
             update. It is no setting: it is in no repr, spec, report or pickle.
 
-    Example:
+    Examples:
         >>> EncryptedGradients(select="plan").spec()
         'encryption:select=plan'
     """
