@@ -25,12 +25,14 @@ from vitguard.defenses.encryption import (
     Encryptor,
     KeySet,
     Manifest,
+    SigningKey,
     select_names,
 )
 from vitguard.vit import Anatomy
 
 PEER = {"degree": 8192, "bits": [60, 40, 40], "scale": 2.0**40}  # NVFlare's HEBuilder
 BOUND = 0.05
+SIGNING = SigningKey.generate()
 
 
 def attention_update(seed: int) -> dict[str, torch.Tensor]:
@@ -41,6 +43,11 @@ def attention_update(seed: int) -> dict[str, torch.Tensor]:
     names = select_names(Anatomy.of(model), "attention", parameters)
     draws = {n: torch.randn(parameters[n].shape, generator=generator) for n in names}
     return {n: (0.01 * t).clamp(-BOUND, BOUND) for n, t in draws.items()}
+
+
+def adding(keys: KeySet, manifest: Manifest, round_id: int) -> Aggregator:
+    """Return the server's side of a round."""
+    return Aggregator(keys.for_server(), manifest, signing=SIGNING, round_id=round_id)
 
 
 def seconds(call: Callable[[], object]) -> tuple[float, object]:
@@ -91,7 +98,7 @@ class Ours:
     """The same with vitguard, every check included."""
 
     def __init__(self, preset: str, manifest: Manifest) -> None:
-        self.keys = KeySet.generate(preset=preset)
+        self.keys = KeySet.generate(preset=preset, server=SIGNING.public_bytes())
         self.manifest = manifest
         self.encryptors = [Encryptor(self.keys, manifest, client_id=c) for c in "ab"]
 
@@ -99,11 +106,11 @@ class Ours:
         """One client's message, added to another and decrypted: seconds and bytes of each part."""
         row, (first, second) = {}, self.encryptors
         row["encrypt"], message = work(lambda: first.encrypt(tensors, round_id=0))
-        aggregator = Aggregator(self.keys.public_bytes(), self.manifest, round_id=0)
+        aggregator = adding(self.keys, self.manifest, 0)
         aggregator.add(second.encrypt(tensors, round_id=0))
         row["load_add"], _ = work(lambda: aggregator.add(message))
         total, engine = aggregator._total, aggregator._engine
-        others = [engine.load(engine.save(cipher)) for cipher in total]
+        others = [engine.load(engine.save(cipher), seeded=False) for cipher in total]
         row["add"], _ = work(lambda: [engine.add(t, o) for t, o in zip(others, total, strict=True)])
         down = aggregator.finish()
         decryptor = Decryptor(self.keys, self.manifest)
@@ -133,12 +140,12 @@ def compare(preset: str, repetitions: int) -> None:
 
 def mismatches(clients: int = 10) -> None:
     """Print how many of the decrypted integer sums differ from the plain ones."""
-    keys = KeySet.generate(max_clients=clients)
+    keys = KeySet.generate(max_clients=clients, server=SIGNING.public_bytes())
     levels = keys.layout.levels
     rng = np.random.default_rng(0)
     count = 1_800_000
     manifest = Manifest.of({"w": torch.zeros(count, dtype=torch.float64)}, bounds=1.0)
-    aggregator = Aggregator(keys.public_bytes(), manifest, round_id=0)
+    aggregator = adding(keys, manifest, 0)
     total = np.zeros(count, dtype=np.int64)
     for client in range(clients):
         integers = rng.integers(-levels, levels + 1, count)
@@ -155,12 +162,12 @@ def memory(rounds: int = 100) -> None:
     """Print the resident memory after early and late rounds."""
     tensors = {"w": torch.rand(200_000) * 2 - 1}
     manifest = Manifest.of(tensors, bounds=1.0)
-    keys = KeySet.generate()
+    keys = KeySet.generate(server=SIGNING.public_bytes())
     encryptors = [Encryptor(keys, manifest, client_id=c) for c in "ab"]
     decryptor = Decryptor(keys, manifest)
     seen = {}
     for number in range(rounds):
-        aggregator = Aggregator(keys.public_bytes(), manifest, round_id=number)
+        aggregator = adding(keys, manifest, number)
         for encryptor in encryptors:
             aggregator.add(encryptor.encrypt(tensors, round_id=number))
         decryptor.decrypt(aggregator.finish(), round_id=number)
@@ -181,8 +188,8 @@ def vit_base(clients: int) -> None:
     tensors = {n: 1e-3 * torch.randn(p.shape) for n, p in model.named_parameters()}
     del model
     manifest = Manifest.of(tensors, bounds=0.01)
-    keys = KeySet.generate()
-    aggregator = Aggregator(keys.public_bytes(), manifest, round_id=0)
+    keys = KeySet.generate(server=SIGNING.public_bytes())
+    aggregator = adding(keys, manifest, 0)
     spent = {"encrypt": 0.0, "add": 0.0}
     size = 0
     for client in range(clients):

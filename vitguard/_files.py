@@ -1,15 +1,18 @@
-"""Writing files so that a reader never sees half of one."""
+"""Files: written so that a reader never sees half of one, read without trust."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, NoReturn
 
 from vitguard.errors import expected
 
-__all__ = ["check_writable", "write_atomically", "write_text"]
+__all__ = ["check_writable", "parsed_json", "write_atomically", "write_text"]
 
 
 def check_writable(path: str | Path) -> Path:
@@ -19,29 +22,89 @@ def check_writable(path: str | Path) -> Path:
         InputError: The folder is missing or cannot be written, or `path` is a folder.
     """
     target = Path(path)
-    if target.is_dir():
-        raise expected("a file to write", f"the folder {target}")
     try:
+        if target.is_dir():
+            raise expected("a file to write", f"the folder {target}")
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
-        raise expected("a writable output path", f"{target} ({error.strerror})") from error
+        raise _not_written(target, error) from error
     return target
 
 
-def write_atomically(path: str | Path, content: bytes | str) -> None:
-    """Write the whole content beside `path`, then move it into place."""
+def write_atomically(
+    path: str | Path, content: bytes | str, *, private: bool = False, overwrite: bool = True
+) -> None:
+    """Write the whole content beside `path`, flush it to the disk, then move it into place.
+
+    Args:
+        private: Readable by its owner alone, from the first byte on.
+        overwrite: Replace a file that is there. False never does, whoever makes it meanwhile.
+
+    Raises:
+        InputError: The file cannot be written, or it is there and `overwrite` is false.
+    """
     target = check_writable(path)
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = None
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:200]}.")
+        _fill(handle, data)
+        if not private:
+            os.chmod(temporary, 0o644)
+        if overwrite:
+            os.replace(temporary, target)
+            temporary = None
+        else:
+            _place_once(temporary, target, data)
+        _flush_folder(target.parent)
+    except FileExistsError as error:
+        raise expected("a new file", f"{target}, which is there already") from error
+    except OSError as error:
+        raise _not_written(target, error) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _fill(handle: int, data: bytes) -> None:
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _place_once(temporary: str, target: Path, data: bytes) -> None:
+    """Give the file its name unless that is taken, in one step of the file system."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
         raise
+    except OSError:  # no hard links here
+        mode = os.stat(temporary).st_mode & 0o777
+        handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            _fill(handle, data)
+        except BaseException:
+            os.unlink(target)
+            raise
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the name itself survive a power cut, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError:  # some network file systems cannot
+            return
+        finally:
+            os.close(handle)
+
+
+def _not_written(target: Path, error: OSError) -> Exception:
+    return expected("a writable output path", f"{target} ({error.strerror or error})")
 
 
 def write_text(text: str, path: str) -> None:
@@ -50,3 +113,20 @@ def write_text(text: str, path: str) -> None:
         sys.stdout.write(f"{text}\n")
     else:
         write_atomically(path, text)
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """Parse JSON that nobody vouches for.
+
+    Raises:
+        ValueError: For every fault: syntax, encoding, nesting, numbers that are not finite.
+    """
+    try:
+        return json.loads(text, parse_constant=_not_finite)
+    except RecursionError:
+        problem = "it is nested too deeply"
+    raise ValueError(problem)
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")

@@ -59,9 +59,10 @@ def audit(
         defenses: One stack, exactly what `protect` takes (a list, one defense, or a spec such as
             `"positions:kind=frozen"`); or several stacks by name.
         attacks: Names, groups (`closed-form`, `matching`, `input`, `all`) or attacks. The default
-            climbs every exact attack for at most a minute per batch. On a CPU a name means the
-            attack's preset for a CPU, unless it sets iterations; `details` name the schedule. One
-            with `resume` keeps a file for each configuration and batch, named after it.
+            climbs every exact attack within a minute's work (nominal seconds) per batch. On a CPU a
+            name means the attack's preset for a CPU, unless it sets iterations; `details` name the
+            schedule. One with `resume` keeps a file for each configuration and batch, named after
+            it.
         batch_size: Images behind one update; all of them by default. The images are cut into
             batches of this size.
         normalization: From pixels to model input; what the model's own configuration says by

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from vitguard._tensor_files import FACTS as _FACTS
+from vitguard._tensor_files import read_update, write_update
 from vitguard.errors import Blocked, InputError, NotApplicable, expected
 
 __all__ = [
@@ -252,65 +253,27 @@ class Update:
         return replace(self, tensors=tensors, kind="gradient")
 
     def save(self, path: str | Path) -> None:
-        """Write the update as safetensors, its public facts in the header; atomic."""
-        from safetensors.torch import save
+        """Write the update as safetensors, its public facts in the header; atomic.
 
-        from vitguard._files import write_atomically
-
-        facts = {k: getattr(self, k) for k in _PUBLIC_FACTS}
-        facts["sealed"] = dict(self.sealed)
-        facts["payloads"] = list(self.payloads)
-        # copies: autograd hands out gradients that share memory, which the format refuses
-        tensors = {
-            f"tensor:{k}": v.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for k, v in self.tensors.items()
-        }
-        for k, blob in self.payloads.items():
-            tensors[f"payload:{k}"] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
-        write_atomically(path, save(tensors, metadata={"vitguard.update": json.dumps(facts)}))
+        Raises:
+            InputError: A tensor is sparse, quantised, without values, or of a type such as float8;
+                or the path cannot be written.
+        """
+        facts = {name: getattr(self, name) for name in _FACTS} | {"sealed": dict(self.sealed)}
+        write_update(path, facts, self.tensors, self.payloads)
 
     @staticmethod
     def load(path: str | Path) -> Update:
         """Read an update written by `save`.
 
         Raises:
-            InputError: The file is missing, is no safetensors file, or lacks the public facts.
+            InputError: The file is missing, is no safetensors file, or lacks sound public facts.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise expected("a saved update", f"no file at {path}")
         try:
-            with safe_open(str(path), framework="pt") as file:
-                header = (file.metadata() or {}).get("vitguard.update")
-                names = list(file.keys())
-                stored = {name: file.get_tensor(name) for name in names} if header else {}
-        except (SafetensorError, OSError) as error:
-            raise expected("a safetensors update", f"{path} ({error})") from error
-        if header is None:
-            raise expected(
-                "an update with its public facts",
-                f"{path} without them",
-                "Write it with Update.save.",
-            )
-        try:
-            facts = json.loads(header)
-            sealed = facts.pop("sealed")
-            facts.pop("payloads")
-            tensors = {k[7:]: v for k, v in stored.items() if k.startswith("tensor:")}
-            payloads = {
-                k[8:]: v.numpy().tobytes() for k, v in stored.items() if k.startswith("payload:")
-            }
-            return Update(tensors=tensors, sealed=sealed, payloads=payloads, **facts)
+            return Update(**read_update(path))
         except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise expected("public facts of an update", f"{path} ({error})") from error
-
-
-_PUBLIC_FACTS = (
-    "kind", "batch_size", "local_steps", "learning_rate", "optimizer", "momentum", "weight_decay"
-)  # fmt: skip
+            message = str(error)
+            raise InputError(message if str(path) in message else f"{path}: {message}") from error
 
 
 @dataclass(frozen=True)
@@ -339,7 +302,7 @@ class Guess:
         shuffled: Shape (guessed, patches): positions the attack found to be shuffled.
         space: What is known exactly where the image is not.
         details: Plain facts for the report (rung, residual, rank); JSON values only. A non-empty
-            `unfinished` names what a time budget left out: nothing has resisted then.
+            `unfinished` names what a budget left out: nothing has resisted then.
     """
 
     images: Float[Tensor, "guessed channels height width"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitguard._tensor_files import check_plain, read_checkpoint
 from vitguard.core import Normalization
 from vitguard.errors import InputError, expected
 from vitguard.vit import canonical_name
@@ -87,14 +87,14 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Load weights strictly, from safetensors or a torch file without code (`weights_only`).
 
     Raises:
-        InputError: A missing or foreign file, names or shapes that differ, values that are not
-            finite; the model is then unchanged.
+        InputError: A missing, foreign or compressed file, names or shapes that differ, tensors that
+            are not dense or of another kind of number, values that are not finite; the model is
+            then unchanged.
     """
     if not Path(path).is_file():
         raise expected("a checkpoint file", f"no file at {path}")
-    state = _read_state(Path(path))
-    state = {canonical_name(str(k)): v for k, v in state.items() if isinstance(v, Tensor)}
-    own = {k: v.shape for k, v in model.state_dict().items()}
+    state = _by_canonical_name(read_checkpoint(Path(path)), path)
+    own = dict(model.state_dict())
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
         words = [
@@ -103,40 +103,37 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
             if n
         ]
         raise expected("a checkpoint of this model", f"{path} ({'; '.join(words)})")
-    wrong = next((k for k in own if state[k].shape != own[k]), None)
+    wrong = next((k for k in own if state[k].shape != own[k].shape), None)
     if wrong:
         raise expected(
-            f"{wrong} of shape {tuple(own[wrong])}",
+            f"{wrong} of shape {tuple(own[wrong].shape)}",
             f"{tuple(state[wrong].shape)} in {path}",
             "Give the model the arguments it was trained with.",
         )
-    broken = next((k for k, v in state.items() if not bool(v.isfinite().all())), None)
-    if broken:
-        raise expected("finite weights", f"NaN or infinity in {broken} of {path}")
+    state = {k: _as_own(k, state[k], own[k], path) for k in own}
     model.load_state_dict(state, strict=True)
 
 
-def _read_state(path: Path) -> Mapping[str, Any]:
-    """Read a file that is not trusted; the readers raise whatever they like on a broken one."""
-    from safetensors.torch import load_file
+def _by_canonical_name(state: Mapping[Any, Any], path: object) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            name = canonical_name(str(key))
+            if name in named:
+                raise expected("each weight once", f"{name} under two names in {path}")
+            named[name] = value
+    return named
 
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except Exception as error:
-        # not in torch's words: of a pickled model they advise to run the code in the file
-        raise expected(
-            "a state dict, as a safetensors or torch file",
-            f"{path}, which is none ({type(error).__name__})",
-            "Write one with torch.save(model.state_dict(), FILE).",
-        ) from error
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            return state[key]
-    if not isinstance(state, Mapping):
-        raise expected("a state dict", f"{type(state).__name__} in {path}")
-    return state
+
+def _as_own(name: str, tensor: Tensor, own: Tensor, path: object) -> Tensor:
+    """Return a file's tensor in the type of the model's own, once it is sound."""
+    check_plain(name, tensor, path)
+    if tensor.is_floating_point() != own.is_floating_point():
+        raise expected(f"{name} of type {own.dtype}", f"{tensor.dtype} in {path}")
+    converted = tensor.detach().to(own.dtype)
+    if not bool(converted.isfinite().all()):
+        raise expected("finite weights", f"NaN or infinity in {name} of {path}")
+    return converted
 
 
 def find_device(name: str) -> torch.device:

@@ -14,16 +14,19 @@ from vitguard.defenses.encryption import (
     Encryptor,
     KeySet,
     Manifest,
+    SigningKey,
     worst_error,
 )
 from vitguard.errors import Blocked, InputError
 
-KEYS = {name: KeySet.generate(preset=name) for name in PRESETS}
+SIGNING = SigningKey.generate()
+SERVER = SIGNING.public_bytes()
+KEYS = {name: KeySet.generate(preset=name, server=SERVER) for name in PRESETS}
 
 
 def average(keys, manifest, clients, weights, **options):
     """Encrypt, add and decrypt."""
-    aggregator = Aggregator(keys.public_bytes(), manifest, round_id=0)
+    aggregator = Aggregator(keys.for_server(), manifest, signing=SIGNING, round_id=0)
     for number, (tensors, weight) in enumerate(zip(clients, weights, strict=True)):
         encryptor = Encryptor(keys, manifest, client_id=f"c{number}", **options)
         aggregator.add(encryptor.encrypt(tensors, round_id=0, weight=weight))
@@ -79,7 +82,7 @@ def test_sums_of_quantised_values_are_exact(preset):
 
 
 def test_100_clients_of_preset_many_sum_exactly():
-    keys = KeySet.generate(preset="many", max_clients=100)
+    keys = KeySet.generate(preset="many", max_clients=100, server=SERVER)
     levels = keys.layout.levels
     rng = np.random.default_rng(1)
     integers = [torch.from_numpy(rng.integers(-levels, levels + 1, 500)) for _ in range(100)]
@@ -176,7 +179,8 @@ def test_seal_makes_the_tensors_unreadable_and_carries_the_message():
     with pytest.raises(Blocked, match="encrypted"):
         sealed.read("w")
     assert torch.equal(sealed.read("plain"), torch.ones(2))
-    aggregator = Aggregator(KEYS["quantised"].public_bytes(), manifest, round_id=3, base="v")
+    server = KEYS["quantised"].for_server()
+    aggregator = Aggregator(server, manifest, signing=SIGNING, round_id=3, base="v")
     aggregator.add(sealed.payloads["encryption"])
     assert aggregator.clients == ("a",)
 

@@ -17,6 +17,7 @@ from vitguard.defenses.encryption.manifest import Entry, Manifest, model_version
 from vitguard.defenses.encryption.presets import PRESETS, Preset, preset
 from vitguard.defenses.encryption.selection import minimal_names, require_all_match, select_names
 from vitguard.defenses.encryption.server import Aggregator
+from vitguard.defenses.encryption.signing import SigningKey
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy, canonical_parameters
 
@@ -31,6 +32,7 @@ __all__ = [
     "Manifest",
     "Preset",
     "ServerKeys",
+    "SigningKey",
     "minimal_names",
     "model_version",
     "preset",
@@ -60,10 +62,11 @@ class EncryptedGradients(UpdateDefense):
         force: Accept a selection under which an attack that gives the image back remains, by the
             analysis of `vitguard plan`: at batch size 1 and by the positions of the stack; its
             other defenses are not counted.
-        rehearse: Without `encryptor`, selections of up to this many values are encrypted under
-            a key that is thrown away; larger ones are listed as sealed and no ciphertext is made.
-            The reason of each sealed name says which.
-        encryptor: A client's `Encryptor`, for a real run; call its `start_round` before each
+        rehearse: In an audit without `encryptor`, selections of up to this many values are
+            encrypted under a key that is thrown away; larger ones are listed as sealed and no
+            ciphertext is made. The reason of each sealed name says which.
+        encryptor: A client's `Encryptor`; without one no update leaves outside an audit, or a guard
+            whose draws come from a generator; call its `start_round` before each
             update. It is no setting: it is in no repr, spec, report or pickle.
 
     Example:
@@ -116,7 +119,8 @@ class EncryptedGradients(UpdateDefense):
         """Return the update with the selected tensors sealed.
 
         Raises:
-            Unprotected: The update contains nothing that the selection names.
+            Unprotected: The update contains nothing that the selection names; or there is no
+                encryptor, and the guard is no rehearsal (its draws are secret).
             InputError: A value is not finite; or the encryptor's manifest names other tensors.
         """
         chosen = select_names(anatomy, self.select, update.tensors)
@@ -131,6 +135,13 @@ class EncryptedGradients(UpdateDefense):
                     "Make it with Manifest.of(tensors, select_names(...), bounds=...).",
                 )
             return encryptor.seal(update)
+        if draws.seeded is None:
+            raise Unprotected(
+                "Expected an encryptor for an update that leaves, got none: the server could add "
+                "nothing. Give EncryptedGradients(encryptor=Encryptor(keys, manifest, "
+                "client_id=...)). An audit rehearses without one, and so does a guard that was "
+                "given a generator."
+            )
         values = sum(update.tensors[n].numel() for n in chosen)
         if values > self.rehearse:
             reason = (
@@ -157,4 +168,4 @@ def _own_bounds(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _largest(tensor: Tensor) -> float:
     largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
-    return largest if largest > 0 or largest != largest else 1.0
+    return max(largest, 1e-30) if largest > 0 or largest != largest else 1.0

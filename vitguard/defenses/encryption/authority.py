@@ -1,23 +1,31 @@
-"""Authentication keys: who may send as whom. They read nothing."""
+"""Authentication keys: who may send as whom. They read nothing, but they are secret."""
 
 from __future__ import annotations
 
 import hmac
 import json
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
+from vitguard._files import parsed_json
+from vitguard.defenses.encryption.secret import Secret
 from vitguard.errors import Rejected
 
 __all__ = ["Authority"]
 
+_CLIENT = "client:"
+
 
 class Authority:
-    """Keys of the message authentication codes: one for each client and one for the server.
+    """Keys of the clients' message authentication codes.
 
-    Whoever holds the master can make them all; a client may be given only its own and the server's.
+    Whoever holds the master can make them all: that is who sets up the clients, and the server,
+    which checks them. A client is given its own alone.
     """
 
-    def __init__(self, master: bytes | None, known: dict[str, bytes] | None = None) -> None:
+    def __init__(
+        self, master: Secret[bytes] | None, known: Mapping[str, Secret[bytes]] | None = None
+    ) -> None:
         self._master = master
         self._known = dict(known or {})
 
@@ -27,34 +35,64 @@ class Authority:
     def __reduce__(self) -> NoReturn:
         raise TypeError("keys are not pickled: save them with KeySet.save")
 
-    def key(self, who: str) -> bytes:
-        """Return the key of `client:<id>` or `server`.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Authority:
+        return self
+
+    @property
+    def complete(self) -> bool:
+        """Whether it holds the keys of all clients."""
+        return self._master is not None
+
+    def code(self, client_id: str, digest: bytes) -> bytes:
+        """Return the authentication code of a client's message, 32 bytes.
 
         Raises:
-            Rejected: This party does not have it.
+            Rejected: The key of this client is not held here.
         """
+        return hmac.digest(self._key(_CLIENT + client_id).reveal(), digest, "sha256")
+
+    def only(self, client_id: str) -> Authority:
+        """Return an authority that can act for this client alone."""
+        who = _CLIENT + client_id
+        return Authority(None, {who: self._key(who)})
+
+    def to_json(self) -> Secret[str]:
+        """Return everything it holds."""
+        return Secret(
+            json.dumps(
+                {
+                    "master": None if self._master is None else self._master.reveal().hex(),
+                    "known": {w: k.reveal().hex() for w, k in self._known.items()},
+                }
+            )
+        )
+
+    @staticmethod
+    def from_json(text: Secret[str]) -> Authority:
+        """Read what `to_json` wrote; keys of others than clients, as in old files, are dropped.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: It is something else.
+        """
+        stored = Secret(parsed_json(text.reveal()))
+        known = {
+            who: _key(key)
+            for who, key in stored.reveal()["known"].items()
+            if who.startswith(_CLIENT)
+        }
+        whole = stored.reveal()["master"] is not None
+        return Authority(_key(stored.reveal()["master"]) if whole else None, known)
+
+    def _key(self, who: str) -> Secret[bytes]:
         if self._master is not None:
-            return hmac.digest(self._master, who.encode(), "sha256")
+            return Secret(hmac.digest(self._master.reveal(), who.encode(), "sha256"))
         if who not in self._known:
             raise Rejected("key", f"a message of {who}, whose authentication key is not held here")
         return self._known[who]
 
-    def only(self, *who: str) -> Authority:
-        """Return an authority that can act for `who` alone."""
-        return Authority(None, {w: self.key(w) for w in who})
 
-    def to_bytes(self) -> bytes:
-        """Return everything it holds: secret."""
-        known = {w: k.hex() for w, k in self._known.items()}
-        master = None if self._master is None else self._master.hex()
-        return json.dumps({"master": master, "known": known}).encode()
-
-    @staticmethod
-    def from_bytes(data: bytes) -> Authority:
-        """Read what `to_bytes` wrote."""
-        stored = json.loads(data)
-        master = stored["master"]
-        return Authority(
-            None if master is None else bytes.fromhex(master),
-            {w: bytes.fromhex(k) for w, k in stored["known"].items()},
-        )
+def _key(text: str) -> Secret[bytes]:
+    key = Secret(bytes.fromhex(text))
+    if len(key.reveal()) != 32:
+        raise ValueError("a key of another length")
+    return key

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vitguard._draws import Draws
 from vitguard.core import Update
-from vitguard.defenses._base import Draws
 from vitguard.defenses.encryption.backend import shared_engine
 from vitguard.defenses.encryption.keys import KeySet
-from vitguard.defenses.encryption.manifest import Entry, Manifest
+from vitguard.defenses.encryption.manifest import LIGHTEST, Entry, Manifest
 from vitguard.defenses.encryption.packing import canary, pack, quantise, unpack
 from vitguard.defenses.encryption.wire import (
     MESSAGE,
     SUM,
     Context,
     Header,
+    check_id,
     open_message,
     write_message,
 )
@@ -29,7 +32,7 @@ from vitguard.errors import Rejected, expected
 
 __all__ = ["Decryptor", "Encryptor", "worst_error"]
 
-_PIECE = 1 << 18
+_PIECE = 1 << 17
 _TRUE_DISTANCE = 0.15  # a true decryption is within 1/14, noise is at 0.29
 
 
@@ -63,7 +66,8 @@ class Encryptor:
         outliers: What becomes of NaN, infinity and values beyond their bound: `refuse` raises,
             `clip` moves them to the bound (NaN to zero) and counts them in `clipped`.
         rounding: `stochastic` is unbiased; `nearest` has half the worst error.
-        generator: Source of the rounding; fresh entropy by default.
+        generator: Makes the rounding a function of its state, for tests; by default it is drawn
+            from the operating system.
 
     The ciphertext needs no generator: SEAL draws a fresh seed for each from the system.
     """
@@ -82,8 +86,7 @@ class Encryptor:
             raise expected("outliers 'refuse' or 'clip'", repr(outliers))
         if rounding not in ("stochastic", "nearest"):
             raise expected("rounding 'stochastic' or 'nearest'", repr(rounding))
-        if not 0 < len(client_id.encode()) <= 64:
-            raise expected("a client id of 1 to 64 bytes", repr(client_id))
+        check_id(client_id)
         self.keys, self.manifest, self.client_id = keys, manifest, client_id
         self.outliers, self.rounding = outliers, rounding
         self.clipped: dict[str, int] = {}
@@ -126,8 +129,11 @@ class Encryptor:
             InputError: A value is not finite or beyond its bound, and `outliers` is `refuse`.
         """
         now = self._settled(round_id, weight, base)
-        if not (0 < now.weight <= self.manifest.max_weight):
-            raise expected(f"a weight above 0 and up to {self.manifest.max_weight}", now.weight)
+        heaviest = self.manifest.max_weight
+        if not (isinstance(now.weight, int | float) and 0 < now.weight <= heaviest):
+            raise expected(f"a weight above 0 and up to {heaviest}", now.weight)
+        if now.weight < LIGHTEST * heaviest:
+            raise expected(f"a weight of at least {LIGHTEST * heaviest:g}", now.weight)
         tensors = update.tensors if isinstance(update, Update) else update
         self.manifest.check(tensors)
         context = Context(self.keys, self.manifest, now.round_id, now.base)
@@ -139,7 +145,8 @@ class Encryptor:
             slots = pack(integers, layout, canary(binding, number, layout))
             ciphertexts.append(self._engine.encrypt(self._sealer, slots))
         header = Header(MESSAGE, self.client_id, 1, now.weight)
-        return write_message(header, ciphertexts, context)
+        prove = partial(self.keys.authority.code, self.client_id)
+        return write_message(header, ciphertexts, context, prove)
 
     def seal(
         self,
@@ -191,24 +198,41 @@ class Encryptor:
 
 
 class Decryptor:
-    """Decrypts sums. Only rounded integers, scaled back, ever leave it.
+    """Decrypts sums. Only rounded integers, scaled back, ever leave it. Thread-safe.
+
+    Guarantees:
+        A round is opened once and rounds only go forward, whatever threads do: two sums of one
+        round that differ by a client would give that client's update away.
+        A sum that the server did not sign is refused and leaves its round as it was.
+        No value leaves that is beyond the bounds of the manifest, by more than rounding.
 
     Args:
-        keys: The client's keys.
+        keys: The client's keys; they name the server (`KeySet.trusting`).
         manifest: What is encrypted.
         min_clients: The fewest messages of a sum that is opened, at least 2.
-
-    A round is opened once and rounds only go forward, because two sums of one round that differ by
-    a client would give that client's update away.
+        opened: The last round of this run that was opened before, by another decryptor of these
+            keys: `opened` of it, saved. -1 for none.
     """
 
-    def __init__(self, keys: KeySet, manifest: Manifest, *, min_clients: int = 2) -> None:
+    def __init__(
+        self, keys: KeySet, manifest: Manifest, *, min_clients: int = 2, opened: int = -1
+    ) -> None:
+        if not isinstance(keys, KeySet):
+            raise expected("a client's keys", type(keys).__name__)
+        if keys.server is None:
+            raise expected(
+                "keys that name the server whose sums they open", "keys that name none",
+                "Give its verification key: keys.trusting(signing.public_bytes()).",
+            )  # fmt: skip
         if not 2 <= min_clients <= keys.max_clients:
             raise expected(f"min_clients from 2 to {keys.max_clients}", min_clients)
+        if type(opened) is not int or opened < -1:
+            raise expected("the number of the last round opened, or -1", opened)
         self.keys, self.manifest, self.min_clients = keys, manifest, min_clients
         self._engine = shared_engine(keys.layout)
         self._opener = self._engine.decryptor(keys.open(self._engine))
-        self._last = -1
+        self._opened = opened
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Decryptor({len(self.manifest.entries)} tensors, min_clients={self.min_clients})"
@@ -219,6 +243,11 @@ class Decryptor:
     def __deepcopy__(self, memo: dict[int, Any]) -> Decryptor:
         return self
 
+    @property
+    def opened(self) -> int:
+        """The last round that was opened, -1 for none. Save it before the next `decrypt`."""
+        return self._opened
+
     def decrypt(self, data: bytes, *, round_id: int, base: str = "") -> dict[str, Tensor]:
         """Return the weighted average by name, float32 (float64 where the tensors were).
 
@@ -228,34 +257,45 @@ class Decryptor:
 
         Raises:
             Rejected: The message does not hold, is of fewer than `min_clients` clients, of a round
-                that was opened already, or its canary shows a wrong key or a wrong sum.
+                that was opened already, its canary shows a wrong key or a wrong sum, or a value
+                is beyond its bound. Once the server's signature held, the round counts as opened.
         """
         context = Context(self.keys, self.manifest, round_id, base)
         header, ciphertexts = open_message(data, SUM, context)
         if header.clients < self.min_clients:
             raise Rejected("clients", f"a sum of {header.clients}, fewer than {self.min_clients}")
-        if round_id <= self._last:
-            raise Rejected("replay", f"round {round_id} after round {self._last}")
-        levels = self.keys.layout.levels
-        unit = self.manifest.max_weight / header.weight / levels
-        tensors = _scatter(self._opened(ciphertexts, header.clients, context), self.manifest, unit)
-        self._last = round_id
-        return tensors
+        with self._lock:  # marked before anything is decrypted
+            if round_id <= self._opened:
+                raise Rejected("replay", f"round {round_id} after round {self._opened}")
+            self._opened = round_id
+        unit = self.manifest.max_weight / header.weight / self.keys.layout.levels
+        return _scatter(self._integers(ciphertexts, header, context), self.manifest, unit)
 
-    def _opened(
-        self, ciphertexts: list[memoryview], clients: int, context: Context
+    def _integers(
+        self, ciphertexts: list[memoryview], header: Header, context: Context
     ) -> Iterator[np.ndarray]:
         binding, layout = context.binding(), self.keys.layout
+        largest = self._largest(header)
         for number, data in enumerate(ciphertexts):
-            slots = self._engine.decrypt(self._opener, self._engine.load(data))
+            slots = self._engine.decrypt(self._opener, self._engine.load(data, seeded=False))
             integers, mark, distance = unpack(slots, layout)
-            if not (distance <= _TRUE_DISTANCE) or mark != clients * canary(
+            if not (distance <= _TRUE_DISTANCE) or mark != header.clients * canary(
                 binding, number, layout
             ):
                 raise Rejected(
                     "canary", "a sum under another secret key, or not of the messages it names"
                 )
+            if integers.max() > largest or integers.min() < -largest:
+                raise Rejected("range", "a sum with values beyond the bounds of the manifest")
             yield integers
+
+    def _largest(self, header: Header) -> int:
+        """Return the largest integer of an honest sum: levels by weight, each client rounding."""
+        levels = self.keys.layout.levels
+        share = header.weight / self.manifest.max_weight
+        return min(
+            levels * header.clients, math.floor(share * levels * (1 + 1e-12)) + header.clients
+        )
 
 
 def _regroup(pieces: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:

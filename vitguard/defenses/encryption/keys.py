@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vitguard.defenses.encryption.authority import Authority
 from vitguard.defenses.encryption.backend import Engine, shared_engine
-from vitguard.defenses.encryption.keyfile import cipher_of, decrypt, read_private, write_private
+from vitguard.defenses.encryption.keyfile import read_key_file, write_key_file
 from vitguard.defenses.encryption.presets import Layout, preset
+from vitguard.defenses.encryption.secret import Secret
+from vitguard.defenses.encryption.signing import check_public
 from vitguard.errors import Rejected, expected
 
-__all__ = ["KeySet", "ServerKeys"]
+__all__ = ["KeyFacts", "KeySet", "ServerKeys"]
 
-_KEY_FILE = 1
+_FAULTS = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
-class ServerKeys:
-    """What a server holds: parameters and authentication keys, nothing that decrypts.
+class KeyFacts:
+    """What may be published of keys.
 
-    The authentication keys let the server tell clients apart and sign sums. They stay between
-    server and clients, though they read nothing.
+    Args:
+        preset, max_clients: The parameters.
+        key_id: Random name.
+        generation: How many times the keys were rotated.
     """
 
     preset: str
     max_clients: int
     key_id: str
     generation: int = 0
-    authority: Authority = field(default_factory=lambda: Authority(None), repr=False)
 
     @property
     def layout(self) -> Layout:
@@ -42,147 +45,189 @@ class ServerKeys:
 
     @property
     def fingerprint(self) -> bytes:
-        """Sixteen bytes that name key, preset and client limit; public."""
+        """Sixteen bytes that name key, preset and client limit."""
         text = f"vitguard:{self.key_id}:{self.preset}:{self.max_clients}:{self.generation}"
         return hashlib.sha256(text.encode()).digest()[:16]
 
-    def public_bytes(self) -> bytes:
-        """Return what the server is given."""
-        facts = _facts(self)
-        facts["authority"] = self.authority.to_bytes().decode()
-        return json.dumps(facts, sort_keys=True).encode()
-
     @staticmethod
-    def load(data: bytes) -> ServerKeys:
-        """Read `public_bytes`.
+    def read(stored: Mapping[str, Any]) -> KeyFacts:
+        """Read them from a key file.
 
         Raises:
-            Rejected: They are something else, such as a client's key file.
+            KeyError, TypeError, ValueError: They are something else.
         """
+        counts = stored["max_clients"], stored["generation"]
+        names = stored["preset"], stored["key_id"]
+        if any(type(n) is not int for n in counts) or any(type(n) is not str for n in names):
+            raise TypeError("facts of another type")
+        facts = KeyFacts(names[0], counts[0], names[1], counts[1])
+        if not (facts.fingerprint and facts.layout):  # raises where they cannot exist
+            raise ValueError("facts of no preset")
+        return facts
+
+
+class _Named:
+    """What clients' and server's keys have in common: their facts."""
+
+    _facts: KeyFacts
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(preset={self.preset!r}, max_clients={self.max_clients}, "
+            f"generation={self.generation}, fingerprint={self.fingerprint.hex()[:8]!r})"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"keys are not pickled: save them with {type(self).__name__}.save")
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self  # one secret in memory, not two
+
+    @property
+    def preset(self) -> str:
+        """Name of the preset."""
+        return self._facts.preset
+
+    @property
+    def max_clients(self) -> int:
+        """Messages that one sum may hold."""
+        return self._facts.max_clients
+
+    @property
+    def generation(self) -> int:
+        """How many times the keys were rotated."""
+        return self._facts.generation
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Sixteen bytes that name these keys; public."""
+        return self._facts.fingerprint
+
+    @property
+    def layout(self) -> Layout:
+        """The numbers that preset and client limit imply."""
+        return self._facts.layout
+
+
+class ServerKeys(_Named):
+    """What the clients' side gives the server: it tells clients apart, and decrypts nothing.
+
+    Guarantees:
+        Nothing in them decrypts.
+
+    Does not protect against:
+        Whoever has them can send as any client: they are secret.
+
+    Make them with `KeySet.for_server`. The server's own `SigningKey` is apart from them.
+    """
+
+    def __init__(self, facts: KeyFacts, authority: Authority) -> None:
+        self._facts, self.authority = facts, authority
+
+    def save(self, path: str | Path, passphrase: str, *, overwrite: bool = False) -> None:
+        """Write the keys encrypted, as `KeySet.save` does."""
+        hidden = Secret(passphrase)
+        del passphrase
+        inner = {"authority": self.authority.to_json()}
+        write_key_file(path, "server", asdict(self._facts), inner, hidden, overwrite=overwrite)
+
+    @staticmethod
+    def load(path: str | Path, passphrase: str) -> ServerKeys:
+        """Read what `save` wrote.
+
+        Raises:
+            Rejected: Wrong passphrase, a changed file, one that others may read, or a client's.
+            InputError: There is no such file.
+        """
+        hidden = Secret(passphrase)
+        del passphrase
+        stored, inner = read_key_file(path, "server", hidden)
         try:
-            facts = json.loads(data)
-            if facts["version"] != _KEY_FILE or "secret" in facts:
-                raise Rejected("key", "a client's key file", "the server's keys")
-            return ServerKeys(
-                preset(facts["preset"]).name,
-                int(facts["max_clients"]),
-                str(facts["key_id"]),
-                int(facts["generation"]),
-                Authority.from_bytes(facts["authority"].encode()),
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, Rejected):
-                raise
-            raise Rejected(
-                "key", f"bytes that are no server key ({type(error).__name__})"
-            ) from error
+            return ServerKeys(KeyFacts.read(stored), Authority.from_json(inner["authority"]))
+        except _FAULTS as error:
+            problem = type(error).__name__
+        raise Rejected("key", f"another file ({problem})", "the server's keys")
 
 
-class KeySet:
-    """A client's keys. One CKKS key is shared by all clients of a run.
+class KeySet(_Named):
+    """Keys of the clients' side. One CKKS key is shared by all clients of a run.
+
+    `generate` makes the keys of all clients; whoever sets up the clients keeps them. `for_client`
+    is what one client is given, `for_server` what the server is.
 
     Guarantees:
         The secret key is in no repr, pickle or log, and no message or server key contains it.
         A saved file is encrypted under the passphrase and readable by its owner alone.
+        With `for_client` keys nobody sends as another client.
 
     Does not protect against:
         A client that works with the server: the shared key opens every client's message.
 
     Example:
         >>> keys = KeySet.generate(preset="quantised", max_clients=10)
-        >>> server = ServerKeys.load(keys.public_bytes())
-        >>> server.fingerprint == keys.fingerprint
+        >>> keys.for_server().fingerprint == keys.fingerprint
         True
     """
 
-    def __init__(self, public: ServerKeys, secret: bytes) -> None:
-        self._public = public
-        self.__secret = secret
+    def __init__(
+        self, facts: KeyFacts, secret: Any, authority: Authority, server: bytes | None = None
+    ) -> None:
+        self._facts, self.authority, self.server = facts, authority, server
+        self.__secret = secret  # SEAL's object
 
     @staticmethod
-    def generate(*, preset: str = "quantised", max_clients: int = 10) -> KeySet:
+    def generate(
+        *, preset: str = "quantised", max_clients: int = 10, server: bytes | None = None
+    ) -> KeySet:
         """Make fresh keys.
 
         Args:
             preset: A name among `PRESETS`.
             max_clients: Messages that one sum may hold; more would overflow, so it is enforced.
+            server: The server's verification key, from `SigningKey.public_bytes`: whose sums
+                are opened. `trusting` names it later.
 
         Raises:
-            InputError: Unknown preset, or more clients than it takes.
+            InputError: Unknown preset, more clients than it takes, or no verification key.
             MissingExtra: TenSEAL is not installed.
         """
-        authority = Authority(secrets.token_bytes(32))
-        public = ServerKeys(preset, max_clients, secrets.token_hex(16), 0, authority)
-        return KeySet(public, shared_engine(public.layout).new_secret())
+        facts = KeyFacts(preset, max_clients, secrets.token_hex(16))
+        authority = Authority(Secret(secrets.token_bytes(32)))
+        checked = None if server is None else check_public(server)
+        return KeySet(facts, shared_engine(facts.layout).new_secret(), authority, checked)
+
+    def trusting(self, server: bytes) -> KeySet:
+        """Return the keys with another verification key: sums of that server are opened."""
+        return KeySet(self._facts, self.__secret, self.authority, check_public(server))
 
     def rotate(self) -> KeySet:
         """Return fresh keys with the same settings; messages under the old ones are refused."""
-        fresh = KeySet.generate(preset=self.preset, max_clients=self.max_clients)
-        inner = fresh._public
-        public = ServerKeys(
-            inner.preset, inner.max_clients, inner.key_id, self.generation + 1, inner.authority
+        fresh = KeySet.generate(
+            preset=self.preset, max_clients=self.max_clients, server=self.server
         )
-        return KeySet(public, fresh.__secret)
+        facts = replace(fresh._facts, generation=self.generation + 1)
+        return KeySet(facts, fresh.__secret, fresh.authority, fresh.server)
 
     def for_client(self, client_id: str) -> KeySet:
         """Return keys that can send as `client_id` only."""
-        p = self._public
-        authority = p.authority.only(f"client:{client_id}", "server")
-        public = ServerKeys(p.preset, p.max_clients, p.key_id, p.generation, authority)
-        return KeySet(public, self.__secret)
+        return KeySet(self._facts, self.__secret, self.authority.only(client_id), self.server)
 
-    def __repr__(self) -> str:
-        return (
-            f"KeySet(preset={self.preset!r}, max_clients={self.max_clients}, "
-            f"generation={self.generation}, fingerprint={self.fingerprint.hex()[:8]!r})"
-        )
+    def for_server(self) -> ServerKeys:
+        """Return what the server is given, in private: nothing that decrypts.
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("keys are not pickled: save them with KeySet.save")
-
-    def __copy__(self) -> KeySet:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KeySet:
-        return self  # one secret in memory, not two
-
-    @property
-    def preset(self) -> str:
-        """Name of the preset."""
-        return self._public.preset
-
-    @property
-    def max_clients(self) -> int:
-        """Messages that one sum may hold."""
-        return self._public.max_clients
-
-    @property
-    def generation(self) -> int:
-        """How many times the keys were rotated."""
-        return self._public.generation
-
-    @property
-    def fingerprint(self) -> bytes:
-        """Sixteen bytes that name these keys; public."""
-        return self._public.fingerprint
-
-    @property
-    def layout(self) -> Layout:
-        """The numbers that preset and client limit imply."""
-        return self._public.layout
-
-    @property
-    def authority(self) -> Authority:
-        """The message authentication keys held here."""
-        return self._public.authority
-
-    def public_bytes(self) -> bytes:
-        """Return what the server is given: nothing that decrypts."""
-        return self._public.public_bytes()
+        Raises:
+            Rejected: These are one client's keys, which cannot check others.
+        """
+        if not self.authority.complete:
+            raise Rejected("key", "those of one client", "the keys of all clients")
+        return ServerKeys(self._facts, self.authority)
 
     def open(self, engine: Engine) -> Any:
-        """Return SEAL's secret key for `engine`; for the encryptor and decryptor only."""
-        return engine.secret(self.__secret)
+        """Return SEAL's secret key; for the encryptor and decryptor only."""
+        return self.__secret
 
     def save(self, path: str | Path, passphrase: str, *, overwrite: bool = False) -> None:
         """Write the keys encrypted (scrypt, AES-256-GCM), mode 600, atomically.
@@ -191,61 +236,44 @@ class KeySet:
             InputError: The passphrase is empty, the folder cannot be written, or the file is there
                 already and `overwrite` is false.
         """
-        if not overwrite and Path(path).exists():
-            raise expected(
-                "a new key file", f"{path}, which is there already",
-                "Give another path. overwrite=True destroys the keys in it.",
-            )  # fmt: skip
-        salt, nonce = secrets.token_bytes(16), secrets.token_bytes(12)
-        facts = _facts(self._public)
-        facts["salt"], facts["nonce"] = salt.hex(), nonce.hex()
+        hidden = Secret(passphrase)
+        del passphrase
+        secret = shared_engine(self.layout).secret_bytes(self.__secret)
+        facts = {**asdict(self._facts), "server": self.server and self.server.hex()}
         inner = {
-            "secret": base64.b64encode(self.__secret).decode(),
-            "authority": self.authority.to_bytes().decode(),
+            "secret": Secret(base64.b64encode(secret.reveal()).decode()),
+            "authority": self.authority.to_json(),
         }
-        associated = json.dumps(facts, sort_keys=True).encode()
-        cipher = cipher_of(passphrase, salt)
-        sealed = cipher.encrypt(nonce, json.dumps(inner).encode(), associated)
-        facts["secret"] = base64.b64encode(sealed).decode()
-        write_private(Path(path), json.dumps(facts).encode())
+        write_key_file(path, "client", facts, inner, hidden, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | Path, passphrase: str) -> KeySet:
-        """Read what `save` wrote.
+        """Read what `save` wrote, in this version or the one before.
+
+        A file of the version before names no server: call `trusting` before its keys open a sum.
 
         Raises:
             Rejected: Wrong passphrase, a changed file, or a file that others may read.
             InputError: There is no such file.
         """
-        content = read_private(Path(path))
+        hidden = Secret(passphrase)
+        del passphrase
+        stored, inner = read_key_file(path, "client", hidden)
         try:
-            facts = json.loads(content)
-            sealed = base64.b64decode(facts.pop("secret"), validate=True)
-            salt, nonce = bytes.fromhex(facts["salt"]), bytes.fromhex(facts["nonce"])
-            if facts["version"] != _KEY_FILE:
-                raise Rejected("version", f"version {facts['version']}", "a key file of version 1")
-            associated = json.dumps(facts, sort_keys=True).encode()
-            inner = json.loads(decrypt(cipher_of(passphrase, salt), nonce, sealed, associated))
-            public = ServerKeys(
-                preset(facts["preset"]).name,
-                int(facts["max_clients"]),
-                str(facts["key_id"]),
-                int(facts["generation"]),
-                Authority.from_bytes(inner["authority"].encode()),
-            )
-            keys = KeySet(public, base64.b64decode(inner["secret"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, Rejected):
-                raise
-            raise Rejected("key", f"another file ({type(error).__name__})", "a key file") from error
-        return keys
+            return _loaded(stored, inner)
+        except _FAULTS as error:
+            problem = type(error).__name__
+        raise Rejected("key", f"another file ({problem})", "a key file")
 
 
-def _facts(public: ServerKeys) -> dict[str, Any]:
-    return {
-        "version": _KEY_FILE,
-        "preset": public.preset,
-        "max_clients": public.max_clients,
-        "key_id": public.key_id,
-        "generation": public.generation,
-    }
+def _loaded(stored: Mapping[str, Any], inner: Mapping[str, Secret[Any]]) -> KeySet:
+    facts, named = KeyFacts.read(stored), stored.get("server")
+    if named is not None and not isinstance(named, str):
+        raise expected("a verification key as text", type(named))
+    secret = Secret(base64.b64decode(inner["secret"].reveal(), validate=True))
+    return KeySet(
+        facts,
+        shared_engine(facts.layout).secret(secret),
+        Authority.from_json(inner["authority"]),
+        None if named is None else check_public(bytes.fromhex(named)),
+    )

@@ -9,15 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitguard.errors import Rejected, expected
+from vitguard._files import parsed_json
+from vitguard.errors import InputError, Rejected, expected
 
-__all__ = ["Entry", "Manifest", "model_version"]
+__all__ = ["LIGHTEST", "Entry", "Manifest", "model_version"]
+
+LIGHTEST = 2.0**-40
+"""The smallest weight, as a share of the largest: every scale is finite."""
+_SCALE = 1e30  # bounds and weights are within 1 / _SCALE and _SCALE
+_MOST = 2**40  # values; more fit no message
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,13 @@ class Entry:
     double: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.bound < math.inf:
-            raise expected(f"a finite bound above 0 for {self.name}", self.bound)
+        if type(self.name) is not str or not self.name:
+            raise expected("the name of a tensor", repr(self.name)[:80])
+        if type(self.shape) is not tuple or any(type(n) is not int or n < 0 for n in self.shape):
+            raise expected(f"a shape of whole numbers for {self.name}", repr(self.shape)[:80])
+        if type(self.double) is not bool:
+            raise expected(f"double of {self.name} to be true or false", repr(self.double)[:80])
+        _check_scale(f"bound of {self.name}", self.bound)
 
     @property
     def size(self) -> int:
@@ -46,18 +60,24 @@ class Manifest:
     Args:
         entries: The encrypted tensors, in the order in which they are packed.
         max_weight: The largest weight of one client; values are scaled by weight / max_weight.
+        run: Name of the run, drawn at random: messages of another run are refused, though the
+            keys and all else may be the same.
     """
 
     entries: tuple[Entry, ...]
     max_weight: float = 1.0
+    run: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def __post_init__(self) -> None:
         if not self.entries:
             raise expected("at least one tensor to encrypt", "none")
         if len({e.name for e in self.entries}) != len(self.entries):
             raise expected("each tensor once in the manifest", "a name twice")
-        if not 0 < self.max_weight < math.inf:
-            raise expected("a finite max_weight above 0", self.max_weight)
+        if not self.values <= _MOST:
+            raise expected(f"up to {_MOST} values to encrypt", self.values)
+        _check_scale("max_weight", self.max_weight)
+        if type(self.run) is not str or not 0 < len(self.run) <= 64:
+            raise expected("the name of a run, 1 to 64 characters", repr(self.run)[:80])
 
     @staticmethod
     def of(
@@ -66,12 +86,16 @@ class Manifest:
         *,
         bounds: float | Mapping[str, float],
         max_weight: float = 1.0,
+        run: str | None = None,
     ) -> Manifest:
         """Describe `names` (default all) of `tensors`, such as a model's parameters.
+
+        One party makes the manifest and gives it to the others (`to_json`): its `run` is random.
 
         Args:
             bounds: The largest absolute value of an update, for all tensors or by name. Take it
                 from clipping or from public data: it is sent in the clear.
+            run: Name of the run; a fresh one by default. Never use one again.
 
         Raises:
             InputError: A name or a bound is missing.
@@ -87,7 +111,11 @@ class Manifest:
             entries.append(
                 Entry(name, tuple(tensor.shape), float(bound), tensor.dtype == torch.float64)
             )
-        return Manifest(tuple(entries), max_weight)
+        return Manifest(tuple(entries), max_weight, run or secrets.token_hex(16))
+
+    def new_run(self) -> Manifest:
+        """Return the manifest of another run over the same tensors."""
+        return replace(self, run=secrets.token_hex(16))
 
     @property
     def values(self) -> int:
@@ -108,20 +136,28 @@ class Manifest:
         """Read what `to_json` wrote.
 
         Raises:
-            InputError: It is no manifest.
+            InputError: It is no manifest, or one of an earlier version, without a run.
         """
         try:
-            data = json.loads(text)
-            entries = tuple(
-                Entry(str(e["name"]), tuple(map(int, e["shape"])), float(e["bound"]), e["double"])
-                for e in data["entries"]
-            )
-            return Manifest(entries, float(data["max_weight"]))
-        except (KeyError, TypeError, json.JSONDecodeError, AttributeError) as error:
-            raise expected("a manifest as JSON", repr(error)) from error
+            data = parsed_json(text)
+            if "run" not in data:
+                raise expected(
+                    "a manifest that names its run", "one without",
+                    "Make it again with Manifest.of and give it to all parties.",
+                )  # fmt: skip
+            entries = tuple(_entry(e) for e in data["entries"])
+            return _exactly(Manifest, {**data, "entries": entries})
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise expected("a manifest as JSON", type(error).__name__) from error
 
     def digest(self) -> bytes:
         """Return 32 bytes that stand for the whole manifest."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> bytes:
         return hashlib.sha256(self.to_json().encode()).digest()
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
@@ -140,8 +176,28 @@ class Manifest:
                     f"{entry.name} of shape {tuple(tensor.shape)} where the manifest says "
                     f"{entry.shape}: the model changed since it was made",
                 )
-            if not tensor.is_floating_point():
-                raise Rejected("manifest", f"{entry.name} of type {tensor.dtype}")
+            if tensor.dtype not in _KINDS or tensor.layout != torch.strided or tensor.is_meta:
+                kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+                raise Rejected("manifest", f"{entry.name} of type {kind}")
+
+
+_KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _entry(stored: dict[str, Any]) -> Entry:
+    return _exactly(Entry, {**stored, "shape": tuple(stored["shape"])})
+
+
+def _exactly(kind: Any, stored: dict[str, Any]) -> Any:
+    """Make a dataclass of all its fields: a default would be said by nobody."""
+    if stored.keys() != {f.name for f in fields(kind)}:
+        raise KeyError(f"other fields than those of {kind.__name__}")
+    return kind(**stored)
+
+
+def _check_scale(what: str, number: object) -> None:
+    if type(number) not in (int, float) or not 1 / _SCALE <= number <= _SCALE:  # type: ignore
+        raise expected(f"a finite {what} from {1 / _SCALE:g} to {_SCALE:g}", repr(number)[:80])
 
 
 def model_version(tensors: Mapping[str, Tensor]) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 from vitguard.defenses.encryption.backend import shared_engine
 from vitguard.defenses.encryption.keys import ServerKeys
 from vitguard.defenses.encryption.manifest import Manifest
+from vitguard.defenses.encryption.signing import SigningKey
 from vitguard.defenses.encryption.wire import (
     MESSAGE,
     SERVER,
@@ -23,28 +26,42 @@ __all__ = ["Aggregator"]
 
 
 class Aggregator:
-    """Adds the encrypted messages of one round.
+    """Adds the encrypted messages of one round. Thread-safe.
 
     Guarantees:
         A message that is refused leaves the sum as it was.
         Each client is counted once, and no more clients than the sum can hold.
+        Only the holder of `signing` can make a sum that clients open.
 
     Args:
-        public: What `KeySet.public_bytes` gave, or the `ServerKeys` read from it.
+        keys: What tells clients apart, from `KeySet.for_server`.
         manifest: What is encrypted.
+        signing: The server's own key; clients know its `public_bytes`.
         round_id: Number of the round; messages of others are refused.
         base: Version of the public model that the messages must refer to.
     """
 
     def __init__(
-        self, public: bytes | ServerKeys, manifest: Manifest, *, round_id: int, base: str = ""
+        self,
+        keys: ServerKeys,
+        manifest: Manifest,
+        *,
+        signing: SigningKey,
+        round_id: int,
+        base: str = "",
     ) -> None:
-        keys = public if isinstance(public, ServerKeys) else ServerKeys.load(public)
+        if not isinstance(keys, ServerKeys):
+            raise expected("the server's keys, from KeySet.for_server", type(keys).__name__)
+        if not isinstance(signing, SigningKey):
+            raise expected("the server's SigningKey", type(signing).__name__)
         self._context = Context(keys, manifest, round_id, base)
+        self._signing = signing
         self._engine = shared_engine(keys.layout)
+        self._lock = threading.Lock()
         self._total: list[Any] = []
         self._weights: dict[str, float] = {}
         self._finished: bytes | None = None
+        self._broken = False
 
     def __repr__(self) -> str:
         return f"Aggregator(round_id={self._context.round_id}, clients={len(self._weights)})"
@@ -61,34 +78,46 @@ class Aggregator:
             Rejected: The message does not hold, its client was counted already, the sum is full
                 or finished.
         """
-        if self._finished is not None:
-            raise Rejected("replay", "a message after the sum was given out")
         header, ciphertexts = open_message(data, MESSAGE, self._context)
-        if header.sender in self._weights:
-            raise Rejected("replay", f"a second message of client {header.sender!r}")
-        if len(self._weights) >= self._context.keys.max_clients:
-            raise Rejected("clients", f"more than {self._context.keys.max_clients} clients")
-        done: list[memoryview] = []
-        first = not self._total
-        try:
-            for number, part in enumerate(ciphertexts):
-                cipher = self._engine.load(part)
-                if first:
-                    self._total.append(cipher)
-                else:
-                    self._engine.add(self._total[number], cipher)
-                    done.append(part)
-        except BaseException:
-            self._undo(first, done)
-            raise
-        self._weights[header.sender] = header.weight
+        with self._lock:
+            self._check_open()
+            if self._finished is not None:
+                raise Rejected("replay", "a message after the sum was given out")
+            if header.sender in self._weights:
+                raise Rejected("replay", f"a second message of client {header.sender!r}")
+            if len(self._weights) >= self._context.keys.max_clients:
+                raise Rejected("clients", f"more than {self._context.keys.max_clients} clients")
+            self._broken = True  # and left so by whatever breaks this off: Ctrl-C, a timeout
+            refusal = self._included(ciphertexts)
+            if refusal is None:
+                self._weights[header.sender] = header.weight
+            self._broken = False
+        if refusal is not None:
+            raise refusal
 
-    def _undo(self, first: bool, done: list[memoryview]) -> None:
-        """Take back what was added of a message; exact, since ciphertexts add modulo primes."""
-        if first:
-            self._total.clear()
-        for number, data in enumerate(done):
-            self._engine.subtract(self._total[number], self._engine.load(data))
+    def _included(self, ciphertexts: Sequence[memoryview]) -> Rejected | None:
+        """Add all ciphertexts of a message, or none and return why."""
+        total, added = self._total, 0
+        try:
+            if not total:
+                self._total = [self._engine.load(part, seeded=True) for part in ciphertexts]
+                return None
+            for part in ciphertexts:
+                self._engine.add(total[added], self._engine.load(part, seeded=True))
+                added += 1
+        except Rejected as refusal:  # of a ciphertext that was not added; those before it were
+            self._take_back(ciphertexts[:added])
+            return refusal
+        return None
+
+    def _take_back(self, added: Sequence[memoryview]) -> None:
+        """Subtract what was added of a message; exact, since ciphertexts add modulo primes."""
+        for total, part in zip(self._total, added, strict=False):
+            self._engine.subtract(total, self._engine.load(part, seeded=True))
+
+    def _check_open(self) -> None:
+        if self._broken:
+            raise Rejected("broken", "a sum whose last addition was broken off: start it afresh")
 
     def finish(self, *, min_clients: int = 2) -> bytes:
         """Return the encrypted sum for the clients; nothing can be added afterwards.
@@ -101,12 +130,18 @@ class Aggregator:
         """
         if min_clients < 2:
             raise expected("min_clients of at least 2", min_clients)
-        if len(self._weights) < min_clients:
-            raise Rejected("clients", f"{len(self._weights)} messages, fewer than {min_clients}")
-        if self._finished is None:
-            weight = math.fsum(self._weights.values())
-            header = Header(SUM, SERVER, len(self._weights), weight)
-            ciphertexts = [self._engine.save(cipher) for cipher in self._total]
-            self._finished = write_message(header, ciphertexts, self._context)
-            self._total.clear()
-        return self._finished
+        with self._lock:
+            self._check_open()
+            if len(self._weights) < min_clients:
+                raise Rejected(
+                    "clients", f"{len(self._weights)} messages, fewer than {min_clients}"
+                )
+            if self._finished is None:
+                weight = math.fsum(self._weights.values())
+                header = Header(SUM, SERVER, len(self._weights), weight)
+                ciphertexts = [self._engine.save(cipher) for cipher in self._total]
+                self._finished = write_message(
+                    header, ciphertexts, self._context, self._signing.sign
+                )
+                self._total.clear()
+            return self._finished

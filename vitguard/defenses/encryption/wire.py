@@ -1,4 +1,4 @@
-"""The wire format: a header, ciphertexts, and a code over both that is checked first.
+"""The wire format: a header, ciphertexts, and proof of the sender over both, checked first.
 
 ::
 
@@ -6,7 +6,8 @@
              client limit, clients in it, weight, values, ciphertexts, sender
     table    length of each ciphertext, 4 bytes each
     body     the ciphertexts, as SEAL writes them
-    code     HMAC-SHA256 of everything before, under the sender's key
+    proof    of the SHA-256 of everything before: of a client's message its HMAC-SHA256 under the
+             client's key, of a sum the server's Ed25519 signature
 
 Bounds and shapes are in the manifest, which the digest stands for. Nothing in a message chooses a
 size, a scale or a parameter: they follow from keys and manifest, and a message that differs from
@@ -20,21 +21,22 @@ import hmac
 import math
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vitguard.defenses.encryption.keys import KeySet, ServerKeys
-from vitguard.defenses.encryption.manifest import Manifest
+from vitguard.defenses.encryption.manifest import LIGHTEST, Manifest
+from vitguard.defenses.encryption.signing import verify
 from vitguard.errors import Rejected, expected
 
-__all__ = ["MESSAGE", "SUM", "Context", "Header", "open_message", "write_message"]
+__all__ = ["MESSAGE", "SUM", "Context", "Header", "check_id", "open_message", "write_message"]
 
 MAGIC = b"VGHE"
-VERSION = 1
+VERSION = 2
 MESSAGE, SUM = 1, 2
 SERVER = "server"
 _FIXED = struct.Struct(">4sBB12s16s32sQ32s16sHHdQIB")
-_CODE = 32
+_PROOF = {MESSAGE: 32, SUM: 64}  # bytes
 _LONGEST_ID = 64
 
 
@@ -48,13 +50,13 @@ class Context:
     base: str
 
     def __post_init__(self) -> None:
-        if not 0 <= self.round_id < 2**63:
-            raise expected("a round number of at least 0", self.round_id)
+        if type(self.round_id) is not int or not 0 <= self.round_id < 2**63:
+            raise expected("a whole round number of at least 0", self.round_id)
 
     @property
     def base_digest(self) -> bytes:
         """Thirty-two bytes that stand for the version of the public model."""
-        return hashlib.sha256(self.base.encode()).digest()
+        return hashlib.sha256(self.base.encode("utf-8", "surrogatepass")).digest()
 
     def binding(self) -> bytes:
         """Return the bytes that canaries depend on."""
@@ -80,23 +82,37 @@ class Header:
     weight: float
     nonce: bytes = field(default_factory=lambda: secrets.token_bytes(16))
 
-    @property
-    def party(self) -> str:
-        """Whose authentication key covers the message."""
-        return SERVER if self.kind == SUM else f"client:{self.sender}"
+
+def check_id(client_id: str) -> bytes:
+    """Return the bytes of a client id.
+
+    Raises:
+        InputError: It is no text, empty, or longer than 64 bytes.
+    """
+    try:
+        encoded = client_id.encode()
+    except (AttributeError, UnicodeEncodeError):
+        encoded = b""
+    if not 0 < len(encoded) <= _LONGEST_ID:
+        raise expected(f"a client id of 1 to {_LONGEST_ID} bytes", repr(client_id)[:80])
+    return encoded
 
 
-def write_message(header: Header, ciphertexts: Sequence[bytes], context: Context) -> bytes:
-    """Return the bytes of a message, authenticated as its sender.
+def write_message(
+    header: Header,
+    ciphertexts: Sequence[bytes],
+    context: Context,
+    prove: Callable[[bytes], bytes],
+) -> bytes:
+    """Return the bytes of a message.
+
+    Args:
+        prove: From the digest of all else to the sender's proof.
 
     Raises:
         InputError: The sender's name is empty or longer than 64 bytes.
-        Rejected: The sender's authentication key is not held here.
     """
-    sender = header.sender.encode()
-    if not 0 < len(sender) <= _LONGEST_ID:
-        raise expected(f"a client id of 1 to {_LONGEST_ID} bytes", repr(header.sender))
-    keys = context.keys
+    sender, keys = check_id(header.sender), context.keys
     fixed = _FIXED.pack(
         MAGIC, VERSION, header.kind, keys.preset.encode(), keys.fingerprint,
         context.manifest.digest(), context.round_id, context.base_digest, header.nonce,
@@ -105,10 +121,10 @@ def write_message(header: Header, ciphertexts: Sequence[bytes], context: Context
     )  # fmt: skip
     table = struct.pack(f">{len(ciphertexts)}I", *map(len, ciphertexts))
     parts = [fixed, sender, table, *ciphertexts]
-    code = hmac.new(keys.authority.key(header.party), digestmod="sha256")
+    digest = hashlib.sha256()
     for part in parts:
-        code.update(part)
-    return b"".join((*parts, code.digest()))
+        digest.update(part)
+    return b"".join((*parts, prove(digest.digest())))
 
 
 def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list[memoryview]]:
@@ -116,17 +132,18 @@ def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list
 
     Raises:
         Rejected: `cause` is one of type, oversize, truncated, magic, version, kind, preset, key,
-            code, manifest, round, base, clients, weight, counts.
+            code, signature, manifest, round, base, clients, weight, counts.
     """
     if not isinstance(data, bytes | bytearray | memoryview):
         raise Rejected("type", f"{type(data).__name__} where bytes were due")
-    data = bytes(data)
-    keys, layout = context.keys, context.keys.layout
+    keys, layout, size = context.keys, context.keys.layout, _PROOF[kind]
     chunks = layout.chunks(context.manifest.values)
-    most = _FIXED.size + _LONGEST_ID + chunks * (16 * layout.degree + 4096 + 4) + _CODE
-    if len(data) > most:
-        raise Rejected("oversize", f"{len(data)} bytes where at most {most} can be right")
-    if len(data) < _FIXED.size + _CODE:
+    most = _FIXED.size + _LONGEST_ID + chunks * (16 * layout.degree + 4096 + 4) + size
+    length = data.nbytes if isinstance(data, memoryview) else len(data)
+    if length > most:
+        raise Rejected("oversize", f"{length} bytes where at most {most} can be right")
+    data = bytes(data)
+    if len(data) < _FIXED.size + size:
         raise Rejected("truncated", f"{len(data)} bytes")
     (
         magic, version, found, preset, fingerprint, manifest, round_id, base, nonce,
@@ -135,7 +152,8 @@ def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list
     if magic != MAGIC:
         raise Rejected("magic", "bytes that are no vitguard message")
     if version != VERSION:
-        raise Rejected("version", f"wire version {version}, this is {VERSION}")
+        other = "an earlier" if version < VERSION else "a later"
+        raise Rejected("version", f"wire version {version} of {other} vitguard; this is {VERSION}")
     if found != kind:
         names = {MESSAGE: "a client's message", SUM: "a sum"}
         raise Rejected("kind", f"{names.get(found, 'another kind')} where {names[kind]} was due")
@@ -145,21 +163,19 @@ def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list
         raise Rejected("key", "a message under other keys")
     table_at = _FIXED.size + id_size
     body_at = table_at + 4 * count
-    if count != chunks or body_at > len(data) - _CODE:
+    if count != chunks or body_at > len(data) - size:
         raise Rejected("counts", f"{count} ciphertexts where {chunks} were due")
     try:
         header = Header(kind, data[_FIXED.size : table_at].decode(), clients, weight, nonce)
     except UnicodeDecodeError as error:
         raise Rejected("code", "a sender that is no text") from error
     view = memoryview(data)
-    code = hmac.digest(keys.authority.key(header.party), view[:-_CODE], "sha256")
-    if not hmac.compare_digest(code, data[-_CODE:]):
-        raise Rejected("code", "a message whose authentication code does not match")
+    _check_proof(header, hashlib.sha256(view[:-size]).digest(), data[-size:], keys)
     lengths = struct.unpack_from(f">{count}I", data, table_at)
-    if body_at + sum(lengths) + _CODE != len(data):
+    if body_at + sum(lengths) + size != len(data):
         raise Rejected("counts", "ciphertexts that do not fill the message")
     if manifest != context.manifest.digest() or values != context.manifest.values:
-        raise Rejected("manifest", "a message about other tensors, shapes or bounds")
+        raise Rejected("manifest", "a message of another run, or of other tensors or bounds")
     if round_id != context.round_id:
         raise Rejected("round", f"a message of round {round_id} in round {context.round_id}")
     if base != context.base_digest:
@@ -168,10 +184,21 @@ def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list
     if max_clients != keys.max_clients or not 1 <= clients <= limit:
         raise Rejected("clients", f"{clients} clients, limit {max_clients}")
     heaviest = context.manifest.max_weight * clients
-    if not (math.isfinite(weight) and 0 < weight <= heaviest * (1 + 1e-9)):
+    lightest = context.manifest.max_weight * LIGHTEST
+    if not (math.isfinite(weight) and lightest <= weight <= heaviest * (1 + 1e-9)):
         raise Rejected("weight", f"weight {weight} where at most {heaviest} can be right")
     ciphertexts, at = [], body_at
     for length in lengths:
         ciphertexts.append(view[at : at + length])
         at += length
     return header, ciphertexts
+
+
+def _check_proof(header: Header, digest: bytes, proof: bytes, keys: KeySet | ServerKeys) -> None:
+    """Raise Rejected unless the sender made the message."""
+    if header.kind == SUM:
+        if not isinstance(keys, KeySet) or keys.server is None:
+            raise Rejected("key", "a sum, and no server's verification key to check it with")
+        verify(keys.server, digest, proof)
+    elif not hmac.compare_digest(keys.authority.code(header.sender, digest), proof):
+        raise Rejected("code", "a message whose authentication code does not match")

@@ -1,0 +1,1 @@
+"""What `benchmarks/fuzz.py` changes, and how."""

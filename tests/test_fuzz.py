@@ -1,0 +1,93 @@
+"""Ten thousand mutations of everything that is read from others; the program does 500,000."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitguard.defenses.encryption import keyfile, wire
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
+
+
+@pytest.fixture(scope="module")
+def fuzz():
+    sys.path.insert(0, str(FILE.parent))
+    spec = importlib.util.spec_from_file_location("fuzz", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(FILE.parent))
+
+
+def faults(found):
+    return {f"{name}: {k}" for name, c in found.items() for k in c if k.startswith("FAULT")}
+
+
+def test_of_10000_mutations_none_changes_a_value_and_all_errors_are_typed(fuzz):
+    found = fuzz.batch(10_000, seed=7)
+    assert not faults(found)
+    assert sum(sum(counts.values()) for counts in found.values()) == 10_000
+    for name in ("message", "sum", "key file"):  # nothing changed is accepted without a key
+        assert "other" not in found[name] and found[name]["refused"] > 0.9 * sum(
+            found[name].values()
+        )
+    assert all(counts["refused"] and len(counts) > 1 for counts in found.values())
+    assert keyfile._derived.__module__ == keyfile.__name__  # as it was
+
+
+@pytest.mark.parametrize("hole", ["proof", "undo", "range and canary", "tag", "json"])
+def test_the_program_finds_a_hole_that_is_made_on_purpose(fuzz, monkeypatch, hole):
+    kinds = {
+        "proof": "message", "undo": "message of an insider",
+        "range and canary": "sum of the server", "tag": "key file", "json": "manifest",
+    }  # fmt: skip
+    monkeypatch.setattr(fuzz, "KINDS", {k: v for k, v in fuzz.KINDS.items() if k == kinds[hole]})
+    if hole == "proof":
+        monkeypatch.setattr(wire, "_check_proof", lambda *arguments: None)
+    elif hole == "undo":
+        from vitguard.defenses.encryption.server import Aggregator
+
+        monkeypatch.setattr(Aggregator, "_take_back", lambda self, added: None)
+    elif hole == "range and canary":
+        from vitguard.defenses.encryption import client
+
+        monkeypatch.setattr(client, "_TRUE_DISTANCE", 1.0)
+        monkeypatch.setattr(client, "canary", lambda *arguments: Anything())
+        monkeypatch.setattr(client.Decryptor, "_largest", lambda self, header: 2**62)
+    elif hole == "tag":
+        from vitguard.defenses.encryption import keys
+
+        monkeypatch.setattr(keyfile, "_associated", lambda stored: b"")
+        monkeypatch.setattr(keys.KeyFacts, "fingerprint", b"1" * 16)
+    else:
+        from vitguard.defenses.encryption import manifest
+
+        monkeypatch.setattr(manifest, "parsed_json", __import__("json").loads)
+    assert faults(fuzz.batch(6_000, seed=1))
+
+
+class Anything:
+    """Equal to every canary."""
+
+    def __rmul__(self, other):
+        return self
+
+    def __eq__(self, other):
+        return True
+
+    def __ne__(self, other):
+        return False
+
+    __hash__ = None
+    real = imag = 1.0
+
+    def __complex__(self):
+        return 1 + 1j
+
+
+def test_the_header_layout_is_the_one_the_program_knows(fuzz):
+    from fuzzing.messages import FIELDS
+
+    assert FIELDS["id"][0] == wire._FIXED.size

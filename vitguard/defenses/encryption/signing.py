@@ -1,0 +1,111 @@
+"""The server's signature: only the server can have made a sum that clients open."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from vitguard.defenses.encryption.keyfile import read_key_file, write_key_file
+from vitguard.defenses.encryption.secret import Secret
+from vitguard.errors import Rejected, expected
+
+__all__ = ["SigningKey", "verify"]
+
+_DOMAIN = b"vitguard sum, Ed25519 of SHA-256\0"
+
+
+class SigningKey:
+    """The server's Ed25519 key. The server makes it; the private half never leaves it.
+
+    Guarantees:
+        The private half is in no repr, pickle or log; a saved file is encrypted and private.
+
+    Example:
+        >>> signing = SigningKey.generate()
+        >>> len(signing.public_bytes())
+        32
+    """
+
+    def __init__(self, seed: Secret[bytes]) -> None:
+        self.__key = Ed25519PrivateKey.from_private_bytes(seed.reveal())
+
+    @staticmethod
+    def generate() -> SigningKey:
+        """Make a fresh key."""
+        return SigningKey(Secret(secrets.token_bytes(32)))
+
+    def __repr__(self) -> str:
+        return f"SigningKey(public={self.public_bytes().hex()[:8]!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("keys are not pickled: save them with SigningKey.save")
+
+    def __copy__(self) -> SigningKey:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SigningKey:
+        return self
+
+    def public_bytes(self) -> bytes:
+        """Return the verification key, 32 bytes. Publish it: `KeySet.trusting` takes it."""
+        return self.__key.public_key().public_bytes_raw()
+
+    def sign(self, digest: bytes) -> bytes:
+        """Return the signature of a sum's SHA-256, 64 bytes."""
+        return self.__key.sign(_DOMAIN + digest)
+
+    def save(self, path: str | Path, passphrase: str, *, overwrite: bool = False) -> None:
+        """Write the key encrypted, as `KeySet.save` does."""
+        hidden = Secret(passphrase)
+        del passphrase
+        seed = Secret(self.__key.private_bytes_raw().hex())
+        facts = {"public": self.public_bytes().hex()}
+        write_key_file(path, "signing", facts, {"seed": seed}, hidden, overwrite=overwrite)
+
+    @staticmethod
+    def load(path: str | Path, passphrase: str) -> SigningKey:
+        """Read what `save` wrote.
+
+        Raises:
+            Rejected: Wrong passphrase, a changed file, or one that others may read.
+            InputError: There is no such file.
+        """
+        hidden = Secret(passphrase)
+        del passphrase
+        _, inner = read_key_file(path, "signing", hidden)
+        problem = ""
+        try:
+            return SigningKey(Secret(bytes.fromhex(inner["seed"].reveal())))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            problem = type(error).__name__
+        raise Rejected("key", f"another file ({problem})", "a signing key's file")
+
+
+def check_public(key: object) -> bytes:
+    """Return a verification key if it is one.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if isinstance(key, SigningKey):
+        raise expected("the server's verification key", "its signing key", "Give public_bytes().")
+    if not isinstance(key, bytes) or len(key) != 32:
+        raise expected("a verification key of 32 bytes, from SigningKey.public_bytes", type(key))
+    return key
+
+
+def verify(public: bytes, digest: bytes, signature: bytes) -> None:
+    """Check the signature of a sum.
+
+    Raises:
+        Rejected: It was not made by the holder of the private half.
+    """
+    key = Ed25519PublicKey.from_public_bytes(public)
+    try:
+        key.verify(signature, _DOMAIN + digest)
+    except InvalidSignature as error:
+        raise Rejected("signature", "a sum that the server did not sign") from error
