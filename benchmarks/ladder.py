@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard.attacks import ladder as rungs
+from vitguard.attacks._budget import Budget
 from vitguard.attacks.ladder import Ladder
 from vitguard.core import Guess, Normalization, View
 from vitguard.guard import protect
@@ -157,7 +158,7 @@ def climb(view: View, seconds: float) -> tuple[Guess, Guess, tuple[float, float]
         return guess, guess, spent
     return (
         guess,
-        final(given[0], given[1], given[2], time.monotonic() + seconds, levels=None),
+        final(given[0], given[1], given[2], Budget.of(seconds), levels=None),
         spent,
     )
 

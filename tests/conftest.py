@@ -1,9 +1,18 @@
 """What the tests share: data, small models, and what an adversary sees of one update."""
 
+# One thread for each process: two of them with two threads each spin on two cores, and a suite of
+# four minutes takes an hour. OpenMP and MKL read this once, so it stands before torch and NumPy;
+# workers of pytest-xdist and the processes that tests start inherit it. A value of your own wins.
 import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, os.environ.get("OMP_NUM_THREADS", "1"))
+
+# ruff: noqa: E402
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +21,13 @@ from vitguard.core import Normalization
 from vitguard.guard import protect
 from vitguard.registry import parse_stack
 from vitguard.threats import CuriousServer
+
+# A busy machine is no failure: Hypothesis has no limit in milliseconds here.
+hypothesis.settings.register_profile("no clock", deadline=None)
+hypothesis.settings.load_profile("no clock")
+
+if os.environ["OMP_NUM_THREADS"] == "1":  # a plugin may have imported torch before this file
+    torch.set_num_threads(1)
 
 CIFAR_VIT = (
     "vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=128,depth=4,num_heads=4,mlp_ratio=2,"

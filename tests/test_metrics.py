@@ -310,12 +310,10 @@ def test_inputs_are_left_as_they_were(photos):
     assert not any(v.requires_grad for v in everything(result))
 
 
-def test_an_image_of_196_patches_is_scored_in_well_under_a_second():
+def test_an_image_of_196_patches_is_scored_in_well_under_a_second_of_the_processor():
     truth = data.sample_images((224, 224), count=1).pixels
     guess = shuffled(truth, 16)
     metrics.score(guess, truth, (16, 16))
-    start = time.perf_counter()
+    start = time.thread_time()
     metrics.score(guess, truth, (16, 16))
-    assert (
-        time.perf_counter() - start < 1.0
-    )  # 0.03 s on an idle core; the rest is for busy machines
+    assert time.thread_time() - start < 1.0  # 0.03 s, and no more beside other processes

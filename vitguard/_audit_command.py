@@ -20,7 +20,7 @@ DEFAULT_DEFENSES = (
 )
 DEFAULT_REPORT = "vitguard-report.html"
 DEFAULT_BUDGET = 50.0
-"""Seconds of climbing that a run without --attack shares among its updates."""
+"""Nominal seconds of climbing that a run without --attack shares among its updates."""
 INTERRUPTED = 130
 
 
@@ -196,7 +196,7 @@ def _budgeted(updates: int) -> tuple[list[Any], str]:
 
     seconds = round(min(max(DEFAULT_BUDGET / updates, 5.0), Ladder().seconds))
     note = (
-        f"the ladder had {seconds} s for each update; a longer climb may find more: "
+        f"the ladder had {seconds} nominal seconds of work for each update; more may find more: "
         f"--attack ladder:seconds={int(4 * seconds)}"
     )
     return [Ladder(seconds=seconds)], note

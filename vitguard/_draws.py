@@ -26,6 +26,7 @@ __all__ = ["Draws"]
 _BLOCK = 1 << 14  # numbers made at once: they stay in the processor's cache
 _GRID = 1024  # steps of the release in one standard deviation of its noise
 _KEY = 32  # bytes
+_DEEP = 2.0**32  # radius words below it get 64 bits more: one number in 2^31, beyond 6.5 deviations
 _PUBLIC_KEY = bytes(_KEY)  # of seeded draws, which are no secret
 
 
@@ -167,10 +168,11 @@ class Draws:
     def _normals(self, count: int, deviation: float) -> Iterator[tuple[int, Tensor]]:
         """Yield (place, float64 numbers of this standard deviation) until there are `count`.
 
-        Box-Muller: the radius from a 63-bit uniform that is exact near zero, where tails are made,
+        Box-Muller: the radius from a uniform of 63 bits, of 127 near zero, where tails are made,
         the angle from 64 bits. What is yielded is a buffer that is used again.
         """
-        update = self._stream().update_into
+        stream = self._stream()
+        update = stream.update_into
         block = min(_BLOCK, count + count % 2 or 2)
         half = block // 2
         zeros, words = bytes(8 * block), bytearray(8 * block + 15)
@@ -179,7 +181,12 @@ class Draws:
         numbers = torch.empty(block, dtype=torch.float64)
         for at in range(0, count, block):
             update(zeros, words)
-            square.copy_(radius).abs_().clamp_min_(0.25)  # the cell of 0 is half as wide
+            square.copy_(radius).abs_()
+            if float(square.min()) < _DEEP:  # 64 bits more: the far tail has no gaps either
+                deep = square < _DEEP
+                more = np.frombuffer(stream.update(bytes(8 * int(deep.sum()))), np.int64)
+                square[deep] = (square[deep] + torch.from_numpy(more * 2.0**-64)).abs_()
+            square.clamp_min_(2.0**-65)
             square.mul_(2.0**-63).log_().mul_(-2 * deviation**2).sqrt_()
             turn.copy_(angle).mul_(math.pi * 2.0**-63)
             torch.cos(turn, out=numbers[:half])

@@ -65,7 +65,7 @@ def _add_audit(commands: Any) -> None:
         "audit",
         help="attack updates with and without defenses, beside an undefended control",
         description="Without arguments: a randomly initialised vit_base_patch16_224 on sample "
-        "photos, the default defenses, the ladder of exact attacks within a time budget.",
+        "photos, the default defenses, the ladder of exact attacks within a budget of work.",
         epilog="Class folders with numeric names are class indices, others count in sorted order. "
         "Exit codes: 0 done; 1 a defended configuration exceeds --max-psnr or --max-gain, or leaks "
         "in a way that no dB limit sees; 2 usage or input error; 3 a gate was asked for and no "

@@ -302,7 +302,7 @@ class Guess:
         shuffled: Shape (guessed, patches): positions the attack found to be shuffled.
         space: What is known exactly where the image is not.
         details: Plain facts for the report (rung, residual, rank); JSON values only. A non-empty
-            `unfinished` names what a time budget left out: nothing has resisted then.
+            `unfinished` names what a budget left out: nothing has resisted then.
     """
 
     images: Float[Tensor, "guessed channels height width"]

@@ -1,6 +1,5 @@
 """GELU-span: tokens prove themselves, false ones do not, and the slow formulas agree."""
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ from vitguard import data
 from vitguard.attacks import gelu_span
 from vitguard.attacks._assemble import complete_images
 from vitguard.attacks._attention import Attention
+from vitguard.attacks._budget import ENDLESS, Budget
 from vitguard.attacks._family import Frame, Solver
 from vitguard.attacks._mlp import Mlp, activation_of
 from vitguard.attacks._newton import Problem, Pull
@@ -141,7 +141,7 @@ def test_no_token_counts_twice(small_vit, observe, photos, case):
             for k, t in view.update.tensors.items()
         }
         view = replace(view, update=replace(view.update, tensors=tensors))
-    guess = run(view, seconds=8.0)
+    guess = run(view, seconds=4.0)
     assert int(guess.verified.sum()) > 0
     assert surplus(Anatomy.of(view.model), guess, pixels) == 0
 
@@ -156,7 +156,7 @@ def test_an_interrupt_while_an_image_is_taken_out_keeps_its_patches_once(
 ):
     view = observe(small_vit(), photos[:2], defenses=FROZEN).gradient()
     anatomy, generator = Anatomy.of(view.model), torch.Generator().manual_seed(0)
-    state = gelu_span._State(view, anatomy, generator, math.inf, 1e-3)
+    state = gelu_span._State(view, anatomy, generator, ENDLESS, 1e-3)
     while state.search.run(rounds=2) != "done":
         pass
     whole = complete_images(state.search, state.attention)[:1]
@@ -245,7 +245,7 @@ def test_what_is_found_leaves_less_to_search(small_vit, observe, photos):
     view = observe(model, photos[:3].double(), defenses=FROZEN).gradient()
     anatomy, generator = Anatomy.of(view.model), torch.Generator().manual_seed(0)
     wanted = torch.full((anatomy.patches,), 3)
-    search = Search(view, anatomy, None, None, wanted, True, math.inf, generator)
+    search = Search(view, anatomy, None, None, wanted, True, ENDLESS, generator)
     before = search.remainder.free
     search.run(rounds=3)
     taken = sum(len(part) for part in search._parts)
@@ -253,22 +253,22 @@ def test_what_is_found_leaves_less_to_search(small_vit, observe, photos):
     assert search.remainder.free <= max(before - taken, 2)
 
 
-def test_taking_out_stops_at_the_deadline(small_vit, observe, photos, monkeypatch):
+def test_taking_out_stops_where_the_budget_ends(small_vit, observe, photos, monkeypatch):
     model = small_vit().double()
     view = observe(model, photos[:3].double(), defenses=FROZEN).gradient()
     anatomy, generator = Anatomy.of(view.model), torch.Generator().manual_seed(0)
     wanted = torch.full((anatomy.patches,), 3)
-    search = Search(view, anatomy, None, None, wanted, True, math.inf, generator)
+    search = Search(view, anatomy, None, None, wanted, True, Budget(), generator)
     while len(search.found) - len(search._taken) <= 16:
         assert search.run(rounds=1) == ""
     fresh, taken = len(search.found), len(search._taken)
 
     def late(self, *tokens, parts=TokenGradients.parts):
-        search.deadline = 0
+        search.budget = Budget.of(0)
         return parts(self, *tokens)
 
     monkeypatch.setattr(TokenGradients, "parts", late)
-    assert search.run(rounds=1) == "time"
+    assert search.run(rounds=1) == "budget"
     assert len(search._taken) == taken + 16 < fresh == len(search.found)
 
 

@@ -1,11 +1,11 @@
 """The ladder: the right rung, a reason from every other, and a choice without the truth."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
+from vitguard.attacks._budget import charge
 from vitguard.attacks._check import mismatch
 from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.position import PositionInversion
@@ -77,7 +77,7 @@ def test_the_space_that_span_leaves_is_handed_on_and_holds_the_truth(small_vit, 
 @pytest.mark.parametrize("defense", ["noise", "shuffle:ratio=0.3,mask=uniform"])
 def test_no_space_is_handed_on_where_it_is_not_exact(small_vit, observe, photos, defense):
     view = observe(small_vit(), photos[:2], defenses=f"{FROZEN}+{defense}")
-    guess = run(Ladder(seconds=8), view)
+    guess = run(Ladder(seconds=2), view)
     assert "span" in guess.details["rungs"] and guess.space is None
 
 
@@ -149,13 +149,16 @@ def test_an_interrupt_returns_the_rungs_so_far(small_vit, observe, photos, monke
     assert any("interrupted" in rung for rung in guess.details["unfinished"])
 
 
-def test_rungs_that_the_time_did_not_reach_never_count_as_resistance(
+def test_rungs_that_the_budget_did_not_reach_never_count_as_resistance(
     small_vit, photos, monkeypatch
 ):
-    from vitguard.attacks import ladder
+    run = SpanInversion.run
 
-    calls = itertools.count()
-    monkeypatch.setattr(ladder.time, "monotonic", lambda: next(calls))  # a second with every look
+    def slow(*arguments):
+        charge(products=1e12)
+        return run(*arguments)
+
+    monkeypatch.setattr(SpanInversion, "run", slow)
     stack = f"{FROZEN}+shuffle:ratio=0.9,mask=uniform"
     labels = torch.arange(1)
     hurried = audit(small_vit(), (photos[:1], labels), defenses=stack, attacks=[Ladder(seconds=5)])

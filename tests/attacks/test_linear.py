@@ -41,7 +41,9 @@ def test_wide_systems_return_on_several_threads() -> None:
         "x = solve_positive(a, torch.ones(10, 150))\n"
         "assert (a @ x[..., None] - 1).abs().max() < 1e-3\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=600
+    )  # where it hangs, for ever
 
 
 def test_conjugate_gradients_agree() -> None:

@@ -1,13 +1,12 @@
 """Polish: nearly right images become exact, and nothing is rounded that does not explain more."""
 
-import math
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from vitguard.attacks._block_equations import BlockEquations, Preconditioner
+from vitguard.attacks._budget import ENDLESS, Budget
 from vitguard.attacks._check import mismatch
 from vitguard.attacks._linear import WholeUpdate, least_squares
 from vitguard.attacks.ladder import Ladder
@@ -97,10 +96,11 @@ def test_says_what_it_cannot_test(view, photo, photos, small_vit, observe):
     assert "not tried" in polish(two, guess, seeded()).details["polish"]
 
 
-def test_no_time_changes_nothing(view, photo):
+def test_a_spent_budget_changes_nothing_and_is_said(view, photo):
     guess = near(view, photo, 0.4)
-    made = polish(view, guess, seeded(), time.monotonic() - 1)
+    made = polish(view, guess, seeded(), Budget.of(0))
     torch.testing.assert_close(made.images, guess.images)
+    assert made.details["unfinished"] == ["polish"]
 
 
 def test_the_ladder_polishes_last_and_says_so(small_vit, observe, photo, view):
@@ -173,7 +173,7 @@ def test_the_preconditioner_is_adjoint_and_narrows_the_spectrum(exact, spread):
 def test_least_squares_against_a_dense_solver():
     matrix = torch.randn(30, 8, generator=seeded()).double()
     right = torch.randn(30, generator=seeded()).double()
-    how = {"iterations": 50, "deadline": math.inf, "enough": 1e-12}
+    how = {"iterations": 50, "enough": 1e-12}
     made = least_squares(lambda u: matrix @ u, lambda r: matrix.T @ r, right, **how)
     torch.testing.assert_close(made, torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0])
 
@@ -207,6 +207,6 @@ def test_the_whole_update_gives_patches_back(exact, photo, monkeypatch, sketched
     update = WholeUpdate.at(view, wrong, LABEL, free)
     if not sketched:
         monkeypatch.setattr(WholeUpdate, "_root", lambda *_: None)
-    step = update.step(math.inf, seeded(), iterations=15)
+    step = update.step(ENDLESS, seeded(), iterations=15)
     left = (wrong[free] + step - patches[free]).norm() / (wrong[free] - patches[free]).norm()
     assert float(left) < (0.02 if sketched else 0.95)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._budget import charge, charge_update
 from vitguard.attacks._groups import Draws
 from vitguard.attacks._linear import solve_positive
 from vitguard.attacks._mlp import Norm
@@ -53,10 +54,12 @@ class Attention:
             raise NotApplicable("query, key and value are not of the token's width")
         norm = Norm.of(view, block.norm1)
         inputs, output = _probe(view, block)
+        charge_update(view, times=0.3, images=1)
         project = view.weight(f"{block.proj}.weight")
         shift = view.bias(block.proj)
         for heads in (h for h in range(1, 65) if anatomy.width % h == 0):
             attention = Attention(norm, weight, bias, heads)
+            charge(products=8.0 * len(inputs) * anatomy.width**2, calls=16)
             query, key, value = attention._split(inputs @ weight.T + bias)
             made = attention.attend(query, key, value) @ project.T + shift
             if torch.allclose(made, output, atol=1e-4 * float(output.abs().max())):
@@ -95,6 +98,9 @@ class Attention:
     def draws(self, tokens: Float[Tensor, "tokens width"], prefix: Tensor, patches: int) -> Draws:
         """Return what embedded tokens would draw from each other, on the CPU."""
         query, key, value = self.maps(torch.cat([prefix, tokens]))
+        count, width = len(tokens) + len(prefix), tokens.shape[1]
+        charge(products=count * width * (6.0 * width + 2.0 * count), calls=20)
+        charge(elements=self.heads * count * count)
         scores = self._scores(query[:, len(prefix) :], key)
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         return Draws(weights.cpu().float(), value.cpu().float(), patches)
@@ -115,6 +121,9 @@ class Attention:
         about 1e-4 when the image is complete, 0.1 and more when it is not.
         """
         query, key, value = self.maps(torch.cat([prefix, tokens]))
+        count, width = len(tokens) + len(prefix), tokens.shape[1]
+        charge(products=count * width * (6.0 * width + 2.0 * count), calls=20)
+        charge(elements=self.heads * count * count)
         scores = self._scores(query[:, len(prefix) + seed][:, None], key)[:, 0]
         weights = (scores - scores.amax(1, keepdim=True)).exp()
         output = attended[seed].reshape(self.heads, -1)
@@ -123,6 +132,8 @@ class Attention:
         scale = own.norm(dim=1).max()
         one = torch.nn.functional.one_hot(position, patches).to(tokens)
         matrix = torch.cat([own / scale, one], 1).T
+        count, width = len(tokens), tokens.shape[1]
+        charge(products=6.0 * count * width**2, svd=matrix.numel() * min(matrix.shape), calls=40)
         right = torch.cat([-fixed / scale, torch.ones_like(one[0])])
         y = torch.linalg.lstsq(matrix, right[:, None], driver="gelsd").solution[:, 0]
         member = y > 0.5
@@ -164,7 +175,11 @@ class Attention:
 
         error, state = miss(x)
         prior = float(error.square().sum()) / x.numel() / spread**2
+        rows, width = attended.numel(), embed.shape[0]
+        steps = 2.0 * rows * x.numel() ** 2 + 2.0 * x.numel() ** 3
+        maps = 8.0 * width * width * (shape[0] * shape[1] + 3 * shape[0])
         for _ in range(iterations):
+            charge(products=steps + maps, elements=0.6 * rows * x.numel(), calls=120)
             jacobian = self._jacobian(embed, query, *state)
             normal = jacobian.T @ jacobian
             right = jacobian.T @ error + prior * (x - centre)

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitguard.attacks._attention import Attention
+from vitguard.attacks._budget import charge
 from vitguard.attacks._family import projection
 from vitguard.attacks._mlp import Norm
 from vitguard.attacks._spans import (
@@ -73,6 +74,8 @@ class Span:
 
     def doubt(self, stream: Float[Tensor, "tokens width"]) -> Float[Tensor, " tokens"]:
         """Return sigma |Delta_t^+| of every token."""
+        count, width = stream.shape
+        charge(svd=(width + len(self.rows)) * count**2, products=2.0 * self.rows.numel() * count)
         delta = torch.linalg.pinv(self.inputs(stream).T) @ self.rows.T
         return self.noise * torch.linalg.pinv(delta).norm(dim=0)
 
@@ -138,6 +141,13 @@ class BlockEquations:
         attended = self.attention.attend(*self.attention.maps(z))
         return z, z + attended @ self.project.T + self.project_bias
 
+    def charge(self, times: float) -> None:
+        """Count `times` the work of `misfits`."""
+        tokens, width = self.offset.shape[0] + len(self.prefix), self.offset.shape[1]
+        outside = self.early.outside.numel() + self.late.outside.numel()
+        each = 2.0 * tokens * (outside + 5 * width * width + 2 * tokens * width)
+        charge(products=times * each, elements=times * tokens * width, calls=40 * times)
+
     def misfits(self, c: Float[Tensor, "patches r"], weights: Weights) -> Tensor:
         """Return what is outside the spans, (patches, equations), each divided by its doubt."""
         own = len(self.prefix)
@@ -182,6 +192,8 @@ class Preconditioner:
     def of(equations: BlockEquations, c: Tensor, weights: Weights) -> Preconditioner:
         """Build it at `c`."""
         own, into = len(equations.prefix), equations.into
+        unknowns, folded = into.shape[1], equations.early.outside.numel()
+        charge(products=24.0 * unknowns**3 + 8.0 * folded * len(into))
         z, h = (stream[own:] for stream in equations.streams(c))
         plain = 1 / z.std(1, unbiased=False)
         early, late = plain * weights[0], weights[1] / h.std(1, unbiased=False)
@@ -218,6 +230,7 @@ class Preconditioner:
 
     def _solve(self, u: Tensor, *, transpose: bool) -> Tensor:
         inside = self.pair.T @ u
+        charge(products=2.0 * len(u) * u.shape[1] ** 2 + 8.0 * u.shape[1] ** 2, calls=8)
         alone = _triangular(self.plain, u - self.pair @ inside, transpose)
         joint = _triangular(self.coupled, inside.reshape(1, -1), transpose)
         return alone + self.pair @ joint.reshape(inside.shape)

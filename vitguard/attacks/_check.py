@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from vitguard.attacks._budget import charge_update
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable, VitguardError, expected
 from vitguard.vit import Anatomy
@@ -15,6 +16,7 @@ from vitguard.vit import Anatomy
 __all__ = ["check_seconds", "mismatch", "require_finite", "surprise"]
 
 _FINEST = 1e-16  # squared relative misfit below which rounding decides
+_PIECE = 1 << 17  # numbers in float64 at once: what stays in a core's cache takes half the time
 
 
 def mismatch(view: View, guess: Guess) -> float | None:
@@ -30,9 +32,7 @@ def mismatch(view: View, guess: Guess) -> float | None:
     for name, made, seen in _simulated(view, guess):
         if anatomy.role(name) == "norm" or not bool(seen.any()):
             continue
-        made = made if bool(seen.all()) else made * (seen != 0)
-        gap = _unit(made) - _unit(seen)  # |gap|^2 = 2 (1 - cosine), to full precision
-        total += min(float(torch.nan_to_num(gap.square().sum(), nan=2.0)), 4.0)
+        total += min(_gap(made, seen), 4.0)
         count += 1
     return (total / count) ** 0.5 if count else None
 
@@ -59,8 +59,26 @@ def surprise(view: View, guess: Guess) -> float | None:
     return sum(part.count * math.log(part.misfit(scale)) for part in parts)
 
 
-def _unit(tensor: Tensor) -> Tensor:
-    return tensor / tensor.norm().clamp_min(1e-300)
+def _pieces(made: Tensor, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield both in float64, in pieces on a CPU; entries of `made` that were pruned are zero."""
+    size = _PIECE if seen.device.type == "cpu" else max(len(seen), 1)
+    whole = bool(seen.all())
+    for one, other in zip(made.split(size), seen.split(size), strict=True):
+        one, other = one.double(), other.double()
+        yield one if whole else one * (other != 0), other
+
+
+def _sum(values: Iterable[Tensor]) -> float:
+    return float(torch.stack(list(values)).sum())
+
+
+def _gap(made: Tensor, seen: Tensor) -> float:
+    """Return |made / |made| - seen / |seen||^2 = 2 (1 - cosine), to full precision; 2 for NaN."""
+    sizes = [torch.stack([m @ m, s @ s]) for m, s in _pieces(made, seen)]
+    one, other = (float(size) ** 0.5 for size in torch.stack(sizes).sum(0))
+    one, other = 1 / max(one, 1e-300), 1 / max(other, 1e-300)
+    gap = _sum((one * m).sub_(other * s).square_().sum() for m, s in _pieces(made, seen))
+    return 2.0 if math.isnan(gap) else gap
 
 
 class _Part:
@@ -73,15 +91,13 @@ class _Part:
     @staticmethod
     def of(made: Tensor, seen: Tensor) -> _Part:
         kept, excess = seen != 0, 0.0
-        share = float(kept.double().mean())
+        share = float(kept.sum()) / max(kept.numel(), 1)
         if 0 < share < 0.7:
-            over = made[~kept].abs() - seen[kept].abs().min()
+            over = made[~kept].double().abs() - seen[kept].double().abs().min()
             excess = float(over.clamp_min(0).square().sum())
-        if share < 1:
-            made = made * kept
-        return _Part(
-            float(made @ made), float(made @ seen), float(seen @ seen), excess, seen.numel()
-        )
+        sums = [torch.stack([m @ m, m @ s, s @ s]) for m, s in _pieces(made, seen)]
+        own, across, power = torch.stack(sums).sum(0).tolist()
+        return _Part(own, across, power, excess, seen.numel())
 
     def misfit(self, scale: float) -> float:
         """|c g' - g|^2, never below rounding."""
@@ -90,7 +106,7 @@ class _Part:
 
 
 def _simulated(view: View, guess: Guess) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (name, made, seen) flat and in float64; nothing where it cannot be simulated."""
+    """Yield (name, made, seen), flat and on one device; nothing where it cannot be simulated."""
     batch, labels = view.update.batch_size, guess.labels
     if labels is None or len(labels) != batch or len(guess.images) != batch:
         return
@@ -100,14 +116,15 @@ def _simulated(view: View, guess: Guess) -> Iterator[tuple[str, Tensor, Tensor]]
         seen = view.gradient(steps=True).update
         parameter = next(view.model.parameters())
         images = view.normalization.apply(guess.images.to(parameter))
+        charge_update(view)
         made = view.simulate(images, labels.to(parameter.device), None)
         made = made.as_gradient(view.model, steps=True)
     except VitguardError:
         return
     for name, tensor in seen.tensors.items():
         if name in made.tensors:
-            truth = tensor.detach().double().flatten()
-            yield name, made.tensors[name].detach().double().flatten().to(truth), truth
+            truth = tensor.detach().flatten()
+            yield name, made.tensors[name].detach().flatten().to(truth.device), truth
 
 
 def require_finite(view: View) -> None:
@@ -120,6 +137,6 @@ def require_finite(view: View) -> None:
 
 
 def check_seconds(seconds: float) -> None:
-    """Raise InputError unless a time budget is above 0."""
+    """Raise InputError unless a budget is above 0."""
     if not seconds > 0:
         raise expected("seconds above 0", seconds)

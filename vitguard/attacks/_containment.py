@@ -11,7 +11,6 @@ orthogonal to every right singular vector that only shows E. Two steps (docs/met
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._budget import ENDLESS, Budget, charge
 from vitguard.attacks._linear import conjugate_gradients
 from vitguard.attacks._mlp import Norm
 from vitguard.attacks._natural import NaturalImages
@@ -52,6 +52,7 @@ class _Rows:
     @staticmethod
     def of(matrix: Tensor, tokens: int) -> _Rows:
         rows = torch.linalg.qr(matrix, mode="r").R if len(matrix) > matrix.shape[1] else matrix
+        charge(qr=matrix.numel() * min(matrix.shape), svd=rows.numel() * rows.shape[1])
         _, values, vectors = torch.linalg.svd(rows, full_matrices=True)
         values = torch.cat([values, values.new_zeros(len(vectors) - len(values))])
         rest = (len(matrix) - tokens) * (matrix.shape[1] - tokens)
@@ -80,7 +81,7 @@ class Containment:
     Args:
         view, anatomy: What is attacked; the update summed over local steps.
         even: Whether rows count as they are (added noise) or each at unit size (rounding).
-        deadline: `time.monotonic()` after which estimates are rough.
+        budget: Once it is spent estimates are rough.
 
     Raises:
         NotApplicable: The first norm is no LayerNorm.
@@ -88,9 +89,9 @@ class Containment:
     """
 
     def __init__(
-        self, view: View, anatomy: Anatomy, *, even: bool, deadline: float = math.inf
+        self, view: View, anatomy: Anatomy, *, even: bool, budget: Budget = ENDLESS
     ) -> None:
-        self.deadline = deadline
+        self.budget = budget
         self.anatomy, self.prior = anatomy, NaturalImages.of(view, anatomy)
         self.embedding = Embedding.of(view, anatomy)
         self.norm = Norm.of(view, anatomy.blocks[0].norm1)
@@ -127,6 +128,7 @@ class Containment:
         """Return C with v^T [LN(z); 1] s = C (x, s) - t and, for every token, t."""
         inner = vectors[: self.anatomy.width].T
         last = vectors[self.anatomy.width] if self.augmented else 0.0
+        charge(products=4.0 * inner.numel() * self.embedding.weight.shape[1], calls=12)
         weighted = inner * self.norm.scale
         weighted = weighted - weighted.mean(1, keepdim=True)
         onto = torch.cat(
@@ -148,6 +150,7 @@ class Containment:
         """Minimise the weighted equations plus prior over x and s, s kept near `deviation`."""
         onto, target = self._coordinates(self.inputs.vectors)
         trust = self.inputs.trust(softness)
+        charge(products=2.0 * onto.numel() * (onto.shape[1] + len(weight)))
         normal = (onto * trust[:, None]).T @ (onto * trust[:, None])
         right = weight[:, None] * ((target * trust.square()) @ onto)
         pull = 1 / (_LOOSE * deviation.square())
@@ -173,6 +176,8 @@ class Containment:
         delta = delta[known:] / deviation[:, None]
         noise = hold * self.inputs.noise
         terms = [(delta @ delta.T / noise, onto.T @ onto)]
+        charge(products=2.0 * rest.shape[1] * self.inputs.matrix.numel())
+        charge(products=2.0 * onto.numel() * (onto.shape[1] + len(delta)))
         right = delta @ (self.inputs.matrix @ rest) @ onto / noise
         if self.pixels is not None:
             rest, delta = _residual(patches, self.pixels)
@@ -191,30 +196,39 @@ class Containment:
         even = (normal.diagonal() + 1e-6 * normal.diagonal().mean()).rsqrt()
         strength, side = torch.linalg.eigh(normal * even * even[:, None])
         size, basis = torch.linalg.eigh(tokens)
+        count, pixels = right.shape
+        across = 2.0 * count * pixels * (count + pixels)  # a product from both sides
+        charge(qr=2 * (count**3 + pixels**3))
         floor = self.prior.stiffness * even[:-1].square().mean()
         spectrum = size.clamp_min(0)[:, None] * strength.clamp_min(0) + floor
 
         def operator(y: Tensor) -> Tensor:
+            charge(products=across * len(terms), elements=0.3 * y.numel(), calls=4 + 3 * len(terms))
             out = sum((k @ y @ n for k, n in terms), torch.zeros_like(y))
             out[:, :-1] += self.prior.precision(y[:, :-1])
             out[:, -1] += pull * y[:, -1]
             return out
 
         def precondition(r: Tensor) -> Tensor:
+            charge(products=2 * across, elements=0.3 * right.numel(), calls=8)
             return (basis @ ((basis.T @ (r * even) @ side) / spectrum) @ side.T) * even
 
-        return conjugate_gradients(operator, right, precondition, deadline=self.deadline)
+        return conjugate_gradients(operator, right, precondition, budget=self.budget)
 
 
 def _reliability(tokens: Tensor, rows: _Rows) -> Tensor:
     """Return the variance of each token's equations: noise |(Delta^T)^+|^2."""
     _, delta = _residual(tokens, rows)
+    charge(svd=delta.numel() * min(delta.shape))
     inverse = torch.linalg.pinv(delta, rtol=1e-9)
     return (rows.noise * inverse.square().sum(0)).clamp_min(1e-300)
 
 
 def _residual(tokens: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
     """Return a basis of what is orthogonal to the tokens, and the Delta that fits M best."""
+    width = tokens.shape[1]
+    charge(svd=tokens.numel() * len(tokens), qr=width**2 * len(tokens))
+    charge(products=2.0 * rows.matrix.numel() * len(tokens))
     full = torch.linalg.qr(tokens.T, mode="complete")
     rank = min(tokens.shape)
     delta = torch.linalg.pinv(tokens.T) @ rows.matrix.T

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._budget import charge
 from vitguard.attacks._mlp import Norm, thin_basis
 from vitguard.attacks._spans import Embedding, Rows, block_rows, complement, layer_rows, patch_basis
 from vitguard.core import View
@@ -100,6 +101,7 @@ class Solver:
     def family(self, k: int) -> Family:
         """Leave the k weakest directions free and solve for the rest."""
         kept = len(self.values) - k
+        charge(products=6.0 * self.right_side.shape[0] * self.left.numel(), calls=12)
         inverse = self.right_side @ self.left[:, :kept] / self.values[:kept]
         scaled = -inverse @ self.right[:kept]
         explained = (inverse * self.values[:kept]) @ self.left[:, :kept].T
@@ -124,6 +126,8 @@ class Solver:
         left, values, _ = torch.linalg.svd(moves, full_matrices=False)
         left = left[:, values > 1e-9 * values[0]]
         outside = first - (first @ left) @ left.T
+        pairs = len(first) ** 2 // 2
+        charge(svd=moves.numel() * moves.shape[1], elements=0.5 * pairs * first.shape[1])
         row, column = torch.triu_indices(len(first), len(first), 1, device=first.device)
         gap = (outside[row] - outside[column]).norm(dim=1)
         return float(gap.min() / size) if len(gap) else 1.0
@@ -229,6 +233,7 @@ class Frame:
         offset = offset if left is None else self.offset[left > 0]
         offsets = torch.cat([offset, self.embedding.prefix])
         rows = offsets - offsets.mean(1, keepdim=True)
+        charge(qr=2 * self.into.numel() * self.into.shape[1], svd=0.4 * rows.numel() * len(rows))
         moves = torch.linalg.qr(self.into - self.into.mean(0)).Q
         rest = rows - (rows @ moves) @ moves.T
         size = torch.linalg.matrix_norm(rows, 2).clamp_min(1e-300)
@@ -252,6 +257,7 @@ def _equations(
 ) -> tuple[Tensor, Tensor]:
     """Matrix over (c, d, s, s1) and right-hand sides of one layer's span equations."""
     outside = complement(rows.matrix, min(tokens, *rows.matrix.shape))
+    charge(products=2.0 * outside.numel() * (stream.shape[1] + len(offset)))
     inner = outside[:-1] if rows.augmented else outside
     scale = inner.T @ norm.shift + (outside[-1] if rows.augmented else 0.0)
     columns = torch.zeros_like(scale)[:, None].repeat(1, 2)
@@ -276,6 +282,9 @@ def _factorise(
         matrix = matrix[:, :-1]
     columns = matrix.norm(dim=0)
     columns = columns.clamp_min(1e-9 * columns.max())
+    small = min(matrix.shape)
+    charge(qr=2 * matrix.numel() * small, svd=small * matrix.shape[1] ** 2)
+    charge(products=2.0 * matrix.numel() * small)
     tall, small = torch.linalg.qr(matrix / columns)
     left, values, right = torch.linalg.svd(small)
     values = torch.cat([values, values.new_zeros(len(right) - len(values))])

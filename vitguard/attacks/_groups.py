@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from vitguard.attacks._budget import charge
+
 __all__ = ["Draws", "group_tokens"]
 
 _ROUNDS = 15
@@ -124,7 +126,12 @@ class _Tokens:
         return best
 
     def _misfit(self, groups: Tensor, count: int) -> Float[Tensor, "tokens groups"]:
-        columns = []
+        columns, (tokens, width) = [], self.attended.shape
+        pairs = 0 if self.draws is None else self.draws.weights.numel()
+        passes = 0.3 * pairs + tokens * width
+        products = 2.0 * tokens * width * tokens if pairs else 0.0
+        charge(products=count * products, elements=count * passes, share=0.5)
+        charge(calls=15 * count + 6 * len(self.rivals))  # and the assignment that follows
         for index in range(count):
             group = groups == index
             rest = self.attended if self.draws is None else self.attended - self.draws.of(group)

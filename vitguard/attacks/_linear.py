@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._budget import ENDLESS, Budget, charge, charge_update, worked
 from vitguard.core import View
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy
@@ -41,7 +40,7 @@ def conjugate_gradients(
     *,
     iterations: int = 150,
     tolerance: float = 1e-7,
-    deadline: float = math.inf,
+    budget: Budget = ENDLESS,
 ) -> Tensor:
     """Solve operator(x) = right for a symmetric operator without negative directions.
 
@@ -49,8 +48,8 @@ def conjugate_gradients(
 
     Args:
         tolerance: Relative norm of the (preconditioned) residual at which to stop.
-        deadline: `time.monotonic()` after which the first iteration is the last: nearer than
-            nothing, and no step of a wide model takes half a minute of a budget of seconds.
+        budget: Once it is spent the first iteration is the last: nearer than nothing, and no step
+            of a wide model takes half a minute of a budget of seconds.
     """
     x, r = torch.zeros_like(right), right.clone()
     z = precondition(r)
@@ -65,7 +64,8 @@ def conjugate_gradients(
         z = precondition(r)
         new = (r * z).sum()
         p, power = z + (new / power) * p, new
-        if time.monotonic() > deadline:
+        charge(elements=0.5 * right.numel(), calls=12)
+        if budget.over:
             break
     return x
 
@@ -76,7 +76,7 @@ def least_squares(
     rest: Tensor,
     *,
     iterations: int,
-    deadline: float,
+    budget: Budget = ENDLESS,
     enough: float = 1e-5,
 ) -> Tensor:
     """Return u that minimises |forth(u) - rest|: conjugate gradients on the normal equations.
@@ -89,7 +89,7 @@ def least_squares(
     power = first = slope.square().sum()
     along, u = slope, torch.zeros_like(slope)
     for _ in range(iterations):
-        if time.monotonic() > deadline or not float(power) > enough**2 * float(first):
+        if budget.over or not float(power) > enough**2 * float(first):
             break
         image = forth(along)
         length = power / image.square().sum()
@@ -97,6 +97,7 @@ def least_squares(
         slope = back(rest)
         power, before = slope.square().sum(), power
         along = slope + power / before * along
+        charge(elements=0.5 * (u.numel() + rest.numel()), calls=10)
     return u
 
 
@@ -105,6 +106,7 @@ class WholeUpdate:
     """All tensors of the update, each at unit size, as a linear map of some patches at an image.
 
     Args:
+        view: What is attacked.
         inputs: The image in model-input units with a graph, shape (1, channels, height, width).
         made: The update it would make, with a graph.
         rest: What is seen minus what it would make, one vector.
@@ -112,6 +114,7 @@ class WholeUpdate:
         free: Indices of the patches that may move.
     """
 
+    view: View
     anatomy: Anatomy
     inputs: Tensor
     made: list[Tensor]
@@ -135,7 +138,8 @@ class WholeUpdate:
             (s * (t - m.detach())).flatten() for s, t, m in zip(scales, seen, made, strict=True)
         ]
         where = torch.nonzero(free)[:, 0]
-        return WholeUpdate(anatomy, inputs, made, torch.cat(rest), scales, where)
+        charge_update(view, times=2.0)
+        return WholeUpdate(view, anatomy, inputs, made, torch.cat(rest), scales, where)
 
     def __post_init__(self) -> None:
         self._blank = [torch.zeros_like(m, requires_grad=True) for m in self.made]
@@ -147,6 +151,7 @@ class WholeUpdate:
         """Return J v."""
         across = v.new_zeros(1, self.anatomy.patches, self.anatomy.patch_pixels)
         across[0, self.free] = v
+        charge_update(self.view, times=1.5)
         moved = torch.autograd.grad(
             self._slope, self._blank, self.anatomy.unpatchify(across), retain_graph=True
         )
@@ -154,20 +159,20 @@ class WholeUpdate:
 
     def back(self, u: Tensor) -> Float[Tensor, "free pixels"]:
         """Return J^T u."""
+        charge_update(self.view, times=1.5)
         parts = u.split([m.numel() for m in self.made])
         weights = [s * p.view_as(m) for s, p, m in zip(self.scales, parts, self.made, strict=True)]
         slope = torch.autograd.grad(self.made, self.inputs, weights, retain_graph=True)[0]
         return self.anatomy.patchify(slope)[0, self.free]
 
-    def step(self, deadline: float, generator: torch.Generator, iterations: int = 300) -> Tensor:
+    def step(self, budget: Budget, generator: torch.Generator, iterations: int = 300) -> Tensor:
         """Return the change of the free patches that explains the rest, in float64.
 
-        Where a column of J for each unknown can be had in 0.7 of the time, the QR factor of a
+        Where a column of J for each unknown can be had in 0.7 of the budget, the QR factor of a
         sketch of its rows preconditions (Rokhlin and Tygert 2008), and few iterations are enough.
         """
         size = (len(self.free), self.anatomy.patch_pixels)
-        ready = time.monotonic() + 0.7 * (deadline - time.monotonic())
-        root = self._root(size, ready, generator)
+        root = self._root(size, budget.part(0.7), generator)
         shape = (-1,) if root is not None else size
 
         def up(u: Tensor) -> Tensor:
@@ -182,14 +187,14 @@ class WholeUpdate:
 
         u = least_squares(
             lambda u: self.forth(up(u)), lambda r: down(self.back(r)), self.rest,
-            iterations=iterations, deadline=deadline,
+            iterations=iterations, budget=budget,
         )  # fmt: skip
         return up(u.reshape(shape)).double()
 
     def _root(
-        self, size: tuple[int, int], deadline: float, generator: torch.Generator
+        self, size: tuple[int, int], budget: Budget, generator: torch.Generator
     ) -> Tensor | None:
-        """Return R of J = Q R from a random part of the rows; None where that takes too long."""
+        """Return R of J = Q R from a random part of the rows; None where that takes too much."""
         unknowns = size[0] * size[1]
         kept = [
             torch.randint(
@@ -202,14 +207,15 @@ class WholeUpdate:
         rows = torch.cat([k + s for k, s in zip(kept, starts, strict=False)]).to(self.rest.device)
         gain = torch.cat([torch.full((len(k),), g) for k, g in zip(kept, gains, strict=True)])
         gain, columns = gain.to(self.rest), []
-        started = time.monotonic()
+        before = worked()
         for index in range(unknowns):
             v = self.rest.new_zeros(unknowns)
             v[index] = 1
             columns.append(gain * self.forth(v.view(size))[rows])
-            spent = time.monotonic() - started
-            if time.monotonic() + spent / (index + 1) * (unknowns - index - 1) > deadline:
+            each = 1e-9 * (worked() - before) / (index + 1)
+            if each * (unknowns - index - 1) > budget.left:
                 return None
+        charge(qr=len(columns[0]) * unknowns**2)
         factor = torch.linalg.qr(torch.stack(columns, 1).double(), mode="r").R
         lift = 1e-7 * factor.diagonal().abs().amax()
         factor = factor + lift * torch.eye(unknowns).to(factor)

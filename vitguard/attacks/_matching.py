@@ -49,7 +49,8 @@ class MatchingAttack(Attack):
             Unlike `seconds` it gives the same result on every machine.
         derivative: `exact` (double backward), `difference` (two passes at neighbouring weights, see
             `_slope`), or `auto`: the difference for Adam where the update is a plain gradient.
-        seconds: Time budget; the best so far is returned when it is spent. With one, the result
+        seconds: Budget of this thread's processor time; the best so far is returned when it is
+            spent. With one, the result
             depends on the machine's speed.
         resume: File to keep the run in: a killed run continues from it to the same end.
         start: Guess of another attack to start from, for example the ladder's.

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitguard.attacks._budget import charge, charge_update
 from vitguard.attacks._spans import layer_rows
 from vitguard.core import View
 from vitguard.errors import NotApplicable
@@ -89,6 +90,7 @@ def activation_of(view: View, block: Block) -> Activation:
     finally:
         for hook in hooks:
             hook.remove()
+    charge_update(view, times=0.3, images=1)
     before, after = seen["before"].double(), seen["after"].double()
     for known in _KNOWN:
         # The kinds of GELU differ by 1e-4 and more, float32 rounding by 1e-6.
@@ -131,6 +133,8 @@ def thin_basis(
     """Return a basis of the `rank` strongest row directions, and all singular values."""
     if not bool(matrix.isfinite().all()):
         raise NotApplicable("the update is not finite")
+    small = min(matrix.shape)
+    charge(qr=2 * matrix.numel() * small, svd=small**3)
     if matrix.shape[1] > matrix.shape[0]:  # a QR first makes the SVD a small one
         outer, inner = torch.linalg.qr(matrix.T)
         left, values, _ = torch.linalg.svd(inner)
@@ -200,6 +204,7 @@ class Mlp:
             return self
         rows = torch.randperm(hidden, generator=generator)[:units].sort().values
         rows = rows.to(self.weight.device)
+        charge(qr=2 * units * self.span.shape[1] ** 2)
         span = torch.cat([self.span[rows], self.span[-1:]])
         return replace(
             self, weight=self.weight[rows], bias=self.bias[rows], span=torch.linalg.qr(span)[0]

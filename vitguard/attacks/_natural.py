@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._budget import charge
 from vitguard.core import Normalization, View
 from vitguard.vit import Anatomy
 
@@ -70,6 +71,8 @@ class NaturalImages:
     def precision(self, patches: Float[Tensor, "patches pixels"]) -> Tensor:
         """Return the inverse covariance applied to patches (differences from the mean)."""
         image = self.anatomy.unpatchify(patches)
+        edges = sum(image.shape[-2:])
+        charge(products=4.0 * image.numel() * edges, elements=0.5 * image.numel(), calls=14)
         waves = self.down @ torch.linalg.solve(self.mixing, image.flatten(1)).view_as(image)
         waves = (waves @ self.across.T) / self.spread.square()
         image = self.down.T @ waves @ self.across

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._budget import ENDLESS, Budget, charge
 from vitguard.attacks._family import Family, Solver
 from vitguard.attacks._linear import solve_positive
 from vitguard.attacks._mlp import Mlp
@@ -78,6 +79,8 @@ class Problem:
     def of(mlp: Mlp, solver: Solver, family: Family, dtype: torch.dtype = torch.float64) -> Problem:
         """Push the family through the norm's scale and fc1 once for all starts."""
         index = solver.scale_index
+        moved = family.directions.shape[1] + len(family.origin)
+        charge(products=2.0 * mlp.weight.numel() * moved)
         centre = solver.stream - solver.stream.mean(0)
         offset = solver.offset - solver.offset.mean(1, keepdim=True)
         origin = family.origin[:, :index] @ centre.T + offset
@@ -102,8 +105,12 @@ class Problem:
         *,
         iterations: int = 30,
         pull: Pull | None = None,
+        budget: Budget = ENDLESS,
     ) -> Solutions:
-        """Run damped Gauss-Newton steps from every start at its position, in chunks."""
+        """Run damped Gauss-Newton steps from every start at its position, in chunks.
+
+        Once the budget is spent they stay where they are.
+        """
         hidden, k = self.hidden.shape
         chunk = max(1, int(5e6 / (hidden * max(k, 1))))
         if pull is None:
@@ -112,10 +119,12 @@ class Problem:
             )
         whole = (positions, start, pull.target.to(start), pull.strength.to(start))
         pieces = zip(*(t.split(chunk) for t in whole), strict=True)
-        parts = [self._solve(p, v, Pull(d, w), iterations) for p, v, d, w in pieces]
+        parts = [self._solve(p, v, Pull(d, w), iterations, budget) for p, v, d, w in pieces]
         return Solutions(torch.cat([p.v for p in parts]), torch.cat([p.residual for p in parts]))
 
-    def _solve(self, positions: Tensor, v: Tensor, pull: Pull, iterations: int) -> Solutions:
+    def _solve(
+        self, positions: Tensor, v: Tensor, pull: Pull, iterations: int, budget: Budget
+    ) -> Solutions:
         v, residual = v.clone(), v.new_full((len(v),), torch.inf)
         alive = torch.arange(len(v), device=v.device)
         state = self._evaluate(positions, v, pull.target)
@@ -123,8 +132,11 @@ class Problem:
         weight = pull.strength * state.cost.clamp(max=1e6) / state.apart.clamp_min(1e-12)
         mark = state.cost
         for step in range(iterations):
+            if budget.over:
+                break
             if step >= iterations - _RELEASED:
                 weight = torch.zeros_like(weight)
+            self._charge(len(alive))
             move = self._step(state, damping, weight)
             trial = self._evaluate(state.positions, state.v - move, state.target)
             better = trial.cost + weight * trial.apart < state.cost + weight * state.apart
@@ -141,6 +153,15 @@ class Problem:
                     break
         v[alive], residual[alive] = state.v, state.residual
         return Solutions(v, residual)
+
+    def _charge(self, starts: int) -> None:
+        """Count one step: slopes, the normal matrices and their solution, and the new misfits."""
+        (hidden, k), tokens = self.hidden.shape, self.mlp.span.shape[1]
+        each = 2.0 * hidden * k * tokens + hidden * k * k + 8.0 * hidden * k + 2.0 * tokens * k * k
+        each += 4.0 * hidden * tokens + 4.0 * self.stream.numel() + k**3
+        share = 1.0 if self.hidden.dtype == torch.float64 else 0.5
+        passes = hidden * (6.0 + 0.3 * k) + 2.0 * len(self.stream)
+        charge(products=starts * each, elements=starts * passes, calls=90, share=share)
 
     def _evaluate(self, positions: Tensor, v: Tensor, target: Tensor) -> _State:
         index, family = self.index, self.family

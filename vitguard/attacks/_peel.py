@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._budget import charge, charge_update
 from vitguard.core import Update, View
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy
@@ -39,8 +40,10 @@ def peel(
     inputs = image[None].to(parameter)
     best: tuple[float, int, Update] | None = None
     for label in _candidates(view, labels, 2 * batch):
+        charge_update(view, images=1)
         one = view.simulate(inputs, torch.tensor([label], device=inputs.device), None)
         rest = batch * view.read(head) - one.tensors[head].detach().double()
+        charge(svd=0.4 * rest.numel() * min(rest.shape))
         values = torch.linalg.svdvals(rest)
         ratio = float(values[batch - 1] / values[0]) if len(values) >= batch else 0.0
         if best is None or ratio < best[0]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitguard.attacks._budget import charge
 from vitguard.attacks._family import Family, Frame, Solver
 from vitguard.attacks._mlp import Mlp
 from vitguard.attacks._newton import Problem
@@ -69,6 +70,7 @@ class Remainder:
             )
         few = mlp.some(tokens + _UNITS[0] * k + _UNITS[1], generator)
         moved = solver.patch @ family.directions[: solver.patch.shape[1]]
+        charge(svd=moved.numel() * min(moved.shape))
         return Remainder(
             solver=solver,
             family=family,
@@ -91,6 +93,7 @@ class Remainder:
     def basis(self) -> Float[Tensor, "pixels directions"]:
         """Orthonormal directions in which the patches of the family move."""
         moved = self.solver.patch @ self.family.directions[: self.solver.patch.shape[1]]
+        charge(svd=moved.numel() * min(moved.shape))
         left, values, _ = torch.linalg.svd(moved, full_matrices=False)
         return left[:, values > 1e-6 * values[0]]
 

@@ -9,13 +9,13 @@ of a linear system; its noise level is read off the equations that no image can 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._budget import ENDLESS, Budget, charge
 from vitguard.attacks._linear import conjugate_gradients
 from vitguard.attacks._natural import NaturalImages
 from vitguard.attacks._spans import patch_gradient
@@ -30,12 +30,12 @@ _HOLDS = (10.0, 1.0, 100.0, 0.1, 1000.0)
 
 
 def position_estimates(
-    view: View, anatomy: Anatomy, deadline: float = math.inf
+    view: View, anatomy: Anatomy, budget: Budget = ENDLESS
 ) -> Iterator[tuple[dict[str, object], Float[Tensor, "patches pixels"]]]:
     """Yield (settings, patches X) that minimise |Y - G^T X|^2 / noise + prior(X), likeliest first.
 
     Args:
-        deadline: `time.monotonic()` after which they are rough.
+        budget: Once it is spent they are rough.
 
     Raises:
         Blocked: The gradient of positions or patches cannot be read.
@@ -50,11 +50,11 @@ def position_estimates(
     for hold in _HOLDS:
         for name, shape in forms.items():
             noise = hold * _noise_level(seen, target, shape) * shape
-            patches = _solve(seen, target, noise, prior, deadline=deadline)
+            patches = _solve(seen, target, noise, prior, budget=budget)
             spread = patches.T @ patches
             spread = torch.eye(len(spread)).to(spread) + spread
             spread = spread / spread.diagonal().mean()
-            both = _solve(seen, target, noise, prior, spread, deadline)
+            both = _solve(seen, target, noise, prior, spread, budget)
             yield {"rows": name, "hold": hold, "errors": "in patches and positions"}, both
             yield {"rows": name, "hold": hold, "errors": "in patches"}, patches
 
@@ -63,6 +63,7 @@ def _noise_level(seen: Tensor, target: Tensor, shape: Tensor) -> float:
     """Return the variance of Y - G^T X relative to `shape`, from the surplus of equations."""
     weight = shape.rsqrt()[:, None]
     system, right = weight * seen.T, weight * target
+    charge(svd=system.numel() * min(system.shape), products=4 * target.numel() * len(seen))
     left, values, _ = torch.linalg.svd(system, full_matrices=False)
     left = left[:, values > 1e-12 * values[0]]
     surplus = len(target) - left.shape[1]
@@ -78,7 +79,7 @@ def _solve(
     noise: Float[Tensor, " width"],
     prior: NaturalImages,
     spread: Float[Tensor, "pixels pixels"] | None = None,
-    deadline: float = math.inf,
+    budget: Budget = ENDLESS,
 ) -> Float[Tensor, "patches pixels"]:
     """Solve (G N^-1 G^T) dX S^-1 + prior dX = G N^-1 (Y - G^T mean) S^-1, X = mean + dX."""
     weighted = seen / noise
@@ -90,12 +91,21 @@ def _solve(
     strength, basis = torch.linalg.eigh(normal)
     size = strength.clamp_min(0)[:, None] / width + prior.stiffness
 
+    count, pixels = right.shape
+    across = 2.0 * count * pixels * (count + pixels)  # a product from both sides
+    charge(qr=2 * (count**3 + pixels**3), products=2 * len(noise) * count * (count + 2 * pixels))
+
+    def operator(x: Tensor) -> Tensor:
+        charge(products=across, calls=4)
+        return normal @ x @ inverse + prior.precision(x)
+
     def precondition(r: Tensor) -> Tensor:
+        charge(products=2 * across, calls=6)
         return basis @ ((basis.T @ r @ side) / size) @ side.T
 
     return prior.mean + conjugate_gradients(
-        lambda x: normal @ x @ inverse + prior.precision(x),
+        operator,
         right @ inverse,
         precondition,
-        deadline=deadline,
+        budget=budget,
     )

@@ -206,20 +206,20 @@ class Run:
         return torch.Generator().manual_seed(mixed)
 
     def go(self) -> Guess:
-        attack, began = self.attack, time.perf_counter()
+        attack, began = self.attack, time.thread_time()
         identity = self._identity()
         if attack.resume is not None:
             check_writable(attack.resume)
             self.done = load_run(attack.resume, identity, self.restarts)
-        saved = time.perf_counter()
+        saved = time.monotonic()
         try:
             while self.done < self.planned and any(r.alive for r in self.restarts):
                 self._iterate()
                 self.done += 1
-                now = time.perf_counter()
+                spent, now = time.thread_time() - began, time.monotonic()
                 if attack.watch is not None:
-                    attack.watch(self._progress(now - began))
-                if attack.seconds is not None and now - began >= attack.seconds:
+                    attack.watch(self._progress(spent))
+                if attack.seconds is not None and spent >= attack.seconds:
                     self.out_of_time = self.done < self.planned
                     break
                 if attack.resume is not None and now - saved > _SAVE_EVERY:

@@ -10,7 +10,6 @@ rest brings nothing more: each token taken out leaves its rounding behind.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitguard.attacks._attention import Attention
+from vitguard.attacks._budget import Budget, charge
 from vitguard.attacks._family import Frame, Solver
 from vitguard.attacks._found import Found
 from vitguard.attacks._groups import group_tokens
@@ -32,7 +32,7 @@ from vitguard.vit import Anatomy
 __all__ = ["Search"]
 
 _UNGUIDED = 3  # in a batch, every third round also starts without a pull
-_AT_ONCE = 16  # tokens taken out between two looks at the clock
+_AT_ONCE = 16  # tokens taken out between two looks at the budget
 
 _LOG = logging.getLogger("vitguard.attacks")
 
@@ -47,7 +47,7 @@ class Search:
         wanted: Tokens wanted at each position, shape (positions,).
         exact: Whether just as many are there, and not only at most.
         near: By position, residual and patch of the best candidate that was not accepted.
-        deadline: `time.monotonic()` after which no start is begun.
+        budget: Of work; once it is spent no start is begun.
         accept: Residual below which a token counts as found.
         found: Tokens so far.
         whole, remainder: The equations of all tokens, and of those not taken out.
@@ -63,7 +63,7 @@ class Search:
     unknown: Tensor | None
     wanted: Int[Tensor, " positions"]
     exact: bool
-    deadline: float
+    budget: Budget
     generator: torch.Generator
     accept: float = 1e-3
     patience: int = 40
@@ -104,13 +104,13 @@ class Search:
         return self.found.missing(self.wanted)
 
     def run(self, rounds: int) -> str:
-        """Search for some rounds; return `done`, `time`, `idle`, or `""` where more may help."""
+        """Search for some rounds; return `done`, `budget`, `idle`, or `""` where more may help."""
         for _ in range(rounds):
             if self.done:
                 return "done"
             self._take_out()
-            if time.monotonic() > self.deadline:
-                return "time"
+            if self.budget.over:
+                return "budget"
             rest = self.remainder
             if self._idle % 2:
                 self.remainder = self.whole
@@ -176,14 +176,14 @@ class Search:
     def _take_out(self) -> None:
         """Take what was found since the last time out of the equations, if it proves itself."""
         fresh = torch.arange(len(self._taken), len(self.found))
-        if not len(fresh) or time.monotonic() > self.deadline:
+        if not len(fresh) or self.budget.over:
             return
         before = len(self._parts)
         if self._gradients is None:
             tokens = self.view.update.batch_size * self.anatomy.tokens
             self._gradients = TokenGradients.of(self.view, self.anatomy, tokens)
         for rows in fresh.split(_AT_ONCE):
-            if time.monotonic() > self.deadline:
+            if self.budget.over:
                 return
             some = self.found.pick(rows)
             stream = some.attended @ self.frame.project.T + self.frame.bias + self.embedded(some)
@@ -198,20 +198,23 @@ class Search:
                 self.remainder = self.whole
 
     def _harvest(self, positions: Tensor, start: Tensor, pull: Pull | None) -> int:
-        """Iterate all starts, in slices that respect the deadline; return how many were new."""
+        """Iterate all starts, in slices that respect the budget; return how many were new."""
         new = 0
+        charge(calls=10 * len(positions))  # the starts were made one by one
         for rows in torch.arange(len(positions), device=positions.device).split(64):
             rows = rows[self.missing()[positions[rows]] > 0]
             if len(rows):
                 drawn = None if pull is None else Pull(pull.target[rows], pull.strength[rows])
                 new += self._accept(positions[rows], start[rows], drawn)
-            if time.monotonic() > self.deadline:
+            if self.budget.over:
                 break
         return new
 
     def _accept(self, positions: Tensor, start: Tensor, pull: Pull | None) -> int:
         remainder, solver = self.remainder, self.remainder.solver
-        rough = remainder.quick.solve(positions, start.float(), iterations=20, pull=pull)
+        rough = remainder.quick.solve(
+            positions, start.float(), iterations=20, pull=pull, budget=self.budget
+        )
         good = rough.residual < 10 * self.accept
         if not bool(good.any()):
             return 0

@@ -9,12 +9,12 @@ the same problem with fewer unknowns.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from vitguard.attacks._budget import ENDLESS, Budget, charge
 from vitguard.attacks._linear import solve_positive
 from vitguard.attacks._mlp import Activation, Norm, activation_of, thin_basis
 from vitguard.attacks._spans import layer_rows
@@ -137,6 +137,7 @@ class Separated:
         m, residual: Coordinates and misfits to the span.
         weights, steady: Of each image's own gradient in the update, and which agree on it.
         reading: What each says; None where none was found.
+        cut: Whether the budget ended the search.
     """
 
     m: Tensor
@@ -144,6 +145,7 @@ class Separated:
     weights: Tensor
     steady: Tensor
     reading: Reading | None
+    cut: bool = False
 
 
 def separate(
@@ -152,7 +154,7 @@ def separate(
     generator: torch.Generator,
     *,
     accept: float,
-    seconds: float = float("inf"),
+    budget: Budget = ENDLESS,
     rounds: int = 40,
 ) -> Separated:
     """Find the images of the batch, at most one solution for each.
@@ -162,21 +164,21 @@ def separate(
         tail: What follows it, to take out what is found.
         generator: Of the starts.
         accept: Relative residual below which an image counts as found.
-        seconds: Time budget; without one the result does not depend on the machine's speed.
+        budget: Of work; no round begins once it is spent.
         rounds: Of at most 64 starts, fewer where the MLP and the batch are large.
     """
-    deadline, batch = time.monotonic() + seconds, block.inner.shape[1]
+    batch = block.inner.shape[1]
     found, residuals = block.inner.new_zeros(0, batch), block.inner.new_zeros(0)
     rest, idle, reading = block, 0, None
     basis = torch.eye(batch).to(block.inner)
-    while len(found) < batch and rounds and time.monotonic() < deadline:
+    while len(found) < batch and rounds and not budget.over:
         if idle >= (_PATIENCE if len(found) else _FIRST[batch > _LARGE]):
             break
         rounds -= 1
-        m, residual = descend(rest, _starts(rest, generator), deadline)
+        m, residual = descend(rest, _starts(rest, generator), budget)
         if rest is not block:  # what was taken out is known to rounding only: finish in the whole
             m = m[residual < _NEAR] @ basis.T
-            m, residual = descend(block, m, deadline, iterations=25)
+            m, residual = descend(block, m, budget, iterations=25)
         before = len(found)
         for row in residual.argsort().tolist():
             gap = (found - m[row]).norm(dim=1) / m[row].norm()
@@ -197,9 +199,11 @@ def separate(
                 rest, basis = block.without(found[told], reading.gradients[told])
         idle = 0 if len(found) > before else idle + 1
     if reading is None:
-        return Separated(found, residuals, residuals, residuals > 0, None)
+        return Separated(found, residuals, residuals, residuals > 0, None, budget.over)
     weights = block.weights(found, reading.gradients)
-    return Separated(found, residuals, weights, _steady(weights, reading.labels, batch), reading)
+    steady = _steady(weights, reading.labels, batch)
+    cut = budget.over and len(found) < batch
+    return Separated(found, residuals, weights, steady, reading, cut)
 
 
 def _steady(weights: Tensor, labels: Tensor, batch: int) -> Tensor:
@@ -238,9 +242,9 @@ def _orthogonal_to(rows: Tensor) -> Tensor:
 
 
 def descend(
-    block: LastBlock, m: Tensor, deadline: float, iterations: int = 60
+    block: LastBlock, m: Tensor, budget: Budget, iterations: int = 60
 ) -> tuple[Tensor, Tensor]:
-    """Levenberg-Marquardt from each row of m until the deadline; return ends and residuals."""
+    """Levenberg-Marquardt from each row of m within the budget; return ends and residuals."""
     across = block.weight @ block.inner  # hidden, batch
     scale, shift = block.norm.scale, block.norm.shift
     weight = 0.01 * len(across)
@@ -257,10 +261,13 @@ def descend(
     damping = m.new_full((len(m),), 0.1)
     cost, outside, size, u, flat, power = cost_of(m)
     inverse = block.inner / away_from_zero(scale)[:, None]
-    width = len(scale)
+    width, (hidden, batch) = len(scale), across.shape
+    each = 12.0 * hidden * batch * batch + 6.0 * hidden * batch + 4.0 * width * batch + batch**3
+    passes = hidden * (6.0 + 0.3 * batch) + 2.0 * width
     for _ in range(iterations):
-        if time.monotonic() > deadline:  # one step of a large batch takes a second
+        if budget.over:  # one step of a large batch takes a second
             break
+        charge(products=len(m) * each, elements=len(m) * passes, calls=100)
         jacobian = block.activation.slope(u)[:, :, None] * across
         inside = block.span[:-1].T @ jacobian
         normal = jacobian.mT @ jacobian - inside.mT @ inside

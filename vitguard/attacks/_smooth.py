@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._budget import charge
 from vitguard.attacks._linear import conjugate_gradients
 from vitguard.core import AffineSpace, Normalization
 from vitguard.vit import Anatomy
@@ -76,6 +77,7 @@ def smoothest(
         return patches @ basis if basis.dim() == 2 else torch.einsum("npk,np->nk", basis, patches)
 
     start = anatomy.unpatchify(origin)
+    each = basis.numel() * (len(origin) if basis.dim() == 2 else 1)
     borders = _borders(anatomy, start)
     v = origin.new_zeros(len(origin), basis.shape[-1])
     for turn in range(_ROUNDS):
@@ -89,6 +91,8 @@ def smoothest(
         def operator(
             step: Tensor, weights: list[Tensor] = weights, walls: Tensor = walls
         ) -> Tensor:
+            charge(products=4.0 * each, share=0.5)
+            charge(elements=1.5 * start.numel(), calls=60, share=0.5)
             moved = image(step)
             return pull(_times(weights, curvature(moved)), walls * wide * moved)
 

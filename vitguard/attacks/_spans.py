@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._budget import charge
 from vitguard.core import AffineSpace, Guess, View
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.vit import Anatomy, Block
@@ -115,6 +116,7 @@ def least_squares(
     if not bool(system.isfinite().all() and target.isfinite().all()):
         raise NotApplicable("the update is not finite")
     # the one LAPACK driver that tells the rank and takes deficient systems runs on the CPU only
+    charge(svd=system.numel() * min(system.shape), products=4.0 * system.numel() * target.shape[1])
     fit = torch.linalg.lstsq(system.cpu(), target.cpu(), driver="gelsd")
     return fit.solution.to(target.device), int(fit.rank)
 
@@ -141,6 +143,7 @@ def right_vectors(
         raise NotApplicable("the update is not finite")
     candidates = []
     for rows in (whitened(matrix), matrix):
+        charge(qr=rows.numel() * min(rows.shape), svd=min(rows.shape) * rows.shape[1] ** 2)
         rows = torch.linalg.qr(rows, mode="r").R if rows.shape[0] > rows.shape[1] else rows
         _, values, vectors = torch.linalg.svd(rows, full_matrices=True)
         if not 0 < rank < len(values):

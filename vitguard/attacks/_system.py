@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitguard.attacks._budget import charge
 from vitguard.attacks._mask import shuffled_count
 from vitguard.attacks._spans import (
     Embedding,
@@ -186,6 +187,8 @@ def _system(view: View, anatomy: Anatomy, form_of: Any) -> System:
         columns.append((deviation + outside[-1])[:, None])
     elif bool(beta.any()):
         columns.append(deviation[:, None])
+    charge(products=2.0 * constraint.numel() * moves.shape[1])
+    charge(svd=len(constraint) * (moves.shape[1] + 1) * min(len(constraint), moves.shape[1] + 1))
     left, values, right = torch.linalg.svd(torch.cat(columns, dim=1), full_matrices=False)
 
     def unseen(shuffled: int | None) -> int:
@@ -242,6 +245,7 @@ def _nullity(
     if anatomy.blocks[0].centred:
         rows = rows - rows.mean(dim=1, keepdim=True)
         moves = moves - moves.mean(dim=0, keepdim=True)
+    charge(qr=2 * moves.numel() * moves.shape[1], svd=0.4 * rows.numel() * min(rows.shape))
     span = torch.linalg.qr(moves).Q
     rest = rows - (rows @ span) @ span.T
     scale = torch.linalg.matrix_norm(rows, 2).clamp_min(1e-300)
@@ -251,6 +255,7 @@ def _nullity(
 
 def _full(right: Tensor) -> Tensor:
     """Complete the right singular vectors, as columns, to a basis of the unknowns."""
+    charge(svd=right.shape[1] ** 3 if right.shape[0] < right.shape[1] else 0)
     return (
         torch.linalg.svd(right, full_matrices=True).Vh.T
         if right.shape[0] < right.shape[1]

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitguard.attacks._budget import charge, charge_update
 from vitguard.attacks._mlp import Norm
 from vitguard.attacks.labels import linear_head
 from vitguard.core import View
@@ -118,6 +119,10 @@ class Tail:
         size, width = added.std(1, keepdim=True), _DECADES / _COARSE
         for _ in range(_ZOOMS + 1):
             trial = size * 10**span
+            asked = len(self.weight) if classes is None else classes.shape[1]
+            each = len(normal) * len(span) * self.weight.shape[1]
+            inner = 2.0 * each * (2 * len(self.weight) + 4 * asked + 4 * self.weight.shape[1])
+            charge(products=inner, elements=0.3 * len(normal) * len(span) * asked * 8, calls=60)
             misfit = self._misfit(normal, added, trial, views, classes)
             best, where = misfit.min(1)
             chosen = best.argmin(1)
@@ -200,6 +205,7 @@ def _final_norm(view: View, anatomy: Anatomy, head: str) -> Norm:
     finally:
         for hook in hooks:
             hook.remove()
+    charge_update(view, times=0.3, images=1)
     left, entered = seen["block"], seen["head"]
     # DINOv2's head reads the class token beside the mean of the patches, which is no norm's output
     if left.dim() == 3 and left.shape[2] == anatomy.width and entered.shape == (1, anatomy.width):

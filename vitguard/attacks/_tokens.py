@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vitguard.attacks._budget import charge
 from vitguard.attacks._mlp import Activation, Norm, activation_of
 from vitguard.core import View
 from vitguard.vit import Anatomy
@@ -38,7 +39,8 @@ class _Layer:
 
     @staticmethod
     def of(matrix: Tensor, tokens: int) -> _Layer:
-        tall = matrix.shape[0] > matrix.shape[1]
+        tall, small = matrix.shape[0] > matrix.shape[1], min(matrix.shape)
+        charge(qr=2 * matrix.numel() * small, svd=small**3)
         outer, inner = torch.linalg.qr(matrix if tall else matrix.T)
         left, values, right = torch.linalg.svd(inner)
         left, right = outer @ left[:, :tokens], right[:tokens].T
@@ -130,6 +132,7 @@ class TokenGradients:
         """Return the view without these parts."""
         tensors = dict(self.view.update.tensors)
         for index, name in enumerate(self.names):
+            charge(elements=0.3 * self.view.read(f"{name}.weight").numel(), calls=20)
             error = torch.cat([part.errors[index] for part in parts])
             entered = torch.cat([part.inputs[index] for part in parts])
             weight, bias = f"{name}.weight", f"{name}.bias"
@@ -142,6 +145,8 @@ class TokenGradients:
         """Return the direction of d of each token, and whether it is the only one."""
         directions, alone = [], []
         for one in slope:
+            tokens = self.back.shape[1]
+            charge(products=6.0 * self.back.numel() * tokens, qr=2 * tokens**3, calls=12)
             moved = one[:, None] * self.back
             inside = self.fc1.left.T @ moved
             values, vectors = torch.linalg.eigh(moved.T @ moved - inside.T @ inside)

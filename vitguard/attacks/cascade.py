@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from vitguard._released import Released, Remaining
 from vitguard.attacks._base import Attack
+from vitguard.attacks._budget import ENDLESS, Budget, CutShort
 from vitguard.attacks._check import check_seconds, require_finite
 from vitguard.attacks._separate import LastBlock, Separated, separate
 from vitguard.attacks._tail import Reading, Tail
@@ -38,6 +38,7 @@ class Samples:
             weight in the update than that of the other images.
         weights: Of each image's own gradient in the update: 1 / B when plain.
         reading: Predictions and head inputs of the images, None where none was found.
+        cut: Whether the budget ended the search before all were found.
     """
 
     inputs: Float[Tensor, "found width"]
@@ -47,12 +48,14 @@ class Samples:
     labels: Int[Tensor, " found"]
     weights: Float[Tensor, " found"]
     reading: Reading | None
+    cut: bool = False
 
     def where(self, mask: Tensor) -> Samples:
         """Return some of the images."""
         reading = None if self.reading is None else self.reading.where(mask)
         names = ("inputs", "hidden", "gradients", "residual", "labels", "weights")
-        return Samples(*(getattr(self, name)[mask] for name in names), reading=reading)
+        some = (getattr(self, name)[mask] for name in names)
+        return Samples(*some, reading=reading, cut=self.cut)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Cascade(Attack):
     samples and their largest residual.
 
     Args:
-        seconds: Time budget.
+        seconds: Budget of work, in nominal seconds (`Budget`).
         accept: Relative residual below which a sample counts as found.
 
     Raises:
@@ -114,10 +117,14 @@ class Cascade(Attack):
         """Return the labels of the batch without an image."""
         view = view.gradient()
         require_finite(view)
-        samples = last_block_samples(view, generator, seconds=self.seconds, accept=self.accept)
+        budget = Budget.of(self.seconds)
+        samples = last_block_samples(view, generator, budget=budget, accept=self.accept)
         found, batch = len(samples.inputs), view.update.batch_size
         if found < batch:
-            raise NotApplicable(f"{found} of {batch} samples of the last block were found")
+            what = f"{found} of {batch} samples of the last block were found"
+            if samples.cut:
+                raise CutShort(f"{what} in {self.seconds:g} nominal seconds")
+            raise NotApplicable(what)
         if bool((samples.labels < 0).any()):
             raise NotApplicable("no single class explains an image's gradient: a soft label")
         details = {"samples": found, "residual": float(samples.residual.max())}
@@ -129,12 +136,12 @@ def last_block_samples(
     view: View,
     generator: torch.Generator,
     *,
-    seconds: float = math.inf,
+    budget: Budget = ENDLESS,
     accept: float = 1e-3,
 ) -> Samples:
     """Return the samples of the last block that were found, at most one per image.
 
-    Without `seconds` its rounds bound the search: the same result on every machine.
+    Without a budget its rounds bound the search.
 
     Raises:
         NotApplicable: See `Cascade`.
@@ -148,12 +155,12 @@ def last_block_samples(
         raise NotApplicable(f"{batch} images fill width {anatomy.width}")
     tail = Tail.of(view, anatomy)
     block = LastBlock.of(view, anatomy, tail.scale)
-    found = separate(block, tail, generator, accept=accept, seconds=seconds)
+    found = separate(block, tail, generator, accept=accept, budget=budget)
     inputs = found.m @ block.inner.T
     hidden = block.activation.value(block.pre_activations(found.m))
     none = inputs.new_zeros(0)
     if found.reading is None:
-        return Samples(inputs, hidden, inputs, found.residual, none.long(), none, None)
+        return Samples(inputs, hidden, inputs, found.residual, none.long(), none, None, found.cut)
     labels = found.reading.labels
     if not _explain_the_head(view, found):
         labels = torch.where(found.steady, labels, -1)
@@ -165,6 +172,7 @@ def last_block_samples(
         labels=labels,
         weights=found.weights,
         reading=found.reading,
+        cut=found.cut,
     )
 
 

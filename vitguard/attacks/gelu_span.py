@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from vitguard._released import Released, Remaining
 from vitguard.attacks._assemble import complete_images, complete_tokens
 from vitguard.attacks._attention import Attention
 from vitguard.attacks._base import Attack
+from vitguard.attacks._budget import Budget, nominal, worked
 from vitguard.attacks._check import require_finite
 from vitguard.attacks._counts import gelu_span_remains, token_search_remains
 from vitguard.attacks._mask import shuffled_positions
@@ -50,7 +50,7 @@ class GeluSpan(Attack):
     Under a shuffle what is verified is the content of a patch; its place is a guess by seams.
 
     Args:
-        seconds: Time budget; what was found by then is returned.
+        seconds: Budget of work, in nominal seconds (`Budget`); what was found by then is returned.
         accept: Relative residual below which a token counts as found.
 
     Raises:
@@ -75,19 +75,27 @@ class GeluSpan(Attack):
         if not 0 < self.accept < 0.01:
             raise expected("accept between 0 and 0.01", self.accept)
 
+    @staticmethod
+    def least(view: View) -> float:
+        """Return about how many nominal seconds pass before the first start."""
+        anatomy, batch = Anatomy.of(view.model), view.update.batch_size
+        width, tokens = anatomy.width, batch * anatomy.tokens
+        unknowns = min(batch * anatomy.patches, anatomy.patch_pixels) + tokens
+        return nominal(svd=5.0 * width**3 + unknowns**3, qr=20.0 * width**3)
+
     def remains(self, plain: Released) -> tuple[Remaining, ...]:
         """Count the equations of the first block's MLP, and name the search from a later block."""
         return gelu_span_remains(plain), token_search_remains(plain)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image per member of the batch; what is not verified is minimum norm."""
-        started = time.monotonic()
+        budget, before = Budget.of(self.seconds), worked()
         view = view.gradient()
         anatomy = Anatomy.of(view.model)
         _require(view, anatomy)
         require_finite(view)
         labels = try_labels(view, generator)
-        state = _State(view, anatomy, generator, started + self.seconds, self.accept)
+        state = _State(view, anatomy, generator, budget, self.accept)
         try:
             while state.step():
                 pass
@@ -102,9 +110,9 @@ class GeluSpan(Attack):
             "peeled": state.peeled,
             "told_apart": state.told_apart,
             "stopped": state.stopped or "",
-            "seconds": round(time.monotonic() - started, 2),
+            "seconds": round(1e-9 * (worked() - before), 2),
         }
-        if state.stopped in ("time", "interrupted"):
+        if state.stopped in ("budget", "interrupted"):
             details["unfinished"] = [f"all tokens were found ({state.stopped})"]
         if state.stopped == "interrupted":
             details["interrupted"] = True
@@ -139,11 +147,11 @@ class _State:
         view: View,
         anatomy: Anatomy,
         generator: torch.Generator,
-        deadline: float,
+        budget: Budget,
         accept: float,
     ) -> None:
         self.view, self.anatomy, self.generator = view, anatomy, generator
-        self.deadline, self.accept = deadline, accept
+        self.budget, self.accept = budget, accept
         self.stopped, self.peeled, self.filled, self.tries, self.told_apart = "", 0, 0, 0, 0
         self.tokens = view.update.batch_size * anatomy.tokens
         self.unknown = view.unknown
@@ -168,7 +176,7 @@ class _State:
             wanted[anatomy.patches :] = batch * anatomy.patches
         search = Search(
             view, anatomy, self.attention, self.unknown, wanted, not shared,
-            self.deadline, self.generator, accept=self.accept,
+            self.budget, self.generator, accept=self.accept,
         )  # fmt: skip
         solver = search.whole.solver
         if solver.positions_apart(search.whole.fine.family) < _APART:
@@ -199,7 +207,7 @@ class _State:
             return False
         if new > missing:  # the search does well: no need to solve for what it may find
             return True
-        if attention is not None and state not in ("done", "time"):
+        if attention is not None and state not in ("done", "budget"):
             if self._complete(attention, whole):
                 self.tries = 0
                 return True
@@ -223,7 +231,7 @@ class _State:
         left = len(self.patches) - self.filled - len(whole)
         last = left == 1
         for index in range(left):
-            if time.monotonic() > self.deadline:
+            if self.budget.over:
                 break
             mine = torch.zeros(len(search.found.position), dtype=torch.bool, device=own.device)
             mine[: len(drafts)] = drafts == index

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from vitguard.attacks._budget import charge_update
 from vitguard.core import View
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.vit import Anatomy, logits_of
@@ -164,6 +165,7 @@ def pair_labels(
                 view.model(few)
     finally:
         hook.remove()
+    charge_update(view, times=0.3, images=len(images))
     if len(features) != len(inputs) or any(f.shape[1:] != rows.shape[1:] for f in features):
         return labels
     cost = (torch.cat(features) @ rows.to(features[0])[labels.to(rows.device)].T).cpu()
@@ -218,6 +220,7 @@ def _mean_prediction(view: View, generator: torch.Generator, count: int = 64) ->
     inputs = view.normalization.apply(images.clamp(0, 1)).to(parameter)
     with torch.no_grad():
         chunks = [logits_of(view.model(c)).softmax(-1).double() for c in inputs.split(16)]
+    charge_update(view, times=0.3, images=count)
     said = torch.cat(chunks)
     mean = said.mean(0)
     spread = (said - mean).square().sum(1).mean()

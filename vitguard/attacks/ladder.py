@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from vitguard.attacks._base import Attack
+from vitguard.attacks._budget import Budget, CutShort, worked
 from vitguard.attacks._check import mismatch
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.gelu_span import GeluSpan
@@ -41,11 +41,12 @@ class Ladder(Attack):
 
     Details: `rung`, `verified` (share of patches), `mismatch` of the chosen guess, `rungs` (what
     each said), `exact` (what is known of exact attacks: `"no exact attack known"` where T >= D and
-    B >= 2 means that, and not that there is none), `unfinished` (rungs that the time did not reach;
-    an audit then never says `resisted`).
+    B >= 2 means that, and not that there is none), `unfinished` (rungs that the budget cut or did
+    not reach; an audit then never says `resisted`).
 
     Args:
-        seconds: Time budget of all rungs; what was found by then is returned.
+        seconds: Budget of all rungs, in nominal seconds of work (`Budget`): the same work, and the
+            same result, on every machine. What was found by then is returned.
         levels: Grey levels above zero of an image file, to which `polish` may round; None never.
 
     Raises:
@@ -69,7 +70,7 @@ class Ladder(Attack):
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the best guess of all rungs; a keyboard interrupt keeps what was found."""
-        climb = _Climb(view, generator, time.monotonic() + self.seconds)
+        climb = _Climb(view, generator, Budget.of(self.seconds))
         try:
             climb.all()
         except KeyboardInterrupt:
@@ -77,9 +78,9 @@ class Ladder(Attack):
                 raise
             return _cut(climb.best(), "the rest (interrupted)")
         best = climb.best()
-        if time.monotonic() < climb.deadline and self._clear(view):
+        if self._clear(view):
             try:
-                best = polish(view, best, generator, climb.deadline, levels=self.levels)
+                best = polish(view, best, generator, climb.budget, levels=self.levels)
             except (NotApplicable, Blocked):  # a rung may need less
                 pass
             except KeyboardInterrupt:
@@ -98,8 +99,8 @@ def _cut(guess: Guess, what: str) -> Guess:
 class _Climb:
     """The rungs tried so far."""
 
-    def __init__(self, view: View, generator: torch.Generator, deadline: float) -> None:
-        self.view, self.generator, self.deadline = view, generator, deadline
+    def __init__(self, view: View, generator: torch.Generator, budget: Budget) -> None:
+        self.view, self.generator, self.budget = view, generator, budget
         self.guesses: dict[str, Guess] = {}
         self.distance: dict[str, float] = {}
         self.said: dict[str, str] = {}
@@ -130,32 +131,37 @@ class _Climb:
                 self._take(name, guess)
         polished = self.view.update.batch_size == 1 and self.view.traits.shuffle is None
         share = 0.5 if polished else 0.8  # `polish` needs the rest
-        self._try(lambda: GeluSpan(seconds=self._left(share)))
+        self._try(lambda: GeluSpan(seconds=self._left(share)), GeluSpan.least)
 
     def _robust(self) -> None:
-        self._try(lambda: RobustPosition(seconds=self._left(0.4)))
-        self._try(lambda: RobustSpan(seconds=self._left(0.6)))
+        self._try(lambda: RobustPosition(seconds=self._left(0.4)), RobustPosition.least)
+        self._try(lambda: RobustSpan(seconds=self._left(0.6)), RobustSpan.least)
 
     def _left(self, share: float) -> float:
-        return max(share * (self.deadline - time.monotonic()), 0.5)
+        return max(share * self.budget.left, 0.5)
 
-    def _try(self, rung: Callable[[], Attack]) -> None:
+    def _try(
+        self, rung: Callable[[], Attack], least: Callable[[View], float] = lambda view: 0.0
+    ) -> None:
+        """Run a rung unless less than its `least` nominal seconds are left, or none."""
         attack = rung()
-        if time.monotonic() > self.deadline:
-            self.said[attack.name] = "not tried: the time was over"
+        if self.budget.over or self.budget.left < least(self.view):
+            self.said[attack.name] = "not tried: the budget was spent"
             self.unfinished.append(attack.name)
             return
-        started = time.monotonic()
+        before = worked()
         try:
             guess = attack.run(self.view, self.generator)
         except (NotApplicable, Blocked) as why:
             self.said[attack.name] = str(why)
+            if isinstance(why, CutShort):
+                self.unfinished.append(attack.name)
             return
         distance = self._take(attack.name, guess)
         known = "" if distance is None else f"mismatch {distance:.1e}, "
         share = self._verified(attack.name)
         proved = f"verified {share:.2f}, " if guess.verified is not None else ""
-        self.said[attack.name] = f"{known}{proved}{time.monotonic() - started:.1f} s"
+        self.said[attack.name] = f"{known}{proved}{1e-9 * (worked() - before):.1f} s"
         if guess.details.get("unfinished"):
             self.unfinished.append(attack.name)
         if guess.details.get("interrupted"):
@@ -167,7 +173,8 @@ class _Climb:
         if labels is not None:
             guess = replace(guess, labels=pair_labels(self.view, guess.images, labels))
         self.guesses[name] = guess
-        distance = mismatch(self.view, guess)
+        known = guess.details.get("mismatch") if self.view.update.batch_size == 1 else None
+        distance = known if isinstance(known, float) else mismatch(self.view, guess)
         if distance is not None:
             self.distance[name] = distance
         return distance

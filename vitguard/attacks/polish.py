@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import replace
 
 import torch
@@ -11,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitguard.attacks._block_equations import BlockEquations, Preconditioner
+from vitguard.attacks._budget import ENDLESS, Budget
 from vitguard.attacks._check import mismatch
 from vitguard.attacks._linear import WholeUpdate, least_squares
 from vitguard.core import Guess, View
@@ -23,6 +22,7 @@ _NEAR = 1e-2  # mismatch above which a guess is too far for linearised equations
 _MISSED = 2.0  # misfit over its expected noise above which the equations have more to say
 _ON_GRID = 0.15  # levels; 48 pixels off the grid have 0.29 with a deviation of 0.02
 _CERTAIN = 0.02  # levels; no pixel of such a patch is half a level off
+_ROUNDED = "rounded to the grid of image files"
 _FLOOR = 8  # units of rounding: the true image's update differs by 3 to 5 (float32)
 
 Patches = Float[Tensor, "patches pixels"]
@@ -32,26 +32,30 @@ def polish(
     view: View,
     guess: Guess,
     generator: torch.Generator,
-    deadline: float = math.inf,
+    budget: Budget = ENDLESS,
     *,
     levels: int | None = 255,
 ) -> Guess:
     """Return a nearly right image made exact, or as it was where that explains nothing more.
 
+    Where every pixel lies near a multiple of 1 / levels, as image files store them, all are set to
+    those. Otherwise:
+
     1. Gauss-Newton on the first block's equations for the image as a whole: attention is computed,
        not solved for, and each equation is weighted by what rounding leaves of it.
-    2. With `levels`: patches whose pixels lie near multiples of 1 / levels, as image files store
-       them, are set to those; the few others follow by least squares from the whole update.
+    2. Patches whose pixels lie near such multiples are set to them; the few others follow by least
+       squares from the whole update.
 
     The adversary's own test decides: step 1 counts where the update that the image would make
-    comes nearer to the one seen, step 2 where it comes as near as rounding of the update's type
+    comes nearer to the one seen, rounding where it comes as near as that of the update's type
     (`mismatch` below 8 units of it). An image off the grid fails that: it stays as step 1 left it.
 
     Details: `polish` says what was done, `rounded to the grid of image files` among it, and the
-    mismatch before and after; or the reason why nothing was.
+    mismatch before and after; or the reason why nothing was. Where the budget ended it,
+    `unfinished` says so.
 
     Args:
-        deadline: `time.monotonic()` after which no iteration is begun.
+        budget: Once it is spent no iteration is begun.
         levels: Grey levels above zero of an image file; None keeps real values.
 
     Raises:
@@ -71,17 +75,24 @@ def polish(
         return _saying(guess, "not tried: the guess is not near")
     if before < _floor(view):
         return _saying(guess, "not needed: the update is explained to its rounding")
+    if budget.over:
+        return _cut(_saying(guess, "not tried: the budget was spent"))
+    if levels is not None and (exact := _on_grid(view, guess, levels)) is not None:
+        whole, last = exact
+        return _saying(whole, f"{_ROUNDED}: mismatch {before:.1e} -> {last:.1e}")
     done: list[str] = []
-    refined, last = _refined(view, guess, before, deadline)
+    half = budget.part(0.5)
+    refined, last = _refined(view, guess, before, half)
     if last < before:
         done.append("refined")
     if levels is not None:
-        exact = _rounded(view, refined, generator, deadline, levels)
+        exact = _rounded(view, refined, generator, budget, levels)
         if exact is not None:
             refined, last = exact
-            done.append("rounded to the grid of image files")
+            done.append(_ROUNDED)
     said = " and ".join(done) or "nothing gained"
-    return _saying(refined, f"{said}: mismatch {before:.1e} -> {last:.1e}")
+    made = _saying(refined, f"{said}: mismatch {before:.1e} -> {last:.1e}")
+    return _cut(made) if half.over and not last < _floor(view) else made
 
 
 def _floor(view: View) -> float:
@@ -90,6 +101,11 @@ def _floor(view: View) -> float:
 
 def _saying(guess: Guess, what: str) -> Guess:
     return replace(guess, details={**guess.details, "polish": what})
+
+
+def _cut(guess: Guess) -> Guess:
+    left = [*guess.details.get("unfinished", ()), "polish"]
+    return replace(guess, details={**guess.details, "unfinished": left})
 
 
 def _patches(view: View, guess: Guess) -> Patches:
@@ -102,20 +118,19 @@ def _with(view: View, guess: Guess, patches: Patches) -> Guess:
     return replace(guess, images=view.normalization.invert(images).clamp(0, 1))
 
 
-def _refined(view: View, guess: Guess, before: float, deadline: float) -> tuple[Guess, float]:
+def _refined(view: View, guess: Guess, before: float, budget: Budget) -> tuple[Guess, float]:
     """Take Gauss-Newton steps on the first block's equations while they explain more."""
     try:
         equations = BlockEquations.of(view, Anatomy.of(view.model))
     except (NotApplicable, Blocked):
         return guess, before
-    halfway = time.monotonic() + (deadline - time.monotonic()) / 2
     for _ in range(2):
         c = _patches(view, guess) @ equations.basis
         weights = equations.weights(c)
         rest = -equations.misfits(c, weights)
-        if time.monotonic() > halfway or not float(rest.square().mean()) > _MISSED**2:
+        if budget.over or not float(rest.square().mean()) > _MISSED**2:
             break
-        moved = c + _step(equations, c, weights, rest, halfway)
+        moved = c + _step(equations, c, weights, rest, budget)
         trial = _with(view, guess, moved @ equations.basis.T)
         after = mismatch(view, trial)
         if after is None or not after < before:
@@ -129,7 +144,7 @@ def _step(
     c: Tensor,
     weights: tuple[Tensor, Tensor],
     rest: Tensor,
-    deadline: float,
+    budget: Budget,
 ) -> Tensor:
     """Return the least-squares solution of the linearised equations."""
     root = Preconditioner.of(equations, c, weights)
@@ -137,20 +152,40 @@ def _step(
     def misfits(c: Tensor) -> Tensor:
         return equations.misfits(c, weights)
 
+    def forth(u: Tensor) -> Tensor:
+        equations.charge(3.0)
+        return torch.func.jvp(misfits, (c,), (root.up(u),))[1]
+
+    def down(r: Tensor) -> Tensor:
+        equations.charge(2.0)
+        return root.down(back(r)[0])
+
     back = torch.func.vjp(misfits, c)[1]
     return root.up(
         least_squares(
-            lambda u: torch.func.jvp(misfits, (c,), (root.up(u),))[1],
-            lambda r: root.down(back(r)[0]),
+            forth,
+            down,
             rest,
             iterations=24,
-            deadline=deadline,
+            budget=budget,
         )
     )
 
 
+def _on_grid(view: View, guess: Guess, levels: int) -> tuple[Guess, float] | None:
+    """Set all pixels to the grid if each patch is near it and that explains the update."""
+    anatomy = Anatomy.of(view.model)
+    pixels = anatomy.patchify(guess.images.detach().double())[0] * levels
+    near = pixels.round()
+    if bool(((pixels - near).square().mean(1).sqrt() > _ON_GRID).any()):
+        return None
+    whole = replace(guess, images=anatomy.unpatchify(near[None] / levels))
+    distance = mismatch(view, whole)
+    return (whole, distance) if distance is not None and distance < _floor(view) else None
+
+
 def _rounded(
-    view: View, guess: Guess, generator: torch.Generator, deadline: float, levels: int
+    view: View, guess: Guess, generator: torch.Generator, budget: Budget, levels: int
 ) -> tuple[Guess, float] | None:
     """Set patches to the grid, solve for the rest, until the update is explained to rounding."""
     anatomy, floor = Anatomy.of(view.model), _floor(view)
@@ -168,7 +203,7 @@ def _rounded(
             limit = max(float(away.topk(min(3, len(away))).values[-1]), _CERTAIN)
             free = away >= limit
         share = float(free.double().mean())
-        if not 0 < share <= 0.5 or labels is None or time.monotonic() > deadline:
+        if not 0 < share <= 0.5 or labels is None or budget.over:
             return None
         fixed = anatomy.unpatchify(torch.where(free[:, None], pixels, near)[None] / levels)
         patches = _patches(view, replace(guess, images=fixed))
@@ -176,7 +211,6 @@ def _rounded(
             update = WholeUpdate.at(view, patches, labels.to(patches.device), free)
         except NotApplicable:
             return None
-        until = time.monotonic() + 0.8 * (deadline - time.monotonic())
-        patches[free] += update.step(until, generator)
+        patches[free] += update.step(budget.part(0.8), generator)
         pixels[free] = anatomy.patchify(_with(view, guess, patches).images)[0][free] * levels
     return None

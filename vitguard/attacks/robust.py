@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vitguard.attacks._base import Attack
+from vitguard.attacks._budget import ENDLESS, Budget, nominal, update_seconds
 from vitguard.attacks._check import check_seconds, mismatch, require_finite, surprise
 from vitguard.attacks._containment import Containment
 from vitguard.attacks._robust import position_estimates
@@ -45,7 +44,7 @@ class RobustPosition(Attack):
     first candidate, which goes by the noise estimate alone, is taken.
 
     Args:
-        seconds: Time budget for the candidates.
+        seconds: Budget of the candidates, in nominal seconds of work (`Budget`).
 
     Raises:
         NotApplicable: No plain embedding or no positions.
@@ -63,10 +62,15 @@ class RobustPosition(Attack):
     def __post_init__(self) -> None:
         check_seconds(self.seconds)
 
+    @staticmethod
+    def least(view: View) -> float:
+        """Return about how many nominal seconds a first candidate and the plain one take."""
+        return 2 * update_seconds(view)
+
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the image under which the update is most probable."""
         choice = Choice(view, generator, self.seconds)
-        choice.offer(position_candidates(view, choice.anatomy, generator, choice.deadline))
+        choice.offer(position_candidates(view, choice.anatomy, generator, choice.budget))
         return choice.guess()
 
 
@@ -78,7 +82,7 @@ class RobustSpan(Attack):
     first block's tokens in the gradient's row space. Noise level and choice as in `RobustPosition`.
 
     Args:
-        seconds: Time budget for the candidates.
+        seconds: Budget of the candidates, in nominal seconds of work (`Budget`).
 
     Raises:
         NotApplicable: No plain embedding, no positions, or no pre-norm first block.
@@ -96,10 +100,16 @@ class RobustSpan(Attack):
     def __post_init__(self) -> None:
         check_seconds(self.seconds)
 
+    @staticmethod
+    def least(view: View) -> float:
+        """Return about how many nominal seconds a first candidate and the plain one take."""
+        width, pixels = Anatomy.of(view.model).width, Anatomy.of(view.model).patch_pixels
+        return nominal(svd=2.0 * width**3 + 2.0 * pixels**3) + 2 * update_seconds(view)
+
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the image under which the update is most probable."""
         choice = Choice(view, generator, self.seconds)
-        starts, refined = span_candidates(view, choice.anatomy, generator, choice.deadline)
+        starts, refined = span_candidates(view, choice.anatomy, generator, choice.budget)
         choice.offer(starts)
         for _ in range(ROUNDS):
             if not choice.offer(refined(choice.patches)):
@@ -108,12 +118,12 @@ class RobustSpan(Attack):
 
 
 def position_candidates(
-    view: View, anatomy: Anatomy, generator: torch.Generator, deadline: float = math.inf
+    view: View, anatomy: Anatomy, generator: torch.Generator, budget: Budget = ENDLESS
 ) -> Iterator[Candidate]:
     """Yield the (settings, patches) that `position-robust` chooses from.
 
     Args:
-        deadline: `time.monotonic()` after which estimates are rough.
+        budget: Once it is spent estimates are rough.
 
     Raises:
         NotApplicable: See `RobustPosition`.
@@ -125,17 +135,17 @@ def position_candidates(
     summed = view.gradient(steps=True)
     require_finite(summed)
     return _with_plain(
-        position_estimates(summed, anatomy, deadline), PositionInversion(), view, anatomy, generator
+        position_estimates(summed, anatomy, budget), PositionInversion(), view, anatomy, generator
     )
 
 
 def span_candidates(
-    view: View, anatomy: Anatomy, generator: torch.Generator, deadline: float = math.inf
+    view: View, anatomy: Anatomy, generator: torch.Generator, budget: Budget = ENDLESS
 ) -> tuple[Iterator[Candidate], Callable[[Tensor], Iterator[Candidate]]]:
     """Return the first candidates of `span-robust`, and what refines the best of them.
 
     Args:
-        deadline: `time.monotonic()` after which estimates are rough.
+        budget: Once it is spent estimates are rough.
 
     Raises:
         NotApplicable: See `RobustSpan`.
@@ -146,9 +156,7 @@ def span_candidates(
         raise NotApplicable("needs absolute positions and a first norm before the attention")
     summed = view.gradient(steps=True)
     require_finite(summed)
-    forms = {
-        even: Containment(summed, anatomy, even=even, deadline=deadline) for even in (True, False)
-    }
+    forms = {even: Containment(summed, anatomy, even=even, budget=budget) for even in (True, False)}
     tokens = view.update.batch_size * anatomy.patches + anatomy.prefix_tokens
     clear = tokens < anatomy.width and view.update.local_steps == 1
 
@@ -201,13 +209,14 @@ class Choice:
         if self.labels is None and view.update.batch_size == 1:
             # one label, and every step's gradient has its sign: the sum over local steps will do
             self.labels = try_labels(view.gradient(steps=True), generator)
-        self.deadline = time.monotonic() + seconds
+        self.budget = Budget.of(seconds)
+        self.cut = False
         self.best: Guess | None = None
         self.patches = torch.empty(0)
         self.least: float | None = float("inf")
 
     def offer(self, candidates: Iterable[Candidate]) -> bool:
-        """Try candidates in time; return whether one became the best."""
+        """Try candidates within the budget; return whether one became the best."""
         better = False
         for settings, patches in candidates:
             if not bool(patches.isfinite().all()):
@@ -218,13 +227,14 @@ class Choice:
             if self.on_offer is not None:
                 self.on_offer(patches)
             score = surprise(self.view, guess)
+            self.cut = self.budget.over  # then the solver may have stopped in this very candidate
             if score is None:  # nothing tells them apart: the first goes by the noise estimate
                 if self.best is None:
                     self.best, self.patches, self.least = guess, patches, None
                 return False
             if self.least is not None and score < self.least:
                 self.best, self.patches, self.least, better = guess, patches, score, True
-            if time.monotonic() > self.deadline:
+            if self.cut:
                 return False
         return better
 
@@ -238,10 +248,13 @@ class Choice:
             raise NotApplicable("the update is not finite, and so is its solution")
         chosen = "by the noise estimate" if self.least is None else "by the simulated update"
         distance = mismatch(self.view, self.best)
+        details = {**self.best.details, "mismatch": distance, "chosen": chosen}
+        if self.cut:
+            details["unfinished"] = ["all candidates were tried (budget)"]
         return guess_from_patches(
             self.view,
             self.anatomy,
             self.patches,
             labels=self.labels,
-            details={**self.best.details, "mismatch": distance, "chosen": chosen},
+            details=details,
         )

@@ -141,6 +141,8 @@ class Keyed(nn.Module):
         self.p = 0.0  # fused attention reads it
 
     def forward(self, x):
+        if not self.training:
+            return x
         draws = self.draws[0]
         draws.calls += 1
         masks = []

@@ -9,11 +9,14 @@ from scipy.stats import norm
 from vitguard.defenses.privacy import (
     Ledger,
     audit_epsilon,
+    canary_audit,
+    canary_bound,
     measure_noise,
     measure_sensitivity,
     one_run_audit,
     reconstruction_bound,
 )
+from vitguard.defenses.privacy.accounting import noise_for
 from vitguard.defenses.privacy.engine import clipped_sum
 from vitguard.defenses.privacy.tape import Tape
 from vitguard.errors import InputError
@@ -104,3 +107,72 @@ def test_sampling_makes_the_reconstruction_bound_smaller():
     pytest.importorskip("opacus")
     whole = reconstruction_bound(0.01, 1.0, 20)
     assert 0.01 < reconstruction_bound(0.01, 1.0, 20, rate=0.01) < whole
+
+
+# --- canaries in Gaussian form
+
+
+def scores(count, noise, shift=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    absent, present = noise * torch.randn(2, count, generator=generator, dtype=torch.float64)
+    return absent, present + shift
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 3.0, 8.0])
+def test_canary_bound_of_a_sound_mechanism_comes_near_the_claim_and_not_above(epsilon):
+    noise = noise_for(epsilon, 1e-5, 1.0, 1)
+    bound = canary_bound(*scores(5000, noise), 1e-5, confidence=0.99)
+    assert 0.6 * epsilon < bound.gaussian <= claim(noise)
+    assert 0 < bound.thresholds <= claim(noise)
+
+
+def test_canary_bound_fails_no_more_often_than_its_confidence_says():
+    noise, runs = noise_for(8.0, 1e-5, 1.0, 1), 400
+    bounds = [canary_bound(*scores(200, noise, seed=i), 1e-5, confidence=0.8) for i in range(runs)]
+    above = sum(b.epsilon > claim(noise) for b in bounds)
+    assert above <= 0.2 * runs  # it may fail in a fifth of the runs
+    # the margin is no wider than it must be by far
+    assert sum(b.mu > 0.75 / noise for b in bounds) > 0.9 * runs
+
+
+def test_canary_bound_by_thresholds_holds_for_scores_that_are_not_normal():
+    laplace = torch.distributions.Laplace(0.0, 1.0)  # sensitivity 1: epsilon 1, delta 0
+    torch.manual_seed(0)
+    bounds = [
+        canary_bound(laplace.sample((2000,)), 1 + laplace.sample((2000,)), 1e-9) for _ in range(40)
+    ]
+    assert max(b.thresholds for b in bounds) <= 1.0
+    assert min(b.thresholds for b in bounds) > 0.5
+
+
+def test_canary_bound_of_equal_scores_is_nothing_and_of_separate_ones_saturates_or_is_infinite():
+    same = torch.zeros(100)
+    assert canary_bound(same, same, 1e-5).epsilon == 0
+    apart = canary_bound(same, same + 1, 1e-5)
+    assert apart.gaussian == math.inf
+    assert 1 < apart.thresholds < math.log(100)
+
+
+@pytest.mark.parametrize("fault", ["none", "noise halved", "clip doubled", "noise reused"])
+@pytest.mark.parametrize("epsilon", [1.0, 8.0])
+def test_canary_audit_finds_each_fault_of_a_mechanism(epsilon, fault):
+    noise = noise_for(epsilon, 1e-5, 1.0, 1)
+    generator = torch.Generator().manual_seed(0)
+    deviation = noise / 2 if fault == "noise halved" else noise
+    shift = 2.0 if fault == "clip doubled" else 1.0
+
+    def release(included):
+        if fault == "noise reused":
+            generator.manual_seed(1)
+        return shift * included + deviation * float(torch.randn((), generator=generator))
+
+    bound = canary_audit(release, trials=2000, confidence=0.99)
+    assert (bound.epsilon > claim(noise)) == (fault != "none")
+
+
+def test_canary_bound_says_what_it_needs():
+    few = torch.zeros(10)
+    with pytest.raises(InputError):
+        canary_bound(few, few, 1e-5)
+    with pytest.raises(InputError):
+        canary_bound(torch.zeros(30), torch.zeros(30), 1.5)

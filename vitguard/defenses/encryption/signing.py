@@ -21,7 +21,7 @@ class SigningKey:
     Guarantees:
         The private half is in no repr, pickle or log; a saved file is encrypted and private.
 
-    Example:
+    Examples:
         >>> signing = SigningKey.generate()
         >>> len(signing.public_bytes())
         32

@@ -6,6 +6,8 @@ from vitguard.defenses.privacy.defense import DifferentialPrivacy
 from vitguard.defenses.privacy.losses import PerExample
 from vitguard.defenses.privacy.verification import (
     audit_epsilon,
+    canary_audit,
+    canary_bound,
     measure_noise,
     measure_sensitivity,
     one_run_audit,
@@ -19,6 +21,8 @@ __all__ = [
     "PerExample",
     "PrivacySpent",
     "audit_epsilon",
+    "canary_audit",
+    "canary_bound",
     "measure_noise",
     "measure_sensitivity",
     "one_run_audit",

@@ -1,16 +1,12 @@
-"""What cannot be private is refused before training: by kind of layer, then by a probe."""
+"""What cannot be private is refused before training, by kind of layer; see also probe.py."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vitguard.defenses.privacy.engine import Engine
-from vitguard.defenses.privacy.losses import auxiliary_losses
-from vitguard.defenses.privacy.training import paused
 from vitguard.errors import Incompatible
 
-__all__ = ["check_model", "probe"]
+__all__ = ["check_model"]
 
 
 def check_model(model: nn.Module) -> None:
@@ -60,26 +56,3 @@ def _refuse_wrappers(model: nn.Module) -> None:
             f"Expected the bare model, got {type(model).__name__} around it. The private optimizer "
             "adds up over processes by itself; do not compile the model."
         )
-
-
-def probe(model: nn.Module, images: Tensor, engine: Engine) -> None:
-    """Record one pass over a few images in training mode and compare with plain gradients.
-
-    Global random state is left as it was; nothing is learned or released.
-
-    Raises:
-        Incompatible: The recorded gradients are not those of single examples.
-    """
-    training = model.training
-    model.train()
-    images = images.detach().clone().requires_grad_()
-    devices = [images.device] if images.is_cuda else []
-    try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            with paused(model), engine.watch(model, images) as tape:
-                outputs = model(images)
-            auxiliary = auxiliary_losses(model, len(images))
-            engine.verify(model, tape, (outputs, auxiliary), images)
-    finally:
-        engine.close()
-        model.train(training)

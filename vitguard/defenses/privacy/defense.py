@@ -17,6 +17,7 @@ from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
 from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.engine import Clipped, Engine, clipped_sum
 from vitguard.defenses.privacy.losses import auxiliary_losses, per_example_losses
+from vitguard.defenses.privacy.probe import probe
 from vitguard.defenses.privacy.training import paused
 from vitguard.defenses.privacy.verification import reconstruction_bound
 from vitguard.errors import Unprotected, expected, missing_extra
@@ -62,7 +63,7 @@ class DifferentialPrivacy(StepDefense, Ledgered):
     References:
         Abadi et al., arXiv:1607.00133; Opacus, arXiv:2109.12298; accountant, arXiv:2106.02848.
 
-    Example:
+    Examples:
         >>> DifferentialPrivacy(noise=1.1).spec()
         'privacy:noise=1.1'
     """
@@ -240,7 +241,7 @@ class DifferentialPrivacy(StepDefense, Ledgered):
         if self.engine == "bookkeeping":
             return Engine()
         try:
-            from vitguard.defenses.privacy.samplers import OpacusEngine
+            from vitguard.defenses.privacy.opacus_engine import OpacusEngine
         except ImportError as error:
             raise missing_extra("engine='opacus'", "opacus") from error
         return OpacusEngine()
@@ -257,6 +258,7 @@ def _clip(engine: Engine, model: nn.Module, loss: Loss, batch: Batch, clip: floa
     for p in held:
         p.grad = None
     try:
+        probe(model, engine, (batch.images,))
         with torch.enable_grad(), paused(model), engine.watch(model, batch.images) as tape:
             outputs = model(batch.images)
         with torch.enable_grad():

@@ -25,6 +25,7 @@ from vitguard.defenses.privacy.tape import (
     full_precision,
     prefer_products,
 )
+from vitguard.errors import Unprotected
 
 __all__ = ["REMADE", "convolve", "layer_norm", "lift", "linear", "note", "slots"]
 
@@ -90,11 +91,21 @@ def slots(tape: Tape, root: Root) -> Tensor:
     return _Slots.apply(root.leaf, tape, root)  # type: ignore[return-value]
 
 
-def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a backward pass in the precision of its tensors, also inside an autocast block."""
+def _recording(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a backward pass in the precision of its tensors, also inside an autocast block.
+
+    Raises:
+        Unprotected: The step that the pass belongs to was taken, or its batch was left out.
+    """
 
     @functools.wraps(backward)
     def exact(ctx: Any, *gradients: Tensor) -> Any:
+        if ctx.tape.closed:
+            raise Unprotected(
+                "Expected a backward pass of the batch that is due, got one of a batch whose step "
+                "was taken or that was left out: its gradient would be lost. Add up the losses of "
+                "a batch and call backward before its step."
+            )
         with full_precision(gradients[0].device):
             return backward(ctx, *gradients)
 
@@ -127,7 +138,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @_recording
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (g,) = gradients
         x, weight = ctx.saved_tensors
@@ -188,7 +199,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @_recording
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (g,) = gradients
         x, weight = ctx.saved_tensors
@@ -252,7 +263,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @_recording
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (g,) = gradients
         x, weight, mean, scale = ctx.saved_tensors
@@ -295,7 +306,7 @@ class _Lift(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @_recording
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (g,) = gradients
         leaf = ctx.root.leaf
@@ -314,7 +325,7 @@ class _Slots(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @_recording
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (g,) = gradients
         if ctx.tape.checking:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from vitguard.defenses.privacy.training import PrivateTraining
-from vitguard.errors import Incompatible, expected
+from vitguard.defenses._base import Draws
+from vitguard.defenses.privacy.samplers import PoissonSampler, place, records_of
+from vitguard.defenses.privacy.training import Due, PrivateTraining
+from vitguard.errors import expected
 
 __all__ = ["PoissonLoader"]
 
@@ -19,105 +21,152 @@ __all__ = ["PoissonLoader"]
 class _Collate:
     """Collate that turns an empty draw into one blank example, and says how many are real."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any], dataset: Any) -> None:
+    def __init__(self, collate: Callable[[list[Any]], Any], dataset: Any, like: int) -> None:
         self.collate = collate
         self.dataset = dataset
+        self.like = like
 
     def __call__(self, examples: list[Any]) -> tuple[int, Any]:
         if examples:
             return len(examples), self.collate(examples)
-        blank = self.collate([self.dataset[0]])
+        blank = self.collate([self.dataset[self.like]])
         return 0, tree_map(lambda t: torch.zeros_like(t) if isinstance(t, Tensor) else t, blank)
 
 
 class PoissonLoader:
     """A loader's Poisson-sampled stand-in: as many batches, of the same size on average.
 
+    Every batch must be stepped on before the next is taken, or left out by `skip`. A new iterator
+    starts clean and ends the one before.
+
     Args:
-        loader: The loader to stand in for; its dataset must have a length.
+        loader: The loader to stand in for. Its records and number of batches are kept, so the
+            sampling rate is 1 / len(loader), also with `drop_last`; its workers, collate function
+            and other settings too. Where its sampler gives a subset, the draws are from that.
         training: Told of each batch before it is handed out.
-        generator: Source of the draws, which must stay secret.
+        draws: Source of the draws.
         physical: Most examples at a time: a larger batch comes in pieces, and the optimizer steps
             after the last one.
+
+    Raises:
+        Incompatible: Poisson draws cannot stand for what the loader does.
     """
 
     def __init__(
         self,
         loader: DataLoader,
         training: PrivateTraining,
-        generator: torch.Generator,
+        draws: Draws,
         physical: int | None = None,
     ) -> None:
-        from opacus.utils.uniform_sampler import (
-            DistributedUniformWithReplacementSampler,
-            UniformWithReplacementSampler,
-        )
-
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            raise Incompatible(
-                f"Expected a DataLoader over a dataset with a length, got {type(loader).__name__}: "
-                "Poisson sampling draws every example independently."
-            )
-        if not len(loader):
-            raise expected("a loader with at least one batch", 0)
-        self.training, self.physical = training, physical
+        records = records_of(loader)
+        rank, world = place()
+        self.source = loader
+        self.training, self.physical, self.draws = training, physical, draws
         self.ends_step = True
         """Whether the optimizer's step on the batch handed out last is a full step."""
         self.dataset = loader.dataset
+        self.first = records[0]
+        self.records = len(records)
+        """How many records may be drawn, over all processes."""
         self.rate = 1 / len(loader)
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        world = _world_size()
-        self.expected_batch_size = size * self.rate / world
-        if world > 1:
-            sampler: Any = DistributedUniformWithReplacementSampler(
-                total_size=size, sample_rate=self.rate, generator=generator
-            )
-        else:
-            sampler = UniformWithReplacementSampler(
-                num_samples=size, sample_rate=self.rate, generator=generator, steps=len(loader)
-            )
-        self.batch_sampler = sampler
+        self.expected_batch_size = self.records * self.rate / world
+        self.batch_sampler = self.sampler = PoissonSampler(
+            records, self.rate, len(loader), draws, rank=rank, world=world
+        )
+        kept = ("in_order", "pin_memory_device")  # newer than the oldest torch
         self._loader = DataLoader(
             loader.dataset,
-            batch_sampler=sampler,
+            batch_sampler=self.batch_sampler,
             num_workers=loader.num_workers,
-            collate_fn=_Collate(loader.collate_fn, loader.dataset),
+            collate_fn=_Collate(loader.collate_fn, loader.dataset, self.first),
             pin_memory=loader.pin_memory,
             timeout=loader.timeout,
             worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=loader.generator,
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
+            **{name: getattr(loader, name) for name in kept if hasattr(loader, name)},
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"The private loader has no {name}: use it as it is, with physical_batch for memory. "
+            "The loader that it stands in for is its `source`."
         )
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        for real, batch in self._loader:
-            size = max(real, 1)
-            step = min(self.physical or size, size)
-            starts = range(0, size, step)
-            key = int(torch.randint(2**62, (), generator=self.batch_sampler.generator))
-            for start in starts:
-                stop = min(start + step, size)
-                self.ends_step = stop == size
-                self.training.announce(
-                    stop - start,
-                    min(real, stop) - start,
-                    last=self.ends_step,
-                    key=key if len(starts) > 1 else None,
-                )
-                yield batch if len(starts) == 1 else _cut(batch, start, stop, size)
+        return _Batches(self)
+
+    def one(self) -> Any:
+        """Return a batch of the first record, to see what batches look like."""
+        return self.source.collate_fn([self.dataset[self.first]])
+
+    def skip(self) -> None:
+        """Leave the batch handed out last out of training, with the pieces of it still to come.
+
+        Nothing of it is released or counted. To choose by what is in it tells of the records; no
+        ledger knows that.
+        """
+        self.training.drop()
 
 
-def _cut(batch: Any, start: int, stop: int, size: int) -> Any:
+class _Batches:
+    """One pass over a Poisson loader."""
+
+    def __init__(self, loader: PoissonLoader) -> None:
+        self._loader = loader
+        self._batches = iter(loader._loader)
+        self._pieces: Iterator[Any] = iter(())
+        loader.training.open(self)
+
+    def __iter__(self) -> _Batches:
+        return self
+
+    def __next__(self) -> Any:
+        training = self._loader.training
+        training.turn(self)
+        piece = None if training.skipped else next(self._pieces, None)
+        if piece is None:
+            self._pieces = self._cut(*next(self._batches))
+            piece = next(self._pieces)
+        settings, batch = piece
+        self._loader.ends_step = settings["last"]
+        return _mark(batch, training.announce(**settings))
+
+    def _cut(self, real: int, batch: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+        """Yield the pieces of a batch, each with what to announce."""
+        loader = self._loader
+        size = max(real, 1)
+        step = min(loader.physical or size, size)
+        starts = range(0, size, step)
+        key = loader.draws.key()
+        for piece, start in enumerate(starts):
+            stop = min(start + step, size)
+            settings = {
+                "size": stop - start,
+                "real": min(real, stop) - start,
+                "piece": piece,
+                "last": stop == size,
+                "rate": loader.rate,
+                "key": key if len(starts) > 1 else None,
+            }
+            yield settings, batch if len(starts) == 1 else _rows(batch, start, stop, size)
+
+
+def _rows(batch: Any, start: int, stop: int, size: int) -> Any:
     if any(len(t) != size for t in tree_leaves(batch) if isinstance(t, Tensor)):
         raise expected("a batch of tensors with a row for each example", "another shape")
     return tree_map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, batch)
 
 
-def _world_size() -> int:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size()
-    return 1
+def _mark(batch: Any, due: Due) -> Any:
+    """Note on the tensors themselves which batch they are of; a copy of them is not known."""
+    for tensor in tree_leaves(batch):
+        if isinstance(tensor, Tensor):
+            tensor._vitguard_batch = due  # type: ignore[attr-defined]
+    return batch

@@ -5,38 +5,60 @@ This file imports opacus; it is loaded by `DifferentialPrivacy.prepare` only.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from opacus.optimizers import DistributedDPOptimizer, DPOptimizer
-from torch import nn
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
 
+from vitguard.defenses._base import Draws
 from vitguard.defenses.privacy.engine import clipped_sum
-from vitguard.defenses.privacy.training import PrivateTraining
+from vitguard.defenses.privacy.samplers import place
+from vitguard.defenses.privacy.training import Due, PrivateTraining
 from vitguard.errors import Incompatible, Unprotected
 
-__all__ = ["private_optimizer"]
+__all__ = ["BookKeepingOptimizer", "refuse_optimizer"]
+
+Spend = Callable[[float, float], None]
 
 
-class _BookKeeping:
-    """What changes in Opacus's optimizer: where the clipped sum comes from. Noise, averaging,
-    the distributed sum and the step stay Opacus's."""
+class BookKeepingOptimizer(DPOptimizer):
+    """A private step: clip, write the release down, add noise, move the parameters, in this order.
 
-    params: list[nn.Parameter]
-    max_grad_norm: float
-    step_hook: Callable[[Any], None] | None
-    original_optimizer: torch.optim.Optimizer
-    add_noise: Callable[[], None]
-    scale_grad: Callable[[], None]
-    _is_last_step_skipped: bool
+    `noise_multiplier`, `max_grad_norm` and the announced sampling rate are read once for a batch
+    (clip and rate at its first piece) and used for both the ledger and the noise, so schedules
+    that change them are honoured and counted.
 
-    def watch(self, model: nn.Module, training: PrivateTraining) -> None:
-        """Take clipped sums from `training`, and let the wrapped optimizer step only from here."""
-        self._training = training
-        self._names = {id(p): n for n, p in model.named_parameters()}
+    Of several processes each clips its own examples. The sums meet on the first one, which adds one
+    draw of noise to the whole sum and sends the result.
+
+    Args:
+        spend: Writes noise multiplier and rate of a release into the ledger, or raises Unprotected.
+        settings: Opacus's.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        training: PrivateTraining,
+        *,
+        draws: Draws,
+        spend: Spend,
+        **settings: Any,
+    ) -> None:
+        super().__init__(optimizer, **settings)
+        self._training, self._draws, self._spend = training, draws, spend
+        self._names = {p: n for n, p in model.named_parameters()}
+        self._place = place()
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._next: tuple[int, int] | None = None  # batch and piece that would continue the sums
+        self._clip = self._rate = 0.0  # of the batch in the sums
         self._open = False
-        self._handle = self.original_optimizer.register_step_pre_hook(self._refuse_others)
+        self._handle = optimizer.register_step_pre_hook(self._refuse_others)
 
     def _refuse_others(self, *_: Any) -> None:
         if not self._open and self._training.live:
@@ -59,61 +81,196 @@ class _BookKeeping:
             "needs no scaler."
         )
 
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Raise: Opacus's BatchMemoryManager cuts batches in a way that the loader does not see."""
+        raise Incompatible(
+            "Expected pieces of a batch from the private loader, got Opacus's signal_skip_step. "
+            "Set physical_batch in DifferentialPrivacy."
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients: to None always, so that one made around the clipping shows.
+
+        The sums of the pieces of an unfinished batch stay, until a new batch begins.
+        """
+        self.original_optimizer.zero_grad(True)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take the step on the batch that the loader handed out last; noise goes on its last piece.
+
+        Returns:
+            What `closure` returned, None without one.
+
+        Raises:
+            Unprotected: Something would leave without clipping, noise or its entry in the ledger;
+                the parameters are unchanged.
+        """
+        value = None
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        if self.pre_step():
+            self._open = True
+            try:
+                self.original_optimizer.step()
+            finally:
+                self._open = False
+        return value
+
+    def pre_step(self, closure: Any = None) -> bool:
+        """Clip and add up; on the last piece of a batch also noise. Return whether to step."""
+        try:
+            due = self._add_piece()
+            self._is_last_step_skipped = not due.last
+            if not due.last:
+                return False
+            self._release()
+        except BaseException:
+            self._forget()
+            raise
+        if self.step_hook:
+            self.step_hook(self)
+        return True
+
     def clip_and_accumulate(self) -> None:
-        tape, real, self._last = self._training.take()
+        """Clip the examples of the announced batch and add them to the sums."""
+        self._add_piece()
+
+    def _add_piece(self) -> Due:
+        tape, due = self._training.take()
+        clip = _checked("max_grad_norm", self.max_grad_norm, above=True)
+        self._check_group()
         if leaked := tape.leak():
             raise Unprotected(
                 f"Expected every gradient to come through clipping, got one of {leaked} around it: "
                 "a loss outside the model's own forward pass, or a pass in eval mode. Call "
                 "optimizer.zero_grad() before each batch and keep the loss a function of outputs."
             )
-        sums = clipped_sum(tape, self.max_grad_norm, scale=tape.batch, real=real).sums
+        if due.piece == 0:  # what an unfinished batch left goes
+            self._sums, self._clip, self._rate = {}, clip, due.rate
+        elif self._next != (due.batch, due.piece):
+            raise Unprotected(
+                f"Expected every piece of a batch to be stepped on, got piece {due.piece + 1} "
+                "without those before it. Call optimizer.step() after each piece, or loader.skip()."
+            )
+        sums = clipped_sum(tape, self._clip, scale=tape.batch, real=due.real).sums
+        if not sums:
+            raise Unprotected(
+                "Expected loss.backward() between the pass of a batch and its step, got none. Call "
+                "loader.skip() in place of the step for a batch that you do not want."
+            )
         for p in self.params:
-            total = sums.get(self._names[id(p)])
+            total = sums.get(self._name(p))
             total = torch.zeros_like(p) if total is None else total.to(p.dtype).view_as(p)
-            p.summed_grad = total if p.summed_grad is None else p.summed_grad + total  # type: ignore[attr-defined]
+            self._sums[p] = self._sums[p] + total if p in self._sums else total
+        self._next = (due.batch, due.piece + 1)
+        return due
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients: to None always, so that one made around the clipping shows."""
-        super().zero_grad(True)  # type: ignore[misc]
+    def _name(self, parameter: nn.Parameter) -> str:
+        if parameter not in self._names:
+            raise Unprotected(
+                "Expected the parameters that the model had when it was prepared, got another of "
+                f"shape {tuple(parameter.shape)} in the optimizer. Call guard.prepare again."
+            )
+        return self._names[parameter]
 
-    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        self.clip_and_accumulate()
-        self._is_last_step_skipped = not self._last
-        if not self._last:
-            return False
-        self.add_noise()
+    def _release(self) -> None:
+        """Write the release down, then make it: noise on the sums, as each parameter's gradient."""
+        noise = _checked("noise_multiplier", self.noise_multiplier)
+        if self._place[1] > 1:
+            self._agree([noise, self._clip, self._rate, float(len(self._sums))])
+        self._spend(noise, self._rate)
+        self.add_noise(noise)
         self.scale_grad()
-        if self.step_hook:
-            self.step_hook(self)
-        return True
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        self._open = True
+    def add_noise(self, noise: float | None = None) -> None:
+        """Put the sums with noise of deviation `noise * clip` into the parameters' gradients."""
+        noise = _checked("noise_multiplier", self.noise_multiplier) if noise is None else noise
+        sums, self._sums, self._next = self._sums, {}, None
+        rank, world = self._place
+        totals = {self._name(p): t.contiguous() for p, t in sums.items()}
+        if world > 1:
+            self._together(lambda: [_reduce(t) for t in totals.values()])
+        if rank == 0:
+            totals = self._draws.noised_all(totals, noise * self._clip)
+        if world > 1:
+            self._together(lambda: [torch.distributed.broadcast(t, 0) for t in totals.values()])
+        for p in sums:
+            p.grad = totals[self._name(p)].to(p).view_as(p)
+
+    def scale_grad(self) -> None:
+        """Divide by the number of examples that a batch has on average."""
+        assert self.expected_batch_size is not None
+        for p in self.params:
+            if p.grad is not None:
+                p.grad /= self.expected_batch_size * self._place[1]
+
+    def _forget(self) -> None:
+        self._sums, self._next = {}, None
+        self.zero_grad()
+
+    # several processes
+
+    def _check_group(self) -> None:
+        if (now := place()) != self._place:
+            rank, world = self._place
+            raise Unprotected(
+                f"Expected the processes of guard.prepare, rank {rank} of {world}, got rank "
+                f"{now[0]} of {now[1]}: noise and sampling were planned for the others. Call "
+                "guard.prepare again after init_process_group."
+            )
+
+    def _agree(self, values: list[float]) -> None:
+        """Raise Unprotected, on every process, unless all are about to do the same."""
+        device = next(iter(self._names)).device
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        mine = torch.tensor(values, dtype=kind, device=device)
+        most = torch.cat([mine, -mine])
+        maximum = torch.distributed.ReduceOp.MAX
+        self._together(lambda: torch.distributed.all_reduce(most, maximum))
+        high, low = most[: len(values)], -most[len(values) :]
+        if not torch.equal(high, low):
+            raise Unprotected(
+                "Expected the same noise_multiplier, max_grad_norm, sampling rate and parameters "
+                f"on every process, got from {low.tolist()} to {high.tolist()}. Change them on "
+                "every process alike."
+            )
+
+    def _together(self, exchange: Callable[[], Any]) -> None:
         try:
-            return super().step(closure)  # type: ignore[misc]
-        finally:
-            self._open = False
+            exchange()
+        except RuntimeError as error:
+            raise Unprotected(
+                f"Expected all {self._place[1]} processes at the step, got one that is gone "
+                f"({error}); nothing was applied. Form the group again and call guard.prepare."
+            ) from error
 
 
-class BookKeepingOptimizer(_BookKeeping, DPOptimizer):
-    """One process."""
+def _reduce(total: Tensor) -> None:
+    torch.distributed.reduce(total, 0)
 
 
-class DistributedBookKeepingOptimizer(_BookKeeping, DistributedDPOptimizer):
-    """Several processes: noise on the first, a sum over all, as Opacus does it."""
+def _checked(name: str, value: Any, *, above: bool = False) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (number > 0 if above else number >= 0) or not number < math.inf:
+        raise Unprotected(
+            f"Expected a finite {name} {'above' if above else 'of at least'} 0 at the step, got "
+            f"{value}. Nothing was released; a schedule may have set it."
+        )
+    return number
 
 
-def private_optimizer(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    training: PrivateTraining,
-    *,
-    distributed: bool,
-    **settings: Any,
-) -> DPOptimizer:
-    """Return the private optimizer around `optimizer`; settings are Opacus's."""
-    kind = DistributedBookKeepingOptimizer if distributed else BookKeepingOptimizer
-    private = kind(optimizer, **settings)
-    private.watch(model, training)
-    return private
+def refuse_optimizer(optimizer: Any) -> None:
+    """Raise Incompatible for an optimizer that asks for several passes over a batch."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise Incompatible(f"Expected a torch optimizer, got {type(optimizer).__name__}.")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise Incompatible(
+            "Expected an optimizer that takes one gradient a step, got "
+            f"{type(optimizer).__name__}, which evaluates its closure several times: each is a "
+            "release of its own. Use SGD or AdamW."
+        )

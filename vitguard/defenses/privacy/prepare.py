@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from vitguard.defenses._base import Draws
 from vitguard.defenses.privacy.accounting import Ledger
-from vitguard.defenses.privacy.checks import check_model, probe
+from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.loader import PoissonLoader
+from vitguard.defenses.privacy.probe import probe
 from vitguard.defenses.privacy.training import PrivateTraining
-from vitguard.errors import Incompatible, Unprotected, UnsupportedModel, expected, missing_extra
+from vitguard.errors import Incompatible, UnsupportedModel, expected, missing_extra
 from vitguard.vit import Anatomy
 
 if TYPE_CHECKING:
@@ -35,56 +36,64 @@ def prepare_training(
     try:
         import opacus  # noqa: F401
 
-        from vitguard.defenses.privacy.optimizer import private_optimizer
+        from vitguard.defenses.privacy.optimizer import BookKeepingOptimizer, refuse_optimizer
     except ImportError as error:
         raise missing_extra("DifferentialPrivacy.prepare", "opacus") from error
     if loader is None:
         raise expected("a loader beside the optimizer", "none", "Privacy needs Poisson sampling.")
     optimizer = getattr(optimizer, "original_optimizer", optimizer)
+    loader = loader.source if isinstance(loader, PoissonLoader) else loader
+    refuse_optimizer(optimizer)
     check_model(model)
     _check_owned(model, optimizer)
     engine = defense._engine()
-    training = PrivateTraining(engine)
-    poisson = PoissonLoader(loader, training, draws.public_generator(), defense.physical_batch)
-    records = len(loader.dataset)
-    if defense.delta >= 1 / records:
-        raise expected(f"delta below 1 / {records} records", defense.delta)
+    training = PrivateTraining(engine, probe)
+    poisson = PoissonLoader(loader, training, draws, defense.physical_batch)
+    if defense.delta >= 1 / poisson.records:
+        raise expected(f"delta below 1 / {poisson.records} records", defense.delta)
     if defense.epsilon is not None and defense.epochs is None:
         raise expected("epochs with a target epsilon", "none", "Or give noise instead.")
     steps = math.ceil((defense.epochs or 1) * len(poisson))
     noise = defense.multiplier(poisson.rate, steps)
+    planned = (noise, poisson.rate, steps)
+
+    def spend(noise: float, rate: float) -> None:
+        ledger.spend(
+            noise,
+            rate,
+            admit=lambda longer: defense.refuse_beyond_target(longer, planned),
+            void=draws.void,
+        )
+
     _replace(model, training)
-    probe(model, _examples(loader, model), engine)
+    _try_out(model, training, _examples(poisson, model))
     for p in model.parameters():
         p.grad = None
-    training.install(model)
-    private = private_optimizer(
+    private = BookKeepingOptimizer(
         optimizer,
         model,
         training,
-        distributed=torch.distributed.is_available() and torch.distributed.is_initialized(),
+        draws=draws,
+        spend=spend,
         noise_multiplier=noise,
         max_grad_norm=defense.clip,
         expected_batch_size=poisson.expected_batch_size,
-        generator=draws.public_generator(),  # replaced with the sampler and the noise
     )
-
-    planned = (noise, poisson.rate, steps)
-
-    def count(private: Any) -> None:
-        try:
-            ledger.spend(
-                noise,
-                poisson.rate,
-                admit=lambda longer: defense.refuse_beyond_target(longer, planned),
-                void=draws.void,
-            )
-        except Unprotected:
-            private.zero_grad()
-            raise
-
-    private.attach_step_hook(count)  # called before the parameters move
     return private, poisson
+
+
+def _try_out(model: nn.Module, training: PrivateTraining, images: Tensor) -> None:
+    """Watch the model from now on, unless its examples meet in training mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    training.install(model)
+    try:
+        probe(model.train(), training.engine, (images,))
+    except BaseException:
+        training.uninstall(model)
+        raise
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _replace(model: nn.Module, training: PrivateTraining) -> None:
@@ -100,21 +109,23 @@ def _replace(model: nn.Module, training: PrivateTraining) -> None:
 
 def _check_owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     known = {id(p) for p in model.parameters()}
-    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if strangers := [tuple(p.shape) for p in held if id(p) not in known]:
         raise Incompatible(
-            "Expected an optimizer of the model's own parameters, got others among them: their "
-            "gradients would not be clipped."
+            "Expected an optimizer of the model's own parameters, got others among them (of shape "
+            f"{', '.join(map(str, strangers))}): their gradients would not be clipped. If the "
+            "optimizer is older than the protection, which may take parameters out of the model "
+            "(fixed positions take pos_embed), build it after protect."
         )
 
 
-def _examples(loader: Any, model: nn.Module) -> Tensor:
-    """Return a few images for the probe: noise where the model's input size is known."""
+def _examples(loader: PoissonLoader, model: nn.Module) -> Tensor:
+    """Return images like those of training, for the probe, which puts noise in their place."""
     like = next(model.parameters())
     try:
         anatomy = Anatomy.of(model)
     except UnsupportedModel:
-        count = min(3, len(loader.dataset))
-        parts = tree_leaves(loader.collate_fn([loader.dataset[i] for i in range(count)]))
+        parts = tree_leaves(loader.one())
         images = next((t for t in parts if isinstance(t, Tensor) and t.dim() > 2), None)
         if images is None:
             raise expected("batches that hold images", "none in the loader") from None

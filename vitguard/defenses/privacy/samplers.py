@@ -1,121 +1,195 @@
-"""Opacus's per-sample gradients, made to fit Vision Transformers: the reference engine.
+"""Poisson draws of records, and what a loader's own sampler means for them.
 
-Opacus's hooks treat the leaf layers it has samplers for; bare parameters (tokens, positions,
-LayerScale, bias tables) go to the tape. So no layer falls into functorch, and random layers and
-layers with buffers work. This file imports opacus; it is loaded for `engine="opacus"` only.
+A sampler that gives each record of a set once is honoured: the draws are from that set. Any other
+is refused, because privacy would account for something else than what it does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any, cast
 
-from opacus.grad_sample import GradSampleModule
-from opacus.grad_sample.grad_sample_module import GradSampleHooks
-from torch import Tensor, nn
+import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
-from vitguard.defenses.privacy.engine import Engine, refuse_float16
-from vitguard.defenses.privacy.tape import Products, Samples, Tape
-from vitguard.errors import Incompatible
+from vitguard.defenses._base import Draws
+from vitguard.errors import Incompatible, expected
 
-__all__ = ["OpacusEngine"]
+__all__ = ["PoissonSampler", "place", "records_of"]
 
-_SAMPLED = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+_SUBSET = "Choose records with torch.utils.data.Subset(dataset, indices) and leave the sampler out."
 
 
-def _kind(module: nn.Module) -> type[nn.Module] | None:
-    """Return the class whose sampler fits a layer; a subclass may compute in another way.
+class PoissonSampler(Sampler[list[int]]):
+    """Batches of indices: each record joins each batch independently with probability `rate`.
 
-    `nn.MultiheadAttention` never calls the layer that holds its output weights.
+    Of several processes each draws from its own share of the records: every `world`-th, from
+    `rank` on.
+
+    Args:
+        records: The indices that may be drawn, each once.
+        rate: In (0, 1].
+        steps: Batches in one pass.
     """
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None
-    for kind in _SAMPLED:
-        own = kind is nn.LayerNorm or type(module).forward is kind.forward
-        if isinstance(module, kind) and own:
-            return kind
-    return None
+
+    def __init__(
+        self,
+        records: Sequence[int],
+        rate: float,
+        steps: int,
+        draws: Draws,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.rate, self.steps = rate, steps
+        self._own = np.asarray(records, dtype=np.int64)[rank::world]
+        self._draws = draws
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            yield self._own[self._draws.chosen(len(self._own), self.rate)].tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: every draw is fresh. For loops written for `DistributedSampler`."""
 
 
-class _Hooks(GradSampleHooks):
-    GRAD_SAMPLERS: ClassVar[dict[Any, Any]] = dict(GradSampleModule.GRAD_SAMPLERS)
-
-    def iterate_submodules(self, module: nn.Module) -> Iterable[nn.Module]:
-        for part in module.modules():
-            if _kind(part) and any(p.requires_grad for p in part.parameters(recurse=False)):
-                yield part
-
-    def _get_module_type(self, module: nn.Module) -> Any:
-        return _kind(module)
-
-    @classmethod
-    def validate(cls, module: nn.Module, *, strict: bool = False) -> list[NotImplementedError]:
-        return []  # vitguard's own checks ran; buffers of tables and rotations are no statistics
-
-    def rearrange_grad_samples(self, **settings: Any) -> Any:
-        activations, backprops = super().rearrange_grad_samples(**settings)
-        # Opacus reads memory order where index order is meant: wrong under channels_last.
-        return [a.contiguous() for a in activations], backprops.contiguous()
+def place() -> tuple[int, int]:
+    """Return this process's rank and the number of processes that train together."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
-class _OpacusTape(Tape):
-    """A tape for bare parameters, joined with what Opacus's hooks found."""
+def records_of(loader: Any) -> Sequence[int]:
+    """Return the indices of the dataset that a loader's sampler gives, each once.
 
-    def __init__(self, model: nn.Module, batch: int, constants: frozenset[int]) -> None:
-        sampled = {
-            f"{path}.{name}".lstrip("."): p
-            for path, module in model.named_modules()
-            if _kind(module)
-            for name, p in module.named_parameters(recurse=False)
-            if p.requires_grad
-        }
-        bare = {k: p for k, p in model.named_parameters() if p.requires_grad and k not in sampled}
-        super().__init__(bare, batch, constants)
-        self._sampled = sampled
-        self._hooks = _Hooks(model, loss_reduction="sum")
-
-    def collect(self) -> dict[str, Samples | Products]:
-        found = super().collect()
-        for name, p in self._sampled.items():
-            if isinstance(values := getattr(p, "grad_sample", None), Tensor):
-                found[name] = Samples(values.reshape(self.batch, -1, *p.shape).sum(1))
-            elif p.grad is not None:
-                raise Incompatible(
-                    f"Expected Opacus to see each use of {name}, got one outside its layer's own "
-                    "call. Use engine='bookkeeping'."
-                )
-            p.grad = None
-        self.close()
-        return found
-
-    def close(self) -> None:
-        """Leave nothing of Opacus on the model."""
-        self._hooks.remove_hooks()
-        for p in (*self._sampled.values(), *(p for _, p in self._parameters.values())):
-            for name in ("grad_sample", "_forward_counter", "_current_grad_sample"):
-                if hasattr(p, name):
-                    delattr(p, name)
+    Raises:
+        Incompatible: It gives some more often or with other chances than others, or in groups of
+            its own, so that Poisson draws would not be what was asked for.
+    """
+    _check_loader(loader)
+    size = len(loader.dataset)
+    sampler = _sampler_of(loader)
+    kind = type(sampler)
+    if kind is SequentialSampler:
+        return _first(sampler.data_source, size, kind.__name__)
+    if kind is RandomSampler:
+        if sampler.replacement or sampler.num_samples != len(sampler.data_source):
+            how = "replacement" if sampler.replacement else "num_samples"
+            raise _refused(
+                f"RandomSampler with {how}", "each record joins a batch independently and at most "
+                "once: use shuffle=True.",
+            )  # fmt: skip
+        return _first(sampler.data_source, size, kind.__name__)
+    if kind is SubsetRandomSampler:
+        return _distinct(sampler.indices, size, kind.__name__)
+    if kind is DistributedSampler:
+        return _shared(sampler, size)
+    if "Weighted" in kind.__name__:
+        raise _refused(
+            kind.__name__, "a record that is drawn more often than others spends more privacy than "
+            "they do, which no ledger here counts. Weight the loss of each example instead.",
+        )  # fmt: skip
+    raise _refused(kind.__name__, _SUBSET)
 
 
-class OpacusEngine(Engine):
-    """Per-sample gradients by Opacus, for comparison: slower, and all of them in memory."""
+def _check_loader(loader: Any) -> None:
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        over = f" over {type(loader.dataset).__name__}" if isinstance(loader, DataLoader) else ""
+        raise Incompatible(
+            f"Expected a DataLoader over a dataset with a length, got {type(loader).__name__}"
+            f"{over}: Poisson sampling draws every example independently. Use a dataset with "
+            "__getitem__ and __len__."
+        )
+    for name in ("__iter__", "__len__"):
+        if getattr(type(loader), name) is not getattr(DataLoader, name):
+            raise Incompatible(
+                f"Expected a plain DataLoader, got {type(loader).__name__}, which has a {name} of "
+                "its own that Poisson batches would leave out. Pass torch.utils.data.DataLoader, "
+                "before other tools wrap it."
+            )
+    if not isinstance(loader.dataset, Sized):
+        raise Incompatible(
+            f"Expected a dataset with a length, got {type(loader.dataset).__name__}: Poisson "
+            "sampling draws every example independently. Give it a __len__."
+        )
+    if loader.batch_size is None and loader.batch_sampler is None:
+        raise Incompatible(
+            "Expected a loader that makes batches of single examples, got batch_size=None: what "
+            "one record adds cannot be told in batches that the dataset makes. Set batch_size and "
+            "let the dataset return one example for an index."
+        )
+    _distinct_subset(loader.dataset)
+    if not len(loader):
+        raise expected("a loader with at least one batch", 0)
 
-    def __init__(self) -> None:
-        super().__init__(check=False)
-        self._tape: _OpacusTape | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tape": None}
+def _sampler_of(loader: DataLoader) -> Any:
+    if loader.batch_size is not None:
+        return loader.sampler
+    given: Any = loader.batch_sampler
+    if type(given) is not BatchSampler:
+        raise _refused(
+            f"the batch sampler {type(given).__name__}", "batches that were put together "
+            "otherwise are no Poisson sample: set batch_size in place of batch_sampler.",
+        )  # fmt: skip
+    return given.sampler
 
-    def close(self) -> None:
-        if self._tape is not None:
-            self._tape.close()
-        self._tape = None
 
-    def tape(self, model: nn.Module, batch: int) -> Tape:
-        refuse_float16(model)
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        self.close()
-        constants = frozenset(map(id, (*frozen, *model.buffers())))
-        self._tape = _OpacusTape(model, batch, constants)
-        return self._tape
+def _first(source: Any, size: int, name: str) -> Sequence[int]:
+    """Return the indices of a sampler over all of `source`."""
+    if not 0 < len(source) <= size:
+        raise expected(f"a {name} over at most the {size} records of the dataset", len(source))
+    return range(len(source))
+
+
+def _distinct(indices: Any, size: int, name: str) -> Sequence[int]:
+    chosen = [int(i) for i in indices]
+    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(range(size)):
+        raise Incompatible(
+            f"Expected a {name} of different indices from 0 to {size - 1}, got {len(chosen)}, "
+            f"{len(set(chosen))} of them different. A record that joins twice spends more privacy: "
+            "give each index once."
+        )
+    return chosen
+
+
+def _distinct_subset(dataset: Any) -> None:
+    while isinstance(dataset, Subset):
+        _distinct(dataset.indices, len(cast(Sized, dataset.dataset)), "Subset")
+        dataset = dataset.dataset
+
+
+def _shared(sampler: DistributedSampler, size: int) -> Sequence[int]:
+    rank, world = place()
+    if (sampler.rank, sampler.num_replicas) != (rank, world):
+        raise Incompatible(
+            f"Expected a DistributedSampler for this process group, rank {rank} of {world}, got "
+            f"rank {sampler.rank} of {sampler.num_replicas}. Call init_process_group first, then "
+            "make the sampler, then guard.prepare."
+        )
+    return _first(sampler.dataset, size, "DistributedSampler")
+
+
+def _refused(what: str, do: str) -> Incompatible:
+    return Incompatible(
+        "Expected a sampler that gives each record of a fixed set once (shuffle, "
+        f"SubsetRandomSampler, DistributedSampler), got {what}. Poisson sampling takes its place: "
+        f"{do}"
+    )

@@ -47,6 +47,10 @@ class Samples:
     def samples(self) -> Tensor:
         return self.values
 
+    def along(self, direction: Tensor) -> Tensor:
+        """Return each example's product with a tensor of the root's shape, (batch,)."""
+        return self.values.flatten(1) @ direction.flatten()
+
     def weighted(self, weights: Tensor) -> Tensor:
         flat = self.values.flatten(1)
         return (weights.to(flat.dtype) @ flat).view(self.values.shape[1:])
@@ -78,6 +82,10 @@ class Products:
         grams = torch.bmm(self.inputs, self.inputs.mT)
         grams.mul_(torch.bmm(self.outputs, self.outputs.mT))
         return grams.sum((1, 2)).clamp_(min=0)
+
+    def along(self, direction: Tensor) -> Tensor:
+        matrix = direction.view(self.outputs.shape[2], self.inputs.shape[2])
+        return (self.inputs @ matrix.T).mul_(self.outputs).sum((1, 2))
 
     def samples(self) -> Tensor:
         return torch.bmm(self.outputs.mT, self.inputs).view(-1, *self.shape)
@@ -142,6 +150,8 @@ class Tape:
         self.batch = batch
         self._constants = constants
         self.checking = False
+        self.closed = False
+        """Whether the step was taken: a backward pass from now on would be lost."""
         self.thin = True
         """Whether every layer so far had a gradient at few positions only."""
         self.signature: set[tuple[str, str]] = set()
@@ -243,6 +253,11 @@ class Tape:
         self.thin = True
         for root in self._roots.values():
             root.uses.clear()
+
+    def close(self) -> None:
+        """Take no more: the step was taken, or its batch was left out."""
+        self.closed = True
+        self.forget()
 
     def leak(self) -> str | None:
         """Return a parameter that got a gradient around the record, if any."""

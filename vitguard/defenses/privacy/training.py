@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,40 @@ from vitguard.defenses.privacy.engine import Engine, Watch
 from vitguard.defenses.privacy.tape import Tape
 from vitguard.errors import Unprotected
 
-__all__ = ["PrivateTraining", "paused"]
+__all__ = ["Due", "PrivateTraining", "paused"]
+
+_REMEDY = (
+    "Call loss.backward() and optimizer.step() after every batch: set physical_batch where memory "
+    "is short, a smaller or larger batch_size in place of accumulation, and call loader.skip() "
+    "for a batch that you do not want."
+)
+
+Probe = Callable[[nn.Module, Engine, tuple[Any, ...], dict[str, Any]], None]
+
+
+class Due(NamedTuple):
+    """What the next training pass must be of: one piece of a logical batch.
+
+    Args:
+        size: Examples handed out; the first `real` of them count.
+        last: Whether the step follows this piece.
+        piece: Which piece of its batch it is, from 0.
+        batch: Which logical batch of this training it belongs to.
+        rate: Chance that a record joined the batch, for the ledger.
+    """
+
+    size: int
+    real: int
+    last: bool = True
+    piece: int = 0
+    batch: int = 0
+    rate: float = 1.0
 
 
 @contextmanager
 def paused(model: nn.Module) -> Iterator[None]:
     """Let passes through that are protected, and no part of the loop, such as Guard.update's."""
-    live = [m for m in model.modules() if isinstance(m, PrivateTraining) and m.live]
+    live = [t for t in _trainings(model) if t.live]
     protection: Any = getattr(model, "vitguard", None)
     prepared = getattr(protection, "prepared", True)
     for training in live:
@@ -37,26 +64,42 @@ def paused(model: nn.Module) -> Iterator[None]:
             training.live = True
 
 
+def _trainings(model: nn.Module) -> list[PrivateTraining]:
+    """Return what watches a model, which need not be protected, or a part of it."""
+    hooks = (h for m in model.modules() for h in m._forward_pre_hooks.values())
+    owners = {id(o): o for h in hooks if (o := getattr(h, "__self__", None)) is not None}
+    return [o for o in owners.values() if isinstance(o, PrivateTraining)]
+
+
 class PrivateTraining(Installed):
     """Watches the training passes of one model; a copy or pickle of the model is not watched.
 
     The loader announces each batch, the forward pass must be of that batch, and the optimizer
     takes its tape. Anything else raises.
+
+    Args:
+        probe: Called before a pass: it refuses a model in which examples meet, once for each
+            structure of the model.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, probe: Probe) -> None:
         super().__init__()
         self.engine = engine
+        self.probe = probe
         self.live = True
-        self.due: tuple[int, int, bool] | None = None
+        self.due: Due | None = None
         self.tape: Tape | None = None
         self._watch: Watch | None = None
         self._key: int | None = None
+        self._batch = 0
+        self._reader: object = None
+        self.skipped = False
+        """Whether the rest of the batch handed out last is not wanted."""
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = {"live": False, "due": None, "tape": None, "_watch": None, "_key": None}
-        return {**self.__dict__, **transient}
+        transient = dict.fromkeys(("due", "tape", "_watch", "_key", "_reader"))
+        return {**self.__dict__, **transient, "live": False}
 
     def install(self, model: nn.Module) -> None:
         """Start watching `model`."""
@@ -70,18 +113,63 @@ class PrivateTraining(Installed):
         self._handles = []
         self.live = False
 
-    def announce(self, size: int, real: int, *, last: bool = True, key: int | None = None) -> None:
-        """Say what comes next.
+    # the loader's side
+
+    def open(self, reader: object) -> None:
+        """Start a new pass over the loader: what an earlier one left unfinished is dropped."""
+        self._reader = reader
+        self.drop()
+
+    def turn(self, reader: object) -> None:
+        """Raise Unprotected unless `reader` may hand out its next batch now."""
+        if not self._handles:
+            raise Unprotected(
+                "Expected the loader of the last guard.prepare, got one whose training was "
+                "prepared again or removed. Use the loader that guard.prepare returned."
+            )
+        if reader is not self._reader:
+            raise Unprotected(
+                "Expected one iterator over the private loader at a time, got an older one after "
+                "a newer was started: a record could count twice in a step. Use the newest."
+            )
+        if self.due is not None:
+            raise Unprotected(
+                "Expected a step on each batch of the private loader before the next is taken, "
+                f"got the next batch asked for before the step on the last. {_REMEDY}"
+            )
+
+    def announce(
+        self,
+        size: int,
+        real: int,
+        *,
+        piece: int = 0,
+        last: bool = True,
+        rate: float = 1.0,
+        key: int | None = None,
+    ) -> Due:
+        """Say what comes next; see `Due`. A first piece begins a new logical batch.
 
         Args:
-            size: Examples handed out; the first `real` of them count.
-            last: Whether the step follows.
             key: Of the draw that the pieces of one batch share, for defenses that draw once for a
                 whole batch.
         """
-        self.due, self.tape, self._key = (size, real, last), None, key
+        self.drop()
+        self.skipped = False
+        self._batch += piece == 0
+        self.due, self._key = Due(size, real, last, piece, self._batch, rate), key
+        return self.due
 
-    def take(self) -> tuple[Tape, int, bool]:
+    def drop(self) -> None:
+        """Forget the batch that is due; a backward pass of it raises from now on."""
+        if self.tape is not None:
+            self.tape.close()
+        self.due = self.tape = None
+        self.skipped = True
+
+    # the optimizer's side
+
+    def take(self) -> tuple[Tape, Due]:
         """Return the pass of the announced batch, once."""
         if self.tape is None or self.due is None:
             raise Unprotected(
@@ -89,42 +177,60 @@ class PrivateTraining(Installed):
                 "got none. Call model.train(), take batches from guard.prepare's loader and run "
                 "loss.backward() before each step."
             )
-        tape, (_, real, last) = self.tape, self.due
+        taken = self.tape, self.due
         self.tape = self.due = None
-        return tape, real, last
+        return taken
+
+    # the model's side
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not (self.live and model.training and torch.is_grad_enabled()):
             return
-        size = next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), 0)
-        if self.due is None or self.tape is not None or size != self.due[0]:
-            due = (
-                "none"
-                if self.due is None
-                else "one taken"
-                if self.tape is not None
-                else self.due[0]
-            )
-            raise Unprotected(
-                f"Expected one training pass for each batch of the private loader, got a batch of "
-                f"{size} where the batch due was {due}. Use the loader that guard.prepare returned."
-            )
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self._check_due(tensors)
+        self.engine.close()
+        self.probe(model, self.engine, args, kwargs)
+        assert self.due is not None
+        size = self.due.size
         for piece in model.modules():
             if isinstance(piece, Installed) and piece.one_draw():
                 keys = None if self._key is None else torch.full((size,), self._key)
                 piece.key_examples(keys)
         tape = self.engine.tape(model, size)
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                tape.mark(tensor, True)
+        for tensor in tensors:
+            tape.mark(tensor, True)
         self.tape = tape
         self._watch = Watch(tape)
         self._watch.__enter__()
+
+    def _check_due(self, tensors: list[Tensor]) -> None:
+        size = next((len(t) for t in tensors if t.dim()), 0)
+        if self.due is None or self.tape is not None or size != self.due.size:
+            due = (
+                "none"
+                if self.due is None
+                else "one taken"
+                if self.tape is not None
+                else self.due.size
+            )
+            raise Unprotected(
+                f"Expected one training pass for each batch of the private loader, got a batch of "
+                f"{size} where the batch due was {due}. Use the loader that guard.prepare returned."
+            )
+        marks = (getattr(t, "_vitguard_batch", None) for t in tensors)
+        if any(mark is not None and mark != self.due for mark in marks):
+            raise Unprotected(
+                "Expected a training pass of the batch that the private loader handed out last, "
+                f"got an earlier batch. {_REMEDY}"
+            )
 
     def _end(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._watch is None:
             return
         watch, self._watch = self._watch, None
         watch.__exit__(None, None, None)
-        if output is not None and self.tape is not None:
-            self.engine.verify(model, self.tape, output)
+        tape = self.tape
+        self.tape = None  # a pass that broke off or is refused may be run again
+        if output is not None and tape is not None:
+            self.engine.verify(model, tape, output)
+            self.tape = tape
