@@ -10,16 +10,18 @@ import torch
 
 from vitguard.attacks._base import Attack
 from vitguard.attacks._leaked import leaked_mask
+from vitguard.audit import audit
 from vitguard.core import Normalization
 from vitguard.defenses._base import UpdateDefense
 from vitguard.defenses.encryption import EncryptedGradients
 from vitguard.defenses.noise import GradientNoise
 from vitguard.defenses.positions import FixedPositions
 from vitguard.defenses.shuffle import PatchShuffle
-from vitguard.errors import Incompatible
+from vitguard.errors import Incompatible, InputError
 from vitguard.guard import protect
 from vitguard.plan import plan_report
 from vitguard.registry import attack_types
+from vitguard.threats import CuriousServer
 from vitguard.vit import Anatomy
 
 LABEL = torch.tensor([3])
@@ -113,3 +115,25 @@ def test_a_closed_form_of_a_third_party_is_in_the_plan_and_in_the_refusal(small_
 
 def test_a_selection_that_only_a_third_party_reads_passes_without_it(small_vit):
     protect(small_vit(), [EncryptedGradients(r"patch/position/token/attn\./fc")])
+
+
+@dataclass(frozen=True)
+class Eavesdropper(CuriousServer):
+    """A third party's threat: reads the classifier alone, whatever is sent."""
+
+    def view(self, guard, update, normalization, *, loss=torch.nn.functional.cross_entropy):
+        hidden = {n: "out of earshot" for n in update.tensors if not n.startswith("head.")}
+        return super().view(guard, update.seal(hidden), normalization, loss=loss)
+
+    def describe(self):
+        return {"adversary": "eavesdropper"}
+
+
+def test_an_audit_takes_any_threat_and_its_control_sees_everything(small_vit, photo):
+    report = audit(small_vit(), (photo, LABEL), attacks=["position"], threat=Eavesdropper())
+    (finding,) = report.findings
+    assert finding.verdict == "blocked" and "out of earshot" in finding.reason
+    assert finding.control.verdict == "leaks"
+    assert report.to_json()["threat"] == {"adversary": "eavesdropper"}
+    with pytest.raises(InputError, match="a threat or withhold"):
+        audit(small_vit(), (photo, LABEL), threat=Eavesdropper(), withhold=["patch"])

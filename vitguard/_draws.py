@@ -168,8 +168,8 @@ class Draws:
     def _normals(self, count: int, deviation: float) -> Iterator[tuple[int, Tensor]]:
         """Yield (place, float64 numbers of this standard deviation) until there are `count`.
 
-        Box-Muller: the radius from a uniform of 63 bits, of 127 near zero, where tails are made, the
-        angle from 64 bits. What is yielded is a buffer that is used again.
+        Box-Muller: the radius from a uniform of 63 bits, of 127 near zero, where tails are made,
+        the angle from 64 bits. What is yielded is a buffer that is used again.
         """
         stream = self._stream()
         update = stream.update_into

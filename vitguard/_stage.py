@@ -27,7 +27,7 @@ from vitguard.defenses._base import Defense
 from vitguard.errors import Blocked, NotApplicable, Unprotected, expected
 from vitguard.guard import protect
 from vitguard.metrics import baseline
-from vitguard.threats import CuriousServer
+from vitguard.threats import Threat
 from vitguard.vit import Anatomy
 
 __all__ = ["CONTROL", "INTERRUPTED", "Progress", "Stage"]
@@ -60,7 +60,7 @@ class Stage:
         self,
         stacks: Mapping[str, Sequence[Defense]],
         attacks: Sequence[Attack],
-        withhold: tuple[str, ...],
+        threat: Threat,
         workers: int,
         progress: Progress | None,
         stop: threading.Event,
@@ -73,8 +73,9 @@ class Stage:
         scale = Scale.of(self)
         batches = range(len(self.pixels) // self.size)
         # the undefended control, then each configuration under the threat
-        runs: list[tuple[str, Sequence[Defense], tuple[str, ...]]] = [(CONTROL, (), ())]
-        runs += [(n, s, withhold) for n, s in stacks.items() if n != "none" or withhold]
+        open_threat = threat.control()
+        runs: list[tuple[str, Sequence[Defense], Threat]] = [(CONTROL, (), open_threat)]
+        runs += [(n, s, threat) for n, s in stacks.items() if n != "none" or threat != open_threat]
         jobs = [(run, b) for b in batches for run in runs]
         _check_files(attacks, [(name, b) for (name, _, _), b in jobs])
         done = 0
@@ -147,7 +148,7 @@ class Stage:
         run: str,
         stack: Sequence[Defense],
         attacks: Sequence[Attack],
-        withhold: tuple[str, ...],
+        threat: Threat,
         index: int,
         scale: Scale,
         stop: threading.Event,
@@ -158,7 +159,7 @@ class Stage:
         empty = Attempt(pixels, self.names[part], scale.baselines[index])
         skipped = replace(empty, state="failed", reason=INTERRUPTED)
         try:
-            view, mask = self._view(stack, withhold, index, stop)
+            view, mask = self._view(stack, threat, index, stop)
         except KeyboardInterrupt:
             stop.set()
             return [skipped for _ in attacks]
@@ -187,7 +188,7 @@ class Stage:
     def _view(
         self,
         stack: Sequence[Defense],
-        withhold: tuple[str, ...],
+        threat: Threat,
         index: int,
         stop: threading.Event,
     ) -> tuple[View, Tensor | None]:
@@ -207,7 +208,7 @@ class Stage:
                 loss=self.loss,
                 training=self.training,
             )
-        view = CuriousServer(withhold).view(guard, update, self.normalization, loss=self.loss)
+        view = threat.view(guard, update, self.normalization, loss=self.loss)
         return view, guard.truth().get("shuffled")
 
     def input_finding(

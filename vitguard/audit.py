@@ -22,9 +22,10 @@ from vitguard.guard import Stack, protect, stack_of
 from vitguard.models import check_finite, normalization_of
 from vitguard.registry import families_not_run, parse_attacks, stack_name
 from vitguard.report import AuditReport
+from vitguard.threats import CuriousServer, Threat
 from vitguard.vit import Anatomy
 
-__all__ = ["LocalTraining", "audit", "facts_of"]
+__all__ = ["LocalTraining", "adversary_of", "audit", "facts_of"]
 
 Stacks = Stack | Mapping[str, Stack]
 
@@ -38,6 +39,7 @@ def audit(
     batch_size: int | None = None,
     normalization: Normalization | None = None,
     withhold: Sequence[str] = (),
+    threat: Threat | None = None,
     training: LocalTraining | None = None,
     loss: Loss = F.cross_entropy,
     names: Sequence[str] | None = None,
@@ -68,6 +70,7 @@ def audit(
         normalization: From pixels to model input; what the model's own configuration says by
             default.
         withhold: Selectors of parameters that are never sent (see `Anatomy.select`).
+        threat: The adversary, in place of a curious server to which these are withheld.
         training: How the update is made; one gradient by default.
         names, model_name, weights, notes: For the report.
         seed: Seeds the defenses' draws and the attacks; the same seed gives the same report with
@@ -84,6 +87,7 @@ def audit(
     size = batch_size or len(pixels)
     normalization = normalization or normalization_of(model)
     training = training or LocalTraining()
+    adversary = adversary_of(threat, withhold)
     chosen = parse_attacks(attacks, fast=next(model.parameters()).device.type == "cpu")
     names = tuple(names or (f"image {i}" for i in range(len(pixels))))
     stage = Stage(model, normalization, training, loss, seed, pixels, labels, names, size)
@@ -93,7 +97,7 @@ def audit(
         protect(copy.deepcopy(model), stack)  # a stack that cannot work fails before the first run
     on_updates = [a for a in chosen if isinstance(a, Attack)]
     stop = threading.Event()
-    findings, levels = stage.findings(stacks, on_updates, tuple(withhold), workers, progress, stop)
+    findings, levels = stage.findings(stacks, on_updates, adversary, workers, progress, stop)
     for attack in (a for a in chosen if isinstance(a, InputAttack)):
         findings += [stage.input_finding(n, stack, attack, stop) for n, stack in stacks.items()]
     notes = [*notes, *(d.audit_note() for stack in stacks.values() for d in stack)]
@@ -108,7 +112,7 @@ def audit(
         weights=weights,
         update=str(training),
         seed=seed,
-        threat={"adversary": "curious server", "withheld": list(withhold)},
+        threat=adversary.describe(),
         families_not_run=families_not_run(chosen),
         notes=tuple(note for note in dict.fromkeys(notes) if note),
         interrupted=stop.is_set(),
@@ -123,6 +127,17 @@ def _stacks(defenses: Stacks) -> dict[str, list[Defense]]:
     if stacks.get("none") or CONTROL in stacks:
         raise expected("stacks with names of their own", "'none' or '', the undefended control")
     return stacks
+
+
+def adversary_of(threat: Threat | None, withhold: Sequence[str]) -> Threat:
+    """Return the threat that was given, or a curious server to which `withhold` is not sent.
+
+    Raises:
+        InputError: Both were given.
+    """
+    if threat is not None and withhold:
+        raise expected("a threat or withhold", "both", "CuriousServer(withhold=...) says both.")
+    return threat or CuriousServer(tuple(withhold))
 
 
 def facts_of(model: nn.Module, anatomy: Anatomy, name: str | None) -> ModelFacts:

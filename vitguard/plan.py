@@ -120,7 +120,7 @@ def plan_report(
     Raises:
         InputError: Unknown model, selection or preset, or a selection that names nothing.
 
-    Example:
+    Examples:
         >>> report = plan_report("vit_tiny_patch16_224:depth=1", "attention")
         >>> "position" in report.remaining()
         True

@@ -17,7 +17,7 @@ from vitguard._finding import Control, Finding, Pictures
 from vitguard._stage import INTERRUPTED
 from vitguard._verdicts import LABELS_ONLY, Attempt, finding_of
 from vitguard.attacks._base import Attack, InputAttack
-from vitguard.audit import LocalTraining, audit, facts_of
+from vitguard.audit import LocalTraining, adversary_of, audit, facts_of
 from vitguard.core import Guess, Loss, Normalization, Update, View
 from vitguard.errors import VitguardError, expected
 from vitguard.guard import Stack, protect, stack_of
@@ -25,7 +25,7 @@ from vitguard.metrics import baseline
 from vitguard.models import normalization_of
 from vitguard.registry import families_not_run, parse_attacks, stack_name
 from vitguard.report import AuditReport
-from vitguard.threats import CuriousServer
+from vitguard.threats import Threat
 from vitguard.vit import Anatomy
 
 __all__ = ["audit_update"]
@@ -55,6 +55,7 @@ def audit_update(
     labels: Tensor | None = None,
     normalization: Normalization | None = None,
     withhold: Sequence[str] = (),
+    threat: Threat | None = None,
     loss: Loss = F.cross_entropy,
     names: Sequence[str] | None = None,
     model_name: str | None = None,
@@ -75,6 +76,7 @@ def audit_update(
         defenses: The stack the client ran, in `protect`'s form or as a spec.
         attacks: As in `audit`; those on the input are reported as not applicable.
         truth: The images behind the update, pixels in [0, 1].
+        withhold, threat: As in `audit`.
         labels: Their classes, shape (batch,), to score recovered labels; needs `truth`.
 
     Raises:
@@ -83,7 +85,7 @@ def audit_update(
     anatomy = Anatomy.of(model)
     normalization = normalization or normalization_of(model)
     _check_update(model, update)
-    stack = stack_of(defenses)
+    stack, adversary = stack_of(defenses), adversary_of(threat, withhold)
     fast = next(model.parameters()).device.type == "cpu"
     asked = parse_attacks(attacks, fast=fast)
     chosen = [a for a in asked if isinstance(a, Attack)]
@@ -100,7 +102,7 @@ def audit_update(
     )  # fmt: skip
     made = str(training) if training is not None else _unknown(update)
     guard = protect(copy.deepcopy(model).train(), stack)
-    view = CuriousServer(tuple(withhold)).view(guard, update, normalization, loss=loss)
+    view = adversary.view(guard, update, normalization, loss=loss)
     name = f"{stack_name(stack)}" if stack else "update"
     findings = [replace(f, defense="none") for f in control.findings]
 
@@ -140,7 +142,7 @@ def audit_update(
         weights=weights,
         update=f"{made}, from a file",
         seed=seed,
-        threat={"adversary": "curious server", "withheld": list(withhold)},
+        threat=adversary.describe(),
         families_not_run=families_not_run(chosen),
         interrupted=interrupted,
         notes=(CONTROL_NOTE if training is not None else f"{CONTROL_NOTE} {OTHER_CONTROL}",),

@@ -1,8 +1,10 @@
-"""What the adversary is granted: Kerckhoffs' principle, spelled out."""
+"""What an adversary is granted: Kerckhoffs' principle, spelled out."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,34 @@ from vitguard.errors import expected
 from vitguard.guard import Guard
 from vitguard.vit import canonical_name
 
-__all__ = ["CuriousServer"]
+__all__ = ["CuriousServer", "Threat"]
+
+
+class Threat(ABC):
+    """An adversary: what it is granted of an update, and what a report says of it."""
+
+    @abstractmethod
+    def view(
+        self,
+        guard: Guard,
+        update: Update,
+        normalization: Normalization,
+        *,
+        loss: Loss = F.cross_entropy,
+    ) -> View:
+        """Return what this adversary sees of `update`, made under `guard`."""
+
+    @abstractmethod
+    def control(self) -> Threat:
+        """Return the same adversary where everything is sent: it sees the undefended control."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what it was granted or denied, as JSON values for the report."""
 
 
 @dataclass(frozen=True)
-class CuriousServer:
+class CuriousServer(Threat):
     """A server, or a reader in transit, that sees the update and knows everything public.
 
     It knows architecture, weights before the step, loss, normalisation, batch size, local steps,
@@ -29,6 +54,14 @@ class CuriousServer:
     """
 
     withhold: tuple[str, ...] = ()
+
+    def control(self) -> CuriousServer:
+        """Return a server to which nothing is withheld."""
+        return CuriousServer()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the adversary and the selectors that are not sent."""
+        return {"adversary": "curious server", "withheld": list(self.withhold)}
 
     def view(
         self,

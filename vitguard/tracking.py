@@ -36,7 +36,7 @@ class TensorBoard:
         patch_size: (height, width) of a patch, for the matched PSNR.
         every: Iterations between pictures of an attack, and PSNR values.
 
-    Example:
+    Examples:
         >>> attack = InvertingGradients.fast(watch=TensorBoard("runs/attack"))  # doctest: +SKIP
         >>> with TensorBoard("runs/training") as board:  # doctest: +SKIP
         ...     board.training(guard, step=0, losses={"task": 2.3}, images=images)

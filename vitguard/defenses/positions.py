@@ -72,7 +72,7 @@ class FixedPositions(ModelDefense):
 
     A strict load of an original checkpoint works; its position rows are taken by `frozen` only.
 
-    Example:
+    Examples:
         >>> import timm, vitguard as vg
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
         >>> guard = vg.protect(model, [vg.FixedPositions("sincos")])

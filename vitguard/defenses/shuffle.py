@@ -73,7 +73,7 @@ class PatchShuffle(ModelDefense):
     References:
         arXiv 2205.12551, 2601.12051; block-wise masks arXiv 2106.08254.
 
-    Example:
+    Examples:
         >>> import timm, torch, vitguard as vg
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
         >>> guard = vg.protect(model, [vg.PatchShuffle(ratio=0.5, mask="uniform")])

@@ -135,12 +135,12 @@ def test_a_forked_child_does_not_share_the_file_in_memory(engine):
     child.join()
 
 
-def test_importing_does_not_load_tenseal_and_a_missing_one_names_pip():
+def test_importing_loads_neither_tenseal_nor_cryptography_and_a_missing_one_names_pip():
     code = (
         "import sys\n"
         "from vitguard.defenses.encryption import KeySet\n"
         "from vitguard.errors import MissingExtra\n"
-        "assert 'tenseal' not in sys.modules\n"
+        "assert not {'tenseal', 'cryptography'} & set(sys.modules)\n"
         "sys.modules['tenseal'] = None\n"
         "try: KeySet.generate()\n"
         "except MissingExtra as error: assert 'pip install tenseal' in str(error), error\n"

@@ -43,8 +43,23 @@ def names(model):
     return [n for n, _ in model.named_parameters()]
 
 
+def rehearsed(model, stack):
+    """A guard as an audit makes it: its draws are seeded, and nothing of it ever leaves."""
+    return protect(model, stack, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("rehearse", [10, 1_000_000])
+def test_a_client_without_an_encryptor_sends_nothing(model, batch, rehearse):
+    guard = protect(copy.deepcopy(model), [EncryptedGradients(rehearse=rehearse)])
+    with pytest.raises(Unprotected, match="an encryptor for an update that leaves, got none"):
+        guard.update(*batch)
+    trained = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    with pytest.raises(Unprotected, match="an encryptor for an update that leaves, got none"):
+        guard.seal(Update(trained, kind="difference"))
+
+
 def test_a_sealed_tensor_cannot_be_read_from_the_update_read_raises_blocked(model, batch):
-    guard = protect(copy.deepcopy(model), [EncryptedGradients()])
+    guard = rehearsed(copy.deepcopy(model), [EncryptedGradients()])
     update = guard.update(*batch)
     assert not update.tensors and set(update.sealed) == set(names(model))
     with pytest.raises(Blocked, match=r"encrypted .quantised. under a key that was thrown away"):
@@ -53,7 +68,7 @@ def test_a_sealed_tensor_cannot_be_read_from_the_update_read_raises_blocked(mode
 
 
 def test_what_is_not_selected_stays_plain(model, batch):
-    guard = protect(copy.deepcopy(model), [FixedPositions(), EncryptedGradients("attention")])
+    guard = rehearsed(copy.deepcopy(model), [FixedPositions(), EncryptedGradients("attention")])
     update = guard.update(*batch)
     anatomy = Anatomy.of(model)
     for name in names(model):
@@ -63,7 +78,7 @@ def test_what_is_not_selected_stays_plain(model, batch):
 def test_attention_alone_with_learnable_positions_is_refused_unless_forced(model, batch):
     with pytest.raises(Incompatible, match=r"pos_embed, patch_embed.proj.weight.*force=True"):
         protect(copy.deepcopy(model), [EncryptedGradients("attention")])
-    protect(copy.deepcopy(model), [EncryptedGradients("attention", force=True)]).update(*batch)
+    rehearsed(copy.deepcopy(model), [EncryptedGradients("attention", force=True)]).update(*batch)
     for hidden in (FixedPositions(), WithheldPositions()):
         protect(copy.deepcopy(model), [hidden, EncryptedGradients("attention")])
     for fine in ("all", "plan", "embedding", "attention/patch"):
@@ -85,7 +100,7 @@ def test_hidden_positions_do_not_lift_the_refusal_of_what_still_leaks(model, hid
 
 
 def test_large_selections_are_listed_without_ciphertext_and_say_so(model, batch):
-    guard = protect(copy.deepcopy(model), [EncryptedGradients(rehearse=10)])
+    guard = rehearsed(copy.deepcopy(model), [EncryptedGradients(rehearse=10)])
     update = guard.update(*batch)
     assert "encryption" not in update.payloads and not update.tensors
     with pytest.raises(Blocked, match=r"no ciphertext was made of its \d+ values"):
@@ -146,7 +161,7 @@ def test_an_update_without_anything_to_encrypt_is_refused(model):
 def test_an_update_that_is_not_finite_is_refused(model):
     update = Update(tensors={"pos_embed": torch.tensor([1.0, float("nan")])})
     with pytest.raises(InputError, match="finite"):
-        EncryptedGradients().seal(update, Anatomy.of(model), Draws())
+        EncryptedGradients().seal(update, Anatomy.of(model), Draws(torch.Generator()))
 
 
 def test_specs_round_trip_and_wrong_settings_are_refused(model):

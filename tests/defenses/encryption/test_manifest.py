@@ -149,7 +149,7 @@ def test_rounding_takes_a_fresh_key_of_the_system_for_each_piece(monkeypatch):
     real = _draws.secrets.token_bytes
     tensors = {"w": torch.zeros((1 << 17) + 5)}
     encryptor = Encryptor(keys, Manifest.of(tensors, bounds=1.0), client_id="a")
-    assert not encryptor._draws.deterministic
+    assert encryptor._draws.seeded is None
     monkeypatch.setattr(_draws.secrets, "token_bytes", lambda n: asked.append(n) or real(n))
     list(encryptor._integers(tensors, 1.0))
     assert asked == [32, 32]

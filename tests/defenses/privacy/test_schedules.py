@@ -142,7 +142,7 @@ def test_a_step_is_in_the_ledger_before_its_noise_is_drawn(monkeypatch):
 
 
 def test_a_schedule_cannot_go_past_the_target_epsilon():
-    model, guard, optimizer, loader = prepared(noise=None, epsilon=3.0, epochs=4)
+    model, guard, optimizer, loader = prepared(noise=None, epsilon=3.0, epochs=4, accountant="rdp")
     step_on_noise(model, optimizer, next(iter(loader)))
     images, labels = next(iter(loader))
     F.cross_entropy(model(images), labels).backward()

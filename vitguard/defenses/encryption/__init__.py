@@ -62,13 +62,14 @@ class EncryptedGradients(UpdateDefense):
         force: Accept a selection under which an attack that gives the image back remains, by the
             analysis of `vitguard plan`: at batch size 1 and by the positions of the stack; its
             other defenses are not counted.
-        rehearse: Without `encryptor`, selections of up to this many values are encrypted under
-            a key that is thrown away; larger ones are listed as sealed and no ciphertext is made.
-            The reason of each sealed name says which.
-        encryptor: A client's `Encryptor`, for a real run; call its `start_round` before each
+        rehearse: In an audit without `encryptor`, selections of up to this many values are
+            encrypted under a key that is thrown away; larger ones are listed as sealed and no
+            ciphertext is made. The reason of each sealed name says which.
+        encryptor: A client's `Encryptor`; without one no update leaves outside an audit, or a guard
+            whose draws come from a generator; call its `start_round` before each
             update. It is no setting: it is in no repr, spec, report or pickle.
 
-    Example:
+    Examples:
         >>> EncryptedGradients(select="plan").spec()
         'encryption:select=plan'
     """
@@ -118,7 +119,8 @@ class EncryptedGradients(UpdateDefense):
         """Return the update with the selected tensors sealed.
 
         Raises:
-            Unprotected: The update contains nothing that the selection names.
+            Unprotected: The update contains nothing that the selection names; or there is no
+                encryptor, and the guard is no rehearsal (its draws are secret).
             InputError: A value is not finite; or the encryptor's manifest names other tensors.
         """
         chosen = select_names(anatomy, self.select, update.tensors)
@@ -133,6 +135,13 @@ class EncryptedGradients(UpdateDefense):
                     "Make it with Manifest.of(tensors, select_names(...), bounds=...).",
                 )
             return encryptor.seal(update)
+        if draws.seeded is None:
+            raise Unprotected(
+                "Expected an encryptor for an update that leaves, got none: the server could add "
+                "nothing. Give EncryptedGradients(encryptor=Encryptor(keys, manifest, "
+                "client_id=...)). An audit rehearses without one, and so does a guard that was "
+                "given a generator."
+            )
         values = sum(update.tensors[n].numel() for n in chosen)
         if values > self.rehearse:
             reason = (

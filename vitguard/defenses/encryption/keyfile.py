@@ -20,13 +20,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
-
 from vitguard._files import parsed_json, write_atomically
 from vitguard.defenses.encryption.secret import Secret
-from vitguard.errors import InputError, Rejected, expected
+from vitguard.errors import InputError, Rejected, expected, missing_extra
 
 __all__ = ["read_key_file", "write_key_file"]
 
@@ -128,7 +124,9 @@ def _parted(plain: Secret[bytes]) -> dict[str, Secret[Any]]:
     raise Rejected("key", f"other content ({problem})", "a key file")
 
 
-def _decrypted(cipher: AESGCM, nonce: bytes, sealed: bytes, associated: bytes) -> Secret[bytes]:
+def _decrypted(cipher: Any, nonce: bytes, sealed: bytes, associated: bytes) -> Secret[bytes]:
+    from cryptography.exceptions import InvalidTag
+
     try:
         return Secret(cipher.decrypt(nonce, sealed, associated))
     except InvalidTag as error:
@@ -137,18 +135,25 @@ def _decrypted(cipher: AESGCM, nonce: bytes, sealed: bytes, associated: bytes) -
         ) from error
 
 
-def _cipher(passphrase: Secret[str], salt: bytes, cost: int) -> AESGCM:
+def _cipher(passphrase: Secret[str], salt: bytes, cost: int) -> Any:
     """Return AES-256-GCM under a key that scrypt makes of the passphrase.
 
     Raises:
         InputError: The passphrase is empty or no text.
+        MissingExtra: `cryptography` is not installed.
     """
     if not isinstance(passphrase.reveal(), str) or not passphrase.reveal():
         raise expected("a passphrase", "an empty one, or no text")
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    except ImportError as error:
+        raise missing_extra("A key file", "cryptography") from error
     return AESGCM(_derived(passphrase, salt, cost).reveal())
 
 
 def _derived(passphrase: Secret[str], salt: bytes, cost: int) -> Secret[bytes]:
+    from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+
     scrypt = Scrypt(salt=salt, length=32, n=cost, r=8, p=1)
     try:
         return Secret(scrypt.derive(passphrase.reveal().encode("utf-8", "surrogatepass")))

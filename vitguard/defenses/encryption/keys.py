@@ -166,7 +166,7 @@ class KeySet(_Named):
     Does not protect against:
         A client that works with the server: the shared key opens every client's message.
 
-    Example:
+    Examples:
         >>> keys = KeySet.generate(preset="quantised", max_clients=10)
         >>> keys.for_server().fingerprint == keys.fingerprint
         True

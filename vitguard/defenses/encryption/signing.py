@@ -6,12 +6,9 @@ import secrets
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
 from vitguard.defenses.encryption.keyfile import read_key_file, write_key_file
 from vitguard.defenses.encryption.secret import Secret
-from vitguard.errors import Rejected, expected
+from vitguard.errors import Rejected, expected, missing_extra
 
 __all__ = ["SigningKey", "verify"]
 
@@ -24,14 +21,14 @@ class SigningKey:
     Guarantees:
         The private half is in no repr, pickle or log; a saved file is encrypted and private.
 
-    Example:
+    Examples:
         >>> signing = SigningKey.generate()
         >>> len(signing.public_bytes())
         32
     """
 
     def __init__(self, seed: Secret[bytes]) -> None:
-        self.__key = Ed25519PrivateKey.from_private_bytes(seed.reveal())
+        self.__key: Any = _ed25519().Ed25519PrivateKey.from_private_bytes(seed.reveal())
 
     @staticmethod
     def generate() -> SigningKey:
@@ -104,8 +101,18 @@ def verify(public: bytes, digest: bytes, signature: bytes) -> None:
     Raises:
         Rejected: It was not made by the holder of the private half.
     """
-    key = Ed25519PublicKey.from_public_bytes(public)
+    from cryptography.exceptions import InvalidSignature
+
+    key = _ed25519().Ed25519PublicKey.from_public_bytes(public)
     try:
         key.verify(signature, _DOMAIN + digest)
     except InvalidSignature as error:
         raise Rejected("signature", "a sum that the server did not sign") from error
+
+
+def _ed25519() -> Any:
+    try:
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as error:
+        raise missing_extra("SigningKey", "cryptography") from error
+    return ed25519

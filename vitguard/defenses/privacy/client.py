@@ -47,7 +47,7 @@ class ClientPrivacy(UpdateDefense, Ledgered):
     References:
         Geyer et al., arXiv:1712.07557; the exact Gaussian mechanism, arXiv:1805.06530.
 
-    Example:
+    Examples:
         >>> round(ClientPrivacy(noise=5.0, delta=1e-5).spent(10).epsilon, 2)
         2.74
     """

@@ -63,7 +63,7 @@ class DifferentialPrivacy(StepDefense, Ledgered):
     References:
         Abadi et al., arXiv:1607.00133; Opacus, arXiv:2109.12298; accountant, arXiv:2106.02848.
 
-    Example:
+    Examples:
         >>> DifferentialPrivacy(noise=1.1).spec()
         'privacy:noise=1.1'
     """
