@@ -1,5 +1,6 @@
 """The verification must pass what is right and catch what is broken."""
 
+import itertools
 import math
 
 import pytest
@@ -153,17 +154,21 @@ def test_canary_bound_of_equal_scores_is_nothing_and_of_separate_ones_saturates_
     assert 1 < apart.thresholds < math.log(100)
 
 
-@pytest.mark.parametrize("fault", ["none", "noise halved", "clip doubled", "noise reused"])
+@pytest.mark.parametrize(
+    "fault", ["none", "noise halved", "clip doubled", "noise reused", "noise twice"]
+)
 @pytest.mark.parametrize("epsilon", [1.0, 8.0])
 def test_canary_audit_finds_each_fault_of_a_mechanism(epsilon, fault):
     noise = noise_for(epsilon, 1e-5, 1.0, 1)
     generator = torch.Generator().manual_seed(0)
     deviation = noise / 2 if fault == "noise halved" else noise
     shift = 2.0 if fault == "clip doubled" else 1.0
+    calls = itertools.count()
 
     def release(included):
-        if fault == "noise reused":
-            generator.manual_seed(1)
+        call = next(calls)
+        if fault in ("noise reused", "noise twice"):  # always the same, or fresh every second time
+            generator.manual_seed(call // 2 if fault == "noise twice" else 1)
         return shift * included + deviation * float(torch.randn((), generator=generator))
 
     bound = canary_audit(release, trials=2000, confidence=0.99)
