@@ -168,7 +168,8 @@ class Draws:
         """Yield (place, float64 numbers of this standard deviation) until there are `count`.
 
         Marsaglia's polar method: points of the square that lie in the unit disc give two numbers
-        each. Their coordinates have 63 bits, so small radii, where tails are made, have no gaps.
+        each. Coordinates have 63 bits, so that tails, made at small radii, have no gaps. Of a block
+        the first coordinates come first, then the second ones.
         """
         update = self._stream().update_into
         block = min(_BLOCK, 2 * count + 32)
