@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitguard.attacks._groups import Draws, group_tokens
+from vitguard.attacks.gelu_span.groups import Draws, group_tokens
 
 
 def tokens(images: int, patches: int, spread: float, seed: int):

@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from vitguard.attacks._budget import charge_update
+from vitguard.attacks.budget import charge_update
 from vitguard.core import View
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.vit import Anatomy, logits_of
 
 if TYPE_CHECKING:
-    from vitguard.attacks.cascade import Samples
+    from vitguard.attacks.cascade.attack import Samples
 
 __all__ = ["infer_labels", "labels_from_counts", "linear_head", "pair_labels", "try_labels"]
 
@@ -76,7 +76,9 @@ def _separated(view: View, generator: torch.Generator) -> Samples | None:
     Raises:
         NotApplicable: It finds images that no single class explains.
     """
-    from vitguard.attacks.cascade import last_block_samples  # it reads the head with this module
+    from vitguard.attacks.cascade.attack import (
+        last_block_samples,  # it reads the head with this module
+    )
 
     try:
         samples = last_block_samples(view, generator)
