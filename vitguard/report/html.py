@@ -46,7 +46,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 def to_html(report: AuditReport) -> str:
     """Return the page."""
-    style = resources.files("vitguard").joinpath("_report.css").read_text("utf-8")
+    style = resources.files("vitguard.report").joinpath("report.css").read_text("utf-8")
     pictured = sum(f.images is not None for f in report.findings)
     limit = min(max(SHOWN // max(pictured, 1), 1), 4)
     sections = "".join(

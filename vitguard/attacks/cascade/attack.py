@@ -13,8 +13,8 @@ from vitguard.attacks.base import Attack
 from vitguard.attacks.budget import ENDLESS, Budget, CutShort
 from vitguard.attacks.cascade.separate import LastBlock, Separated, separate
 from vitguard.attacks.cascade.tail import Reading, Tail
+from vitguard.attacks.equations.head import linear_head
 from vitguard.attacks.evidence import check_seconds, require_finite
-from vitguard.attacks.labels import linear_head
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable, expected
 from vitguard.released import Released, Remaining

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitguard.attacks.budget import charge, charge_update
+from vitguard.attacks.equations.head import linear_head
 from vitguard.attacks.equations.mlp import Norm
-from vitguard.attacks.labels import linear_head
 from vitguard.core import View
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy

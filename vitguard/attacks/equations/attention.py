@@ -16,12 +16,36 @@ from torch import Tensor
 from vitguard.attacks.budget import charge, charge_update
 from vitguard.attacks.equations.linear import solve_positive
 from vitguard.attacks.equations.mlp import Norm
-from vitguard.attacks.gelu_span.groups import Draws
 from vitguard.core import View
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy, Block
 
-__all__ = ["Attention"]
+__all__ = ["AttentionDraws", "Attention"]
+
+
+@dataclass(frozen=True)
+class AttentionDraws:
+    """What the query of each token draws from every other, were they in one image.
+
+    Args:
+        weights: exp(q k) of each query, up to a factor, shape (heads, tokens, prefix + tokens).
+        values: Shape (heads, prefix + tokens, size).
+        patches: Of one image; tokens not found yet count as the mean of those found.
+    """
+
+    weights: Float[Tensor, "heads tokens others"]
+    values: Float[Tensor, "heads others size"]
+    patches: int
+
+    def of(self, group: Tensor) -> Float[Tensor, "tokens width"]:
+        """Return what each token would attend to together with the tokens of a mask."""
+        count = len(group)
+        members = group.expand(count, count) | torch.eye(count, dtype=torch.bool)
+        share = members * (self.patches / members.sum(1, keepdim=True))
+        prefix = torch.ones(count, self.values.shape[1] - count)
+        weights = self.weights * torch.cat([prefix, share], 1)
+        drawn = (weights @ self.values) / weights.sum(-1, keepdim=True)
+        return drawn.transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -95,7 +119,9 @@ class Attention:
         """Return o of the queries' tokens, in front of the projection."""
         return self._merge(self._weights(query, key) @ value)
 
-    def draws(self, tokens: Float[Tensor, "tokens width"], prefix: Tensor, patches: int) -> Draws:
+    def draws(
+        self, tokens: Float[Tensor, "tokens width"], prefix: Tensor, patches: int
+    ) -> AttentionDraws:
         """Return what embedded tokens would draw from each other, on the CPU."""
         query, key, value = self.maps(torch.cat([prefix, tokens]))
         count, width = len(tokens) + len(prefix), tokens.shape[1]
@@ -103,7 +129,7 @@ class Attention:
         charge(elements=self.heads * count * count)
         scores = self._scores(query[:, len(prefix) :], key)
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        return Draws(weights.cpu().float(), value.cpu().float(), patches)
+        return AttentionDraws(weights.cpu().float(), value.cpu().float(), patches)
 
     def membership(
         self,

@@ -17,43 +17,19 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vitguard.attacks.budget import charge
+from vitguard.attacks.equations.attention import AttentionDraws
 
-__all__ = ["Draws", "group_tokens"]
+__all__ = ["group_tokens"]
 
 _ROUNDS = 15
 _SWAPS = 40  # groups given up for one that begins at an ill-fitting token
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What the query of each token draws from every other, were they in one image.
-
-    Args:
-        weights: exp(q k) of each query, up to a factor, shape (heads, tokens, prefix + tokens).
-        values: Shape (heads, prefix + tokens, size).
-        patches: Of one image; tokens not found yet count as the mean of those found.
-    """
-
-    weights: Float[Tensor, "heads tokens others"]
-    values: Float[Tensor, "heads others size"]
-    patches: int
-
-    def of(self, group: Tensor) -> Float[Tensor, "tokens width"]:
-        """Return what each token would attend to together with the tokens of a mask."""
-        count = len(group)
-        members = group.expand(count, count) | torch.eye(count, dtype=torch.bool)
-        share = members * (self.patches / members.sum(1, keepdim=True))
-        prefix = torch.ones(count, self.values.shape[1] - count)
-        weights = self.weights * torch.cat([prefix, share], 1)
-        drawn = (weights @ self.values) / weights.sum(-1, keepdim=True)
-        return drawn.transpose(0, 1).flatten(1)
 
 
 def group_tokens(
     attended: Float[Tensor, "tokens width"],
     position: Int[Tensor, " tokens"],
     images: int,
-    draws: Draws | None = None,
+    draws: AttentionDraws | None = None,
 ) -> Int[Tensor, " tokens"]:
     """Return the group of every token: 0, 1, ... without gaps, at most `images` of them.
 
@@ -91,7 +67,7 @@ class _Split:
 
 
 class _Tokens:
-    def __init__(self, attended: Tensor, place: list[int], draws: Draws | None) -> None:
+    def __init__(self, attended: Tensor, place: list[int], draws: AttentionDraws | None) -> None:
         self.attended, self.draws = attended, draws
         self.rivals = [[t for t, q in enumerate(place) if q == p] for p in sorted(set(place))]
 
