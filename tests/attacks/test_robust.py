@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitguard.attacks import robust
 from vitguard.attacks.budget import Budget
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.equations.linear import conjugate_gradients
 from vitguard.attacks.evidence import mismatch, surprise
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
+from vitguard.attacks.robust import attacks as robust
 from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.attacks.robust.position_estimates import position_estimates
 from vitguard.attacks.robust.span_estimates import Containment
@@ -65,11 +65,16 @@ def chosen_and_offered(attack, view, truth, monkeypatch):
     """Return the PSNR of the attack's choice, and of each candidate it chose from."""
     offered = []
 
-    def compare(choice, patches):
-        images = view.normalization.invert(choice.anatomy.unpatchify(patches[None]))
-        offered.append(float(psnr(images.clamp(0, 1), truth)))
+    offer = robust.Choice.offer
 
-    monkeypatch.setattr(robust.Choice, "on_offer", compare)
+    def compared(choice, candidates):
+        for settings, patches in candidates:
+            images = view.normalization.invert(choice.anatomy.unpatchify(patches[None]))
+            if images.isfinite().all():
+                offered.append(float(psnr(images.clamp(0, 1), truth)))
+            yield settings, patches
+
+    monkeypatch.setattr(robust.Choice, "offer", lambda self, c: offer(self, compared(self, c)))
     return float(psnr(run(attack, view).images, truth)), offered
 
 

@@ -1,0 +1,41 @@
+"""Check every annotation of vitguard, the shapes of its tensors included, while the tests run.
+
+`VITGUARD_SHAPES=1 python -m pytest` turns it on, with pytest-xdist as well. A call that contradicts
+its annotation then raises `jaxtyping.TypeCheckError`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from beartype import BeartypeConf, beartype
+from jaxtyping import config, install_import_hook
+
+# As PEP 484 has it: where a float is wanted, an int will do.
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+class _Refused:
+    """`pytest.raises` without the check: a test of what we say to wrong input must get there."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.raises = _raises(*args, **kwargs)
+
+    def __enter__(self) -> Any:
+        self.before = config.jaxtyping_disable
+        config.update("jaxtyping_disable", True)
+        return self.raises.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        config.update("jaxtyping_disable", self.before)
+        return self.raises.__exit__(*error)
+
+
+_raises = pytest.raises
+
+
+def install() -> None:
+    """Turn the check on; call it before vitguard is imported."""
+    install_import_hook("vitguard", "tests.shapes.checked")
+    pytest.raises = _Refused  # type: ignore[assignment]
