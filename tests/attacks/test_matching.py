@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 
-from vitguard.attacks import _run
 from vitguard.attacks.inverting import InvertingGradients
+from vitguard.attacks.matching import run as _run
 from vitguard.attacks.matching.attack import MatchingAttack
 from vitguard.attacks.matching.distances import Cosine, SquaredError
 from vitguard.attacks.matching.restart import Recipe, at

@@ -130,8 +130,10 @@ def try_labels(view: View, generator: torch.Generator) -> Tensor | None:
 
 
 def pair_labels(
-    view: View, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, " batch"]
-) -> Int[Tensor, " batch"]:
+    view: View,
+    images: Float[Tensor, "images channels height width"],
+    labels: Int[Tensor, " labels"],
+) -> Int[Tensor, " labels"]:
     """Return the labels in the order of the images, as far as the head's gradient tells.
 
     Its rows are sum_b p_bc f_b - sum_{y_b = c} f_b over the batch: mostly the right pairs (b, c)
@@ -172,7 +174,7 @@ def pair_labels(
     return labels[order.to(labels.device)] if bool(better) else labels
 
 
-def labels_from_counts(counts: Float[Tensor, " classes"], batch: int) -> Int[Tensor, " batch"]:
+def labels_from_counts(counts: Float[Tensor, " classes"], batch: int) -> Int[Tensor, " labels"]:
     """Round counts to integers that sum to `batch` (largest remainders) and list the labels."""
     counts = counts.clamp(min=0)
     whole = counts.floor().clamp(max=batch)

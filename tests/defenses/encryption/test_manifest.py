@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from vitguard import _draws
+from vitguard import draws as _draws
 from vitguard.defenses.encryption import Encryptor, Entry, KeySet, Manifest
 from vitguard.defenses.encryption.wire import MESSAGE, Context, open_message
 from vitguard.errors import InputError, Rejected

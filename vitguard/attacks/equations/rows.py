@@ -178,9 +178,7 @@ def row_basis(matrix: Float[Tensor, "rows columns"], rank: int) -> Float[Tensor,
     return right_vectors(matrix, rank)[1][:, : min(rank, *matrix.shape)]
 
 
-def complement(
-    matrix: Float[Tensor, "rows columns"], rank: int
-) -> Float[Tensor, "columns columns-rank"]:
+def complement(matrix: Float[Tensor, "rows columns"], rank: int) -> Float[Tensor, "columns rest"]:
     """Return an orthonormal basis of the directions orthogonal to the `rank` strongest ones."""
     return right_vectors(matrix, rank)[1][:, rank:]
 
