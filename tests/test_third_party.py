@@ -72,14 +72,14 @@ def test_it_keeps_the_contracts(yours):
 def test_it_is_audited_and_says_so_itself(yours, small_vit, photo, tmp_path):
     batch = photo, torch.tensor([3])
     report = audit(
-        small_vit(), batch, defenses="sign:scale=0.5", attacks="mean-colour+position".split("+")
+        small_vit(), batch, defenses="sign:scale=0.5", attacks=["mean-colour", "position"]
     )
     found = {(f.defense, f.attack): f for f in report.findings}
     assert found["sign:scale=0.5", "position"].verdict == "resisted"
     assert found["none", "position"].verdict == "leaks"
     assert found["none", "mean-colour"].psnr is not None
     path = tmp_path / "report.json"
-    arguments = "--num-images 1 --defense sign --attack mean-colour".split()
+    arguments = ["--num-images", "1", "--defense", "sign", "--attack", "mean-colour"]
     html = ["--html", str(tmp_path / "report.html")]
     assert main(["audit", "--model", SMALL, *arguments, *html, "--json", str(path)]) == 0
     assert {f["defense"] for f in json.loads(path.read_text())["findings"]} == {"none", "sign"}
