@@ -30,7 +30,7 @@ Sampler = Callable[[int], Array]
 """Returns that many standard normal numbers, float64; a multiple of `BLOCK`."""
 
 BLOCK = 1 << 14
-"""Numbers made at once: the cosines of half as many pairs, then their sines."""
+"""Half as many pairs: their first numbers, then the second ones."""
 CHUNK = 64 * BLOCK
 FINE, COARSE, SIDE, PLACES = 1 << 16, 1 << 12, 64, 256
 LAGS = (1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 64, 127, 128, 1024, BLOCK // 2, BLOCK)
@@ -62,14 +62,14 @@ class Tally:
         uniform = ndtr(x)
         self.fine += np.bincount(np.minimum((uniform * FINE).astype(int), FINE - 1), minlength=FINE)
         cell = np.minimum((uniform * SIDE).astype(int), SIDE - 1)
-        cosines, sines = np.moveaxis(x.reshape(-1, 2, BLOCK // 2), 1, 0)
+        first, second = np.moveaxis(x.reshape(-1, 2, BLOCK // 2), 1, 0)
         halves = cell.reshape(-1, 2, BLOCK // 2)
         self._pair("partners", halves[:, 0].ravel(), halves[:, 1].ravel())
         self._pair("neighbours", cell[::2], cell[1::2])
-        self.squares += float(((cosines**2 - 1) * (sines**2 - 1)).sum())
+        self.squares += float(((first**2 - 1) * (second**2 - 1)).sum())
         behind = {
-            "radius": np.exp(-(cosines**2 + sines**2) / 2).ravel(),
-            "angle": np.arctan2(sines, cosines).ravel() / (2 * math.pi) + 0.5,
+            "radius": np.exp(-(first**2 + second**2) / 2).ravel(),
+            "angle": np.arctan2(second, first).ravel() / (2 * math.pi) + 0.5,
         }
         for (name, bits), counts in self.places.items():
             low = np.modf(behind[name] * 2.0**bits)[0] * PLACES
@@ -168,8 +168,12 @@ def grid_p(numbers: int, deviation: float = 1.0) -> float:
 
 
 def own(count: int) -> Array:
-    """Return numbers of the package's source."""
-    return Draws().normal((count,)).numpy()
+    """Return numbers of the package's source, both of a pair half a block apart."""
+    # what the source yields by turns are the first numbers of pairs and the second ones
+    pieces = [n.numpy() for _, n in Draws()._normals(count + 8 * BLOCK, 1.0)][:-2]
+    first, second = (np.concatenate(pieces[i::2])[: count // 2] for i in range(2))
+    halves = [x.reshape(-1, BLOCK // 2) for x in (first, second)]
+    return np.stack(halves, axis=1).ravel()
 
 
 def speed(rounds: int, size: int) -> dict[str, float]:

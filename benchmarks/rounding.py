@@ -26,9 +26,8 @@ from torch import Tensor
 
 from vitguard._draws import Draws
 
-BLOCK = 1 << 14
 UNIT = 2.0**-53
-RADIUS, SMALL, SUM = 16.0, 2.0, 1.0
+RADIUS, SMALL, SUM = 11.0, 4.0, 1.0
 """Error of a number in units of 2^-53 deviations: RADIUS * r + SMALL / r + SUM * (r + s), r its
 radius and s the sum, both in deviations (docs/randomness.md)."""
 
@@ -47,26 +46,22 @@ class Recorded:
         self.given.append(bytes(words[:count]))
         return count
 
-    def update(self, zeros: bytes) -> bytes:
-        return self.stream.update(zeros)
-
 
 def errors(numbers: int) -> tuple[float, float]:
     """Return the largest error in deviations, and the largest share of the bound that it took."""
     draws = Draws()
     recorded = Recorded(draws._stream())
     draws._stream = lambda: recorded  # type: ignore[method-assign]
-    computed = draws.normal((numbers // BLOCK * BLOCK,)).numpy()
+    pieces = [n.numpy().copy() for _, n in draws._normals(numbers, 1.0)]
     worst = share = 0.0
-    for i, given in enumerate(recorded.given):
+    for i, given in enumerate(recorded.given[:-1]):  # the last ones are cut
         words = np.frombuffer(given, np.int64).reshape(2, -1)
-        exact = np.longdouble(words[0])
-        radius = np.sqrt(-2 * np.log(np.abs(exact) / np.longdouble(2) ** 63))
-        turn = np.longdouble(words[1]) * (np.arctan(np.longdouble(1)) * 4 / np.longdouble(2) ** 63)
-        true = np.concatenate([radius * np.cos(turn), radius * np.sin(turn)])
-        off = np.abs(computed[i * BLOCK : (i + 1) * BLOCK] - true).astype(float)
-        off[np.tile(np.abs(exact) < 2.0**32, 2)] = 0.0  # these got bits that are not kept here
-        r = np.tile(np.maximum(radius.astype(float), 1e-12), 2)
+        inside = np.square(words * 2.0**-63).sum(0) < 1
+        exact = np.longdouble(words[:, inside]) / np.longdouble(2) ** 63
+        square = np.square(exact).sum(0)
+        true = exact * np.sqrt(-2 * np.log(square) / square)
+        off = np.abs(np.stack(pieces[2 * i : 2 * i + 2]) - true).astype(float)
+        r = np.maximum(np.sqrt(-2 * np.log(square)).astype(float), 1e-12)
         worst = max(worst, float(off.max()))
         share = max(share, float((off / (UNIT * (RADIUS * r + SMALL / r))).max()))
     return worst, share
@@ -81,13 +76,12 @@ class Extra:
 
 
 WIDTH = 2.0**-11  # of a cell of the grid in deviations, at least
-CENTRE = 2e-7  # largest change of the probability of a cell within two cells of the origin
-DEEP = math.sqrt(2 * 31 * math.log(2))  # radius beyond which it comes from 127 bits
+CENTRE = 4.1e-7  # largest change of the probability of a cell within two cells of the origin
 
 
 def change(r: float) -> float:
     """Return how much rounding changes the probability of a cell of a pair at radius r at most."""
-    cell = math.exp(min(r, DEEP) ** 2 / 2) * 2.0**-64 / r if r < DEEP else 0.0
+    cell = math.exp(r**2 / 4) * (r + 1 / r) * 2.0**-62.5
     return 4.1 / WIDTH * (UNIT * (RADIUS * r + SMALL / r + SUM * (r + 1)) + cell)
 
 
@@ -103,7 +97,7 @@ def extra(coordinates: float, steps: float, epsilon: float = 8.0, chance: float 
     square += 16 * WIDTH**2 / (2 * math.pi) * CENTRE**2
     log = math.log(1 / chance)
     moved = pairs * square + math.sqrt(2 * pairs * square * log) + CENTRE * log / 3
-    beyond = pairs * 2.0**-105  # a radius word of 0, and 41 zeros behind it
+    beyond = pairs * 2.0**-92  # a radius at which the cells of the words are as wide as the grid's
     return Extra(2 * moved, (chance + beyond) * (1 + math.exp(epsilon + moved)))
 
 

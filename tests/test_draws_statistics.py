@@ -85,7 +85,7 @@ def test_the_error_of_a_number_is_within_the_bound_of_the_rounding_argument():
 
 def test_rounding_costs_what_the_docs_say():
     cost = rounding.extra(86e6, 1e4)
-    assert cost.epsilon < 2e-3
+    assert cost.epsilon < 3.6e-3
     assert cost.delta < 1e-11
 
 
@@ -107,21 +107,21 @@ def test_a_release_is_a_multiple_of_the_grid_whatever_it_hides(value, dtype):
         assert deviation / 2048 < grid <= deviation / 1024
 
 
-@pytest.mark.parametrize("word", [0, 1, 3, 200, 2**20, 2**31])
+@pytest.mark.parametrize("word", [1, 3, 200, 2**20, 2**31])
 def test_the_far_tail_has_no_gaps(monkeypatch, word):
-    """A radius word that comes once in 2^32 or more rarely stands for a range of radii."""
+    """Where one coordinate is next to nothing the other decides, and it has 63 bits."""
+    generator = np.random.default_rng(0)
 
     class Rare:
         def update_into(self, zeros, words):
             half = len(zeros) // 16
-            words[: 16 * half] = np.array([word] * half + [0] * half, np.int64).tobytes()
-
-        def update(self, zeros):
-            return np.random.default_rng(0).bytes(len(zeros))
+            other = generator.integers(2**40, 2**41, half)
+            words[: 16 * half] = np.concatenate([np.full(half, word), other]).tobytes()
 
     monkeypatch.setattr(randomness.Draws, "_stream", lambda self: Rare())
-    radii = randomness.own(randomness.BLOCK)[: randomness.BLOCK // 2]  # the angle is 0
-    u = np.exp(-np.square(radii.astype(np.longdouble)) / 2) * 2.0**63
-    assert len(np.unique(radii)) > 0.9 * len(radii)
-    assert max(word - 0.5, 0) * (1 - 1e-12) <= u.min() < max(word - 0.49, 0.01)
-    assert word + 0.49 < u.max() <= (word + 0.5) * (1 + 1e-12)
+    numbers = randomness.own(randomness.BLOCK)
+    radii = np.abs(numbers[randomness.BLOCK // 2 :])
+    assert len(np.unique(radii)) > 0.99 * len(radii)
+    # radii from 2^-23 to 2^-22 of the disc: beyond 7.8 deviations, and as dense as exact numbers
+    assert 7.8 < radii.min() < radii.max() < 8
+    assert np.diff(np.sort(radii)).max() < 2.0**-11  # a cell of the grid

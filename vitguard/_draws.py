@@ -23,10 +23,9 @@ from vitguard.errors import expected
 
 __all__ = ["Draws"]
 
-_BLOCK = 1 << 14  # numbers made at once: they stay in the processor's cache
+_BLOCK = 1 << 15  # words of the key stream used at once: they stay in the cache
 _GRID = 1024  # steps of the release in one standard deviation of its noise
 _KEY = 32  # bytes
-_DEEP = 2.0**32  # radius words below it get 64 bits more: one number in 2^31, beyond 6.5 deviations
 _PUBLIC_KEY = bytes(_KEY)  # of seeded draws, which are no secret
 
 
@@ -132,7 +131,7 @@ class Draws:
         if deviation == 0:
             return total
         grid = 2.0 ** math.floor(math.log2(deviation / _GRID))
-        flat = total.detach().to("cpu", torch.float64).reshape(-1)
+        flat = total.detach().to("cpu").reshape(-1)
         out = torch.empty(len(flat), dtype=total.dtype)
         for at, numbers in self._normals(len(flat), deviation / grid):
             numbers.add_(flat[at : at + len(numbers)], alpha=1 / grid)
@@ -168,32 +167,35 @@ class Draws:
     def _normals(self, count: int, deviation: float) -> Iterator[tuple[int, Tensor]]:
         """Yield (place, float64 numbers of this standard deviation) until there are `count`.
 
-        Box-Muller: the radius from a uniform of 63 bits, of 127 near zero, where tails are made,
-        the angle from 64 bits. What is yielded is a buffer that is used again.
+        Marsaglia's polar method: points of the square that lie in the unit disc give two numbers
+        each. Coordinates have 63 bits, so that tails, made at small radii, have no gaps. Of a block
+        the first coordinates come first, then the second ones.
         """
-        stream = self._stream()
-        update = stream.update_into
-        block = min(_BLOCK, count + count % 2 or 2)
-        half = block // 2
+        update = self._stream().update_into
+        block = min(_BLOCK, 2 * count + 32)
         zeros, words = bytes(8 * block), bytearray(8 * block + 15)
-        radius, angle = torch.frombuffer(words, dtype=torch.int64, count=block).split(half)
-        square, turn = (torch.empty(half, dtype=torch.float64) for _ in range(2))
-        numbers = torch.empty(block, dtype=torch.float64)
-        for at in range(0, count, block):
+        whole = np.frombuffer(words, np.int64, block)
+        points = np.empty((2, block // 2))
+        square, other = np.empty((2, block // 2))
+        at = 0
+        while at < count:
             update(zeros, words)
-            square.copy_(radius).abs_()
-            if float(square.min()) < _DEEP:  # 64 bits more: the far tail has no gaps either
-                deep = square < _DEEP
-                more = np.frombuffer(stream.update(bytes(8 * int(deep.sum()))), np.int64)
-                square[deep] = (square[deep] + torch.from_numpy(more * 2.0**-64)).abs_()
-            square.clamp_min_(2.0**-65)
-            square.mul_(2.0**-63).log_().mul_(-2 * deviation**2).sqrt_()
-            turn.copy_(angle).mul_(math.pi * 2.0**-63)
-            torch.cos(turn, out=numbers[:half])
-            torch.sin(turn, out=numbers[half:])
-            numbers[:half].mul_(square)
-            numbers[half:].mul_(square)
-            yield at, numbers[: min(block, count - at)]
+            np.multiply(whole.reshape(2, -1), 2.0**-63, out=points)
+            np.multiply(points[0], points[0], out=square)
+            np.multiply(points[1], points[1], out=other)
+            np.add(square, other, out=square)
+            inside = np.flatnonzero(square < 1)
+            radius = square.take(inside)
+            scale = np.log(radius)
+            scale *= -2 * deviation**2
+            scale /= radius
+            np.sqrt(scale, out=scale)
+            for row in points:
+                numbers = row.take(inside)[: count - at]
+                numbers *= scale[: len(numbers)]
+                if len(numbers):
+                    yield at, torch.from_numpy(numbers)
+                at += len(numbers)
 
 
 def _cipher(key: bytes, *, counter: bool = False) -> Any:
