@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from vitguard._draws import Draws
 from vitguard.core import Batch, Update
 from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
 from vitguard.defenses.privacy.accounting import gaussian_epsilon, noise_for
 from vitguard.defenses.privacy.verification import CanaryBound, canary_audit
+from vitguard.draws import Draws
 from vitguard.guard import Guard, protect
 
 CLIP = 1e-2  # below the norm of any gradient here, so that every one is clipped

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.attacks import robust
-from vitguard.attacks._base import Attack
+from vitguard.attacks.base import Attack
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.span import SpanInversion

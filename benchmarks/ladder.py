@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard.attacks import ladder as rungs
-from vitguard.attacks._budget import Budget
+from vitguard.attacks.budget import Budget
 from vitguard.attacks.ladder import Ladder
 from vitguard.core import Guess, Normalization, View
 from vitguard.guard import protect

@@ -32,9 +32,9 @@ import torch
 import torch.nn.functional as F
 
 from vitguard import metrics
-from vitguard._verdicts import labels_overlap
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.labels import infer_labels
+from vitguard.audit.verdicts import labels_overlap
 from vitguard.core import Guess, Normalization, View
 from vitguard.data import decoys as sampled_decoys
 from vitguard.data import load_images, sample_images

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from vitguard.defenses._base import Draws
+from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy import DifferentialPrivacy
 
 Step = Callable[[], None]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import ndtr
 
-from vitguard._draws import Draws
+from vitguard.draws import Draws
 
 Array = NDArray[Any]
 Sampler = Callable[[int], Array]

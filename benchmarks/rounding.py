@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.integrate import quad
 from torch import Tensor
 
-from vitguard._draws import Draws
+from vitguard.draws import Draws
 
 UNIT = 2.0**-53
 RADIUS, SMALL, SUM = 11.0, 4.0, 1.0

@@ -29,7 +29,7 @@ from PIL import Image
 
 import vitguard as vg
 from vitguard.data import sample_images
-from vitguard.defenses._base import Defense
+from vitguard.defenses.base import Defense
 from vitguard.metrics import baseline
 from vitguard.registry import attack_types, parse_stack
 from vitguard.tracking import what_the_model_saw

@@ -9,20 +9,20 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from vitguard import data
-from vitguard._verdicts import labels_overlap
-from vitguard.attacks._base import Attack
 from vitguard.attacks.april import April
+from vitguard.attacks.base import Attack
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
 from vitguard.audit import LocalTraining, audit
+from vitguard.audit.received import audit_update
+from vitguard.audit.verdicts import labels_overlap
 from vitguard.core import Guess, Normalization
-from vitguard.defenses._base import UpdateDefense
+from vitguard.defenses.base import UpdateDefense
 from vitguard.defenses.noise import GradientNoise
 from vitguard.defenses.positions import FixedPositions
 from vitguard.errors import Incompatible, InputError, LeakFound, NotApplicable
 from vitguard.guard import protect
 from vitguard.metrics import patch_psnr, psnr
-from vitguard.received import audit_update
 
 FROZEN = [FixedPositions("frozen")]
 
@@ -221,7 +221,7 @@ def test_guesses_that_know_nothing_are_never_a_leak(
 
 
 def test_identification_by_chance_is_no_leak_but_by_merit_it_is(small_vit, photos):
-    from vitguard._verdicts import Attempt, finding_of
+    from vitguard.audit.verdicts import Attempt, finding_of
     from vitguard.metrics import baseline, score
 
     level = baseline(photos, (4, 4))

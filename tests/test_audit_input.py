@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from vitguard.attacks._base import InputAttack, InputResult
+from vitguard.attacks.base import InputAttack, InputResult
 from vitguard.attacks.fgsm import FGSM
 from vitguard.attacks.position import PositionInversion
 from vitguard.audit import audit

@@ -9,18 +9,18 @@ from typing import ClassVar
 import pytest
 import torch
 
-from vitguard._stage import INTERRUPTED
-from vitguard.attacks._base import Attack
-from vitguard.attacks._search import Search
+from vitguard.attacks.base import Attack
 from vitguard.attacks.fgsm import FGSM
+from vitguard.attacks.gelu_span.search import Search
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
 from vitguard.audit import LocalTraining, audit
+from vitguard.audit.received import audit_update
+from vitguard.audit.stage import INTERRUPTED
 from vitguard.core import Guess, Normalization
 from vitguard.errors import InputError, LeakFound
 from vitguard.guard import Guard, protect
-from vitguard.received import audit_update
 
 FROZEN = "positions:kind=frozen"
 

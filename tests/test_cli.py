@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from vitguard import _audit_command, cli
+from vitguard.cli import audit as audit_command
+from vitguard.cli import cli
 from vitguard.models import build_model
 
 SMALL = (
@@ -322,6 +323,6 @@ def test_plan_says_what_remains(capsys):
 )
 def test_on_a_cpu_a_matching_attack_by_name_is_its_preset(arguments, iterations, budget):
     options = cli._parser().parse_args(["audit", "--attack", "gradvit", *arguments])
-    (attack,) = _audit_command._attacks(options)
+    (attack,) = audit_command._attacks(options)
     assert attack.iterations == iterations
     assert (attack.budget is not None) == budget

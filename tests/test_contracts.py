@@ -7,9 +7,9 @@ from typing import ClassVar
 import pytest
 import torch
 
-from vitguard.attacks._base import Attack
+from vitguard.attacks.base import Attack
 from vitguard.core import Guess
-from vitguard.defenses._base import UpdateDefense
+from vitguard.defenses.base import UpdateDefense
 from vitguard.registry import attack_types, defense_types
 from vitguard.testing import contracts
 

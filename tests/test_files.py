@@ -5,8 +5,8 @@ import stat
 
 import pytest
 
-from vitguard._files import check_writable, parsed_json, write_atomically
 from vitguard.errors import InputError
+from vitguard.files import check_writable, parsed_json, write_atomically
 
 
 def test_a_file_and_its_folder_are_flushed_before_and_after_it_gets_its_name(tmp_path, monkeypatch):

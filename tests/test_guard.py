@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vitguard.core import Batch, Update
-from vitguard.defenses._base import (
+from vitguard.defenses.base import (
     BatchDefense,
     Defense,
     Installed,

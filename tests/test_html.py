@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from vitguard._html import to_html
 from vitguard.report import AuditReport, Baseline, Finding, ModelFacts
+from vitguard.report.html import to_html
 
 
 def attacked(defense: str, clean: float, robust: float | None, **settings) -> Finding:

@@ -7,7 +7,7 @@ import pytest
 import timm
 from rich.console import Console
 
-from vitguard._remaining import refuse_given_away
+from vitguard.analysis import refuse_given_away
 from vitguard.defenses.encryption import EncryptedGradients, minimal_names, select_names
 from vitguard.defenses.positions import FixedPositions, WithheldPositions
 from vitguard.errors import Incompatible, InputError

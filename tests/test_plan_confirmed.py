@@ -5,7 +5,7 @@ import timm
 import torch
 
 from vitguard import data
-from vitguard.attacks._spans import complement, row_basis
+from vitguard.attacks.equations.rows import complement, row_basis
 from vitguard.audit import audit
 from vitguard.models import build_model
 from vitguard.plan import plan_report

@@ -73,8 +73,8 @@ def test_every_name_that_a_module_of_the_spine_lists_is_there():
 
     for module in (
         "core", "errors", "vit", "guard", "threats", "audit", "models", "registry", "_verdicts",
-        "defenses._base", "defenses.positions", "defenses.noise", "defenses.pruning",
-        "attacks._base", "attacks._spans", "attacks._smooth", "attacks.position", "attacks.span",
+        "defenses.base", "defenses.positions", "defenses.noise", "defenses.pruning",
+        "attacks.base", "attacks.equations.rows", "attacks.span.smooth", "attacks.position", "attacks.span",
         "attacks.april", "attacks.labels", "testing.contracts",
     ):  # fmt: skip
         found = importlib.import_module(f"vitguard.{module}")

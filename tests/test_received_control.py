@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional as F
 
 from vitguard import data
-from vitguard.attacks._base import Attack
+from vitguard.attacks.base import Attack
 from vitguard.attacks.position import PositionInversion
 from vitguard.audit import audit
+from vitguard.audit.received import audit_update
 from vitguard.core import Guess, LocalTraining, Normalization, Update
 from vitguard.errors import InputError
 from vitguard.guard import protect
-from vitguard.received import audit_update
 
 LABEL = torch.tensor([3])
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from vitguard import registry
-from vitguard.attacks._base import Attack
+from vitguard.attacks.base import Attack
 from vitguard.attacks.fgsm import FGSM
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
 from vitguard.core import Guess
-from vitguard.defenses._base import UpdateDefense
+from vitguard.defenses.base import UpdateDefense
 from vitguard.defenses.noise import GradientNoise
 from vitguard.defenses.positions import FixedPositions
 from vitguard.errors import InputError

@@ -8,11 +8,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from vitguard.attacks._base import Attack
-from vitguard.attacks._leaked import leaked_mask
+from vitguard.attacks.base import Attack
+from vitguard.attacks.matching.leaked_mask import leaked_mask
 from vitguard.audit import audit
 from vitguard.core import Normalization
-from vitguard.defenses._base import UpdateDefense
+from vitguard.defenses.base import UpdateDefense
 from vitguard.defenses.encryption import EncryptedGradients
 from vitguard.defenses.noise import GradientNoise
 from vitguard.defenses.positions import FixedPositions
@@ -98,7 +98,7 @@ class Reader(Attack):
 def reader(monkeypatch):
     """Register the third party's attack, as an entry point would."""
     known = {**attack_types(), Reader.name: Reader}
-    monkeypatch.setattr("vitguard._remaining.attack_types", lambda: known)
+    monkeypatch.setattr("vitguard.analysis.attack_types", lambda: known)
 
 
 def test_a_closed_form_of_a_third_party_is_in_the_plan_and_in_the_refusal(small_vit, reader):

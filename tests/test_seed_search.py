@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
 from vitguard.core import Batch, Update
-from vitguard.defenses._base import Draws
+from vitguard.defenses.base import Draws
 from vitguard.guard import Guard
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}
@@ -124,9 +124,9 @@ def test_draws_from_a_torch_generator_are_no_better_and_say_so():
 @pytest.mark.parametrize("bit", [0, 31, 32, 63, 64, 255])
 def test_every_one_of_the_256_bits_of_a_key_changes_the_stream(monkeypatch, bit):
     def words(key):
-        import vitguard._draws
+        import vitguard.draws
 
-        monkeypatch.setattr(vitguard._draws.secrets, "token_bytes", lambda n: key.to_bytes(n))
+        monkeypatch.setattr(vitguard.draws.secrets, "token_bytes", lambda n: key.to_bytes(n))
         return Draws().words(1000)
 
     assert np.array_equal(words(7), words(7))

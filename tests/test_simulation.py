@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 
-import vitguard._simulation as simulation_module
-from vitguard.attacks._distances import Cosine, attach
-from vitguard.attacks._slope import DifferenceSlope
+import vitguard.threats.simulation as simulation_module
 from vitguard.attacks.inverting import InvertingGradients
+from vitguard.attacks.matching.distances import Cosine, attach
+from vitguard.attacks.matching.slope import DifferenceSlope
 from vitguard.core import Normalization
 from vitguard.guard import protect
 from vitguard.registry import parse_stack

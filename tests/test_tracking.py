@@ -14,7 +14,6 @@ import timm
 import torch
 from PIL import Image
 
-from vitguard._finding import Finding, Summary
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.core import Normalization
 from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
@@ -22,6 +21,7 @@ from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.errors import InputError, MissingExtra
 from vitguard.guard import protect
 from vitguard.metrics import score
+from vitguard.report.finding import Finding, Summary
 from vitguard.threats import CuriousServer
 from vitguard.tracking import (
     ProgressBar,

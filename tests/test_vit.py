@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vitguard._selectors import SELECTORS
 from vitguard.errors import InputError, NotApplicable, UnsupportedModel
+from vitguard.selectors import SELECTORS
 from vitguard.vit import (
     Anatomy,
     canonical_name,

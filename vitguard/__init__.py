@@ -39,7 +39,7 @@ _HOMES = {
     "Update": "vitguard.core",
     "WithheldPositions": "vitguard.defenses.positions",
     "audit": "vitguard.audit",
-    "audit_update": "vitguard.received",
+    "audit_update": "vitguard.audit.received",
     "protect": "vitguard.guard",
 }
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from vitguard.attacks.fgsm import FGSM as FGSM
     from vitguard.audit import LocalTraining as LocalTraining
     from vitguard.audit import audit as audit
+    from vitguard.audit.received import audit_update as audit_update
     from vitguard.core import Normalization as Normalization
     from vitguard.core import Update as Update
     from vitguard.defenses.encryption import EncryptedGradients as EncryptedGradients
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
     from vitguard.defenses.shuffle import PatchShuffle as PatchShuffle
     from vitguard.guard import Guard as Guard
     from vitguard.guard import protect as protect
-    from vitguard.received import audit_update as audit_update
     from vitguard.report import AuditReport as AuditReport
     from vitguard.threats import CuriousServer as CuriousServer
     from vitguard.vit import Anatomy as Anatomy

@@ -2,6 +2,6 @@
 
 import sys
 
-from vitguard.cli import main
+from vitguard.cli.main import main
 
 sys.exit(main())

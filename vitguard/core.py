@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vitguard._tensor_files import FACTS as _FACTS
-from vitguard._tensor_files import read_update, write_update
 from vitguard.errors import Blocked, InputError, NotApplicable, expected
+from vitguard.tensor_files import FACTS as _FACTS
+from vitguard.tensor_files import read_update, write_update
 
 __all__ = [
     "AffineSpace",

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitguard._remaining import refuse_given_away
+from vitguard.analysis import refuse_given_away
 from vitguard.core import Batch, LocalTraining, Loss, Traits, Update
-from vitguard.defenses._base import (
+from vitguard.defenses.base import (
     BatchDefense,
     Defense,
     Draws,

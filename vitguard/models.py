@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitguard._tensor_files import check_plain, read_checkpoint
 from vitguard.core import Normalization
 from vitguard.errors import InputError, expected
+from vitguard.tensor_files import check_plain, read_checkpoint
 from vitguard.vit import canonical_name
 
 __all__ = [

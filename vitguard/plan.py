@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from vitguard._released import Remaining
-from vitguard._remaining import released, remaining
-from vitguard.defenses._base import Defense, traits_of
+from vitguard.analysis import released, remaining
+from vitguard.defenses.base import Defense, traits_of
 from vitguard.defenses.encryption import minimal_names, preset, require_all_match
 from vitguard.defenses.positions import FixedPositions, Kind, WithheldPositions
 from vitguard.errors import expected
 from vitguard.models import build_model
+from vitguard.released import Remaining
 from vitguard.vit import Anatomy, canonical_parameters
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from vitguard.attacks._base import Attack, InputAttack
-from vitguard.defenses._base import Defense
+from vitguard.attacks.base import Attack, InputAttack
+from vitguard.defenses.base import Defense
 from vitguard.errors import InputError, expected
 
 __all__ = [

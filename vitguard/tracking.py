@@ -16,9 +16,9 @@ from vitguard.errors import InputError, expected, missing_extra
 from vitguard.metrics import Scores, score
 
 if TYPE_CHECKING:
-    from vitguard.attacks._run import Progress
+    from vitguard.attacks.matching.run import Progress
     from vitguard.guard import Guard
-    from vitguard.report import AuditReport
+    from vitguard.report.audit_report import AuditReport
 
 __all__ = ["ProgressBar", "TensorBoard", "check_writable_folder"]
 
@@ -255,16 +255,16 @@ def shuffled_at(
     guard: Guard, images: Tensor, ratio: float, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """Return the images with a share of their patches permuted by a draw of its own."""
-    from vitguard._draws import Draws
-    from vitguard.defenses import _masks
+    from vitguard.defenses.shuffle import masks
+    from vitguard.draws import Draws
 
     if not 0 <= ratio <= 1:
         raise expected("ratio in [0, 1]", ratio)
     anatomy = guard.anatomy
     draws = Draws(generator or torch.Generator().manual_seed(0))
     keys = draws.keys(len(images))
-    mask = _masks.uniform_masks(draws, keys, anatomy.patches, int(ratio * anatomy.patches + 1e-9))
-    source = _masks.permute_inside(draws, keys, mask).to(images.device)
+    mask = masks.uniform_masks(draws, keys, anatomy.patches, int(ratio * anatomy.patches + 1e-9))
+    source = masks.permute_inside(draws, keys, mask).to(images.device)
     patches = anatomy.patchify(images.detach())
     return anatomy.unpatchify(patches.gather(1, source[..., None].expand_as(patches)))
 

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.backends import cuda as backends
 
-from vitguard._selectors import SELECTORS, matching
 from vitguard.errors import NotApplicable, UnsupportedModel, expected
+from vitguard.selectors import SELECTORS, matching
 
 __all__ = [
     "Anatomy",

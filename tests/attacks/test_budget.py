@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vitguard.attacks import robust
-from vitguard.attacks._budget import ENDLESS, Budget, charge, worked
+from vitguard.attacks.budget import ENDLESS, Budget, charge, worked
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.gelu_span import GeluSpan
 from vitguard.attacks.ladder import Ladder

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitguard.attacks._checkpoint import load_run, save_run
+from vitguard.attacks.matching.checkpoint import load_run, save_run
 from vitguard.errors import InputError
 
 IDENTITY = {"attack": "dlg", "seed": 0}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vitguard.attacks._distances import Cosine, LayerNorms, SquaredError, Weighted
+from vitguard.attacks.matching.distances import Cosine, LayerNorms, SquaredError, Weighted
 from vitguard.errors import InputError
 
 

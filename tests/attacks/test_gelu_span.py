@@ -9,17 +9,17 @@ from scipy.optimize import linear_sum_assignment
 
 from vitguard import data
 from vitguard.attacks import gelu_span
-from vitguard.attacks._assemble import complete_images
-from vitguard.attacks._attention import Attention
-from vitguard.attacks._budget import ENDLESS, Budget
-from vitguard.attacks._family import Frame, Solver
-from vitguard.attacks._mlp import Mlp, activation_of
-from vitguard.attacks._newton import Problem, Pull
-from vitguard.attacks._peel import peel
-from vitguard.attacks._seams import place_by_seams, seam_energy
-from vitguard.attacks._search import Search
-from vitguard.attacks._tokens import TokenGradients
+from vitguard.attacks.budget import ENDLESS, Budget
+from vitguard.attacks.equations.attention import Attention
+from vitguard.attacks.equations.family import Frame, Solver
+from vitguard.attacks.equations.mlp import Mlp, activation_of
 from vitguard.attacks.gelu_span import GeluSpan
+from vitguard.attacks.gelu_span.assemble import complete_images
+from vitguard.attacks.gelu_span.newton import Problem, Pull
+from vitguard.attacks.gelu_span.peel import peel
+from vitguard.attacks.gelu_span.seams import place_by_seams, seam_energy
+from vitguard.attacks.gelu_span.search import Search
+from vitguard.attacks.gelu_span.tokens import TokenGradients
 from vitguard.core import Normalization
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.metrics import psnr

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from vitguard import metrics
-from vitguard.attacks._priors import FeatureStatistics
-from vitguard.attacks._run import Run
 from vitguard.attacks.gradinversion import GradInversion
+from vitguard.attacks.matching.priors import FeatureStatistics
+from vitguard.attacks.matching.run import Run
 from vitguard.errors import InputError
 
 

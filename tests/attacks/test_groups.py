@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitguard.attacks._groups import Draws, group_tokens
+from vitguard.attacks.equations.attention import AttentionDraws
+from vitguard.attacks.gelu_span.groups import group_tokens
 
 
 def tokens(images: int, patches: int, spread: float, seed: int):
@@ -68,7 +69,7 @@ def attending(seed: int):
     own = weights * (owner[:, None] == owner)
     attended = ((own @ value) / own.sum(-1, keepdim=True)).transpose(0, 1).flatten(1)
     keep = torch.randperm(2 * patches, generator=generator)[:48]
-    draws = Draws(weights[:, keep][:, :, keep], value[:, keep], patches)
+    draws = AttentionDraws(weights[:, keep][:, :, keep], value[:, keep], patches)
     return attended[keep], (torch.arange(2 * patches) % patches)[keep], owner[keep], draws
 
 

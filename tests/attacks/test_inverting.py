@@ -7,8 +7,8 @@ import timm
 import torch
 
 from vitguard import metrics
-from vitguard.attacks._distances import Cosine
 from vitguard.attacks.inverting import InvertingGradients
+from vitguard.attacks.matching.distances import Cosine
 from vitguard.core import Normalization
 from vitguard.data import sample_images
 from vitguard.errors import InputError

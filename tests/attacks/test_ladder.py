@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitguard.attacks._budget import charge
-from vitguard.attacks._check import mismatch
+from vitguard.attacks.budget import charge
+from vitguard.attacks.evidence import mismatch
 from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from vitguard.attacks._linear import conjugate_gradients, solve_positive
+from vitguard.attacks.equations.linear import conjugate_gradients, solve_positive
 
 
 def systems(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +36,7 @@ def test_wide_systems_return_on_several_threads() -> None:
     """Batched LU hangs there in some builds of torch."""
     code = (
         "import torch; torch.set_num_threads(2)\n"
-        "from vitguard.attacks._linear import solve_positive\n"
+        "from vitguard.attacks.equations.linear import solve_positive\n"
         "a = torch.randn(10, 150, 300); a = a @ a.mT\n"
         "x = solve_positive(a, torch.ones(10, 150))\n"
         "assert (a @ x[..., None] - 1).abs().max() < 1e-3\n"

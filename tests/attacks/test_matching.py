@@ -10,11 +10,11 @@ import timm
 import torch
 
 from vitguard.attacks import _run
-from vitguard.attacks._distances import Cosine, SquaredError
-from vitguard.attacks._matching import MatchingAttack
-from vitguard.attacks._restart import Recipe, at
-from vitguard.attacks._subspace import Subspace, row_space
 from vitguard.attacks.inverting import InvertingGradients
+from vitguard.attacks.matching.attack import MatchingAttack
+from vitguard.attacks.matching.distances import Cosine, SquaredError
+from vitguard.attacks.matching.restart import Recipe, at
+from vitguard.attacks.matching.subspace import Subspace, row_space
 from vitguard.core import AffineSpace, Guess, Normalization
 from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.errors import Blocked, InputError
@@ -467,8 +467,8 @@ def test_threads_share_the_attention_switch():
 
 
 def test_both_derivatives_agree_with_and_without_soft_labels():
-    from vitguard.attacks._distances import LayerNorms, attach
-    from vitguard.attacks._slope import DifferenceSlope
+    from vitguard.attacks.matching.distances import LayerNorms, attach
+    from vitguard.attacks.matching.slope import DifferenceSlope
     from vitguard.vit import math_attention
 
     view, images, _ = make_view()

@@ -10,14 +10,14 @@ from typing import ClassVar
 import pytest
 import torch
 
-from vitguard.attacks._distances import SquaredError
-from vitguard.attacks._matching import MatchingAttack
-from vitguard.attacks._priors import Prior
-from vitguard.attacks._restart import Recipe
-from vitguard.attacks._run import Run
 from vitguard.attacks.dlg import DLG
 from vitguard.attacks.gradvit import GradViT
 from vitguard.attacks.inverting import InvertingGradients
+from vitguard.attacks.matching.attack import MatchingAttack
+from vitguard.attacks.matching.distances import SquaredError
+from vitguard.attacks.matching.priors import Prior
+from vitguard.attacks.matching.restart import Recipe
+from vitguard.attacks.matching.run import Run
 from vitguard.core import Guess, Update
 from vitguard.errors import InputError, NotApplicable
 

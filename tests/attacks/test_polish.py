@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitguard.attacks._block_equations import BlockEquations, Preconditioner
-from vitguard.attacks._budget import ENDLESS, Budget
-from vitguard.attacks._check import mismatch
-from vitguard.attacks._linear import WholeUpdate, least_squares
+from vitguard.attacks.budget import ENDLESS, Budget
+from vitguard.attacks.equations.linear import WholeUpdate, least_squares
+from vitguard.attacks.evidence import mismatch
 from vitguard.attacks.ladder import Ladder
-from vitguard.attacks.polish import polish
+from vitguard.attacks.ladder.block_equations import BlockEquations, Preconditioner
+from vitguard.attacks.ladder.polish import polish
 from vitguard.core import Guess
 from vitguard.errors import InputError
 from vitguard.metrics import psnr

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from vitguard.attacks._priors import (
+from vitguard.attacks.matching.priors import (
     FeatureStatistics,
     GroupConsistency,
     PatchBorders,

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from vitguard.attacks import robust
-from vitguard.attacks._budget import Budget
-from vitguard.attacks._check import mismatch, surprise
-from vitguard.attacks._containment import Containment
-from vitguard.attacks._linear import conjugate_gradients
-from vitguard.attacks._natural import NaturalImages
-from vitguard.attacks._robust import position_estimates
+from vitguard.attacks.budget import Budget
 from vitguard.attacks.cascade import Cascade
+from vitguard.attacks.equations.linear import conjugate_gradients
+from vitguard.attacks.evidence import mismatch, surprise
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
+from vitguard.attacks.robust.natural_images import NaturalImages
+from vitguard.attacks.robust.position_estimates import position_estimates
+from vitguard.attacks.robust.span_estimates import Containment
 from vitguard.attacks.span import SpanInversion
 from vitguard.core import Guess, Normalization
 from vitguard.errors import Blocked, InputError, NotApplicable

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from vitguard import data
-from vitguard.attacks._mask import shuffled_positions
-from vitguard.attacks._system import span_system
+from vitguard.attacks.equations.mask import shuffled_positions
 from vitguard.attacks.span import SpanInversion
+from vitguard.attacks.span.system import span_system
 from vitguard.core import Normalization
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.metrics import psnr

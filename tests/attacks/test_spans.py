@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from vitguard.attacks._smooth import smoothest
-from vitguard.attacks._spans import (
+from vitguard.attacks.equations.rows import (
     Embedding,
     block_rows,
     complement,
@@ -16,6 +15,7 @@ from vitguard.attacks._spans import (
     row_basis,
     whitened,
 )
+from vitguard.attacks.span.smooth import smoothest
 from vitguard.core import AffineSpace, Normalization
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.vit import Anatomy

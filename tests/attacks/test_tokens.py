@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitguard.attacks._tokens import TokenGradients
+from vitguard.attacks.gelu_span.tokens import TokenGradients
 from vitguard.core import Normalization
 from vitguard.vit import Anatomy
 

@@ -9,14 +9,14 @@ import timm
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from vitguard.defenses._dal import (
+from vitguard.defenses.positions import FixedPositions
+from vitguard.defenses.shuffle import PatchShuffle
+from vitguard.defenses.shuffle.localization import (
     LocalizationHead,
     coordinates,
     dal_weight,
     localization_loss,
 )
-from vitguard.defenses.positions import FixedPositions
-from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.errors import Incompatible, InputError, Unprotected
 from vitguard.guard import protect
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitguard._draws import Draws
-from vitguard.defenses._masks import (
+from vitguard.defenses.shuffle.masks import (
     block_masks,
     permute_inside,
     uniform_masks,
 )
+from vitguard.draws import Draws
 
 GRIDS = st.tuples(st.integers(1, 15), st.integers(1, 15))
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitguard.core import Update
-from vitguard.defenses._base import Draws
+from vitguard.defenses.base import Draws
 from vitguard.defenses.pruning import GradientPruning
 
 

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from vitguard._released import Released, Remaining
-from vitguard.attacks._base import Attack
-from vitguard.attacks._spans import (
+from vitguard.attacks.base import Attack
+from vitguard.attacks.equations.rows import (
     Embedding,
     guess_from_patches,
     least_squares,
@@ -18,6 +17,7 @@ from vitguard.attacks._spans import (
 from vitguard.attacks.labels import try_labels
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable
+from vitguard.released import Released, Remaining
 from vitguard.vit import Anatomy
 
 __all__ = ["April"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from vitguard.attacks._distances import Cosine, Distance, SquaredError, Weighted
-from vitguard.attacks._matching import MatchingAttack
-from vitguard.attacks._priors import TotalVariation
-from vitguard.attacks._restart import Recipe
+from vitguard.attacks.matching.attack import MatchingAttack
+from vitguard.attacks.matching.distances import Cosine, Distance, SquaredError, Weighted
+from vitguard.attacks.matching.priors import TotalVariation
+from vitguard.attacks.matching.restart import Recipe
 from vitguard.core import View
 from vitguard.errors import expected
 from vitguard.vit import Anatomy

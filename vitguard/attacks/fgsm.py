@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitguard import data
-from vitguard.attacks._base import InputAttack, InputResult, Triptych
+from vitguard.attacks.base import InputAttack, InputResult, Triptych
 from vitguard.core import Normalization
 from vitguard.errors import expected
 from vitguard.vit import logits_of

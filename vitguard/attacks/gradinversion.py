@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from vitguard.attacks._distances import LayerNorms
-from vitguard.attacks._matching import MatchingAttack
-from vitguard.attacks._priors import (
+from vitguard.attacks.matching.attack import MatchingAttack
+from vitguard.attacks.matching.distances import LayerNorms
+from vitguard.attacks.matching.priors import (
     FeatureStatistics,
     GroupConsistency,
     PixelNorm,
     Prior,
     TotalVariation,
 )
-from vitguard.attacks._restart import Recipe, Schedule
+from vitguard.attacks.matching.restart import Recipe, Schedule
 from vitguard.core import View
 from vitguard.errors import expected
 from vitguard.vit import Anatomy

@@ -9,15 +9,17 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from vitguard.attacks._budget import charge_update
+from vitguard.attacks.budget import charge_update
+from vitguard.attacks.cascade.attack import last_block_samples
+from vitguard.attacks.equations.head import linear_head
 from vitguard.core import View
 from vitguard.errors import Blocked, NotApplicable
-from vitguard.vit import Anatomy, logits_of
+from vitguard.vit import logits_of
 
 if TYPE_CHECKING:
-    from vitguard.attacks.cascade import Samples
+    from vitguard.attacks.cascade.attack import Samples
 
-__all__ = ["infer_labels", "labels_from_counts", "linear_head", "pair_labels", "try_labels"]
+__all__ = ["infer_labels", "labels_from_counts", "pair_labels", "try_labels"]
 
 _SLACK = 0.1
 """Share of the bias gradient that may be left over where it should sum to 0: noise, rounding."""
@@ -76,8 +78,6 @@ def _separated(view: View, generator: torch.Generator) -> Samples | None:
     Raises:
         NotApplicable: It finds images that no single class explains.
     """
-    from vitguard.attacks.cascade import last_block_samples  # it reads the head with this module
-
     try:
         samples = last_block_samples(view, generator)
     except (Blocked, NotApplicable):
@@ -186,21 +186,6 @@ def labels_from_counts(counts: Float[Tensor, " classes"], batch: int) -> Int[Ten
     for _ in range(missing):
         whole[(counts - whole).argmax()] += 1
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), whole.long())
-
-
-def linear_head(view: View) -> str:
-    """Return the module name of the linear classification head, or raise NotApplicable."""
-    anatomy = Anatomy.of(view.model)
-    modules = dict(view.model.named_modules())
-    if len(anatomy.head) != 1:
-        raise NotApplicable(f"needs one classification head, got {len(anatomy.head)}")
-    inside = [
-        n for n, m in modules.items() if n == anatomy.head[0] or n.startswith(f"{anatomy.head[0]}.")
-    ]
-    linear = [n for n in inside if isinstance(modules[n], torch.nn.Linear)]
-    if not linear:
-        raise NotApplicable("the classification head is not linear")
-    return linear[-1]
 
 
 def _mean_prediction(view: View, generator: torch.Generator, count: int = 64) -> Tensor | None:

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vitguard._released import Released, Remaining
-from vitguard.attacks._base import Attack
-from vitguard.attacks._spans import guess_from_patches, least_squares, patch_gradient
+from vitguard.attacks.base import Attack
+from vitguard.attacks.equations.rows import guess_from_patches, least_squares, patch_gradient
 from vitguard.attacks.labels import try_labels
 from vitguard.core import Guess, View
 from vitguard.errors import Blocked, NotApplicable
+from vitguard.released import Released, Remaining
 from vitguard.vit import Anatomy
 
 __all__ = ["PositionInversion"]

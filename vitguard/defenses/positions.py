@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitguard.core import Traits
-from vitguard.defenses._base import Defense, Draws, Installed, ModelDefense
+from vitguard.defenses.base import Defense, Draws, Installed, ModelDefense
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy
 

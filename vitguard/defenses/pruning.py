@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitguard.core import Traits, Update
-from vitguard.defenses._base import Draws, UpdateDefense
+from vitguard.defenses.base import Draws, UpdateDefense
 from vitguard.errors import expected
 from vitguard.vit import Anatomy
 

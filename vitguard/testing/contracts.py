@@ -22,14 +22,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from vitguard.attacks._base import Attack, InputAttack
+from vitguard.attacks.base import Attack, InputAttack
 from vitguard.core import Guess, Normalization, Update, View
-from vitguard.defenses._base import Defense, written
+from vitguard.defenses.base import Defense, written
 from vitguard.errors import Blocked, InputError, NotApplicable
 from vitguard.guard import protect
 from vitguard.models import AprilViT
 from vitguard.registry import parse_attack, parse_stack
-from vitguard.threats import CuriousServer
+from vitguard.threats.curious_server import CuriousServer
 
 __all__ = [
     "check_attack",

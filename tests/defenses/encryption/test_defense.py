@@ -8,7 +8,7 @@ import timm
 import torch
 
 from vitguard.core import Update
-from vitguard.defenses._base import Draws
+from vitguard.defenses.base import Draws
 from vitguard.defenses.encryption import (
     Aggregator,
     Decryptor,

@@ -13,7 +13,7 @@ from rich.console import Console
 from scipy.stats import norm
 
 from tests.defenses.privacy.privacy_models import build
-from vitguard.attacks._base import Attack
+from vitguard.attacks.base import Attack
 from vitguard.audit import LocalTraining, audit
 from vitguard.core import Guess, Normalization
 from vitguard.defenses.noise import GradientNoise

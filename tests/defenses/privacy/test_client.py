@@ -10,7 +10,7 @@ import torch
 
 from tests.defenses.privacy.privacy_models import build
 from vitguard.core import Update
-from vitguard.defenses._base import Draws, UpdateDefense
+from vitguard.defenses.base import Draws, UpdateDefense
 from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
 from vitguard.defenses.privacy.accounting import gaussian_epsilon
 from vitguard.errors import Incompatible, InputError, Unprotected

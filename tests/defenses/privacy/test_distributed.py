@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler, TensorDataset
 
 from tests.defenses.privacy.privacy_models import build
-from vitguard.defenses._base import Draws
+from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy import DifferentialPrivacy, measure_noise
 from vitguard.errors import Incompatible, Unprotected
 

@@ -24,9 +24,9 @@ from torch.utils.data import (
 )
 
 from tests.defenses.privacy.privacy_models import build
-from vitguard._draws import Draws
 from vitguard.defenses.privacy import DifferentialPrivacy
 from vitguard.defenses.privacy.samplers import PoissonSampler
+from vitguard.draws import Draws
 from vitguard.errors import Incompatible, InputError, Unprotected
 from vitguard.guard import protect
 

@@ -134,7 +134,7 @@ def test_a_step_is_in_the_ledger_before_its_noise_is_drawn(monkeypatch):
         assert history(guard) == [(4.0, 0.25, 1)]
         raise MemoryError
 
-    monkeypatch.setattr("vitguard._draws.Draws.noised_all", broken)
+    monkeypatch.setattr("vitguard.draws.Draws.noised_all", broken)
     with pytest.raises(MemoryError):
         optimizer.step()
     assert torch.equal(before, weights(model)) and history(guard) == [(4.0, 0.25, 1)]

@@ -446,7 +446,7 @@ def test_importing_does_not_import_opacus():
 
 
 def test_plain_models_can_be_prepared_without_a_guard():
-    from vitguard.defenses._base import Draws
+    from vitguard.defenses.base import Draws
 
     model = build("vit", torch.float32)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -465,7 +465,7 @@ def _process(rank, world, port, found):
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
     )
-    from vitguard.defenses._base import Draws
+    from vitguard.defenses.base import Draws
 
     model = build("vit", torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

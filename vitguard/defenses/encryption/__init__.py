@@ -1,28 +1,15 @@
 """Encrypted gradients: CKKS that costs less than the plain upload."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass, replace
-from typing import ClassVar, Literal
-
-from torch import Tensor, nn
-
-from vitguard.core import Traits, Update
-from vitguard.defenses._base import Defense, Draws, UpdateDefense, traits_of
-from vitguard.defenses.encryption.backend import require_tenseal
 from vitguard.defenses.encryption.client import Decryptor, Encryptor, worst_error
+from vitguard.defenses.encryption.defense import EncryptedGradients
 from vitguard.defenses.encryption.keys import KeySet, ServerKeys
 from vitguard.defenses.encryption.manifest import Entry, Manifest, model_version
 from vitguard.defenses.encryption.presets import PRESETS, Preset, preset
 from vitguard.defenses.encryption.selection import minimal_names, require_all_match, select_names
 from vitguard.defenses.encryption.server import Aggregator
 from vitguard.defenses.encryption.signing import SigningKey
-from vitguard.errors import Incompatible, Unprotected, expected
-from vitguard.vit import Anatomy, canonical_parameters
 
 __all__ = [
-    "PRESETS",
     "Aggregator",
     "Decryptor",
     "EncryptedGradients",
@@ -30,6 +17,7 @@ __all__ = [
     "Entry",
     "KeySet",
     "Manifest",
+    "PRESETS",
     "Preset",
     "ServerKeys",
     "SigningKey",
@@ -40,132 +28,3 @@ __all__ = [
     "select_names",
     "worst_error",
 ]
-
-
-@dataclass(frozen=True)
-class EncryptedGradients(UpdateDefense):
-    """Encrypt chosen tensors of the update; the server adds what it cannot read.
-
-    Guarantees:
-        A sealed tensor cannot be read from the update: `read` raises Blocked.
-        The decrypted sum of quantised values is exact.
-
-    Does not protect against:
-        What stays plain: `vitguard plan` says which exact attacks remain for a selection.
-        The sum itself, which every client reads, and clients that work with the server.
-
-    Args:
-        select: `attention`, `embedding`, `all`, `plan` (the smallest set that ends the closed
-            forms), another role, a regular expression, or several joined by `/`.
-        preset: `quantised` (3.8 bytes a value, 10 clients), `many` (4.0, 100 clients), `precise`
-            (7.6, 10 clients) or `compact` (2.7, coarse).
-        force: Accept a selection under which an attack that gives the image back remains, by the
-            analysis of `vitguard plan`: at batch size 1 and by the positions of the stack; its
-            other defenses are not counted.
-        rehearse: In an audit without `encryptor`, selections of up to this many values are
-            encrypted under a key that is thrown away; larger ones are listed as sealed and no
-            ciphertext is made. The reason of each sealed name says which.
-        encryptor: A client's `Encryptor`; without one no update leaves outside an audit, or a guard
-            whose draws come from a generator; call its `start_round` before each
-            update. It is no setting: it is in no repr, spec, report or pickle.
-
-    Examples:
-        >>> EncryptedGradients(select="plan").spec()
-        'encryption:select=plan'
-    """
-
-    name: ClassVar[str] = "encryption"
-    select: str = "all"
-    preset: Literal["quantised", "many", "precise", "compact"] = "quantised"
-    force: bool = False
-    rehearse: int = 1_000_000
-    encryptor: InitVar[Encryptor | None] = None
-
-    def __post_init__(self, encryptor: Encryptor | None) -> None:
-        preset(self.preset)
-        if self.rehearse < 0:
-            raise expected("rehearse of at least 0 values", self.rehearse)
-        if not self.select:
-            raise expected("a selection of parameters", "an empty one")
-        if encryptor is not None and encryptor.keys.preset != self.preset:
-            raise expected(f"an encryptor of preset {self.preset!r}", repr(encryptor.keys.preset))
-        object.__setattr__(self, "_encryptor", encryptor)
-
-    def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
-        """Refuse a selection that encrypts nothing.
-
-        `protect` also refuses one of which what stays plain gives the image away, by the analysis
-        of `vitguard plan`, unless `force` is set.
-
-        Raises:
-            Incompatible: Nothing is selected.
-            InputError: The selection cannot be read, or a part of it matches no parameter.
-            MissingExtra: TenSEAL is not installed.
-        """
-        require_tenseal()
-        sizes = {n: p.numel() for n, p in canonical_parameters(model).items()}
-        require_all_match(anatomy, self.select, sizes)
-        if traits_of(stack, anatomy).positions != "learnable":
-            sizes.pop(anatomy.positions or "", None)
-        if not select_names(anatomy, self.select, sizes):
-            raise Incompatible(f"Expected parameters to encrypt, got none for {self.select!r}.")
-
-    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
-        """Return that the selected tensors cannot be read."""
-        sealed = (*before.sealed, self.select)
-        return replace(before, sealed=sealed, accepted=before.accepted or self.force)
-
-    def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
-        """Return the update with the selected tensors sealed.
-
-        Raises:
-            Unprotected: The update contains nothing that the selection names; or there is no
-                encryptor, and the guard is no rehearsal (its draws are secret).
-            InputError: A value is not finite; or the encryptor's manifest names other tensors.
-        """
-        chosen = select_names(anatomy, self.select, update.tensors)
-        if not chosen:
-            raise Unprotected(f"Expected tensors to encrypt, got none for {self.select!r}.")
-        encryptor: Encryptor | None = self._encryptor  # type: ignore[attr-defined]
-        if encryptor is not None:
-            if set(encryptor.manifest.names) != set(chosen):
-                raise expected(
-                    f"a manifest of the {len(chosen)} tensors that {self.select!r} selects",
-                    f"one of {len(encryptor.manifest.names)} tensors",
-                    "Make it with Manifest.of(tensors, select_names(...), bounds=...).",
-                )
-            return encryptor.seal(update)
-        if draws.seeded is None:
-            raise Unprotected(
-                "Expected an encryptor for an update that leaves, got none: the server could add "
-                "nothing. Give EncryptedGradients(encryptor=Encryptor(keys, manifest, "
-                "client_id=...)). An audit rehearses without one, and so does a guard that was "
-                "given a generator."
-            )
-        values = sum(update.tensors[n].numel() for n in chosen)
-        if values > self.rehearse:
-            reason = (
-                f"listed as encrypted ({self.preset}); no ciphertext was made of its "
-                f"{values} values, since no keys were given and rehearse={self.rehearse}"
-            )
-            return update.seal(dict.fromkeys(chosen, reason))
-        return self._rehearsal(update, chosen, draws)
-
-    def _rehearsal(self, update: Update, chosen: list[str], draws: Draws) -> Update:
-        tensors = {n: update.tensors[n] for n in chosen}
-        keys = KeySet.generate(preset=self.preset)
-        manifest = Manifest.of(tensors, bounds=_own_bounds(tensors))
-        encryptor = Encryptor(keys, manifest, client_id="rehearsal", generator=draws.seeded)
-        sealed = encryptor.seal(update, round_id=0)
-        reason = f"encrypted ({self.preset}) under a key that was thrown away"
-        return sealed.seal(dict.fromkeys(chosen, reason))
-
-
-def _own_bounds(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Bounds for a rehearsal only: those of a real run must not come from private values."""
-    return {name: _largest(tensor) for name, tensor in tensors.items()}
-
-
-def _largest(tensor: Tensor) -> float:
-    largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
-    return max(largest, 1e-30) if largest > 0 or largest != largest else 1.0

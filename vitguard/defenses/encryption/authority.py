@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from vitguard._files import parsed_json
 from vitguard.defenses.encryption.secret import Secret
 from vitguard.errors import Rejected
+from vitguard.files import parsed_json
 
 __all__ = ["Authority"]
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitguard._draws import Draws
 from vitguard.core import Update
 from vitguard.defenses.encryption.backend import shared_engine
 from vitguard.defenses.encryption.keys import KeySet
@@ -28,6 +27,7 @@ from vitguard.defenses.encryption.wire import (
     open_message,
     write_message,
 )
+from vitguard.draws import Draws
 from vitguard.errors import Rejected, expected
 
 __all__ = ["Decryptor", "Encryptor", "worst_error"]

@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from vitguard._files import parsed_json, write_atomically
 from vitguard.defenses.encryption.secret import Secret
 from vitguard.errors import InputError, Rejected, expected, missing_extra
+from vitguard.files import parsed_json, write_atomically
 
 __all__ = ["read_key_file", "write_key_file"]
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitguard._files import parsed_json
 from vitguard.errors import InputError, Rejected, expected
+from vitguard.files import parsed_json
 
 __all__ = ["LIGHTEST", "Entry", "Manifest", "model_version"]
 

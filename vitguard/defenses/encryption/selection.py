@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vitguard._selectors import SELECTORS, alternatives, matching
 from vitguard.errors import InputError, expected
+from vitguard.selectors import SELECTORS, alternatives, matching
 from vitguard.vit import Anatomy
 
 __all__ = ["minimal_names", "require_all_match", "select_names"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.core import Traits, Update
-from vitguard.defenses._base import Defense, Draws, Ledgered, UpdateDefense
+from vitguard.defenses.base import Defense, Draws, Ledgered, UpdateDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
 from vitguard.defenses.privacy.verification import reconstruction_bound
 from vitguard.errors import Incompatible, Unprotected, expected

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.core import Batch, Loss, Traits
-from vitguard.defenses._base import Defense, Draws, Ledgered, StepDefense
+from vitguard.defenses.base import Defense, Draws, Ledgered, StepDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
 from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.engine import Clipped, Engine, clipped_sum

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitguard._randomness import seeded
+from vitguard.randomness import seeded
 
 __all__ = ["Kept", "differing", "same_draws"]
 

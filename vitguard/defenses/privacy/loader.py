@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from vitguard.defenses._base import Draws
+from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.samplers import PoissonSampler, place, records_of
 from vitguard.defenses.privacy.training import Due, PrivateTraining
 from vitguard.errors import expected

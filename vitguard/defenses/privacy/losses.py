@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from vitguard.core import Loss
-from vitguard.defenses._base import Installed
+from vitguard.defenses.base import Installed
 from vitguard.errors import Unprotected, expected
 
 __all__ = ["PerExample", "auxiliary_losses", "per_example_losses"]

@@ -14,7 +14,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from vitguard.defenses._base import Draws
+from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.engine import clipped_sum
 from vitguard.defenses.privacy.samplers import place
 from vitguard.defenses.privacy.training import Due, PrivateTraining

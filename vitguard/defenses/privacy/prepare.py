@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vitguard.defenses._base import Draws
+from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.loader import PoissonLoader

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from vitguard.defenses._base import Installed
+from vitguard.defenses.base import Installed
 from vitguard.defenses.privacy.engine import Engine, Watch, pseudo_losses, structure
 from vitguard.defenses.privacy.kept import Kept, differing, same_draws
 from vitguard.defenses.privacy.losses import auxiliary_losses

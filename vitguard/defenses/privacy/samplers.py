@@ -23,7 +23,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from vitguard.defenses._base import Draws
+from vitguard.defenses.base import Draws
 from vitguard.errors import Incompatible, expected
 
 __all__ = ["PoissonSampler", "place", "records_of"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vitguard.defenses._base import Installed
+from vitguard.defenses.base import Installed
 from vitguard.defenses.privacy.engine import Engine, Watch
 from vitguard.defenses.privacy.tape import Tape
 from vitguard.errors import Unprotected

@@ -1,0 +1,133 @@
+"""What an attack is: a view in, a guess out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitguard.core import Guess, Normalization, View
+from vitguard.released import Released, Remaining
+
+__all__ = ["Attack", "InputAttack", "InputResult", "Triptych"]
+
+
+class Attack(ABC):
+    """One attack on an update. Subclasses are frozen dataclasses with the paper's defaults."""
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    """`closed-form`, `ladder` or `matching`: what `--attack` can name as a group."""
+    covers: ClassVar[tuple[str, ...]] = ()
+    """Other families whose attacks this one runs as well."""
+
+    rung: ClassVar[int | None] = None
+    """Place among the rungs of the ladder, the cheapest first; None for an attack that is none."""
+
+    @abstractmethod
+    def run(self, view: View, generator: torch.Generator) -> Guess:
+        """Return a guess of the images behind `view.update`.
+
+        Raises:
+            NotApplicable: An assumption of the attack does not hold.
+            Blocked: A tensor that the attack needs cannot be read.
+        """
+
+    def remains(self, plain: Released) -> tuple[Remaining, ...]:
+        """Say what an update that can be read in part still lets the attack do, under its name.
+
+        What `vitguard plan` prints, and what `protect` refuses a selection for. Nothing by default:
+        the attack makes no statement before it runs.
+        """
+        return ()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values, for the report."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Triptych:
+    """One attacked example: image, what was added, and the result, with what the model says.
+
+    Args:
+        image, adversarial: Pixels in [0, 1], shape (channels, height, width).
+        epsilon: Bound on the change, in pixel units.
+        label: True class, or the class aimed at by a targeted attack.
+        before, after: (class, confidence) of the model on each image.
+    """
+
+    image: Tensor
+    adversarial: Tensor
+    epsilon: float
+    label: int
+    before: tuple[int, float]
+    after: tuple[int, float]
+
+    @property
+    def perturbation(self) -> Tensor:
+        """What was added, in pixel units."""
+        return self.adversarial - self.image
+
+    @property
+    def gain(self) -> float:
+        """How much `magnified` enlarges the perturbation: epsilon becomes half the range."""
+        return 0.5 / self.epsilon if self.epsilon else 1.0
+
+    @property
+    def magnified(self) -> Tensor:
+        """The perturbation times `gain` around mid-grey, pixels in [0, 1]."""
+        return (0.5 + self.gain * self.perturbation).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class InputResult:
+    """What an attack on the input did to a batch.
+
+    Args:
+        clean_accuracy: Share of the batch classified right, in [0, 1].
+        robust_accuracy: The same under the attack, by epsilon.
+        target_hits: For a targeted attack, the share driven to its target, by epsilon.
+        examples: Some examples at the largest epsilon.
+        details: Plain facts for the report; JSON values only.
+    """
+
+    clean_accuracy: float
+    robust_accuracy: Mapping[float, float]
+    target_hits: Mapping[float, float] = field(default_factory=dict)
+    examples: tuple[Triptych, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class InputAttack(ABC):
+    """One attack on the input of a trained model rather than on an update."""
+
+    name: ClassVar[str]
+    family: ClassVar[str] = "input"
+    covers: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def evaluate(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        normalization: Normalization | None = None,
+        generator: torch.Generator | None = None,
+    ) -> InputResult:
+        """Attack `images`, pixels in [0, 1] of shape (batch, channels, height, width).
+
+        Args:
+            labels: True classes, shape (batch,).
+            normalization: From pixels to the model's input; None for a model that takes pixels.
+            generator: For random targets and the like.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values, for the report."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]

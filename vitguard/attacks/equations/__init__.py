@@ -1,0 +1,1 @@
+"""Block algebra that the exact attacks share."""

@@ -1,0 +1,190 @@
+"""audit(): every attack beside an undefended control, and what it says."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitguard import data
+from vitguard.attacks.base import Attack, InputAttack
+from vitguard.audit.stage import CONTROL, Progress, Stage
+from vitguard.core import LocalTraining, Loss, Normalization
+from vitguard.defenses.base import Defense
+from vitguard.errors import expected
+from vitguard.guard import Stack, protect, stack_of
+from vitguard.models import check_finite, normalization_of
+from vitguard.registry import families_not_run, parse_attacks, stack_name
+from vitguard.report.audit_report import AuditReport
+from vitguard.report.finding import ModelFacts
+from vitguard.threats.curious_server import CuriousServer, Threat
+from vitguard.vit import Anatomy
+
+__all__ = ["LocalTraining", "adversary_of", "audit", "facts_of"]
+
+Stacks = Stack | Mapping[str, Stack]
+
+
+def audit(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    *,
+    defenses: Stacks = (),
+    attacks: str | Sequence[str | Attack | InputAttack] = "ladder",
+    batch_size: int | None = None,
+    normalization: Normalization | None = None,
+    withhold: Sequence[str] = (),
+    threat: Threat | None = None,
+    training: LocalTraining | None = None,
+    loss: Loss = F.cross_entropy,
+    names: Sequence[str] | None = None,
+    model_name: str | None = None,
+    weights: str = "as given",
+    notes: Sequence[str] = (),
+    seed: int = 0,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> AuditReport:
+    """Attack what a client would share, with and without defenses, and judge.
+
+    The undefended control always runs. The model is copied; yours is not changed.
+
+    Args:
+        model: The bare model, before `protect`.
+        batch: Pixels in [0, 1], shape (images, channels, height, width), and class indices:
+            tensors, or what `torch.as_tensor` makes tensors of.
+        defenses: One stack, exactly what `protect` takes (a list, one defense, or a spec such as
+            `"positions:kind=frozen"`); or several stacks by name.
+        attacks: Names, groups (`closed-form`, `matching`, `input`, `all`) or attacks. The default
+            climbs every exact attack within a minute's work (nominal seconds) per batch. On a CPU a
+            name means the attack's preset for a CPU, unless it sets iterations; `details` name the
+            schedule. One with `resume` keeps a file for each configuration and batch, named after
+            it.
+        batch_size: Images behind one update; all of them by default. The images are cut into
+            batches of this size.
+        normalization: From pixels to model input; what the model's own configuration says by
+            default.
+        withhold: Selectors of parameters that are never sent (see `Anatomy.select`).
+        threat: The adversary, in place of a curious server to which these are withheld.
+        training: How the update is made; one gradient by default.
+        names, model_name, weights, notes: For the report.
+        seed: Seeds the defenses' draws and the attacks; the same seed gives the same report with
+            one worker, and with several up to rounding.
+        workers: Threads over configurations and batches. With one a keyboard interrupt ends the
+            running attack at its best so far, and the report tells what was not run.
+        progress: Called with (done, total, what) as configurations finish.
+
+    Raises:
+        InputError: Pixels outside [0, 1], labels out of range, weights that are not finite, ...
+        Incompatible: A stack that cannot work.
+    """
+    pixels, labels = _check_batch(model, batch, batch_size)
+    size = batch_size or len(pixels)
+    normalization = normalization or normalization_of(model)
+    training = training or LocalTraining()
+    adversary = adversary_of(threat, withhold)
+    chosen = parse_attacks(attacks, fast=next(model.parameters()).device.type == "cpu")
+    names = tuple(names or (f"image {i}" for i in range(len(pixels))))
+    stage = Stage(model, normalization, training, loss, seed, pixels, labels, names, size)
+    stacks: dict[str, Sequence[Defense]] = {"none": ()}
+    stacks |= {k: s for k, s in _stacks(defenses).items() if s}
+    for stack in stacks.values():
+        protect(copy.deepcopy(model), stack)  # a stack that cannot work fails before the first run
+    on_updates = [a for a in chosen if isinstance(a, Attack)]
+    stop = threading.Event()
+    findings, levels = stage.findings(stacks, on_updates, adversary, workers, progress, stop)
+    for attack in (a for a in chosen if isinstance(a, InputAttack)):
+        findings += [stage.input_finding(n, stack, attack, stop) for n, stack in stacks.items()]
+    notes = [*notes, *(d.audit_note() for stack in stacks.values() for d in stack)]
+    if stop.is_set():
+        notes.append("a keyboard interrupt ended this audit early: what is missing says so")
+    return AuditReport(
+        model=facts_of(model, stage.anatomy, model_name),
+        images=names,
+        batch_size=size,
+        baseline=levels,
+        findings=tuple(findings),
+        weights=weights,
+        update=str(training),
+        seed=seed,
+        threat=adversary.describe(),
+        families_not_run=families_not_run(chosen),
+        notes=tuple(note for note in dict.fromkeys(notes) if note),
+        interrupted=stop.is_set(),
+    )
+
+
+def _stacks(defenses: Stacks) -> dict[str, list[Defense]]:
+    if not isinstance(defenses, Mapping):
+        stack = stack_of(defenses)
+        return {stack_name(stack): stack}
+    stacks = {str(name): stack_of(stack) for name, stack in defenses.items()}
+    if stacks.get("none") or CONTROL in stacks:
+        raise expected("stacks with names of their own", "'none' or '', the undefended control")
+    return stacks
+
+
+def adversary_of(threat: Threat | None, withhold: Sequence[str]) -> Threat:
+    """Return the threat that was given, or a curious server to which `withhold` is not sent.
+
+    Raises:
+        InputError: Both were given.
+    """
+    if threat is not None and withhold:
+        raise expected("a threat or withhold", "both", "CuriousServer(withhold=...) says both.")
+    return threat or CuriousServer(tuple(withhold))
+
+
+def facts_of(model: nn.Module, anatomy: Anatomy, name: str | None) -> ModelFacts:
+    """Return what a report says of a model."""
+    count = sum(p.numel() for p in model.parameters())
+    return ModelFacts(name or type(model).__name__, count, anatomy.patches, anatomy.width)
+
+
+def _check_batch(
+    model: nn.Module, batch: tuple[Tensor, Tensor], batch_size: int | None
+) -> tuple[Tensor, Tensor]:
+    anatomy = Anatomy.of(model)
+    pixels, labels = _tensors(batch)
+    shape = (anatomy.channels, *anatomy.image_size)
+    if pixels.dim() != 4 or tuple(pixels.shape[1:]) != shape or not len(pixels):
+        raise expected(
+            f"images of shape (images, {', '.join(map(str, shape))})", tuple(pixels.shape)
+        )
+    if not bool(pixels.isfinite().all()):
+        raise expected("finite images", "NaN or infinity")
+    low, high = float(pixels.min()), float(pixels.max())
+    if low < 0 or high > 1:
+        # the usual normalisations stay below 3, and go below 0
+        raw = low >= 0 and 3 < high <= 255
+        do = "Divide by 255." if raw else "Give pixels and normalization=Normalization(mean, std)."
+        raise expected("pixels in [0, 1]", f"values from {low:.3g} to {high:.3g}", do)
+    labels = data.check_labels(labels, anatomy.classes)
+    if len(labels) != len(pixels):
+        raise expected(f"{len(pixels)} labels", len(labels))
+    if batch_size is not None and (batch_size < 1 or len(pixels) % batch_size):
+        raise expected(
+            f"a batch size that divides the {len(pixels)} images", batch_size,
+            "Change --batch-size or --num-images.",
+        )  # fmt: skip
+    check_finite(model)
+    return pixels, labels
+
+
+def _tensors(batch: Any) -> tuple[Tensor, Tensor]:
+    # a loader or a lone tensor of images would be taken apart along its first dimension
+    parts = batch if isinstance(batch, tuple | list) and len(batch) == 2 else ()
+    try:
+        pixels, labels = (torch.as_tensor(part) for part in parts)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = " and ".join(type(p).__name__ for p in parts) or type(batch).__name__
+        raise expected(
+            "batch=(images, labels), two tensors or arrays of numbers", got,
+            "Of a loader, give one batch: next(iter(loader)).",
+        ) from error  # fmt: skip
+    return pixels.float(), labels

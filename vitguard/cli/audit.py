@@ -1,0 +1,277 @@
+"""`vitguard audit`: from options to a report. It imports nothing heavy before it must."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from typing import Any
+
+from vitguard.errors import expected
+
+__all__ = ["DEFAULT_REPORT", "INTERRUPTED", "run"]
+
+DEFAULT_DEFENSES = (
+    "positions:kind=frozen",
+    "positions:kind=sincos",
+    "withheld",
+    "noise:scale=0.01",
+)
+DEFAULT_REPORT = "vitguard-report.html"
+DEFAULT_BUDGET = 50.0
+"""Nominal seconds of climbing that a run without --attack shares among its updates."""
+INTERRUPTED = 130
+
+
+def run(options: argparse.Namespace) -> int:
+    """Audit as the options say and return the exit code.
+
+    Raises:
+        VitguardError: An option, the model, the images or a defense is refused.
+    """
+    from vitguard.files import check_writable, write_text
+
+    _check_options(options)
+    html = options.html or (None if options.json else DEFAULT_REPORT)
+    for path in (html, None if options.json == "-" else options.json):
+        if path:
+            check_writable(path)
+    if options.tensorboard:
+        from vitguard.tracking import check_writable_folder
+
+        check_writable_folder(options.tensorboard)
+    report = _run_audit(options)
+    _print_report(report, to_error=options.json == "-")
+    if options.json:
+        write_text(report.to_json_text(), options.json)
+    if html:
+        report.save(html)
+        print(f"Report: {html}", file=sys.stderr)
+    if options.tensorboard:
+        report.to_tensorboard(options.tensorboard)
+    if code := report.gate(options.max_psnr, options.max_gain):
+        _say_why(report, options)
+    elif report.interrupted:
+        code = INTERRUPTED
+    return code
+
+
+def _say_why(report: Any, options: argparse.Namespace) -> None:
+    """Print what kept the report from passing its gate."""
+    from vitguard.errors import LeakFound
+
+    try:
+        report.raise_if_leaks(options.max_psnr, options.max_gain)
+    except LeakFound as found:
+        print(f"vitguard: gate: {' '.join(str(found).split())}", file=sys.stderr)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.update_file:
+        for name in ("num_images", "batch_size"):
+            if getattr(options, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise expected("--update-file, which says how many images are behind it", flag)
+    options.batch_size = 1 if options.batch_size is None else options.batch_size
+    for name in ("max_psnr", "max_gain"):
+        if (limit := getattr(options, name)) is not None and not math.isfinite(limit):
+            raise expected(f"--{name.replace('_', '-')} as a finite number of dB", limit)
+    for name in ("num_images", "batch_size", "workers", "local_steps", "iterations"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise expected(f"--{name.replace('_', '-')} of at least 1", value)
+    if options.update == "difference" and options.lr is None:
+        raise expected("--lr with --update difference", "none")
+    if options.update == "gradient" and (options.lr is not None or options.local_steps > 1):
+        raise expected("--update difference with --lr or --local-steps", "--update gradient")
+    if options.lr is not None and not 0 < options.lr < float("inf"):
+        raise expected("--lr above 0", options.lr)
+    if options.optimizer not in ("sgd", "adamw"):
+        raise expected("--optimizer sgd or adamw", repr(options.optimizer))
+    if bool(options.mean) != bool(options.std):
+        raise expected("--mean and --std together", "one of them")
+    if options.html and not options.html.endswith(".html"):
+        raise expected("--html FILE ending in .html", repr(options.html))
+
+
+def _run_audit(options: argparse.Namespace) -> Any:
+    from vitguard import data
+    from vitguard.audit.beside_control import LocalTraining, audit
+    from vitguard.audit.received import audit_update
+    from vitguard.core import Update
+    from vitguard.models import (
+        build_model,
+        check_finite,
+        find_device,
+        load_checkpoint,
+        normalization_of,
+    )
+    from vitguard.registry import parse_stack
+    from vitguard.vit import Anatomy
+
+    specs = options.defense or (() if options.update_file else DEFAULT_DEFENSES)
+    stacks = {spec.strip(): parse_stack(spec) for spec in specs}
+    attacks = _attacks(options)
+    model = build_model(options.model, pretrained=options.pretrained, seed=options.seed)
+    weights = "pretrained" if options.pretrained else "random initialisation"
+    if options.checkpoint:
+        load_checkpoint(model, options.checkpoint)
+        weights = f"checkpoint {options.checkpoint}"
+    check_finite(model)
+    anatomy = Anatomy.of(model)
+    if not anatomy.classes:
+        raise expected("a model with a classification head", options.model, "Add num_classes=...")
+    if anatomy.channels != 3:
+        raise expected("a model that takes 3 channels", anatomy.channels)
+    normalization = normalization_of(model)
+    if options.mean:
+        normalization = dataclasses.replace(
+            normalization, mean=_triple(options.mean, "--mean"), std=_triple(options.std, "--std")
+        )
+    for selector in options.withhold:
+        anatomy.select(selector, [n for n, _ in model.named_parameters()])
+    model = model.to(find_device(options.device))
+    common: dict[str, Any] = {
+        "attacks": attacks, "normalization": normalization, "withhold": options.withhold,
+        "model_name": options.model, "weights": weights, "seed": options.seed,
+    }  # fmt: skip
+    if options.update_file:
+        update = Update.load(options.update_file)
+        if len(stacks) > 1:
+            raise expected("one --defense, what the client ran", f"{len(stacks)}")
+        truth = names = None
+        if options.images:
+            if (given := data.count_images(options.images)) != update.batch_size:
+                raise expected(
+                    f"--images with the {update.batch_size} images behind the update, in order",
+                    f"{given}",
+                )
+            images = data.load_images(
+                options.images, anatomy.image_size, min_size=anatomy.patch_size
+            )
+            truth, names = images.pixels, images.names
+        stack = next(iter(stacks.values()), [])
+        return audit_update(model, update, defenses=stack, truth=truth, names=names, **common)
+    images, labels, notes = _images(options, anatomy)
+    if not options.attack:
+        control_and_stacks = 1 + sum(map(bool, stacks.values())) + bool(options.withhold)
+        common["attacks"], note = _budgeted(control_and_stacks * len(images) // options.batch_size)
+        notes.append(note)
+    training = LocalTraining(options.lr, options.local_steps, options.optimizer)
+    with _Progress() as progress:
+        return audit(
+            model, (images.pixels, labels), defenses=stacks, batch_size=options.batch_size,
+            training=training, names=images.names, notes=notes, workers=options.workers,
+            progress=progress, **common,
+        )  # fmt: skip
+
+
+def _attacks(options: argparse.Namespace) -> list[Any]:
+    from vitguard.registry import parse_attacks
+
+    attacks: list[Any] = []
+    fast = options.device.partition(":")[0] == "cpu" and options.iterations is None
+    chosen: list[Any] = parse_attacks(options.attack or ["ladder"], fast=fast)
+    for attack in chosen:
+        fields = {f.name for f in dataclasses.fields(attack)}
+        changes = {
+            name: getattr(options, name)
+            for name in ("iterations", "parameters")
+            if getattr(options, name) is not None and name in fields
+        }
+        attacks.append(dataclasses.replace(attack, **changes))
+    for name in ("iterations", "parameters"):
+        if getattr(options, name) is not None and not any(hasattr(a, name) for a in attacks):
+            raise expected(
+                f"--attack with one that has {name} beside --{name}",
+                ", ".join(dict.fromkeys(a.name for a in attacks)), "Add --attack matching.",
+            )  # fmt: skip
+    return attacks
+
+
+def _budgeted(updates: int) -> tuple[list[Any], str]:
+    """Return the ladder with a share of the default budget, and what a reader must know of it."""
+    from vitguard.attacks.ladder.attack import Ladder
+
+    seconds = round(min(max(DEFAULT_BUDGET / updates, 5.0), Ladder().seconds))
+    note = (
+        f"the ladder had {seconds} nominal seconds of work for each update; more may find more: "
+        f"--attack ladder:seconds={int(4 * seconds)}"
+    )
+    return [Ladder(seconds=seconds)], note
+
+
+def _images(options: argparse.Namespace, anatomy: Any) -> tuple[Any, Any, list[str]]:
+    from vitguard import data
+
+    size, batch = anatomy.image_size, options.batch_size
+    if options.images:
+        count = options.num_images
+        found = data.count_images(options.images)
+        if count is None and len(options.images) == 1:
+            count = min(max(4, batch), found)
+        images = data.load_images(
+            options.images, size, count=count, classes=anatomy.classes,
+            min_size=anatomy.patch_size,
+        )  # fmt: skip
+    else:
+        images = data.sample_images(
+            size, count=options.num_images or max(2, batch), classes=anatomy.classes
+        )
+        found = len(images)
+    notes = list(images.notes)
+    if options.num_images is None and found > len(images):
+        notes.append(f"the first {len(images)} of {found} images; --num-images {found} takes all")
+    if len(images) < batch:
+        raise expected(f"at least {batch} images for one batch", len(images))
+    if extra := len(images) % batch:
+        kept = len(images) - extra
+        notes.append(f"{extra} images that fill no batch of {batch} were left out")
+        images = dataclasses.replace(
+            images, names=images.names[:kept], pixels=images.pixels[:kept],
+            labels=None if images.labels is None else images.labels[:kept],
+        )  # fmt: skip
+    return images, images.labels, notes
+
+
+def _triple(text: str, flag: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3:
+        raise expected(f"{flag} as three numbers R,G,B", repr(text))
+    return values
+
+
+class _Progress:
+    """A progress bar on standard error, gone when it is done."""
+
+    def __enter__(self) -> _Progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("undefended control", total=None)
+        return self
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=what)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _print_report(report: Any, *, to_error: bool) -> None:
+    from rich.console import Console
+
+    report.print_to(Console(stderr=to_error))

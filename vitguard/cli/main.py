@@ -1,0 +1,225 @@
+"""The command line: `vitguard audit | plan | list`. It imports nothing heavy before it must."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from vitguard import __version__
+from vitguard.cli import audit as audit_command
+from vitguard.errors import VitguardError
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"vitguard: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (see `vitguard audit --help`)."""
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.prog += f" {options.command}"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        return options.run(options)
+    except VitguardError as error:
+        print(f"vitguard: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print("vitguard: interrupted; nothing was written", file=sys.stderr)
+        return audit_command.INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="vitguard",
+        description="Attack what a client shares when it trains a Vision Transformer, and say "
+        "honestly which defenses hold.",
+    )
+    parser.add_argument("--version", action="version", version=f"vitguard {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_audit(commands)
+    _add_plan(commands)
+    listing = commands.add_parser("list", help="defenses and attacks with their settings")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    listing.set_defaults(run=_list, command="list")
+    return parser
+
+
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser(
+        "audit",
+        help="attack updates with and without defenses, beside an undefended control",
+        description="Without arguments: a randomly initialised vit_base_patch16_224 on sample "
+        "photos, the default defenses, the ladder of exact attacks within a budget of work.",
+        epilog="Class folders with numeric names are class indices, others count in sorted order. "
+        "Exit codes: 0 done; 1 a defended configuration exceeds --max-psnr or --max-gain, or leaks "
+        "in a way that no dB limit sees; 2 usage or input error; 3 a gate was asked for and no "
+        "attack was conclusive; 130 interrupted, with the report written.",
+    )
+    add = audit.add_argument
+    add(
+        "--model",
+        default="vit_base_patch16_224",
+        metavar="NAME[:key=value,...]",
+        help="timm name with constructor arguments, or april_vit",
+    )
+    weights = audit.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", metavar="FILE", help="safetensors or torch state dict")
+    weights.add_argument("--pretrained", action="store_true", help="timm's weights")
+    add("--mean", metavar="R,G,B", help="normalisation; the model's own by default")
+    add("--std", metavar="R,G,B")
+    add("--images", nargs="+", metavar="DIR|FILE", help="files, a folder or class folders")
+    add(
+        "--num-images",
+        type=int,
+        metavar="K",
+        help="images to audit (sample photos: 2; a folder: 4 or one batch)",
+    )
+    add("--batch-size", type=int, metavar="B", help="images behind one update (1)")
+    add(
+        "--defense",
+        action="append",
+        metavar="SPEC",
+        help="name[:key=value,...], stacked with +; may be repeated; none is always run",
+    )
+    add(
+        "--attack",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="attacks, or closed-form, ladder (every exact attack), matching, input, all; "
+        "settings as in ladder:seconds=60",
+    )
+    add(
+        "--parameters",
+        metavar="SELECT",
+        help="what matching attacks match: attention, mlp, "
+        "patch, position, all or a regular expression",
+    )
+    add(
+        "--withhold",
+        action="append",
+        default=[],
+        metavar="SELECT",
+        help="parameters that are never sent; may be repeated",
+    )
+    add("--iterations", type=int, metavar="N", help="iterations of iterative attacks")
+    add("--seed", type=int, default=0, metavar="S")
+    add("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps")
+    add("--workers", type=int, default=1, metavar="W", help="threads over configurations")
+    add("--update", choices=("gradient", "difference"), default="gradient")
+    add("--local-steps", type=int, default=1, metavar="E")
+    add("--lr", type=float, metavar="LR", help="learning rate of a difference")
+    add("--optimizer", default="sgd", metavar="NAME", help="sgd or adamw")
+    add(
+        "--update-file", metavar="FILE", help="audit a client's saved update; --images is its truth"
+    )
+    add("--json", metavar="FILE|-")
+    add("--html", metavar="FILE", help=f"default without --json: {audit_command.DEFAULT_REPORT}")
+    add("--tensorboard", metavar="DIR")
+    add("--max-psnr", type=float, metavar="DB", help="gate: matched-patch PSNR")
+    add("--max-gain", type=float, metavar="DB", help="gate: dB above the no-information baseline")
+    audit.set_defaults(run=audit_command.run, command="audit")
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan", help="which closed forms remain if only some parameters are encrypted, and the cost"
+    )
+    plan.add_argument("--model", default="vit_base_patch16_224", metavar="NAME[:key=value,...]")
+    plan.add_argument(
+        "--encrypt",
+        action="append",
+        required=True,
+        metavar="SELECT",
+        help="attention, mlp, patch, position, embedding, head, all, plan (the least that ends the "
+        "known attacks) or a regular expression; may be repeated",
+    )
+    plan.add_argument(
+        "--positions",
+        default="learnable",
+        metavar="KIND",
+        help="learnable, frozen, random, sincos, none or withheld",
+    )
+    plan.add_argument(
+        "--preset",
+        default="quantised",
+        metavar="NAME",
+        help="of the encryption: quantised, many (clients), precise or compact",
+    )
+    plan.add_argument("--json", metavar="FILE|-")
+    plan.set_defaults(run=_plan, command="plan")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from vitguard.files import check_writable, write_text
+    from vitguard.plan import plan_report
+
+    if options.json and options.json != "-":
+        check_writable(options.json)
+    report = plan_report(
+        options.model, options.encrypt, preset=options.preset, positions=options.positions
+    )
+    if options.json:
+        write_text(json.dumps(report.to_json(), indent=2, allow_nan=False), options.json)
+    if options.json != "-":
+        report.print_to(Console())
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from vitguard.registry import attack_types, defense_types
+
+    def describe(cls: Any) -> dict[str, Any]:
+        settings = {
+            f.name: None if f.default is dataclasses.MISSING else f.default
+            for f in dataclasses.fields(cls)
+        }
+        summary = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+        return {"name": cls.name, "summary": summary, "settings": settings}
+
+    defenses = [describe(cls) for cls in defense_types().values()]
+    attacks = [{**describe(cls), "family": cls.family} for cls in attack_types().values()]
+    if options.json:
+        print(
+            json.dumps(
+                {"schema": 1, "defenses": defenses, "attacks": attacks}, indent=2, default=str
+            )
+        )
+        return 0
+    width = min(shutil.get_terminal_size().columns, 100)
+    for title, entries in (("Defenses", defenses), ("Attacks", attacks)):
+        print(title)
+        for entry in entries:
+            family = f" ({entry['family']})" if "family" in entry else ""
+            said = f"{entry['name']}{family}: {entry['summary']}"
+            settings = ", ".join(f"{k}={v}" for k, v in entry["settings"].items())
+            for text, space in ((said, "  "), (settings, "    ")):
+                if text:
+                    print(_folded(text, width, space))
+    return 0
+
+
+def _folded(text: str, width: int, space: str) -> str:
+    return textwrap.fill(
+        text, width, initial_indent=space, subsequent_indent=f"{space}  ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip

@@ -1,0 +1,5 @@
+"""Masked patch shuffle."""
+
+from vitguard.defenses.shuffle.settings import PatchShuffle
+
+__all__ = ["PatchShuffle"]

@@ -1,0 +1,156 @@
+"""The hooks of a patch shuffle: picklable, silent in eval mode, outside compiled graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vitguard.defenses.shuffle.steps import watch_steps
+from vitguard.errors import Unprotected
+from vitguard.vit import Anatomy
+
+if TYPE_CHECKING:
+    from vitguard.defenses.shuffle.installed import InstalledShuffle
+
+__all__ = ["hook"]
+
+
+def hook(piece: InstalledShuffle, model: nn.Module) -> Iterator[Any]:
+    """Register the hooks one by one and yield their handles."""
+    anatomy = piece.anatomy
+    yield model.register_forward_pre_hook(_Root(piece))
+    stage = model.get_submodule(anatomy.patch_stage)
+    if anatomy.positions is None:
+        yield stage.register_forward_hook(_EmbedAndPlace(piece))
+    else:
+        assert anatomy.embedded is not None
+        yield stage.register_forward_hook(_Embed(piece))
+        yield model.get_submodule(anatomy.embedded).register_forward_pre_hook(_Place(piece))
+    if piece.settings.dal == "positions":
+        path, _, attribute = str(anatomy.positions).rpartition(".")
+        yield model.get_submodule(path).register_forward_pre_hook(_Rows(piece, attribute))
+    if piece.settings.dal == "tokens":
+        last = model.get_submodule(anatomy.blocks[-1].name)
+        yield last.register_forward_hook(_Outputs(piece))
+    if piece.settings.dal != "none":
+        yield model.register_forward_hook(_Finish(piece))
+
+
+class _Hook:
+    """Does nothing in eval mode; in training a compiled model breaks its graph here."""
+
+    def __init__(self, piece: InstalledShuffle) -> None:
+        self.piece = piece
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        return self.act(module, args, output) if self.piece.training else None
+
+    def act(self, module: nn.Module, args: Any, output: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Placing(_Hook):
+    """Also notes gradients that go round the shuffle, so that `seal` can refuse them."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        if self.piece.training:
+            return self.act(module, args, output)
+        sequence = args[0] if output is None else output
+        if torch.is_grad_enabled() and sequence.requires_grad:
+            if torch.compiler.is_compiling():
+                self.piece.exposed = True
+            else:
+                sequence.register_hook(_Expose(self.piece))
+        return None
+
+
+class _Expose:
+    def __init__(self, piece: InstalledShuffle) -> None:
+        self.piece = piece
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.piece.exposed = True
+
+
+class _Root(_Hook):
+    @torch.compiler.disable
+    def act(self, module: nn.Module, args: Any, output: Any) -> None:
+        watch_steps(self.piece, module)
+
+
+class _Embed(_Hook):
+    @torch.compiler.disable
+    def act(self, module: nn.Module, args: Any, output: Any) -> None:
+        tokens, _ = _as_sequence(output, self.piece.anatomy)
+        self.piece.begin(tokens, _grid(args[0], tokens.shape[1], self.piece.anatomy))
+
+
+class _EmbedAndPlace(_Placing):
+    @torch.compiler.disable
+    def act(self, module: nn.Module, args: Any, output: Any) -> Tensor:
+        tokens, restore = _as_sequence(output, self.piece.anatomy)
+        self.piece.begin(tokens, _grid(args[0], tokens.shape[1], self.piece.anatomy))
+        return restore(self.piece.place(tokens))
+
+
+class _Place(_Placing):
+    @torch.compiler.disable
+    def act(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return (self.piece.place(args[0]), *args[1:])
+
+
+class _Rows(_Hook):
+    def __init__(self, piece: InstalledShuffle, attribute: str) -> None:
+        super().__init__(piece)
+        self.attribute = attribute
+
+    @torch.compiler.disable
+    def act(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.piece.remember(getattr(module, self.attribute))
+
+
+class _Outputs(_Hook):
+    @torch.compiler.disable
+    def act(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.piece.leave(output[0] if isinstance(output, tuple) else output)
+
+
+class _Finish(_Hook):
+    @torch.compiler.disable
+    def act(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.piece.finish()
+
+
+def _as_sequence(output: Any, anatomy: Anatomy) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return a patch embedding's output as (batch, patches, width), and the way back."""
+    if isinstance(output, Tensor) and output.dim() == 3:
+        return output, lambda tokens: tokens
+    if not isinstance(output, Tensor) or output.dim() != 4:
+        shape = tuple(getattr(output, "shape", ()))
+        raise Unprotected(
+            f"Expected a tensor of 3 or 4 dimensions from {anatomy.patch_stage}, got "
+            f"{type(output).__name__} of shape {shape}."
+        )
+    if anatomy.patch_stage == anatomy.patch or output.shape[-1] != anatomy.width:
+        size = output.shape[-2:]  # the convolution itself: channels first
+        return output.flatten(2).mT, lambda tokens: tokens.mT.unflatten(2, size)
+    size = output.shape[1:3]
+    return output.flatten(1, 2), lambda tokens: tokens.unflatten(1, size)
+
+
+def _grid(images: Tensor, patches: int, anatomy: Anatomy) -> tuple[int, int]:
+    """Return patches per column and per row of these images; they may be of any size."""
+    high, wide = (
+        -(-size // patch) for size, patch in zip(images.shape[-2:], anatomy.patch_size, strict=True)
+    )
+    if high * wide == patches:
+        return high, wide
+    if anatomy.patches == patches:
+        return anatomy.grid
+    raise Unprotected(
+        f"Expected {high} x {wide} patches of {tuple(images.shape)}, got {patches}: it is not "
+        "known which of them are neighbours."
+    )

@@ -1,0 +1,316 @@
+"""A patch shuffle in place: the hooks, the unknown embedding and the DAL head."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vitguard.defenses.base import Draws, Installed
+from vitguard.defenses.shuffle import masks
+from vitguard.defenses.shuffle.hooks import hook
+from vitguard.defenses.shuffle.localization import LocalizationHead, dal_weight, localization_loss
+from vitguard.errors import Incompatible, Unprotected, expected
+from vitguard.vit import Anatomy
+
+if TYPE_CHECKING:
+    from vitguard.defenses.shuffle.settings import PatchShuffle
+
+__all__ = ["InstalledShuffle"]
+
+# what one forward leaves behind: draws are secret, so none of it is copied or pickled
+_FORWARD = ("_mask", "_source", "_tokens", "_outputs", "_losses")
+
+
+class InstalledShuffle(Installed):
+    """Lives at `model.vitguard.shuffle`.
+
+    The patch embedding's hook draws and remembers the tokens z; the hook before the module that
+    takes the embedded sequence puts z[source] + unknown into the masked slots, so that a masked
+    slot never saw its own position. On a model without positions the first hook does both.
+    """
+
+    unknown: nn.Parameter
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, draws: Draws, settings: PatchShuffle
+    ) -> None:
+        super().__init__()
+        self.anatomy, self.draws, self.settings = anatomy, draws, settings
+        self.unknown = nn.Parameter(_start(model, anatomy))
+        self.head: LocalizationHead | None = None
+        if settings.dal != "none" and settings.dal_head != "pca":
+            head = LocalizationHead(anatomy.width, settings.dal_head, draws.public_generator())
+            self.head = head.to(self.unknown)
+        if settings.steps or settings.warmup:
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.forwards = 0
+        self.exposed = False  # a gradient was taken through a forward that did not shuffle
+        self._left_out_at: int | None = None
+        self._unread = False
+        self._keys: Tensor | None = None
+        self._pinned: Tensor | None = None
+        # position embedding of the last forward; in a tuple, because a module registers parameters
+        self._rows: tuple[Tensor, ...] = ()
+        self._warned = False
+        self._forget()
+        self.handles: list[Any] = []
+        try:
+            for handle in hook(self, model):
+                self.handles.append(handle)
+        except BaseException:
+            self.uninstall(model)
+            raise
+        self.register_load_state_dict_post_hook(_start_afresh)
+
+    def _forget(self) -> None:
+        for name in _FORWARD:
+            setattr(self, name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        forgotten = dict.fromkeys((*_FORWARD, "_keys", "_pinned")) | {"_rows": ()}
+        return {**self.__dict__, **forgotten, "_unread": False}
+
+    def uninstall(self, model: nn.Module) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def verify(self, model: nn.Module) -> None:
+        if not self.training:
+            raise Unprotected(
+                "Expected a model in training mode, got one in eval mode, where patches are not "
+                "shuffled. Call model.train() before the gradient is taken."
+            )
+
+    def settle(self) -> None:
+        if self.exposed:
+            raise Unprotected(
+                "Expected gradients of shuffled images only, got one that was taken in eval mode "
+                "since the weights were loaded. Train in training mode, attack or evaluate a copy, "
+                "and load the weights again."
+            )
+
+    def truth(self) -> Mapping[str, Tensor]:
+        """Return the last draw: `shuffled` (batch, N), and `source` (batch, N), who sits where."""
+        if self._mask is None or self._source is None:
+            return {}
+        return {"shuffled": self._mask.cpu(), "source": self._source.cpu()}
+
+    def one_draw(self) -> bool:
+        return self.settings.draw == "batch"
+
+    def key_examples(self, keys: Int[Tensor, " batch"] | None) -> None:
+        """Draw each example of the next forwards from its own key; None for fresh draws again.
+
+        The same key gives the same mask and permutation in any batch, which sensitivity tests
+        need; equal keys give the whole batch one mask (also over several micro-batches).
+        """
+        self._keys = None if keys is None else keys.detach().cpu().to(torch.int64)
+
+    def pin(self, shuffled: Bool[Tensor, "batch patches"] | None) -> None:
+        self._pinned = None if shuffled is None else shuffled.detach().cpu().bool()
+
+    def abandon(self) -> None:
+        self._forget()
+        self._rows, self._unread = (), False
+
+    # what training leaves behind
+
+    def auxiliary_loss(self) -> Tensor | None:
+        losses = self.per_example_auxiliary()
+        return None if losses is None else losses.mean()
+
+    def per_example_auxiliary(self) -> Float[Tensor, " batch"] | None:
+        """Return each example's weighted DAL loss of the last training forward; read once.
+
+        Their mean is `auxiliary_loss()`.
+        """
+        self.finish()
+        losses, self._losses, self._unread = self._losses, None, False
+        return losses
+
+    def finish(self) -> None:
+        """Compute the DAL losses once the forward has left what they need."""
+        if not self._unread or self._losses is not None or self._mask is None:
+            return
+        over_positions = self.settings.dal == "positions"
+        vectors = next(iter(self._rows), None) if over_positions else self._outputs
+        if vectors is None:
+            raise Unprotected(
+                f"Expected the forward of the whole model for DAL over {self.settings.dal}, got a "
+                "part of it. Call the model itself."
+            )
+        self._rows, self._outputs = (), None
+        prefix = self.anatomy.position_prefix if over_positions else self._prefix
+        if vectors.shape[-2] != prefix + self._mask.shape[1]:
+            raise Incompatible(
+                f"Expected {prefix + self._mask.shape[1]} vectors for DAL over "
+                f"{self.settings.dal}, got {vectors.shape[-2]}. Leave DAL out with resized images."
+            )
+        vectors = vectors[..., prefix:, :]
+        if not over_positions:
+            vectors = F.layer_norm(vectors, vectors.shape[-1:])
+        vectors = vectors.expand(len(self._mask), -1, -1)
+        losses = localization_loss(vectors, ~self._mask, self._grid, self.head)
+        self._losses = self._weight() * losses
+
+    def remember(self, rows: Tensor) -> None:
+        """Take the position embedding of this very forward (functional calls swap it)."""
+        self._rows = (rows,)
+
+    def leave(self, outputs: Tensor) -> None:
+        """Take the last block's output, of the forward itself and not of a recomputation."""
+        if self._outputs is None and self._losses is None and self._unread:
+            self._outputs = outputs
+
+    def _weight(self) -> float:
+        s = self.settings
+        return dal_weight(
+            self._step(), weight=s.dal_weight, final=s.dal_final, warmup=s.warmup, steps=s.steps
+        )
+
+    # the forward
+
+    def begin(self, tokens: Float[Tensor, "batch patches width"], grid: tuple[int, int]) -> None:
+        """Draw for these tokens and remember them."""
+        if torch._C._current_graph_task_id() != -1:
+            raise Incompatible(
+                "Expected activation checkpointing inside the model, got it around the patch "
+                "embedding, where recomputing would shuffle anew. Checkpoint the blocks only."
+            )
+        if self._unread:
+            self._unread = False
+            raise Unprotected(
+                "Expected the auxiliary loss of the last training forward to be part of the loss, "
+                "got one that was never read. Add guard.auxiliary_loss() to the loss."
+            )
+        self._forget()
+        self._grid = grid
+        mask, source = self.draw(len(tokens), grid)
+        self._mask = mask.to(tokens.device, non_blocking=True)
+        self._source = source.to(tokens.device, non_blocking=True)
+        self._tokens = tokens
+        self.forwards += 1
+        self._unread = self.settings.dal != "none" and torch.is_grad_enabled()
+
+    def draw(self, batch: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return mask and source, who sits where, (batch, patches) each."""
+        s = self.settings
+        if self._pinned is not None:
+            if self._pinned.shape != (batch, grid[0] * grid[1]):
+                raise expected(
+                    f"shuffled positions of shape ({batch}, {grid[0] * grid[1]})",
+                    tuple(self._pinned.shape),
+                )
+            return self._pinned, torch.arange(grid[0] * grid[1]).expand(batch, -1)
+        keys = self._keys
+        if keys is None:
+            one = s.draw == "batch"
+            keys = self.draws.keys(1 if one else batch)
+            keys = keys.expand(batch) if one else keys
+        if len(keys) != batch:
+            raise expected(f"one key for each of {batch} examples", len(keys))
+        different, index = keys.unique(return_inverse=True) if s.draw == "batch" else (keys, None)
+        patches = grid[0] * grid[1]
+        count = math.floor(self._ratio() * patches + 1e-9)
+        if count < 2:
+            self._warn(patches)
+        if s.mask == "uniform":
+            mask = masks.uniform_masks(self.draws, different, patches, count)
+        else:
+            mask = masks.block_masks(self.draws, different, grid, count)
+        if s.probability < 1:
+            mask = mask & masks.chosen(self.draws, different, s.probability)
+        source = masks.permute_inside(self.draws, different, mask, derangement=s.derangement)
+        return (mask, source) if index is None else (mask[index], source[index])
+
+    def _warn(self, patches: int) -> None:
+        """Say once that this forward moves no patch."""
+        if self._warned:
+            return
+        self._warned = True
+        s, step = self.settings, self._step()
+        if step < s.warmup:
+            why = f"Step {step} is in the warm-up of {s.warmup} steps."
+        elif self._ratio() < s.ratio:
+            why = f"At step {step} of {s.steps} the {s.schedule} schedule has only begun."
+        else:
+            why = (
+                f"Expected at least 2 of {patches} patches to shuffle; ratio={s.ratio} gives less."
+            )
+        warnings.warn(
+            f"PatchShuffle moves no patch, and updates of such steps are not protected. {why}",
+            stacklevel=2,
+        )
+
+    def _step(self) -> int:
+        return int(self.get_buffer("step")) if "step" in self._buffers else 0
+
+    def _ratio(self) -> float:
+        """Return the ratio at this optimizer step."""
+        s = self.settings
+        if not s.warmup and s.schedule == "constant":
+            return s.ratio
+        step = self._step()
+        if step < s.warmup:
+            return 0.0
+        if s.schedule == "constant":
+            return s.ratio
+        done = min(1.0, (step - s.warmup) / (s.steps - s.warmup))
+        return s.ratio * (done if s.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2)
+
+    def place(self, sequence: Float[Tensor, "batch tokens width"]) -> Tensor:
+        """Return the embedded sequence with shuffled patches in the masked slots."""
+        tokens, mask, source = self._tokens, self._mask, self._source
+        self._tokens = None
+        if tokens is None or mask is None or source is None:
+            raise Unprotected(
+                f"Expected {self.anatomy.patch_stage} to embed the patches of this forward, got a "
+                "sequence that did not come from it."
+            )
+        self._prefix = sequence.shape[1] - tokens.shape[1]
+        if self._prefix < 0 or len(sequence) != len(tokens):
+            raise Unprotected(
+                f"Expected a sequence with all {tokens.shape[1]} patches of {len(tokens)} images, "
+                f"got shape {tuple(sequence.shape)}."
+            )
+        moved = tokens.gather(1, source[..., None].expand_as(tokens)) + self.unknown
+        kept = sequence[:, self._prefix :]
+        patches = torch.where(mask[..., None], moved.to(sequence.dtype), kept)
+        return torch.cat([sequence[:, : self._prefix], patches], 1) if self._prefix else patches
+
+    # optimizers, see _steps.py
+
+    def stepped(self) -> None:
+        self._left_out_at = None
+        if "step" in self._buffers:
+            self.get_buffer("step").add_(1)
+
+    def left_out(self) -> bool:
+        """Note a step without them; True if that was so in an earlier forward as well."""
+        first = self._left_out_at
+        if first is None:
+            self._left_out_at = self.forwards
+        return first is not None and first < self.forwards
+
+
+def _start_afresh(piece: nn.Module, incompatible_keys: Any) -> None:
+    """New weights came: what was done to the old ones will not be sent."""
+    assert isinstance(piece, InstalledShuffle)
+    piece.exposed = False
+
+
+def _start(model: nn.Module, anatomy: Anatomy) -> Tensor:
+    """Return where the unknown embedding starts: the mean of the positions, which tells none."""
+    like = model.get_parameter(anatomy.patch_weight)
+    if anatomy.positions is None:
+        return torch.zeros(1, anatomy.width, dtype=like.dtype, device=like.device)
+    path, _, attribute = anatomy.positions.rpartition(".")
+    positions = getattr(model.get_submodule(path), attribute).detach()
+    return positions[:, anatomy.position_prefix :].mean(1).to(like)

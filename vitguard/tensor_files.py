@@ -1,0 +1,203 @@
+"""Files of tensors that nobody vouches for: saved updates and checkpoints."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitguard.errors import InputError, expected
+from vitguard.files import parsed_json, write_atomically
+
+__all__ = ["check_plain", "read_checkpoint", "read_update", "write_update"]
+
+FACTS = {
+    "kind": str, "batch_size": int, "local_steps": int, "learning_rate": float, "optimizer": str,
+    "momentum": float, "weight_decay": float,
+}  # fmt: skip
+_KINDS = frozenset(
+    (
+        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool,
+        torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    )
+)  # fmt: skip
+_HEADER = "vitguard.update"
+_LARGEST = 2**53  # whole numbers that are exact everywhere
+
+
+def check_plain(name: str, tensor: object, where: object) -> None:
+    """Refuse what is not a dense tensor of values in memory.
+
+    Raises:
+        InputError: It is sparse, quantised, without values (meta), or of a type such as float8.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise expected(f"a plain tensor {name}", f"{type(tensor).__name__} in {where}")
+    assert isinstance(tensor, Tensor)
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _KINDS:
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise expected(
+            f"{name} as a dense tensor of 16 to 64 bit numbers", f"{kind} in {where}",
+            "Convert it with .to_dense() or .float() first.",
+        )  # fmt: skip
+
+
+def write_update(
+    path: str | Path,
+    facts: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    payloads: Mapping[str, bytes],
+) -> None:
+    """Write an update as safetensors, its public facts in the header; atomic.
+
+    Raises:
+        InputError: A tensor is not plain, a name is no text, or the path cannot be written.
+    """
+    from safetensors.torch import save
+
+    _check_names([*tensors, *payloads, *facts["sealed"], *facts["sealed"].values()], path)
+    stored = {}
+    for name, tensor in tensors.items():
+        held = tensor.detach()
+        check_plain(name, held, "the update")
+        # copies: autograd hands out gradients that share memory, which the format refuses
+        stored[f"tensor:{name}"] = held.cpu().clone(memory_format=torch.contiguous_format)
+    for name, blob in payloads.items():
+        empty = torch.empty(0, dtype=torch.uint8)
+        held = torch.frombuffer(bytearray(blob), dtype=torch.uint8) if blob else empty
+        stored[f"payload:{name}"] = held
+    try:
+        header = json.dumps({**facts, "payloads": list(payloads)}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise expected("public facts that JSON can hold", str(error)) from error
+    write_atomically(path, save(stored, metadata={_HEADER: header}))
+
+
+def read_update(path: str | Path) -> dict[str, Any]:
+    """Return the fields of an update that `write_update` wrote.
+
+    Raises:
+        InputError: The file is missing, is no safetensors file, or its facts are not sound.
+    """
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise expected("a saved update", f"no file at {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            stored = {name: file.get_tensor(name) for name in file.keys()} if header else {}  # noqa: SIM118
+    except Exception as error:  # the reader raises whatever it likes on types it does not know
+        raise expected("a safetensors update", f"{path} ({error})") from error
+    if header is None:
+        raise expected(
+            "an update with its public facts", f"{path} without them", "Write it with Update.save."
+        )  # fmt: skip
+    try:
+        return _fields(parsed_json(header), stored, path)
+    except InputError:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+        raise expected("public facts of an update", f"{path} ({error})") from error
+
+
+def _fields(facts: dict[str, Any], stored: Mapping[str, Tensor], path: object) -> dict[str, Any]:
+    sealed, payloads = dict(facts.pop("sealed")), facts.pop("payloads")
+    if facts.keys() != FACTS.keys():
+        raise KeyError(f"facts {sorted(facts)}")
+    for name, kind in FACTS.items():
+        facts[name] = _fact(name, facts[name], kind)
+    tensors = {k[7:]: v for k, v in stored.items() if k.startswith("tensor:")}
+    blobs = {k[8:]: v for k, v in stored.items() if k.startswith("payload:")}
+    _check_names([*tensors, *blobs, *sealed, *sealed.values()], path)
+    if sorted(blobs) != sorted(payloads) or len(tensors) + len(blobs) != len(stored):
+        raise ValueError("other tensors than its facts name")
+    for name, tensor in tensors.items():
+        check_plain(name, tensor, path)
+    if any(b.dtype != torch.uint8 or b.dim() != 1 for b in blobs.values()):
+        raise ValueError("a payload that is no sequence of bytes")
+    opened = {k: b.numpy().tobytes() for k, b in blobs.items()}
+    return {"tensors": tensors, "sealed": sealed, "payloads": opened, **facts}
+
+
+def _fact(name: str, value: Any, kind: type) -> Any:
+    if name == "learning_rate" and value is None:
+        return None
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise TypeError(f"{name} of type {type(value).__name__}")
+    if kind is int and not value < _LARGEST:
+        raise ValueError(f"{name} beyond {_LARGEST}")
+    return float(value) if kind is float else value
+
+
+def _check_names(names: Iterable[object], where: object) -> None:
+    for name in names:
+        try:
+            name.encode()  # type: ignore[attr-defined]
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise expected(f"names that are text in {where}", repr(name)[:80]) from error
+
+
+def read_checkpoint(path: Path) -> Mapping[Any, Any]:
+    """Return the state dict in a safetensors file, or in a torch file without running its code.
+
+    Raises:
+        InputError: It holds none, or is compressed: 2 MiB could ask for 2 GiB.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _torch_file(path)
+    except InputError:
+        raise
+    except Exception as error:
+        # not in torch's words: of a pickled model they advise to run the code in the file
+        raise expected(
+            "a state dict, as a safetensors or torch file",
+            f"{path}, which is none ({type(error).__name__})",
+            "Write one with torch.save(model.state_dict(), FILE).",
+        ) from error
+    if not isinstance(state, Mapping):
+        raise expected("a state dict", f"{type(state).__name__} in {path}")
+    for key in ("state_dict", "model", "model_state_dict"):
+        inner = state.get(key)
+        if isinstance(inner, Mapping):
+            return inner
+    return state
+
+
+def _torch_file(path: Path) -> Any:
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            content = _stored_members(file, path)
+        else:  # a pickle, as torch wrote before 1.6
+            file.seek(0)
+            content = io.BytesIO(file.read())
+    return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def _stored_members(file: Any, path: Path) -> io.BytesIO:
+    """Return the archive written again, so that torch sees the members that were checked here."""
+    size = file.seek(0, io.SEEK_END)
+    content = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(content, "w") as copy:
+        members = archive.infolist()
+        stored = all(
+            m.compress_type == zipfile.ZIP_STORED and m.compress_size == m.file_size
+            for m in members
+        )
+        if not stored or sum(m.file_size for m in members) > size:
+            raise expected(
+                "a checkpoint without compression", f"{path}, whose members are compressed",
+                "Write one with torch.save(model.state_dict(), FILE).",
+            )  # fmt: skip
+        for member in members:
+            copy.writestr(member.filename, archive.read(member))
+    content.seek(0)
+    return content
