@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vitguard.cli import audit as audit_command
-from vitguard.cli.main import _parser, main
+from vitguard.cli import main
 from vitguard.models import build_model
 
 SMALL = (
@@ -287,7 +287,7 @@ def test_list_names_every_defense_and_attack(capsys):
 
 def test_help_and_import_load_nothing_heavy():
     code = (
-        "import sys; from vitguard.cli.main import _parser; _parser().format_help(); "
+        "import sys, vitguard; from vitguard.cli.main import _parser; _parser().format_help(); "
         "heavy = {'torch', 'timm', 'opacus', 'tenseal', 'flwr', 'transformers', 'matplotlib', "
         "'tensorboard', 'numpy', 'rich'}; print(sorted(heavy & set(sys.modules)))"
     )
@@ -322,7 +322,7 @@ def test_plan_says_what_remains(capsys):
     [([], 400, True), (["--iterations", "7"], 7, False), (["--device", "cuda"], 120_000, False)],
 )
 def test_on_a_cpu_a_matching_attack_by_name_is_its_preset(arguments, iterations, budget):
-    options = _parser().parse_args(["audit", "--attack", "gradvit", *arguments])
+    options = cli._parser().parse_args(["audit", "--attack", "gradvit", *arguments])
     (attack,) = audit_command._attacks(options)
     assert attack.iterations == iterations
     assert (attack.budget is not None) == budget

@@ -367,5 +367,5 @@ def _least(excess: Callable[[float], float], low: float, high: float, *, precisi
 
     smallest = 4 * sys.float_info.epsilon  # that `brentq` takes
     near, rest = precision * low + 5e-324, max(precision / 2, smallest)
-    brentq(watched, low, high, xtol=near, rtol=rest, maxiter=500, disp=False)
+    brentq(watched, low, high, xtol=near, rtol=rest, maxiter=500, disp=False)  # type: ignore[arg-type]
     return safe
