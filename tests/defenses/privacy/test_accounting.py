@@ -104,3 +104,27 @@ def test_client_privacy_composes_over_rounds():
     assert defense.spent().epsilon == pytest.approx(4.0, rel=0.01)
     assert defense.spent().epsilon <= 4.0
     assert defense.spent(1).epsilon < defense.spent(5).epsilon < 4.0
+
+
+@pytest.mark.parametrize("mu", [1e-2, 0.5, 3.7, 50.0, 1000.0])
+@pytest.mark.parametrize("delta", [1e-12, 1e-5, 0.1])
+def test_gaussian_epsilon_is_an_upper_bound_and_the_least_one(mu, delta):
+    epsilon = gaussian_epsilon(mu, delta)
+    assert gaussian_delta(mu, epsilon) <= delta
+    assert epsilon == 0 or gaussian_delta(mu, epsilon * (1 - 1e-9)) > delta
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 3.0, 41.0, 900.0])
+@pytest.mark.parametrize("rate", [0.05, 1.0])
+def test_a_thousandth_less_noise_than_noise_for_spends_more(epsilon, rate):
+    noise = noise_for(epsilon, 1e-5, rate, 10, "rdp")
+    spent = []
+    for factor in (1.0, 0.9989):
+        ledger = Ledger()
+        ledger.record(noise * factor, rate, 10)
+        spent.append(ledger.spent(1e-5, "rdp").epsilon)
+    assert spent[0] <= epsilon and (spent[1] > epsilon or noise == 0.05)
+
+
+def test_noise_for_asks_for_no_less_than_accountants_were_made_for():
+    assert noise_for(1e6, 1e-5, 0.01, 10, "rdp") == 0.05
