@@ -106,6 +106,7 @@ class PrivateTraining(Installed):
         before = model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
         after = model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
         self._handles = [before, after]
+        self.live = True
 
     def uninstall(self, model: nn.Module) -> None:
         for handle in self._handles:
