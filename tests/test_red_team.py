@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.defenses.privacy.privacy_models import build
-from vitguard.core import Batch
+from vitguard.core import Batch, Update
 from vitguard.defenses.encryption import Aggregator, Encryptor, KeySet, Manifest, SigningKey
 from vitguard.defenses.privacy import DifferentialPrivacy
 from vitguard.defenses.privacy.accounting import Ledger, gaussian_epsilon
@@ -97,6 +97,46 @@ def test_a_plain_gradient_on_a_parameter_frozen_since_is_not_stepped_on():
     with pytest.raises(Unprotected, match="around"):
         optimizer.step()
     assert torch.equal(weights(model), before)
+
+
+def difference(model, before):
+    tensors = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+    return Update(tensors, kind="difference", batch_size=4, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
+@pytest.mark.parametrize("way", ["eval mode", "around the forward"])
+def test_plain_training_beside_a_prepared_optimizer_is_not_sealed(way, engine):
+    model, guard, *_ = prepared(engine=engine)
+    other = torch.optim.SGD(model.parameters(), lr=0.1)  # made after prepare: nobody watches it
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    if way == "eval mode":
+        model.eval()
+        outputs = model(images)
+    else:
+        outputs = model.forward_head(model.forward_features(images))
+    F.cross_entropy(outputs, labels).backward()
+    other.step()
+    with pytest.raises(Unprotected, match="plain"):
+        guard.seal(difference(model, before))
+    model.load_state_dict(before, strict=False)
+    guard.seal(difference(model, before))
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
+def test_private_training_with_evaluation_between_is_sealed(engine):
+    model, guard, _, optimizer, loader = prepared(engine=engine)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for images, labels in loader:
+        learn(model, images, labels)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        model(images)
+        model.train()
+    guard.update(images, labels)
+    guard.seal(difference(model, before))
 
 
 def test_freezing_a_part_between_steps_trains_the_rest():
