@@ -279,7 +279,7 @@ def test_threads_of_a_fork_that_meet_at_its_first_record_share_one_lock():
 # epsilon at the ends of what floats hold
 
 
-@pytest.mark.parametrize("rate", [1.0, 0.5, 0.01, 1e-9])
+@pytest.mark.parametrize("rate", [1.0, 0.01, 1e-9])
 @pytest.mark.parametrize(
     "noise", [5e-324, 1e-310, 1e-200, 1e-160, 1e-20, 1e-10, 1e-5, 1e5, 1e8, 1e160, 1e300]
 )
