@@ -210,7 +210,7 @@ class Centred(nn.Module):
         return self.head((tokens - tokens.mean(1, keepdim=True)).tanh().mean(1))
 
 
-@pytest.mark.parametrize("brightness", [0.0, 10.0, 1e3, 1e5])
+@pytest.mark.parametrize("brightness", [0.0, 10.0, 1e3, 5e3, 1e5])
 def test_a_bright_image_whose_token_gradients_cancel_is_clipped(brightness):
     model = Centred()
     image = brightness + torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
