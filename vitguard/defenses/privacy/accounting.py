@@ -7,6 +7,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -344,7 +345,7 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Return the exact epsilon at `delta` of a Gaussian mechanism with the given `mu`.
 
-    Beyond a `mu` of a million, where float64 loses it, the bound of concentrated privacy
+    To rounding, and `gaussian_delta` there is at most `delta`. Beyond a `mu` of a million, where float64 loses it, the bound of concentrated privacy
     (arXiv:1605.02065, proposition 1.3).
     """
     if mu > _LARGEST:
@@ -354,33 +355,54 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     low, high = 0.0, 1.0
     while gaussian_delta(mu, high) > delta:
         low, high = high, high * 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if gaussian_delta(mu, middle) > delta else (low, middle)
-    return high
+    return _least(lambda epsilon: gaussian_delta(mu, epsilon) - delta, low, high, precision=1e-15)
 
 
 def noise_for(
     epsilon: float, delta: float, rate: float, steps: int, accountant: str = "prv"
 ) -> float:
-    """Return the smallest noise multiplier, to 0.1 %, that spends at most `epsilon`.
+    """Return the smallest noise multiplier from 0.05, to 0.1 %, that spends at most `epsilon`.
 
     Raises:
         InputError: Even a noise multiplier of 10000 spends more.
     """
 
-    def spends(noise: float) -> float:
+    def excess(noise: float) -> float:
         ledger = Ledger()
         ledger.record(noise, rate, steps)
-        return ledger.spent(delta, accountant).epsilon
+        spent = ledger.spent(delta, accountant).epsilon
+        return (spent - epsilon) / (spent + epsilon) if 0 < spent < math.inf else spent - epsilon
 
-    low, high = 0.0, 1.0
-    while spends(high) > epsilon:
+    low, high = 0.05, 1.0  # below it accountants leave the range they were made for
+    while excess(high) > 0:
         low, high = high, high * 2
         if high > 1e4:
             raise expected("an epsilon that noise can reach", f"{epsilon} at delta {delta}")
-    floor = 0.05  # below it accountants leave the range they were made for
-    while high - low > 1e-3 * high and high > floor:
-        middle = (low + high) / 2
-        low, high = (middle, high) if spends(middle) > epsilon else (low, middle)
-    return high
+    if low < 1 and excess(low) <= 0:
+        return low
+    return _least(excess, low, high, precision=1e-3)
+
+
+def _least(excess: Callable[[float], float], low: float, high: float, *, precision: float) -> float:
+    """Return about the least value at which `excess` falls to 0, never one where it is above.
+
+    Args:
+        excess: Above 0 at `low`, not above 0 at `high`.
+        low, high: The bracket.
+        precision: How far the value may be above the least one, relative to it.
+    """
+    from scipy.optimize import brentq
+
+    safe = high
+
+    def watched(value: float) -> float:
+        nonlocal safe
+        left = excess(value)
+        if left <= 0:
+            safe = min(safe, value)
+        return left
+
+    smallest = 4 * sys.float_info.epsilon  # that `brentq` takes
+    near, rest = precision * low + 5e-324, max(precision / 2, smallest)
+    brentq(watched, low, high, xtol=near, rtol=rest, maxiter=500, disp=False)  # type: ignore[arg-type]
+    return safe
