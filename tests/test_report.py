@@ -497,7 +497,7 @@ class TestTensorboard:
         report(finding(), longer).to_tensorboard(tmp_path / "events")
         events = EventAccumulator(str(tmp_path / "events")).Reload()
         tags = {tag.rpartition("/")[0] for tag in events.Tags()["scalars"]}
-        assert tags == {f"{longer.defense}/{longer.attack}{end}" for end in ("", "-2")}
+        assert tags == {f"audit/{longer.defense}/{longer.attack}{end}" for end in ("", "-2")}
 
     def test_without_tensorboard_the_error_names_the_extra(self, tmp_path, monkeypatch) -> None:
         import sys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from rich.console import Console
 from vitguard.report import AuditReport, Finding, ModelFacts, Verdict
 
 EVIL = (
-    "<script>alert(1)</script> <img src=x onerror=alert(1)> \" onload=\"alert(1) ' onclick='alert(1)"
+    "<script>alert(1)</script> <img src=x onerror=alert(1)> \" onload=\"alert(1) ' onclick='x"
     " {{7*7}} {% raw %} {# x #} </style> --> &lt;b&gt; ]]>"
 )
 SEEN_IN_DETAILS = {  # what an attack reports under these names is told in a sentence
@@ -144,8 +145,11 @@ def test_text_in_any_field_of_a_report_is_shown_as_text_and_never_as_markup():
     heard = parsed.shown + " ".join(v or "" for _, a in parsed.tags for v in a.values())
     assert len(filled.paths) > 20
     for path in set(filled.paths):
-        assert f"{path}: {EVIL}" in heard, f"{path} is not shown as it was written"
-    assert "49" not in parsed.shown.replace(EVIL, "")
+        written = f"{path}: {EVIL}"
+        if path.endswith("-list"):  # a value with parts is shown as JSON
+            written = json.dumps(written)[1:-1] if ".findings." in path else written
+        assert written in heard, f"{path} is not shown as it was written"
+    assert "49" not in parsed.shown
 
 
 @pytest.mark.parametrize(

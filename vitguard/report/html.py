@@ -1,25 +1,28 @@
-"""The audit report as one HTML page: no script, no request, readable on a phone and in the dark."""
+"""The audit report as one HTML page: no script, no request, readable on a phone and in the dark.
+
+This file chooses what is shown and writes the numbers; `report.html.jinja` is the page. Jinja
+escapes every value: the only markup that passes is the template's own and the style sheet.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
 import json
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jinja2
+from markupsafe import Markup
 from PIL import Image
 
-from vitguard.attacks.base import Triptych
 from vitguard.report.finding import MEANINGS, Finding, Summary, plain
+from vitguard.report.inputs import own_controls, titles
 from vitguard.report.pictures import Row, encode, epsilon_text, panels, rows
+from vitguard.report.results import AuditResults
 from vitguard.report.words import baseline_text, clean, decibels, remarks, share, threat_text
-
-if TYPE_CHECKING:
-    from vitguard.report.audit_report import AuditReport
 
 __all__ = ["to_html"]
 
@@ -29,83 +32,61 @@ SHOWN = 24
 NAMED = 12
 """Images that the header names."""
 
-NOTHING = '<span class="quiet" title="not measured">\u2013</span>'
-
-# The text names the verdict; the shape repeats it for whoever does not see the colour.
-SHAPES = {
-    "leaks": '<path d="M8 1l7 13H1z"/>',
-    "resisted": '<circle cx="8" cy="8" r="6"/>',
-    "blocked": '<rect x="2" y="2" width="12" height="12"/><path d="M2 14L14 2"/>',
-    "not applicable": '<path d="M2 8h12"/>',
-    "inconclusive": '<path d="M2 8q3-7 6 0t6 0"/>',
-}
-
-# Held by the browser too: this page can load nothing and run nothing.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+DASH = "\u2013"
 
 
-def to_html(report: AuditReport) -> str:
+def to_html(report: AuditResults) -> str:
     """Return the page."""
-    style = resources.files("vitguard.report").joinpath("report.css").read_text("utf-8")
-    pictured = sum(f.images is not None for f in report.findings)
-    limit = min(max(SHOWN // max(pictured, 1), 1), 4)
-    sections = "".join(
-        _configuration(report, defense, findings, limit)
-        for defense, findings in report.configurations().items()
-    )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>vitguard audit of {_text(report.model.name)}</title>
-<style>{style}</style>
-</head>
-<body>
-<div class="page">
-{_header(report)}
-<main>
-<h2 id="overview">Overview</h2>
-{_overview(report)}
-{_robustness(report)}
-{sections}
-{_guide(report)}
-</main>
-<footer>vitguard {_text(report.version)}, seed {_text(report.seed)}.</footer>
-</div>
-</body>
-</html>
-"""
-
-
-def _header(report: AuditReport) -> str:
-    model = report.model
-    size = f"{model.parameters:,} parameters".replace(",", "&#8239;")
-    if model.patches is not None:
-        size += f", {model.patches} patches"
-    if model.width is not None:
-        size += f", width {model.width}"
-    name, _, arguments = model.name.partition(":")
-    if arguments:
-        size = f"{_text(arguments.replace(',', ', '))}<br>{size}"
+    attacked = [f for f in report.findings if f.robust_accuracy]
+    bounds = list(dict.fromkeys(e for f in attacked for e in f.robust_accuracy or {}))
+    name, _, arguments = report.model.name.partition(":")
     facts = {
-        "Model": f"{_text(name)}<small>{size}</small>",
-        "Weights": _text(report.weights),
-        "Update": _text(report.update),
-        "Batch size": _text(report.batch_size),
-        "Images": _text(_names(report.images)),
-        "Attack families not run": _text(", ".join(report.families_not_run) or "none"),
+        "Model": name,
+        "Weights": report.weights,
+        "Update": report.update,
+        "Batch size": report.batch_size,
+        "Images": _names(report.images),
+        "Attack families not run": ", ".join(report.families_not_run) or "none",
     }
-    cells = "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts.items())
-    notes = "".join(f'<p class="note">{_text(note)}</p>' for note in report.notes)
-    return f"""<header>
-<p class="overline">vitguard audit</p>
-<h1>{_text(report.outcome())}</h1>
-<p class="scope">{_text(report.headline())}</p>
-<dl class="facts">{cells}</dl>
-{notes}
-</header>"""
+    return _template().render(
+        report=report,
+        style=Markup(_file("report.css")),  # a file of this package
+        facts=facts.items(),
+        arguments=arguments.replace(",", ", "),
+        parameters=f"{report.model.parameters:,}".split(","),
+        withheld=bool(report.threat.get("withheld")),
+        groups=_groups(report),
+        baseline=_decibels(report.baseline.patch_psnr),
+        bounds=[epsilon_text(b) for b in bounds],
+        attacked=_attacked(report.findings, attacked, bounds),
+        meanings=MEANINGS,
+        baseline_text=baseline_text(report),
+        threat_text=threat_text(report.threat),
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_file),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for name in ("safe", "xmlattr", "tojson", "urlize"):  # filters that pass markup on unescaped
+        del environment.filters[name]
+    return environment.get_template("report.html.jinja")
+
+
+def _file(name: str) -> str:
+    return resources.files("vitguard.report").joinpath(name).read_text("utf-8")
+
+
+def _printable(value: object) -> object:
+    """Return what stands in double braces as clean text; escaping follows."""
+    return value if isinstance(value, Markup) else clean(value)
 
 
 def _names(images: Sequence[str]) -> str:
@@ -114,310 +95,247 @@ def _names(images: Sequence[str]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown or "not named"
 
 
-def _overview(report: AuditReport) -> str:
+@dataclass(frozen=True)
+class _Group:
+    """A configuration: its heading and what each attack gave."""
+
+    defense: str
+    named: bool
+    cards: list[_Card]
+
+
+@dataclass(frozen=True)
+class _Card:
+    """A finding: its row in the overview and its card; a value of None was not measured."""
+
+    attack: str
+    title: str
+    verdict: str
+    meter: str
+    patch_psnr: str | None
+    gain: str | None
+    psnr: str | None
+    identified: str | None
+    seconds: str | None
+    remarks: list[str]
+    strips: list[list[_Figure]]
+    more: str
+    metrics: list[_Metric]
+    settings: list[tuple[str, str]]
+    details: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class _Metric:
+    title: str
+    value: str | None
+    beside: str = ""
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A picture with its caption, or a box that says why there is none."""
+
+    title: str
+    alt: str
+    captions: list[str]
+    source: str | None
+    width: int = 0
+    height: int = 0
+    small: bool = False
+    style: str = ""
+    otherwise: str = "nothing"
+
+
+@dataclass(frozen=True)
+class _Attacked:
+    """A row of the attacks on the input; cells are (accuracy, change beside the control)."""
+
+    title: str
+    defense: str
+    named: bool
+    cells: list[tuple[str | None, str]]
+
+
+def _groups(report: AuditResults) -> list[_Group]:
     measured = [f.patch_psnr.max for f in report.findings if f.patch_psnr and f.patch_psnr.finite]
     scale = max([1.0, *measured])
-    groups = "".join(
-        '<tbody><tr><th scope="rowgroup" colspan="7">'
-        f"<span>{_defense(report, defense)}</span></th></tr>"
-        + "".join(_overview_row(report, f, scale) for f in findings)
-        + "</tbody>"
-        for defense, findings in report.configurations().items()
-    )
-    return f"""<div class="scroll" tabindex="0" role="region" aria-labelledby="overview">
-<table>
-<thead><tr><th scope="col">Attack</th><th scope="col">Verdict</th>
-<th scope="col" class="number">Matched-patch PSNR, dB</th>
-<th scope="col" class="number">Above baseline, dB</th><th scope="col" class="number">PSNR, dB</th>
-<th scope="col" class="number">Identified</th><th scope="col" class="number">Seconds</th></tr>
-</thead>
-{groups}
-</table>
-</div>
-<p class="quiet">The worst image of each finding. The no-information baseline<span class="wide">,
-the tick on the bars,</span> is {_decibels(report.baseline.patch_psnr)}&nbsp;dB.</p>"""
-
-
-def _overview_row(report: AuditReport, f: Finding, scale: float) -> str:
-    value = f.patch_psnr.max if f.patch_psnr and f.patch_psnr.finite else None
-    meter = "" if value is None else _meter(value, report.baseline.patch_psnr, scale, f.verdict)
-    numbers = [
-        f"{meter}<span>{_decibels(value)}</span>",
-        _decibels(report.gain(f), signed=True),
-        _decibels(f.psnr and f.psnr.max),
-        NOTHING if f.identified is None else share(f.identified),
-        _seconds(f),
-    ]
-    cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
-    return f'<tr><th scope="row">{_text(f.attack)}</th><td>{_badge(f.verdict)}</td>{cells}</tr>'
-
-
-def _robustness(report: AuditReport) -> str:
-    """How each defense changes what an attack on the input does: one row beside the other."""
-    attacked = [f for f in report.findings if f.robust_accuracy]
-    if not attacked:
-        return ""
-    bounds = list(dict.fromkeys(e for f in attacked for e in f.robust_accuracy or {}))
-    titles, alone = _titles(report.findings), _own_controls(report.findings)
-
-    def cell(f: Finding, bound: Any) -> str:
-        def value(finding: Finding | None) -> float | None:
-            if finding is None:
-                return None
-            return (
-                finding.clean_accuracy
-                if bound is None
-                else (finding.robust_accuracy or {}).get(bound)
-            )
-
-        mine, plainly = value(f), value(alone.get(id(f)))
-        if mine is None:
-            return NOTHING
-        if not f.defended or plainly is None:
-            return share(mine)
-        change = f"{100 * (mine - plainly):+.0f}".replace("-", "\u2212")
-        return f"{share(mine)} <small>{change}</small>"
-
-    def row(f: Finding) -> str:
-        cells = "".join(f'<td class="number">{cell(f, b)}</td>' for b in (None, *bounds))
-        return (
-            f'<tr><th scope="row">{_text(titles[id(f)])}</th>'
-            f"<td>{_defense(report, f.defense)}</td>"
-            f"{cells}</tr>"
+    pictured = sum(f.images is not None for f in report.findings)
+    limit = min(max(SHOWN // max(pictured, 1), 1), 4)
+    names = titles(report.findings)
+    return [
+        _Group(
+            defense=defense,
+            named=defense != "none",
+            cards=[_card(report, f, names[id(f)], scale, limit) for f in findings],
         )
+        for defense, findings in report.configurations().items()
+    ]
 
-    heads = "".join(
-        f'<th scope="col" class="number">at {_text(epsilon_text(b))}</th>' for b in bounds
+
+def _card(report: AuditResults, f: Finding, title: str, scale: float, limit: int) -> _Card:
+    value = f.patch_psnr.max if f.patch_psnr and f.patch_psnr.finite else None
+    guessed = f.images is not None and f.images.reconstruction is not None
+    shown = rows(f, limit if guessed else 1)
+    total = f.images.count if f.images is not None else 0
+    strips = [_strip(row, with_control=not report.is_control(f)) for row in shown]
+    more = f"{len(shown)} of {total} images, the closest first." if total > len(shown) else ""
+    return _Card(
+        attack=f.attack,
+        title=title,
+        verdict=f.verdict,
+        meter="" if value is None else _meter(value, report.baseline.patch_psnr, scale),
+        patch_psnr=_decibels(value),
+        gain=_decibels(report.gain(f), signed=True),
+        psnr=_decibels(f.psnr and f.psnr.max),
+        identified=None if f.identified is None else share(f.identified),
+        seconds=_seconds(f),
+        remarks=remarks(f),
+        strips=strips + _triptychs(f),
+        more=more if guessed else "",
+        metrics=_metrics(report, f),
+        settings=_pairs(f.settings),
+        details=_pairs(f.details),
     )
-    return f"""<h2 id="robustness">Attacks on the input</h2>
-<div class="scroll" tabindex="0" role="region" aria-labelledby="robustness">
-<table>
-<thead><tr><th scope="col">Attack</th><th scope="col">Defense</th>
-<th scope="col" class="number">Accuracy, clean</th>{heads}</tr></thead>
-<tbody>{"".join(map(row, attacked))}</tbody>
-</table>
-</div>
-<p class="quiet">Small numbers: the change in percentage points beside the undefended model. Each
-defense is put on the same weights, in eval mode: one that acts in training only changes nothing
-here, and what training under it changes shows in an audit of the weights it gave.</p>"""
 
 
-def _input_attack(f: Finding) -> str:
-    kind = " targeted" if f.settings.get("targeted") else ""
-    source = f.settings.get("surrogate")
-    return f"{f.attack}{kind}" + (f" from {source}" if source else "")
+def _attacked(
+    every: Sequence[Finding], attacked: Iterable[Finding], bounds: Sequence[float | str]
+) -> list[_Attacked]:
+    """How each defense changes what an attack on the input does: one row beside the other."""
+    names, controls = titles(every), own_controls(every)
+
+    def cell(f: Finding, bound: float | str | None) -> tuple[str | None, str]:
+        mine, alone = _accuracy(f, bound), _accuracy(controls.get(id(f)), bound)
+        if mine is None:
+            return None, ""
+        if not f.defended or alone is None:
+            return share(mine), ""
+        return share(mine), _minus(f"{100 * (mine - alone):+.0f}")
+
+    return [
+        _Attacked(
+            title=names[id(f)],
+            defense=f.defense,
+            named=f.defended,
+            cells=[cell(f, bound) for bound in (None, *bounds)],
+        )
+        for f in attacked
+    ]
 
 
-def _places(findings: Sequence[Finding]) -> list[tuple[str, int]]:
-    """Return each finding's attack, and which one of that name it is under its defense, from 0."""
-    seen: Counter[tuple[str, str]] = Counter()
-    places = []
-    for f in findings:
-        name = _input_attack(f)
-        places.append((name, seen[f.defense, name]))
-        seen[f.defense, name] += 1
-    return places
+def _accuracy(f: Finding | None, bound: float | str | None) -> float | None:
+    """Return the accuracy at a bound on the change; without a bound, on clean images."""
+    if f is None:
+        return None
+    return f.clean_accuracy if bound is None else (f.robust_accuracy or {}).get(bound)
 
 
-def _titles(findings: Sequence[Finding]) -> dict[int, str]:
-    """Return each finding's attack by the finding's id, numbered where several share the name."""
-    places = _places(findings)
-    several = {name for name, place in places if place}
-    return {
-        id(f): f"{name}, no. {place + 1}" if name in several else name
-        for f, (name, place) in zip(findings, places, strict=True)
-    }
-
-
-def _own_controls(findings: Sequence[Finding]) -> dict[int, Finding]:
-    """Return the undefended run of the same attack, by the finding's id.
-
-    Two surrogates may be of one class, so the order tells them apart: it is the same under each
-    defense.
-    """
-    placed = list(zip(findings, _places(findings), strict=True))
-    alone = {place: f for f, place in placed if not f.defended}
-    return {id(f): alone[place] for f, place in placed if place in alone}
-
-
-def _meter(value: float, floor: float, scale: float, verdict: str) -> str:
+def _meter(value: float, floor: float, scale: float) -> str:
     def percent(number: float) -> str:
         inside = min(max(number / scale, 0.0), 1.0) if math.isfinite(number) else 0.0
         return f"{100 * inside:.1f}%"
 
-    hot = " hot" if verdict == "leaks" else ""
-    style = f"--value:{percent(value)};--floor:{percent(floor)}"
-    return f'<span class="meter{hot}" style="{style}" aria-hidden="true"><i></i><b></b></span>'
+    return f"--value:{percent(value)};--floor:{percent(floor)}"
 
 
-def _configuration(report: AuditReport, defense: str, findings: list[Finding], limit: int) -> str:
-    cards = "".join(_card(report, f, limit) for f in findings)
-    return f'<section><h2 class="defense">{_defense(report, defense)}</h2>{cards}</section>'
-
-
-def _card(report: AuditReport, f: Finding, limit: int) -> str:
-    reasons = "".join(f'<p class="reason">{_text(r)}</p>' for r in remarks(f))
-    pictures = f.images
-    guessed = pictures is not None and pictures.reconstruction is not None
-    shown = rows(f, limit if guessed else 1)
-    strips = "".join(_strip(row, with_control=not report.is_control(f)) for row in shown)
-    total = pictures.count if pictures is not None else 0
-    targeted = bool(f.settings.get("targeted"))
-    strips += "".join(_triptych(example, targeted) for example in f.examples)
-    if guessed and total > len(shown):
-        strips += f'<p class="quiet">{len(shown)} of {total} images, the closest first.</p>'
-    return f"""<article class="card">
-<div class="title"><h3>{_text(_titles(report.findings)[id(f)])}</h3>{_badge(f.verdict)}</div>
-{reasons}
-<div class="body">{f"<div>{strips}</div>" if strips else ""}{_metrics(report, f)}</div>
-{_details(f)}
-</article>"""
-
-
-def _strip(row: Row, *, with_control: bool) -> str:
+def _strip(row: Row, *, with_control: bool) -> list[_Figure]:
     size = next((p.size for p in (row.original, row.control, row.reconstruction) if p), (1, 1))
     ratio = f"--ratio:{size[0]}/{size[1]}"
-    figures = [_figure("Original", row.name, row.original, "", ratio, otherwise="not known")]
+
+    def figure(title: str, picture: Image.Image | None, remark: str, **more: Any) -> _Figure:
+        return _figure(title, row.name, picture, remark, style=ratio, **more)
+
+    figures = [figure("Original", row.original, row.name, otherwise="not known")]
     if with_control:
-        remark = _decibels_of(row.control_psnr, "no defense")
-        figures.append(_figure("Control", row.name, row.control, remark, ratio))
-    guess = _decibels_of(row.psnr, "")
-    figures.append(_figure("Reconstruction", row.name, row.reconstruction, guess, ratio))
-    kind = "strip" if with_control else "strip two"
-    return f'<div class="{kind}">{"".join(figures)}</div>'
+        figures.append(figure("Control", row.control, _known(row.control_psnr, "no defense")))
+    return [*figures, figure("Reconstruction", row.reconstruction, _known(row.psnr))]
 
 
-def _triptych(example: Triptych, targeted: bool) -> str:
-    figures = "".join(
-        _figure(p.title, "input", p.picture, p.remark, "")
-        for p in panels(example, targeted=targeted)
-    )
-    return f'<div class="strip">{figures}</div>'
+def _triptychs(f: Finding) -> list[list[_Figure]]:
+    targeted = bool(f.settings.get("targeted"))
+    return [
+        [_figure(p.title, "input", p.picture, p.remark) for p in panels(e, targeted=targeted)]
+        for e in f.examples
+    ]
 
 
 def _figure(
-    title: str,
-    name: str,
-    picture: Image.Image | None,
-    remark: str,
-    ratio: str,
-    otherwise: str = "nothing",
-) -> str:
+    title: str, name: str, picture: Image.Image | None, remark: str, **more: Any
+) -> _Figure:
+    captions = [remark] if remark else []
+    alt = f"{title} of {name}"
     if picture is None:
-        shown = f'<div class="empty" style="{ratio}">{otherwise}</div>'
-    else:
-        data = base64.b64encode(encode(picture)).decode()
-        small = ' class="small"' if max(picture.size) < 200 else ""
-        shown = (
-            f'<img{small} width="{picture.width}" height="{picture.height}" '
-            f'style="height:auto" alt="{_text(title)} of {_text(name)}" '
-            f'src="data:image/png;base64,{data}">'
-        )
-    parts = [_text(part) for part in (name if title == "Original" else "", remark) if part]
-    heading = title.replace("Reconstruction", "Recon&shy;struction")  # breaks there on a phone
-    caption = "<br>".join([f"<b>{heading}</b>", *parts])
-    return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
+        return _Figure(title, alt, captions, source=None, **more)
+    data = base64.b64encode(encode(picture)).decode()
+    return _Figure(
+        title,
+        alt,
+        captions,
+        source=f"data:image/png;base64,{data}",
+        width=picture.width,
+        height=picture.height,
+        small=max(picture.size) < 200,
+        **more,
+    )
 
 
-def _metrics(report: AuditReport, f: Finding) -> str:
-    def pair(summary: Summary | None, best: str = "max", form: str = ".1f") -> str:
+def _metrics(report: AuditResults, f: Finding) -> list[_Metric]:
+    def pair(title: str, summary: Summary | None, best: str, form: str) -> None:
         if summary is None:
-            return ""
+            return
         worst, mean = plain(getattr(summary, best)), plain(summary.mean)
         if worst is None or mean is None:
-            return "not a number"
-        return f"{worst:{form}} <small>mean {mean:{form}}</small>".replace("-", "\u2212")
+            made.append(_Metric(title, "not a number"))
+        else:
+            made.append(_Metric(title, _minus(f"{worst:{form}}"), _minus(f"mean {mean:{form}}")))
 
-    gain = _decibels(report.gain(f), signed=True) + " dB" if f.patch_psnr or f.gain else ""
-    decoys = f" <small>among {_text(f.decoys)} decoys</small>" if f.decoys is not None else ""
-    mask = f.mask and f"{share(f.mask.precision)} <small>recall {share(f.mask.recall)}</small>"
-    values = {
-        "PSNR, dB": pair(f.psnr),
-        "Matched-patch PSNR, dB": pair(f.patch_psnr),
-        "Above the baseline": gain,
-        "SSIM": pair(f.ssim, form=".3f"),
-        "MSE": pair(f.mse, "min", ".1e"),
-        "FFT2D": pair(f.fft2d, "min", ".2g"),
-        "Identified": share(f.identified) + decoys if f.identified is not None else "",
-        "Labels correct": share(f.labels_correct) if f.labels_correct is not None else "",
-        "Shuffle mask, precision": mask or "",
-        "Control": "" if report.is_control(f) else _control(f),
-        "Seconds per batch": "" if f.seconds is None else _seconds(f),
-    }
-    cells = "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in values.items() if v)
-    return f'<dl class="metrics">{cells}</dl>' if cells else ""
-
-
-def _control(f: Finding) -> str:
-    if f.control is None:
-        return ""
-    psnr = f.control.psnr
-    value = "" if psnr is None else f" <small>{_decibels(psnr.max)} dB</small>"
-    return _text(f.control.verdict) + value
-
-
-def _details(f: Finding) -> str:
-    parts = ""
-    for title, values in (("Attack settings", f.settings), ("What the attack reported", f.details)):
-        if values:
-            parts += f"<details><summary>{title}</summary>{_pairs(values)}</details>"
-    return parts
+    made: list[_Metric] = []
+    pair("PSNR, dB", f.psnr, "max", ".1f")
+    pair("Matched-patch PSNR, dB", f.patch_psnr, "max", ".1f")
+    if f.patch_psnr or f.gain:
+        gain = _decibels(report.gain(f), signed=True)
+        made.append(_Metric("Above the baseline", f"{gain or DASH} dB"))
+    pair("SSIM", f.ssim, "max", ".3f")
+    pair("MSE", f.mse, "min", ".1e")
+    pair("FFT2D", f.fft2d, "min", ".2g")
+    if f.identified is not None:
+        decoys = f"among {f.decoys} decoys" if f.decoys is not None else ""
+        made.append(_Metric("Identified", share(f.identified), decoys))
+    if f.labels_correct is not None:
+        made.append(_Metric("Labels correct", share(f.labels_correct)))
+    if f.mask is not None:
+        recall = f"recall {share(f.mask.recall)}"
+        made.append(_Metric("Shuffle mask, precision", share(f.mask.precision), recall))
+    if f.control is not None and not report.is_control(f):
+        psnr = f.control.psnr
+        level = "" if psnr is None else f"{_decibels(psnr.max) or DASH} dB"
+        made.append(_Metric("Control", f.control.verdict, level))
+    if f.seconds is not None:
+        made.append(_Metric("Seconds per batch", _seconds(f)))
+    return made
 
 
-def _pairs(values: Mapping[str, Any]) -> str:
-    cells = "".join(
-        f"<dt>{_text(k)}</dt><dd>{_text(v if isinstance(v, str) else json.dumps(v))}</dd>"
-        for k, v in plain(values).items()
-    )
-    return f'<dl class="pairs">{cells}</dl>'
+def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in plain(values).items()]
 
 
-def _guide(report: AuditReport) -> str:
-    legend = "".join(
-        f"<dt>{_badge(verdict)}</dt><dd>{_text(meaning)}</dd>"
-        for verdict, meaning in MEANINGS.items()
-    )
-    return f"""<section>
-<h2>How to read this</h2>
-<h3>Verdicts</h3>
-<dl class="legend">{legend}</dl>
-<h3>Baseline</h3>
-<p>{_text(baseline_text(report))} PSNR is the size of the error in dB: 6 dB more halve it.
-Matched-patch PSNR lets every patch move to where it fits best, so that moving pieces around does
-not count as protection.</p>
-<h3>Threat model</h3>
-<p>{_text(threat_text(report.threat))}</p>
-</section>"""
-
-
-def _defense(report: AuditReport, spec: str) -> str:
-    if spec == "none":
-        kind = "tensors withheld" if report.threat.get("withheld") else "the control"
-        return f'No defense <span class="quiet">{kind}</span>'
-    return f"<code>{_text(spec)}</code>"
-
-
-def _badge(verdict: str) -> str:
-    shape = f'<svg viewBox="0 0 16 16" aria-hidden="true">{SHAPES[verdict]}</svg>'
-    return f'<span class="badge {verdict.replace(" ", "-")}">{shape}{_text(verdict)}</span>'
-
-
-def _decibels(value: float | None, *, signed: bool = False) -> str:
+def _decibels(value: float | None, *, signed: bool = False) -> str | None:
     if value is None or not math.isfinite(value):
-        return NOTHING
-    return decibels(value, signed=signed).replace("-", "\u2212")
+        return None
+    return _minus(decibels(value, signed=signed))
 
 
-def _seconds(f: Finding) -> str:
+def _known(value: float | None, otherwise: str = "") -> str:
+    level = _decibels(value)
+    return ", ".join(filter(None, (otherwise, f"{level} dB" if level else "")))
+
+
+def _seconds(f: Finding) -> str | None:
     if f.seconds is None or not math.isfinite(f.seconds):
-        return NOTHING
-    return f"{f.seconds:.2f}" if f.seconds >= 0.005 else "&lt;\u200a0.01"
+        return None
+    return f"{f.seconds:.2f}"
 
 
-def _decibels_of(value: float | None, otherwise: str) -> str:
-    known = value is not None and math.isfinite(value)
-    return ", ".join(filter(None, (otherwise, f"{_decibels(value)} dB" if known else "")))
-
-
-def _text(value: object) -> str:
-    return html.escape(clean(value), quote=True)
+def _minus(text: str) -> str:
+    return text.replace("-", "\u2212")
