@@ -355,6 +355,25 @@ class TestConsole:
         assert len(rows) == 4
         assert {len(row.rstrip()) for row in rows} == {len(heading.rstrip())}
 
+    def test_an_attack_with_a_long_name_keeps_the_columns_and_80_of_them(self) -> None:
+        for name in ("third-party-inversion", "\u6f22" * 10, "x" * 200):
+            lines = console_text(report(finding(attack=name, seconds=1.0))).splitlines()
+            (at,) = (i for i, line in enumerate(lines) if "resisted  " in line)
+            assert lines[at].split()[0] == "resisted" and len(lines[at]) == 76
+            assert lines[at - 1].strip() and lines[at - 1].strip() in name
+            assert max(map(len, lines)) <= 80
+
+    def test_every_leak_says_why(self) -> None:
+        twice = [finding(d, "leaks", reason="told from decoys") for d in (FIXED, STACK)]
+        assert console_text(report(*twice)).count("told from decoys") == 2
+
+    def test_no_line_ends_in_spaces(self) -> None:
+        assert not re.search(r" $", console_text(full_report()), re.M)
+
+    def test_an_undefended_run_with_withheld_tensors_is_not_called_the_control(self) -> None:
+        text = console_text(report(finding("none", "leaks"), threat={"withheld": ["position"]}))
+        assert "none (tensors withheld)" in text and "control" not in text
+
     def test_markup_in_names_is_printed_as_it_is(self) -> None:
         assert "[bold]x[/bold]" in console_text(report(finding("[bold]x[/bold]")))
 

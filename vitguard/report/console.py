@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vitguard.report.finding import Finding
 from vitguard.report.results import AuditResults
 from vitguard.report.words import (
     NOTHING,
@@ -18,8 +20,12 @@ from vitguard.report.words import (
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 __all__ = ["print_to"]
+
+NAME = 15
+"""Columns for the name of an attack."""
 
 STYLES = {
     "leaks": "bold red",
@@ -32,11 +38,12 @@ STYLES = {
 
 def print_to(report: AuditResults, console: Console) -> None:
     """Print headline, one block per defense and the baseline; no line is wider than 80 columns."""
-    from rich.padding import Padding
     from rich.text import Text
 
     def say(text: str, style: str = "", indent: int = 0) -> None:
-        console.print(Padding(Text(clean(text), style), (0, 0, 0, indent)), width=_width(console))
+        for line in Text(clean(text), style).wrap(console, min(console.width, 80) - indent):
+            line.rstrip()
+            console.print(Text(" " * indent).append_text(line), no_wrap=True, crop=False)
 
     say(f"{report.model.name}: {report.outcome()}", "bold")
     say(report.headline())
@@ -45,19 +52,16 @@ def print_to(report: AuditResults, console: Console) -> None:
     console.print(Text(heading + f"{'ident.':>8}{'seconds':>9}", "dim"), no_wrap=True, crop=False)
     said: set[tuple[str, str]] = set()
     for defense, findings in report.configurations().items():
-        control = all(map(report.is_control, findings))
-        say("none (the undefended control)" if control else defense, "bold")
+        say(_heading(report, defense, findings), "bold")
         for f in findings:
-            line = Text(f"  {clean(f.attack):<16}", no_wrap=True)
-            line.append(f"{f.verdict:<15}", STYLES[f.verdict])
-            line.append(f"{decibels(f.patch_psnr and f.patch_psnr.max):>10}")
-            line.append(f"{decibels(report.gain(f), signed=True):>8}")
-            line.append(f"{decibels(f.psnr and f.psnr.max):>8}{share(f.identified):>8}")
-            line.append(f"{NOTHING if f.seconds is None else f'{f.seconds:.2f}':>9}")
-            console.print(line, crop=False)
+            name = Text(clean(f.attack))
+            if name.cell_len > NAME:
+                say(f.attack, indent=2)
+                name = Text()
+            console.print(_row(report, f, name), crop=False)
             for remark in remarks(f):
                 new = (f.attack, remark) not in said  # the first time is enough for a table
-                if new or remark in (accuracies(f), caution(f)):
+                if new or f.verdict == "leaks" or remark in (accuracies(f), caution(f)):
                     said.add((f.attack, remark))
                     say(remark, "dim", indent=4)
     console.print()
@@ -66,5 +70,22 @@ def print_to(report: AuditResults, console: Console) -> None:
         say(f"Note: {note}", "dim")
 
 
-def _width(console: Console) -> int:
-    return min(console.width, 80)
+def _heading(report: AuditResults, defense: str, findings: Sequence[Finding]) -> str:
+    if defense != "none":
+        return defense
+    control = all(map(report.is_control, findings))
+    return "none (the undefended control)" if control else "none (tensors withheld)"
+
+
+def _row(report: AuditResults, f: Finding, name: Text) -> Text:
+    """Return the line of a finding; an attack with a longer name has it on the line above."""
+    from rich.text import Text
+
+    line = Text("  ", no_wrap=True).append_text(name)
+    line.append(" " * (NAME + 1 - name.cell_len))
+    line.append(f"{f.verdict:<15}", STYLES[f.verdict])
+    line.append(f"{decibels(f.patch_psnr and f.patch_psnr.max):>10}")
+    line.append(f"{decibels(report.gain(f), signed=True):>8}")
+    line.append(f"{decibels(f.psnr and f.psnr.max):>8}{share(f.identified):>8}")
+    line.append(f"{NOTHING if f.seconds is None else f'{f.seconds:.2f}':>9}")
+    return line

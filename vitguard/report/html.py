@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -70,7 +71,7 @@ def _template() -> jinja2.Template:
         loader=jinja2.FunctionLoader(_file),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_printable,
+        finalize=_cleaned,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -84,7 +85,7 @@ def _file(name: str) -> str:
     return resources.files("vitguard.report").joinpath(name).read_text("utf-8")
 
 
-def _printable(value: object) -> object:
+def _cleaned(value: object) -> object:
     """Return what stands in double braces as clean text; escaping follows."""
     return value if isinstance(value, Markup) else clean(value)
 
@@ -97,10 +98,9 @@ def _names(images: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Group:
-    """A configuration: its heading and what each attack gave."""
+    """A configuration: its spec (see `_spec`) and what each attack gave."""
 
-    defense: str
-    named: bool
+    spec: list[str]
     cards: list[_Card]
 
 
@@ -152,8 +152,7 @@ class _Attacked:
     """A row of the attacks on the input; cells are (accuracy, change beside the control)."""
 
     title: str
-    defense: str
-    named: bool
+    spec: list[str]
     cells: list[tuple[str | None, str]]
 
 
@@ -165,12 +164,16 @@ def _groups(report: AuditResults) -> list[_Group]:
     names = titles(report.findings)
     return [
         _Group(
-            defense=defense,
-            named=defense != "none",
+            spec=_spec(defense),
             cards=[_card(report, f, names[id(f)], scale, limit) for f in findings],
         )
         for defense, findings in report.configurations().items()
     ]
+
+
+def _spec(defense: str) -> list[str]:
+    """Cut a spec where a line may break; the undefended control has no parts."""
+    return [] if defense == "none" else re.split(r"(?<=[+,:])(?=\S)", clean(defense))
 
 
 def _card(report: AuditResults, f: Finding, title: str, scale: float, limit: int) -> _Card:
@@ -216,8 +219,7 @@ def _attacked(
     return [
         _Attacked(
             title=names[id(f)],
-            defense=f.defense,
-            named=f.defended,
+            spec=_spec(f.defense),
             cells=[cell(f, bound) for bound in (None, *bounds)],
         )
         for f in attacked
@@ -243,13 +245,13 @@ def _strip(row: Row, *, with_control: bool) -> list[_Figure]:
     size = next((p.size for p in (row.original, row.control, row.reconstruction) if p), (1, 1))
     ratio = f"--ratio:{size[0]}/{size[1]}"
 
-    def figure(title: str, picture: Image.Image | None, remark: str, **more: Any) -> _Figure:
-        return _figure(title, row.name, picture, remark, style=ratio, **more)
+    def figure(title: str, picture: Image.Image | None, *captions: str, **more: Any) -> _Figure:
+        return _figure(title, row.name, picture, *captions, style=ratio, **more)
 
     figures = [figure("Original", row.original, row.name, otherwise="not known")]
     if with_control:
-        figures.append(figure("Control", row.control, _known(row.control_psnr, "no defense")))
-    return [*figures, figure("Reconstruction", row.reconstruction, _known(row.psnr))]
+        figures.append(figure("Control", row.control, "no defense", _level(row.control_psnr)))
+    return [*figures, figure("Reconstruction", row.reconstruction, _level(row.psnr))]
 
 
 def _triptychs(f: Finding) -> list[list[_Figure]]:
@@ -261,17 +263,17 @@ def _triptychs(f: Finding) -> list[list[_Figure]]:
 
 
 def _figure(
-    title: str, name: str, picture: Image.Image | None, remark: str, **more: Any
+    title: str, name: str, picture: Image.Image | None, *captions: str, **more: Any
 ) -> _Figure:
-    captions = [remark] if remark else []
+    said = [caption for caption in captions if caption]
     alt = f"{title} of {name}"
     if picture is None:
-        return _Figure(title, alt, captions, source=None, **more)
+        return _Figure(title, alt, said, source=None, **more)
     data = base64.b64encode(encode(picture)).decode()
     return _Figure(
         title,
         alt,
-        captions,
+        said,
         source=f"data:image/png;base64,{data}",
         width=picture.width,
         height=picture.height,
@@ -326,9 +328,8 @@ def _decibels(value: float | None, *, signed: bool = False) -> str | None:
     return _minus(decibels(value, signed=signed))
 
 
-def _known(value: float | None, otherwise: str = "") -> str:
-    level = _decibels(value)
-    return ", ".join(filter(None, (otherwise, f"{level} dB" if level else "")))
+def _level(value: float | None) -> str:
+    return f"{level} dB" if (level := _decibels(value)) else ""
 
 
 def _seconds(f: Finding) -> str | None:
