@@ -91,6 +91,8 @@ def protect(
         raise Incompatible(f"Expected each defense once, got {', '.join(sorted(repeated))} twice.")
     if sum(isinstance(d, StepDefense) for d in ordered) > 1:
         raise Incompatible("Expected at most one defense of the step, got two. Drop one.")
+    if any(isinstance(d, ModelDefense) for d in ordered):
+        _require_values(model)
     for defense in ordered:
         defense.check(model, anatomy, ordered)
     refuse_given_away(model, anatomy, ordered)
@@ -120,9 +122,12 @@ class Protection(nn.Module):
         self.prepared = False
         """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
         self.watch: Any = None
+        self.brought: set[str] = set()
+        """What the last state dict held of the defenses' own tensors."""
         self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
         """What each defense with a guarantee has spent, by its name; copies go on from it."""
         self.register_load_state_dict_pre_hook(_tolerate_original)
+        self.register_load_state_dict_post_hook(_restored)
 
     def __repr__(self) -> str:
         return f"Protection({', '.join(map(repr, self.defenses))})"
@@ -154,8 +159,19 @@ def _require_preparation(model: nn.Module, args: Any) -> None:
 
 def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a strict load take a checkpoint that knows nothing of vitguard."""
-    if not any(key.startswith(prefix) for key in state):
+    protection = module
+    assert isinstance(protection, Protection)
+    protection.brought = {k.removeprefix(prefix) for k in state if k.startswith(prefix)}
+    if not protection.brought:
         state.update({f"{prefix}{k}": v for k, v in module.state_dict().items()})
+
+
+def _restored(module: nn.Module, incompatible_keys: Any) -> None:
+    """Note which lost values a state dict of a protected model has brought back."""
+    assert isinstance(module, Protection)
+    for name, piece in module.named_children():
+        if isinstance(piece, Installed):
+            piece.lost = frozenset(n for n in piece.lost if f"{name}.{n}" not in module.brought)
 
 
 class Guard:
@@ -204,6 +220,7 @@ class Guard:
                 "Expected a protected model, got one after remove(). Protect it again."
             )
         for piece in self._protection.installed():
+            piece.require_values()
             piece.verify(self.model)
 
     def auxiliary_loss(self) -> Tensor:
@@ -492,6 +509,15 @@ class Guard:
                 self._draws.seeded.set_state(state["draws"])
             except (TypeError, RuntimeError) as error:
                 raise expected("a state from Guard.state_dict", repr(error)) from error
+
+
+def _require_values(model: nn.Module) -> None:
+    held = (*model.named_parameters(), *model.named_buffers())
+    if empty := next((name for name, t in held if t.is_meta), None):
+        raise Incompatible(
+            f"Expected a model with values, got {empty} on the meta device: a defense of the model "
+            "starts from them. Call to_empty and load_state_dict first, then protect."
+        )
 
 
 def _require_bare(model: nn.Module) -> None:

@@ -179,6 +179,7 @@ class InstalledShuffle(Installed):
 
     def begin(self, tokens: Float[Tensor, "batch patches width"], grid: tuple[int, int]) -> None:
         """Draw for these tokens and remember them."""
+        self.require_values()
         if torch._C._current_graph_task_id() != -1:
             raise Incompatible(
                 "Expected activation checkpointing inside the model, got it around the patch "
