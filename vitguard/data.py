@@ -31,8 +31,10 @@ __all__ = [
     "decoys",
     "load_images",
     "mean_image",
+    "pictured",
     "sample_images",
     "sample_photos",
+    "with_channels",
 ]
 
 # Public domain, CC0 or without known restrictions, and inside the wheel.
@@ -242,6 +244,25 @@ def mean_image(
     if images.ndim != 4 or not len(images):
         raise expected("images of shape (batch, channels, height, width)", tuple(images.shape))
     return images.mean(0)
+
+
+def with_channels(
+    images: Float[Tensor, "batch 3 height width"], channels: int
+) -> Float[Tensor, "batch channels height width"]:
+    """Return colour images with as many channels: grey for one, else R, G, B, R, ... in turn."""
+    if channels < 1:
+        raise expected("at least one channel", channels)
+    if channels == 1:
+        return images.mean(-3, keepdim=True)
+    return images if channels == 3 else images[..., [i % 3 for i in range(channels)], :, :]
+
+
+def pictured(images: Tensor) -> Tensor:
+    """Return (..., channels, height, width) as people see it: grey of two, else the first three."""
+    channels = images.shape[-3]
+    if channels in (1, 3):
+        return images
+    return images.mean(-3, keepdim=True) if channels == 2 else images[..., :3, :, :]
 
 
 def _skimage_folder() -> Path:

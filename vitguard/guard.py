@@ -26,6 +26,7 @@ from vitguard.defenses.base import (
     rewinding,
     traits_of,
 )
+from vitguard.defenses.encryption.selection import select_names
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
 from vitguard.registry import parse_stack
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of
@@ -197,8 +198,8 @@ class Guard:
 
     @property
     def anatomy(self) -> Anatomy:
-        """Where the model keeps its parts."""
-        return self._protection.anatomy
+        """Where the model keeps its parts; the classes are those of the head it has now."""
+        return self._protection.anatomy.with_head_of(self.model)
 
     @property
     def defenses(self) -> tuple[Defense, ...]:
@@ -346,12 +347,23 @@ class Guard:
     def _backward(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         step = self._step()
         if step is not None:
+            self._trained()
             with self._released([step]), self.rehearsing():
                 return dict(step.gradient(self.model, loss, batch, self._draws))
-        parameters = canonical_parameters(self.model)
+        parameters = self._trained()
         total = loss(logits_of(self.model(batch.images)), batch.labels) + self.auxiliary_loss()
         gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
         return dict(zip(parameters, gradients, strict=True))
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        parameters = canonical_parameters(self.model)
+        added = {id(p) for p in self._protection.parameters()}
+        if all(id(p) in added for p in parameters.values()):
+            raise expected(
+                "a model with a parameter to train", "one that is frozen whole",
+                "Unfreeze what the client trains: parameter.requires_grad_(True).",
+            )  # fmt: skip
+        return parameters
 
     @contextmanager
     def _released(self, defenses: Sequence[Defense]) -> Iterator[None]:
@@ -371,7 +383,7 @@ class Guard:
         return rewinding(self._protection.installed())
 
     def _difference(self, batch: Batch, loss: Loss, training: LocalTraining) -> dict[str, Tensor]:
-        parameters = canonical_parameters(self.model)
+        parameters = self._trained()
         before = {name: p.detach().clone() for name, p in parameters.items()}
         stepper = training.stepper(parameters.values())
         held = {name: p.grad for name, p in parameters.items()}
@@ -423,6 +435,11 @@ class Guard:
         return self._seal(update)
 
     def _seal(self, update: Update) -> Update:
+        if not isinstance(update, Update):
+            raise expected(
+                "an Update", type(update).__name__,
+                "Wrap the tensors: vg.Update(tensors, kind='difference', batch_size=8).",
+            )  # fmt: skip
         self.verify()
         tensors = {canonical_name(name): t.detach() for name, t in update.tensors.items()}
         known = {canonical_name(name) for name in self.model.state_dict()}
@@ -435,12 +452,39 @@ class Guard:
         held: dict[str, str] = {}
         for piece in self._protection.installed():
             held |= {n: r for n, r in piece.withheld().items() if n in tensors}
-        update = update.seal(held)
         acting = [d for d in self.defenses if isinstance(d, UpdateDefense)]
+        if any(isinstance(d, Ledgered) for d in acting):
+            held |= self._frozen(tensors)
+        update = update.seal(held)
         with self._released(acting):
             for defense in acting:
                 update = defense.seal(update, self.anatomy, self._draws)
         return update
+
+    def encrypted(self) -> dict[str, Tensor]:
+        """Return the parameters that the stack encrypts, as they stand, by name.
+
+        What `Manifest.of` describes: protect a copy of the model with the stack, without an
+        encryptor, make the manifest of this, then the encryptors, then protect with them.
+        """
+        held = {n for piece in self._protection.installed() for n in piece.withheld()}
+        sent = {n: p for n, p in canonical_parameters(self.model).items() if n not in held}
+        chosen = {n for s in self.traits.sealed for n in select_names(self.anatomy, s, sent)}
+        return {n: p.detach() for n, p in sent.items() if n in chosen}
+
+    def _frozen(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return the frozen parameters of a difference of whole state dicts, with the reason.
+
+        Noise with a guarantee would move what was never trained; which are frozen is public.
+        """
+        weights = {canonical_name(n): p for n, p in self.model.named_parameters()}
+        names = [n for n in tensors if n in weights and not weights[n].requires_grad]
+        if moved := next((n for n in names if bool(tensors[n].any())), None):
+            raise expected(
+                f"no change of {moved}, which is frozen", "one",
+                "Unfreeze it before seal: what was trained must be noised.",
+            )  # fmt: skip
+        return dict.fromkeys(names, "frozen, so that there is nothing to send")
 
     def truth(self) -> Mapping[str, Tensor]:
         """Return the last secret draws, for scores only; an attack never sees them."""

@@ -132,7 +132,7 @@ class Installed(nn.Module):
             raise Unprotected(
                 f"Expected the values that the defense gave {', '.join(sorted(self.lost))}, got a "
                 "model that was moved without them (to_empty or the meta device). Materialise and "
-                "load the model first, then protect it; or load a state dict of the protected model."
+                "load the model first, then protect it, or load what the protected model saved."
             )
 
     def uninstall(self, model: nn.Module) -> None:
