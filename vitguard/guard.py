@@ -28,6 +28,7 @@ from vitguard.defenses.base import (
 )
 from vitguard.defenses.encryption.selection import select_names
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
+from vitguard.joining import join
 from vitguard.registry import parse_stack
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of
 
@@ -216,13 +217,18 @@ class Guard:
 
     def verify(self) -> None:
         """Raise Unprotected if a defense would not act on the model as it stands."""
+        for piece in self._in_place():
+            piece.verify(self.model)
+
+    def _in_place(self) -> list[Installed]:
         if getattr(self.model, "vitguard", None) is not self._protection:
             raise Unprotected(
                 "Expected a protected model, got one after remove(). Protect it again."
             )
-        for piece in self._protection.installed():
+        pieces = self._protection.installed()
+        for piece in pieces:
             piece.require_values()
-            piece.verify(self.model)
+        return pieces
 
     def auxiliary_loss(self) -> Tensor:
         """Return the sum of the defenses' losses of the last training forward; zero without any."""
@@ -233,17 +239,21 @@ class Guard:
     def prepare(self, optimizer: torch.optim.Optimizer, loader: Any = None) -> Any:
         """Make an optimizer (and loader) right for the protected model, like accelerate's prepare.
 
-        Parameters that a defense added join the optimizer; under differential privacy the returned
-        optimizer and loader replace the old ones, whose next step raises.
+        Parameters that a defense added join the groups of the optimizer that hold their like (see
+        `vitguard.joining`), so schedulers built around it go on. Under differential privacy the
+        returned optimizer and loader replace the old ones, whose next step raises.
 
         Returns:
             The optimizer, or `(optimizer, loader)` when a loader is given.
         """
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        added = [p for p in self._protection.parameters() if p.requires_grad and id(p) not in known]
+        added = {
+            name: p
+            for name, p in self._protection.named_parameters(prefix="vitguard")
+            if p.requires_grad and id(p) not in known
+        }
         if added:
-            first = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-            optimizer.add_param_group({**first, "params": added})
+            join(optimizer, added, self.model, self.anatomy)
         step = self._step()
         if step is not None and hasattr(step, "prepare"):
             with self.rehearsing():
@@ -313,6 +323,7 @@ class Guard:
             tensors = self._gradient(batch, loss)
         else:
             tensors = self._difference(batch, loss, training)
+        self.verify()
         return self._seal(Update(tensors=tensors, batch_size=len(labels), **training.facts()))
 
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
@@ -430,8 +441,9 @@ class Guard:
                 f"Expected training under prepare(), got a finished update: {self._step().name} "
                 "needs each example's own gradient. Call prepare(optimizer, loader) and train."
             )
-        for piece in self._protection.installed():
+        for piece in self._in_place():
             piece.settle()
+            piece.intact(self.model)
         return self._seal(update)
 
     def _seal(self, update: Update) -> Update:
@@ -440,7 +452,6 @@ class Guard:
                 "an Update", type(update).__name__,
                 "Wrap the tensors: vg.Update(tensors, kind='difference', batch_size=8).",
             )  # fmt: skip
-        self.verify()
         tensors = {canonical_name(name): t.detach() for name, t in update.tensors.items()}
         known = {canonical_name(name) for name in self.model.state_dict()}
         if strangers := sorted(tensors.keys() - known):

@@ -163,11 +163,11 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
         raise
     except Exception as error:
         # not in torch's words: of a pickled model they advise to run the code in the file
-        what = f"{path}, which is none ({type(error).__name__})"
-        if foreign := _foreign_objects(path):
-            what = f"{path}, which also holds {', '.join(foreign[:3])}"
+        foreign = _foreign_objects(path)
+        why = f": it holds {', '.join(foreign[:3])}" if foreign else ""
         raise expected(
-            "a state dict, as a safetensors or torch file", what,
+            "a state dict, as a safetensors or torch file",
+            f"{path}, which is none ({type(error).__name__}{why})",
             "Write one with torch.save(model.state_dict(), FILE).",
         ) from error  # fmt: skip
     return _state_dict(state, path)

@@ -467,6 +467,8 @@ def _transformers(model: nn.Module) -> Anatomy | None:
         (n for n, m in model.named_modules() if re.fullmatch(rf"{base}\.(\w+\.)?layers?\.\d+", n)),
         key=lambda n: int(n.rsplit(".", 1)[1]),
     )
+    if not all(hasattr(model.get_submodule(n), "attention") for n in found):
+        found = []  # stages of blocks (Swin), whose tokens are merged on the way
     heads = [n for n, m in model.named_children() if n.endswith("classifier")]
     obstacles = _convolution_obstacles(convolution)
     if _has_norm(getattr(embeddings, "norm", None)):

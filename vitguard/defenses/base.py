@@ -150,6 +150,13 @@ class Installed(nn.Module):
     def verify(self, model: nn.Module) -> None:
         """Raise Unprotected if the defense would not act on the model as it stands."""
 
+    def intact(self, model: nn.Module) -> None:
+        """Raise Unprotected if the defense is no longer in place, whatever mode the model is in.
+
+        Asked of a finished update, of which `settle` knows how its gradients were taken.
+        """
+        self.verify(model)
+
     def settle(self) -> None:
         """Raise Unprotected if a gradient was taken without the defense since the weights came."""
 

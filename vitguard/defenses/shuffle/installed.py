@@ -88,6 +88,9 @@ class InstalledShuffle(Installed):
                 "shuffled. Call model.train() before the gradient is taken."
             )
 
+    def intact(self, model: nn.Module) -> None:
+        pass  # an evaluation after training takes no gradient: `settle` knows of one that did
+
     def settle(self) -> None:
         if self.exposed:
             raise Unprotected(
