@@ -1,11 +1,10 @@
 """Objects built around an optimizer before `prepare` go on as if it had been built after it."""
 
-import importlib
-
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.optim._param_groups import param_groups_layer_decay as layer_decay
 from torch.optim import lr_scheduler as schedulers
 
 import vitguard as vg
@@ -113,9 +112,7 @@ SPLITS = {
     "one group for each parameter": lambda m: [
         {"params": [p], "lr": 1e-3 * (i + 1)} for i, p in enumerate(m.parameters())
     ],
-    "timm's layer decay": lambda m: importlib.import_module("timm.optim._param_groups").param_groups_layer_decay(
-        m, weight_decay=0.05, layer_decay=0.5
-    ),
+    "timm's layer decay": lambda m: layer_decay(m, weight_decay=0.05, layer_decay=0.5),
 }  # fmt: skip
 
 

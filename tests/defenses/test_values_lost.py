@@ -30,8 +30,6 @@ def vit(**change):
     return timm.create_model("vit_tiny_patch16_224", num_heads=2, **{**size, **change})
 
 
-
-
 def emptied(model, monkeypatch):
     """Call to_empty where new memory is never what it was by chance."""
     empty = torch.empty_like
@@ -46,7 +44,7 @@ def test_a_model_on_the_meta_device_is_refused_before_anything_is_installed(stac
     with torch.device("meta"):
         model = vit()
     before = set(model.state_dict())
-    with pytest.raises(Incompatible, match="meta device.*then protect"):
+    with pytest.raises(Incompatible, match=r"meta device.*then protect"):
         vg.protect(model, stack)
     assert set(model.state_dict()) == before and not hasattr(model, "vitguard")
 
