@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitguard.attacks import robust
 from vitguard.attacks.base import Attack
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
+from vitguard.attacks.robust import attacks as robust
 from vitguard.attacks.span import SpanInversion
 from vitguard.core import Normalization, View
 from vitguard.errors import Blocked, NotApplicable

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from vitguard import data
-from vitguard.attacks import ladder as rungs
 from vitguard.attacks.budget import Budget
 from vitguard.attacks.ladder import Ladder
+from vitguard.attacks.ladder import attack as rungs
 from vitguard.core import Guess, Normalization, View
 from vitguard.guard import protect
 from vitguard.metrics import baseline, best_assignment, patch_psnr, psnr

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vitguard.cli import audit as audit_command
-from vitguard.cli import cli
+from vitguard.cli import main
 from vitguard.models import build_model
 
 SMALL = (
@@ -21,7 +21,7 @@ SMALL = (
 
 def run(*arguments: str) -> int:
     try:
-        return cli.main(["audit", "--model", SMALL, *arguments])
+        return main(["audit", "--model", SMALL, *arguments])
     except SystemExit as stop:
         return int(stop.code or 0)
 
@@ -154,7 +154,7 @@ def test_a_wrong_option_names_its_command(capsys):
 
 def test_the_listing_fits_the_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    assert cli.main(["list"]) == 0
+    assert main(["list"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) > 40 and max(map(len, shown)) <= 80
 
@@ -277,17 +277,17 @@ def test_bad_input_is_one_line_and_exit_2(arguments, named, tmp_path, capsys):
 
 
 def test_list_names_every_defense_and_attack(capsys):
-    assert cli.main(["list", "--json"]) == 0
+    assert main(["list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {"positions", "withheld", "noise", "pruning"} <= {d["name"] for d in listed["defenses"]}
     assert {"position", "span", "april"} <= {a["name"] for a in listed["attacks"]}
-    assert cli.main(["list"]) == 0
+    assert main(["list"]) == 0
     assert "positions" in capsys.readouterr().out
 
 
 def test_help_and_import_load_nothing_heavy():
     code = (
-        "import sys, vitguard, vitguard.cli; vitguard.cli._parser().format_help(); "
+        "import sys, vitguard; from vitguard.cli.main import _parser; _parser().format_help(); "
         "heavy = {'torch', 'timm', 'opacus', 'tenseal', 'flwr', 'transformers', 'matplotlib', "
         "'tensorboard', 'numpy', 'rich'}; print(sorted(heavy & set(sys.modules)))"
     )
@@ -306,14 +306,14 @@ def test_using_vitguard_loads_no_optional_package():
 
 
 def test_plan_says_what_remains(capsys):
-    assert cli.main(["plan", "--model", SMALL, "--encrypt", "attention", "--json", "-"]) == 0
+    assert main(["plan", "--model", SMALL, "--encrypt", "attention", "--json", "-"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["schema"] == 1
     assert set(plan["encrypted"]) == {"parameters", "share", "bytes_up", "bytes_down"}
     remains = {a["attack"]: a for a in plan["attacks"]}
     assert remains["position"]["possible"] and "pos_embed" in remains["position"]["needs"]
     assert not remains["span"]["possible"] and remains["span"]["reason"]
-    assert cli.main(["plan", "--model", SMALL, "--encrypt", "nonsense"]) == 2
+    assert main(["plan", "--model", SMALL, "--encrypt", "nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
 
 

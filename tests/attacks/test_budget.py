@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitguard.attacks import robust
 from vitguard.attacks.budget import ENDLESS, Budget, charge, worked
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.gelu_span import GeluSpan
 from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.robust import RobustPosition, RobustSpan
+from vitguard.attacks.robust import attacks as robust
 from vitguard.audit import LocalTraining, audit
 
 FROZEN = "positions:kind=frozen"
@@ -85,7 +85,7 @@ def test_a_rung_that_its_budget_cut_says_so(small_vit, observe, photos, attack):
 def test_the_ladder_names_a_rung_that_found_nothing_before_its_budget_ended(
     small_vit, observe, photos, monkeypatch
 ):
-    from vitguard.attacks import ladder
+    from vitguard.attacks.ladder import attack as ladder
 
     view = observe(small_vit(), photos[:2], defenses=FROZEN)
     noise = {k: torch.randn_like(t) for k, t in view.update.tensors.items()}

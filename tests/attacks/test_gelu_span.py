@@ -8,12 +8,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from vitguard import data
-from vitguard.attacks import gelu_span
 from vitguard.attacks.budget import ENDLESS, Budget
 from vitguard.attacks.equations.attention import Attention
 from vitguard.attacks.equations.family import Frame, Solver
 from vitguard.attacks.equations.mlp import Mlp, activation_of
 from vitguard.attacks.gelu_span import GeluSpan
+from vitguard.attacks.gelu_span import attack as gelu_span
 from vitguard.attacks.gelu_span.assemble import complete_images
 from vitguard.attacks.gelu_span.newton import Problem, Pull
 from vitguard.attacks.gelu_span.peel import peel
@@ -182,9 +182,9 @@ def test_names_what_it_cannot_do_without(small_vit, observe, photo, hidden):
 
 
 def test_an_interrupt_keeps_what_was_found(small_vit, observe, photos, monkeypatch):
-    from vitguard.attacks import _search
+    from vitguard.attacks.gelu_span import search
 
-    harvest, calls = _search.Search._harvest, []
+    harvest, calls = search.Search._harvest, []
 
     def interrupted(self, *arguments):
         if calls:
@@ -192,7 +192,7 @@ def test_an_interrupt_keeps_what_was_found(small_vit, observe, photos, monkeypat
         calls.append(1)
         return harvest(self, *arguments)
 
-    monkeypatch.setattr(_search.Search, "_harvest", interrupted)
+    monkeypatch.setattr(search.Search, "_harvest", interrupted)
     view = observe(small_vit(), photos[:3], defenses=FROZEN)
     guess = run(view, seconds=600.0)
     assert guess.details["stopped"] == "interrupted"

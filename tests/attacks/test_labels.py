@@ -169,7 +169,9 @@ def test_what_the_cascade_misses_is_filled_up_from_the_bias(
     assert len(whole.labels) == 5
     for left in range(5):
         some = whole.where(torch.arange(5) < left)
-        monkeypatch.setattr(cascade, "last_block_samples", lambda *_, some=some: some)
+        monkeypatch.setattr(
+            "vitguard.attacks.labels.last_block_samples", lambda *_, some=some: some
+        )
         assert infer_labels(view, generator).tolist() == [2, 5, 5, 7, 9]
 
 

@@ -137,7 +137,7 @@ def test_robust_span_beats_span_under_strong_noise(small_vit, observe, photo):
 
 
 def test_an_interrupt_returns_the_rungs_so_far(small_vit, observe, photos, monkeypatch):
-    from vitguard.attacks import ladder
+    from vitguard.attacks.ladder import attack as ladder
 
     def interrupted(*_arguments):
         raise KeyboardInterrupt

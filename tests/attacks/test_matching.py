@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 
-from vitguard.attacks import _run
 from vitguard.attacks.inverting import InvertingGradients
+from vitguard.attacks.matching import run as matching_run
 from vitguard.attacks.matching.attack import MatchingAttack
 from vitguard.attacks.matching.distances import Cosine, SquaredError
 from vitguard.attacks.matching.restart import Recipe, at
@@ -105,12 +105,12 @@ def test_a_killed_attack_resumes_to_the_same_end(tmp_path, optimizer, joint):
             raise SystemExit  # as a scheduler would, after the last save
 
     saving = replace(whole, resume=path, watch=kill)
-    pause, _run._SAVE_EVERY = _run._SAVE_EVERY, 0.0
+    pause, matching_run._SAVE_EVERY = matching_run._SAVE_EVERY, 0.0
     try:
         with pytest.raises(SystemExit):
             saving.run(view, seeded())
     finally:
-        _run._SAVE_EVERY = pause
+        matching_run._SAVE_EVERY = pause
     done: list[int] = []
     resumed = replace(saving, watch=lambda p: done.append(p.iteration)).run(view, seeded())
     assert done[0] == whole.iterations // 2 + 1, "nothing was resumed"

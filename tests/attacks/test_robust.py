@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitguard.attacks import robust
 from vitguard.attacks.budget import Budget
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.equations.linear import conjugate_gradients
 from vitguard.attacks.evidence import mismatch, surprise
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
+from vitguard.attacks.robust import attacks as robust
 from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.attacks.robust.position_estimates import position_estimates
 from vitguard.attacks.robust.span_estimates import Containment

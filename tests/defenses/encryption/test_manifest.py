@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from vitguard import _draws
+from vitguard import draws as source
 from vitguard.defenses.encryption import Encryptor, Entry, KeySet, Manifest
 from vitguard.defenses.encryption.wire import MESSAGE, Context, open_message
 from vitguard.errors import InputError, Rejected
@@ -146,11 +146,11 @@ def test_messages_of_the_version_before_are_refused_with_a_clear_error(run):
 def test_rounding_takes_a_fresh_key_of_the_system_for_each_piece(monkeypatch):
     """Nothing of it is in the process: no seed to search for, none to restore or to fork."""
     keys, asked = KeySet.generate(), []
-    real = _draws.secrets.token_bytes
+    real = source.secrets.token_bytes
     tensors = {"w": torch.zeros((1 << 17) + 5)}
     encryptor = Encryptor(keys, Manifest.of(tensors, bounds=1.0), client_id="a")
     assert encryptor._draws.seeded is None
-    monkeypatch.setattr(_draws.secrets, "token_bytes", lambda n: asked.append(n) or real(n))
+    monkeypatch.setattr(source.secrets, "token_bytes", lambda n: asked.append(n) or real(n))
     list(encryptor._integers(tensors, 1.0))
     assert asked == [32, 32]
 
