@@ -345,8 +345,8 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Return the exact epsilon at `delta` of a Gaussian mechanism with the given `mu`.
 
-    To rounding, and `gaussian_delta` there is at most `delta`. Beyond a `mu` of a million, where float64 loses it, the bound of concentrated privacy
-    (arXiv:1605.02065, proposition 1.3).
+    To rounding, and `gaussian_delta` there is at most `delta`. Beyond a `mu` of a million, where
+    float64 loses it, the bound of concentrated privacy (arXiv:1605.02065, proposition 1.3).
     """
     if mu > _LARGEST:
         return mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta))
