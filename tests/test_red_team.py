@@ -13,7 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.defenses.privacy.privacy_models import build
 from vitguard.core import Batch, Update
-from vitguard.defenses.encryption import Aggregator, Encryptor, KeySet, Manifest, SigningKey
+from vitguard.defenses.encryption import (
+    Aggregator,
+    Decryptor,
+    Encryptor,
+    KeySet,
+    Manifest,
+    SigningKey,
+)
 from vitguard.defenses.privacy import DifferentialPrivacy
 from vitguard.defenses.privacy.accounting import Ledger, gaussian_epsilon
 from vitguard.defenses.privacy.tape import Products
@@ -337,3 +344,20 @@ def test_a_round_number_that_is_text_is_shown_as_text(parties):
     _, keys, manifest = parties
     with pytest.raises(InputError, match="'1'"):
         Encryptor(keys, manifest, client_id="a").encrypt({"a": torch.zeros(3)}, round_id="1")
+
+
+@pytest.mark.parametrize("first, last", [(0, 0), (1, 0), (0, 0x80), (0xEC, 0x7F), (0xED, 0xFF)])
+def test_a_verification_key_under_which_anybody_can_sign_is_refused(first, last):
+    middle = b"\xff" if last & 0x7F else b"\0"
+    weak = bytes([first]) + 30 * middle + bytes([last])
+    keys = KeySet.generate()
+    with pytest.raises(InputError, match="anybody can sign"):
+        keys.trusting(weak)
+    keys.trusting(SigningKey.generate().public_bytes())
+
+
+@pytest.mark.parametrize("clients", [2.5, float("nan"), "2", True])
+def test_a_fewest_number_of_clients_that_is_no_number_of_clients_is_refused(clients):
+    manifest = Manifest.of({"w": torch.zeros(3)}, bounds=1.0)
+    with pytest.raises(InputError, match="whole min_clients"):
+        Decryptor(KeySet.generate(), manifest, min_clients=clients)

@@ -225,8 +225,8 @@ class Decryptor:
                 "keys that name the server whose sums they open", "keys that name none",
                 "Give its verification key: keys.trusting(signing.public_bytes()).",
             )  # fmt: skip
-        if not 2 <= min_clients <= keys.max_clients:
-            raise expected(f"min_clients from 2 to {keys.max_clients}", min_clients)
+        if type(min_clients) is not int or not 2 <= min_clients <= keys.max_clients:
+            raise expected(f"a whole min_clients from 2 to {keys.max_clients}", min_clients)
         if type(opened) is not int or opened < -1:
             raise expected("the number of the last round opened, or -1", opened)
         self.keys, self.manifest, self.min_clients = keys, manifest, min_clients
