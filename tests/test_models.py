@@ -97,7 +97,7 @@ def changed(**changes):
     [
         (changed(pos_embed=None), "1 missing, such as pos_embed"),
         (changed(stranger=torch.zeros(1)), "1 unknown, such as stranger"),
-        (changed(pos_embed=torch.zeros(1, 9, 16)), "pos_embed of shape"),
+        (changed(pos_embed=torch.zeros(1, 8, 16)), "pos_embed of shape"),
         (changed(head__bias=torch.tensor([0.0, float("nan"), 0])), "NaN or infinity in head.bias"),
         (changed(head__bias=torch.tensor([0.0, float("inf"), 0])), "NaN or infinity in head.bias"),
         ([1, 2], "state dict"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -28,10 +29,47 @@ __all__ = [
     "Traits",
     "Update",
     "View",
+    "tensors_by_name",
 ]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 _OPTIMIZERS = ("sgd", "adam", "adamw")
+
+
+def tensors_by_name(given: object) -> dict[str, Tensor]:
+    """Return tensors by name, NumPy arrays and scalars of numbers taken in as tensors.
+
+    Raises:
+        InputError: It is no mapping from names, or holds something else.
+    """
+    if not isinstance(given, Mapping):
+        raise expected(
+            "tensors by name, such as a state dict", type(given).__name__,
+            "Pair a list with its names: dict(zip(names, arrays, strict=True)).",
+        )  # fmt: skip
+    return {_name(name): _taken(name, value) for name, value in given.items()}
+
+
+def _name(name: object) -> str:
+    if not isinstance(name, str):
+        raise expected("names that are text", repr(name)[:80])
+    return name
+
+
+def _taken(name: object, value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray | np.generic):
+        raise expected(
+            f"a tensor or NumPy array for {name}", type(value).__name__,
+            "torch.as_tensor makes one of most things.",
+        )  # fmt: skip
+    # a copy in the machine's byte order: the caller's array may be read-only, or change later
+    array = np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
+    try:
+        return torch.from_numpy(array)
+    except TypeError as error:
+        raise expected(f"numbers that torch knows for {name}", array.dtype) from error
 
 
 @dataclass(frozen=True)
@@ -157,7 +195,8 @@ class Update:
     """All that leaves the machine.
 
     Args:
-        tensors: What anyone can read, by the base model's parameter name.
+        tensors: What anyone can read, by the base model's parameter name; NumPy arrays are taken
+            in as tensors.
         kind: `"gradient"`, or `"difference"` (weights after minus weights before).
         batch_size: Images behind the update; public.
         local_steps, learning_rate, optimizer, momentum, weight_decay: How a difference was made;
@@ -194,6 +233,7 @@ class Update:
                 "momentum in [0, 1) and weight decay of at least 0",
                 f"momentum={self.momentum}, weight_decay={self.weight_decay}",
             )
+        object.__setattr__(self, "tensors", tensors_by_name(self.tensors))
         if both := sorted(set(self.tensors) & set(self.sealed)):
             raise expected("sealed names without a readable tensor", both[0])
 

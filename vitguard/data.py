@@ -31,8 +31,10 @@ __all__ = [
     "decoys",
     "load_images",
     "mean_image",
+    "pictured",
     "sample_images",
     "sample_photos",
+    "with_channels",
 ]
 
 # Public domain, CC0 or without known restrictions, and inside the wheel.
@@ -55,9 +57,12 @@ _GREY = {
     for name in ("camera", "coins", "cell", "clock_motion", "grass", "gravel", "brick")
 }
 _SUFFIXES = (
-    ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif",
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe",
+    ".jpeg", ".jpf", ".jpg", ".jpx", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif",
     ".tiff", ".webp",
 )  # fmt: skip
+_BITS = "vitguard bits"  # of the largest value of a 16-bit file, among the facts of an image
+_DARK = 14
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error,
     Image.DecompressionBombError,
@@ -143,16 +148,14 @@ def load_images(
         InputError: A file is missing, no image, truncated or too small; a folder has no images; a
             class index is out of range; there are fewer than `count` images.
     """
-    found = [
-        item for path in ([paths] if isinstance(paths, str | Path) else paths)
-        for item in _find(Path(path), classes)
-    ]  # fmt: skip
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    found = [item for path in paths for item in _find(Path(path), classes)]
     if not found:
         raise expected("at least one image", "none")
     if count is not None and not 1 <= count <= len(found):
         raise expected(f"1 to {len(found)} images", f"count={count}")
     found = found[:count]
-    pixels, enlarged = [], 0
+    pixels, enlarged, dark = [], 0, 0
     for path, _, _ in found:
         image = _read(path)
         if image.height < min_size[0] or image.width < min_size[1]:
@@ -160,6 +163,7 @@ def load_images(
                 f"images of at least {min_size[0]} x {min_size[1]} pixels, one patch",
                 f"{image.height} x {image.width} in {path}",
             )
+        dark += image.info.get(_BITS, 16) <= _DARK
         enlarged += image.height < size[0] or image.width < size[1]
         pixels.append(_tensor(_cover(image, size)))
     notes = (
@@ -167,6 +171,12 @@ def load_images(
         if enlarged
         else []
     )
+    if dark:
+        notes.append(
+            f"{dark} of {len(found)} images are dark: 16-bit files whose values need {_DARK} bits "
+            "or fewer, divided by 65535; scale them to the full range to audit what they show"
+        )
+    notes += _skipped(paths)
     labels = _labels([label for _, _, label in found], classes, notes)
     names = _distinct([name for _, name, _ in found])
     return ImageSet(names, torch.stack(pixels), labels, tuple(notes))
@@ -244,6 +254,25 @@ def mean_image(
     return images.mean(0)
 
 
+def with_channels(
+    images: Float[Tensor, "batch 3 height width"], channels: int
+) -> Float[Tensor, "batch channels height width"]:
+    """Return colour images with as many channels: grey for one, else R, G, B, R, ... in turn."""
+    if channels < 1:
+        raise expected("at least one channel", channels)
+    if channels == 1:
+        return images.mean(-3, keepdim=True)
+    return images if channels == 3 else images[..., [i % 3 for i in range(channels)], :, :]
+
+
+def pictured(images: Tensor) -> Tensor:
+    """Return (..., channels, height, width) as people see it: grey of two, else the first three."""
+    channels = images.shape[-3]
+    if channels in (1, 3):
+        return images
+    return images.mean(-3, keepdim=True) if channels == 2 else images[..., :3, :, :]
+
+
 def _skimage_folder() -> Path:
     # Found without importing it: scikit-image's data module would bring in its downloader.
     spec = find_spec("skimage")
@@ -288,6 +317,21 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
+def _skipped(paths: Iterable[str | Path]) -> list[str]:
+    """Return for each folder how many files in it are no images by their names."""
+    notes = []
+    for folder in (Path(path) for path in paths if Path(path).is_dir()):
+        inside = [p for p in folder.iterdir() if not p.name.startswith(".")]
+        inside += [
+            p for f in inside if f.is_dir() for p in f.iterdir() if not p.name.startswith(".")
+        ]
+        others = [p for p in inside if p.is_file() and p.suffix.lower() not in _SUFFIXES]
+        if others:
+            kinds = sorted({p.suffix.lower() or "no suffix" for p in others})
+            notes.append(f"{len(others)} files in {folder} were skipped ({', '.join(kinds[:5])})")
+    return notes
+
+
 def _read(path: Path) -> Image.Image:
     """Return the first frame of an image file as upright 8-bit RGB."""
     try:
@@ -310,7 +354,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError(f"pixels of mode {image.mode} that are neither 8 nor 16 bits")
         # Pillow would clip these at 255 instead of scaling them.
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
+        scaled = Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
+        scaled.info[_BITS] = int(values.max()).bit_length()
+        return scaled
     return image.convert("RGB")
 
 

@@ -26,7 +26,9 @@ from vitguard.defenses.base import (
     rewinding,
     traits_of,
 )
+from vitguard.defenses.encryption.selection import select_names
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
+from vitguard.joining import join
 from vitguard.registry import parse_stack
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of
 
@@ -91,6 +93,8 @@ def protect(
         raise Incompatible(f"Expected each defense once, got {', '.join(sorted(repeated))} twice.")
     if sum(isinstance(d, StepDefense) for d in ordered) > 1:
         raise Incompatible("Expected at most one defense of the step, got two. Drop one.")
+    if any(isinstance(d, ModelDefense) for d in ordered):
+        _require_values(model)
     for defense in ordered:
         defense.check(model, anatomy, ordered)
     refuse_given_away(model, anatomy, ordered)
@@ -120,9 +124,12 @@ class Protection(nn.Module):
         self.prepared = False
         """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
         self.watch: Any = None
+        self.brought: set[str] = set()
+        """What the last state dict held of the defenses' own tensors."""
         self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
         """What each defense with a guarantee has spent, by its name; copies go on from it."""
         self.register_load_state_dict_pre_hook(_tolerate_original)
+        self.register_load_state_dict_post_hook(_restored)
 
     def __repr__(self) -> str:
         return f"Protection({', '.join(map(repr, self.defenses))})"
@@ -154,8 +161,19 @@ def _require_preparation(model: nn.Module, args: Any) -> None:
 
 def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a strict load take a checkpoint that knows nothing of vitguard."""
-    if not any(key.startswith(prefix) for key in state):
+    protection = module
+    assert isinstance(protection, Protection)
+    protection.brought = {k.removeprefix(prefix) for k in state if k.startswith(prefix)}
+    if not protection.brought:
         state.update({f"{prefix}{k}": v for k, v in module.state_dict().items()})
+
+
+def _restored(module: nn.Module, incompatible_keys: Any) -> None:
+    """Note which lost values a state dict of a protected model has brought back."""
+    assert isinstance(module, Protection)
+    for name, piece in module.named_children():
+        if isinstance(piece, Installed):
+            piece.lost = frozenset(n for n in piece.lost if f"{name}.{n}" not in module.brought)
 
 
 class Guard:
@@ -181,8 +199,8 @@ class Guard:
 
     @property
     def anatomy(self) -> Anatomy:
-        """Where the model keeps its parts."""
-        return self._protection.anatomy
+        """Where the model keeps its parts; the classes are those of the head it has now."""
+        return self._protection.anatomy.with_head_of(self.model)
 
     @property
     def defenses(self) -> tuple[Defense, ...]:
@@ -199,12 +217,18 @@ class Guard:
 
     def verify(self) -> None:
         """Raise Unprotected if a defense would not act on the model as it stands."""
+        for piece in self._in_place():
+            piece.verify(self.model)
+
+    def _in_place(self) -> list[Installed]:
         if getattr(self.model, "vitguard", None) is not self._protection:
             raise Unprotected(
                 "Expected a protected model, got one after remove(). Protect it again."
             )
-        for piece in self._protection.installed():
-            piece.verify(self.model)
+        pieces = self._protection.installed()
+        for piece in pieces:
+            piece.require_values()
+        return pieces
 
     def auxiliary_loss(self) -> Tensor:
         """Return the sum of the defenses' losses of the last training forward; zero without any."""
@@ -215,17 +239,21 @@ class Guard:
     def prepare(self, optimizer: torch.optim.Optimizer, loader: Any = None) -> Any:
         """Make an optimizer (and loader) right for the protected model, like accelerate's prepare.
 
-        Parameters that a defense added join the optimizer; under differential privacy the returned
-        optimizer and loader replace the old ones, whose next step raises.
+        Parameters that a defense added join the groups of the optimizer that hold their like (see
+        `vitguard.joining`), so schedulers built around it go on. Under differential privacy the
+        returned optimizer and loader replace the old ones, whose next step raises.
 
         Returns:
             The optimizer, or `(optimizer, loader)` when a loader is given.
         """
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        added = [p for p in self._protection.parameters() if p.requires_grad and id(p) not in known]
+        added = {
+            name: p
+            for name, p in self._protection.named_parameters(prefix="vitguard")
+            if p.requires_grad and id(p) not in known
+        }
         if added:
-            first = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-            optimizer.add_param_group({**first, "params": added})
+            join(optimizer, added, self.model, self.anatomy)
         step = self._step()
         if step is not None and hasattr(step, "prepare"):
             with self.rehearsing():
@@ -295,6 +323,7 @@ class Guard:
             tensors = self._gradient(batch, loss)
         else:
             tensors = self._difference(batch, loss, training)
+        self.verify()
         return self._seal(Update(tensors=tensors, batch_size=len(labels), **training.facts()))
 
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
@@ -329,12 +358,23 @@ class Guard:
     def _backward(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         step = self._step()
         if step is not None:
+            self._trained()
             with self._released([step]), self.rehearsing():
                 return dict(step.gradient(self.model, loss, batch, self._draws))
-        parameters = canonical_parameters(self.model)
+        parameters = self._trained()
         total = loss(logits_of(self.model(batch.images)), batch.labels) + self.auxiliary_loss()
         gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
         return dict(zip(parameters, gradients, strict=True))
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        parameters = canonical_parameters(self.model)
+        added = {id(p) for p in self._protection.parameters()}
+        if all(id(p) in added for p in parameters.values()):
+            raise expected(
+                "a model with a parameter to train", "one that is frozen whole",
+                "Unfreeze what the client trains: parameter.requires_grad_(True).",
+            )  # fmt: skip
+        return parameters
 
     @contextmanager
     def _released(self, defenses: Sequence[Defense]) -> Iterator[None]:
@@ -354,7 +394,7 @@ class Guard:
         return rewinding(self._protection.installed())
 
     def _difference(self, batch: Batch, loss: Loss, training: LocalTraining) -> dict[str, Tensor]:
-        parameters = canonical_parameters(self.model)
+        parameters = self._trained()
         before = {name: p.detach().clone() for name, p in parameters.items()}
         stepper = training.stepper(parameters.values())
         held = {name: p.grad for name, p in parameters.items()}
@@ -401,12 +441,17 @@ class Guard:
                 f"Expected training under prepare(), got a finished update: {self._step().name} "
                 "needs each example's own gradient. Call prepare(optimizer, loader) and train."
             )
-        for piece in self._protection.installed():
+        for piece in self._in_place():
             piece.settle()
+            piece.intact(self.model)
         return self._seal(update)
 
     def _seal(self, update: Update) -> Update:
-        self.verify()
+        if not isinstance(update, Update):
+            raise expected(
+                "an Update", type(update).__name__,
+                "Wrap the tensors: vg.Update(tensors, kind='difference', batch_size=8).",
+            )  # fmt: skip
         tensors = {canonical_name(name): t.detach() for name, t in update.tensors.items()}
         known = {canonical_name(name) for name in self.model.state_dict()}
         if strangers := sorted(tensors.keys() - known):
@@ -418,12 +463,39 @@ class Guard:
         held: dict[str, str] = {}
         for piece in self._protection.installed():
             held |= {n: r for n, r in piece.withheld().items() if n in tensors}
-        update = update.seal(held)
         acting = [d for d in self.defenses if isinstance(d, UpdateDefense)]
+        if any(isinstance(d, Ledgered) for d in acting):
+            held |= self._frozen(tensors)
+        update = update.seal(held)
         with self._released(acting):
             for defense in acting:
                 update = defense.seal(update, self.anatomy, self._draws)
         return update
+
+    def encrypted(self) -> dict[str, Tensor]:
+        """Return the parameters that the stack encrypts, as they stand, by name.
+
+        What `Manifest.of` describes: protect a copy of the model with the stack, without an
+        encryptor, make the manifest of this, then the encryptors, then protect with them.
+        """
+        held = {n for piece in self._protection.installed() for n in piece.withheld()}
+        sent = {n: p for n, p in canonical_parameters(self.model).items() if n not in held}
+        chosen = {n for s in self.traits.sealed for n in select_names(self.anatomy, s, sent)}
+        return {n: p.detach() for n, p in sent.items() if n in chosen}
+
+    def _frozen(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return the frozen parameters of a difference of whole state dicts, with the reason.
+
+        Noise with a guarantee would move what was never trained; which are frozen is public.
+        """
+        weights = {canonical_name(n): p for n, p in self.model.named_parameters()}
+        names = [n for n in tensors if n in weights and not weights[n].requires_grad]
+        if moved := next((n for n in names if bool(tensors[n].any())), None):
+            raise expected(
+                f"no change of {moved}, which is frozen", "one",
+                "Unfreeze it before seal: what was trained must be noised.",
+            )  # fmt: skip
+        return dict.fromkeys(names, "frozen, so that there is nothing to send")
 
     def truth(self) -> Mapping[str, Tensor]:
         """Return the last secret draws, for scores only; an attack never sees them."""
@@ -492,6 +564,15 @@ class Guard:
                 self._draws.seeded.set_state(state["draws"])
             except (TypeError, RuntimeError) as error:
                 raise expected("a state from Guard.state_dict", repr(error)) from error
+
+
+def _require_values(model: nn.Module) -> None:
+    held = (*model.named_parameters(), *model.named_buffers())
+    if empty := next((name for name, t in held if t.is_meta), None):
+        raise Incompatible(
+            f"Expected a model with values, got {empty} on the meta device: a defense of the model "
+            "starts from them. Call to_empty and load_state_dict first, then protect."
+        )
 
 
 def _require_bare(model: nn.Module) -> None:

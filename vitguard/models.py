@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitguard.core import Normalization
-from vitguard.errors import InputError, expected
+from vitguard.errors import InputError, UnsupportedModel, expected
 from vitguard.tensor_files import check_plain, read_checkpoint
-from vitguard.vit import canonical_name
+from vitguard.vit import Anatomy, canonical_name
 
 __all__ = [
     "AprilViT",
@@ -83,8 +85,16 @@ def _construct(
         raise expected(what, f"{given or 'none'} ({first})") from error
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
     """Load weights strictly, from safetensors or a torch file without code (`weights_only`).
+
+    Names may have a wrapper's prefix (`module.`, `model.`, `_fsdp_wrapped_module.`), and what
+    vitguard added to a protected model is left out of a bare one. Two things may differ: a file
+    without any head leaves the model's own, and absolute positions of another square grid are
+    resampled as timm does.
+
+    Returns:
+        What was not taken as it is, in words for a report.
 
     Raises:
         InputError: A missing, foreign or compressed file, names or shapes that differ, tensors that
@@ -93,16 +103,23 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     if not Path(path).is_file():
         raise expected("a checkpoint file", f"no file at {path}")
-    state = _by_canonical_name(read_checkpoint(Path(path)), path)
-    own = dict(model.state_dict())
+    own, notes = dict(model.state_dict()), []
+    state = _renamed(read_checkpoint(Path(path)), own, path, notes)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing and not unknown and missing == _head_names(model, own):
+        notes.append(f"the head was drawn at random: the checkpoint has no {missing[0]}")
+        state |= {name: own[name] for name in missing}
+        missing = []
     if missing or unknown:
         words = [
             f"{len(n)} {w}, such as {n[0]}"
             for n, w in ((missing, "missing"), (unknown, "unknown"))
             if n
         ]
+        if missing and not unknown:
+            words.append(f"it has {', '.join(list(state)[:3])} ..." if state else "it has none")
         raise expected("a checkpoint of this model", f"{path} ({'; '.join(words)})")
+    _resample_positions(model, state, own, notes)
     wrong = next((k for k in own if state[k].shape != own[k].shape), None)
     if wrong:
         raise expected(
@@ -112,17 +129,95 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         )
     state = {k: _as_own(k, state[k], own[k], path) for k in own}
     model.load_state_dict(state, strict=True)
+    return tuple(notes)
 
 
-def _by_canonical_name(state: Mapping[Any, Any], path: object) -> dict[str, Tensor]:
+def _renamed(
+    stored: Mapping[Any, Any], own: Mapping[str, Tensor], path: object, notes: list[str]
+) -> dict[str, Tensor]:
+    """Return the file's tensors by the model's names, wrappers and prefixes taken off."""
     named: dict[str, Tensor] = {}
-    for key, value in state.items():
+    for key, value in stored.items():
         if isinstance(value, Tensor):
-            name = canonical_name(str(key))
+            name = canonical_name(_without_wrappers(str(key)))
             if name in named:
                 raise expected("each weight once", f"{name} under two names in {path}")
             named[name] = value
-    return named
+    if named.get("n_averaged", torch.ones(1)).dim() == 0 and "n_averaged" not in own:
+        del named["n_averaged"]  # the counter of torch's AveragedModel
+    prefix = _prefix(named, own, path)
+    found = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
+    if outside := sorted(k for k in named if not k.startswith(prefix)):
+        notes.append(f"{len(outside)} tensors outside {prefix!r} left out, such as {outside[0]}")
+    added = [k for k in found if k.startswith("vitguard.") and k not in own]
+    if added and not any(k.startswith("vitguard.") for k in own):
+        notes.append(f"{len(added)} tensors of a defense left out, such as {added[0]}")
+        found = {k: v for k, v in found.items() if k not in added}
+    return found
+
+
+def _without_wrappers(name: str) -> str:
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _prefix(named: Mapping[str, Tensor], own: Mapping[str, Tensor], path: object) -> str:
+    """Return what stands before the model's names in a file: the one that finds most of them."""
+    counts: Counter[str] = Counter({"": sum(k in named for k in own)})
+    for key in named:
+        parts = key.split(".")
+        for cut in range(1, len(parts)):
+            if ".".join(parts[cut:]) in own:
+                counts[".".join(parts[:cut]) + "."] += 1
+    best = max(counts.values())
+    if counts[""] == best:
+        return ""
+    several = sorted(p for p, count in counts.items() if count == best)
+    if len(several) > 1:
+        raise expected(
+            "one model in the checkpoint", f"several prefixes in {path}: {', '.join(several)}",
+            "Save the one you mean, its prefix removed.",
+        )  # fmt: skip
+    return several[0]
+
+
+def _head_names(model: nn.Module, own: Mapping[str, Tensor]) -> list[str]:
+    try:
+        heads = Anatomy.of(model).head
+    except UnsupportedModel:
+        return []
+    return sorted(k for k in own if any(k.startswith(f"{head}.") for head in heads))
+
+
+def _resample_positions(
+    model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor], notes: list[str]
+) -> None:
+    """Bring absolute positions of another square grid to the model's, as timm does."""
+    try:
+        anatomy = Anatomy.of(model)
+    except UnsupportedModel:
+        return
+    name = anatomy.positions
+    if name is None or name not in own or state[name].shape == own[name].shape:
+        return
+    given, prefix = state[name], anatomy.position_prefix
+    side = math.isqrt(max(given.shape[1] - prefix, 0)) if given.dim() == 3 else 0
+    fits = given.dim() == 3 and given.shape[0] == 1 and given.shape[2] == own[name].shape[2]
+    if not fits or side < 1 or side * side != given.shape[1] - prefix or given.layout != _DENSE:
+        return  # the error that follows names both shapes
+    if not given.is_floating_point() or given.dtype.itemsize < 2:
+        return
+    from timm.layers import resample_abs_pos_embed
+
+    state[name] = resample_abs_pos_embed(
+        given.float(), list(anatomy.grid), [side, side], num_prefix_tokens=prefix
+    )
+    rows, columns = anatomy.grid
+    notes.append(f"positions were resampled from {side} x {side} to {rows} x {columns} patches")
+
+
+_DENSE = torch.strided
 
 
 def _as_own(name: str, tensor: Tensor, own: Tensor, path: object) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import io
 import json
+import pathlib
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -147,29 +150,79 @@ def _check_names(names: Iterable[object], where: object) -> None:
 def read_checkpoint(path: Path) -> Mapping[Any, Any]:
     """Return the state dict in a safetensors file, or in a torch file without running its code.
 
+    What the file holds counts, not its name. Of averaged and last weights the last are taken.
+
     Raises:
         InputError: It holds none, or is compressed: 2 MiB could ask for 2 GiB.
     """
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else _torch_file(path)
+        state = load(path.read_bytes()) if _is_safetensors(path) else _torch_file(path)
     except InputError:
         raise
     except Exception as error:
         # not in torch's words: of a pickled model they advise to run the code in the file
+        foreign = _foreign_objects(path)
+        why = f": it holds {', '.join(foreign[:3])}" if foreign else ""
         raise expected(
             "a state dict, as a safetensors or torch file",
-            f"{path}, which is none ({type(error).__name__})",
+            f"{path}, which is none ({type(error).__name__}{why})",
             "Write one with torch.save(model.state_dict(), FILE).",
-        ) from error
+        ) from error  # fmt: skip
+    return _state_dict(state, path)
+
+
+# last weights before averaged ones, and these before the names that libraries give their wrappers
+_PLACES = (
+    "state_dict", "model", "model_state_dict", "module", "net", "network", "weights", "params",
+    "state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict", "params_ema",
+)  # fmt: skip
+
+
+def _state_dict(state: Any, path: Path) -> Mapping[Any, Any]:
     if not isinstance(state, Mapping):
         raise expected("a state dict", f"{type(state).__name__} in {path}")
-    for key in ("state_dict", "model", "model_state_dict"):
-        inner = state.get(key)
-        if isinstance(inner, Mapping):
-            return inner
-    return state
+    inside = {k: v for k, v in state.items() if isinstance(v, Mapping) and _holds_tensors(v)}
+    for key in _PLACES:
+        if key in inside:
+            return _state_dict(inside[key], path)
+    if any(isinstance(v, Tensor) and v.dim() for v in state.values()) or not inside:
+        return state
+    if len(inside) == 1:
+        return _state_dict(next(iter(inside.values())), path)
+    raise expected(
+        f"a state dict under one of {', '.join(_PLACES[:3])}, ...",
+        f"several in {path}: {', '.join(map(str, inside))}",
+        "Save the one you mean: torch.save(checkpoint[KEY], FILE).",
+    )  # fmt: skip
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_tensors(v) for v in value.values())
+    return isinstance(value, Tensor)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as the format does: the length of a header, then its brace."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return path.suffix.lower() == ".safetensors" or start[8:] == b"{"
+
+
+def _harmless() -> list[Any]:
+    """Return classes that training scripts store beside weights: they only hold values."""
+    return [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+
+
+def _foreign_objects(path: Path) -> list[str]:
+    """Return the classes in a torch file that are not loaded, as far as torch can tell."""
+    found: list[str] = []
+    # of a file that is none, torch raises whatever it likes
+    with contextlib.suppress(Exception), torch.serialization.safe_globals(_harmless()):
+        found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    return found
 
 
 def _torch_file(path: Path) -> Any:
@@ -179,7 +232,8 @@ def _torch_file(path: Path) -> Any:
         else:  # a pickle, as torch wrote before 1.6
             file.seek(0)
             content = io.BytesIO(file.read())
-    return torch.load(content, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(_harmless()):
+        return torch.load(content, map_location="cpu", weights_only=True)
 
 
 def _stored_members(file: Any, path: Path) -> io.BytesIO:

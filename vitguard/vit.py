@@ -10,9 +10,10 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends import cuda as backends
 
@@ -192,8 +193,29 @@ class Anatomy:
         return _patchify(images, self.grid, self.patch_size)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """Invert `patchify`."""
-        return _unpatchify(patches, self.grid, self.patch_size, self.channels)
+        """Invert `patchify`; a border that no patch covers is zero."""
+        images = _unpatchify(patches, self.grid, self.patch_size, self.channels)
+        down, across = (
+            whole - covered
+            for whole, covered in zip(self.image_size, images.shape[-2:], strict=True)
+        )
+        return F.pad(images, (0, across, 0, down)) if down or across else images
+
+    def with_head_of(self, model: nn.Module) -> Anatomy:
+        """Return the anatomy with as many classes as the head has that the model holds now."""
+        modules = dict(model.named_modules())
+        if not any(name in modules for name in self.head):
+            return self  # one given by hand, or a head that was taken out
+        heads = [modules[name] for name in self.head if name in modules]
+        classes = _classes(*heads)
+        if not classes and not all(isinstance(h, nn.Identity) for h in heads):
+            return self  # a head of another kind: as it was read, or said by hand
+        return self if classes == self.classes else replace(self, classes=classes)
+
+    def covered(self, images: Tensor) -> Tensor:
+        """Cut (..., height, width) to what the patches cover; they need not divide the image."""
+        (rows, columns), (high, wide) = self.grid, self.patch_size
+        return images[..., : rows * high, : columns * wide]
 
     def require_plain_embedding(self) -> None:
         """Raise NotApplicable unless z_i = W x_i + b + e_i enters the first block unchanged."""
@@ -256,9 +278,12 @@ class Anatomy:
 
 
 def _patchify(images: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    (rows, columns), (high, wide) = grid, patch
+    # a border that no patch covers is never seen by the model
+    border = images.shape[-2] - rows * high, images.shape[-1] - columns * wide
+    if 0 <= border[0] < high and 0 <= border[1] < wide:
+        images = images[..., : rows * high, : columns * wide]
     *lead, channels, _, _ = images.shape
-    rows, columns = grid
-    high, wide = patch
     cut = images.reshape(*lead, channels, rows, high, columns, wide)
     n = len(lead)
     order = [*range(n), n + 1, n + 3, n, n + 2, n + 4]
@@ -275,6 +300,16 @@ def _unpatchify(
     n = len(lead)
     order = [*range(n), n + 2, n, n + 3, n + 1, n + 4]
     return cut.permute(order).reshape(*lead, channels, rows * high, columns * wide)
+
+
+def _classes(*heads: nn.Module | None) -> int:
+    """Return the outputs of the last linear layer of the first head that has one, 0 without."""
+    for head in heads:
+        layers = [m for m in head.modules() if isinstance(m, nn.Linear)] if head else []
+        outputs = int(getattr(head, "out_features", 0) or 0)
+        if layers or outputs:
+            return outputs or int(layers[-1].out_features)
+    return 0
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -335,7 +370,7 @@ def _timm(model: nn.Module) -> Anatomy | None:
             (f"layers.{i}.blocks.{j}", b) for j, b in enumerate(getattr(layer, "blocks", []))
         ]
     heads = [n for n in ("head", "head_dist") if isinstance(getattr(model, n, None), nn.Module)]
-    linear = getattr(getattr(model, "head", None), "fc", getattr(model, "head", None))
+    head = getattr(model, "head", None)
     return Anatomy(
         family="timm",
         patch="patch_embed.proj",
@@ -350,7 +385,7 @@ def _timm(model: nn.Module) -> Anatomy | None:
         patch_size=patch_size,
         channels=channels,
         width=convolution.out_channels,
-        classes=int(getattr(linear, "out_features", 0)),
+        classes=_classes(getattr(head, "fc", None), head),
         pooling=str(getattr(model, "global_pool", "token")),
         prefix_tokens=prefix_tokens,
         obstacles=tuple(obstacles),
@@ -432,6 +467,8 @@ def _transformers(model: nn.Module) -> Anatomy | None:
         (n for n, m in model.named_modules() if re.fullmatch(rf"{base}\.(\w+\.)?layers?\.\d+", n)),
         key=lambda n: int(n.rsplit(".", 1)[1]),
     )
+    if not all(hasattr(model.get_submodule(n), "attention") for n in found):
+        found = []  # stages of blocks (Swin), whose tokens are merged on the way
     heads = [n for n, m in model.named_children() if n.endswith("classifier")]
     obstacles = _convolution_obstacles(convolution)
     if _has_norm(getattr(embeddings, "norm", None)):
@@ -450,7 +487,7 @@ def _transformers(model: nn.Module) -> Anatomy | None:
         patch_size=patch_size,
         channels=convolution.in_channels,
         width=convolution.out_channels,
-        classes=int(getattr(config, "num_labels", 0)),
+        classes=_classes(*(getattr(model, n) for n in heads)),
         pooling="token",
         prefix_tokens=prefix_tokens,
         obstacles=tuple(obstacles),
@@ -505,7 +542,6 @@ def _torchvision(model: nn.Module) -> Anatomy | None:
     )
     patches = (image_size[0] // patch_size[0]) * (image_size[1] // patch_size[1])
     names = [f"encoder.layers.{n}" for n, _ in encoder.layers.named_children()]
-    linear: Any = [m for m in getattr(model, "heads", nn.Sequential()) if isinstance(m, nn.Linear)]
     return Anatomy(
         family="torchvision",
         patch="conv_proj",
@@ -535,7 +571,7 @@ def _torchvision(model: nn.Module) -> Anatomy | None:
         patch_size=patch_size,
         channels=convolution.in_channels,
         width=convolution.out_channels,
-        classes=int(linear[-1].out_features) if linear else 0,
+        classes=_classes(getattr(model, "heads", None)),
         obstacles=tuple(_convolution_obstacles(convolution)),
     )
 

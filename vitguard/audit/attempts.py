@@ -17,7 +17,7 @@ from vitguard.core import Guess, View
 from vitguard.errors import Blocked, NotApplicable, VitguardError
 from vitguard.metrics import score
 
-__all__ = ["attempt", "decoys_for", "run_attack", "seed_of"]
+__all__ = ["attempt", "covered", "decoys_for", "run_attack", "seed_of"]
 
 _DECOYS = 100
 
@@ -40,7 +40,8 @@ def attempt(
     if not len(guess.images):  # labels only: there is no image to compare
         return replace(empty, guess=guess, labels_correct=correct, seconds=seconds)
     truths = empty.truths.cpu()
-    scores = score(guess.images, truths, patch_size, decoys=decoys, verified=guess.verified)
+    guessed, truths, others = (covered(t, patch_size) for t in (guess.images, truths, decoys))
+    scores = score(guessed, truths, patch_size, decoys=others, verified=guess.verified)
     return replace(empty, guess=guess, scores=scores, labels_correct=correct, seconds=seconds)
 
 
@@ -74,13 +75,17 @@ def seed_of(seed: int, index: int, purpose: str) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
+def covered(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Cut images to whole patches: the model never sees a border that no patch covers."""
+    high, wide = (n - n % p for n, p in zip(images.shape[-2:], patch_size, strict=True))
+    return images[..., :high, :wide]
+
+
 def decoys_for(truth: Tensor, seed: int) -> Tensor:
     """Return decoys with as many channels as `truth`: grey ones for a single channel."""
-    grey = truth.shape[1] == 1
-    colour = truth.expand(-1, 3, -1, -1) if grey else truth
-    size = (truth.shape[-2], truth.shape[-1])
-    decoys = data.decoys(_DECOYS, size, seed=seed, truth=colour)
-    return decoys.mean(1, keepdim=True) if grey else decoys
+    channels, size = truth.shape[1], (truth.shape[-2], truth.shape[-1])
+    colour = truth if channels == 3 else truth.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    return data.with_channels(data.decoys(_DECOYS, size, seed=seed, truth=colour), channels)
 
 
 def _on_cpu(guess: Guess) -> Guess:

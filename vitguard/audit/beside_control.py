@@ -164,6 +164,11 @@ def _check_batch(
         raw = low >= 0 and 3 < high <= 255
         do = "Divide by 255." if raw else "Give pixels and normalization=Normalization(mean, std)."
         raise expected("pixels in [0, 1]", f"values from {low:.3g} to {high:.3g}", do)
+    if not anatomy.classes:
+        raise expected(
+            "a model with a classification head", "one without (num_classes=0)",
+            "Give it one, such as model.reset_classifier(10).",
+        )  # fmt: skip
     labels = data.check_labels(labels, anatomy.classes)
     if len(labels) != len(pixels):
         raise expected(f"{len(pixels)} labels", len(labels))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard.attacks.base import Attack, InputAttack
-from vitguard.audit.attempts import attempt, decoys_for, run_attack
+from vitguard.audit.attempts import attempt, covered, decoys_for, run_attack
 from vitguard.audit.beside_control import LocalTraining, adversary_of, audit, facts_of
 from vitguard.audit.stage import INTERRUPTED
 from vitguard.audit.verdicts import LABELS_ONLY, Attempt, finding_of
@@ -84,7 +84,7 @@ def audit_update(
     """
     anatomy = Anatomy.of(model)
     normalization = normalization or normalization_of(model)
-    _check_update(model, update)
+    update = _taken_in(model, update)
     stack, adversary = stack_of(defenses), adversary_of(threat, withhold)
     fast = next(model.parameters()).device.type == "cpu"
     asked = parse_attacks(attacks, fast=fast)
@@ -165,7 +165,9 @@ def _scored(
     seed: int,
 ) -> Attempt:
     decoys = decoys_for(truth, seed)
-    level = baseline(truth, anatomy.patch_size, mean_image=data.mean_image(decoys))
+    patch = anatomy.patch_size
+    mean = covered(data.mean_image(decoys), patch)
+    level = baseline(covered(truth, patch), patch, mean_image=mean)
     empty = Attempt(truth, tuple(names or (f"truth {i}" for i in range(len(truth)))), level)
     return attempt(
         attack,
@@ -181,7 +183,7 @@ def _scored(
 def _photos(shape: tuple[int, int, int, int]) -> Tensor:
     """Return a batch of sample photos, again from the first where they do not suffice."""
     photos = data.sample_images((shape[2], shape[3])).pixels
-    photos = photos.mean(1, keepdim=True) if shape[1] == 1 else photos
+    photos = data.with_channels(photos, shape[1])
     return photos.repeat(-(-shape[0] // len(photos)), 1, 1, 1)[: shape[0]]
 
 
@@ -201,7 +203,7 @@ def _explain(name: str, attack: Attack, view: View, control: Finding, seed: int)
     details = {**guess.details, "update_error": error}
     if guess.verified is not None:
         details["verified"] = float(guess.verified.double().mean())
-    shown = guess.images.detach().float().cpu()
+    shown = data.pictured(guess.images.detach().float().cpu())
     found = replace(base, seconds=seconds, details=details, images=Pictures(reconstruction=shown))
     if reason := _explanation(attack, guess, error):
         return replace(found, verdict="leaks", reason=reason)
@@ -278,6 +280,21 @@ def _early(anatomy: Anatomy) -> list[str]:
     block = anatomy.blocks[0]
     layers = [f"{layer}.weight" for layer in (block.proj, block.fc1)]
     return [anatomy.patch_weight, *block.qkv, *layers]
+
+
+def _taken_in(model: nn.Module, update: Update) -> Update:
+    """Return the update on the model's device, without the buffers of a whole state dict."""
+    if not isinstance(update, Update):
+        raise expected(
+            "an Update", type(update).__name__,
+            "Wrap the tensors: vg.Update(tensors, kind='difference', batch_size=8).",
+        )  # fmt: skip
+    buffers = model.state_dict().keys() - dict(model.named_parameters()).keys()
+    device = next(model.parameters()).device
+    tensors = {k: t.to(device) for k, t in update.tensors.items() if k not in buffers}
+    update = replace(update, tensors=tensors)
+    _check_update(model, update)
+    return update
 
 
 def _check_update(model: nn.Module, update: Update) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard.attacks.base import Attack, InputAttack, InputResult
-from vitguard.audit.attempts import attempt, decoys_for, seed_of
+from vitguard.audit.attempts import attempt, covered, decoys_for, seed_of
 from vitguard.audit.verdicts import Attempt, finding_of, rivals_of
 from vitguard.core import LocalTraining, Loss, Normalization, View
 from vitguard.defenses.base import Defense
@@ -294,8 +294,8 @@ class Scale:
     def of(stage: Stage) -> Scale:
         pixels, patch = stage.pixels.cpu(), stage.anatomy.patch_size
         decoys = decoys_for(pixels, stage.seed)
-        mean = data.mean_image(decoys)
-        cut = pixels.split(stage.size)
+        mean = covered(data.mean_image(decoys), patch)
+        cut = covered(pixels, patch).split(stage.size)
         return Scale(decoys, tuple(baseline(part, patch, mean_image=mean) for part in cut))
 
     def level(self, batches: range, size: int) -> Baseline:

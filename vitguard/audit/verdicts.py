@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vitguard.core import Guess
+from vitguard.data import pictured
 from vitguard.metrics import Baseline, Scores, identification_p, mask_score
 from vitguard.report.finding import LEAK_GAIN, Control, Finding, Mask, Pictures, Summary, Verdict
 
@@ -183,7 +184,7 @@ def _pictures(guessed: Sequence[Attempt], controls: Sequence[Attempt]) -> Pictur
 
     def shown(attempts: Sequence[Attempt]) -> dict[str, Tensor]:
         return {
-            name: a.guess.images[int(a.scores.patch_assignment[i])].float().cpu()
+            name: pictured(a.guess.images[int(a.scores.patch_assignment[i])].float().cpu())
             for a in attempts
             if a.guess is not None and a.scores is not None
             for i, name in enumerate(a.names)
@@ -199,7 +200,7 @@ def _pictures(guessed: Sequence[Attempt], controls: Sequence[Attempt]) -> Pictur
     names = [name for name in originals if name in closest]
     made, control = shown(guessed), shown(controls)
     return Pictures(
-        original=torch.stack([originals[n].float().cpu() for n in names]),
+        original=torch.stack([pictured(originals[n].float().cpu()) for n in names]),
         control=torch.stack([control[n] for n in names]) if set(names) <= control.keys() else None,
         reconstruction=torch.stack([made[n] for n in names]),
         names=tuple(names),

@@ -116,18 +116,18 @@ def _run_audit(options: argparse.Namespace) -> Any:
     model = build_model(options.model, pretrained=options.pretrained, seed=options.seed)
     weights = "pretrained" if options.pretrained else "random initialisation"
     if options.checkpoint:
-        load_checkpoint(model, options.checkpoint)
-        weights = f"checkpoint {options.checkpoint}"
+        notes = load_checkpoint(model, options.checkpoint)
+        weights = "; ".join((f"checkpoint {options.checkpoint}", *notes))
     check_finite(model)
     anatomy = Anatomy.of(model)
     if not anatomy.classes:
         raise expected("a model with a classification head", options.model, "Add num_classes=...")
-    if anatomy.channels != 3:
-        raise expected("a model that takes 3 channels", anatomy.channels)
     normalization = normalization_of(model)
     if options.mean:
         normalization = dataclasses.replace(
-            normalization, mean=_triple(options.mean, "--mean"), std=_triple(options.std, "--std")
+            normalization,
+            mean=_numbers(options.mean, "--mean", anatomy.channels),
+            std=_numbers(options.std, "--std", anatomy.channels),
         )
     for selector in options.withhold:
         anatomy.select(selector, [n for n, _ in model.named_parameters()])
@@ -150,7 +150,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
             images = data.load_images(
                 options.images, anatomy.image_size, min_size=anatomy.patch_size
             )
-            truth, names = images.pixels, images.names
+            truth, names = data.with_channels(images.pixels, anatomy.channels), images.names
         stack = next(iter(stacks.values()), [])
         return audit_update(model, update, defenses=stack, truth=truth, names=names, **common)
     images, labels, notes = _images(options, anatomy)
@@ -221,6 +221,11 @@ def _images(options: argparse.Namespace, anatomy: Any) -> tuple[Any, Any, list[s
         )
         found = len(images)
     notes = list(images.notes)
+    if (channels := anatomy.channels) != 3:
+        kind = "grey" if channels == 1 else f"{channels} channels: R, G, B, R, ... in turn"
+        notes.append(f"the model takes {channels} channels; the images were made {kind}")
+        pixels = data.with_channels(images.pixels, channels)
+        images = dataclasses.replace(images, pixels=pixels)
     if options.num_images is None and found > len(images):
         notes.append(f"the first {len(images)} of {found} images; --num-images {found} takes all")
     if len(images) < batch:
@@ -235,13 +240,14 @@ def _images(options: argparse.Namespace, anatomy: Any) -> tuple[Any, Any, list[s
     return images, images.labels, notes
 
 
-def _triple(text: str, flag: str) -> tuple[float, ...]:
+def _numbers(text: str, flag: str, channels: int) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != 3:
-        raise expected(f"{flag} as three numbers R,G,B", repr(text))
+    if len(values) != channels:
+        names = "three numbers R,G,B" if channels == 3 else f"{channels} numbers, one a channel"
+        raise expected(f"{flag} as {names}", repr(text))
     return values
 
 

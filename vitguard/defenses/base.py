@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitguard.core import Batch, Loss, Traits, Update
 from vitguard.draws import Draws
+from vitguard.errors import Unprotected
 from vitguard.vit import Anatomy
 
 __all__ = [
@@ -103,6 +104,37 @@ class Installed(nn.Module):
     state dict. It survives deepcopy and pickle with the model; hooks refer to it, never to a guard.
     """
 
+    lost: frozenset[str] = frozenset()
+    """Tensors whose values a move threw away (`to_empty`, the meta device) and nobody restored."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = self._values()
+        moved = super()._apply(fn, recurse)
+        self.restore()
+        after = self._values()
+        gone = {n for n, old in before.items() if n in self.lost or not _same(old, after[n])}
+        self.lost = frozenset(gone - self.restorable())
+        return moved
+
+    def _values(self) -> dict[str, Tensor]:
+        return {n: t.detach() for n, t in (*self.named_parameters(), *self.named_buffers())}
+
+    def restore(self) -> None:
+        """Compute again, after a move, the values that follow from the settings."""
+
+    def restorable(self) -> frozenset[str]:
+        """Return the tensors that `restore` computes."""
+        return frozenset()
+
+    def require_values(self) -> None:
+        """Raise Unprotected if a tensor of this defense has lost its values."""
+        if self.lost:
+            raise Unprotected(
+                f"Expected the values that the defense gave {', '.join(sorted(self.lost))}, got a "
+                "model that was moved without them (to_empty or the meta device). Materialise and "
+                "load the model first, then protect it, or load what the protected model saved."
+            )
+
     def uninstall(self, model: nn.Module) -> None:
         """Give `model` its original architecture back."""
         raise NotImplementedError
@@ -117,6 +149,13 @@ class Installed(nn.Module):
 
     def verify(self, model: nn.Module) -> None:
         """Raise Unprotected if the defense would not act on the model as it stands."""
+
+    def intact(self, model: nn.Module) -> None:
+        """Raise Unprotected if the defense is no longer in place, whatever mode the model is in.
+
+        Asked of a finished update, of which `settle` knows how its gradients were taken.
+        """
+        self.verify(model)
 
     def settle(self) -> None:
         """Raise Unprotected if a gradient was taken without the defense since the weights came."""
@@ -152,6 +191,16 @@ class Installed(nn.Module):
     def truth(self) -> Mapping[str, Tensor]:
         """Return the last secret draw, for the audit's scores only: e.g. `shuffled` (batch, N)."""
         return {}
+
+
+def _same(before: Tensor, after: Tensor) -> bool:
+    """Whether a move kept the values, but for their type and device."""
+    if before.is_meta or after.is_meta or before.shape != after.shape:
+        return False
+    if before is after or before.data_ptr() == after.data_ptr() != 0:
+        return True
+    # in the narrower type of the two: a model may go to half precision and back
+    return torch.equal(before.to(after.dtype).nan_to_num(), after.to(before.device).nan_to_num())
 
 
 @contextmanager

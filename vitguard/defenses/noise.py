@@ -42,8 +42,11 @@ class GradientNoise(UpdateDefense):
         return replace(before, exact=before.exact and self.scale == 0)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
-        """Return the update with noise on every readable tensor."""
-        tensors = {name: self._noised(t, draws) for name, t in update.tensors.items()}
+        """Return the update with noise on every readable tensor; counters (integers) stay."""
+        tensors = {
+            name: self._noised(t, draws) if t.is_floating_point() and t.numel() else t
+            for name, t in update.tensors.items()
+        }
         return replace(update, tensors=tensors)
 
     def _noised(self, tensor: Tensor, draws: Draws) -> Tensor:

@@ -114,14 +114,18 @@ class FixedPositions(ModelDefense):
         current = getattr(parent, attribute).detach()
         if self.kind == "frozen":
             return current.clone()
-        values = torch.zeros_like(current)
         if self.kind == "random":
-            values.copy_(0.02 * draws.normal(current.shape))
-        elif self.kind == "sincos":
-            values[:, anatomy.position_prefix :] = sincos_positions(anatomy.grid, anatomy.width).to(
-                values
-            )
-        return values
+            return torch.zeros_like(current).copy_(0.02 * draws.normal(current.shape))
+        return _computed(self.kind, anatomy, current)
+
+
+def _computed(kind: str, anatomy: Anatomy, like: Tensor) -> Tensor:
+    """Return the positions of the kinds that follow from the sizes alone."""
+    values = torch.zeros_like(like)
+    if kind == "sincos":
+        rows = sincos_positions(anatomy.grid, anatomy.width)
+        values[:, anatomy.position_prefix :] = rows.to(values)
+    return values
 
 
 class _InstalledPositions(Installed):
@@ -142,7 +146,15 @@ class _InstalledPositions(Installed):
         self.handles: list[Any] = [
             parent.register_load_state_dict_post_hook(_KeepFixed(self, attribute)),
             parent.register_forward_pre_hook(_RefuseLearnable(attribute)),
+            parent.register_forward_pre_hook(_RequireValues(self)),
         ]
+
+    def restore(self) -> None:
+        if self.kind in ("sincos", "none") and not self.fixed.is_meta:
+            self.fixed.copy_(_computed(self.kind, self.anatomy, self.fixed))
+
+    def restorable(self) -> frozenset[str]:
+        return frozenset({"fixed"} if self.kind in ("sincos", "none") else ())
 
     def uninstall(self, model: nn.Module) -> None:
         parent, attribute = _locate(model, self.anatomy)
@@ -163,6 +175,20 @@ class _InstalledPositions(Installed):
     def verify(self, model: nn.Module) -> None:
         parent, attribute = _locate(model, self.anatomy)
         _RefuseLearnable(attribute)(parent, ())
+        current = getattr(parent, attribute).detach()
+        if self.kind != "frozen" and not _close(current, self.fixed):
+            raise Unprotected(
+                f"Expected the {self.kind} positions that were fixed in {attribute}, got other "
+                "values. Load a state dict, which puts them back, or protect the model again."
+            )
+
+
+def _close(values: Tensor, fixed: Tensor) -> bool:
+    """Whether they are the same up to rounding, such as that of a server's average."""
+    if values.shape != fixed.shape or values.is_meta or fixed.is_meta:
+        return False
+    gap = (values.double() - fixed.to(values.device).double()).abs().max()
+    return bool(gap <= 0.01 * fixed.double().square().mean().sqrt() + 1e-6)  # false for NaN
 
 
 class _KeepFixed:
@@ -175,9 +201,22 @@ class _KeepFixed:
         current = getattr(module, self.attribute).detach()
         if self.installed.kind == "frozen":
             self.installed.fixed = current.clone()
+            missing = {k.rpartition(".")[2] for k in incompatible_keys.missing_keys}
+            if self.attribute not in missing:
+                self.installed.lost = frozenset()
         else:
             # a new tensor: after load_state_dict(assign=True) `current` is the checkpoint's own
             setattr(module, self.attribute, self.installed.fixed.to(current).clone())
+
+
+class _RequireValues:
+    """Before a forward: refuse positions that a move has thrown away."""
+
+    def __init__(self, installed: Installed) -> None:
+        self.installed = installed
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.installed.require_values()
 
 
 class _RefuseLearnable:
@@ -242,7 +281,19 @@ class _InstalledWithheld(Installed):
     def uninstall(self, model: nn.Module) -> None:
         pass
 
+    def verify(self, model: nn.Module) -> None:
+        parent, attribute = _locate(model, self.anatomy)
+        current = getattr(parent, attribute)
+        if current.shape != self.public.shape:
+            raise Unprotected(
+                f"Expected {attribute} of the shape it was protected with, "
+                f"{tuple(self.public.shape)}, got {tuple(current.shape)} (set_input_size or an "
+                "assignment replaced it). Resize the model first, then protect it."
+            )
+
     def publish(self, model: nn.Module) -> None:
+        self.require_values()
+        self.verify(model)
         parent, attribute = _locate(model, self.anatomy)
         with torch.no_grad():
             getattr(parent, attribute).copy_(self.public)

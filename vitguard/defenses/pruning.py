@@ -45,8 +45,12 @@ class GradientPruning(UpdateDefense):
         return replace(before, exact=before.exact and whole, sparse=before.sparse or not whole)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
-        """Return the update with all but the largest entries of each tensor zeroed."""
-        return replace(update, tensors={n: self._pruned(t) for n, t in update.tensors.items()})
+        """Return all but the largest entries of each tensor zeroed; counters (integers) stay."""
+        tensors = {
+            n: self._pruned(t) if t.is_floating_point() and t.numel() else t
+            for n, t in update.tensors.items()
+        }
+        return replace(update, tensors=tensors)
 
     def mimic(self, dummy: Mapping[str, Tensor], seen: Update) -> dict[str, Tensor]:
         """Keep the entries that the victim kept: the update itself shows them."""

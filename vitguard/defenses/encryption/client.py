@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitguard.core import Update
+from vitguard.core import Update, tensors_by_name
 from vitguard.defenses.encryption.backend import shared_engine
 from vitguard.defenses.encryption.keys import KeySet
 from vitguard.defenses.encryption.manifest import LIGHTEST, Entry, Manifest
@@ -119,7 +119,7 @@ class Encryptor:
         """Return the encrypted message for the server.
 
         Args:
-            update: An update or tensors by name; those of the manifest are read.
+            update: An update, or tensors or NumPy arrays by name; those of the manifest are read.
             round_id: Number of the round; default from `start_round`.
             weight: Weight in the average, up to the manifest's `max_weight`; it is public.
             base: Version of the public model that the update refers to (`model_version`).
@@ -129,12 +129,13 @@ class Encryptor:
             InputError: A value is not finite or beyond its bound, and `outliers` is `refuse`.
         """
         now = self._settled(round_id, weight, base)
+        now.weight = _plain_number(now.weight)
         heaviest = self.manifest.max_weight
         if not (isinstance(now.weight, int | float) and 0 < now.weight <= heaviest):
             raise expected(f"a weight above 0 and up to {heaviest}", now.weight)
         if now.weight < LIGHTEST * heaviest:
             raise expected(f"a weight of at least {LIGHTEST * heaviest:g}", now.weight)
-        tensors = update.tensors if isinstance(update, Update) else update
+        tensors = update.tensors if isinstance(update, Update) else tensors_by_name(update)
         self.manifest.check(tensors)
         context = Context(self.keys, self.manifest, now.round_id, now.base)
         self.clipped = {}
@@ -224,8 +225,8 @@ class Decryptor:
                 "keys that name the server whose sums they open", "keys that name none",
                 "Give its verification key: keys.trusting(signing.public_bytes()).",
             )  # fmt: skip
-        if not 2 <= min_clients <= keys.max_clients:
-            raise expected(f"min_clients from 2 to {keys.max_clients}", min_clients)
+        if type(min_clients) is not int or not 2 <= min_clients <= keys.max_clients:
+            raise expected(f"a whole min_clients from 2 to {keys.max_clients}", min_clients)
         if type(opened) is not int or opened < -1:
             raise expected("the number of the last round opened, or -1", opened)
         self.keys, self.manifest, self.min_clients = keys, manifest, min_clients
@@ -296,6 +297,13 @@ class Decryptor:
         return min(
             levels * header.clients, math.floor(share * levels * (1 + 1e-12)) + header.clients
         )
+
+
+def _plain_number(weight: Any) -> Any:
+    """Return a weight as Python's own number where it is a tensor or array of just one."""
+    if isinstance(weight, Tensor | np.ndarray | np.generic) and weight.shape in ((), (1,)):
+        return weight.item()
+    return weight
 
 
 def _regroup(pieces: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:

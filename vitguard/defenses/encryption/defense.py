@@ -67,7 +67,9 @@ class EncryptedGradients(UpdateDefense):
             ciphertext is made. The reason of each sealed name says which.
         encryptor: A client's `Encryptor`; without one no update leaves outside an audit, or a guard
             whose draws come from a generator; call its `start_round` before each
-            update. It is no setting: it is in no repr, spec, report or pickle.
+            update. Its manifest is made of what the whole stack encrypts: protect a copy with
+            the stack, without an encryptor, and call `Manifest.of(guard.encrypted(), bounds=...)`.
+            It is no setting: it is in no repr, spec, report or pickle.
 
     Examples:
         >>> EncryptedGradients(select="plan").spec()
@@ -123,17 +125,21 @@ class EncryptedGradients(UpdateDefense):
                 encryptor, and the guard is no rehearsal (its draws are secret).
             InputError: A value is not finite; or the encryptor's manifest names other tensors.
         """
-        chosen = select_names(anatomy, self.select, update.tensors)
+        selected = select_names(anatomy, self.select, update.tensors)
+        chosen = [n for n in selected if update.tensors[n].is_floating_point()]
+        # counters of a whole state dict: no ciphertext holds them, and they must not be plain
+        update = update.seal(
+            dict.fromkeys((n for n in selected if n not in chosen), "an integer, not encrypted")
+        )
         if not chosen:
             raise Unprotected(f"Expected tensors to encrypt, got none for {self.select!r}.")
         encryptor: Encryptor | None = self._encryptor  # type: ignore[attr-defined]
         if encryptor is not None:
-            if set(encryptor.manifest.names) != set(chosen):
+            if differs := encryptor.manifest.difference(chosen):
                 raise expected(
                     f"a manifest of the {len(chosen)} tensors that {self.select!r} selects",
-                    f"one of {len(encryptor.manifest.names)} tensors",
-                    "Make it with Manifest.of(tensors, select_names(...), bounds=...).",
-                )
+                    f"one {differs}", _MAKE,
+                )  # fmt: skip
             return encryptor.seal(update)
         if draws.seeded is None:
             raise Unprotected(
@@ -159,6 +165,12 @@ class EncryptedGradients(UpdateDefense):
         sealed = encryptor.seal(update, round_id=0)
         reason = f"encrypted ({self.preset}) under a key that was thrown away"
         return sealed.seal(dict.fromkeys(chosen, reason))
+
+
+_MAKE = (
+    "Protect a copy of the model with the same stack without an encryptor, and make the manifest "
+    "with Manifest.of(guard.encrypted(), bounds=...)."
+)
 
 
 def _own_bounds(tensors: Mapping[str, Tensor]) -> dict[str, float]:

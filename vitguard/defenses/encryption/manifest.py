@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitguard.core import tensors_by_name
 from vitguard.errors import InputError, Rejected, expected
 from vitguard.files import parsed_json
 
@@ -88,7 +89,7 @@ class Manifest:
         max_weight: float = 1.0,
         run: str | None = None,
     ) -> Manifest:
-        """Describe `names` (default all) of `tensors`, such as a model's parameters.
+        """Describe `names` of `tensors` (default all but integers), such as a model's parameters.
 
         One party makes the manifest and gives it to the others (`to_json`): its `run` is random.
 
@@ -100,14 +101,19 @@ class Manifest:
         Raises:
             InputError: A name or a bound is missing.
         """
+        tensors = tensors_by_name(tensors)
+        if names is None:  # counters, such as those of batch norms, are not encrypted
+            names = [n for n, t in tensors.items() if t.is_floating_point()]
         entries = []
-        for name in tensors if names is None else names:
+        for name in names:
             if name not in tensors:
                 raise expected("a manifest of tensors that exist", repr(name))
             bound = bounds.get(name) if isinstance(bounds, Mapping) else bounds
             if bound is None:
                 raise expected(f"a bound for {name}", "none")
             tensor = tensors[name]
+            if not tensor.is_floating_point():
+                raise expected(f"floating-point values to encrypt in {name}", tensor.dtype)
             entries.append(
                 Entry(name, tuple(tensor.shape), float(bound), tensor.dtype == torch.float64)
             )
@@ -159,6 +165,17 @@ class Manifest:
     @cached_property
     def _digest(self) -> bytes:
         return hashlib.sha256(self.to_json().encode()).digest()
+
+    def difference(self, names: Iterable[str]) -> str:
+        """Return what the manifest names too much and too little beside `names`, "" if nothing."""
+        wanted = set(names)
+        return ", ".join(
+            f"{word} {', '.join(sorted(found)[:3])}{' ...' if len(found) > 3 else ''}"
+            for word, found in (
+                ("without", wanted - set(self.names)), ("with", set(self.names) - wanted),
+            )
+            if found
+        )  # fmt: skip
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse tensors that are not the ones described.

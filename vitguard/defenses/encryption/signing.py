@@ -82,6 +82,18 @@ class SigningKey:
         raise Rejected("key", f"another file ({problem})", "a signing key's file")
 
 
+# Points of small order, with the sign bit cleared: some signatures hold under them for any message.
+_LOW_ORDER = {
+    "00" * 32,
+    "01" + "00" * 31,
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "ec" + "ff" * 30 + "7f",
+    "ed" + "ff" * 30 + "7f",
+    "ee" + "ff" * 30 + "7f",
+}
+
+
 def check_public(key: object) -> bytes:
     """Return a verification key if it is one.
 
@@ -92,6 +104,10 @@ def check_public(key: object) -> bytes:
         raise expected("the server's verification key", "its signing key", "Give public_bytes().")
     if not isinstance(key, bytes) or len(key) != 32:
         raise expected("a verification key of 32 bytes, from SigningKey.public_bytes", type(key))
+    if bytes([*key[:31], key[31] & 0x7F]).hex() in _LOW_ORDER:
+        raise expected(
+            "a verification key of SigningKey.public_bytes", "one under which anybody can sign"
+        )
     return key
 
 

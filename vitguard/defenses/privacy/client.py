@@ -95,18 +95,17 @@ class ClientPrivacy(UpdateDefense, Ledgered):
         return _calibrated(self.epsilon, self.delta, self.rounds)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
-        """Return the update clipped as a whole, with noise on every tensor."""
+        """Return the update clipped as a whole, with noise on every tensor.
+
+        Integers, such as the counters of batch norms and schedules, are sealed: they can neither
+        be clipped nor noised, and the server does not need them.
+        """
         tensors = {k: t for k, t in update.tensors.items() if t.is_floating_point()}
-        rest = [k for k, t in update.tensors.items() if k not in tensors and bool(t.any())]
-        if rest:
-            raise expected(
-                "an update of floating-point tensors", f"{update.tensors[rest[0]].dtype}",
-                f"{rest[0]} can neither be clipped nor noised: leave it out.",
-            )  # fmt: skip
+        counters = [k for k in update.tensors if k not in tensors]
+        update = update.seal(dict.fromkeys(counters, "an integer, which cannot be noised"))
         if not tensors:
             return update
-        norms = torch.stack([t.double().norm() for t in tensors.values()])
-        norm = float(norms.norm())
+        norm = math.hypot(*(float(t.double().norm()) for t in tensors.values()))
         if not math.isfinite(norm):
             raise expected("a finite update", f"a norm of {norm}")
         factor = self.clip / max(norm, self.clip)

@@ -59,6 +59,7 @@ class _Placing(_Hook):
         if self.piece.training:
             return self.act(module, args, output)
         sequence = args[0] if output is None else output
+        sequence = sequence[0] if isinstance(sequence, tuple) else sequence
         if torch.is_grad_enabled() and sequence.requires_grad:
             if torch.compiler.is_compiling():
                 self.piece.exposed = True
@@ -90,7 +91,7 @@ class _Embed(_Hook):
 
 class _EmbedAndPlace(_Placing):
     @torch.compiler.disable
-    def act(self, module: nn.Module, args: Any, output: Any) -> Tensor:
+    def act(self, module: nn.Module, args: Any, output: Any) -> Any:
         tokens, restore = _as_sequence(output, self.piece.anatomy)
         self.piece.begin(tokens, _grid(args[0], tokens.shape[1], self.piece.anatomy))
         return restore(self.piece.place(tokens))
@@ -124,8 +125,13 @@ class _Finish(_Hook):
         self.piece.finish()
 
 
-def _as_sequence(output: Any, anatomy: Anatomy) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _as_sequence(output: Any, anatomy: Anatomy) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Return a patch embedding's output as (batch, patches, width), and the way back."""
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        # transformers' Swin and Data2Vec: the tokens, then how many rows and columns they have
+        tokens, restore = _as_sequence(output[0], anatomy)
+        rest = output[1:]
+        return tokens, lambda placed: (restore(placed), *rest)
     if isinstance(output, Tensor) and output.dim() == 3:
         return output, lambda tokens: tokens
     if not isinstance(output, Tensor) or output.dim() != 4:

@@ -88,6 +88,9 @@ class InstalledShuffle(Installed):
                 "shuffled. Call model.train() before the gradient is taken."
             )
 
+    def intact(self, model: nn.Module) -> None:
+        pass  # an evaluation after training takes no gradient: `settle` knows of one that did
+
     def settle(self) -> None:
         if self.exposed:
             raise Unprotected(
@@ -179,6 +182,7 @@ class InstalledShuffle(Installed):
 
     def begin(self, tokens: Float[Tensor, "batch patches width"], grid: tuple[int, int]) -> None:
         """Draw for these tokens and remember them."""
+        self.require_values()
         if torch._C._current_graph_task_id() != -1:
             raise Incompatible(
                 "Expected activation checkpointing inside the model, got it around the patch "

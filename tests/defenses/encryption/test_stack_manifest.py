@@ -1,0 +1,91 @@
+"""One order for a manifest: the stack on a copy, the manifest, the encryptor, the stack."""
+
+import copy
+import re
+
+import pytest
+import timm
+import torch
+
+import vitguard as vg
+from vitguard.defenses.encryption import Encryptor, KeySet, Manifest
+from vitguard.errors import InputError
+from vitguard.registry import parse_stack
+
+KEYS = KeySet.generate()
+
+
+def vit():
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=10, embed_dim=64,
+        num_heads=2,
+    )  # fmt: skip
+
+
+STACKS = [
+    ("", "all"),
+    ("positions:kind=sincos", "all"),
+    ("positions:kind=sincos+shuffle:ratio=0.5", "all"),
+    ("withheld+shuffle:ratio=0.5,dal=tokens", "all"),
+    ("shuffle:ratio=0.5,dal=positions,warmup=1,steps=4", "all"),
+    ("positions:kind=frozen", "plan"),
+    ("positions:kind=frozen+shuffle:ratio=0.5", "plan"),
+    ("shuffle:ratio=0.5", "embedding/plan"),
+]
+
+
+@pytest.mark.parametrize(("stack", "select"), STACKS)
+def test_the_manifest_of_a_guard_is_that_of_every_update_of_its_stack(stack, select):
+    model, defenses = vit(), parse_stack(stack) if stack else []
+    planned = vg.protect(copy.deepcopy(model), [*defenses, vg.EncryptedGradients(select)])
+    manifest = Manifest.of(planned.encrypted(), bounds=50.0)
+    encryptor = Encryptor(KEYS, manifest, client_id="a", outliers="clip")
+    guard = vg.protect(model, [*defenses, vg.EncryptedGradients(select, encryptor=encryptor)])
+    encryptor.start_round(1)
+    update = guard.update(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert "encryption" in update.payloads and not set(manifest.names) & set(update.tensors)
+
+
+@pytest.mark.parametrize(
+    ("stack", "made_of", "named"),
+    [
+        ("positions:kind=sincos", lambda m: m, "with pos_embed"),
+        ("withheld", lambda m: m, "with pos_embed"),
+        ("shuffle:ratio=0.5", lambda m: m, "without vitguard.shuffle.unknown"),
+        (
+            "positions:kind=sincos+shuffle:ratio=0.5",
+            lambda m: m,
+            "without vitguard.shuffle.unknown, with pos_embed",
+        ),
+        ("", lambda m: {k: m[k] for k in m if "head" not in k}, "without head.bias, head.weight"),
+        ("", lambda m: m | {"stranger": torch.ones(1)}, "with stranger"),
+        (
+            "",
+            lambda m: {"pos_embed": m["pos_embed"]},
+            "blocks.0.attn.proj.weight, blocks.0.attn.qkv.bias ...",
+        ),
+    ],
+)
+def test_a_manifest_of_other_tensors_names_them_and_the_order_to_make_it(stack, made_of, named):
+    model = vit()
+    manifest = Manifest.of(made_of(dict(model.named_parameters())), bounds=50.0)
+    encryptor = Encryptor(KEYS, manifest, client_id="a")
+    encryptor.start_round(1)
+    defenses = [*(parse_stack(stack) if stack else []), vg.EncryptedGradients(encryptor=encryptor)]
+    guard = vg.protect(model, defenses)
+    with pytest.raises(InputError, match=re.escape(named)) as caught:
+        guard.update(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert "Manifest.of(guard.encrypted(), bounds=...)" in str(caught.value)
+
+
+def test_a_difference_of_a_whole_state_dict_is_encrypted_under_a_manifest_of_it():
+    model = vit()
+    model.blocks.requires_grad_(False)
+    manifest = Manifest.of(model.state_dict(), bounds=50.0)
+    encryptor = Encryptor(KEYS, manifest, client_id="a")
+    encryptor.start_round(1)
+    guard = vg.protect(model, [vg.EncryptedGradients(encryptor=encryptor)])
+    zero = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    sealed = guard.seal(vg.Update(zero, kind="difference", batch_size=1))
+    assert not sealed.tensors and "encryption" in sealed.payloads
