@@ -29,7 +29,7 @@ def test_defaults_are_the_papers(attacked):
 
 def test_the_switch_at_half_time_halves_the_gradient_and_brings_in_the_features(attacked):
     view, _ = attacked([2])
-    recipe = GradViT().recipe(view, None)
+    recipe = GradViT().recipe(view, Anatomy.of(view.model))
     assert recipe.phase(0.49)[0] == 4e-3 and recipe.phase(0.5)[0] == 2e-3
     assert recipe.phase(0.0)[4] == 0 and recipe.phase(0.4)[4] == 1e-2
 
