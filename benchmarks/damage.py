@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -142,15 +142,22 @@ def quality(attack: Attack, view: View, truth: Tensor) -> float:
 def watched(attack: Attack, view: View, truth: Tensor, keep: Callable[[float], None]) -> float:
     """Return the PSNR of a robust attack, and tell `keep` that of every candidate."""
 
-    def compare(choice: robust.Choice, patches: Tensor) -> None:
-        images = view.normalization.invert(choice.anatomy.unpatchify(patches[None]))
-        keep(float(psnr(images.clamp(0, 1), truth)))
+    offer = robust.Choice.offer
 
-    before, robust.Choice.on_offer = robust.Choice.on_offer, compare  # type: ignore[assignment]
+    def compared(
+        choice: robust.Choice, candidates: Iterable[robust.Candidate]
+    ) -> Iterator[robust.Candidate]:
+        for settings, patches in candidates:
+            images = view.normalization.invert(choice.anatomy.unpatchify(patches[None]))
+            if bool(images.isfinite().all()):
+                keep(float(psnr(images.clamp(0, 1), truth)))
+            yield settings, patches
+
+    robust.Choice.offer = lambda self, c: offer(self, compared(self, c))  # type: ignore[method-assign]
     try:
         return quality(attack, view, truth)
     finally:
-        robust.Choice.on_offer = before
+        robust.Choice.offer = offer  # type: ignore[method-assign]
 
 
 def observe(case: Case, damage: str, stack: str) -> View:

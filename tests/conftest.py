@@ -16,6 +16,11 @@ import hypothesis
 import pytest
 import torch
 
+if os.environ.get("VITGUARD_SHAPES", "0") not in ("", "0"):
+    from tests import shapes  # needs beartype; before vitguard is imported
+
+    shapes.install()
+
 from vitguard import data
 from vitguard.core import Normalization
 from vitguard.guard import protect

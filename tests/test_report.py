@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from PIL import Image
 from rich.console import Console
 
@@ -264,7 +265,7 @@ class TestRaiseIfLeaks:
 
     def test_an_undecided_gate_names_the_configurations(self) -> None:
         with pytest.raises(errors.LeakFound, match=re.escape(STACK)):
-            report(finding(), unmeasured("blocked", STACK)).raise_if_leaks(max_psnr=15)
+            report(finding(), unmeasured("blocked", STACK)).raise_if_leaks(max_psnr=15.0)
 
 
 class TestWords:
@@ -303,9 +304,10 @@ class TestWords:
             assert not re.search(r"\b(secured?|safe|safely|protected)\b", text, re.I)
 
     def test_an_unknown_verdict_is_refused(self) -> None:
-        with pytest.raises(errors.InputError, match="verdict"):
+        refused = (errors.InputError, TypeCheckError)  # the second where types are checked
+        with pytest.raises(refused, match="verdict"):
             finding(verdict="secure")
-        with pytest.raises(errors.InputError, match="verdict"):
+        with pytest.raises(refused, match="verdict"):
             Control("fine")  # type: ignore[arg-type]
 
     def test_pictures_of_another_shape_are_refused(self) -> None:
@@ -354,6 +356,25 @@ class TestConsole:
         rows = [x for x in lines if re.match(r"  (span|position|fgsm) ", x)]
         assert len(rows) == 4
         assert {len(row.rstrip()) for row in rows} == {len(heading.rstrip())}
+
+    def test_an_attack_with_a_long_name_keeps_the_columns_and_80_of_them(self) -> None:
+        for name in ("third-party-inversion", "\u6f22" * 10, "x" * 200):
+            lines = console_text(report(finding(attack=name, seconds=1.0))).splitlines()
+            (at,) = (i for i, line in enumerate(lines) if "resisted  " in line)
+            assert lines[at].split()[0] == "resisted" and len(lines[at]) == 76
+            assert lines[at - 1].strip() and lines[at - 1].strip() in name
+            assert max(map(len, lines)) <= 80
+
+    def test_every_leak_says_why(self) -> None:
+        twice = [finding(d, "leaks", reason="told from decoys") for d in (FIXED, STACK)]
+        assert console_text(report(*twice)).count("told from decoys") == 2
+
+    def test_no_line_ends_in_spaces(self) -> None:
+        assert not re.search(r" $", console_text(full_report()), re.M)
+
+    def test_an_undefended_run_with_withheld_tensors_is_not_called_the_control(self) -> None:
+        text = console_text(report(finding("none", "leaks"), threat={"withheld": ["position"]}))
+        assert "none (tensors withheld)" in text and "control" not in text
 
     def test_markup_in_names_is_printed_as_it_is(self) -> None:
         assert "[bold]x[/bold]" in console_text(report(finding("[bold]x[/bold]")))
@@ -416,8 +437,8 @@ class TestHtml:
     def test_images_shown_are_the_closest_reconstructions(self) -> None:
         many = finding(
             verdict="leaks",
-            psnr=summary(*range(9)),
-            patch_psnr=summary(*range(9)),
+            psnr=summary(*map(float, range(9))),
+            patch_psnr=summary(*map(float, range(9))),
             images=pictures(count=9),
         )
         page = report(many).to_html()
@@ -497,7 +518,7 @@ class TestTensorboard:
         report(finding(), longer).to_tensorboard(tmp_path / "events")
         events = EventAccumulator(str(tmp_path / "events")).Reload()
         tags = {tag.rpartition("/")[0] for tag in events.Tags()["scalars"]}
-        assert tags == {f"{longer.defense}/{longer.attack}{end}" for end in ("", "-2")}
+        assert tags == {f"audit/{longer.defense}/{longer.attack}{end}" for end in ("", "-2")}
 
     def test_without_tensorboard_the_error_names_the_extra(self, tmp_path, monkeypatch) -> None:
         import sys

@@ -24,6 +24,8 @@ from vitguard.report import (
     Summary,
 )
 
+from .test_report_escape import EVIL, Filled
+
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed"),
@@ -75,6 +77,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page whose every text tries to run a script."""
+    path = tmp_path_factory.mktemp("evil") / "report.html"
+    Filled(EVIL).report().save(path)
+    return path
+
+
 def chromium(folder: Path, target: Path, *options: str) -> str:
     """Run chromium on a file with its own profile and no network, and return what it prints."""
     command = [
@@ -110,6 +120,10 @@ def in_frame(page: Path, folder: Path, width: int, scheme: str = "light") -> Pat
         table: [...inside.querySelectorAll('.scroll')].map(e => getComputedStyle(e).overflowX),
         loads: performance.getEntriesByType('resource').map(e => e.name),
         background: getComputedStyle(inside.body).backgroundColor,
+        running: inside.scripts.length + inside.querySelectorAll('a, iframe, form, link').length,
+        handlers: [...inside.querySelectorAll('*')].flatMap(
+          e => e.getAttributeNames()).filter(name => name.startsWith('on')),
+        wide: [...inside.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth),
         rendering: images.map(i => getComputedStyle(i).imageRendering),
       });"""
     wrapper = folder / f"frame-{width}-{scheme}.html"
@@ -142,6 +156,33 @@ def test_no_horizontal_overflow_and_every_picture_decodes(
     assert seen["rendering"] == ["pixelated"] * 3
     assert seen["table"] == ["auto"]
     assert [name for name in seen["loads"] if not name.startswith(("data:", "about:"))] == []
+
+
+def test_a_browser_finds_no_script_in_a_page_whose_every_text_holds_one(
+    evil: Path, tmp_path: Path
+) -> None:
+    seen = measured(evil, tmp_path, 390)
+    assert seen["running"] == 0
+    assert seen["handlers"] == []
+    assert seen["content"] <= 390
+    assert "alert(1)" in evil.read_text("utf-8")
+
+
+def test_attacks_on_the_input_show_their_numbers_on_a_phone(tmp_path: Path) -> None:
+    specs = ("none", "positions:kind=sincos+shuffle:ratio=0.7", "noise:scale=0.01")
+    attacked = {"clean_accuracy": 0.98, "robust_accuracy": {8 / 255: 0.5}}
+    report = AuditReport(
+        model=ModelFacts("vit", 5),
+        images=("a",),
+        batch_size=1,
+        baseline=Baseline(10.0, 12.0),
+        findings=tuple(Finding(spec, "fgsm", "inconclusive", **attacked) for spec in specs),
+        weights="random",
+        update="one gradient",
+    )
+    report.save(tmp_path / "report.html")
+    _, robustness = measured(tmp_path / "report.html", tmp_path, 390)["wide"]
+    assert robustness == 0
 
 
 def test_dark_scheme_is_followed(page: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.errors import InputError, MissingExtra
 from vitguard.guard import protect
 from vitguard.metrics import score
-from vitguard.report.finding import Finding, Summary
+from vitguard.report import AuditReport, Baseline, Finding, ModelFacts, Pictures, Summary
 from vitguard.threats import CuriousServer
 from vitguard.tracking import (
     ProgressBar,
@@ -189,25 +189,58 @@ def test_what_the_model_saw_has_the_shuffled_patches_in_their_new_places():
     torch.testing.assert_close(model.patch_embed(seen), embedded[-1][:, 1:], rtol=1e-4, atol=1e-5)
 
 
-def test_audits_make_one_curve_for_each_defense_and_attack(tmp_path):
+def audited():
+    """Return a report of one attack that ran twice, with other settings, and left pictures."""
     summary = Summary.of([31.0, 20.0])
-    patches = Summary.of([32.0])
+    shown = Pictures(original=torch.zeros(2, 1, 8, 8), reconstruction=torch.ones(2, 1, 8, 8))
     finding = Finding(
-        "none", "span", "leaks", "nearly all", psnr=summary, patch_psnr=patches, identified=0.75
+        "none",
+        "span",
+        "leaks",
+        "nearly | all",
+        psnr=summary,
+        patch_psnr=Summary.of([32.0]),
+        identified=0.75,
+        images=shown,
     )
-    other = replace(finding, identified=0.25)
+    return AuditReport(
+        model=ModelFacts("vit", 1),
+        images=("a", "b"),
+        batch_size=2,
+        baseline=Baseline(10.0, 12.0),
+        findings=(finding, replace(finding, identified=0.25)),
+        weights="random",
+        update="one gradient",
+    )
+
+
+def test_audits_make_one_curve_for_each_defense_and_attack(tmp_path):
     with TensorBoard(tmp_path) as board:
         for step in (0, 10):
-            board.audit(SimpleNamespace(findings=[finding, other]), step=step)
+            board.audit(audited(), step=step)
     reader = events(tmp_path)
-    assert [e.step for e in reader.Scalars("audit/none/span/psnr max")] == [0, 10]
-    assert reader.Scalars("audit/none/span/psnr max")[0].value == 31.0
-    assert reader.Scalars("audit/none/span/patch_psnr max")[0].value == 32.0
+    assert [e.step for e in reader.Scalars("audit/none/span/psnr_max")] == [0, 10]
+    assert reader.Scalars("audit/none/span/psnr_max")[0].value == 31.0
+    assert reader.Scalars("audit/none/span/patch_psnr_max")[0].value == 32.0
+    assert reader.Scalars("audit/none/span/gain")[0].value == 20.0
     assert [e.value for e in reader.Scalars("audit/none/span/identified")] == [0.75, 0.75]
     (verdict,) = reader.Tensors("audit/none/span/verdict/text_summary")[-1].tensor_proto.string_val
-    assert verdict == b"leaks nearly all"
+    assert verdict == b"**leaks** nearly \\| all"
     # the same attack with other settings: no zigzag between the two
-    assert [e.value for e in reader.Scalars("audit/none/span 2/identified")] == [0.25, 0.25]
+    assert [e.value for e in reader.Scalars("audit/none/span-2/identified")] == [0.25, 0.25]
+
+
+def test_a_report_has_the_same_tags_alone_and_during_a_training_run(tmp_path):
+    with TensorBoard(tmp_path / "training") as board:
+        board.audit(audited(), step=0)
+    audited().to_tensorboard(tmp_path / "alone")
+    tags = [events(tmp_path / where).Tags() for where in ("training", "alone")]
+    assert tags[0] == tags[1]
+    assert len(tags[0]["scalars"]) == 8
+    named = [tag for kind in ("scalars", "images", "tensors") for tag in tags[0][kind]]
+    assert all(tag.startswith("audit/") for tag in named)
+    for shown in ("original", "reconstruction"):
+        assert any(tag.startswith(f"audit/none/span-2/{shown}") for tag in tags[0]["images"])
 
 
 def test_the_progress_bar_shows_distance_psnr_and_a_thumbnail(attacked):

@@ -25,6 +25,7 @@ __all__ = ["Draws"]
 
 _BLOCK = 1 << 15  # words of the key stream used at once: they stay in the cache
 _GRID = 1024  # steps of the release in one standard deviation of its noise
+_LEAST = 1e-250  # deviation whose grid float64 holds
 _KEY = 32  # bytes
 _PUBLIC_KEY = bytes(_KEY)  # of seeded draws, which are no secret
 
@@ -124,12 +125,14 @@ class Draws:
         so that its low bits tell nothing of `total`. A deviation of 0 returns `total` as it is.
 
         Raises:
-            InputError: The deviation is negative or not finite.
+            InputError: The deviation is negative, not finite, or above 0 and below 1e-250.
         """
         if not 0 <= deviation < math.inf:
             raise expected("a finite standard deviation of at least 0", deviation)
         if deviation == 0:
             return total
+        if deviation < _LEAST:
+            raise expected(f"a standard deviation of 0 or at least {_LEAST:g}", deviation)
         grid = 2.0 ** math.floor(math.log2(deviation / _GRID))
         flat = total.detach().to("cpu").reshape(-1)
         out = torch.empty(len(flat), dtype=total.dtype)

@@ -34,7 +34,7 @@ from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_o
 
 __all__ = ["Guard", "Stack", "protect", "stack_of"]
 
-Stack = Sequence[Defense] | Defense | str
+Stack = Iterable[Defense] | Defense | str
 """Defenses that act together: several, a single one, or a spec for `parse_stack`."""
 
 _PLACES = (ModelDefense, BatchDefense, StepDefense, UpdateDefense)

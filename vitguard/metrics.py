@@ -49,6 +49,8 @@ RECOVERED = 30.0
 _ABOVE_FLAT = 6.0
 
 Images = Float[Tensor, "batch channels height width"]
+Guesses = Float[Tensor, "guesses channels height width"]
+Decoys = Float[Tensor, "decoys channels height width"]
 PerImage = Float[Tensor, " batch"]
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 
@@ -154,7 +156,7 @@ def best_assignment(quality: Float[Tensor, "guesses truths"]) -> Int[Tensor, " t
     return chosen
 
 
-def identification(guess: Images, truth: Images, decoys: Images) -> Bool[Tensor, " batch"]:
+def identification(guess: Guesses, truth: Images, decoys: Decoys) -> Bool[Tensor, " batch"]:
     """Return whether each truth is more like the guesses than every decoy is.
 
     Likeness is the Pearson correlation after the mean of each channel is removed, so a constant
@@ -278,7 +280,7 @@ def mask_score(
 
 
 def recovered(
-    guess: Images,
+    guess: Guesses,
     verified: Bool[Tensor, "guesses patches"],
     truth: Images,
     patch_size: tuple[int, int],
@@ -341,11 +343,11 @@ class Scores:
 
 
 def score(
-    guess: Images,
+    guess: Guesses,
     truth: Images,
     patch_size: tuple[int, int],
     *,
-    decoys: Images | None = None,
+    decoys: Decoys | None = None,
     lpips_model: Perceptual | None = None,
     verified: Bool[Tensor, "guesses patches"] | None = None,
 ) -> Scores:

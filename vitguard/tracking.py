@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vitguard.core import Normalization
-from vitguard.errors import InputError, expected, missing_extra
+from vitguard.errors import InputError, expected
 from vitguard.metrics import Scores, score
+from vitguard.report.tensorboard import open_writer, write_report, writer_type
 
 if TYPE_CHECKING:
     from vitguard.attacks.matching.run import Progress
@@ -58,10 +58,7 @@ class TensorBoard:
             raise expected("every of at least 1", every)
         _check_truth(truth)
         check_writable_folder(folder)
-        try:
-            self._writer = _writer_type()(str(folder))
-        except OSError as error:
-            raise expected("a folder for TensorBoard", f"{folder} ({error.strerror})") from error
+        self._writer = open_writer(folder)
         self._truth = truth
         self._patch = patch_size
         self._every = every
@@ -164,19 +161,12 @@ class TensorBoard:
         self._writer.add_image(f"training/shuffled at {100 * ratio:.0f} %", pairs, step)
 
     def audit(self, report: AuditReport, *, step: int) -> None:
-        """Take an audit of the model as it is at `step`: one curve for each defense and attack."""
-        seen: Counter[str] = Counter()
-        for finding in report.findings:
-            where = f"audit/{finding.defense}/{finding.attack}"
-            seen[where] += 1
-            where += f" {seen[where]}" if seen[where] > 1 else ""  # with other settings
-            for name in ("psnr", "patch_psnr", "ssim"):
-                summary = getattr(finding, name)
-                if summary is not None and summary.finite:
-                    self._writer.add_scalar(f"{where}/{name} max", summary.max, step)
-            if finding.identified is not None:
-                self._writer.add_scalar(f"{where}/identified", finding.identified, step)
-            self._writer.add_text(f"{where}/verdict", f"{finding.verdict} {finding.reason}", step)
+        """Take an audit of the model as it is at `step`: one curve for each defense and attack.
+
+        Tags, pictures and text are those of `AuditReport.to_tensorboard`. The pictures show what
+        was reconstructed, and the images it is compared with.
+        """
+        write_report(self._writer, report, step)
 
     def close(self) -> None:
         """Write everything out and close the file."""
@@ -190,7 +180,7 @@ def check_writable_folder(folder: str | Path) -> None:
         MissingExtra: TensorBoard is not installed.
         InputError: The folder cannot be written or made.
     """
-    _writer_type()
+    writer_type()
     if "://" in str(folder):  # a file system of TensorBoard's own
         return
     target = Path(folder)
@@ -200,14 +190,6 @@ def check_writable_folder(folder: str | Path) -> None:
             pass
     except OSError as error:
         raise expected("a folder for TensorBoard", f"{folder} ({error.strerror})") from error
-
-
-def _writer_type() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise missing_extra("Writing TensorBoard events", "tensorboard", "tensorboard") from error
-    return SummaryWriter
 
 
 def _check_truth(truth: Tensor | None) -> None:

@@ -11,17 +11,20 @@ from vitguard.attacks.dlg import DLG, IDLG
 from vitguard.core import Normalization
 from vitguard.guard import protect
 from vitguard.threats import CuriousServer
+from vitguard.vit import Anatomy
 
 PATCH = (4, 4)
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers(attacked):
+    view, _ = attacked([2])
+    anatomy = Anatomy.of(view.model)
     for attack in (DLG(), IDLG()):
-        recipe = attack.recipe(None, None)
+        recipe = attack.recipe(view, anatomy)
         assert attack.iterations == 300 and attack.rate == 1.0 and not attack.line_search
         assert recipe.optimizer == "lbfgs" and not recipe.boxed and not recipe.priors
-    assert DLG().recipe(None, None).joint_labels == "random"
-    assert not IDLG().recipe(None, None).joint_labels
+    assert DLG().recipe(view, anatomy).joint_labels == "random"
+    assert not IDLG().recipe(view, anatomy).joint_labels
 
 
 @pytest.mark.parametrize("kind", [DLG, IDLG])

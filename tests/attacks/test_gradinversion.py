@@ -11,11 +11,14 @@ from vitguard.attacks.gradinversion import GradInversion
 from vitguard.attacks.matching.priors import FeatureStatistics
 from vitguard.attacks.matching.run import Run
 from vitguard.errors import InputError
+from vitguard.vit import Anatomy
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers(attacked):
+    view, _ = attacked([2])
+    anatomy = Anatomy.of(view.model)
     attack = GradInversion()
-    recipe = attack.recipe(None, None)
+    recipe = attack.recipe(view, anatomy)
     assert attack.iterations == 20_000 and attack.rate == 0.1
     assert recipe.weight == ((0.0, 1e-4),) and 0.01 <= recipe.langevin <= 0.2
     weights = {name: schedule[-1][1] for name, _, schedule in recipe.priors}

@@ -8,11 +8,14 @@ import torch
 from vitguard import metrics
 from vitguard.attacks.gradvit import GradViT
 from vitguard.errors import InputError
+from vitguard.vit import Anatomy
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers(attacked):
+    view, _ = attacked([2])
+    anatomy = Anatomy.of(view.model)
     attack = GradViT()
-    recipe = attack.recipe(None, None)
+    recipe = attack.recipe(view, anatomy)
     assert attack.iterations == 120_000 and recipe.decay == "cosine" and attack.rate == 0.1
     assert recipe.weight == ((0.0, 4e-3), (0.5, 2e-3))
     weights = {name: schedule[-1][1] for name, _, schedule in recipe.priors}

@@ -14,6 +14,7 @@ from vitguard.data import sample_images
 from vitguard.errors import InputError
 from vitguard.guard import protect
 from vitguard.threats import CuriousServer
+from vitguard.vit import Anatomy
 
 
 def make_view(truth, label=2, **sizes):
@@ -31,9 +32,11 @@ def attacked():
     return make_view(truth), truth
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers(attacked):
+    view, _ = attacked
+    anatomy = Anatomy.of(view.model)
     attack = InvertingGradients()
-    recipe = attack.recipe(None, None)
+    recipe = attack.recipe(view, anatomy)
     assert (attack.iterations, attack.total_variation, attack.rate) == (24_000, 0.2, 0.1)
     assert recipe.distance == Cosine() and recipe.signed and recipe.boxed
     assert recipe.optimizer == "adam" and recipe.decay == "step"

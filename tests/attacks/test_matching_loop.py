@@ -124,7 +124,8 @@ def test_dropout_is_measured_again_under_equal_draws(small_vit, observe, photo):
     again = [run._distance(restart, restart.best) for restart in run.restarts]
     assert guess.details["distance"] == min(again)
     assert not set(again) & {restart.best_distance for restart in run.restarts}
-    best = run.restarts[again.index(min(again))].best_images()
+    restart = run.restarts[again.index(min(again))]
+    best = restart.subspace.decode(restart.best)
     assert torch.equal(guess.images, view.normalization.invert(best).clamp(0, 1))
     repeated = Loop(iterations=6, restarts=2, terms={"rate": 0.1}).run(view, seeded())
     assert torch.equal(repeated.images, guess.images)

@@ -12,7 +12,6 @@ from vitguard.attacks.matching.priors import (
     GroupConsistency,
     PatchBorders,
     PixelNorm,
-    RowSpace,
     Scene,
     TotalVariation,
     register,
@@ -94,18 +93,6 @@ def test_patch_borders_ignore_jumps_inside_a_patch(anatomy):
     checker[..., 1::PATCH, :] = 1.0
     checker[..., 2::PATCH, :] = 1.0
     assert PatchBorders()(checker, scene(anatomy, checker[None])) == 0
-
-
-def test_row_space(anatomy, images):
-    basis = torch.linalg.qr(torch.randn(48, 5, dtype=torch.float64))[0]
-    slow = []
-    for patch in anatomy.patchify(images).reshape(-1, 48):
-        inside = sum((patch @ basis[:, k]) * basis[:, k] for k in range(5))
-        slow += [float(v) ** 2 for v in patch - inside]
-    got = RowSpace(basis)(images, scene(anatomy, images[None]))
-    assert got.item() == pytest.approx(sum(slow) / len(slow))
-    within = anatomy.unpatchify(torch.randn(2, 16, 5, dtype=torch.float64) @ basis.T)
-    assert RowSpace(basis)(within, scene(anatomy, images[None])) < 1e-25
 
 
 def _network():

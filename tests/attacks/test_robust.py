@@ -65,11 +65,16 @@ def chosen_and_offered(attack, view, truth, monkeypatch):
     """Return the PSNR of the attack's choice, and of each candidate it chose from."""
     offered = []
 
-    def compare(choice, patches):
-        images = view.normalization.invert(choice.anatomy.unpatchify(patches[None]))
-        offered.append(float(psnr(images.clamp(0, 1), truth)))
+    offer = robust.Choice.offer
 
-    monkeypatch.setattr(robust.Choice, "on_offer", compare)
+    def compared(choice, candidates):
+        for settings, patches in candidates:
+            images = view.normalization.invert(choice.anatomy.unpatchify(patches[None]))
+            if images.isfinite().all():
+                offered.append(float(psnr(images.clamp(0, 1), truth)))
+            yield settings, patches
+
+    monkeypatch.setattr(robust.Choice, "offer", lambda self, c: offer(self, compared(self, c)))
     return float(psnr(run(attack, view).images, truth)), offered
 
 

@@ -5,14 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import small_vit
 from vitguard.core import Update
 from vitguard.defenses.base import Draws
 from vitguard.defenses.noise import GradientNoise
+from vitguard.vit import Anatomy
+
+ANATOMY = Anatomy.of(small_vit())
 
 
 def seal(defense, tensors, seed=0):
     draws = Draws(torch.Generator().manual_seed(seed))
-    return defense.seal(Update(tensors), None, draws).tensors
+    return defense.seal(Update(tensors), ANATOMY, draws).tensors
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.5, 3.0])

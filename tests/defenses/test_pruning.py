@@ -4,13 +4,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import small_vit
 from vitguard.core import Update
 from vitguard.defenses.base import Draws
 from vitguard.defenses.pruning import GradientPruning
+from vitguard.vit import Anatomy
+
+ANATOMY = Anatomy.of(small_vit())
 
 
 def prune(keep, tensor):
-    return GradientPruning(keep).seal(Update({"a": tensor}), None, Draws()).tensors["a"]
+    return GradientPruning(keep).seal(Update({"a": tensor}), ANATOMY, Draws()).tensors["a"]
 
 
 @settings(max_examples=60, deadline=None)

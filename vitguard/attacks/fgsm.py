@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -49,7 +49,7 @@ class FGSM(InputAttack):
 
     name: ClassVar[str] = "fgsm"
 
-    epsilon: float | tuple[float, ...] = 8 / 255
+    epsilon: float | Sequence[float] = 8 / 255
     targeted: bool = False
     examples: int = 4
     surrogate: nn.Module | None = field(default=None, repr=False, compare=False, kw_only=True)
@@ -67,7 +67,7 @@ class FGSM(InputAttack):
     @property
     def epsilons(self) -> tuple[float, ...]:
         """Every epsilon, one or more."""
-        return self.epsilon if isinstance(self.epsilon, tuple) else (self.epsilon,)
+        return (self.epsilon,) if isinstance(self.epsilon, int | float) else tuple(self.epsilon)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, for the report."""

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from vitguard.attacks.matching.attack import MatchingAttack
 from vitguard.attacks.matching.distances import LayerNorms
 from vitguard.attacks.matching.priors import (
-    FeatureStatistics,
     GroupConsistency,
     PixelNorm,
     Prior,
@@ -49,7 +48,7 @@ class GradInversion(MatchingAttack):
     group: float = 0.01
     langevin: float = 0.2
     rate: float = 0.1
-    network: FeatureStatistics | None = field(default=None, repr=False, compare=False, kw_only=True)
+    network: Prior | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vitguard.attacks.budget import charge_update
-from vitguard.attacks.cascade.attack import last_block_samples
+from vitguard.attacks.cascade.attack import Samples, last_block_samples
 from vitguard.attacks.equations.head import linear_head
+from vitguard.attacks.spectrum import filtered, frequencies
 from vitguard.core import View
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.vit import logits_of
-
-if TYPE_CHECKING:
-    from vitguard.attacks.cascade.attack import Samples
 
 __all__ = ["infer_labels", "labels_from_counts", "pair_labels", "try_labels"]
 
@@ -134,8 +130,10 @@ def try_labels(view: View, generator: torch.Generator) -> Tensor | None:
 
 
 def pair_labels(
-    view: View, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, " batch"]
-) -> Int[Tensor, " batch"]:
+    view: View,
+    images: Float[Tensor, "images channels height width"],
+    labels: Int[Tensor, " labels"],
+) -> Int[Tensor, " labels"]:
     """Return the labels in the order of the images, as far as the head's gradient tells.
 
     Its rows are sum_b p_bc f_b - sum_{y_b = c} f_b over the batch: mostly the right pairs (b, c)
@@ -176,7 +174,7 @@ def pair_labels(
     return labels[order.to(labels.device)] if bool(better) else labels
 
 
-def labels_from_counts(counts: Float[Tensor, " classes"], batch: int) -> Int[Tensor, " batch"]:
+def labels_from_counts(counts: Float[Tensor, " classes"], batch: int) -> Int[Tensor, " labels"]:
     """Round counts to integers that sum to `batch` (largest remainders) and list the labels."""
     counts = counts.clamp(min=0)
     whole = counts.floor().clamp(max=batch)
@@ -193,13 +191,8 @@ def _mean_prediction(view: View, generator: torch.Generator, count: int = 64) ->
 
     None where the outputs differ: a trained model's opinion on noise says nothing of photos.
     """
-    channels, height, width = view.image_shape
-    shape = (count, channels, height, width)
-    noise = torch.randn(shape, generator=generator)
-    down = torch.fft.fftfreq(height)[:, None]
-    across = torch.fft.rfftfreq(width)[None]
-    frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(height, width))
-    images = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(height, width))
+    noise = torch.randn((count, *view.image_shape), generator=generator)
+    images = filtered(noise, 1 / frequencies(noise))
     images = 0.25 * images / images.std(dim=(1, 2, 3), keepdim=True) + 0.5
     parameter = next(view.model.parameters())
     inputs = view.normalization.apply(images.clamp(0, 1)).to(parameter)

@@ -1,8 +1,8 @@
 """The report of an audit, and its forms."""
 
-from vitguard.report.audit_report import (
+from vitguard.report.audit_report import AuditReport
+from vitguard.report.finding import (
     MEANINGS,
-    AuditReport,
     Baseline,
     Control,
     Finding,

@@ -1,59 +1,23 @@
-"""What an audit found, and its forms: JSON, Markdown, HTML, PNG, TensorBoard, console.
-
-Verdicts come from the audit; this file keeps them honest on the way out. A resistance is always
-named together with the attacks that were run, a number that does not exist is `null`, and a gate
-that could not be decided does not open.
-"""
+"""The report of an audit: what was found, in the forms people and programs read."""
 
 from __future__ import annotations
 
-import json
-import math
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitguard.errors import LeakFound, expected
-from vitguard.files import write_atomically
-from vitguard.report.finding import (
-    LEAK_GAIN,
-    MEANINGS,
-    Baseline,
-    Control,
-    Finding,
-    Mask,
-    ModelFacts,
-    Pictures,
-    Summary,
-    Verdict,
-    plain,
-)
+from vitguard.report.results import AuditResults
 
 if TYPE_CHECKING:
     from PIL import Image
     from rich.console import Console
 
-__all__ = [
-    "MEANINGS",
-    "AuditReport",
-    "Baseline",
-    "Control",
-    "Finding",
-    "Mask",
-    "ModelFacts",
-    "Pictures",
-    "Summary",
-    "Verdict",
-]
-
-SCHEMA = 1
+__all__ = ["AuditReport"]
 
 
 @dataclass(frozen=True)
-class AuditReport:
-    """Everything an audit found.
+class AuditReport(AuditResults):
+    """Everything an audit found, and its forms: JSON, Markdown, HTML, PNG, TensorBoard, console.
 
     Args:
         model: The audited model.
@@ -71,186 +35,21 @@ class AuditReport:
         version: vitguard's version.
     """
 
-    model: ModelFacts
-    images: tuple[str, ...]
-    batch_size: int
-    baseline: Baseline
-    findings: tuple[Finding, ...]
-    weights: str
-    update: str
-    seed: int = 0
-    threat: Mapping[str, Any] = field(default_factory=dict)
-    families_not_run: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    interrupted: bool = False
-    version: str = field(default_factory=lambda: _version())
-
-    def gain(self, finding: Finding) -> float | None:
-        """Return dB of the worst image above the no-information baseline; None if unmeasured."""
-        if finding.gain is not None:
-            return finding.gain
-        if finding.patch_psnr is None:
-            return None
-        return finding.patch_psnr.max - self.baseline.patch_psnr
-
-    def is_control(self, finding: Finding) -> bool:
-        """Whether a finding is the control itself: no defense, and nothing withheld."""
-        return not finding.defended and not self.threat.get("withheld")
-
-    def configurations(self, *, defended: bool = False) -> dict[str, list[Finding]]:
-        """Return the findings by defense, in the order of the report."""
-        groups: dict[str, list[Finding]] = {}
-        for finding in self.findings:
-            if finding.defended or not defended:
-                groups.setdefault(finding.defense, []).append(finding)
-        return groups
-
-    def outcome(self) -> str:
-        """Say in one sentence how the defended configurations fared, and under which attacks."""
-        groups = self.configurations(defended=True)
-        if not groups:
-            return "No defended configuration was audited."
-        leaking, tried, resisting = 0, {}, 0
-        for findings in groups.values():
-            if any(f.verdict == "leaks" for f in findings):
-                leaking += 1
-            elif resisted := [f.attack for f in findings if f.verdict == "resisted"]:
-                resisting += 1
-                tried |= dict.fromkeys(resisted)
-        verb = "leaks" if leaking == 1 else "leak"
-        parts = [f"{leaking} of {len(groups)} defended configurations {verb}"]
-        if len(groups) == 1:
-            parts = ["The defended configuration leaks" if leaking else "No leak was shown"]
-        if resisting:
-            parts.append(f"{resisting} resisted the attacks that were run ({', '.join(tried)})")
-        if undecided := len(groups) - leaking - resisting:
-            parts.append(f"{undecided} could not be decided")
-        return "; ".join(parts) + "."
-
-    def headline(self) -> str:
-        """Name batch size, update kind, weights, and the attack families that were not run."""
-        missing = ", ".join(self.families_not_run) or "none"
-        return (
-            f"Batch size {self.batch_size}; update: {self.update}; weights: {self.weights}; "
-            f"attack families not run: {missing}."
-        )
-
-    def gate(self, max_psnr: float | None = None, max_gain: float | None = None) -> int:
-        """Return the exit code of a gate over the defended configurations.
-
-        0: no gate was asked for, or every defended configuration stays within it and was tested by
-        at least one conclusive attack, with every measurement finite. 1: an image of some finding
-        exceeds `max_psnr` (dB, matched-patch PSNR) or `max_gain` (dB above the no-information
-        baseline), whatever the verdict, or leaks in a way that no dB limit sees. 3: undecided. A
-        configuration that only met attacks which were blocked, not applicable or inconclusive has
-        not been tested, and a report without a defended configuration tests none. 1 goes before 3.
-
-        Raises:
-            InputError: A limit is not a finite number.
-        """
-        if max_psnr is None and max_gain is None:
-            return 0
-        if self._exceeding(max_psnr, max_gain):
-            return 1
-        return 3 if self._undecided() else 0
-
-    def raise_if_leaks(self, max_psnr: float | None = None, max_gain: float | None = None) -> None:
-        """Raise if a defended configuration leaks.
-
-        Without limits: if a verdict says so, a measurement is not finite, or no attack on a
-        configuration was conclusive. With limits: whenever `gate` would not return 0.
-
-        Raises:
-            LeakFound: Names the worst finding, or the configurations that stayed undecided.
-            InputError: A limit is not a finite number.
-        """
-        if max_psnr is None and max_gain is None:
-            defended = [f for f in self.findings if f.defended]
-            bad = [f for f in defended if f.verdict == "leaks" or self._is_broken(f)]
-        else:
-            bad = self._exceeding(max_psnr, max_gain)
-        if bad:
-            raise LeakFound(self._name_worst(bad))
-        if undecided := self._undecided():
-            raise LeakFound(
-                f"No attack was conclusive for {'; '.join(undecided)}: a failed attack is no "
-                "evidence. Add an attack that leaks on the undefended model."
-            )
-
-    def _exceeding(self, max_psnr: float | None, max_gain: float | None) -> list[Finding]:
-        for name, limit in (("max_psnr", max_psnr), ("max_gain", max_gain)):
-            if limit is not None and not math.isfinite(limit):
-                raise expected(f"{name} as a finite number of dB", limit)
-
-        def exceeds(finding: Finding) -> bool:
-            measured, gain = finding.patch_psnr, self.gain(finding)
-            if finding.verdict == "leaks" and (gain is None or gain < LEAK_GAIN):
-                return True  # told from decoys, or reproduces the update: no dB limit sees that
-            too_close = max_psnr is not None and measured and measured.worst_above(max_psnr)
-            too_far_up = max_gain is not None and gain is not None and gain > max_gain
-            return bool(too_close or too_far_up)
-
-        return [f for f in self.findings if f.defended and exceeds(f)]
-
-    def _undecided(self) -> list[str]:
-        groups = self.configurations(defended=True)
-        untested = [
-            defense
-            for defense, findings in groups.items()
-            if not any(f.conclusive for f in findings) or any(map(self._is_broken, findings))
-        ]
-        return untested if groups else ["any defense (none was audited)"]
-
-    def _is_broken(self, finding: Finding) -> bool:
-        """Whether a measurement that should be there is not a finite number."""
-        if finding.patch_psnr is None:
-            return False
-        gain = self.gain(finding)
-        return not (finding.patch_psnr.finite and gain is not None and math.isfinite(gain))
-
-    def _name_worst(self, findings: list[Finding]) -> str:
-        def badness(finding: Finding) -> float:
-            value = finding.patch_psnr.max if finding.patch_psnr else -math.inf
-            return math.inf if math.isnan(value) else value
-
-        worst = max(findings, key=badness)
-        text = f"{worst.defense} under {worst.attack}: {worst.verdict}"
-        if worst.patch_psnr is not None:
-            text += f", {worst.patch_psnr.max:.1f} dB matched-patch PSNR"
-            text += f" where knowing nothing scores {self.baseline.patch_psnr:.1f} dB"
-        if worst.reason:
-            text += f" ({worst.reason})"
-        return text + (f"; {len(findings) - 1} more." if len(findings) > 1 else ".")
-
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values (schema 1); a missing value is None."""
-        return plain(
-            {
-                "schema": SCHEMA,
-                "vitguard": self.version,
-                "model": vars(self.model),
-                "images": self.images,
-                "batch_size": self.batch_size,
-                "seed": self.seed,
-                "baseline": vars(self.baseline),
-                "findings": [{**f.to_json(), "gain": self.gain(f)} for f in self.findings],
-                "outcome": self.outcome(),
-                "headline": self.headline(),
-                "weights": self.weights,
-                "update": self.update,
-                "threat": self.threat,
-                "families_not_run": self.families_not_run,
-                "notes": self.notes,
-            }
-        )
+        from vitguard.report.json import to_json
+
+        return to_json(self)
 
     def to_json_text(self) -> str:
         """Return `to_json` as text; pure ASCII."""
-        return json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+        from vitguard.report.json import to_json_text
+
+        return to_json_text(self)
 
     def to_markdown(self) -> str:
         """Return the report as GitHub-flavoured Markdown, without pictures."""
-        from vitguard.report.words import to_markdown
+        from vitguard.report.markdown import to_markdown
 
         return to_markdown(self)
 
@@ -266,13 +65,13 @@ class AuditReport:
         Raises:
             InputError: No finding holds pictures.
         """
-        from vitguard.report.words import to_png
+        from vitguard.report.png import to_png
 
         return to_png(self)
 
     def print_to(self, console: Console) -> None:
         """Print the report as a table that fits 80 columns."""
-        from vitguard.report.words import print_to
+        from vitguard.report.console import print_to
 
         print_to(self, console)
 
@@ -283,7 +82,7 @@ class AuditReport:
             MissingExtra: TensorBoard is not installed.
             InputError: `directory` cannot be a folder.
         """
-        from vitguard.report.words import to_tensorboard
+        from vitguard.report.tensorboard import to_tensorboard
 
         to_tensorboard(self, directory, step=step)
 
@@ -293,22 +92,6 @@ class AuditReport:
         Raises:
             InputError: Another suffix, or a path that cannot be written.
         """
-        forms: dict[str, Callable[[], bytes | str]] = {
-            ".json": self.to_json_text,
-            ".md": self.to_markdown,
-            ".html": self.to_html,
-            ".png": self._png_bytes,
-        }
-        suffix = Path(path).suffix.lower()
-        if suffix not in forms:
-            raise expected(f"a report file ending in {', '.join(forms)}", path)
-        write_atomically(path, forms[suffix]())
+        from vitguard.report.forms import save
 
-    def _png_bytes(self) -> bytes:
-        from vitguard.report.pictures import encode
-
-        return encode(self.to_png())
-
-
-def _version() -> str:
-    return sys.modules["vitguard"].__version__  # no import: the package imports this module's users
+        save(self, path)

@@ -173,7 +173,7 @@ def _damages(update: Update) -> Iterator[tuple[str, Update]]:
     yield "one NaN in each tensor", each(spoiled)
     yield "infinity", each(lambda t: torch.full_like(t, math.inf))
     yield "ones", each(torch.ones_like)
-    yield "noise", each(lambda t: torch.randn(t.shape, generator=generator))
+    yield "random values", each(lambda t: torch.randn(t.shape, generator=generator))
     yield "huge", each(lambda t: t * 1e30)
     yield "tiny", each(lambda t: t * 1e-30)
     yield "another batch size", replace(update, batch_size=3)

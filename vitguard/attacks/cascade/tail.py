@@ -8,16 +8,16 @@ width - B equations.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitguard.attacks.budget import charge, charge_update
+from vitguard.attacks.budget import charge
 from vitguard.attacks.equations.head import linear_head
 from vitguard.attacks.equations.mlp import Norm
+from vitguard.attacks.equations.probe import probe
 from vitguard.core import View
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy
@@ -140,19 +140,8 @@ class Tail:
         features = self.norm(h)
         predicted = (features @ self.weight.T + self.bias).softmax(-1)
         wrong = predicted - torch.nn.functional.one_hot(classes[:, 0], len(self.weight))
-        return Reading(labels, best[:, 0], predicted, features, self._backward(h, wrong))
-
-    def _normed(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        centred = h - h.mean(-1, keepdim=True)
-        size = (centred.square().mean(-1, keepdim=True) + self.norm.epsilon).sqrt()
-        return centred / size, size
-
-    def _backward(self, h: Tensor, wrong: Tensor) -> Tensor:
-        """Return the gradient by the MLP's output where dL/d(logits) is `wrong`."""
-        flat, size = self._normed(h)
-        slope = (wrong @ self.weight) * self.norm.scale
-        slope = slope - slope.mean(-1, keepdim=True)
-        return self.scale * (slope - flat * (slope * flat).mean(-1, keepdim=True)) / size
+        gradients = self.scale * self.norm.pulled(h, wrong @ self.weight)
+        return Reading(labels, best[:, 0], predicted, features, gradients)
 
     def _misfit(
         self,
@@ -167,7 +156,7 @@ class Tail:
         With slope_y = C (u - w_y), u = p W, and J = C - f f^T / width the squares of all labels
         come from inner products; no gradient is built for a label of its own.
         """
-        flat, _ = self._normed(size[..., None] * normal[:, None] + added[:, None])
+        flat, _ = self.norm.plain(size[..., None] * normal[:, None] + added[:, None])
         logits = (flat * self.norm.scale + self.norm.shift) @ self.weight.T + self.bias
         mean = logits.softmax(-1) @ views[0][0]
         along = flat / flat.shape[-1]
@@ -186,31 +175,11 @@ class Tail:
 
 def _final_norm(view: View, anatomy: Anatomy, head: str) -> Norm:
     """Find the norm between the last block and the head by what it does to a test image."""
-    seen: dict[str, Tensor] = {}
-    model, parameter = view.model, next(view.model.parameters())
-
-    def after_block(_module: object, _inputs: object, output: Tensor | tuple) -> None:
-        seen["block"] = output if isinstance(output, Tensor) else output[0]
-
-    hooks = [
-        model.get_submodule(anatomy.blocks[-1].name).register_forward_hook(after_block),
-        model.get_submodule(head).register_forward_pre_hook(
-            lambda _module, args: seen.__setitem__("head", args[0])
-        ),
-    ]
-    probe = torch.linspace(-1, 1, math.prod(view.image_shape)).reshape(1, *view.image_shape)
-    try:
-        with torch.no_grad():
-            model(probe.to(parameter))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    charge_update(view, times=0.3, images=1)
-    left, entered = seen["block"], seen["head"]
+    entered, left = probe(view, entering=[head], leaving=[anatomy.blocks[-1].name])
     # DINOv2's head reads the class token beside the mean of the patches, which is no norm's output
     if left.dim() == 3 and left.shape[2] == anatomy.width and entered.shape == (1, anatomy.width):
         token = left[0, 0].double()
-        for name, module in model.named_modules():
+        for name, module in view.model.named_modules():
             if isinstance(module, torch.nn.LayerNorm) and module.normalized_shape == token.shape:
                 norm = Norm.of(view, name)
                 if torch.allclose(norm(token), entered[0].double(), atol=1e-4):

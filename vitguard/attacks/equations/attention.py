@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitguard.attacks.budget import charge, charge_update
+from vitguard.attacks.budget import charge
 from vitguard.attacks.equations.linear import solve_positive
 from vitguard.attacks.equations.mlp import Norm
+from vitguard.attacks.equations.probe import probe
 from vitguard.core import View
 from vitguard.errors import NotApplicable
-from vitguard.vit import Anatomy, Block
+from vitguard.vit import Anatomy
 
 __all__ = ["AttentionDraws", "Attention"]
 
@@ -77,8 +78,8 @@ class Attention:
         if len(bias) != len(weight) or len(weight) != 3 * anatomy.width:
             raise NotApplicable("query, key and value are not of the token's width")
         norm = Norm.of(view, block.norm1)
-        inputs, output = _probe(view, block)
-        charge_update(view, times=0.3, images=1)
+        seen = probe(view, leaving=[block.norm1, block.attention])
+        inputs, output = (t[0].double() for t in seen)
         project = view.weight(f"{block.proj}.weight")
         shift = view.bias(block.proj)
         for heads in (h for h in range(1, 65) if anatomy.width % h == 0):
@@ -233,11 +234,7 @@ class Attention:
     ) -> Tensor:
         """d o / d x of the missing tokens: A (dv + (v - o) q dk / sqrt(d))."""
         missing, width = len(tokens), embed.shape[0]
-        centred = tokens - tokens.mean(1, keepdim=True)
-        scale = (centred.square().mean(1) + self.norm.epsilon).sqrt()[:, None, None]
-        move = embed - embed.mean(0)
-        lean = centred[:, :, None] * (centred @ move)[:, None] / (width * scale**3)
-        normed = self.norm.scale[:, None] * (move / scale - lean)
+        normed = self.norm.pushed(tokens[:, None], embed.T).mT
         both = (self.weight[width:] @ normed).unflatten(1, (2, self.heads, -1))
         key, value_move = both[:, 0], both[:, 1]  # missing, heads, width / heads, pixels
         attention = weights[:, :, -missing:]
@@ -246,30 +243,3 @@ class Attention:
         first = attention[:, :, None, :, None] * value_move.permute(1, 2, 0, 3)[:, None]
         second = gap.transpose(2, 3)[..., None] * pull[:, :, None]
         return (first + second).flatten(3).flatten(0, 2)
-
-
-def _probe(view: View, block: Block) -> tuple[Tensor, Tensor]:
-    """Input of the attention (after its norm) and its output, for a smooth test image."""
-    seen: dict[str, Tensor] = {}
-    model = view.model
-
-    def after_norm(_module: object, _inputs: object, output: Tensor) -> None:
-        seen["inputs"] = output
-
-    def after_attention(_module: object, _inputs: object, output: Tensor | tuple) -> None:
-        seen["output"] = output if isinstance(output, Tensor) else output[0]
-
-    hooks = [
-        model.get_submodule(block.norm1).register_forward_hook(after_norm),
-        model.get_submodule(block.attention).register_forward_hook(after_attention),
-    ]
-    parameter = next(model.parameters())
-    count = view.image_shape[0] * view.image_shape[1] * view.image_shape[2]
-    probe = torch.linspace(-1, 1, count).reshape(1, *view.image_shape)
-    try:
-        with torch.no_grad():
-            model(probe.to(parameter))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen["inputs"][0].double(), seen["output"][0].double()

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitguard.attacks.budget import charge, charge_update
+from vitguard.attacks.budget import charge
+from vitguard.attacks.equations.probe import probe
 from vitguard.attacks.equations.rows import layer_rows
 from vitguard.core import View
 from vitguard.errors import NotApplicable
@@ -72,26 +73,7 @@ def activation_of(view: View, block: Block) -> Activation:
     """
     if block.gated:
         raise NotApplicable("a gated MLP has no single activation")
-    seen: dict[str, Tensor] = {}
-    fc1, fc2 = (view.model.get_submodule(name) for name in (block.fc1, block.fc2))
-
-    def keep_input(_module: nn.Module, _arguments: object, made: Tensor) -> None:
-        seen["before"] = made
-
-    def keep_output(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen["after"] = arguments[0]
-
-    hooks = [fc1.register_forward_hook(keep_input), fc2.register_forward_pre_hook(keep_output)]
-    parameter = next(view.model.parameters())
-    probe = torch.linspace(-1, 1, math.prod(view.image_shape)).reshape(1, *view.image_shape)
-    try:
-        with torch.no_grad():
-            view.model(probe.to(parameter))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    charge_update(view, times=0.3, images=1)
-    before, after = seen["before"].double(), seen["after"].double()
+    after, before = (t.double() for t in probe(view, entering=[block.fc2], leaving=[block.fc1]))
     for known in _KNOWN:
         # The kinds of GELU differ by 1e-4 and more, float32 rounding by 1e-6.
         if before.shape == after.shape and torch.allclose(known.value(before), after, atol=2e-5):
@@ -125,6 +107,26 @@ class Norm:
     def __call__(self, h: Tensor) -> Tensor:
         """Apply the norm to the last dimension."""
         return nn.functional.layer_norm(h, h.shape[-1:], self.scale, self.shift, self.epsilon)
+
+    def plain(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return h without mean and at unit variance, and the deviation it was divided by."""
+        centred = h - h.mean(-1, keepdim=True)
+        deviation = (centred.square().mean(-1, keepdim=True) + self.epsilon).sqrt()
+        return centred / deviation, deviation
+
+    def pushed(self, h: Tensor, moves: Tensor) -> Tensor:
+        """Return how the output moves where the input h moves so."""
+        return self.scale * _plain_derivative(*self.plain(h), moves)
+
+    def pulled(self, h: Tensor, slopes: Tensor) -> Tensor:
+        """Return the gradient by the input h of what has gradient `slopes` by the output."""
+        return _plain_derivative(*self.plain(h), self.scale * slopes)
+
+
+def _plain_derivative(flat: Tensor, deviation: Tensor, moves: Tensor) -> Tensor:
+    """The derivative of a norm without scale: symmetric, so forward and backward are the same."""
+    along = flat * (moves * flat).mean(-1, keepdim=True)
+    return (moves - moves.mean(-1, keepdim=True) - along) / deviation
 
 
 def thin_basis(

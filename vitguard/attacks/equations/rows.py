@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitguard.attacks.budget import charge
 from vitguard.core import AffineSpace, Guess, View
-from vitguard.errors import Blocked, NotApplicable
+from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy, Block
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "patch_basis",
     "patch_gradient",
     "require_rank",
-    "require_readable",
     "right_vectors",
     "row_basis",
     "whitened",
@@ -179,9 +178,7 @@ def row_basis(matrix: Float[Tensor, "rows columns"], rank: int) -> Float[Tensor,
     return right_vectors(matrix, rank)[1][:, : min(rank, *matrix.shape)]
 
 
-def complement(
-    matrix: Float[Tensor, "rows columns"], rank: int
-) -> Float[Tensor, "columns columns-rank"]:
+def complement(matrix: Float[Tensor, "rows columns"], rank: int) -> Float[Tensor, "columns rest"]:
     """Return an orthonormal basis of the directions orthogonal to the `rank` strongest ones."""
     return right_vectors(matrix, rank)[1][:, rank:]
 
@@ -243,11 +240,3 @@ def _augment(view: View, weights: tuple[str, ...], biases: tuple[str, ...]) -> R
         bias = torch.cat([view.read(b) for b in readable])
         return Rows(torch.cat([matrix, bias[:, None]], 1), True, (*weights, *readable))
     return Rows(matrix, False, weights)
-
-
-def require_readable(view: View, *names: str) -> None:
-    """Raise Blocked for the first of `names` that cannot be read."""
-    for name in names:
-        if not view.update.can_read(name):
-            view.update.read(name)
-            raise Blocked(name, "it is not in the update")

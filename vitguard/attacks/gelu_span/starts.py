@@ -15,6 +15,7 @@ from torch import Tensor
 from vitguard.attacks.gelu_span.found import Found
 from vitguard.attacks.gelu_span.newton import Pull
 from vitguard.attacks.gelu_span.remainder import Remainder
+from vitguard.attacks.spectrum import filtered, frequencies
 from vitguard.core import Normalization
 from vitguard.vit import Anatomy
 
@@ -130,15 +131,10 @@ class Starts:
     def _textures(self, count: int) -> Tensor:
         """Patches with the spectrum of photos: random level, noise falling as 1 / frequency^2."""
         channels, (height, width) = self.anatomy.channels, self.anatomy.patch_size
-        down = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
-        across = torch.fft.rfftfreq(width, dtype=torch.float64)
-        frequency = (down.square() + across.square()).clamp_min(1 / max(height, width) ** 2)
         grey = self._normal(count, 1, height, width) + 0.3 * self._normal(
             count, channels, height, width
         )
-        noise = torch.fft.irfft2(
-            torch.fft.rfft2(grey) / frequency.to(grey.device), s=(height, width)
-        )
+        noise = filtered(grey, 1 / frequencies(grey).square())
         noise = noise / noise.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-9)
         strength = 0.15 * self._normal(count, 1, 1, 1)
         level = 0.5 + 0.3 * self._normal(count, 1, 1, 1) + 0.1 * self._normal(count, channels, 1, 1)

@@ -119,7 +119,7 @@ class TokenGradients:
         activations = self.activation.value(hidden)
         outer = outer / self.fc2.share(outer, activations)[:, None]
         inner = slope * (outer @ self.second)
-        upper = outer / self.scales[1] + self._through(inner @ self.into[0], stream)
+        upper = outer / self.scales[1] + self.norm.pulled(stream, inner @ self.into[0])
         upper = upper * self.scales[0]
         proofs = torch.stack([self.fc1.share(inner, inputs), self.project.share(upper, attended)])
         proved = alone & ((proofs - 1).abs() < _ALIKE).all(0)
@@ -153,11 +153,3 @@ class TokenGradients:
             directions.append(self.fc2.left @ vectors[:, 0])
             alone.append(bool(values[0].abs() < _ALONE * values[1]))
         return torch.stack(directions), torch.tensor(alone, device=slope.device)
-
-    def _through(self, error: Tensor, stream: Tensor) -> Float[Tensor, "found width"]:
-        """The derivative of the second norm: from its outputs' gradient to its inputs'."""
-        centred = stream - stream.mean(1, keepdim=True)
-        size = (centred.square().mean(1, keepdim=True) + self.norm.epsilon).sqrt()
-        straight, error = centred / size, error * self.norm.scale
-        along = straight * (error * straight).mean(1, keepdim=True)
-        return (error - error.mean(1, keepdim=True) - along) / size

@@ -25,7 +25,6 @@ __all__ = [
     "PatchBorders",
     "PixelNorm",
     "Prior",
-    "RowSpace",
     "Scene",
     "TotalVariation",
     "register",
@@ -100,25 +99,6 @@ class PatchBorders(Prior):
         jumps = [images[..., k, :] - images[..., k - 1, :] for k in rows]
         jumps += [images[..., k] - images[..., k - 1] for k in columns]
         return torch.stack([_norm(j) for j in jumps]).sum() if jumps else images.sum() * 0
-
-
-@dataclass(frozen=True, eq=False)
-class RowSpace(Prior):
-    """Mean squared part of the patches outside the row space of dL/dW (docs/methods.md 2.4).
-
-    Every patch of the batch lies in that space, whatever the labels and the rest of the network.
-
-    Args:
-        basis: Orthonormal, shape (pixels per patch, rank).
-    """
-
-    basis: Float[Tensor, "pixels rank"]
-
-    def __call__(self, images: Images, scene: Scene) -> Tensor:
-        """See `Prior`."""
-        patches = scene.anatomy.patchify(images)
-        basis = self.basis.to(patches)
-        return (patches - patches @ basis @ basis.T).square().mean()
 
 
 @dataclass(frozen=True, eq=False)

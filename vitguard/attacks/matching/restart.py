@@ -133,10 +133,6 @@ class Restart:
         """Return the current model-input images, without a graph."""
         return self.subspace.decode(self.free.detach())
 
-    def best_images(self) -> Tensor:
-        """Return the best model-input images so far."""
-        return self.subspace.decode(self.best)
-
     def current_labels(self) -> Tensor:
         """Return class indices, or probabilities where labels are optimised too."""
         if self.label_scores is not None:

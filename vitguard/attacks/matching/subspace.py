@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vitguard.attacks.spectrum import filtered, frequencies
 from vitguard.core import AffineSpace, View
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.vit import Anatomy
@@ -68,13 +69,8 @@ class Subspace:
         return self._filter(images, 1) if self.spectrum else images.clone()
 
     def _filter(self, images: Tensor, sign: int) -> Tensor:
-        height, width = images.shape[-2:]
-        down = torch.fft.fftfreq(height, device=images.device, dtype=images.dtype)[:, None]
-        across = torch.fft.rfftfreq(width, device=images.device, dtype=images.dtype)[None]
-        frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(height, width))
-        gain = frequency**self.spectrum
-        gain = (gain / gain.mean()) ** sign
-        return torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=(height, width))
+        gain = frequencies(images) ** self.spectrum
+        return filtered(images, (gain / gain.mean()) ** sign)
 
     def project(self, images: Images) -> Images:
         """Return the nearest model-input images inside the space; differentiable."""

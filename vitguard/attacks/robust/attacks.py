@@ -196,12 +196,7 @@ def _with_plain(
 
 
 class Choice:
-    """The best candidate so far, as the simulated update says.
-
-    `on_offer`, if set, sees the patches of each candidate: benchmarks compare them with the truth.
-    """
-
-    on_offer: Callable[[Tensor], None] | None = None
+    """The best candidate so far, as the simulated update says."""
 
     def __init__(self, view: View, generator: torch.Generator, seconds: float) -> None:
         self.view, self.anatomy = view, Anatomy.of(view.model)
@@ -224,8 +219,6 @@ class Choice:
             guess = guess_from_patches(
                 self.view, self.anatomy, patches, labels=self.labels, details=settings
             )
-            if self.on_offer is not None:
-                self.on_offer(patches)
             score = surprise(self.view, guess)
             self.cut = self.budget.over  # then the solver may have stopped in this very candidate
             if score is None:  # nothing tells them apart: the first goes by the noise estimate

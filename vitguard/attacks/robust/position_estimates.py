@@ -20,7 +20,7 @@ from vitguard.attacks.equations.linear import conjugate_gradients
 from vitguard.attacks.equations.rows import patch_gradient
 from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.core import View
-from vitguard.errors import Blocked
+from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy
 
 __all__ = ["position_estimates"]
@@ -38,10 +38,11 @@ def position_estimates(
         budget: Once it is spent they are rough.
 
     Raises:
+        NotApplicable: The model has no absolute position embedding.
         Blocked: The gradient of positions or patches cannot be read.
     """
     if anatomy.positions is None:
-        raise Blocked("positions", "the model has none")
+        raise NotApplicable("the model has no absolute position embedding")
     seen = view.read(anatomy.positions)[0, anatomy.position_prefix :]
     target, prior = patch_gradient(view, anatomy), NaturalImages.of(view, anatomy)
     size = target.square().mean(1)

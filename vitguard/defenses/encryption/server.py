@@ -128,8 +128,8 @@ class Aggregator:
         Raises:
             Rejected: Fewer messages arrived.
         """
-        if min_clients < 2:
-            raise expected("min_clients of at least 2", min_clients)
+        if type(min_clients) is not int or min_clients < 2:
+            raise expected("min_clients, a whole number of at least 2", repr(min_clients))
         with self._lock:
             self._check_open()
             if len(self._weights) < min_clients:

@@ -51,7 +51,12 @@ class Context:
 
     def __post_init__(self) -> None:
         if type(self.round_id) is not int or not 0 <= self.round_id < 2**63:
-            raise expected("a whole round number of at least 0", self.round_id)
+            raise expected("a whole round number of at least 0", repr(self.round_id))
+        if not isinstance(self.base, str):
+            raise expected(
+                "the version of the public model as text", repr(self.base)[:80],
+                "model_version makes one.",
+            )  # fmt: skip
 
     @property
     def base_digest(self) -> bytes:

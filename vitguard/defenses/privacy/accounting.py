@@ -7,6 +7,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +21,22 @@ __all__ = ["Ledger", "PrivacySpent", "gaussian_delta", "gaussian_epsilon", "nois
 Accountant = Literal["prv", "rdp"]
 _ACCOUNTANTS = ("prv", "rdp")
 _MOST_POINTS = 1 << 22  # of the PRV accountant's mesh: 32 MiB an array
+_SMALLEST = 0.01  # noise: below it accountants leave the range they were made for, or never end
+_LARGEST = 1e6  # signal over noise whose epsilon is computed exactly
 _FARTHEST = 700.0  # privacy losses beyond it overflow where the accountant takes their exponential
+
+
+_forked = threading.Lock()
+"""Held by the thread of a fork that begins a ledger anew, while others wait."""
+
+
+def _renew() -> None:
+    global _forked
+    _forked = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 @dataclass(frozen=True)
@@ -77,8 +93,8 @@ class Ledger:
 
     def _begin(self) -> None:
         """Write under a fresh name from now on."""
-        self._name, self._process = secrets.token_hex(16), os.getpid()
-        self._lock = threading.RLock()
+        self._name, self._lock = secrets.token_hex(16), threading.RLock()
+        self._process = os.getpid()  # last: who sees it sees the rest
 
     def __repr__(self) -> str:
         return f"Ledger({self.history})"
@@ -94,7 +110,9 @@ class Ledger:
     def locked(self) -> AbstractContextManager[Any]:
         """Hold the ledger: what is read and written inside the block is one act."""
         if self._process != os.getpid():  # a fork: another thread's lock would never open here
-            self._begin()
+            with _forked:
+                if self._process != os.getpid():
+                    self._begin()
         return self._lock
 
     @property
@@ -175,8 +193,7 @@ class Ledger:
             note = "a release carried no noise"
             return PrivacySpent(math.inf, delta, steps, accountant, note)
         if all(rate == 1 for _, rate, _ in history):
-            mu = math.sqrt(sum(n / noise**2 for noise, _, n in history))
-            return PrivacySpent(gaussian_epsilon(mu, delta), delta, steps, "gaussian")
+            return PrivacySpent(_unsampled(history, delta), delta, steps, "gaussian")
         merged: dict[tuple[float, float], int] = {}  # order does not matter to epsilon
         for noise, rate, n in history:
             merged[noise, rate] = merged.get((noise, rate), 0) + n
@@ -229,8 +246,9 @@ class Ledger:
 def _append(run: list[Entry], entry: Entry) -> None:
     noise, rate, steps = entry
     if run and run[-1][:2] == (noise, rate):
-        steps += run.pop()[2]
-    run.append((noise, rate, steps))
+        run[-1] = (noise, rate, run[-1][2] + steps)  # at once: a fork may copy it at any moment
+    else:
+        run.append(entry)
 
 
 def _steps(run: Sequence[Entry]) -> int:
@@ -274,9 +292,16 @@ def _epsilon(history: Sequence[tuple[float, float, int]], delta: float, accounta
         from opacus.accountants import PRVAccountant, RDPAccountant
     except ImportError as error:
         raise missing_extra("Privacy accounting", "opacus") from error
+    if any(noise < _SMALLEST for noise, _, _ in history):
+        return _unsampled(history, delta)
     rdp = RDPAccountant()
     rdp.history = list(history)
-    bound = float(rdp.get_epsilon(delta=delta))
+    try:
+        bound = float(rdp.get_epsilon(delta=delta))
+    except (ArithmeticError, ValueError):
+        return _unsampled(history, delta)
+    if not (math.isfinite(bound) and bound >= 0):
+        return _unsampled(history, delta)
     if accountant == "rdp":
         return bound
     prv = PRVAccountant()
@@ -295,6 +320,16 @@ def _epsilon(history: Sequence[tuple[float, float, int]], delta: float, accounta
     return min(epsilon, bound) if math.isfinite(epsilon) and epsilon >= 0 else bound
 
 
+def _unsampled(history: Sequence[Entry], delta: float) -> float:
+    """Return epsilon where every record takes part in every release: exact, or an upper bound.
+
+    Poisson sampling mixes the neighbour's distribution with the record's own absence, and the
+    hockey-stick divergence is jointly convex, so it never spends more.
+    """
+    mu = math.sqrt(sum(n * (1 / noise) * (1 / noise) for noise, _, n in history))
+    return gaussian_epsilon(mu, delta)
+
+
 def gaussian_delta(mu: float, epsilon: float) -> float:
     """Return the exact delta of a Gaussian mechanism with sensitivity / deviation `mu`.
 
@@ -308,39 +343,66 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return the exact epsilon at `delta` of a Gaussian mechanism with the given `mu`."""
+    """Return the exact epsilon at `delta` of a Gaussian mechanism with the given `mu`.
+
+    To rounding, and `gaussian_delta` there is at most `delta`. Beyond a `mu` of a million, where
+    float64 loses it, the bound of concentrated privacy (arXiv:1605.02065, proposition 1.3).
+    """
+    if mu > _LARGEST:
+        return mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta))
     if mu == 0 or gaussian_delta(mu, 0.0) <= delta:
         return 0.0
     low, high = 0.0, 1.0
     while gaussian_delta(mu, high) > delta:
         low, high = high, high * 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if gaussian_delta(mu, middle) > delta else (low, middle)
-    return high
+    return _least(lambda epsilon: gaussian_delta(mu, epsilon) - delta, low, high, precision=1e-15)
 
 
 def noise_for(
     epsilon: float, delta: float, rate: float, steps: int, accountant: str = "prv"
 ) -> float:
-    """Return the smallest noise multiplier, to 0.1 %, that spends at most `epsilon`.
+    """Return the smallest noise multiplier from 0.05, to 0.1 %, that spends at most `epsilon`.
 
     Raises:
         InputError: Even a noise multiplier of 10000 spends more.
     """
 
-    def spends(noise: float) -> float:
+    def excess(noise: float) -> float:
         ledger = Ledger()
         ledger.record(noise, rate, steps)
-        return ledger.spent(delta, accountant).epsilon
+        spent = ledger.spent(delta, accountant).epsilon
+        return (spent - epsilon) / (spent + epsilon) if 0 < spent < math.inf else spent - epsilon
 
-    low, high = 0.0, 1.0
-    while spends(high) > epsilon:
+    low, high = 0.05, 1.0  # below it accountants leave the range they were made for
+    while excess(high) > 0:
         low, high = high, high * 2
         if high > 1e4:
             raise expected("an epsilon that noise can reach", f"{epsilon} at delta {delta}")
-    floor = 0.05  # below it accountants leave the range they were made for
-    while high - low > 1e-3 * high and high > floor:
-        middle = (low + high) / 2
-        low, high = (middle, high) if spends(middle) > epsilon else (low, middle)
-    return high
+    if low < 1 and excess(low) <= 0:
+        return low
+    return _least(excess, low, high, precision=1e-3)
+
+
+def _least(excess: Callable[[float], float], low: float, high: float, *, precision: float) -> float:
+    """Return about the least value at which `excess` falls to 0, never one where it is above.
+
+    Args:
+        excess: Above 0 at `low`, not above 0 at `high`.
+        low, high: The bracket.
+        precision: How far the value may be above the least one, relative to it.
+    """
+    from scipy.optimize import brentq
+
+    safe = high
+
+    def watched(value: float) -> float:
+        nonlocal safe
+        left = excess(value)
+        if left <= 0:
+            safe = min(safe, value)
+        return left
+
+    smallest = 4 * sys.float_info.epsilon  # that `brentq` takes
+    near, rest = precision * low + 5e-324, max(precision / 2, smallest)
+    brentq(watched, low, high, xtol=near, rtol=rest, maxiter=500, disp=False)  # type: ignore[arg-type]
+    return safe

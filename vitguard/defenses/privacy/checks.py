@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from vitguard.errors import Incompatible
@@ -34,6 +35,12 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise Incompatible(
+                f"Expected trainable parameters in float32 or float64, got {name} in "
+                f"{parameter.dtype}: clipped sums rounded to it move by more than the clip. Keep "
+                "the parameters in float32 and train under torch.autocast(device, torch.bfloat16)."
+            )
         first = names.setdefault(id(parameter), name)
         if first != name:
             raise Incompatible(

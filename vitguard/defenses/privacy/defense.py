@@ -261,7 +261,7 @@ def _clip(engine: Engine, model: nn.Module, loss: Loss, batch: Batch, clip: floa
         probe(model, engine, (batch.images,))
         with torch.enable_grad(), paused(model), engine.watch(model, batch.images) as tape:
             outputs = model(batch.images)
-        with torch.enable_grad():
+        with torch.enable_grad(), paused(model):
             auxiliary = auxiliary_losses(model, len(batch.labels))
             engine.verify(model, tape, (outputs, auxiliary))
             losses = per_example_losses(loss, logits_of(outputs), batch.labels)

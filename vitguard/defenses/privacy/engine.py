@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,9 @@ def _codes(hooks: Mapping[int, Any]) -> tuple[int, ...]:
 
 class Engine:
     """Records passes. It holds settings only, never tensors of a model."""
+
+    accumulates: ClassVar[bool] = False
+    """Whether a recorded pass leaves plain gradients at the parameters, which the step drops."""
 
     def __init__(self, *, check: bool = True) -> None:
         self.check = check

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 from vitguard.defenses.base import Draws
-from vitguard.defenses.privacy.samplers import PoissonSampler, place, records_of
+from vitguard.defenses.privacy.samplers import PoissonSampler, place, records_of, refuse_change
 from vitguard.defenses.privacy.training import Due, PrivateTraining
 from vitguard.errors import expected
 
@@ -89,6 +89,11 @@ class PoissonLoader:
             persistent_workers=loader.persistent_workers,
             **{name: getattr(loader, name) for name in kept if hasattr(loader, name)},
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_loader" in self.__dict__ and name != "ends_step":
+            raise refuse_change(f"{name} of a loader")
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(

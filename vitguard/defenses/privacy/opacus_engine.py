@@ -105,6 +105,8 @@ class _OpacusTape(Tape):
 class OpacusEngine(Engine):
     """Per-sample gradients by Opacus, for comparison: slower, and all of them in memory."""
 
+    accumulates: ClassVar[bool] = True
+
     def __init__(self) -> None:
         super().__init__(check=False)
         self._tape: _OpacusTape | None = None

@@ -125,6 +125,7 @@ class BookKeepingOptimizer(DPOptimizer):
             if not due.last:
                 return False
             self._release()
+            self.scale_grad()
         except BaseException:
             self._forget()
             raise
@@ -141,11 +142,7 @@ class BookKeepingOptimizer(DPOptimizer):
         clip = _checked("max_grad_norm", self.max_grad_norm, above=True)
         self._check_group()
         if leaked := tape.leak():
-            raise Unprotected(
-                f"Expected every gradient to come through clipping, got one of {leaked} around it: "
-                "a loss outside the model's own forward pass, or a pass in eval mode. Call "
-                "optimizer.zero_grad() before each batch and keep the loss a function of outputs."
-            )
+            raise _around(leaked)
         if due.piece == 0:  # what an unfinished batch left goes
             self._sums, self._clip, self._rate = {}, clip, due.rate
         elif self._next != (due.batch, due.piece):
@@ -154,6 +151,8 @@ class BookKeepingOptimizer(DPOptimizer):
                 "without those before it. Call optimizer.step() after each piece, or loader.skip()."
             )
         sums = clipped_sum(tape, self._clip, scale=tape.batch, real=due.real).sums
+        if stray := self._stray():
+            raise _around(stray)
         if not sums:
             raise Unprotected(
                 "Expected loss.backward() between the pass of a batch and its step, got none. Call "
@@ -165,6 +164,11 @@ class BookKeepingOptimizer(DPOptimizer):
             self._sums[p] = self._sums[p] + total if p in self._sums else total
         self._next = (due.batch, due.piece + 1)
         return due
+
+    def _stray(self) -> str | None:
+        """Return a parameter with a gradient that the optimizer would step on, if any."""
+        held = (p for group in self.param_groups for p in group["params"])
+        return next((self._name(p) for p in held if p.grad is not None), None)
 
     def _name(self, parameter: nn.Parameter) -> str:
         if parameter not in self._names:
@@ -180,12 +184,24 @@ class BookKeepingOptimizer(DPOptimizer):
         if self._place[1] > 1:
             self._agree([noise, self._clip, self._rate, float(len(self._sums))])
         self._spend(noise, self._rate)
-        self.add_noise(noise)
-        self.scale_grad()
+        self._noise(noise)
 
-    def add_noise(self, noise: float | None = None) -> None:
+    def add_noise(self) -> None:
+        """Write the release down and make it, as a step does, without scaling it or stepping.
+
+        Raises:
+            Unprotected: No sums are there, or the ledger refuses; nothing is released.
+        """
+        if not self._sums:
+            raise Unprotected("Expected clipped sums to add noise to, got none. Call step().")
+        try:
+            self._release()
+        except BaseException:
+            self._forget()
+            raise
+
+    def _noise(self, noise: float) -> None:
         """Put the sums with noise of deviation `noise * clip` into the parameters' gradients."""
-        noise = _checked("noise_multiplier", self.noise_multiplier) if noise is None else noise
         sums, self._sums, self._next = self._sums, {}, None
         rank, world = self._place
         totals = {self._name(p): t.contiguous() for p, t in sums.items()}
@@ -244,6 +260,14 @@ class BookKeepingOptimizer(DPOptimizer):
                 f"Expected all {self._place[1]} processes at the step, got one that is gone "
                 f"({error}); nothing was applied. Form the group again and call guard.prepare."
             ) from error
+
+
+def _around(name: str) -> Unprotected:
+    return Unprotected(
+        f"Expected every gradient to come through clipping, got one of {name} around it: a loss "
+        "outside the model's own forward pass, or a pass in eval mode. Call optimizer.zero_grad() "
+        "before each batch and keep the loss a function of outputs."
+    )
 
 
 def _reduce(total: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,20 +67,20 @@ def prepare_training(
             void=draws.void,
         )
 
-    _replace(model, training)
-    _try_out(model, training, _examples(poisson, model))
+    with _replaced(model, training):
+        _try_out(model, training, _examples(poisson, model))
+        private = BookKeepingOptimizer(
+            optimizer,
+            model,
+            training,
+            draws=draws,
+            spend=spend,
+            noise_multiplier=noise,
+            max_grad_norm=defense.clip,
+            expected_batch_size=poisson.expected_batch_size,
+        )
     for p in model.parameters():
         p.grad = None
-    private = BookKeepingOptimizer(
-        optimizer,
-        model,
-        training,
-        draws=draws,
-        spend=spend,
-        noise_multiplier=noise,
-        max_grad_norm=defense.clip,
-        expected_batch_size=poisson.expected_batch_size,
-    )
     return private, poisson
 
 
@@ -88,21 +90,29 @@ def _try_out(model: nn.Module, training: PrivateTraining, images: Tensor) -> Non
     training.install(model)
     try:
         probe(model.train(), training.engine, (images,))
-    except BaseException:
-        training.uninstall(model)
-        raise
     finally:
         for module, mode in modes:
             module.training = mode
 
 
-def _replace(model: nn.Module, training: PrivateTraining) -> None:
-    """Put the training state beside the other defenses' pieces; an earlier one goes."""
-    for hook in list(model._forward_pre_hooks.values()):
-        earlier = getattr(hook, "__self__", None)
-        if isinstance(earlier, PrivateTraining):
-            earlier.uninstall(model)
-    protection = getattr(model, "vitguard", None)
+@contextmanager
+def _replaced(model: nn.Module, training: PrivateTraining) -> Iterator[None]:
+    """Put the training state beside the other defenses' pieces in place of an earlier one.
+
+    Where the block raises, the earlier one goes on: without it the model would not be watched.
+    """
+    hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    earlier = [owner for owner in hooks if isinstance(owner, PrivateTraining)]
+    protection: Any = getattr(model, "vitguard", None)
+    for one in earlier:
+        one.uninstall(model)
+    try:
+        yield
+    except BaseException:
+        training.uninstall(model)
+        for one in earlier:
+            one.install(model)
+        raise
     if isinstance(protection, nn.Module):
         protection.add_module("privacy", training)
 

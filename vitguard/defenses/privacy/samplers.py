@@ -26,7 +26,7 @@ from torch.utils.data import (
 from vitguard.defenses.base import Draws
 from vitguard.errors import Incompatible, expected
 
-__all__ = ["PoissonSampler", "place", "records_of"]
+__all__ = ["PoissonSampler", "place", "records_of", "refuse_change"]
 
 _SUBSET = "Choose records with torch.utils.data.Subset(dataset, indices) and leave the sampler out."
 
@@ -57,6 +57,11 @@ class PoissonSampler(Sampler[list[int]]):
         self._own = np.asarray(records, dtype=np.int64)[rank::world]
         self._draws = draws
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            raise refuse_change(f"{name} of a sampler")
+        super().__setattr__(name, value)
+
     def __len__(self) -> int:
         return self.steps
 
@@ -66,6 +71,14 @@ class PoissonSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: every draw is fresh. For loops written for `DistributedSampler`."""
+
+
+def refuse_change(what: str) -> Incompatible:
+    """Return the error for a change after guard.prepare, which the ledger would not see."""
+    return Incompatible(
+        f"Expected a prepared loader to stay as it is, got another {what}: noise and ledger go by "
+        "the old one. Change the loader that you made, and call guard.prepare with it again."
+    )
 
 
 def place() -> tuple[int, int]:

@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+_CANCELLED = 1e-3  # of the square of the sum of the positions' norms; tokens at random are above
+
+
 def full_precision(device: torch.device) -> torch.autocast:
     """Return a block without autocast: norms and sums keep the precision of the parameters."""
     return torch.autocast(device.type, enabled=False)
@@ -81,7 +84,13 @@ class Products:
             return x.square().sum(1) * g.square().sum(1)
         grams = torch.bmm(self.inputs, self.inputs.mT)
         grams.mul_(torch.bmm(self.outputs, self.outputs.mT))
-        return grams.sum((1, 2)).clamp_(min=0)
+        sums = grams.sum((1, 2))
+        # What is left where positions cancel is rounding: there the gradient is formed.
+        most = grams.diagonal(dim1=1, dim2=2).sqrt().sum(1).square()
+        for i in ((most > 0) & (sums <= _CANCELLED * most)).nonzero()[:, 0].tolist():
+            formed = self.outputs[i].mT @ self.inputs[i]
+            sums[i] = torch.linalg.vector_norm(formed).square()
+        return sums
 
     def along(self, direction: Tensor) -> Tensor:
         matrix = direction.view(self.outputs.shape[2], self.inputs.shape[2])

@@ -45,6 +45,10 @@ class Due(NamedTuple):
     rate: float = 1.0
 
 
+def _start_afresh(training: PrivateTraining, _: Any) -> None:
+    training.exposed = False
+
+
 @contextmanager
 def paused(model: nn.Module) -> Iterator[None]:
     """Let passes through that are protected, and no part of the loop, such as Guard.update's."""
@@ -96,22 +100,44 @@ class PrivateTraining(Installed):
         self.skipped = False
         """Whether the rest of the batch handed out last is not wanted."""
         self._handles: list[Any] = []
+        self._parameter_handles: list[Any] = []
+        self.exposed = False
+        """Whether a plain gradient reached a parameter since the weights were loaded."""
+        self.register_load_state_dict_post_hook(_start_afresh)
 
     def __getstate__(self) -> dict[str, Any]:
         transient = dict.fromkeys(("due", "tape", "_watch", "_key", "_reader"))
-        return {**self.__dict__, **transient, "live": False}
+        return {**self.__dict__, **transient, "live": False, "_parameter_handles": []}
 
     def install(self, model: nn.Module) -> None:
         """Start watching `model`."""
         before = model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
         after = model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
         self._handles = [before, after]
+        self._parameter_handles = [
+            p.register_post_accumulate_grad_hook(self._expose)
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+        self.live = True
 
     def uninstall(self, model: nn.Module) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self._parameter_handles):
             handle.remove()
-        self._handles = []
+        self._handles, self._parameter_handles = [], []
         self.live = False
+
+    def settle(self) -> None:
+        if self.exposed:
+            raise Unprotected(
+                "Expected gradients of the private loop only, got a plain one (of a pass in eval "
+                "mode, or around the model's own forward) since the weights were loaded. Evaluate "
+                "under torch.no_grad() or on a copy, and load the weights again."
+            )
+
+    def _expose(self, parameter: Tensor) -> None:
+        if self.live and not (self.engine.accumulates and self.tape is not None):
+            self.exposed = True
 
     # the loader's side
 

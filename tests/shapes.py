@@ -1,0 +1,50 @@
+"""Check every annotation of vitguard, the shapes of its tensors included, while the tests run.
+
+`VITGUARD_SHAPES=1 python -m pytest` turns it on, with pytest-xdist as well. A call that contradicts
+its annotation then raises `jaxtyping.TypeCheckError`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from beartype import BeartypeConf, beartype
+from beartype.roar import BeartypeDecorHintPep673Exception
+from jaxtyping import config, install_import_hook
+
+# As PEP 484 has it: where a float is wanted, an int will do.
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def checked(function: Any) -> Any:
+    """Return the function with its annotations checked; as it is where they say `Self`."""
+    try:
+        return _check(function)
+    except BeartypeDecorHintPep673Exception:  # known inside a class only, and methods come alone
+        return function
+
+
+class _Refused:
+    """`pytest.raises` without the check: a test of what we say to wrong input must get there."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.raises = _raises(*args, **kwargs)
+
+    def __enter__(self) -> Any:
+        self.before = config.jaxtyping_disable
+        config.update("jaxtyping_disable", True)
+        return self.raises.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        config.update("jaxtyping_disable", self.before)
+        return self.raises.__exit__(*error)
+
+
+_raises = pytest.raises
+
+
+def install() -> None:
+    """Turn the check on; call it before vitguard is imported."""
+    install_import_hook("vitguard", "tests.shapes.checked")
+    pytest.raises = _Refused  # type: ignore[assignment]

@@ -1,0 +1,91 @@
+"""A report as a table for the terminal that fits 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vitguard.report.finding import Finding
+from vitguard.report.results import AuditResults
+from vitguard.report.words import (
+    NOTHING,
+    accuracies,
+    baseline_text,
+    caution,
+    clean,
+    decibels,
+    remarks,
+    share,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+__all__ = ["print_to"]
+
+NAME = 15
+"""Columns for the name of an attack."""
+
+STYLES = {
+    "leaks": "bold red",
+    "resisted": "cyan",
+    "blocked": "magenta",
+    "not applicable": "dim",
+    "inconclusive": "yellow",
+}
+
+
+def print_to(report: AuditResults, console: Console) -> None:
+    """Print headline, one block per defense and the baseline; no line is wider than 80 columns."""
+    from rich.text import Text
+
+    def say(text: str, style: str = "", indent: int = 0) -> None:
+        for line in Text(clean(text), style).wrap(console, min(console.width, 80) - indent):
+            line.rstrip()
+            console.print(Text(" " * indent).append_text(line), no_wrap=True, crop=False)
+
+    say(f"{report.model.name}: {report.outcome()}", "bold")
+    say(report.headline())
+    console.print()
+    heading = f"  {'attack':<16}{'verdict':<15}{'matched dB':>10}{'gain':>8}{'PSNR':>8}"
+    console.print(Text(heading + f"{'ident.':>8}{'seconds':>9}", "dim"), no_wrap=True, crop=False)
+    said: set[tuple[str, str]] = set()
+    for defense, findings in report.configurations().items():
+        say(_heading(report, defense, findings), "bold")
+        for f in findings:
+            name = Text(clean(f.attack))
+            if name.cell_len > NAME:
+                say(f.attack, indent=2)
+                name = Text()
+            console.print(_row(report, f, name), crop=False)
+            for remark in remarks(f):
+                new = (f.attack, remark) not in said  # the first time is enough for a table
+                if new or f.verdict == "leaks" or remark in (accuracies(f), caution(f)):
+                    said.add((f.attack, remark))
+                    say(remark, "dim", indent=4)
+    console.print()
+    say(baseline_text(report), "dim")
+    for note in report.notes:
+        say(f"Note: {note}", "dim")
+
+
+def _heading(report: AuditResults, defense: str, findings: Sequence[Finding]) -> str:
+    if defense != "none":
+        return defense
+    control = all(map(report.is_control, findings))
+    return "none (the undefended control)" if control else "none (tensors withheld)"
+
+
+def _row(report: AuditResults, f: Finding, name: Text) -> Text:
+    """Return the line of a finding; an attack with a longer name has it on the line above."""
+    from rich.text import Text
+
+    line = Text("  ", no_wrap=True).append_text(name)
+    line.append(" " * (NAME + 1 - name.cell_len))
+    line.append(f"{f.verdict:<15}", STYLES[f.verdict])
+    line.append(f"{decibels(f.patch_psnr and f.patch_psnr.max):>10}")
+    line.append(f"{decibels(report.gain(f), signed=True):>8}")
+    line.append(f"{decibels(f.psnr and f.psnr.max):>8}{share(f.identified):>8}")
+    line.append(f"{NOTHING if f.seconds is None else f'{f.seconds:.2f}':>9}")
+    return line
