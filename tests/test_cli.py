@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from vitguard.cli import audit as audit_command
 from vitguard.cli import main
+from vitguard.cli.main import _parser
 from vitguard.models import build_model
 
 SMALL = (
@@ -322,7 +323,7 @@ def test_plan_says_what_remains(capsys):
     [([], 400, True), (["--iterations", "7"], 7, False), (["--device", "cuda"], 120_000, False)],
 )
 def test_on_a_cpu_a_matching_attack_by_name_is_its_preset(arguments, iterations, budget):
-    options = cli._parser().parse_args(["audit", "--attack", "gradvit", *arguments])
+    options = _parser().parse_args(["audit", "--attack", "gradvit", *arguments])
     (attack,) = audit_command._attacks(options)
     assert attack.iterations == iterations
     assert (attack.budget is not None) == budget

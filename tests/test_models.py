@@ -33,6 +33,14 @@ def test_a_spec_gives_the_constructors_keywords():
     assert anatomy.classes == 3 and anatomy.prefix == () and anatomy.blocks[0].scale1 is not None
 
 
+@pytest.mark.parametrize(
+    ("size", "want"), [("32x64", (32, 64)), ("64x16", (64, 16)), ("32", (32, 32))]
+)
+def test_a_size_that_is_not_square_can_be_written(size, want):
+    spec = f"vit_tiny_patch16_224:patch_size=8,depth=1,embed_dim=48,num_heads=2,img_size={size}"
+    assert Anatomy.of(build_model(spec)).image_size == want
+
+
 def test_random_weights_come_from_the_seed_and_leave_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ __all__ = [
 
 def build_model(spec: str, *, pretrained: bool = False, seed: int = 0) -> nn.Module:
     """Build a model from `NAME[:key=value,...]`, its random weights drawn from `seed`.
+
+    A size of height and width is written `img_size=32x64`.
 
     Args:
         spec: A timm name or `april_vit`, with keyword arguments of its constructor.
@@ -64,6 +67,8 @@ def _argument(item: str) -> tuple[str, Any]:
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return key, words[text.lower()]
+    if size := re.fullmatch(r"(\d+)x(\d+)", text):  # height x width, for images that are not square
+        return key, (int(size[1]), int(size[2]))
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return key, kind(text)

@@ -13,7 +13,7 @@ from vitguard.core import Update
 from vitguard.defenses.base import Draws, UpdateDefense
 from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
 from vitguard.defenses.privacy.accounting import gaussian_epsilon
-from vitguard.errors import Incompatible, InputError, Unprotected
+from vitguard.errors import Blocked, Incompatible, InputError, Unprotected
 from vitguard.guard import Guard, protect
 
 ANY = None
@@ -155,5 +155,7 @@ def test_an_update_that_is_refused_is_not_counted():
 
 def test_whole_numbers_do_not_leave_around_the_noise():
     numbers = Update({"a": torch.randn(3), "b": torch.tensor([7])})
-    with pytest.raises(InputError, match="floating-point"):
-        ClientPrivacy().seal(numbers, ANY, Draws())
+    sealed = ClientPrivacy().seal(numbers, ANY, Draws())
+    assert set(sealed.tensors) == {"a"} and not torch.equal(sealed.read("a"), numbers.read("a"))
+    with pytest.raises(Blocked, match="an integer, which cannot be noised"):
+        sealed.read("b")
