@@ -73,8 +73,18 @@ def test_an_interrupt_keeps_what_is_done_and_skips_the_rest(small_vit, photo):
     assert report.gate(max_gain=6) == 3
 
 
+@pytest.fixture
+def interruptible():
+    """Take SIGINT as at a terminal: a job in the background is begun with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("workers", "iterations"), [(1, 3), (2, 20)])
-def test_a_signal_reaches_the_attack_of_one_worker(small_vit, photo, workers, iterations):
+def test_a_signal_reaches_the_attack_of_one_worker(
+    small_vit, photo, workers, iterations, interruptible
+):
     seen: list[int] = []
 
     def signalled(progress):

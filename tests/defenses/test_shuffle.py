@@ -352,12 +352,14 @@ def test_images_of_another_size_and_a_grid_that_is_not_square():
 # how it fails closed
 
 
-def test_update_and_seal_refuse_a_model_in_eval_mode():
+def test_update_refuses_a_model_in_eval_mode_and_seal_what_was_made_in_it():
     guard = protect(net(), [PatchShuffle(0.5)])
     guard.model.eval()
     with pytest.raises(Unprotected, match="training mode"):
         guard.update(IMAGES, LABELS)
-    with pytest.raises(Unprotected, match="training mode"):
+    guard.seal(Update({}))  # trained before, evaluated since
+    guard.model(IMAGES).sum().backward()
+    with pytest.raises(Unprotected, match="taken in eval mode"):
         guard.seal(Update({}))
 
 
