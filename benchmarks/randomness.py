@@ -169,9 +169,9 @@ def grid_p(numbers: int, deviation: float = 1.0) -> float:
 
 def own(count: int) -> Array:
     """Return numbers of the package's source, both of a pair half a block apart."""
-    # what the source yields by turns are the first numbers of pairs and the second ones
-    pieces = [n.numpy() for _, n in Draws()._normals(count + 8 * BLOCK, 1.0)][:-2]
-    first, second = (np.concatenate(pieces[i::2])[: count // 2] for i in range(2))
+    # a piece of the source holds the first numbers of its pairs, then the second; the last is cut
+    pieces = [n.numpy() for _, n in Draws()._normals(count + 8 * BLOCK, 1.0)][:-1]
+    first, second = np.concatenate([p.reshape(2, -1) for p in pieces], 1)[:, : count // 2]
     halves = [x.reshape(-1, BLOCK // 2) for x in (first, second)]
     return np.stack(halves, axis=1).ravel()
 

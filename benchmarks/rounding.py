@@ -60,7 +60,7 @@ def errors(numbers: int) -> tuple[float, float]:
         exact = np.longdouble(words[:, inside]) / np.longdouble(2) ** 63
         square = np.square(exact).sum(0)
         true = exact * np.sqrt(-2 * np.log(square) / square)
-        off = np.abs(np.stack(pieces[2 * i : 2 * i + 2]) - true).astype(float)
+        off = np.abs(pieces[i].reshape(2, -1) - true).astype(float)
         r = np.maximum(np.sqrt(-2 * np.log(square)).astype(float), 1e-12)
         worst = max(worst, float(off.max()))
         share = max(share, float((off / (UNIT * (RADIUS * r + SMALL / r))).max()))

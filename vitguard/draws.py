@@ -193,12 +193,12 @@ class Draws:
             scale *= -2 * deviation**2
             scale /= radius
             np.sqrt(scale, out=scale)
-            for row in points:
-                numbers = row.take(inside)[: count - at]
-                numbers *= scale[: len(numbers)]
-                if len(numbers):
-                    yield at, torch.from_numpy(numbers)
-                at += len(numbers)
+            numbers = points.take(inside, axis=1)
+            numbers *= scale
+            numbers = numbers.reshape(-1)[: count - at]
+            if len(numbers):
+                yield at, torch.from_numpy(numbers)
+            at += len(numbers)
 
 
 def _cipher(key: bytes, *, counter: bool = False) -> Any:
