@@ -156,8 +156,10 @@ def above_flat_patches(model, pixels: torch.Tensor, ratio: float, mask: str, see
 @pytest.mark.parametrize("photo", range(7))
 def test_the_smoothest_image_shows_the_photo_at_5_percent_and_nothing_at_70(vit_base, photo):
     pixels = data.sample_images((224, 224), count=7).pixels[photo : photo + 1]
-    for mask in ("uniform", "blockwise"):
-        assert above_flat_patches(vit_base, pixels, 0.05, mask, photo) > 8
+    assert above_flat_patches(vit_base, pixels, 0.05, "uniform", photo) > 8
+    # where a rectangle of nine patches lies is luck: 6.6 to 14.9 dB on one photo
+    draws = (photo, 10, 11)
+    assert median(above_flat_patches(vit_base, pixels, 0.05, "blockwise", d) for d in draws) > 8
     assert above_flat_patches(vit_base, pixels, 0.7, "uniform", photo) < 2
 
 
