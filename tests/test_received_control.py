@@ -130,3 +130,11 @@ def test_an_audit_trains_with_momentum_as_it_is_told(small_vit, photo):
         LocalTraining(0.05, 2, "adam", momentum=0.9)
     with pytest.raises(InputError, match="optimizer among sgd, adam, adamw"):
         LocalTraining(0.05, optimizer="lamb")
+
+
+def test_steps_that_are_said_twice_are_refused_and_none_is_dropped(small_vit, photo):
+    guard = protect(small_vit().train(), [])
+    images = Normalization().apply(photo)
+    for twice in ({"learning_rate": 0.1}, {"learning_rate": 0.1, "local_steps": 2}):
+        with pytest.raises(InputError, match="LocalTraining says all of them"):
+            guard.update(images, LABEL, training=LocalTraining(0.05), **twice)

@@ -318,7 +318,13 @@ class Guard:
             if isinstance(defense, BatchDefense):
                 batch = defense.transform(batch, self._draws)
         self.verify()
-        training = training or LocalTraining(learning_rate, local_steps, optimizer)
+        said = LocalTraining(learning_rate, local_steps, optimizer)
+        if training is not None and said != LocalTraining():
+            raise expected(
+                "training, or learning_rate, local_steps and optimizer", "both",
+                "LocalTraining says all of them.",
+            )  # fmt: skip
+        training = training or said
         if training.learning_rate is None:
             tensors = self._gradient(batch, loss)
         else:

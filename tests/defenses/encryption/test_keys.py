@@ -135,7 +135,7 @@ def test_a_file_that_appears_while_keys_are_saved_is_kept(keys, tmp_path, cheap,
 
 
 def test_of_many_threads_that_save_to_one_path_one_succeeds(keys, tmp_path, cheap):
-    path, done, inside = tmp_path / "keys.json", [], threading.Barrier(6, timeout=60)
+    path, done, inside = tmp_path / "keys.json", [], threading.Barrier(6, timeout=600)
 
     def attempt(fresh):
         inside.wait()

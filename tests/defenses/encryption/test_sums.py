@@ -296,7 +296,7 @@ def test_a_round_is_opened_once_whatever_threads_do(run):
     first, second = run.sum(3), run.sum(2)
     for _ in range(5):
         decryptor = run.decryptor()
-        inside, results = threading.Barrier(2, timeout=60), []
+        inside, results = threading.Barrier(2, timeout=600), []
 
         def attempt(total, decryptor=decryptor, inside=inside, results=results):
             inside.wait()

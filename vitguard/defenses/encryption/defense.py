@@ -11,35 +11,15 @@ from torch import Tensor, nn
 from vitguard.core import Traits, Update
 from vitguard.defenses.base import Defense, Draws, UpdateDefense, traits_of
 from vitguard.defenses.encryption.backend import require_tenseal
-from vitguard.defenses.encryption.client import Decryptor, Encryptor, worst_error
-from vitguard.defenses.encryption.keys import KeySet, ServerKeys
-from vitguard.defenses.encryption.manifest import Entry, Manifest, model_version
-from vitguard.defenses.encryption.presets import PRESETS, Preset, preset
-from vitguard.defenses.encryption.selection import minimal_names, require_all_match, select_names
-from vitguard.defenses.encryption.server import Aggregator
-from vitguard.defenses.encryption.signing import SigningKey
+from vitguard.defenses.encryption.client import Encryptor
+from vitguard.defenses.encryption.keys import KeySet
+from vitguard.defenses.encryption.manifest import Manifest
+from vitguard.defenses.encryption.presets import preset
+from vitguard.defenses.encryption.selection import require_all_match, select_names
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy, canonical_parameters
 
-__all__ = [
-    "PRESETS",
-    "Aggregator",
-    "Decryptor",
-    "EncryptedGradients",
-    "Encryptor",
-    "Entry",
-    "KeySet",
-    "Manifest",
-    "Preset",
-    "ServerKeys",
-    "SigningKey",
-    "minimal_names",
-    "model_version",
-    "preset",
-    "require_all_match",
-    "select_names",
-    "worst_error",
-]
+__all__ = ["EncryptedGradients"]
 
 
 @dataclass(frozen=True)
