@@ -1,5 +1,5 @@
 """What the adversary is granted."""
 
-from vitguard.threats.curious_server import CuriousServer
+from vitguard.threats.curious_server import CuriousServer, Threat
 
-__all__ = ["CuriousServer"]
+__all__ = ["CuriousServer", "Threat"]

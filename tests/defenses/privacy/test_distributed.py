@@ -50,7 +50,7 @@ def join(rank, world, port):
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=600),
     )  # fmt: skip
 
 

@@ -301,7 +301,7 @@ def test_workers_collate_function_and_other_settings_are_carried_over():
     given = DataLoader(
         Tagged(), batch_size=6, num_workers=2, prefetch_factor=3, persistent_workers=True,
         worker_init_fn=remember, collate_fn=torch.utils.data.default_collate,
-        generator=generator, timeout=60, multiprocessing_context="fork", in_order=False,
+        generator=generator, timeout=600, multiprocessing_context="fork", in_order=False,
     )  # fmt: skip
     model, guard, optimizer, loader = prepared(given)
     kept = loader._loader
