@@ -30,7 +30,7 @@ def released(model: nn.Module, anatomy: Anatomy, traits: Traits) -> Released:
 def remaining(plain: Released) -> tuple[Remaining, ...]:
     """Return what every registered attack says of it, each statement once, rungs first."""
     attacks = [kind() for kind in attack_types().values() if issubclass(kind, Attack)]
-    attacks.sort(key=lambda a: (a.rung is None, a.rung or 0, a.family))
+    attacks.sort(key=lambda a: (a.rung is None, a.rung.exact if a.rung else 0, a.family))
     said = [one for attack in attacks for one in attack.remains(plain)]
     return tuple({one.attack: one for one in said}.values())
 
