@@ -9,7 +9,6 @@ from torch import nn
 from vitguard.attacks.base import Attack
 from vitguard.core import Traits
 from vitguard.defenses.base import Defense, traits_of
-from vitguard.defenses.encryption.selection import select_names
 from vitguard.errors import Incompatible
 from vitguard.registry import attack_types
 from vitguard.released import Released, Remaining
@@ -23,7 +22,7 @@ def released(model: nn.Module, anatomy: Anatomy, traits: Traits) -> Released:
     sizes = {n: p.numel() for n, p in canonical_parameters(model).items()}
     if traits.positions != "learnable":
         sizes.pop(anatomy.positions or "", None)
-    chosen = {n for select in traits.sealed for n in select_names(anatomy, select, sizes)}
+    chosen = {n for select in traits.sealed for n in anatomy.select(select, sizes)}
     return Released(anatomy, sizes, frozenset(sizes) - chosen, traits)
 
 

@@ -36,6 +36,7 @@ def discover(package: str, *bases: type) -> dict[str, type[Any]]:
         if not (inspect.isclass(value) and issubclass(value, bases)):
             kinds = " or ".join(base.__name__ for base in bases)
             raise expected(f"a class of {kinds} at entry point {point.name}", repr(value))
-        if found.setdefault(value.name, value) is not value:  # type: ignore
-            raise expected(f"a name of its own at entry point {point.name}", repr(value.name))
+        name: str = value.name  # type: ignore[attr-defined]
+        if found.setdefault(name, value) is not value:
+            raise expected(f"a name of its own at entry point {point.name}", repr(name))
     return dict(sorted(found.items()))
