@@ -17,6 +17,8 @@ DEFAULT_DEFENSES = (
     "positions:kind=sincos",
     "withheld",
     "noise:scale=0.01",
+    "privacy:epsilon=8.0,epochs=3",
+    "encryption:select=plan",
 )
 DEFAULT_REPORT = "vitguard-report.html"
 DEFAULT_BUDGET = 50.0
