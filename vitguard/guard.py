@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vitguard.analysis import refuse_given_away
 from vitguard.core import Batch, LocalTraining, Loss, Traits, Update
@@ -25,10 +26,11 @@ from vitguard.defenses.base import (
     UpdateDefense,
     rewinding,
     traits_of,
+    watch_gradients,
 )
 from vitguard.defenses.encryption.selection import select_names
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
-from vitguard.joining import join
+from vitguard.joining import drop, join
 from vitguard.registry import parse_stack
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of
 
@@ -100,6 +102,7 @@ def protect(
     refuse_given_away(model, anatomy, ordered)
     draws = Draws(generator)
     protection = Protection(anatomy, tuple(ordered), draws)
+    before = list(model.parameters())
     try:
         for defense in ordered:
             if isinstance(defense, ModelDefense):
@@ -107,9 +110,11 @@ def protect(
     except BaseException:
         protection.uninstall(model)
         raise
+    left = {id(p) for p in model.parameters()}
+    protection.taken = WeakIdKeyDictionary({p: None for p in before if id(p) not in left})
     model.add_module("vitguard", protection.train(model.training))
     if any(isinstance(d, StepDefense) for d in ordered):
-        protection.watch = model.register_forward_pre_hook(_require_preparation)
+        protection.watch_training(model)
     return Guard(model)
 
 
@@ -123,7 +128,12 @@ class Protection(nn.Module):
         self.draws = draws
         self.prepared = False
         """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
-        self.watch: Any = None
+        self.watches: list[Any] = []
+        """Hooks that tell of training before `prepare`, where the stack protects each step."""
+        self.exposed = False
+        """Whether a plain gradient reached a parameter before `prepare`, since the last load."""
+        self.taken: Iterable[nn.Parameter] = ()
+        """Parameters that the defenses took out of the model and something still holds."""
         self.brought: set[str] = set()
         """What the last state dict held of the defenses' own tensors."""
         self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
@@ -135,7 +145,20 @@ class Protection(nn.Module):
         return f"Protection({', '.join(map(repr, self.defenses))})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "prepared": False}  # a copy has no private optimizer of its own
+        # a copy has no private optimizer of its own, and nobody's optimizer holds what was taken
+        fresh = {"prepared": False, "taken": (), "watches": self.watches[:1]}
+        return {**self.__dict__, **fresh}
+
+    def watch_training(self, model: nn.Module) -> None:
+        """Refuse plain training passes, and note gradients that came around the model itself."""
+        self.watches = [
+            model.register_forward_pre_hook(_require_preparation),
+            *watch_gradients(model.parameters(), self._expose),
+        ]
+
+    def _expose(self, parameter: Tensor) -> None:
+        if not self.prepared:
+            self.exposed = True
 
     def installed(self) -> list[Installed]:
         """Return the installed pieces, in order."""
@@ -145,8 +168,13 @@ class Protection(nn.Module):
         """Undo the pieces in reverse order."""
         for piece in reversed(self.installed()):
             piece.uninstall(model)
-        if self.watch is not None:
-            self.watch.remove()
+        self.unwatch()
+
+    def unwatch(self) -> None:
+        """Let every training pass through, unnoticed."""
+        for handle in self.watches:
+            handle.remove()
+        self.watches = []
 
 
 def _require_preparation(model: nn.Module, args: Any) -> None:
@@ -171,6 +199,7 @@ def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_
 def _restored(module: nn.Module, incompatible_keys: Any) -> None:
     """Note which lost values a state dict of a protected model has brought back."""
     assert isinstance(module, Protection)
+    module.exposed = False  # what was done to the weights before will not be sent
     for name, piece in module.named_children():
         if isinstance(piece, Installed):
             piece.lost = frozenset(n for n in piece.lost if f"{name}.{n}" not in module.brought)
@@ -240,8 +269,9 @@ class Guard:
         """Make an optimizer (and loader) right for the protected model, like accelerate's prepare.
 
         Parameters that a defense added join the groups of the optimizer that hold their like (see
-        `vitguard.joining`), so schedulers built around it go on. Under differential privacy the
-        returned optimizer and loader replace the old ones, whose next step raises.
+        `vitguard.joining`), and those that one took out of the model leave it, so schedulers built
+        around it go on. Under differential privacy the returned optimizer and loader replace the
+        old ones, whose next step raises.
 
         Returns:
             The optimizer, or `(optimizer, loader)` when a loader is given.
@@ -252,6 +282,8 @@ class Guard:
             for name, p in self._protection.named_parameters(prefix="vitguard")
             if p.requires_grad and id(p) not in known
         }
+        if gone := [p for p in self._protection.taken if id(p) in known]:
+            drop(optimizer, gone)
         if added:
             join(optimizer, added, self.model, self.anatomy)
         step = self._step()
@@ -450,7 +482,28 @@ class Guard:
         for piece in self._in_place():
             piece.settle()
             piece.intact(self.model)
+        self._require_released(update)
         return self._seal(update)
+
+    def _require_released(self, update: Update) -> None:
+        """Raise Unprotected if an update says something that no private step released."""
+        step = self._step()
+        if self._protection.exposed:
+            raise Unprotected(
+                "Expected gradients of the private loop only, got a plain one (of a pass in eval "
+                "mode, or around the model's own forward) between protect and prepare. Load the "
+                "weights from before it, then train on what prepare returned."
+            )
+        if not isinstance(step, Ledgered) or not isinstance(update, Update):
+            return
+        if not self._ledgers[step.name].steps and any(
+            bool(t.any()) for t in update.tensors.values()
+        ):
+            raise Unprotected(
+                f"Expected an update that private steps made, got one while the ledger of "
+                f"{step.name} counts none. Train on the optimizer and loader that prepare "
+                "returned; after a restart call guard.load_state_dict with what the guard saved."
+            )
 
     def _seal(self, update: Update) -> Update:
         if not isinstance(update, Update):
@@ -470,8 +523,15 @@ class Guard:
         for piece in self._protection.installed():
             held |= {n: r for n, r in piece.withheld().items() if n in tensors}
         acting = [d for d in self.defenses if isinstance(d, UpdateDefense)]
-        if any(isinstance(d, Ledgered) for d in acting):
-            held |= self._frozen(tensors)
+        frozen = self._frozen(tensors)
+        left_out = {n for d in acting for n in d.leaves_out(frozen)}
+        if moved := next((n for n in frozen if n in left_out and bool(tensors[n].any())), None):
+            raise expected(
+                f"no change of {moved}, which is frozen", "one",
+                "Unfreeze it before seal: what was trained must be protected.",
+            )  # fmt: skip
+        reason = "frozen, so that there is nothing to send"
+        held |= {n: reason for n in frozen if n in left_out}
         update = update.seal(held)
         with self._released(acting):
             for defense in acting:
@@ -489,19 +549,10 @@ class Guard:
         chosen = {n for s in self.traits.sealed for n in select_names(self.anatomy, s, sent)}
         return {n: p.detach() for n, p in sent.items() if n in chosen}
 
-    def _frozen(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return the frozen parameters of a difference of whole state dicts, with the reason.
-
-        Noise with a guarantee would move what was never trained; which are frozen is public.
-        """
+    def _frozen(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Return the frozen parameters in a difference of whole state dicts; they are public."""
         weights = {canonical_name(n): p for n, p in self.model.named_parameters()}
-        names = [n for n in tensors if n in weights and not weights[n].requires_grad]
-        if moved := next((n for n in names if bool(tensors[n].any())), None):
-            raise expected(
-                f"no change of {moved}, which is frozen", "one",
-                "Unfreeze it before seal: what was trained must be noised.",
-            )  # fmt: skip
-        return dict.fromkeys(names, "frozen, so that there is nothing to send")
+        return [n for n in tensors if n in weights and not weights[n].requires_grad]
 
     def truth(self) -> Mapping[str, Tensor]:
         """Return the last secret draws, for scores only; an attack never sees them."""
@@ -517,8 +568,7 @@ class Guard:
         protection: Protection = model.get_submodule("vitguard")  # type: ignore[assignment]
         for piece in reversed(protection.installed()):
             piece.publish(model)
-        if protection.watch is not None:
-            protection.watch.remove()
+        protection.unwatch()
         del model.vitguard
         return model
 
