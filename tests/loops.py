@@ -253,6 +253,12 @@ COLUMNS = [
         shuffled=True,
     ),
     Column("privacy", "privacy:noise=0.5,clip=0.8,delta=0.01", clip=0.8, noise=0.5),
+    Column(
+        "all three",
+        "positions:kind=sincos+shuffle:ratio=0.5,mask=uniform,dal=tokens,dal_weight=0.5"
+        "+privacy:noise=0.5,clip=0.8,delta=0.01",
+        fixed=True, shuffled=True, clip=0.8, noise=0.5,
+    ),
     Column("noise", "noise:scale=0.1", scale=0.1),
     Column("encryption", "encryption", encrypted=True),
 ]  # fmt: skip
@@ -303,6 +309,9 @@ class Result:
     averaged: Weights = field(default_factory=dict)
     sealed: Weights = field(default_factory=dict)
     spent: list[tuple[float, float, int]] = field(default_factory=list)
+    moves: list[dict[int, int]] = field(default_factory=list)
+    """Which patch went to each masked slot, image by image: no weight shows it, because the
+    masked patches share one embedding and attention does not know their order."""
 
 
 class Drawn:
@@ -364,7 +373,7 @@ def reference(
     start = {n: t.clone() for n, t in w.items()}
     buffers: Weights = {}
     averaged: Weights = {}
-    spent = []
+    spent, moves = [], []
     for k in range(STEPS):
         sums = {n: torch.zeros_like(w[n]) for n in names}
         for piece in range(loop.micro):
@@ -376,6 +385,7 @@ def reference(
                 drawn.shuffles(len(chosen), column.ratio) if column.shuffled else []
                 for _ in range(loop.views)
             ]
+            moves += [s for view in shuffles for s in view]
             for j, i in enumerate(chosen):
                 gradient = _gradient_of_one(
                     w, names, images[i], int(labels[i]), [s[j] for s in shuffles if s],
@@ -411,7 +421,7 @@ def reference(
             averaged = {n: keep * averaged.get(n, w[n]) + (1 - keep) * w[n] for n in w}
     result = Result(w, start, averaged)
     result.sealed = _sent(w, start, names, column, drawn, fault)
-    result.spent = spent
+    result.spent, result.moves = spent, moves
     return result
 
 
@@ -431,14 +441,14 @@ def _gradient_of_one(
             if view and fault == "one view only":
                 break
             shuffle = shuffles[view] if shuffles else None
-            if fault == "patches stay" and shuffle:
-                shuffle = {s: s for s in shuffle}
+            if fault == "masked patches keep their positions" and shuffle:
+                shuffle = dict(list(shuffle.items())[1:])
             seen = image.flip(-1) if view else image
             outputs = outputs_of(leaves, seen, shuffle)
             loss = loss - logits_of(leaves, outputs).log_softmax(-1)[label]
             if shuffle is not None and fault != "no localization":
                 loss = loss + localization_of(leaves, outputs, shuffle, column.dal_weight)
-    return list(torch.autograd.grad(loss, [leaves[n] for n in names]))
+    return list(torch.autograd.grad(loss, [leaves[n] for n in names], materialize_grads=True))
 
 
 def _sent(
