@@ -275,7 +275,11 @@ class Guard:
 
         Returns:
             The optimizer, or `(optimizer, loader)` when a loader is given.
+
+        Raises:
+            InputError: The model is frozen whole, or the optimizer cannot take in what was added.
         """
+        self._trained()
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         added = {
             name: p
