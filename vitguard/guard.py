@@ -32,6 +32,7 @@ from vitguard.defenses.encryption.selection import select_names
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
 from vitguard.joining import drop, join
 from vitguard.registry import parse_stack
+from vitguard.tensor_files import check_plain
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of
 
 __all__ = ["Guard", "Stack", "protect", "stack_of"]
@@ -373,6 +374,8 @@ class Guard:
         if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
             got = f"{type(images).__name__} and {type(labels).__name__}"
             raise expected("images and labels as tensors", got, "torch.as_tensor makes them.")
+        if images.is_meta or labels.is_meta:
+            raise expected("images and labels with values", "some on the meta device")
         if images.dim() != 4 or images.shape[1] != channels or not images.is_floating_point():
             raise expected(
                 f"floating-point images of shape (batch, {channels}, height, width)",
@@ -385,17 +388,35 @@ class Guard:
             raise expected(f"labels from 0 to {classes - 1}", labels.tolist())
 
     def _gradient(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
-        own, given = self.anatomy.image_size, tuple(batch.images.shape[2:])
         try:
             return self._backward(batch, loss)
         except (AssertionError, RuntimeError, ValueError) as error:
-            # only some models take images of another size, and each refuses them in its own way
-            if own == given or isinstance(error, VitguardError):
+            # only some models take images of another size, type or device, and each refuses them
+            # in its own way
+            misfit = None if isinstance(error, VitguardError) else self._misfit(batch)
+            if misfit is None:
                 raise
-            raise expected(
+            raise misfit from error
+
+    def _misfit(self, batch: Batch) -> InputError | None:
+        """Return what of a batch is not as the model is: size, type or device."""
+        own, given = self.anatomy.image_size, tuple(batch.images.shape[2:])
+        if own != given:
+            return expected(
                 f"images of {own[0]} x {own[1]} pixels", f"{given[0]} x {given[1]}",
                 "Resize them, or build the model for their size.",
-            ) from error  # fmt: skip
+            )  # fmt: skip
+        weight = self.model.get_parameter(self.anatomy.patch_weight)
+        images, labels = batch.images, batch.labels
+        if (images.device, images.dtype) != (weight.device, weight.dtype):
+            return expected(
+                f"images in {weight.dtype} on {weight.device}, as the model is",
+                f"{images.dtype} on {images.device}",
+                "Use images.to(parameter), with a parameter of the model.",
+            )
+        if labels.device != images.device:
+            return expected(f"labels on {images.device}, as the images are", labels.device)
+        return None
 
     def _backward(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         step = self._step()
@@ -522,6 +543,8 @@ class Guard:
                 "an update by the model's parameter names", strangers[0],
                 "A name that no defense knows would leave unprotected.",
             )  # fmt: skip
+        for name, tensor in tensors.items():
+            check_plain(name, tensor, "the update")
         update = replace(update, tensors=tensors)
         held: dict[str, str] = {}
         for piece in self._protection.installed():

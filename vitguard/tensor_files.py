@@ -45,9 +45,10 @@ def check_plain(name: str, tensor: object, where: object) -> None:
     assert isinstance(tensor, Tensor)
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _KINDS:
         kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        do = "Convert it with .to_dense() or .float() first."
         raise expected(
             f"{name} as a dense tensor of 16 to 64 bit numbers", f"{kind} in {where}",
-            "Convert it with .to_dense() or .float() first.",
+            "Load its values first." if tensor.is_meta else do,
         )  # fmt: skip
 
 
