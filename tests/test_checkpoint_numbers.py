@@ -53,7 +53,11 @@ def test_numbers_that_are_no_weights_are_refused_by_type_and_name(tmp_path, form
     target, before = vit(), vit().state_dict()
     path = write(tmp_path, form, state | {k: state[k].to(kind) for k in chosen})
     named = str(kind).removeprefix("torch.")
-    with pytest.raises(InputError, match=f"{'head.weight.*' if part == 'one' else ''}{named}"):
+    if (form, kind) == ("safetensors", torch.float8_e8m0fnu):
+        named = "F8_E8M0"  # the reader of the file knows no more
+    elif part == "one":
+        named = f"head.weight.*{named}"
+    with pytest.raises(InputError, match=named):
         load_checkpoint(target, path)
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 

@@ -163,6 +163,13 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
     except InputError:
         raise
     except Exception as error:
+        if isinstance(error, KeyError) and _is_safetensors(
+            path
+        ):  # what that library says of a type
+            raise expected(
+                "weights in 16 to 64 bit numbers", f"{error.args[0]} in {path}",
+                "Convert them with .float() first.",
+            ) from error  # fmt: skip
         # not in torch's words: of a pickled model they advise to run the code in the file
         foreign = _foreign_objects(path)
         why = f": it holds {', '.join(foreign[:3])}" if foreign else ""
