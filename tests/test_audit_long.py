@@ -16,8 +16,8 @@ from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
 from vitguard.audit import LocalTraining, audit
+from vitguard.audit.attempts import INTERRUPTED
 from vitguard.audit.received import audit_update
-from vitguard.audit.stage import INTERRUPTED
 from vitguard.core import Guess, Normalization
 from vitguard.errors import InputError, LeakFound
 from vitguard.guard import Guard, protect

@@ -10,7 +10,7 @@ from PIL import Image
 
 import vitguard as vg
 from vitguard import data
-from vitguard.audit.attempts import decoys_for
+from vitguard.audit.exposure import decoys_for
 from vitguard.cli.main import main
 from vitguard.vit import Anatomy
 

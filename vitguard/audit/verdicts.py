@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitguard.core import Guess
+from vitguard.attacks.base import Attack
+from vitguard.audit.attempts import Attempt
 from vitguard.data import pictured
-from vitguard.metrics import Baseline, Scores, identification_p, mask_score
+from vitguard.metrics import identification_p, mask_score
 from vitguard.report.finding import LEAK_GAIN, Control, Finding, Mask, Pictures, Summary, Verdict
 
-__all__ = ["LABELS_ONLY", "Attempt", "finding_of", "labels_overlap", "rivals_of"]
+__all__ = ["LABELS_ONLY", "finding_of", "rivals_of"]
 
 CHANCE = 0.01
 CROWDING = 5
@@ -25,42 +26,15 @@ hits within a batch go together (4,800 batches of 1 to 7 photos, 32 x 32).
 """
 LABELS_ONLY = "recovers labels, no image"
 _PICTURES = 4
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One run of an attack on one batch: a scored guess, or why there is none.
-
-    A guess of labels without an image has no scores.
-    """
-
-    truths: Tensor
-    names: tuple[str, ...]
-    baseline: Baseline
-    state: Literal["guessed", "blocked", "not applicable", "failed"] = "guessed"
-    reason: str = ""
-    guess: Guess | None = None
-    scores: Scores | None = None
-    labels_correct: float | None = None
-    mask: Tensor | None = None
-    seconds: float = 0.0
-
-
-def labels_overlap(guess: Tensor | None, truth: Tensor) -> float | None:
-    """Return the share of labels recovered, as multisets, in [0, 1]; None without a guess."""
-    if guess is None or truth.is_floating_point() or guess.shape != truth.shape:
-        return None
-    if guess.is_floating_point() or int(guess.min()) < 0:
-        return None
-    size = int(max(guess.max(), truth.max())) + 1
-    counts = [torch.bincount(x.cpu().long(), minlength=size) for x in (guess, truth)]
-    return int(torch.minimum(*counts).sum()) / len(truth)
+_ALIKE = 40.0
+"""PSNR in dB from which a guess is the image that was given; a flat one is no leak by its gain."""
+_REPRODUCED = 0.05
+"""Relative error of the simulated update up to which a guess explains the update."""
 
 
 def finding_of(
     defense: str,
-    attack: str,
-    settings: dict[str, Any],
+    attack: Attack,
     attempts: Sequence[Attempt],
     control: Finding | None,
     control_attempts: Sequence[Attempt],
@@ -69,25 +43,34 @@ def finding_of(
 
     Args:
         control: The finding of the same attack on the undefended model, None for the control.
+        control_attempts: What that finding is of, for the pictures.
     """
-    guessed = [a for a in attempts if a.scores is not None]
-    base = Finding(defense, attack, "inconclusive", settings=settings, control=_control_of(control))
+    base = Finding(
+        defense, attack.name, "inconclusive", settings=attack.settings(),
+        control=None if control is None else Control(control.verdict, control.psnr),
+    )  # fmt: skip
+    guessed = [a for a in attempts if a.guess is not None and len(a.guess.images)]
     if not guessed and (labelled := [a for a in attempts if a.guess is not None]):
         return _labels_only(base, labelled)
     if not guessed:
         first = next((a for a in attempts if a.state == "failed"), attempts[0])
         verdicts: dict[str, Verdict] = {"blocked": "blocked", "not applicable": "not applicable"}
         return replace(base, verdict=verdicts.get(first.state, "inconclusive"), reason=first.reason)
-    gains = torch.cat([a.scores.patch_psnr - a.baseline.patch_psnr for a in guessed])  # type: ignore[union-attr]
-    measured = replace(base, **_measurements(guessed), gain=float(gains.max()))
-    verdict, reason = _verdict(measured, guessed, control)
-    if failed := [a for a in attempts if a.scores is None]:
+    scored = [a for a in guessed if a.scores is not None]
+    measured = replace(base, **(_measurements(scored) if scored else _unmeasured(guessed)))
+    verdict, reason = _verdict(measured, scored, control) if scored else _truth_unknown(guessed)
+    if why := next((e for a in guessed if (e := _explanation(a))), ""):
+        # whatever the images are said to be: its guess is what the update was made of
+        if scored and verdict != "leaks" and (measured.psnr is None or measured.psnr.max < _ALIKE):
+            why += ", and is none of the images that were given: check them, mean and deviation"
+        if verdict != "leaks":
+            verdict, reason = "leaks", why
+    if failed := [a for a in attempts if a not in guessed]:
         reason = f"{reason}; {len(failed)} of {len(attempts)} batches: {failed[0].reason}"
         # the control may leak on the very batches that were not attacked here
         verdict = "inconclusive" if verdict == "resisted" else verdict
-    return replace(
-        measured, verdict=verdict, reason=reason, images=_pictures(guessed, control_attempts)
-    )
+    pictures = _pictures(scored, control_attempts) if scored else _guesses(guessed)
+    return replace(measured, verdict=verdict, reason=reason, images=pictures)
 
 
 def _labels_only(base: Finding, attempts: Sequence[Attempt]) -> Finding:
@@ -102,6 +85,33 @@ def _labels_only(base: Finding, attempts: Sequence[Attempt]) -> Finding:
         seconds=sum(a.seconds for a in attempts) / len(attempts),
         details=dict(attempts[0].guess.details) if attempts[0].guess else {},
     )
+
+
+def _explanation(attempt: Attempt) -> str:
+    """Return why the update itself says that a guess is right, "" where it does not.
+
+    A guess that was fitted to the update reproduces it, with images that are nothing like the
+    truth. Where the audit made the update, the truth decides.
+    """
+    guess, error = attempt.guess, attempt.error
+    if attempt.facts.certain or guess is None:
+        return ""
+    if error is not None and error <= _REPRODUCED and not guess.fitted:
+        return f"the reconstruction reproduces the update to {100 * error:.2g} %"
+    if guess.verified is not None and bool(guess.verified.any()):
+        proved, patches = int(guess.verified.sum()), guess.verified.numel()
+        return f"{proved} of {patches} patches proved by the attack itself"
+    return ""
+
+
+def _truth_unknown(guessed: Sequence[Attempt]) -> tuple[Verdict, str]:
+    error = guessed[0].error
+    why = "the guess does not reproduce the update"
+    if error is None:
+        why = "whether the guess reproduces the update could not be checked"
+    elif error <= _REPRODUCED:
+        why = f"the guess was fitted to the update (to {100 * error:.2g} %): others may fit as well"
+    return "inconclusive", f"the truth is not known and {why}"
 
 
 def rivals_of(finding: Finding) -> int:
@@ -151,7 +161,9 @@ def _measurements(guessed: Sequence[Attempt]) -> dict[str, Any]:
         details["verified"] = float(worst.guess.verified.double().mean())
     if (patches := worst.scores.recovered) is not None:  # type: ignore[union-attr]
         details["recovered"] = float(patches.double().mean())
+    gains = [a.scores.patch_psnr - a.facts.scale.baseline.patch_psnr for a in guessed]  # type: ignore[union-attr]
     return {
+        "gain": float(torch.cat(gains).max()),
         **{name: gather(name) for name in ("psnr", "patch_psnr", "ssim", "mse", "fft2d")},
         "identified": float(identified.mean()),
         "labels_correct": sum(labels) / len(labels) if labels else None,
@@ -160,6 +172,16 @@ def _measurements(guessed: Sequence[Attempt]) -> dict[str, Any]:
         "seconds": sum(a.seconds for a in guessed) / len(guessed),
         "details": details,
     }
+
+
+def _unmeasured(guessed: Sequence[Attempt]) -> dict[str, Any]:
+    """Return what can be said of guesses whose truth nobody knows."""
+    first = guessed[0]
+    assert first.guess is not None
+    details = {**first.guess.details, "update_error": first.error}
+    if first.guess.verified is not None:
+        details["verified"] = float(first.guess.verified.double().mean())
+    return {"seconds": sum(a.seconds for a in guessed) / len(guessed), "details": details}
 
 
 def _mask(guessed: Sequence[Attempt]) -> Mask | None:
@@ -175,10 +197,6 @@ def _mask(guessed: Sequence[Attempt]) -> Mask | None:
     return Mask(sum(precision) / len(precision), sum(recall) / len(recall))
 
 
-def _control_of(control: Finding | None) -> Control | None:
-    return None if control is None else Control(control.verdict, control.psnr)
-
-
 def _pictures(guessed: Sequence[Attempt], controls: Sequence[Attempt]) -> Pictures:
     """Return the closest reconstructions beside original and control, in the report's order."""
 
@@ -187,15 +205,19 @@ def _pictures(guessed: Sequence[Attempt], controls: Sequence[Attempt]) -> Pictur
             name: pictured(a.guess.images[int(a.scores.patch_assignment[i])].float().cpu())
             for a in attempts
             if a.guess is not None and a.scores is not None
-            for i, name in enumerate(a.names)
+            for i, name in enumerate(a.facts.names)
         }
 
     closeness = {
         name: float(a.scores.patch_psnr[i])  # type: ignore[union-attr]
         for a in guessed
-        for i, name in enumerate(a.names)
+        for i, name in enumerate(a.facts.names)
     }
-    originals = {name: a.truths[i] for a in guessed for i, name in enumerate(a.names)}
+    originals = {
+        name: a.facts.truths[i]  # type: ignore[index]
+        for a in guessed
+        for i, name in enumerate(a.facts.names)
+    }
     closest = sorted(closeness, key=lambda name: -closeness[name])[:_PICTURES]
     names = [name for name in originals if name in closest]
     made, control = shown(guessed), shown(controls)
@@ -205,3 +227,8 @@ def _pictures(guessed: Sequence[Attempt], controls: Sequence[Attempt]) -> Pictur
         reconstruction=torch.stack([made[n] for n in names]),
         names=tuple(names),
     )
+
+
+def _guesses(guessed: Sequence[Attempt]) -> Pictures:
+    images = [a.guess.images for a in guessed if a.guess is not None]
+    return Pictures(reconstruction=pictured(torch.cat(images).float())[:_PICTURES])
