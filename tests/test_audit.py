@@ -222,7 +222,8 @@ def test_guesses_that_know_nothing_are_never_a_leak(
 
 def test_identification_by_chance_is_no_leak_but_by_merit_it_is(small_vit, photos):
     from vitguard.audit.attempts import Attempt
-    from vitguard.audit.exposure import Facts, Scale
+    from vitguard.audit.exposure import Facts
+    from vitguard.audit.scale import Scale
     from vitguard.audit.verdicts import finding_of
     from vitguard.metrics import baseline, score
 
@@ -235,7 +236,7 @@ def test_identification_by_chance_is_no_leak_but_by_merit_it_is(small_vit, photo
         facts = Facts(tuple("abcde"[:count]), (4, 4), truths, scale=scale)
         scores = score(guess, truths, (4, 4), decoys=decoys)
         attempt = Attempt(facts, guess=Guess(guess), scores=scores)
-        return finding_of("none", PositionInversion(), [attempt], None, ())
+        return finding_of("none", PositionInversion(), [attempt])
 
     faint = (0.5 + 0.1 * (photos - photos.mean((2, 3), keepdim=True))).clamp(0, 1)
     assert verdict(faint, 5).gain < 6

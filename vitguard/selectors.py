@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vitguard.errors import InputError, expected
 
@@ -16,6 +16,7 @@ _MINIMAL = ("minimal", "plan")
 _CHOICES = (*SELECTORS, *_MINIMAL)
 
 
+@runtime_checkable
 class Roles(Protocol):
     """What a selection asks an `Anatomy`: the role of each parameter, and its blocks."""
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from vitguard.attacks.base import Attack
-from vitguard.audit.exposure import Exposure, Facts, covered
+from vitguard.attacks.budget import CutShort
+from vitguard.audit.exposure import Exposure, Facts
+from vitguard.audit.scale import covered, line_up
 from vitguard.core import Guess, View
 from vitguard.errors import Blocked, NotApplicable, Unprotected, VitguardError
-from vitguard.metrics import Scores, score
+from vitguard.metrics import Scores, identification, score
 from vitguard.vit import Anatomy
 
 __all__ = [
@@ -56,6 +58,8 @@ def outcome_of(run: Callable[[], Result]) -> Outcome[Result]:
         result = run()
     except Blocked as error:
         return Outcome("blocked", str(error))
+    except CutShort as error:
+        return Outcome("failed", f"it was cut short: {error}")
     except NotApplicable as error:
         return Outcome("not applicable", str(error))
     except Exception as error:
@@ -112,10 +116,10 @@ def attempt(attack: Attack, facts: Facts, exposure: Exposure, seed: int) -> Atte
         made = replace(made, error=_relative_error(view, guess, seed))
     if facts.truths is None or facts.scale is None:
         return made
-    images = (guess.images, facts.truths.cpu(), facts.scale.decoys)
-    guessed, truths, others = (covered(t, facts.patch_size) for t in images)
-    scores = score(guessed, truths, facts.patch_size, decoys=others, verified=guess.verified)
-    return replace(made, scores=scores)
+    guessed, truths = (covered(t, facts.patch_size) for t in (guess.images, facts.truths.cpu()))
+    scores = score(guessed, truths, facts.patch_size, verified=guess.verified)
+    told = identification(line_up(guess.images), line_up(facts.truths.cpu()), facts.scale.decoys)
+    return replace(made, scores=replace(scores, identified=told, decoys=len(facts.scale.decoys)))
 
 
 def labels_overlap(guess: Tensor | None, truth: Tensor | None) -> float | None:

@@ -8,33 +8,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vitguard import data
+from vitguard.audit.scale import Scale
 from vitguard.core import View
 from vitguard.defenses.base import Defense
-from vitguard.metrics import Baseline, baseline
 
-__all__ = ["Exposure", "Facts", "Run", "Scale", "bound_of", "covered", "decoys_for"]
-
-_DECOYS = 100
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What numbers about a batch are compared with.
-
-    Args:
-        decoys: Images that are not in the batch, pixels in [0, 1].
-        baseline: What guesses without information score on each image.
-    """
-
-    decoys: Tensor
-    baseline: Baseline
-
-    @staticmethod
-    def of(truths: Tensor, patch_size: tuple[int, int], decoys: Tensor) -> Scale:
-        """Return the scale of `truths`; the mean image is that of the decoys."""
-        mean = covered(data.mean_image(decoys), patch_size)
-        return Scale(decoys, baseline(covered(truths, patch_size), patch_size, mean_image=mean))
+__all__ = ["Exposure", "Facts", "Run", "bound_of"]
 
 
 @dataclass(frozen=True)
@@ -92,16 +70,3 @@ def bound_of(stack: Sequence[Defense], steps: int) -> Callable[[float], float | 
         return min((b for b in held if b is not None), default=None)
 
     return bound
-
-
-def covered(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Cut images to whole patches: the model never sees a border that no patch covers."""
-    high, wide = (n - n % p for n, p in zip(images.shape[-2:], patch_size, strict=True))
-    return images[..., :high, :wide]
-
-
-def decoys_for(truth: Tensor, seed: int) -> Tensor:
-    """Return decoys with as many channels as `truth`: grey ones for a single channel."""
-    channels, size = truth.shape[1], (truth.shape[-2], truth.shape[-1])
-    colour = truth if channels == 3 else truth.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    return data.with_channels(data.decoys(_DECOYS, size, seed=seed, truth=colour), channels)

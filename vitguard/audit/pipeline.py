@@ -12,7 +12,7 @@ from pathlib import Path
 from vitguard.attacks.base import Attack
 from vitguard.audit.attempts import INTERRUPTED, Attempt, attempt, seed_of
 from vitguard.audit.exposure import Facts, Run
-from vitguard.audit.verdicts import finding_of, rivals_of
+from vitguard.audit.verdicts import Beside, finding_of, rivals_of
 from vitguard.errors import expected
 from vitguard.files import check_writable
 from vitguard.report.finding import Baseline, Control, Finding
@@ -70,7 +70,7 @@ def findings(
     tried: dict[str, list[list[Attempt]]] = {run.name: [] for run in runs}
     for (run, _), attempts in zip(jobs, results, strict=True):
         tried[run.name].append(attempts)
-    return _judge(runs, attacks, tried)
+    return _judge(runs, attacks, tried, seed, stop)
 
 
 def level_of(facts: Iterable[Facts]) -> Baseline:
@@ -79,6 +79,7 @@ def level_of(facts: Iterable[Facts]) -> Baseline:
     return Baseline(
         psnr=max(float(b.psnr.max()) for b in used),
         patch_psnr=max(float(b.patch_psnr.max()) for b in used),
+        thumbnail=max(float(b.thumbnail.max()) for b in used),
     )
 
 
@@ -112,23 +113,51 @@ def _attempts(
 
 
 def _judge(
-    runs: Sequence[Run], attacks: Sequence[Attack], tried: Mapping[str, list[list[Attempt]]]
+    runs: Sequence[Run],
+    attacks: Sequence[Attack],
+    tried: Mapping[str, list[list[Attempt]]],
+    seed: int,
+    stop: threading.Event,
 ) -> list[Finding]:
     def of(name: str, i: int) -> list[Attempt]:
         return [batch[i] for batch in tried[name]]
 
-    controls = [
-        finding_of(UNDEFENDED, attack, of(CONTROL, i), None, of(CONTROL, i))
-        for i, attack in enumerate(attacks)
-    ]
-    found = []
+    control = next(run for run in runs if run.name == CONTROL)
+    beside = []
+    for i, attack in enumerate(attacks):
+        found = finding_of(UNDEFENDED, attack, of(CONTROL, i))
+        beside.append(Beside(found, of(CONTROL, i), _Alone(control, attack, found, seed, stop)))
+    findings = []
     if all(run.name != UNDEFENDED for run in runs):
-        found += [replace(c, control=Control(c.verdict, c.psnr)) for c in controls]
+        findings += [replace(b.finding, control=_itself(b.finding)) for b in beside]
     for run in runs:
         for i, attack in enumerate(attacks) if run.name != CONTROL else ():
-            one = finding_of(run.name, attack, of(run.name, i), controls[i], of(CONTROL, i))
-            found.append(_bounded(one, run))
-    return found
+            findings.append(_bounded(finding_of(run.name, attack, of(run.name, i), beside[i]), run))
+    return findings
+
+
+def _itself(control: Finding) -> Control:
+    return Control(control.verdict, control.psnr)
+
+
+class _Alone:
+    """Whether a part of an attack, run alone on the control, leaks there; each is run once."""
+
+    def __init__(
+        self, control: Run, attack: Attack, found: Finding, seed: int, stop: threading.Event
+    ) -> None:
+        self.control, self.attack, self.seed, self.stop = control, attack, seed, stop
+        self.known: dict[str, bool] = {}
+        if found.verdict == "leaks" and isinstance(rung := found.details.get("rung"), str):
+            self.known[rung] = True
+
+    def __call__(self, name: str) -> bool:
+        if name not in self.known:
+            part = self.attack.parts()[name]
+            batches = range(len(self.control.batches))
+            made = [_attempts(self.control, b, [part], self.seed, self.stop)[0] for b in batches]
+            self.known[name] = finding_of(UNDEFENDED, part, made).verdict == "leaks"
+        return self.known[name]
 
 
 def _bounded(finding: Finding, run: Run) -> Finding:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from vitguard import data
 from vitguard.attacks.base import Attack, InputAttack
 from vitguard.audit.beside_control import LocalTraining, adversary_of, facts_of
-from vitguard.audit.exposure import Exposure, Facts, Run, Scale, bound_of, decoys_for
+from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
+from vitguard.audit.scale import Scale, decoys_for
 from vitguard.audit.victim import Victim
 from vitguard.core import Loss, Normalization, Update
 from vitguard.errors import expected
@@ -150,7 +151,7 @@ def _facts(
     patch = anatomy.patch_size
     if truth is None:
         return Facts(told, patch, certain=False)
-    scale = Scale.of(truth, patch, decoys_for(truth, seed))
+    scale = Scale.of(truth, patch, decoys_for(truth, seed), seed)
     return Facts(told, patch, truth, labels, scale, certain=False)
 
 

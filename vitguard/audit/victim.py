@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vitguard.attacks.base import InputAttack
 from vitguard.audit.attempts import INTERRUPTED, outcome_of, seed_of
-from vitguard.audit.exposure import Exposure, Facts, Run, Scale, bound_of, decoys_for
+from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
+from vitguard.audit.scale import Scale, decoys_for
 from vitguard.core import LocalTraining, Loss, Normalization
 from vitguard.defenses.base import Defense
 from vitguard.guard import Guard, protect
@@ -52,14 +53,14 @@ class Victim:
     def facts(self) -> list[Facts]:
         """Return what is known of each batch."""
         patch = Anatomy.of(self.model).patch_size
-        decoys = decoys_for(self.pixels.cpu(), self.seed)
+        decoys = decoys_for(self.pixels, self.seed)
         return [
             Facts(
                 self.names[part],
                 patch,
                 self.pixels[part],
                 self.labels[part],
-                Scale.of(self.pixels[part].cpu(), patch, decoys),
+                Scale.of(self.pixels[part], patch, decoys, self.seed),
             )
             for part in map(self._part, self.batches)
         ]

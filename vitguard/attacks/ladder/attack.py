@@ -51,6 +51,7 @@ class Ladder(Attack):
 
     Raises:
         NotApplicable: No rung applied; the message has every rung's reason.
+        Blocked: Every rung needs a tensor that cannot be read.
 
     References:
         docs/methods.md 2.5d.
@@ -204,6 +205,10 @@ class _Climb:
         """Return the chosen guess with what every rung said."""
         if not self.guesses:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.said.items())
+            if set(self.outcomes.values()) == {"blocked"}:
+                raise Blocked("what any rung needs", reasons)
+            if self.unfinished:
+                raise CutShort(f"the budget ended before a rung gave anything ({reasons})")
             raise NotApplicable(f"no rung applied ({reasons})")
 
         def worth(name: str) -> tuple[bool, float, float, int]:
