@@ -31,7 +31,7 @@ def test_a_file_that_is_no_image_is_counted_with_its_suffix(kind, tmp_path):
     images = data.load_images(tmp_path, (32, 32), classes=2)
     assert len(images.pixels) == 2
     (note,) = images.notes
-    assert note == f"1 file in {tmp_path} was skipped ({suffix})" or suffix in note
+    assert note == f"1 file in {tmp_path} was skipped ({suffix})"
 
 
 @pytest.mark.parametrize("name", [".DS_Store", ".a.png", "0/.hidden", "1/.gitkeep", ".nomedia"])
