@@ -328,7 +328,9 @@ def _skipped(paths: Iterable[str | Path]) -> list[str]:
         others = [p for p in inside if p.is_file() and p.suffix.lower() not in _SUFFIXES]
         if others:
             kinds = sorted({p.suffix.lower() or "no suffix" for p in others})
-            notes.append(f"{len(others)} files in {folder} were skipped ({', '.join(kinds[:5])})")
+            files = "1 file" if len(others) == 1 else f"{len(others)} files"
+            were = "was" if len(others) == 1 else "were"
+            notes.append(f"{files} in {folder} {were} skipped ({', '.join(kinds[:5])})")
     return notes
 
 

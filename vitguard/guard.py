@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vitguard.analysis import refuse_given_away
 from vitguard.core import Batch, LocalTraining, Loss, Traits, Update
@@ -28,8 +29,9 @@ from vitguard.defenses.base import (
 )
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
-from vitguard.joining import join
+from vitguard.joining import drop, join
 from vitguard.registry import parse_stack
+from vitguard.tensor_files import check_plain
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of
 
 __all__ = ["Guard", "Protection", "Stack", "protect", "stack_of"]
@@ -100,6 +102,7 @@ def protect(
     refuse_given_away(model, anatomy, ordered)
     draws = Draws(generator)
     protection = Protection(anatomy, tuple(ordered), draws)
+    before = list(model.parameters())
     try:
         for defense in ordered:
             if isinstance(defense, ModelDefense):
@@ -107,6 +110,8 @@ def protect(
     except BaseException:
         protection.uninstall(model)
         raise
+    left = {id(p) for p in model.parameters()}
+    protection.taken = WeakIdKeyDictionary({p: None for p in before if id(p) not in left})
     model.add_module("vitguard", protection.train(model.training))
     if any(isinstance(d, StepDefense) for d in ordered):
         protection.watch_training(model)
@@ -177,18 +182,25 @@ class Guard:
         """Make an optimizer (and loader) right for the protected model, like accelerate's prepare.
 
         Parameters that a defense added join the groups of the optimizer that hold their like (see
-        `vitguard.joining`), so schedulers built around it go on. Under differential privacy the
-        returned optimizer and loader replace the old ones, whose next step raises.
+        `vitguard.joining`), and those that one took out of the model leave it, so schedulers built
+        around it go on. Under differential privacy the returned optimizer and loader replace the
+        old ones, whose next step raises.
 
         Returns:
             The optimizer, or `(optimizer, loader)` when a loader is given.
+
+        Raises:
+            InputError: The model is frozen whole, or the optimizer cannot take in what was added.
         """
+        self._trained()
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         added = {
             name: p
             for name, p in self._protection.named_parameters(prefix="vitguard")
             if p.requires_grad and id(p) not in known
         }
+        if gone := [p for p in self._protection.taken if id(p) in known]:
+            drop(optimizer, gone)
         if added:
             join(optimizer, added, self.model, self.anatomy)
         step = self._step()
@@ -274,6 +286,8 @@ class Guard:
         if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
             got = f"{type(images).__name__} and {type(labels).__name__}"
             raise expected("images and labels as tensors", got, "torch.as_tensor makes them.")
+        if images.is_meta or labels.is_meta:
+            raise expected("images and labels with values", "some on the meta device")
         if images.dim() != 4 or images.shape[1] != channels or not images.is_floating_point():
             raise expected(
                 f"floating-point images of shape (batch, {channels}, height, width)",
@@ -286,17 +300,35 @@ class Guard:
             raise expected(f"labels from 0 to {classes - 1}", labels.tolist())
 
     def _gradient(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
-        own, given = self.anatomy.image_size, tuple(batch.images.shape[2:])
         try:
             return self._backward(batch, loss)
         except (AssertionError, RuntimeError, ValueError) as error:
-            # only some models take images of another size, and each refuses them in its own way
-            if own == given or isinstance(error, VitguardError):
+            # only some models take images of another size, type or device, and each refuses them
+            # in its own way
+            misfit = None if isinstance(error, VitguardError) else self._misfit(batch)
+            if misfit is None:
                 raise
-            raise expected(
+            raise misfit from error
+
+    def _misfit(self, batch: Batch) -> InputError | None:
+        """Return what of a batch is not as the model is: size, type or device."""
+        own, given = self.anatomy.image_size, tuple(batch.images.shape[2:])
+        if own != given:
+            return expected(
                 f"images of {own[0]} x {own[1]} pixels", f"{given[0]} x {given[1]}",
                 "Resize them, or build the model for their size.",
-            ) from error  # fmt: skip
+            )  # fmt: skip
+        weight = self.model.get_parameter(self.anatomy.patch_weight)
+        images, labels = batch.images, batch.labels
+        if (images.device, images.dtype) != (weight.device, weight.dtype):
+            return expected(
+                f"images in {weight.dtype} on {weight.device}, as the model is",
+                f"{images.dtype} on {images.device}",
+                "Use images.to(parameter), with a parameter of the model.",
+            )
+        if labels.device != images.device:
+            return expected(f"labels on {images.device}, as the images are", labels.device)
+        return None
 
     def _backward(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         step = self._step()
@@ -388,7 +420,28 @@ class Guard:
         for piece in self._in_place():
             piece.settle()
             piece.intact(self.model)
+        self._require_released(update)
         return self._seal(update)
+
+    def _require_released(self, update: Update) -> None:
+        """Raise Unprotected if an update says something that no private step released."""
+        step = self._step()
+        if self._protection.exposed:
+            raise Unprotected(
+                "Expected gradients of the private loop only, got a plain one (of a pass in eval "
+                "mode, or around the model's own forward) between protect and prepare. Load the "
+                "weights from before it, then train on what prepare returned."
+            )
+        if not isinstance(step, Ledgered) or not isinstance(update, Update):
+            return
+        if not self._ledgers[step.name].steps and any(
+            bool(t.any()) for t in update.tensors.values()
+        ):
+            raise Unprotected(
+                f"Expected an update that private steps made, got one while the ledger of "
+                f"{step.name} counts none. Train on the optimizer and loader that prepare "
+                "returned; after a restart call guard.load_state_dict with what the guard saved."
+            )
 
     def _seal(self, update: Update) -> Update:
         if not isinstance(update, Update):
@@ -403,13 +456,22 @@ class Guard:
                 "an update by the model's parameter names", strangers[0],
                 "A name that no defense knows would leave unprotected.",
             )  # fmt: skip
+        for name, tensor in tensors.items():
+            check_plain(name, tensor, "the update")
         update = replace(update, tensors=tensors)
         held: dict[str, str] = {}
         for piece in self._protection.installed():
             held |= {n: r for n, r in piece.withheld().items() if n in tensors}
         acting = [d for d in self.defenses if isinstance(d, UpdateDefense)]
-        if any(isinstance(d, Ledgered) for d in acting):
-            held |= self._frozen(tensors)
+        frozen = self._frozen(tensors)
+        left_out = {n for d in acting for n in d.leaves_out(frozen)}
+        if moved := next((n for n in frozen if n in left_out and bool(tensors[n].any())), None):
+            raise expected(
+                f"no change of {moved}, which is frozen", "one",
+                "Unfreeze it before seal: what was trained must be protected.",
+            )  # fmt: skip
+        reason = "frozen, so that there is nothing to send"
+        held |= {n: reason for n in frozen if n in left_out}
         update = update.seal(held)
         with self._released(acting):
             for defense in acting:
@@ -427,19 +489,10 @@ class Guard:
         chosen = {n for s in self.traits.sealed for n in self.anatomy.select(s, sent)}
         return {n: p.detach() for n, p in sent.items() if n in chosen}
 
-    def _frozen(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return the frozen parameters of a difference of whole state dicts, with the reason.
-
-        Noise with a guarantee would move what was never trained; which are frozen is public.
-        """
+    def _frozen(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Return the frozen parameters in a difference of whole state dicts; they are public."""
         weights = {canonical_name(n): p for n, p in self.model.named_parameters()}
-        names = [n for n in tensors if n in weights and not weights[n].requires_grad]
-        if moved := next((n for n in names if bool(tensors[n].any())), None):
-            raise expected(
-                f"no change of {moved}, which is frozen", "one",
-                "Unfreeze it before seal: what was trained must be noised.",
-            )  # fmt: skip
-        return dict.fromkeys(names, "frozen, so that there is nothing to send")
+        return [n for n in tensors if n in weights and not weights[n].requires_grad]
 
     def truth(self) -> Mapping[str, Tensor]:
         """Return the last secret draws, for scores only; an attack never sees them."""
@@ -455,8 +508,7 @@ class Guard:
         protection: Protection = model.get_submodule("vitguard")  # type: ignore[assignment]
         for piece in reversed(protection.installed()):
             piece.publish(model)
-        if protection.watch is not None:
-            protection.watch.remove()
+        protection.unwatch()
         del model.vitguard
         return model
 

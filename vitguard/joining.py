@@ -1,12 +1,13 @@
-"""Taking parameters that a defense added into an optimizer that exists already.
+"""Bringing an optimizer that exists already up to a model that defenses have changed.
 
-No group is added: schedulers hold a rate for each group that they saw, and break or pass over a new
-one in silence; `LBFGS` knows only its first.
+What they added joins, what they took out leaves. No group is added or dropped: schedulers hold a
+rate for each group that they saw, and break or pass over a new one in silence; `LBFGS` knows only
+its first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from vitguard.errors import expected
 from vitguard.vit import Anatomy
 
-__all__ = ["join"]
+__all__ = ["drop", "join"]
 
 
 def join(
@@ -44,6 +45,21 @@ def join(
         group["params"].append(parameter)  # in place: LBFGS keeps this very list
         if isinstance(group.get("param_names"), list):
             group["param_names"].append(name)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer._numel_cache = None
+
+
+def drop(optimizer: torch.optim.Optimizer, gone: Iterable[nn.Parameter]) -> None:
+    """Take parameters that are no longer the model's out of their groups, which stay."""
+    strangers = {id(p) for p in gone}
+    for group in optimizer.param_groups:
+        kept = [i for i, p in enumerate(group["params"]) if id(p) not in strangers]
+        if len(kept) < len(group["params"]):
+            for key in ("params", "param_names"):
+                if isinstance(group.get(key), list):
+                    group[key][:] = [group[key][i] for i in kept]  # in place, as in `join`
+    for parameter in [p for p in optimizer.state if id(p) in strangers]:
+        del optimizer.state[parameter]
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer._numel_cache = None
 

@@ -63,11 +63,13 @@ def build_model(spec: str, *, pretrained: bool = False, seed: int = 0) -> nn.Mod
 def _argument(item: str) -> tuple[str, Any]:
     key, equals, text = item.partition("=")
     if not equals or not key.isidentifier():
-        raise expected("model arguments as key=value", repr(item))
+        raise expected("model arguments as key=value, parted by commas", repr(item), _SIZES)
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return key, words[text.lower()]
-    if size := re.fullmatch(r"(\d+)x(\d+)", text):  # height x width, for images that are not square
+    if size := re.fullmatch(
+        r"(\d+)[xX\u00d7](\d+)", text
+    ):  # height x width, for images that are not square
         return key, (int(size[1]), int(size[2]))
     for kind in (int, float):
         with contextlib.suppress(ValueError):
@@ -87,7 +89,11 @@ def _construct(
         first = (str(error).splitlines() or [type(error).__name__])[0]
         given = ", ".join(f"{k}={v}" for k, v in arguments.items() if k != "model_name")
         what = f"weights for {name}" if pretrained else f"arguments that {name} takes"
-        raise expected(what, f"{given or 'none'} ({first})") from error
+        sizes = any(k.endswith("size") and type(v) in (str, float) for k, v in arguments.items())
+        raise expected(what, f"{given or 'none'} ({first})", _SIZES if sizes else "") from error
+
+
+_SIZES = "A size of height and width is written img_size=32x64, a square one img_size=32."
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:

@@ -45,9 +45,10 @@ def check_plain(name: str, tensor: object, where: object) -> None:
     assert isinstance(tensor, Tensor)
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _KINDS:
         kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        do = "Convert it with .to_dense() or .float() first."
         raise expected(
             f"{name} as a dense tensor of 16 to 64 bit numbers", f"{kind} in {where}",
-            "Convert it with .to_dense() or .float() first.",
+            "Load its values first." if tensor.is_meta else do,
         )  # fmt: skip
 
 
@@ -162,6 +163,13 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
     except InputError:
         raise
     except Exception as error:
+        if isinstance(error, KeyError) and _is_safetensors(
+            path
+        ):  # what that library says of a type
+            raise expected(
+                "weights in 16 to 64 bit numbers", f"{error.args[0]} in {path}",
+                "Convert them with .float() first.",
+            ) from error  # fmt: skip
         # not in torch's words: of a pickled model they advise to run the code in the file
         foreign = _foreign_objects(path)
         why = f": it holds {', '.join(foreign[:3])}" if foreign else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ __all__ = [
     "UpdateDefense",
     "rewinding",
     "traits_of",
+    "watch_gradients",
     "written",
 ]
 
@@ -95,6 +96,24 @@ def written(value: Any) -> str:
     if isinstance(value, tuple):
         return "/".join(map(written, value))
     return str(value).lower() if isinstance(value, bool | None) else str(value)
+
+
+def watch_gradients(
+    parameters: Iterable[nn.Parameter], note: Callable[[Tensor], None]
+) -> list[Any]:
+    """Call `note` when a gradient reaches a parameter, also one that is unfrozen later.
+
+    Returns:
+        The handles that end it.
+    """
+    handles = []
+    for parameter in parameters:
+        if parameter.is_floating_point() or parameter.is_complex():
+            trained = parameter.requires_grad
+            parameter.requires_grad_(True)  # torch takes no hook for one that is frozen
+            handles.append(parameter.register_post_accumulate_grad_hook(note))
+            parameter.requires_grad_(trained)
+    return handles
 
 
 class Installed(nn.Module):
@@ -298,6 +317,14 @@ class StepDefense(Defense):
 
 class UpdateDefense(Defense):
     """Acts on the finished update."""
+
+    def leaves_out(self, frozen: Sequence[str]) -> Sequence[str]:
+        """Return which of the frozen parameters in an update this defense holds back.
+
+        By default all where the defense has a guarantee: its noise would move what was never
+        trained.
+        """
+        return frozen if isinstance(self, Ledgered) else ()
 
     @abstractmethod
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:

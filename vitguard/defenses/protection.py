@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vitguard.defenses.base import Defense, Draws, Installed, Ledgered
+from vitguard.defenses.base import Defense, Draws, Installed, Ledgered, watch_gradients
 from vitguard.errors import Unprotected
 from vitguard.vit import Anatomy
 
@@ -26,7 +26,12 @@ class Protection(nn.Module):
         self.draws = draws
         self.prepared = False
         """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
-        self.watch: Any = None
+        self.watches: list[Any] = []
+        """Hooks that tell of training before `prepare`, where the stack protects each step."""
+        self.exposed = False
+        """Whether a plain gradient reached a parameter before `prepare`, since the last load."""
+        self.taken: Iterable[nn.Parameter] = ()
+        """Parameters that the defenses took out of the model and something still holds."""
         self.brought: set[str] = set()
         """What the last state dict held of the defenses' own tensors."""
         self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
@@ -38,7 +43,9 @@ class Protection(nn.Module):
         return f"Protection({', '.join(map(repr, self.defenses))})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "prepared": False}  # a copy has no private optimizer of its own
+        # a copy has no private optimizer of its own, and nobody's optimizer holds what was taken
+        fresh = {"prepared": False, "taken": (), "watches": self.watches[:1]}
+        return {**self.__dict__, **fresh}
 
     @staticmethod
     def of(model: nn.Module) -> Protection | None:
@@ -47,8 +54,21 @@ class Protection(nn.Module):
         return found if isinstance(found, Protection) else None
 
     def watch_training(self, model: nn.Module) -> None:
-        """Refuse training passes of `model` that nothing prepared."""
-        self.watch = model.register_forward_pre_hook(_require_preparation)
+        """Refuse training passes that nothing prepared, and note gradients around the model."""
+        self.watches = [
+            model.register_forward_pre_hook(_require_preparation),
+            *watch_gradients(model.parameters(), self._expose),
+        ]
+
+    def _expose(self, parameter: Tensor) -> None:
+        if not self.prepared:
+            self.exposed = True
+
+    def unwatch(self) -> None:
+        """Let every training pass through, unnoticed."""
+        for handle in self.watches:
+            handle.remove()
+        self.watches = []
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
@@ -67,8 +87,7 @@ class Protection(nn.Module):
         """Undo the pieces in reverse order."""
         for piece in reversed(self.installed()):
             piece.uninstall(model)
-        if self.watch is not None:
-            self.watch.remove()
+        self.unwatch()
 
 
 def _require_preparation(model: nn.Module, args: Any) -> None:
@@ -93,6 +112,7 @@ def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_
 def _restored(module: nn.Module, incompatible_keys: Any) -> None:
     """Note which lost values a state dict of a protected model has brought back."""
     assert isinstance(module, Protection)
+    module.exposed = False  # what was done to the weights before will not be sent
     for name, piece in module.named_children():
         if isinstance(piece, Installed):
             piece.lost = frozenset(n for n in piece.lost if f"{name}.{n}" not in module.brought)

@@ -97,6 +97,11 @@ class EncryptedGradients(UpdateDefense):
         sealed = (*before.sealed, self.select)
         return replace(before, sealed=sealed, accepted=before.accepted or self.force)
 
+    def leaves_out(self, frozen: Sequence[str]) -> Sequence[str]:
+        """Return those that the encryptor's manifest has no room for."""
+        encryptor: Encryptor | None = self._encryptor  # type: ignore[attr-defined]
+        return () if encryptor is None else [n for n in frozen if n not in encryptor.manifest.names]
+
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return the update with the selected tensors sealed.
 

@@ -48,7 +48,10 @@ def check_model(model: nn.Module) -> None:
                 "them: a gradient clipped in two parts is not clipped."
             )
     if not names:
-        raise Incompatible("Expected a model with trainable parameters, got none.")
+        raise Incompatible(
+            "Expected a model with trainable parameters, got one that is frozen whole. Unfreeze "
+            "what is trained: parameter.requires_grad_(True)."
+        )
 
 
 def _refuse_wrappers(model: nn.Module) -> None:

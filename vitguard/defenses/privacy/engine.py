@@ -226,7 +226,10 @@ def _compare(tape: Tape, outputs: Any, images: Tensor | None) -> None:
     values = pseudo_losses(outputs, tape.batch)
     roots = tape.entered()
     if not roots:
-        raise Unprotected("Expected a forward pass that uses trainable parameters, got none.")
+        raise Unprotected(
+            "Expected a forward pass that uses trainable parameters, got none. Unfreeze what is "
+            "trained: parameter.requires_grad_(True)."
+        )
     chosen = sorted({0, tape.batch // 2, tape.batch - 1})
     tape.checking = True
     expected_gradients = {i: _plain(tape, values[i], images, i) for i in chosen}

@@ -291,6 +291,11 @@ def refuse_optimizer(optimizer: Any) -> None:
     """Raise Incompatible for an optimizer that asks for several passes over a batch."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise Incompatible(f"Expected a torch optimizer, got {type(optimizer).__name__}.")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise Incompatible(
+            f"Expected a plain torch optimizer, got {type(optimizer).__name__} around one: its "
+            "steps cannot be watched. Pass the optimizer itself, before other tools wrap it."
+        )
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise Incompatible(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vitguard.defenses.base import Installed
+from vitguard.defenses.base import Installed, watch_gradients
 from vitguard.defenses.privacy.engine import Engine, Watch
 from vitguard.defenses.privacy.tape import Tape
 from vitguard.defenses.protection import Protection
@@ -111,11 +111,7 @@ class PrivateTraining(Installed):
         before = model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
         after = model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
         self._handles = [before, after]
-        self._parameter_handles = [
-            p.register_post_accumulate_grad_hook(self._expose)
-            for p in model.parameters()
-            if p.requires_grad
-        ]
+        self._parameter_handles = watch_gradients(model.parameters(), self._expose)
         self.live = True
 
     def uninstall(self, model: nn.Module) -> None:
@@ -228,17 +224,24 @@ class PrivateTraining(Installed):
 
     def _check_due(self, tensors: list[Tensor]) -> None:
         size = next((len(t) for t in tensors if t.dim()), 0)
-        if self.due is None or self.tape is not None or size != self.due.size:
-            due = (
-                "none"
-                if self.due is None
-                else "one taken"
-                if self.tape is not None
-                else self.due.size
-            )
+        if self.due is None:
             raise Unprotected(
-                f"Expected one training pass for each batch of the private loader, got a batch of "
-                f"{size} where the batch due was {due}. Use the loader that guard.prepare returned."
+                f"Expected one training pass for each batch of the private loader, got one of "
+                f"{size} examples without a batch of it. Use the loader that guard.prepare "
+                "returned, and torch.no_grad() where nothing is trained."
+            )
+        if self.tape is not None:
+            raise Unprotected(
+                "Expected one training pass for each batch of the private loader, got a second one "
+                "of the same batch (a second view, a teacher): an example would be clipped in two "
+                "parts. Train on one view a batch, and run a pass that is not trained under "
+                "torch.no_grad()."
+            )
+        if size != self.due.size:
+            raise Unprotected(
+                f"Expected one training pass of the {self.due.size} examples that the private "
+                f"loader handed out, got {size}. Pass its batch on as it is: neither cut, nor "
+                "joined with other images or views."
             )
         marks = (getattr(t, "_vitguard_batch", None) for t in tensors)
         if any(mark is not None and mark != self.due for mark in marks):

@@ -142,26 +142,49 @@ class InstalledShuffle(Installed):
         """Compute the DAL losses once the forward has left what they need."""
         if not self._unread or self._losses is not None or self._mask is None:
             return
-        over_positions = self.settings.dal == "positions"
-        vectors = next(iter(self._rows), None) if over_positions else self._outputs
+        vectors = self._localized()
         if vectors is None:
             raise Unprotected(
                 f"Expected the forward of the whole model for DAL over {self.settings.dal}, got a "
                 "part of it. Call the model itself."
             )
         self._rows, self._outputs = (), None
-        prefix = self.anatomy.position_prefix if over_positions else self._prefix
-        if vectors.shape[-2] != prefix + self._mask.shape[1]:
-            raise Incompatible(
-                f"Expected {prefix + self._mask.shape[1]} vectors for DAL over "
-                f"{self.settings.dal}, got {vectors.shape[-2]}. Leave DAL out with resized images."
-            )
-        vectors = vectors[..., prefix:, :]
-        if not over_positions:
-            vectors = F.layer_norm(vectors, vectors.shape[-1:])
         vectors = vectors.expand(len(self._mask), -1, -1)
         losses = localization_loss(vectors, ~self._mask, self._grid, self.head)
         self._losses = self._weight() * losses
+
+    def _localized(self) -> Tensor | None:
+        """Return one vector for each patch of the last forward: position rows or output tokens.
+
+        Raises:
+            Incompatible: There are others beside the patches and the known prefix tokens.
+        """
+        assert self._mask is not None
+        patches = self._mask.shape[1]
+        if self.settings.dal == "positions":
+            rows, prefix = next(iter(self._rows), None), self.anatomy.position_prefix
+            if rows is not None and rows.shape[-2] != prefix + patches:
+                raise Incompatible(
+                    f"Expected a row of the position embedding for each of {patches} patches, got "
+                    f"{rows.shape[-2] - prefix}: the images have another size than it. Use "
+                    "dal='tokens', or images of the model's size."
+                )
+            return rows if rows is None else rows[..., prefix:, :]
+        tokens = self._outputs
+        if tokens is None:
+            return None
+        if tokens.dim() == 4 and tokens.shape[-1] == self.anatomy.width:
+            tokens = tokens.flatten(1, 2)  # rows and columns of tokens, as SAM keeps them
+        # without positions the patches are placed before prefix tokens join them
+        prefix = self.anatomy.prefix_tokens if self.anatomy.positions is None else self._prefix
+        if tokens.dim() != 3 or tokens.shape[1] != prefix + patches:
+            raise Incompatible(
+                f"Expected {prefix} prefix tokens and {patches} patches from the last block for "
+                f"dal='tokens', got {tuple(tokens.shape)}: which of them are patches is not "
+                "known. Leave DAL out (dal='none'), or give an Anatomy with the right "
+                "prefix_tokens."
+            )
+        return F.layer_norm(tokens[:, prefix:], tokens.shape[-1:])
 
     def remember(self, rows: Tensor) -> None:
         """Take the position embedding of this very forward (functional calls swap it)."""
@@ -191,8 +214,10 @@ class InstalledShuffle(Installed):
         if self._unread:
             self._unread = False
             raise Unprotected(
-                "Expected the auxiliary loss of the last training forward to be part of the loss, "
-                "got one that was never read. Add guard.auxiliary_loss() to the loss."
+                "Expected guard.auxiliary_loss() to be read after each training forward, got a "
+                "forward whose loss was never read before the next. Add it to the loss; with "
+                "several forwards in a step, after each of them: loss = criterion(model(a), y) + "
+                "guard.auxiliary_loss(), then the same for b."
             )
         self._forget()
         self._grid = grid

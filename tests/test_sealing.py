@@ -1,0 +1,184 @@
+"""What `seal` takes: a difference of protected steps, whatever was evaluated in between."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import vitguard as vg
+from vitguard.errors import Unprotected
+
+pytest.importorskip("opacus")
+PRIVATE = "privacy:noise=0.5,clip=1,delta=0.001,accountant=rdp"
+STACKS = {
+    "shuffle": "shuffle:ratio=0.5",
+    "shuffle and positions": "positions:kind=sincos+shuffle:ratio=0.5,dal=tokens",
+    "privacy": PRIVATE,
+    "privacy and positions": f"positions:kind=sincos+{PRIVATE}",
+    "privacy and shuffle": f"shuffle:ratio=0.5+{PRIVATE}",
+    "privacy by Opacus": f"{PRIVATE},engine=opacus",
+}
+IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+LABELS = torch.arange(24) % 10
+PRIVATE_STACKS = [name for name in STACKS if "privacy" in name]
+
+
+def vit():
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=10, embed_dim=32,
+        num_heads=2,
+    )  # fmt: skip
+
+
+def protected(stack):
+    model = vit()
+    guard = vg.protect(model, STACKS[stack])
+    return model, guard, {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def prepare(guard):
+    data = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=6)
+    optimizer = torch.optim.SGD(guard.model.parameters(), lr=0.1)
+    optimizer, loader = guard.prepare(optimizer, data)
+    return optimizer, loader or data
+
+
+def train(guard, optimizer, loader, steps=2):
+    guard.model.train()
+    for _, (images, labels) in zip(range(steps), loader, strict=False):
+        loss = F.cross_entropy(guard.model(images), labels) + guard.auxiliary_loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def difference(model, before):
+    tensors = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+    return vg.Update(tensors, kind="difference", batch_size=6, learning_rate=0.1)
+
+
+def features(model):
+    return model.forward_head(model.forward_features(IMAGES[:4]))
+
+
+EVALUATIONS = {
+    "eval mode is left on": lambda m: m.eval(),
+    "accuracy": lambda m: torch.no_grad()(lambda: m.eval()(IMAGES))(),
+    "inference mode": lambda m: torch.inference_mode()(lambda: m.eval()(IMAGES))(),
+    "features": lambda m: torch.no_grad()(lambda: m.eval().forward_features(IMAGES))(),
+    "a graph without a gradient": lambda m: m.eval()(IMAGES),
+    "features and back to training": lambda m: [
+        torch.no_grad()(lambda: m.eval().forward_features(IMAGES))(), m.train(),
+    ],
+    "the gradient of an input": lambda m: torch.autograd.grad(
+        torch.no_grad()(m.eval)()(x := IMAGES[:2].clone().requires_grad_()).sum(), x
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+@pytest.mark.parametrize("stack", STACKS)
+def test_an_evaluation_without_a_gradient_of_the_weights_does_not_keep_training_from_seal(
+    stack, evaluate
+):
+    if evaluate == "the gradient of an input" and "shuffle" in stack:
+        pytest.skip("the shuffle cannot tell it from a gradient of the weights")
+    model, guard, before = protected(stack)
+    if "input" not in evaluate:
+        EVALUATIONS[evaluate](model)  # also before prepare
+    optimizer, loader = prepare(guard)
+    train(guard, optimizer, loader)
+    EVALUATIONS[evaluate](model)
+    assert guard.seal(difference(model, before)).can_read("head.weight")
+
+
+PLAIN = {
+    "features in training mode": lambda m: features(m),
+    "features in eval mode": lambda m: features(m.eval()),
+    "the model in eval mode": lambda m: m.eval()(IMAGES[:4]),
+    "a part of the model": lambda m: m.head(m.norm(m.blocks(m.pos_drop(
+        torch.cat([m.cls_token.expand(4, -1, -1), m.patch_embed(IMAGES[:4])], 1)
+    ))[:, 0])),
+    "the head alone": lambda m: m.head(torch.randn(4, 32)),
+    "a decay of the weights": lambda m: sum(p.square().sum() for p in m.parameters())[None, None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["before prepare", "before the private steps", "after them"])
+@pytest.mark.parametrize("plain", PLAIN)
+@pytest.mark.parametrize("stack", PRIVATE_STACKS)
+def test_a_plain_step_beside_the_private_ones_keeps_the_difference_from_seal(stack, plain, when):
+    if "shuffle" in stack and plain == "a part of the model":
+        pytest.skip("the shuffle refuses a part of the model itself")
+    model, guard, before = protected(stack)
+
+    def step():
+        other = torch.optim.SGD(model.parameters(), lr=0.1)
+        outputs = PLAIN[plain](model)
+        F.cross_entropy(outputs, LABELS[: len(outputs)] % outputs.shape[1]).backward() if (
+            outputs.shape[1] > 1
+        ) else outputs.sum().backward()
+        other.step()
+        other.zero_grad()
+
+    if when == "before prepare":
+        step()
+    optimizer, loader = prepare(guard)
+    if when == "before the private steps":
+        step()
+    train(guard, optimizer, loader)
+    if when == "after them":
+        step()
+    with pytest.raises(Unprotected, match=r"got a plain one|got one that was taken in eval mode"):
+        guard.seal(difference(model, before))
+    model.load_state_dict(before, strict=False)
+    train(guard, optimizer, loader)
+    guard.seal(difference(model, before))
+
+
+@pytest.mark.parametrize("stack", PRIVATE_STACKS)
+def test_an_update_while_the_ledger_counts_no_step_is_refused(stack):
+    model, guard, before = protected(stack)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.01  # such as by a fused kernel, or from another process
+    prepare(guard)
+    with pytest.raises(Unprotected, match=r"the ledger of privacy counts none.*load_state_dict"):
+        guard.seal(difference(model, before))
+
+
+@pytest.mark.parametrize("stack", PRIVATE_STACKS)
+def test_a_restarted_client_seals_once_its_guard_has_its_ledger_back(stack):
+    model, guard, before = protected(stack)
+    optimizer, loader = prepare(guard)
+    train(guard, optimizer, loader)
+    weights, ledger = copy.deepcopy(model.state_dict()), guard.state_dict()
+    model, guard, _ = protected(stack)
+    prepare(guard)
+    model.load_state_dict(weights)
+    with pytest.raises(Unprotected, match="counts none"):
+        guard.seal(difference(model, before))
+    guard.load_state_dict(ledger)
+    assert guard.seal(difference(model, before)).can_read("head.weight")
+
+
+@pytest.mark.parametrize("stack", PRIVATE_STACKS)
+def test_a_difference_of_nothing_is_sealed_without_a_step(stack):
+    model, guard, before = protected(stack)
+    prepare(guard)
+    sealed = guard.seal(difference(model, before))
+    assert not any(t.any() for t in sealed.tensors.values())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: m])
+def test_after_remove_no_gradient_is_watched(copied):
+    model, _guard, _ = protected("privacy")
+    model = copied(model)
+    vg.Guard.of(model).remove()
+    F.cross_entropy(model(IMAGES[:4]), LABELS[:4]).backward()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    vg.protect(model, STACKS["privacy"])
