@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitguard.core import Loss, Objective, Update
+from vitguard.core import Loss, Objective, Traits, Update
 from vitguard.defenses.base import (
     Defense,
     Draws,
@@ -72,6 +72,8 @@ class Simulation:
         labels: Tensor,
         generator: torch.Generator | None = None,
         shuffled: Tensor | None = None,
+        *,
+        pruned: bool = True,
     ) -> Update:
         """Return the dummy update, differentiable by what requires grad; see `View.simulate`.
 
@@ -87,6 +89,8 @@ class Simulation:
         held = {n for piece in self._pieces for n in piece.withheld()}
         tensors = {k: t for k, t in tensors.items() if k not in held}
         for defense in self._mimics:
+            if not pruned and defense.traits(Traits(), self.anatomy).sparse:
+                continue
             tensors = defense.mimic(tensors, self.like)
         return replace(
             self.like, tensors={k: t for k, t in tensors.items() if self.like.can_read(k)}

@@ -1,0 +1,172 @@
+"""Maximum a posteriori: the image under which the whole damaged update is most probable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vitguard.attacks.base import Attack
+from vitguard.attacks.budget import Budget, CutShort, update_seconds
+from vitguard.attacks.evidence import check_seconds, mismatch, require_finite, surprise
+from vitguard.attacks.labels import pair_labels, try_labels
+from vitguard.attacks.map_fit.likelihood import Likelihood
+from vitguard.attacks.map_fit.newton import Fit
+from vitguard.attacks.robust.attacks import RobustPosition, RobustSpan
+from vitguard.attacks.robust.natural_images import NaturalImages
+from vitguard.core import Guess, Update, View
+from vitguard.errors import Blocked, NotApplicable, expected
+from vitguard.vit import Anatomy
+
+__all__ = ["MaximumAPosteriori"]
+
+_STARTS = 0.4  # of the budget, for the attacks whose result it starts from
+
+
+@dataclass(frozen=True)
+class MaximumAPosteriori(Attack):
+    """Fit pixels to every readable number of the update, under a prior of natural images.
+
+    Minimises sum_t |c S_t(x) - g_t|^2 / sigma_t^2 + prior(x) over the images x by Gauss-Newton
+    steps, each solved by conjugate gradients on products with the derivative of the simulated
+    update S. Noise, rounding, pruning, clipping and local steps are what S and the levels sigma_t
+    say of them (`Likelihood`); c is one unknown scale. A level that is not public is the misfit's
+    own, which makes early steps careful: far from the truth everything looks like noise.
+
+    Details: `start`, `steps`, `products` (with the derivative and back), `misfit` (of the update,
+    over what the known noise explains; None where no level is known), `reached` (whether that is
+    1), and `unfinished` where the budget ended it first.
+
+    Args:
+        seconds: Budget in nominal seconds of work (`Budget`), the start included.
+        steps: Gauss-Newton steps at most.
+        inner: Conjugate-gradient iterations of a step at most.
+        start: Guess of another attack to start from; None takes the more probable of
+            `position-robust` and `span-robust`, or the prior's mean.
+
+    Raises:
+        NotApplicable: The update cannot be simulated: a shuffle, dropout, unknown labels.
+
+    References:
+        docs/methods.md 2.5c'.
+    """
+
+    name: ClassVar[str] = "map"
+    family: ClassVar[str] = "ladder"
+    rung: ClassVar[int | None] = 7
+    seconds: float = 60.0
+    steps: int = 30
+    inner: int = 200
+    start: Guess | None = field(default=None, repr=False, compare=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_seconds(self.seconds)
+        if self.steps < 1 or self.inner < 1:
+            raise expected("steps and inner of at least 1", f"{self.steps} and {self.inner}")
+
+    @staticmethod
+    def least(view: View) -> float:
+        """Return about how many nominal seconds a start and a first step take."""
+        return 50 * update_seconds(view)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return {"seconds": self.seconds, "steps": self.steps, "inner": self.inner}
+
+    def run(self, view: View, generator: torch.Generator) -> Guess:
+        """Return the most probable images that were reached."""
+        anatomy = Anatomy.of(view.model)
+        if view.traits.shuffle is not None:
+            raise NotApplicable("the update cannot be simulated: patches were shuffled in secret")
+        if view.random():
+            raise NotApplicable("the update cannot be simulated: the model draws while it trains")
+        require_finite(view)
+        budget = Budget.of(self.seconds)
+        likelihood = Likelihood.of(_comparable(view, view.update))
+        prior = NaturalImages.of(view, anatomy)
+        name, guess = self._begin(view, prior, generator, budget)
+        labels = guess.labels
+        if labels is None:
+            raise NotApplicable("the labels are not known, so the update cannot be simulated")
+        labels = labels.to(next(view.model.parameters()).device)
+        whole = {"pruned": False} if view.traits.sparse else {}
+
+        def simulate(images: Tensor) -> dict[str, Tensor]:
+            made = view.simulate(images, labels, None, **whole)
+            return dict(_comparable(view, made).update.tensors)
+
+        images = view.normalization.apply(guess.images.to(prior.mean))
+        white = prior.whiten(anatomy.patchify(images))
+        made = simulate(images.to(next(view.model.parameters())).requires_grad_())
+        likelihood = likelihood.only(
+            [n for n in likelihood.names if n in made and made[n].requires_grad]
+        )
+        fit = Fit(view, prior, simulate, likelihood, white)
+        settled = fit.run(budget, steps=self.steps, inner=self.inner)
+        return _guess(view, fit, labels, name, settled)
+
+    def _begin(
+        self, view: View, prior: NaturalImages, generator: torch.Generator, budget: Budget
+    ) -> tuple[str, Guess]:
+        """Return the start and where it is from."""
+        batch = view.update.batch_size
+        if self.start is not None and len(self.start.images) == batch:
+            labels = self.start.labels
+            labels = labels if labels is not None else _labels(view, generator)
+            return "given", replace(self.start, labels=labels)
+        found: list[tuple[float, str, Guess]] = []
+        flat = view.normalization.invert(prior.anatomy.unpatchify(prior.mean)).clamp(0, 1)
+        flat = flat.expand(batch, -1, -1, -1)
+        starts: list[Attack | Guess] = [Guess(images=flat, labels=_labels(view, generator))]
+        if batch == 1:
+            share = 0.5 * _STARTS * budget.left
+            starts += [RobustPosition(seconds=share), RobustSpan(seconds=share)]
+        for start in starts:
+            name = "prior" if isinstance(start, Guess) else start.name
+            try:
+                guess = start if isinstance(start, Guess) else start.run(view, generator)
+            except (Blocked, NotApplicable):
+                continue
+            score = surprise(view, guess)
+            if score is not None:
+                found.append((score, name, guess))
+        if not found:
+            raise NotApplicable("no guess could be simulated: labels or settings are not known")
+        _, name, guess = min(found, key=lambda entry: entry[0])
+        return name, guess
+
+
+def _labels(view: View, generator: torch.Generator) -> Tensor | None:
+    labels = try_labels(view, generator)
+    if labels is None and view.update.batch_size == 1:
+        labels = try_labels(_comparable(view, view.update), generator)
+    return labels
+
+
+def _comparable(view: View, update: Update) -> View:
+    """Scale a difference of SGD steps to gradients, seen and simulated alike."""
+    try:
+        update = update.as_gradient(view.model, steps=True)
+    except NotApplicable:
+        pass
+    return replace(view, update=update)
+
+
+def _guess(view: View, fit: Fit, labels: Tensor, name: str, settled: bool) -> Guess:
+    """Return the images with what is known of them."""
+    images = view.normalization.invert(fit.images(fit.white)).clamp(0, 1)
+    ratio = fit.discrepancy
+    details: dict[str, Any] = {
+        "start": name,
+        "steps": fit.steps,
+        "products": fit.products,
+        "misfit": None if ratio is None else ratio**0.5,
+        "reached": None if ratio is None else fit.reached,
+    }
+    guess = Guess(images=images.float(), labels=labels)
+    details["mismatch"] = mismatch(view, guess)
+    if not settled:
+        details["unfinished"] = ["all Gauss-Newton steps were taken (budget)"]
+    return replace(guess, details=details)
