@@ -1,6 +1,7 @@
 """Images from damaged gradients: plain attacks, robust ones, and the best choice of parameters.
 
     python benchmarks/damage.py [--images N] [--first K] [--only WORD ...] [--more] [--figure FILE]
+    python benchmarks/damage.py --map FILE [--images N] [--first K] [--only WORD ...] [--seconds S]
 
 Each of N CIFAR-10 test images goes through each of the two ViTs that others trained (in the folder
 that VITGUARD_DATA names); figures are medians of PSNR over these 2 N cases, float32, batch size 1.
@@ -11,6 +12,10 @@ largest entries of each tensor; local steps are full-batch SGD at rate 0.01, see
 `best` takes, by the truth, the best of the candidates that the robust attack chooses from without
 it; `gap` is the largest distance of the choice to it in one case. Floors: the flat image, and under
 matching the best of flat image and flat patches. `--more` adds the points of the figure's curves.
+
+`--map` draws noise and pruning as the defenses `noise` and `pruning` add them (relative to each
+tensor), learnable and frozen positions: the better robust form, `map` from there, and gradient
+matching (`inverting`, its preset for a CPU). One line for each case is printed as it is done.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.attacks.base import Attack
+from vitguard.attacks.map_fit.attack import MaximumAPosteriori, likeliest
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.robust import attacks as robust
@@ -35,7 +42,7 @@ from vitguard.errors import Blocked, NotApplicable
 from vitguard.guard import protect
 from vitguard.metrics import baseline, psnr
 from vitguard.models import build_model, load_checkpoint
-from vitguard.registry import parse_stack
+from vitguard.registry import parse_attack, parse_stack
 from vitguard.threats import CuriousServer
 
 CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -48,6 +55,10 @@ TABLE = ("noise 1e-6", "noise 1e-4", "noise 1e-3", "noise 1e-2", "noise 1e-1", "
          "bfloat16", "keep 10 %", "clipping", "5 local steps")  # fmt: skip
 MORE = ("noise 1e-5", "keep 50 %", "keep 20 %", "keep 2 %", "1 local steps", "2 local steps",
         "10 local steps")  # fmt: skip
+DEFENSES = ("noise:scale=0.001", "noise:scale=0.01", "noise:scale=0.1", "noise:scale=1",
+            "pruning:keep=0.5", "pruning:keep=0.2", "pruning:keep=0.1", "pruning:keep=0.05",
+            "pruning:keep=0.02")  # fmt: skip
+POSITIONS = {"learnable": "", "frozen": "positions:kind=frozen+"}
 COLUMNS = ("position", "position-robust", "best", "gap", "span", "span-robust", "best", "gap")
 
 
@@ -69,6 +80,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--more", action="store_true")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--map", type=Path)
+    parser.add_argument("--seconds", type=float, default=30.0)
     options = parser.parse_args()
     if not os.environ.get("VITGUARD_DATA"):
         sys.exit("Expected VITGUARD_DATA to name the folder with CIFAR-10 and the trained ViTs.")
@@ -78,6 +91,10 @@ def main() -> None:
         float(torch.cat([getattr(f, k) for f in floors]).median()) for k in ("psnr", "patch_psnr")
     )
     print(f"{len(cases)} cases, floors {low:.1f} dB flat image, {high:.1f} dB flat patches")
+    if options.map is not None:
+        wanted = [d for d in DEFENSES if not options.only or any(w in d for w in options.only)]
+        draw_map(options.map, map_figures(cases, wanted, options.seconds), low)
+        return
     print(f"| damage | {' | '.join(COLUMNS)} |\n|---{'|---' * len(COLUMNS)}|", flush=True)
     table: dict[str, Tensor] = {}
     for damage in TABLE + (MORE if options.more else ()):
@@ -188,6 +205,73 @@ def observe(case: Case, damage: str, stack: str) -> View:
 
     tensors = {name: spoil(tensor) for name, tensor in update.tensors.items()}
     return replace(view, update=replace(update, tensors=tensors))
+
+
+def map_figures(
+    cases: list[Case], defenses: list[str], seconds: float
+) -> dict[tuple[str, str], Tensor]:
+    """Return the median PSNR of robust, map and matching by (positions, defense)."""
+    table = {}
+    print("| positions | defense | image | robust | map | matching | map says |\n|---", end="")
+    print("|---" * 6 + "|")
+    for defense in defenses:
+        for positions, before in POSITIONS.items():
+            rows = []
+            for case in cases:
+                view = observe(case, "none 0", before + defense)
+                generator = torch.Generator().manual_seed(0)
+                guesses = {}
+                for attack in (RobustPosition(seconds=10), RobustSpan(seconds=10)):
+                    with suppress(NotApplicable, Blocked):
+                        guesses[attack.name] = attack.run(view, generator)
+                robust_name = likeliest(view, guesses)
+                robust_guess = guesses.get(robust_name or "")
+                robust_psnr = float("nan")
+                if robust_guess is not None:
+                    robust_psnr = float(psnr(robust_guess.images.cpu(), case.pixels))
+                guess = MaximumAPosteriori(seconds=seconds, start=robust_guess).run(view, generator)
+                found = float(psnr(guess.images.cpu(), case.pixels))
+                matched = quality(parse_attack("inverting", fast=True), view, case.pixels)
+                rows.append([robust_psnr, found, matched])
+                said = {k: guess.details[k] for k in ("start", "steps", "products", "misfit",
+                                                      "finished")}  # fmt: skip
+                cells = " | ".join(map(cell, rows[-1]))
+                print(f"| {positions} | {defense} | {case.seed} | {cells} | {said} |", flush=True)
+            table[positions, defense] = torch.tensor(rows).nanmedian(0).values
+    return table
+
+
+def draw_map(path: Path, table: dict[tuple[str, str], Tensor], floor: float) -> None:
+    """Draw noise and pruning, learnable and frozen positions side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True)
+    words = (("noise", "noise, relative to each tensor"), ("pruning", "share of entries kept"))
+    places = [(w, title, p) for w, title in words for p in POSITIONS]
+    for axis, (word, title, positions) in zip(axes, places, strict=True):
+        points = sorted((float(d.split("=")[1]), d) for p, d in table if p == positions
+                        and d.startswith(word))  # fmt: skip
+        ticks = [x for x, _ in points]
+        for index, (name, colour) in enumerate(
+            (("robust", "#1f5f99"), ("map", "#b9510d"), ("matching", "#7a7a7a"))
+        ):
+            values = [float(table[positions, d][index]) for _, d in points]
+            axis.plot(ticks, values, "o-", color=colour, markersize=3.5, label=name)
+        axis.axhline(floor, color="0.5", linewidth=0.8, linestyle=":", label="flat image")
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+        axis.minorticks_off()
+        axis.set_xlabel(title)
+        axis.set_title(f"{positions} positions", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("PSNR in dB, median")
+    axes[-1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def draw(path: Path, table: dict[str, Tensor], floor: float) -> None:

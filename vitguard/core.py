@@ -429,8 +429,8 @@ class View:
             `traits`.
         extras: Public tensors that a defense added, by name.
         traits: What the defenses make true of the update.
-        simulate: `(images, labels, generator, shuffled=None, pruned=True) -> Update`, the differentiable update
-            that the known settings make of model-input images: fixed positions, clipping, pruning
+        simulate: `(images, labels, generator, shuffled=None, pruned=True) -> Update`, the
+            differentiable update that the known settings make of model-input images: fixed positions, clipping, pruning
             as the update shows it, no noise. Labels are class indices or probabilities; `shuffled`,
             (batch, patches), are positions known to be shuffled, else masks are drawn; with
             `pruned=False` entries that a defense zeroes keep their values. It carries the graph of

@@ -15,6 +15,7 @@ from vitguard.attacks.evidence import mismatch
 from vitguard.attacks.gelu_span.attack import GeluSpan
 from vitguard.attacks.labels import pair_labels
 from vitguard.attacks.ladder.polish import polish
+from vitguard.attacks.map_fit.attack import MaximumAPosteriori, likeliest
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust.attacks import RobustPosition, RobustSpan
 from vitguard.attacks.span.attack import SpanInversion
@@ -34,10 +35,10 @@ class Ladder(Attack):
     """Climb from `position` to `gelu-span`; hand back the guess that verifies itself best.
 
     Rungs: `position`, `span`, `cascade` (labels of a batch), `gelu-span`, and for damaged gradients
-    `position-robust` and `span-robust`. A rung that does not apply says why in the details. The
-    choice never sees the truth: the adversary recomputes the update from each guess with the known
-    settings (`View.simulate`) and compares, and counts the patches that proved themselves. A single
-    image that is nearly right is polished last.
+    `position-robust`, `span-robust` and `map`. A rung that does not apply says why in the details.
+    The choice never sees the truth: the adversary recomputes the update from each guess with the
+    known settings (`View.simulate`) and compares, and counts the patches that proved themselves. A
+    single image that is nearly right is polished last.
 
     Details: `rung`, `verified` (share of patches), `mismatch` of the chosen guess, `rungs` (what
     each said), `exact` (what is known of exact attacks: `"no exact attack known"` where T >= D and
@@ -136,6 +137,10 @@ class _Climb:
     def _robust(self) -> None:
         self._try(lambda: RobustPosition(seconds=self._left(0.4)), RobustPosition.least)
         self._try(lambda: RobustSpan(seconds=self._left(0.6)), RobustSpan.least)
+        if not self.view.traits.exact or self.view.update.local_steps > 1:
+            start = self.guesses.get(likeliest(self.view, self.guesses) or "")
+            fit = MaximumAPosteriori
+            self._try(lambda: fit(seconds=self._left(0.9), start=start), fit.least)
 
     def _left(self, share: float) -> float:
         return max(share * self.budget.left, 0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -9,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vitguard.attacks.base import Attack
-from vitguard.attacks.budget import Budget, CutShort, update_seconds
+from vitguard.attacks.budget import Budget, charge, update_seconds
+from vitguard.attacks.equations.head import linear_head
 from vitguard.attacks.evidence import check_seconds, mismatch, require_finite, surprise
-from vitguard.attacks.labels import pair_labels, try_labels
+from vitguard.attacks.labels import try_labels
 from vitguard.attacks.map_fit.likelihood import Likelihood
 from vitguard.attacks.map_fit.newton import Fit
 from vitguard.attacks.robust.attacks import RobustPosition, RobustSpan
@@ -20,7 +23,7 @@ from vitguard.core import Guess, Update, View
 from vitguard.errors import Blocked, NotApplicable, expected
 from vitguard.vit import Anatomy
 
-__all__ = ["MaximumAPosteriori"]
+__all__ = ["MaximumAPosteriori", "likeliest"]
 
 _STARTS = 0.4  # of the budget, for the attacks whose result it starts from
 
@@ -37,7 +40,7 @@ class MaximumAPosteriori(Attack):
 
     Details: `start`, `steps`, `products` (with the derivative and back), `misfit` (of the update,
     over what the known noise explains; None where no level is known), `reached` (whether that is
-    1), and `unfinished` where the budget ended it first.
+    1), `finished` (whether the steps settled), and `unfinished` where the budget ended them.
 
     Args:
         seconds: Budget in nominal seconds of work (`Budget`), the start included.
@@ -45,6 +48,7 @@ class MaximumAPosteriori(Attack):
         inner: Conjugate-gradient iterations of a step at most.
         start: Guess of another attack to start from; None takes the more probable of
             `position-robust` and `span-robust`, or the prior's mean.
+        watch: Called after every step with the fit.
 
     Raises:
         NotApplicable: The update cannot be simulated: a shuffle, dropout, unknown labels.
@@ -60,6 +64,9 @@ class MaximumAPosteriori(Attack):
     steps: int = 30
     inner: int = 200
     start: Guess | None = field(default=None, repr=False, compare=False, kw_only=True)
+    watch: Callable[[Fit], None] | None = field(
+        default=None, repr=False, compare=False, kw_only=True
+    )
 
     def __post_init__(self) -> None:
         check_seconds(self.seconds)
@@ -103,7 +110,7 @@ class MaximumAPosteriori(Attack):
         likelihood = likelihood.only(
             [n for n in likelihood.names if n in made and made[n].requires_grad]
         )
-        fit = Fit(view, prior, simulate, likelihood, white)
+        fit = Fit(view, prior, simulate, likelihood, white, watch=self.watch)
         settled = fit.run(budget, steps=self.steps, inner=self.inner)
         return _guess(view, fit, labels, name, settled)
 
@@ -112,45 +119,69 @@ class MaximumAPosteriori(Attack):
     ) -> tuple[str, Guess]:
         """Return the start and where it is from."""
         batch = view.update.batch_size
-        if self.start is not None and len(self.start.images) == batch:
-            labels = self.start.labels
-            labels = labels if labels is not None else _labels(view, generator)
-            return "given", replace(self.start, labels=labels)
-        found: list[tuple[float, str, Guess]] = []
-        flat = view.normalization.invert(prior.anatomy.unpatchify(prior.mean)).clamp(0, 1)
-        flat = flat.expand(batch, -1, -1, -1)
-        starts: list[Attack | Guess] = [Guess(images=flat, labels=_labels(view, generator))]
-        if batch == 1:
-            share = 0.5 * _STARTS * budget.left
-            starts += [RobustPosition(seconds=share), RobustSpan(seconds=share)]
-        for start in starts:
-            name = "prior" if isinstance(start, Guess) else start.name
-            try:
-                guess = start if isinstance(start, Guess) else start.run(view, generator)
-            except (Blocked, NotApplicable):
-                continue
-            score = surprise(view, guess)
-            if score is not None:
-                found.append((score, name, guess))
-        if not found:
+        given = self.start
+        if given is not None and len(given.images) == batch:
+            if given.labels is not None:
+                return "given", given
+            return "given", replace(given, labels=_labels(view, generator))
+        flat = prior.anatomy.unpatchify(prior.mean).expand(batch, -1, -1, -1)
+        if batch > 1:  # equal images would stay equal
+            noise = torch.randn(flat.shape, generator=generator, dtype=flat.dtype)
+            flat = flat + 0.1 * prior.paint(noise.to(flat))
+        flat = view.normalization.invert(flat).clamp(0, 1)
+        found = [("prior", Guess(images=flat, labels=_labels(view, generator)))]
+        share = 0.5 * _STARTS * budget.left
+        for attack in (RobustPosition(seconds=share), RobustSpan(seconds=share)):
+            if batch == 1:
+                try:
+                    found.append((attack.name, attack.run(view, generator)))
+                except (Blocked, NotApplicable):
+                    continue
+        labels = found[0][1].labels
+        named = {
+            name: g if g.labels is not None else replace(g, labels=labels) for name, g in found
+        }
+        name = likeliest(view, named)
+        if name is None:
             raise NotApplicable("no guess could be simulated: labels or settings are not known")
-        _, name, guess = min(found, key=lambda entry: entry[0])
-        return name, guess
+        return name, named[name]
+
+
+def likeliest(view: View, guesses: Mapping[str, Guess]) -> str | None:
+    """Return the name of the guess that makes the update most probable, None where none does."""
+    scores = {name: surprise(view, guess) for name, guess in guesses.items()}
+    known = {name: score for name, score in scores.items() if score is not None}
+    return min(known, key=lambda name: known[name]) if known else None
 
 
 def _labels(view: View, generator: torch.Generator) -> Tensor | None:
     labels = try_labels(view, generator)
     if labels is None and view.update.batch_size == 1:
         labels = try_labels(_comparable(view, view.update), generator)
+        labels = labels if labels is not None else _strongest(_comparable(view, view.update))
     return labels
+
+
+def _strongest(view: View) -> Tensor | None:
+    """Return the label of one image from a damaged gradient: the strongest row of g [f; 1]^T.
+
+    g_c = p_c - 1[c = y] sums to zero and has one negative entry, so that is the largest.
+    """
+    try:
+        head = linear_head(view)
+        rows = view.read(f"{head}.weight")
+    except (Blocked, NotApplicable):
+        return None
+    if view.update.can_read(f"{head}.bias"):
+        rows = torch.cat([rows, view.read(f"{head}.bias")[:, None]], 1)
+    charge(svd=rows.numel() * min(rows.shape))
+    return torch.linalg.svd(rows, full_matrices=False)[0][:, 0].abs().argmax()[None]
 
 
 def _comparable(view: View, update: Update) -> View:
     """Scale a difference of SGD steps to gradients, seen and simulated alike."""
-    try:
+    with suppress(NotApplicable):
         update = update.as_gradient(view.model, steps=True)
-    except NotApplicable:
-        pass
     return replace(view, update=update)
 
 
@@ -164,6 +195,7 @@ def _guess(view: View, fit: Fit, labels: Tensor, name: str, settled: bool) -> Gu
         "products": fit.products,
         "misfit": None if ratio is None else ratio**0.5,
         "reached": None if ratio is None else fit.reached,
+        "finished": settled,
     }
     guess = Guess(images=images.float(), labels=labels)
     details["mismatch"] = mismatch(view, guess)

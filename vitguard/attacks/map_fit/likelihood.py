@@ -145,9 +145,7 @@ class Likelihood:
         relative = sum(q / s**2 for q, s in zip(squares, self.sizes, strict=True))
         typical = relative / max(sum(counts), 1)
         made = []
-        for square, count, size, known in zip(
-            squares, counts, self.sizes, self.known, strict=True
-        ):
+        for square, count, size, known in zip(squares, counts, self.sizes, self.known, strict=True):
             level = math.sqrt((square + _SHY * typical * size**2) / (count + _SHY))
             made.append(max(level, known or 0.0, _FINEST * size))
         return made

@@ -18,7 +18,6 @@ from vitguard.core import View
 
 __all__ = ["Fit", "normal_equations"]
 
-WATCH=None
 White = Float[Tensor, "batch channels height width"]
 Operator = Callable[[Tensor], Tensor]
 
@@ -48,6 +47,7 @@ class Fit:
     white: White
     steps: int = 0
     products: int = 0
+    watch: Callable[[Fit], None] | None = None
     _last: Misfit | None = None
 
     def images(self, white: White) -> Tensor:
@@ -84,9 +84,10 @@ class Fit:
                 return not budget.over
             self.white, misfit = white, trial
             self._last = misfit
-            if WATCH: WATCH(self, misfit, levels, before, after, length)
             self.steps += 1
             levels = self.likelihood.levels(misfit)
+            if self.watch is not None:
+                self.watch(self)
             if before - after < _SETTLED * before:
                 return not budget.over
         return False
