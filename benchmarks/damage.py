@@ -1,7 +1,8 @@
 """Images from damaged gradients: plain attacks, robust ones, and the best choice of parameters.
 
     python benchmarks/damage.py [--images N] [--first K] [--only WORD ...] [--more] [--figure FILE]
-    python benchmarks/damage.py --map FILE [--images N] [--first K] [--only WORD ...] [--seconds S]
+    python benchmarks/damage.py --map ROWS [--images N] [--first K] [--only WORD ...] [--seconds S]
+        [--crop PIXELS] [--figure FILE]
 
 Each of N CIFAR-10 test images goes through each of the two ViTs that others trained (in the folder
 that VITGUARD_DATA names); figures are medians of PSNR over these 2 N cases, float32, batch size 1.
@@ -15,7 +16,9 @@ matching the best of flat image and flat patches. `--more` adds the points of th
 
 `--map` draws noise and pruning as the defenses `noise` and `pruning` add them (relative to each
 tensor), learnable and frozen positions: the better robust form, `map` from there, and gradient
-matching (`inverting`, its preset for a CPU). One line for each case is printed as it is done.
+matching (`inverting`, its preset for a CPU). Each case adds a line to the file ROWS as it is done,
+and the figure is of the medians of all lines there. `--crop 16` takes the middle of images and
+position grid: a quarter of the tokens.
 """
 
 from __future__ import annotations
@@ -82,10 +85,11 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--map", type=Path)
     parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--crop", type=int, default=32)
     options = parser.parse_args()
     if not os.environ.get("VITGUARD_DATA"):
         sys.exit("Expected VITGUARD_DATA to name the folder with CIFAR-10 and the trained ViTs.")
-    cases = list(load_cases(options.first, options.images))
+    cases = list(load_cases(options.first, options.images, options.crop))
     floors = [baseline(case.pixels, (4, 4)) for case in cases]
     low, high = (
         float(torch.cat([getattr(f, k) for f in floors]).median()) for k in ("psnr", "patch_psnr")
@@ -93,7 +97,11 @@ def main() -> None:
     print(f"{len(cases)} cases, floors {low:.1f} dB flat image, {high:.1f} dB flat patches")
     if options.map is not None:
         wanted = [d for d in DEFENSES if not options.only or any(w in d for w in options.only)]
-        draw_map(options.map, map_figures(cases, wanted, options.seconds), low)
+        with options.map.open("a") as rows:
+            for row in map_rows(cases, wanted, options.seconds):
+                print(*row, sep="\t", file=rows, flush=True)
+        if options.figure is not None:
+            draw_map(options.figure, options.map)
         return
     print(f"| damage | {' | '.join(COLUMNS)} |\n|---{'|---' * len(COLUMNS)}|", flush=True)
     table: dict[str, Tensor] = {}
@@ -114,8 +122,8 @@ def cell(value: float) -> str:
     return "-" if value != value else f"{value:.1f}"
 
 
-def load_cases(first: int, count: int) -> Iterator[Case]:
-    """Yield CIFAR-10 test images on both trained models."""
+def load_cases(first: int, count: int, crop: int = 32) -> Iterator[Case]:
+    """Yield CIFAR-10 test images, or their middle, on both trained models."""
     folder = Path(os.environ["VITGUARD_DATA"])
     sys.path.insert(0, str(folder))
     from load import cifar10  # type: ignore[import-not-found]
@@ -128,8 +136,27 @@ def load_cases(first: int, count: int) -> Iterator[Case]:
             if isinstance(module, nn.LayerNorm):
                 module.eps = epsilon
         load_checkpoint(model, folder / f"weights/cifar10_vit_{name}.safetensors")
+        middle = pixels
+        if crop < 32:
+            model = cropped(model, crop)
+            edge = (32 - crop) // 2
+            middle = pixels[..., edge : edge + crop, edge : edge + crop]
         for i in range(first, first + count):
-            yield Case(model, pixels[i : i + 1], torch.as_tensor(labels[i : i + 1]).long(), i)
+            yield Case(model, middle[i : i + 1], torch.as_tensor(labels[i : i + 1]).long(), i)
+
+
+def cropped(model: nn.Module, crop: int) -> nn.Module:
+    """Return the model for the middle of its images: the middle of its position grid."""
+    small = build_model(VIT.replace("img_size=32", f"img_size={crop}"))
+    for module, other in zip(small.modules(), model.modules(), strict=True):
+        if isinstance(module, nn.LayerNorm):
+            module.eps = other.eps  # type: ignore[union-attr]
+    state, (edge, side) = model.state_dict(), ((32 - crop) // 8, crop // 4)
+    grid = state["pos_embed"][:, 1:].unflatten(1, (8, 8))
+    grid = grid[:, edge : edge + side, edge : edge + side].flatten(1, 2)
+    state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], grid], 1)
+    small.load_state_dict(state)
+    return small
 
 
 def figures_of(case: Case, damage: str) -> list[float]:
@@ -207,42 +234,40 @@ def observe(case: Case, damage: str, stack: str) -> View:
     return replace(view, update=replace(update, tensors=tensors))
 
 
-def map_figures(
+def map_rows(
     cases: list[Case], defenses: list[str], seconds: float
-) -> dict[tuple[str, str], Tensor]:
-    """Return the median PSNR of robust, map and matching by (positions, defense)."""
-    table = {}
-    print("| positions | defense | image | robust | map | matching | map says |\n|---", end="")
-    print("|---" * 6 + "|")
-    for defense in defenses:
-        for positions, before in POSITIONS.items():
-            rows = []
-            for case in cases:
+) -> Iterator[tuple[object, ...]]:
+    """Yield positions, defense, image, floor, PSNR of robust, map and matching, what map says."""
+    for case in cases:
+        floor = float(baseline(case.pixels, (4, 4)).psnr)
+        for defense in defenses:
+            for positions, before in POSITIONS.items():
                 view = observe(case, "none 0", before + defense)
                 generator = torch.Generator().manual_seed(0)
                 guesses = {}
                 for attack in (RobustPosition(seconds=10), RobustSpan(seconds=10)):
                     with suppress(NotApplicable, Blocked):
                         guesses[attack.name] = attack.run(view, generator)
-                robust_name = likeliest(view, guesses)
-                robust_guess = guesses.get(robust_name or "")
-                robust_psnr = float("nan")
-                if robust_guess is not None:
-                    robust_psnr = float(psnr(robust_guess.images.cpu(), case.pixels))
-                guess = MaximumAPosteriori(seconds=seconds, start=robust_guess).run(view, generator)
-                found = float(psnr(guess.images.cpu(), case.pixels))
+                start = guesses.get(likeliest(view, guesses) or "", next(iter(guesses.values())))
+                guess = MaximumAPosteriori(seconds=seconds, start=start).run(view, generator)
                 matched = quality(parse_attack("inverting", fast=True), view, case.pixels)
-                rows.append([robust_psnr, found, matched])
-                said = {k: guess.details[k] for k in ("start", "steps", "products", "misfit",
-                                                      "finished")}  # fmt: skip
-                cells = " | ".join(map(cell, rows[-1]))
-                print(f"| {positions} | {defense} | {case.seed} | {cells} | {said} |", flush=True)
-            table[positions, defense] = torch.tensor(rows).nanmedian(0).values
-    return table
+                figures = [float(psnr(g.images.cpu(), case.pixels)) for g in (start, guess)]
+                told = ("steps", "products", "misfit", "finished")
+                said = ", ".join(f"{k} {guess.details[k]}" for k in told)
+                yield (positions, defense, case.seed, f"{floor:.2f}",
+                       *(f"{v:.2f}" for v in [*figures, matched]), said)  # fmt: skip
 
 
-def draw_map(path: Path, table: dict[tuple[str, str], Tensor], floor: float) -> None:
+def draw_map(path: Path, rows: Path) -> None:
     """Draw noise and pruning, learnable and frozen positions side by side."""
+    lines = [line.split("\t") for line in rows.read_text().splitlines()]
+    floor = float(torch.tensor([float(line[3]) for line in lines]).median())
+    table: dict[tuple[str, str], Tensor] = {}
+    for key in {(line[0], line[1]) for line in lines}:
+        found = [[float(v) for v in line[4:7]] for line in lines if (line[0], line[1]) == key]
+        table[key] = torch.tensor(found).quantile(0.5, dim=0)
+    for (positions, defense), values in sorted(table.items()):
+        print(f"| {positions} | {defense} | {' | '.join(map(cell, values.tolist()))} |")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -430,11 +430,11 @@ class View:
         extras: Public tensors that a defense added, by name.
         traits: What the defenses make true of the update.
         simulate: `(images, labels, generator, shuffled=None, pruned=True) -> Update`, the
-            differentiable update that the known settings make of model-input images: fixed positions, clipping, pruning
-            as the update shows it, no noise. Labels are class indices or probabilities; `shuffled`,
-            (batch, patches), are positions known to be shuffled, else masks are drawn; with
-            `pruned=False` entries that a defense zeroes keep their values. It carries the graph of
-            `images` and `labels`.
+            differentiable update that the known settings make of model-input images: fixed
+            positions, clipping, pruning as the update shows it, no noise. Labels are class
+            indices or probabilities; `shuffled`, (batch, patches), are positions known to be
+            shuffled, else masks are drawn; with `pruned=False` entries that a defense zeroes keep
+            their values. It carries the graph of `images` and `labels`.
         objective: The loss whose gradient `simulate` returns, or None where the update is anything
             but that gradient.
         random: `() -> bool`: whether the model itself draws while it trains (dropout, drop path),

@@ -93,6 +93,11 @@ class Fit:
         return False
 
     @property
+    def scale(self) -> float:
+        """The unknown scale of the update, as it fits best."""
+        return 1.0 if self._last is None else self._last.scale
+
+    @property
     def discrepancy(self) -> float | None:
         """Squared misfit over what the known noise explains; None where no level is known."""
         return None if self._last is None else self.likelihood.discrepancy(self._last)
