@@ -35,7 +35,8 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.attacks.base import Attack
-from vitguard.attacks.map_fit.attack import MaximumAPosteriori, likeliest
+from vitguard.attacks.evidence import likeliest
+from vitguard.attacks.map_fit import MaximumAPosteriori
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.robust import attacks as robust

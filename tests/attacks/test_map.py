@@ -9,7 +9,6 @@ from vitguard.attacks.budget import ENDLESS
 from vitguard.attacks.equations.update_jacobian import UpdateJacobian
 from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.map_fit import MaximumAPosteriori, newton
-from vitguard.attacks.map_fit.attack import likeliest
 from vitguard.attacks.map_fit.likelihood import Likelihood
 from vitguard.attacks.map_fit.newton import Fit, normal_equations
 from vitguard.attacks.robust import RobustPosition, RobustSpan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vitguard.attacks.base import Attack
+from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.budget import Budget, charge, update_seconds
 from vitguard.attacks.equations.head import linear_head
-from vitguard.attacks.evidence import check_seconds, mismatch, require_finite, surprise
+from vitguard.attacks.evidence import check_seconds, likeliest, mismatch, require_finite
 from vitguard.attacks.labels import try_labels
 from vitguard.attacks.map_fit.likelihood import Likelihood
 from vitguard.attacks.map_fit.newton import Fit
@@ -23,7 +23,7 @@ from vitguard.core import Guess, Update, View
 from vitguard.errors import Blocked, NotApplicable, expected
 from vitguard.vit import Anatomy
 
-__all__ = ["MaximumAPosteriori", "likeliest"]
+__all__ = ["MaximumAPosteriori"]
 
 _STARTS = 0.4  # of the budget, for the attacks whose result it starts from
 
@@ -59,7 +59,7 @@ class MaximumAPosteriori(Attack):
 
     name: ClassVar[str] = "map"
     family: ClassVar[str] = "ladder"
-    rung: ClassVar[int | None] = 7
+    rung: ClassVar[Rung | None] = Rung(70, 45)
     seconds: float = 60.0
     steps: int = 30
     inner: int = 200
@@ -73,8 +73,11 @@ class MaximumAPosteriori(Attack):
         if self.steps < 1 or self.inner < 1:
             raise expected("steps and inner of at least 1", f"{self.steps} and {self.inner}")
 
-    @staticmethod
-    def least(view: View) -> float:
+    def share(self, view: View) -> float:
+        """Return the share of the ladder's work left; exact rungs need no prior."""
+        return 0.9 if not view.traits.exact or view.update.local_steps > 1 else 0.0
+
+    def least(self, view: View) -> float:
         """Return about how many nominal seconds a start and a first step take."""
         return 50 * update_seconds(view)
 
@@ -145,13 +148,6 @@ class MaximumAPosteriori(Attack):
         if name is None:
             raise NotApplicable("no guess could be simulated: labels or settings are not known")
         return name, named[name]
-
-
-def likeliest(view: View, guesses: Mapping[str, Guess]) -> str | None:
-    """Return the name of the guess that makes the update most probable, None where none does."""
-    scores = {name: surprise(view, guess) for name, guess in guesses.items()}
-    known = {name: score for name, score in scores.items() if score is not None}
-    return min(known, key=lambda name: known[name]) if known else None
 
 
 def _labels(view: View, generator: torch.Generator) -> Tensor | None:
