@@ -187,9 +187,18 @@ class Faint(Attack):
 
 
 def test_a_single_image_that_is_picked_out_of_the_decoys_has_not_resisted(small_vit, photo):
-    _, (finding,) = judged(small_vit(), photo, Faint(photo))
+    report, (finding,) = judged(small_vit(), photo, Faint(photo))
     assert finding.gain < 6 and finding.identified == 1 and finding.decoys >= 1000
-    assert finding.verdict == "leaks"  # one hit among a thousand is no chance
+    assert finding.verdict == "inconclusive" and "picked out of 1000 decoys" in finding.reason
+    assert report.gate(max_gain=6) == 3
+
+
+def test_two_images_that_are_both_picked_out_leak(small_vit, photos):
+    two = photos[:2]
+    batch = (two, torch.tensor([3, 4]))
+    report = audit(small_vit(), batch, defenses=NOISE, attacks=[Faint(two)])
+    assert report.findings[-1].gain < 6 and report.findings[-1].verdict == "leaks"
+    assert "2 of 2 images told from 1000 decoys" in report.findings[-1].reason
 
 
 def test_one_hit_in_many_images_is_inconclusive(small_vit, photos):
