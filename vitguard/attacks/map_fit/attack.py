@@ -40,7 +40,8 @@ class MaximumAPosteriori(Attack):
 
     Details: `start`, `steps`, `products` (with the derivative and back), `misfit` (of the update,
     over what the known noise explains; None where no level is known), `reached` (whether that is
-    1), `finished` (whether the steps settled), and `unfinished` where the budget ended them.
+    1), `finished` (whether the steps settled, and at the noise where that is known: otherwise in a
+    local minimum), and `unfinished` where the budget ended them.
 
     Args:
         seconds: Budget in nominal seconds of work (`Budget`), the start included.
@@ -144,9 +145,9 @@ class MaximumAPosteriori(Attack):
         named = {
             name: g if g.labels is not None else replace(g, labels=labels) for name, g in found
         }
-        name = likeliest(view, named)
-        if name is None:
-            raise NotApplicable("no guess could be simulated: labels or settings are not known")
+        if labels is None and all(g.labels is None for g in named.values()):
+            raise NotApplicable("the labels are not known, so the update cannot be simulated")
+        name = likeliest(view, named) or "prior"
         return name, named[name]
 
 
@@ -155,7 +156,15 @@ def _labels(view: View, generator: torch.Generator) -> Tensor | None:
     if labels is None and view.update.batch_size == 1:
         labels = try_labels(_comparable(view, view.update), generator)
         labels = labels if labels is not None else _strongest(_comparable(view, view.update))
+        labels = labels if labels is not None else _raised(view)
     return labels
+
+
+def _raised(view: View) -> Tensor | None:
+    """Return the label of one image from a difference of any optimizer: its bias alone rises."""
+    with suppress(NotApplicable, Blocked):
+        return view.read(f"{linear_head(view)}.bias").argmax()[None]
+    return None
 
 
 def _strongest(view: View) -> Tensor | None:
@@ -163,6 +172,8 @@ def _strongest(view: View) -> Tensor | None:
 
     g_c = p_c - 1[c = y] sums to zero and has one negative entry, so that is the largest.
     """
+    if view.update.kind != "gradient":
+        return None
     try:
         head = linear_head(view)
         rows = view.read(f"{head}.weight")
@@ -191,7 +202,7 @@ def _guess(view: View, fit: Fit, labels: Tensor, name: str, settled: bool) -> Gu
         "products": fit.products,
         "misfit": None if ratio is None else ratio**0.5,
         "reached": None if ratio is None else fit.reached,
-        "finished": settled,
+        "finished": settled and (ratio is None or fit.reached),
     }
     guess = Guess(images=images.float(), labels=labels)
     details["mismatch"] = mismatch(view, guess)
