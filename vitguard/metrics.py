@@ -46,6 +46,7 @@ __all__ = [
 
 PSNR_CAP = 200.0
 """Decibels at which PSNR stops: a mean squared error of 1e-20, below what float64 pixels carry."""
+_SAME = 0.9  # correlation from which two images show the same
 RIVALS = 199
 """Sets of guesses without information beside which a truth must stand out further."""
 RECOVERED = 30.0
@@ -177,7 +178,8 @@ def identification(
     Args:
         guess: Pixels in [0, 1], any number of guesses.
         truth: Pixels in [0, 1].
-        decoys: Pixels in [0, 1]: other images, none of them a truth.
+        decoys: Pixels in [0, 1]: other images. One that shows a truth (correlation above 0.9) does
+            not stand beside it.
         uninformed: Images made without the truth; those that equal a decoy have no say on it.
     """
     guess, truth = _images(guess, "guess"), _images(truth, "truth", strict=True)
@@ -185,19 +187,20 @@ def identification(
     _same_shape(decoys, truth, "decoys")
     sets = _standardized(guess)[None]
     rows = _standardized(truth)
-    margin = _margins(_correlations(sets[0], decoys)[None], (sets[0] @ rows.T)[None])
+    same = _correlations(rows, decoys) > _SAME
+    margin = _margins(_correlations(sets[0], decoys)[None], (sets[0] @ rows.T)[None], same)
     told = margin[0] > 1e-9
     if uninformed is None or not bool(told.any()):
         return told
     nulls = _standardized(_images(uninformed, "a guess without information", strict=True))
     to_decoys = _correlations(nulls, decoys)
-    itself = to_decoys > 1 - 1e-6
+    itself = to_decoys > _SAME
     to_decoys = torch.where(itself, to_decoys.masked_fill(itself, 0).mean(1, True), to_decoys)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(nulls), (RIVALS, len(guess)), generator=generator)
     drawn[:, 0] = torch.arange(RIVALS) % len(nulls)  # each of them has its turn
     to_truths = nulls @ rows.T
-    lucky = torch.cat([_margins(to_decoys[d], to_truths[d]) for d in drawn.split(16)])
+    lucky = torch.cat([_margins(to_decoys[d], to_truths[d], same) for d in drawn.split(16)])
     return told & (margin[0] > lucky.amax(0))
 
 
@@ -211,18 +214,20 @@ def _correlations(rows: Tensor, decoys: Decoys) -> Tensor:
 
 
 def _margins(
-    decoys: Float[Tensor, "sets guesses decoys"], truths: Float[Tensor, "sets guesses truths"]
+    decoys: Float[Tensor, "sets guesses decoys"],
+    truths: Float[Tensor, "sets guesses truths"],
+    same: Bool[Tensor, "truths decoys"],
 ) -> Float[Tensor, "sets truths"]:
     """Return how much further each truth stands out, to any guess of a set, than any decoy."""
     margins = []
-    for own in truths.unbind(-1):
-        line_up = torch.cat([decoys, own[..., None]], dim=-1)
+    for own, left_out in zip(truths.unbind(-1), same, strict=True):
+        line_up = torch.cat([decoys[..., ~left_out], own[..., None]], dim=-1)
         # A clear guess is like everything natural, a noisy one like nothing: compare each on its
         # own scale. The scales of few decoys are chance themselves, hence the common part. Truth
         # and decoys enter alike: without information each is equally likely to come first.
         spread = line_up.std(-1, correction=0, keepdim=True)
         common = spread.square().mean(1, keepdim=True).sqrt()
-        scale = (spread + common / decoys.shape[-1] ** 0.5).clamp(min=1e-12)
+        scale = (spread + common / (line_up.shape[-1] - 1) ** 0.5).clamp(min=1e-12)
         stands = ((line_up - line_up.mean(-1, keepdim=True)) / scale).amax(1)
         margins.append(stands[:, -1] - stands[:, :-1].amax(-1))
     return torch.stack(margins, dim=-1)
