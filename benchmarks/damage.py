@@ -1,6 +1,8 @@
 """Images from damaged gradients: plain attacks, robust ones, and the best choice of parameters.
 
     python benchmarks/damage.py [--images N] [--first K] [--only WORD ...] [--more] [--figure FILE]
+    python benchmarks/damage.py --map ROWS [--images N] [--first K] [--only WORD ...] [--seconds S]
+        [--crop PIXELS] [--no-matching] [--figure FILE]
 
 Each of N CIFAR-10 test images goes through each of the two ViTs that others trained (in the folder
 that VITGUARD_DATA names); figures are medians of PSNR over these 2 N cases, float32, batch size 1.
@@ -11,6 +13,12 @@ largest entries of each tensor; local steps are full-batch SGD at rate 0.01, see
 `best` takes, by the truth, the best of the candidates that the robust attack chooses from without
 it; `gap` is the largest distance of the choice to it in one case. Floors: the flat image, and under
 matching the best of flat image and flat patches. `--more` adds the points of the figure's curves.
+
+`--map` draws noise and pruning as the defenses `noise` and `pruning` add them (relative to each
+tensor), learnable and frozen positions: the better robust form, `map` from there, and gradient
+matching (`inverting`, its preset for a CPU). Each case adds a line to the file ROWS as it is done,
+and the figure is of the medians of all lines there. `--crop 16` takes the middle of images and
+position grid: a quarter of the tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +35,8 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.attacks.base import Attack
+from vitguard.attacks.evidence import likeliest
+from vitguard.attacks.map_fit import MaximumAPosteriori
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.robust import attacks as robust
@@ -35,7 +46,7 @@ from vitguard.errors import Blocked, NotApplicable
 from vitguard.guard import protect
 from vitguard.metrics import baseline, psnr
 from vitguard.models import build_model, load_checkpoint
-from vitguard.registry import parse_stack
+from vitguard.registry import parse_attack, parse_stack
 from vitguard.threats import CuriousServer
 
 CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -48,6 +59,10 @@ TABLE = ("noise 1e-6", "noise 1e-4", "noise 1e-3", "noise 1e-2", "noise 1e-1", "
          "bfloat16", "keep 10 %", "clipping", "5 local steps")  # fmt: skip
 MORE = ("noise 1e-5", "keep 50 %", "keep 20 %", "keep 2 %", "1 local steps", "2 local steps",
         "10 local steps")  # fmt: skip
+DEFENSES = ("noise:scale=0.001", "noise:scale=0.01", "noise:scale=0.1", "noise:scale=1",
+            "pruning:keep=0.5", "pruning:keep=0.2", "pruning:keep=0.1", "pruning:keep=0.05",
+            "pruning:keep=0.02")  # fmt: skip
+POSITIONS = {"learnable": "", "frozen": "positions:kind=frozen+"}
 COLUMNS = ("position", "position-robust", "best", "gap", "span", "span-robust", "best", "gap")
 
 
@@ -69,15 +84,27 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--more", action="store_true")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--map", type=Path)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--crop", type=int, default=32)
+    parser.add_argument("--no-matching", action="store_true")
     options = parser.parse_args()
     if not os.environ.get("VITGUARD_DATA"):
         sys.exit("Expected VITGUARD_DATA to name the folder with CIFAR-10 and the trained ViTs.")
-    cases = list(load_cases(options.first, options.images))
+    cases = list(load_cases(options.first, options.images, options.crop))
     floors = [baseline(case.pixels, (4, 4)) for case in cases]
     low, high = (
         float(torch.cat([getattr(f, k) for f in floors]).median()) for k in ("psnr", "patch_psnr")
     )
     print(f"{len(cases)} cases, floors {low:.1f} dB flat image, {high:.1f} dB flat patches")
+    if options.map is not None:
+        wanted = [d for d in DEFENSES if not options.only or any(w in d for w in options.only)]
+        with options.map.open("a") as rows:
+            for row in map_rows(cases, wanted, options.seconds, not options.no_matching):
+                print(*row, sep="\t", file=rows, flush=True)
+        if options.figure is not None:
+            draw_map(options.figure, options.map)
+        return
     print(f"| damage | {' | '.join(COLUMNS)} |\n|---{'|---' * len(COLUMNS)}|", flush=True)
     table: dict[str, Tensor] = {}
     for damage in TABLE + (MORE if options.more else ()):
@@ -97,8 +124,8 @@ def cell(value: float) -> str:
     return "-" if value != value else f"{value:.1f}"
 
 
-def load_cases(first: int, count: int) -> Iterator[Case]:
-    """Yield CIFAR-10 test images on both trained models."""
+def load_cases(first: int, count: int, crop: int = 32) -> Iterator[Case]:
+    """Yield CIFAR-10 test images, or their middle, on both trained models."""
     folder = Path(os.environ["VITGUARD_DATA"])
     sys.path.insert(0, str(folder))
     from load import cifar10  # type: ignore[import-not-found]
@@ -111,8 +138,27 @@ def load_cases(first: int, count: int) -> Iterator[Case]:
             if isinstance(module, nn.LayerNorm):
                 module.eps = epsilon
         load_checkpoint(model, folder / f"weights/cifar10_vit_{name}.safetensors")
+        middle = pixels
+        if crop < 32:
+            model = cropped(model, crop)
+            edge = (32 - crop) // 2
+            middle = pixels[..., edge : edge + crop, edge : edge + crop]
         for i in range(first, first + count):
-            yield Case(model, pixels[i : i + 1], torch.as_tensor(labels[i : i + 1]).long(), i)
+            yield Case(model, middle[i : i + 1], torch.as_tensor(labels[i : i + 1]).long(), i)
+
+
+def cropped(model: nn.Module, crop: int) -> nn.Module:
+    """Return the model for the middle of its images: the middle of its position grid."""
+    small = build_model(VIT.replace("img_size=32", f"img_size={crop}"))
+    for module, other in zip(small.modules(), model.modules(), strict=True):
+        if isinstance(module, nn.LayerNorm):
+            module.eps = other.eps  # type: ignore[union-attr]
+    state, (edge, side) = model.state_dict(), ((32 - crop) // 8, crop // 4)
+    grid = state["pos_embed"][:, 1:].unflatten(1, (8, 8))
+    grid = grid[:, edge : edge + side, edge : edge + side].flatten(1, 2)
+    state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], grid], 1)
+    small.load_state_dict(state)
+    return small
 
 
 def figures_of(case: Case, damage: str) -> list[float]:
@@ -188,6 +234,73 @@ def observe(case: Case, damage: str, stack: str) -> View:
 
     tensors = {name: spoil(tensor) for name, tensor in update.tensors.items()}
     return replace(view, update=replace(update, tensors=tensors))
+
+
+def map_rows(
+    cases: list[Case], defenses: list[str], seconds: float, matching: bool
+) -> Iterator[tuple[object, ...]]:
+    """Yield positions, defense, image, floor, PSNR of robust, map and matching, what map says."""
+    for case in cases:
+        floor = float(baseline(case.pixels, (4, 4)).psnr)
+        for defense in defenses:
+            for positions, before in POSITIONS.items():
+                view = observe(case, "none 0", before + defense)
+                generator = torch.Generator().manual_seed(0)
+                guesses = {}
+                for attack in (RobustPosition(seconds=10), RobustSpan(seconds=10)):
+                    with suppress(NotApplicable, Blocked):
+                        guesses[attack.name] = attack.run(view, generator)
+                start = guesses.get(likeliest(view, guesses) or "", next(iter(guesses.values())))
+                guess = MaximumAPosteriori(seconds=seconds, start=start).run(view, generator)
+                matched = float("nan")
+                if matching:
+                    matched = quality(parse_attack("inverting", fast=True), view, case.pixels)
+                figures = [float(psnr(g.images.cpu(), case.pixels)) for g in (start, guess)]
+                told = ("steps", "products", "misfit", "finished")
+                said = ", ".join(f"{k} {guess.details[k]}" for k in told)
+                yield (positions, defense, case.seed, f"{floor:.2f}",
+                       *(f"{v:.2f}" for v in [*figures, matched]), said)  # fmt: skip
+
+
+def draw_map(path: Path, rows: Path) -> None:
+    """Draw noise and pruning, learnable and frozen positions side by side."""
+    lines = [line.split("\t") for line in rows.read_text().splitlines()]
+    floor = float(torch.tensor([float(line[3]) for line in lines]).median())
+    table: dict[tuple[str, str], Tensor] = {}
+    for key in {(line[0], line[1]) for line in lines}:
+        found = [[float(v) for v in line[4:7]] for line in lines if (line[0], line[1]) == key]
+        table[key] = torch.tensor(found).nanquantile(0.5, dim=0)
+    for (positions, defense), values in sorted(table.items()):
+        print(f"| {positions} | {defense} | {' | '.join(map(cell, values.tolist()))} |")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True)
+    words = (("noise", "noise, relative to each tensor"), ("pruning", "share of entries kept"))
+    places = [(w, title, p) for w, title in words for p in POSITIONS]
+    for axis, (word, title, positions) in zip(axes, places, strict=True):
+        points = sorted((float(d.split("=")[1]), d) for p, d in table if p == positions
+                        and d.startswith(word))  # fmt: skip
+        ticks = [x for x, _ in points]
+        for index, (name, colour) in enumerate(
+            (("robust", "#1f5f99"), ("map", "#b9510d"), ("matching", "#7a7a7a"))
+        ):
+            values = [float(table[positions, d][index]) for _, d in points]
+            axis.plot(ticks, values, "o-", color=colour, markersize=3.5, label=name)
+        axis.axhline(floor, color="0.5", linewidth=0.8, linestyle=":", label="flat image")
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+        axis.minorticks_off()
+        axis.set_xlabel(title)
+        axis.set_title(f"{positions} positions", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("PSNR in dB, median")
+    axes[-1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def draw(path: Path, table: dict[str, Tensor], floor: float) -> None:

@@ -398,6 +398,8 @@ class Traits:
         low_rank: Whether fixed positions span fewer dimensions than there are patches.
         exact: Whether readable tensors are the true gradient up to rounding and known factors.
         sparse: Whether entries may be zero that were not.
+        noise: Standard deviation of noise added to each tensor, relative to the root mean square
+            that the tensor had; 0 where there is none or its size is not known so.
         shuffle: What is known of moved patches; None where none is moved.
         sealed: Selections of tensors that exist but cannot be read, as `EncryptedGradients` takes
             them.
@@ -408,6 +410,7 @@ class Traits:
     low_rank: bool = False
     exact: bool = True
     sparse: bool = False
+    noise: float = 0.0
     shuffle: Shuffle | None = None
     sealed: tuple[str, ...] = ()
     accepted: bool = False
@@ -428,11 +431,12 @@ class View:
             `traits`.
         extras: Public tensors that a defense added, by name.
         traits: What the defenses make true of the update.
-        simulate: `(images, labels, generator, shuffled=None) -> Update`, the differentiable update
-            that the known settings make of model-input images: fixed positions, clipping, pruning
-            as the update shows it, no noise. Labels are class indices or probabilities; `shuffled`,
-            (batch, patches), are positions known to be shuffled, else masks are drawn. It carries
-            the graph of `images` and `labels`.
+        simulate: `(images, labels, generator, shuffled=None, pruned=True) -> Update`, the
+            differentiable update that the known settings make of model-input images: fixed
+            positions, clipping, pruning as the update shows it, no noise. Labels are class
+            indices or probabilities; `shuffled`, (batch, patches), are positions known to be
+            shuffled, else masks are drawn; with `pruned=False` entries that a defense zeroes keep
+            their values. It carries the graph of `images` and `labels`.
         objective: The loss whose gradient `simulate` returns, or None where the update is anything
             but that gradient.
         random: `() -> bool`: whether the model itself draws while it trains (dropout, drop path),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable, VitguardError, expected
 from vitguard.vit import Anatomy
 
-__all__ = ["check_seconds", "mismatch", "require_finite", "surprise"]
+__all__ = ["check_seconds", "likeliest", "mismatch", "require_finite", "surprise"]
 
 _FINEST = 1e-16  # squared relative misfit below which rounding decides
 _PIECE = 1 << 17  # numbers in float64 at once: what stays in a core's cache takes half the time
@@ -57,6 +57,13 @@ def surprise(view: View, guess: Guess) -> float | None:
         above = sum(w * part.across for w, part in zip(weight, parts, strict=True))
         scale = above / sum(w * part.own for w, part in zip(weight, parts, strict=True))
     return sum(part.count * math.log(part.misfit(scale)) for part in parts)
+
+
+def likeliest(view: View, guesses: Mapping[str, Guess]) -> str | None:
+    """Return the name of the guess that makes the update most probable, None where none does."""
+    scores = {name: surprise(view, guess) for name, guess in guesses.items()}
+    known = {name: score for name, score in scores.items() if score is not None}
+    return min(known, key=lambda name: known[name]) if known else None
 
 
 def _pieces(made: Tensor, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -38,8 +39,9 @@ class GradientNoise(UpdateDefense):
             raise expected("a finite noise scale of at least 0", self.scale)
 
     def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
-        """Return that tensors are no longer exact, where there is noise."""
-        return replace(before, exact=before.exact and self.scale == 0)
+        """Return how strong the noise is, and that tensors are not exact where there is some."""
+        exact, noise = before.exact and self.scale == 0, math.hypot(before.noise, self.scale)
+        return replace(before, exact=exact, noise=noise)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return the update with noise on every readable tensor; counters (integers) stay."""

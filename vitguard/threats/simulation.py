@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitguard.core import Loss, Objective, Update
+from vitguard.core import LocalTraining, Loss, Objective, Traits, Update
 from vitguard.defenses.base import (
     Defense,
     Draws,
@@ -72,6 +72,8 @@ class Simulation:
         labels: Tensor,
         generator: torch.Generator | None = None,
         shuffled: Tensor | None = None,
+        *,
+        pruned: bool = True,
     ) -> Update:
         """Return the dummy update, differentiable by what requires grad; see `View.simulate`.
 
@@ -87,6 +89,8 @@ class Simulation:
         held = {n for piece in self._pieces for n in piece.withheld()}
         tensors = {k: t for k, t in tensors.items() if k not in held}
         for defense in self._mimics:
+            if not pruned and defense.traits(Traits(), self.anatomy).sparse:
+                continue
             tensors = defense.mimic(tensors, self.like)
         return replace(
             self.like, tensors={k: t for k, t in tensors.items() if self.like.can_read(k)}
@@ -232,21 +236,40 @@ class Simulation:
         self, guard: Guard, images: Tensor, labels: Tensor, shuffled: Tensor | None
     ) -> dict[str, Tensor]:
         like = self.like
-        if like.optimizer != "sgd" or like.learning_rate is None:
+        training = LocalTraining.of(like)
+        if training is None or training.learning_rate is None:
             raise NotApplicable(
-                f"cannot simulate {like.optimizer} steps, only plain SGD with a known rate"
+                f"cannot simulate {like.optimizer} steps, only SGD, Adam and AdamW of a known rate"
             )
         start = {k: p for k, p in guard.model.named_parameters() if p.requires_grad}
         weights: dict[str, Tensor] = dict(start)
-        velocity: dict[str, Tensor] = {}
-        for _ in range(like.local_steps):
+        state: dict[str, tuple[Tensor, ...]] = {}
+        for step in range(1, like.local_steps + 1):
             gradients = self._gradient(guard, images, labels, shuffled, weights, moved=True)
             for name, gradient in gradients.items():
-                step = gradient + like.weight_decay * weights[name]
-                if like.momentum:
-                    step = step + like.momentum * velocity[name] if name in velocity else step
-                    velocity[name] = step
-                weights[name] = weights[name] - like.learning_rate * step
+                if like.optimizer != "adamw":
+                    gradient = gradient + like.weight_decay * weights[name]
+                else:
+                    shrunk = 1 - like.learning_rate * like.weight_decay  # type: ignore[operator]
+                    weights[name] = shrunk * weights[name]
+                if like.optimizer == "sgd":
+                    before = state.get(name, ())
+                    move = gradient + like.momentum * before[0] if before else gradient
+                    state[name] = (move,)
+                else:
+                    state[name], move = _adam(state.get(name, (0.0, 0.0)), gradient, step)
+                weights[name] = weights[name] - like.learning_rate * move  # type: ignore[operator]
             for piece in self._pieces:
                 piece.stepped()
         return {k: weights[k] - start[k] for k in start}
+
+
+def _adam(
+    state: tuple[Tensor | float, ...], gradient: Tensor, step: int
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return Adam's next moments and its move per rate, with the defaults of torch.optim."""
+    first = 0.9 * state[0] + 0.1 * gradient
+    second = 0.999 * state[1] + 0.001 * gradient.square()
+    least = torch.finfo(gradient.dtype).tiny  # the root of 0 has no derivative
+    root = (second / (1 - 0.999**step)).clamp_min(least).sqrt()
+    return (first, second), first / (1 - 0.9**step) / (root + 1e-8)

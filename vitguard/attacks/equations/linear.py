@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitguard.attacks.budget import ENDLESS, Budget, charge, charge_update, worked
+from vitguard.attacks.budget import ENDLESS, Budget, charge, worked
+from vitguard.attacks.equations.update_jacobian import UpdateJacobian
 from vitguard.core import View
-from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy
 
 __all__ = ["WholeUpdate", "conjugate_gradients", "least_squares", "solve_positive"]
@@ -107,8 +107,7 @@ class WholeUpdate:
 
     Args:
         view: What is attacked.
-        inputs: The image in model-input units with a graph, shape (1, channels, height, width).
-        made: The update it would make, with a graph.
+        slope: The derivative of the update at the image.
         rest: What is seen minus what it would make, one vector.
         scales: 1 / root mean square of each tensor.
         free: Indices of the patches that may move.
@@ -116,8 +115,7 @@ class WholeUpdate:
 
     view: View
     anatomy: Anatomy
-    inputs: Tensor
-    made: list[Tensor]
+    slope: UpdateJacobian
     rest: Tensor
     scales: list[Tensor]
     free: Tensor
@@ -125,45 +123,30 @@ class WholeUpdate:
     @staticmethod
     def at(view: View, patches: Float[Tensor, "patches pixels"], label: Tensor, free: Tensor):
         """Linearise at `patches` (model-input units) for the patches where `free` is true."""
-        anatomy, like = Anatomy.of(view.model), next(view.model.parameters())
-        inputs = anatomy.unpatchify(patches[None]).to(like).requires_grad_()
-        tensors = view.simulate(inputs, label, None).tensors
-        names = [k for k, t in view.update.tensors.items() if k in tensors and bool(t.any())]
-        if not names:
-            raise NotApplicable("no tensor of the update can be simulated")
-        seen = [view.update.tensors[name].detach().to(like) for name in names]
-        made = [tensors[name] for name in names]
+        anatomy = Anatomy.of(view.model)
+        names = [name for name, tensor in view.update.tensors.items() if bool(tensor.any())]
+        slope = UpdateJacobian.at(
+            view, anatomy.unpatchify(patches[None]), names,
+            lambda inputs: dict(view.simulate(inputs, label, None).tensors),
+        )  # fmt: skip
+        seen = [view.update.tensors[name].detach().to(slope.inputs) for name in slope.names]
         scales = [1 / t.square().mean().sqrt() for t in seen]
-        rest = [
-            (s * (t - m.detach())).flatten() for s, t, m in zip(scales, seen, made, strict=True)
-        ]
-        where = torch.nonzero(free)[:, 0]
-        charge_update(view, times=2.0)
-        return WholeUpdate(view, anatomy, inputs, made, torch.cat(rest), scales, where)
-
-    def __post_init__(self) -> None:
-        self._blank = [torch.zeros_like(m, requires_grad=True) for m in self.made]
-        self._slope = torch.autograd.grad(
-            self.made, self.inputs, self._blank, create_graph=True, materialize_grads=True
-        )[0]
+        rest = [(s * (t - m)).flatten() for s, t, m in zip(scales, seen, slope.made, strict=True)]
+        return WholeUpdate(view, anatomy, slope, torch.cat(rest), scales, torch.nonzero(free)[:, 0])
 
     def forth(self, v: Float[Tensor, "free pixels"]) -> Tensor:
         """Return J v."""
         across = v.new_zeros(1, self.anatomy.patches, self.anatomy.patch_pixels)
         across[0, self.free] = v
-        charge_update(self.view, times=1.5)
-        moved = torch.autograd.grad(
-            self._slope, self._blank, self.anatomy.unpatchify(across), retain_graph=True
-        )
+        moved = self.slope.forth(self.anatomy.unpatchify(across))
         return torch.cat([(s * m).flatten() for s, m in zip(self.scales, moved, strict=True)])
 
     def back(self, u: Tensor) -> Float[Tensor, "free pixels"]:
         """Return J^T u."""
-        charge_update(self.view, times=1.5)
-        parts = u.split([m.numel() for m in self.made])
-        weights = [s * p.view_as(m) for s, p, m in zip(self.scales, parts, self.made, strict=True)]
-        slope = torch.autograd.grad(self.made, self.inputs, weights, retain_graph=True)[0]
-        return self.anatomy.patchify(slope)[0, self.free]
+        made = self.slope.made
+        parts = u.split([m.numel() for m in made])
+        weights = [s * p.view_as(m) for s, p, m in zip(self.scales, parts, made, strict=True)]
+        return self.anatomy.patchify(self.slope.back(weights))[0, self.free]
 
     def step(self, budget: Budget, generator: torch.Generator, iterations: int = 300) -> Tensor:
         """Return the change of the free patches that explains the rest, in float64.
@@ -200,10 +183,10 @@ class WholeUpdate:
             torch.randint(
                 m.numel(), (min(m.numel(), _SKETCH * unknowns // 8),), generator=generator
             )
-            for m in self.made
+            for m in self.slope.made
         ]
-        gains = [(m.numel() / len(k)) ** 0.5 for m, k in zip(self.made, kept, strict=True)]
-        starts = torch.tensor([0] + [m.numel() for m in self.made]).cumsum(0)
+        gains = [(m.numel() / len(k)) ** 0.5 for m, k in zip(self.slope.made, kept, strict=True)]
+        starts = torch.tensor([0] + [m.numel() for m in self.slope.made]).cumsum(0)
         rows = torch.cat([k + s for k, s in zip(kept, starts, strict=False)]).to(self.rest.device)
         gain = torch.cat([torch.full((len(k),), g) for k, g in zip(kept, gains, strict=True)])
         gain, columns = gain.to(self.rest), []

@@ -10,7 +10,7 @@ import torch
 
 from vitguard.attacks.base import Attack, InputAttack
 from vitguard.attacks.budget import Budget, CutShort, worked
-from vitguard.attacks.evidence import mismatch
+from vitguard.attacks.evidence import likeliest, mismatch
 from vitguard.attacks.labels import pair_labels
 from vitguard.attacks.ladder.polish import polish
 from vitguard.attacks.span.attack import SpanInversion
@@ -33,10 +33,11 @@ class Ladder(Attack):
 
     Rungs are the attacks that say they are one (`Attack.rung`), third parties' among them. Of
     vitguard: `position`, `span`, `cascade` (labels of a batch), `gelu-span`, and for damaged
-    gradients `position-robust` and `span-robust`. A rung that does not apply says why in the
-    details. The choice never sees the truth: the adversary recomputes the update from each guess
-    with the known settings (`View.simulate`) and compares, and counts the patches that proved
-    themselves. A single image that is nearly right is polished last.
+    gradients `position-robust`, `span-robust` and `map`, which starts from the likeliest guess
+    before it. A rung that does not apply says why in the details. The choice never sees the truth:
+    the adversary recomputes the update from each guess with the known settings (`View.simulate`)
+    and compares, and counts the patches that proved themselves. A single image that is nearly right
+    is polished last.
 
     Details: `rung`, `verified` (share of patches), `mismatch` of the chosen guess, `rungs` (what
     each said), `outcomes` (what became of each, see `Attack.parts`), `exact` (what is known of
@@ -148,6 +149,9 @@ class _Climb:
         before = worked()
         try:
             own = _budgeted(rung, max(share * self.budget.left, _SHORTEST))
+            if any(f.name == "start" for f in fields(own)):  # type: ignore[arg-type]
+                start = self.guesses.get(likeliest(self.view, self.guesses) or "")
+                own = replace(own, start=start)  # type: ignore[call-arg]
             guess = own.run(self.view, self.generator)
         except CutShort as why:
             return self._note(rung, "cut", str(why))

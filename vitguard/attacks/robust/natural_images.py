@@ -1,9 +1,10 @@
 """The Gaussian prior of natural images, and the solver for estimates under it.
 
-Photos have power 1 / frequency^2 (Field 1987) and colour channels that go together (Ruderman et al.
-1998). As a Gaussian with that covariance the prior is quadratic, so a maximum a posteriori estimate
-from linear equations is one linear solve (docs/methods.md 4.5). The constants are round numbers for
-photographs in general; none is fitted to an image of this project.
+Photos have power 1 / frequency^2 (Field 1987) and colours that vary less than brightness (Ruderman
+et al. 1998). As a Gaussian with that covariance the prior is quadratic, so a maximum a posteriori
+estimate from linear equations is one linear solve (docs/methods.md 4.5). The constants are those of
+ten openly licensed photos, none of which is a sample photo or test image of this project:
+`benchmarks/prior.py` names them and computes the numbers anew.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from vitguard.vit import Anatomy
 
 __all__ = ["NaturalImages"]
 
-_MEAN, _SPREAD, _COLOURS = 0.45, 0.25, 0.9  # of pixels in [0, 1], and correlation of channels
+_MEAN = 0.43  # of pixels in [0, 1]
+_AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
+_DEVIATIONS = (0.42, 0.16, 0.05)  # along brightness, red-blue, green-magenta
+_COLOURS = 0.9  # correlation of channels that are not red, green, blue
+_KNEE = 0.65  # cycles of the longer side below which power stays the same
 Operator = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class NaturalImages:
-    """Images as a Gaussian: mid-grey, power 1 / (1 + cycles^2) in the cosine basis.
+    """Images as a Gaussian: mid-grey, power 1 / (knee^2 + cycles^2) in the cosine basis.
 
     Args:
         anatomy: Of the attacked model: how images are cut into patches.
@@ -53,10 +58,8 @@ class NaturalImages:
         norm: Normalization = view.normalization
         rows = torch.arange(height, dtype=torch.float64, device=device)[:, None] / height
         columns = torch.arange(width, dtype=torch.float64, device=device)[None] / width
-        power = 1 / (1 + (rows.square() + columns.square()) * max(height, width) ** 2)
-        power = power * (height * width * _SPREAD**2 / power.sum())
-        colours = torch.full((channels, channels), _COLOURS, dtype=torch.float64, device=device)
-        colours = colours.fill_diagonal_(1.0)
+        power = 1 / (_KNEE**2 + (rows.square() + columns.square()) * max(height, width) ** 2)
+        power = power * (height * width / power.sum())
         scale = torch.tensor(norm.std, dtype=torch.float64, device=device)
         grey = torch.full(view.image_shape, _MEAN, dtype=torch.float64, device=device)
         return NaturalImages(
@@ -65,7 +68,7 @@ class NaturalImages:
             _cosines(height, device),
             _cosines(width, device),
             power.sqrt(),
-            torch.linalg.cholesky(colours) / scale[:, None],
+            _mixing(channels, device) / scale[:, None],
         )
 
     def precision(self, patches: Float[Tensor, "patches pixels"]) -> Tensor:
@@ -79,23 +82,41 @@ class NaturalImages:
         image = torch.linalg.solve(self.mixing.T, image.flatten(1)).view_as(image)
         return self.anatomy.patchify(image)
 
-    def whiten(self, patches: Float[Tensor, "patches pixels"]) -> Float[Tensor, "c h w"]:
+    def whiten(self, patches: Float[Tensor, "*batch patches pixels"]) -> Float[Tensor, "*b c h w"]:
         """Return the coordinates of patches in which the prior is standard normal."""
         image = self.anatomy.unpatchify(patches - self.mean)
-        image = torch.linalg.solve(self.mixing, image.flatten(1)).view_as(image)
+        image = torch.linalg.solve(self.mixing, image.flatten(-2)).view_as(image)
         return (self.down @ image @ self.across.T) / self.spread
 
-    def colour(self, white: Float[Tensor, "c h w"]) -> Float[Tensor, "patches pixels"]:
+    def colour(self, white: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*batch patches pixels"]:
         """Invert `whiten`; differentiable."""
+        return self.anatomy.patchify(self.paint(white)) + self.mean
+
+    def paint(self, white: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+        """Return what coordinates add to the mean image: the linear part of `colour`."""
         image = self.down.T @ (white * self.spread) @ self.across
-        image = (self.mixing @ image.flatten(1)).view_as(image)
-        return self.anatomy.patchify(image) + self.mean
+        return (self.mixing @ image.flatten(-2)).view_as(image)
+
+    def unpaint(self, slope: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+        """Apply the adjoint of `paint`: derivatives by pixels become those by coordinates."""
+        image = (self.mixing.T @ slope.flatten(-2)).view_as(slope)
+        return (self.down @ image @ self.across.T) * self.spread
 
     @property
     def stiffness(self) -> float:
         """A typical eigenvalue of the precision, for preconditioning."""
         size = self.spread.square().mean() * self.mixing.square().sum(1).mean()
         return float(1 / size)
+
+
+def _mixing(channels: int, device: torch.device) -> Tensor:
+    """Return a square root of the covariance of the channels of pixels in [0, 1]."""
+    like = {"dtype": torch.float64, "device": device}
+    if channels == 3:
+        axes = torch.nn.functional.normalize(torch.tensor(_AXES, **like))
+        return axes.T * torch.tensor(_DEVIATIONS, **like)
+    colours = torch.full((channels, channels), _COLOURS, **like).fill_diagonal_(1.0)
+    return torch.linalg.cholesky(colours) * (_DEVIATIONS[0] / 3**0.5)
 
 
 def _cosines(size: int, device: torch.device) -> Tensor:

@@ -1,0 +1,280 @@
+"""MAP: Gauss-Newton against dense algebra, its likelihood, and what it gets out of damage."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitguard.attacks.budget import ENDLESS
+from vitguard.attacks.equations.update_jacobian import UpdateJacobian
+from vitguard.attacks.evidence import mismatch
+from vitguard.attacks.ladder import Ladder
+from vitguard.attacks.map_fit import MaximumAPosteriori, newton
+from vitguard.attacks.map_fit.likelihood import Likelihood
+from vitguard.attacks.map_fit.newton import Fit, normal_equations
+from vitguard.attacks.robust import RobustPosition, RobustSpan
+from vitguard.attacks.robust.natural_images import NaturalImages
+from vitguard.core import Guess, LocalTraining, Normalization, Traits
+from vitguard.errors import InputError, NotApplicable
+from vitguard.metrics import psnr
+from vitguard.vit import Anatomy
+
+CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+FROZEN = "positions:kind=frozen"
+LABEL = torch.tensor([1])
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def tiny(small_vit):
+    """192 pixels and some 1,400 weights in float64: small enough for a dense Jacobian."""
+    return small_vit(img_size=8, embed_dim=8, depth=1, num_heads=2, num_classes=3).double()
+
+
+def simulated(view, label=LABEL):
+    return lambda images: dict(view.simulate(images, label, None, pruned=False).tensors)
+
+
+def dense(view, prior, images, names):
+    """The derivative of all tensors by the prior's coordinates, written out."""
+    simulate = simulated(view)
+
+    def flat(x):
+        made = simulate(x)
+        return torch.cat([made[name].flatten() for name in names])
+
+    by_pixel = torch.autograd.functional.jacobian(flat, images).flatten(1)
+    unknowns = images.numel()
+    basis = prior.paint(torch.eye(unknowns).double().view(unknowns, *images.shape[1:]))
+    return by_pixel @ basis.flatten(1).T
+
+
+@pytest.mark.parametrize("defenses", ["noise:scale=0.1", "pruning:keep=0.2"])
+def test_products_of_the_normal_equations_are_those_of_a_dense_jacobian(
+    tiny, observe, photo, defenses
+):
+    pixels = photo[..., :8, :8].double()
+    view = observe(tiny, pixels, LABEL, defenses=defenses)
+    anatomy = Anatomy.of(view.model)
+    prior, likelihood = NaturalImages.of(view, anatomy), Likelihood.of(view)
+    images = view.normalization.apply(0.8 * pixels + 0.1)
+    white = prior.whiten(anatomy.patchify(images))
+    slope = UpdateJacobian.at(view, images, likelihood.names, simulated(view))
+    likelihood = likelihood.only(slope.names)
+    levels = [0.1 * size for size in likelihood.sizes]
+    misfit = likelihood.misfit(slope.made, levels)
+    operator, right = normal_equations(slope, prior, misfit, levels, white)
+
+    weights = torch.cat(
+        [
+            (torch.ones_like(m) if a is None else a.to(m)).flatten() / level
+            for m, a, level in zip(slope.made, misfit.active, levels, strict=True)
+        ]
+    )
+    matrix = weights[:, None] * dense(view, prior, images, slope.names) * misfit.scale
+    along = weights * torch.cat([m.flatten() for m in slope.made])
+    along = along / along.norm()
+    matrix = matrix - along[:, None] * (along @ matrix)
+    rest = torch.cat([(r / level).flatten() for r, level in zip(misfit.rest, levels, strict=True)])
+    v = torch.randn(white.shape, generator=seeded(), dtype=torch.float64)
+    expected = v.flatten() + matrix.T @ (matrix @ v.flatten())
+    assert float((operator(v).flatten() - expected).norm() / expected.norm()) < 1e-10
+    expected = matrix.T @ rest - white.flatten()
+    assert float((right.flatten() - expected).norm() / expected.norm()) < 1e-10
+
+
+def test_paint_and_unpaint_are_adjoint_and_paint_inverts_whiten(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:2])
+    anatomy = Anatomy.of(view.model)
+    prior = NaturalImages.of(view, anatomy)
+    one, other = torch.randn(2, 2, 3, 16, 16, generator=seeded(), dtype=torch.float64)
+    assert torch.allclose((prior.paint(one) * other).sum(), (one * prior.unpaint(other)).sum())
+    assert torch.allclose(prior.whiten(prior.colour(one)), one)
+
+
+def test_a_linear_update_gives_the_closed_form_posterior_mean(tiny, observe, photo, monkeypatch):
+    monkeypatch.setattr(newton, "_LOOSE", 1e-12)
+    monkeypatch.setattr(newton, "_SETTLED", 1e-13)
+    view = observe(tiny, photo[..., :8, :8].double(), LABEL, defenses="noise:scale=0.1")
+    prior = NaturalImages.of(view, Anatomy.of(view.model))
+    matrix = torch.randn(300, 192, generator=seeded(), dtype=torch.float64)
+    truth = torch.randn(1, 3, 8, 8, generator=seeded(), dtype=torch.float64)
+    base = prior.anatomy.unpatchify(prior.mean)
+
+    def simulate(images):
+        return {"w": matrix @ images.flatten()}
+
+    seen = simulate(base + prior.paint(truth))["w"]
+    size = float(seen.square().mean().sqrt())
+    level = 0.3 * size  # more than the misfit at the end, so that it stays as it is
+    likelihood = Likelihood(["w"], [seen], [None], [0.0], [level], [size])
+    fit = Fit(view, prior, simulate, likelihood, torch.zeros_like(truth))
+    assert fit.run(ENDLESS, steps=40, inner=1000)
+    painted = prior.paint(torch.eye(192).double().view(192, 3, 8, 8)).flatten(1).T
+    scale = fit.scale
+    whole = scale * matrix @ painted / level
+    rest = (seen - scale * matrix @ base.flatten()) / level
+    mean = torch.linalg.solve(torch.eye(192).double() + whole.T @ whole, whole.T @ rest)
+    assert float((fit.white.flatten() - mean).norm() / mean.norm()) < 1e-5
+
+
+def test_pruned_entries_count_only_above_the_smallest_one_kept():
+    seen = torch.tensor([3.0, 0.0, -2.0, 0.0, 0.0, 0.0])
+    likelihood = Likelihood(["w"], [seen], [seen != 0], [2.0], [None], [1.0])
+    made = torch.tensor([3.0, 1.9, -2.0, -1.0, 0.0, 0.5])
+    fine = likelihood.misfit([made], [1.0])
+    assert float(fine.rest[0].abs().max()) < 1e-6 and fine.counts() == [2]
+    made[4] = -2.5
+    worse = likelihood.misfit([made], [1.0])
+    assert torch.allclose(worse.rest[0], torch.tensor([0, 0, 0, 0, 0.5, 0.0]), atol=1e-6)
+    assert worse.counts() == [3]
+
+
+def test_one_unknown_scale_of_the_update_does_not_count(small_vit, observe, photo):
+    view = observe(small_vit(), photo, LABEL)
+    likelihood = Likelihood.of(view)
+    made = [5.0 * tensor for tensor in likelihood.seen]
+    misfit = likelihood.misfit(made, likelihood.sizes)
+    assert misfit.scale == pytest.approx(0.2, rel=1e-5) and max(misfit.squares()) < 1e-9
+
+
+@pytest.mark.parametrize("damage", ["bfloat16", "int8"])
+def test_the_level_of_rounding_is_read_off_the_numbers(small_vit, observe, photo, damage):
+    view = observe(small_vit(), photo, LABEL)
+    name = "blocks.0.mlp.fc1.weight"
+    whole = view.update.tensors[name]
+    step = float(whole.abs().max()) / 127
+    rounded = whole.bfloat16().float() if damage == "bfloat16" else (whole / step).round() * step
+    update = replace(view.update, tensors={name: rounded})
+    likelihood = Likelihood.of(replace(view, update=update))
+    error = float((rounded - whole).square().mean().sqrt())
+    assert likelihood.known[0] == pytest.approx(error, rel=0.3)
+
+
+def test_the_level_of_the_noise_defense_is_public(small_vit, observe, photo):
+    clean = observe(small_vit(), photo, LABEL)
+    view = observe(small_vit(), photo, LABEL, defenses="noise:scale=0.5")
+    assert view.traits.noise == 0.5 and clean.traits.noise == 0
+    likelihood = Likelihood.of(view)
+    for name, level in zip(likelihood.names, likelihood.known, strict=True):
+        if clean.update.tensors[name].numel() > 5000:
+            error = (view.update.tensors[name] - clean.update.tensors[name]).square().mean()
+            assert level == pytest.approx(float(error.sqrt()), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("stack", "start"), [("", RobustPosition(5)), (FROZEN + "+", RobustSpan(5))]
+)
+def test_noise_falls_further_to_the_whole_update_than_to_the_first_block(
+    small_vit, observe, photo, stack, start
+):
+    view = observe(small_vit(), photo, LABEL, defenses=stack + "noise:scale=0.003")
+    best = start.run(view, seeded())
+    guess = MaximumAPosteriori(seconds=4, start=best).run(view, seeded())
+    assert float(psnr(guess.images, photo)) > float(psnr(best.images, photo)) + 2
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+def test_the_discrepancy_says_whether_the_misfit_is_down_to_the_noise(tiny, observe, photo, steps):
+    view = observe(tiny, photo[..., :8, :8].double(), LABEL, defenses="noise:scale=0.1")
+    prior = NaturalImages.of(view, Anatomy.of(view.model))
+    matrix = torch.randn(3000, 192, generator=seeded(), dtype=torch.float64)
+    truth = torch.randn(1, 3, 8, 8, generator=seeded(), dtype=torch.float64)
+
+    def simulate(images):
+        return {"w": matrix @ images.flatten()}
+
+    seen = simulate(prior.anatomy.unpatchify(prior.colour(truth)))["w"]
+    level = 0.1 * float(seen.square().mean().sqrt())
+    seen = seen + level * torch.randn(3000, generator=seeded(), dtype=torch.float64)
+    likelihood = Likelihood(["w"], [seen], [None], [0.0], [level], [10 * level])
+    fit = Fit(view, prior, simulate, likelihood, torch.zeros_like(truth))
+    assert fit.run(ENDLESS, steps=steps, inner=10 if steps == 1 else 200) == fit.reached
+    assert fit.reached == (steps > 1) == (fit.discrepancy < 1.05)
+
+
+def test_a_spent_budget_is_unfinished_and_the_same_budget_gives_the_same_image(
+    small_vit, observe, photo
+):
+    view = observe(small_vit(), photo, LABEL, defenses="noise:scale=0.1")
+    one, other = (MaximumAPosteriori(seconds=0.5).run(view, seeded()) for _ in range(2))
+    assert one.details["unfinished"] and not one.details["finished"]
+    assert torch.equal(one.images, other.images)
+
+
+def test_the_label_of_one_image_is_read_under_noise_as_large_as_the_gradient(
+    small_vit, observe, photo
+):
+    for seed in range(5):
+        view = observe(small_vit(), photo, LABEL, defenses="noise:scale=1", seed=seed)
+        guess = MaximumAPosteriori(seconds=0.5).run(view, seeded())
+        assert guess.labels.tolist() == [1]
+
+
+def test_a_batch_is_fitted_from_a_start_with_an_image_for_each(small_vit, observe, photos):
+    view = observe(small_vit(), photos[:2], torch.tensor([1, 2]), defenses="noise:scale=0.003")
+    blurred = photos[:2] + 0.05 * torch.randn(photos[:2].shape, generator=seeded())
+    start = Guess(images=blurred.clamp(0, 1), labels=torch.tensor([1, 2]))
+    guess = MaximumAPosteriori(seconds=3, start=start).run(view, seeded())
+    assert guess.details["start"] == "given" and guess.images.shape == photos[:2].shape
+    assert guess.details["mismatch"] < mismatch(view, start) / 3
+
+
+def test_a_secret_shuffle_and_a_model_that_draws_are_refused(small_vit, observe, photo):
+    with pytest.raises(NotApplicable, match="shuffled"):
+        MaximumAPosteriori().run(
+            observe(small_vit(), photo, defenses="shuffle:ratio=0.5"), seeded()
+        )
+    with pytest.raises(NotApplicable, match="draws"):
+        MaximumAPosteriori().run(observe(small_vit(drop_rate=0.1), photo), seeded())
+
+
+def test_settings_are_checked():
+    for wrong in ({"seconds": 0.0}, {"steps": 0}, {"inner": 0}):
+        with pytest.raises(InputError):
+            MaximumAPosteriori(**wrong)
+
+
+def test_the_ladder_takes_it_as_a_rung_for_damaged_updates_only(small_vit, observe, photo):
+    damaged = observe(small_vit(), photo, LABEL, defenses="noise:scale=0.003")
+    guess = Ladder(seconds=8).run(damaged, seeded())
+    assert "map" in guess.details["rungs"] and guess.details["rung"] == "map"
+    clean = Ladder(seconds=15).run(observe(small_vit(), photo, LABEL), seeded())
+    assert "map" not in clean.details["rungs"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"momentum": 0.9, "weight_decay": 0.01},
+        {"optimizer": "adam", "weight_decay": 0.01},
+        {"optimizer": "adamw", "weight_decay": 0.01},
+    ],
+)
+def test_simulated_local_steps_are_those_of_the_optimizer(small_vit, observe, photo, how):
+    training = LocalTraining(1e-3, 3, **how)
+    view = observe(small_vit().double(), photo, LABEL, training=training)
+    made = view.simulate(view.normalization.apply(photo).double(), LABEL, None).tensors
+    for name, seen in view.update.tensors.items():
+        assert float((made[name].detach() - seen).abs().max()) < 1e-9
+
+
+def test_pruned_entries_keep_their_values_where_asked(small_vit, observe, photo):
+    view = observe(small_vit(), photo, LABEL, defenses="pruning:keep=0.2")
+    images, name = view.normalization.apply(photo), "blocks.0.mlp.fc1.weight"
+    whole = view.simulate(images, LABEL, None, pruned=False).tensors[name]
+    kept = view.simulate(images, LABEL, None).tensors[name]
+    assert float((whole != 0).double().mean()) > 0.9 > 0.3 > float((kept != 0).double().mean())
+    assert Traits().noise == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", ["", FROZEN + "+"])
+def test_noise_of_a_tenth_does_not_hide_a_photo_from_the_ladder(cifar_vit, cifar, observe, stack):
+    truth, label = cifar[0][:1], cifar[1][:1]
+    view = observe(cifar_vit, truth, label, defenses=stack + "noise:scale=0.1", normalization=CIFAR)
+    guess = Ladder().run(view, seeded())
+    assert float(psnr(guess.images, truth)) > 26
