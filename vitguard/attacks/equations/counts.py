@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vitguard.attacks.equations.places import SAME_EQUATIONS
 from vitguard.released import Released, Remaining
 
 __all__ = ["chain_remains", "gelu_span_remains", "span_remains", "token_search_remains"]
@@ -51,8 +52,8 @@ def _linear_obstacle(plain: Released) -> str:
         )
     if plain.equations <= 0:
         return f"{a.tokens} tokens fill the {a.width} dimensions: no equation is left"
-    if a.positions is None:
-        return "without absolute positions every patch has the same equations"
+    if a.positions is None or plain.traits.positions == "none":
+        return SAME_EQUATIONS
     return ""
 
 
@@ -148,8 +149,6 @@ def gelu_span_remains(plain: Released) -> Remaining:
     obstacle = "; ".join(a.obstacles)
     if not block.pre_norm:
         obstacle = "the first block is not x + attention(norm(x))"
-    elif a.positions is None:
-        obstacle = "without absolute positions every patch has the same equations"
     elif block.gated:
         obstacle = "the MLP multiplies two branches"
     elif block not in plain.spanning:
@@ -168,7 +167,7 @@ def gelu_span_remains(plain: Released) -> Remaining:
         "gelu-span",
         (*patch, f"{block.proj}.weight", fc1, fc2),
         obstacle,
-        "projection, fc1 and fc2 of block 0 are plain: also batches, shuffled patches and "
+        "projection, fc1 and fc2 of block 0 are plain: also batches, shuffled patches, no and "
         "sine-cosine positions, by a search that verifies itself",
     )
 

@@ -44,6 +44,8 @@ class Search:
     Args:
         view: The gradient of all tokens.
         unknown: The embedding that the positions of a shuffle share.
+        together: A position of each crowd (`places`); its tokens stand in rows behind the others.
+        room: Tokens of one image at each position, where that is more than one.
         wanted: Tokens wanted at each position, shape (positions,).
         exact: Whether just as many are there, and not only at most.
         near: By position, residual and patch of the best candidate that was not accepted.
@@ -67,6 +69,8 @@ class Search:
     generator: torch.Generator
     accept: float = 1e-3
     patience: int = 40
+    together: tuple[int, ...] = ()
+    room: tuple[int, ...] = ()
     near: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
     found: Found = field(init=False)
     frame: Frame = field(init=False)
@@ -79,7 +83,7 @@ class Search:
     _idle: int = 0
 
     def __post_init__(self) -> None:
-        self.frame = Frame.of(self.view, self.anatomy, self.unknown)
+        self.frame = Frame.of(self.view, self.anatomy, self.unknown, self.together)
         self.found = Found.none(self.frame.offset, self.anatomy.patch_pixels)
         self._taken = torch.zeros(0, dtype=torch.bool, device=self.frame.offset.device)
         self.whole = self.remainder = self._remainder(self.view)
@@ -165,7 +169,7 @@ class Search:
         if self.attention is not None:
             prefix, patches = self.frame.embedding.prefix, self.anatomy.patches
             draws = self.attention.draws(self.embedded(some), prefix, patches)
-        return group_tokens(some.attended, some.position, images, draws)
+        return group_tokens(some.attended, some.position, images, draws, self.room)
 
     def _starts(self) -> Starts:
         return Starts(
