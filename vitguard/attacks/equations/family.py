@@ -29,6 +29,7 @@ from vitguard.attacks.equations.rows import (
     layer_rows,
     patch_basis,
 )
+from vitguard.attacks.equations.steps import directions
 from vitguard.core import View
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy, Block
@@ -232,6 +233,8 @@ class Frame:
         into, attention = embedding.weight @ patch, None
         if all(view.update.can_read(name) for name in block.qkv):
             shared = batch * anatomy.patches + anatomy.prefix_tokens
+            most = min(view.update.local_steps * shared, anatomy.width - 1)
+            shared = directions(view, block.qkv, shared, most)
             attention = _equations(
                 block_rows(view, block), Norm.of(view, block.norm1), into, offset, shared, 1
             )

@@ -12,7 +12,7 @@ from vitguard.attacks.base import Attack
 from vitguard.attacks.budget import Budget, nominal, worked
 from vitguard.attacks.equations.attention import Attention
 from vitguard.attacks.equations.counts import gelu_span_remains, token_search_remains
-from vitguard.attacks.equations.mask import shuffled_positions
+from vitguard.attacks.equations.mask import shuffled_count, shuffled_positions
 from vitguard.attacks.equations.places import crowds, meets, members
 from vitguard.attacks.equations.rows import Embedding, guess_from_patches
 from vitguard.attacks.evidence import require_finite
@@ -47,6 +47,10 @@ class GeluSpan(Attack):
     last missing ones; a complete image is subtracted and the rest is a smaller batch. An incomplete
     image has the tokens that fit together by what their queries draw.
 
+    Several local SGD steps on one image are to the equations what a batch of as many is: the rows
+    of the summed gradient span the tokens of every step, and those of the first belong to the
+    public weights. They prove themselves to the same `accept`.
+
     Guarantees: a patch marked `verified` satisfies hidden - T equations to below `accept`, or, of
     the last image of a batch, those of the attention.
     Under a shuffle, and without positions, what is verified is the content of a patch; its place is
@@ -57,9 +61,9 @@ class GeluSpan(Attack):
         accept: Relative residual below which a token counts as found.
 
     Raises:
-        NotApplicable: T >= D (no exact attack is known); a fit would prove nothing (positions that
-            are not told apart, too few hidden units); no plain embedding, no first block of the
-            form x + attention(norm(x)), x + fc2(act(fc1(norm(x)))).
+        NotApplicable: T >= D (no exact attack is known); local steps on a batch; a fit would prove
+            nothing (positions that are not told apart, too few hidden units); no plain embedding,
+            no first block of the form x + attention(norm(x)), x + fc2(act(fc1(norm(x)))).
         Blocked: The gradient of fc1, fc2 or the attention projection is not in the update.
 
     References:
@@ -93,7 +97,7 @@ class GeluSpan(Attack):
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image per member of the batch; what is not verified is minimum norm."""
         budget, before = Budget.of(self.seconds), worked()
-        view = view.gradient()
+        view = view.gradient(steps=True)
         anatomy = Anatomy.of(view.model)
         _require(view, anatomy)
         require_finite(view)
@@ -134,6 +138,8 @@ def _require(view: View, anatomy: Anatomy) -> None:
     anatomy.require_plain_embedding()
     if not anatomy.blocks or not anatomy.blocks[0].pre_norm:
         raise NotApplicable("the first block is not x + attention(norm(x))")
+    if view.update.local_steps > 1 and view.update.batch_size > 1:
+        raise NotApplicable("several local steps on a batch leave too much open")
     tokens = view.update.batch_size * anatomy.tokens
     if tokens >= anatomy.width:
         raise NotApplicable(
@@ -182,8 +188,9 @@ class _State:
         wanted[anatomy.patches : anatomy.patches + shared] = batch * anatomy.patches
         for row, crowd in enumerate(self.crowds, anatomy.patches + shared):
             wanted[row] = batch * len(crowd)
+        alone = not shared and view.update.local_steps == 1
         search = Search(
-            view, anatomy, self.attention, self.unknown, wanted, not shared,
+            view, anatomy, self.attention, self.unknown, wanted, alone,
             self.budget, self.generator, accept=self.accept,
             together=tuple(int(crowd[0]) for crowd in self.crowds),
             room=tuple((wanted // batch).tolist()) if self.crowds else (),
@@ -194,13 +201,17 @@ class _State:
                 f"{batch * anatomy.tokens} tokens of width {anatomy.width} leave so much free that "
                 "a token fits at positions that are not its own"
             )
-        if shared and batch == 1:
+        if shared and view.update.local_steps > 1:  # drift hides which fit: what is found tells
+            wanted[anatomy.patches :] = shuffled_count(view, anatomy)[0]
+            search.enough = anatomy.patches
+            self.masked = torch.ones_like(self.pooled)
+        elif shared and batch == 1:
             misfit = solver.family(max(solver.free(1e-4), 1)).misfit[: anatomy.patches]
             self.masked = masked = shuffled_positions(misfit) & ~self.pooled
             wanted[: anatomy.patches][masked] = 0
             if not self.crowds:
                 wanted[anatomy.patches :] = int(masked.sum())
-                search.exact = shared == 1
+                search.exact = shared == 1 and view.update.local_steps == 1
         return search
 
     def step(self) -> bool:
@@ -264,6 +275,9 @@ class _State:
     def _store(self, whole: list[Tensor]) -> None:
         """Write the images that are complete, and drafts of the others, behind those peeled."""
         found, anatomy = self.search.found, self.anatomy
+        if self.masked is not None and self.view.update.local_steps > 1:
+            self.masked = torch.ones_like(self.pooled)
+            self.masked[found.position[found.position < anatomy.patches]] = False
         sure = self.filled + len(whole)
         self.told_apart = sure + (
             sure == len(self.patches) - 1
