@@ -74,10 +74,14 @@ def test_the_patches_behind_local_steps_are_found(cifar, trained, observe, stack
     LocalTraining(0.01, 3, momentum=0.9),
 ])  # fmt: skip
 def test_momentum_and_decay_are_taken_out_where_the_update_says_so(
-    cifar, small_vit, observe, training
+    cifar, trained, observe, training
 ):
     pixels, labels = cropped(cifar, 1)
-    view = observe(small_vit(), pixels, labels, defenses="positions:kind=sincos", training=training)
+    labels = (labels + 1) % 10  # a wrong one: gradients that rounding of weights leaves
+    view = observe(
+        trained, pixels, labels, defenses="positions:kind=sincos", training=training,
+        normalization=CIFAR_NORMALIZATION,
+    )  # fmt: skip
     guess = attack(view)
     assert float(guess.details["verified"]) > 0.8, guess.details
     assert float(proved(view, guess, pixels).min()) > 45
@@ -95,7 +99,10 @@ def test_several_steps_with_weight_decay_are_refused(cifar, small_vit, observe):
 def test_wrong_candidates_are_not_verified_under_local_steps(cifar, trained, observe, stack):
     """Against another model's positions no token is a member: what is verified is a false proof."""
     pixels, labels = cropped(cifar, 1)
-    view = observe(small_vit(), pixels, labels, defenses=stack, training=LocalTraining(0.2, 5))
+    view = observe(
+        trained, pixels, labels, defenses=stack, training=LocalTraining(0.01, 5),
+        normalization=CIFAR_NORMALIZATION,
+    )  # fmt: skip
     other = torch.Generator().manual_seed(1)
     rows = view.model.pos_embed.data
     scrambled = rows[:, :, torch.randperm(rows.shape[2], generator=other)]
