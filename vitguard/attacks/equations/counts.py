@@ -173,7 +173,7 @@ def gelu_span_remains(plain: Released) -> Remaining:
 
 
 def token_search_remains(plain: Released) -> Remaining:
-    """docs/methods.md 4.5, `deep-tokens`: measured, in no list of closed forms.
+    """docs/methods.md 4.5: what attack `deep-tokens` searches, in no list of closed forms.
 
     Every block that it could read has full rank, see `Released.spanning`: at depth 2 true tokens
     lie within 4e-5 of both spans of block 0, at depth 3 within 9e-5 of those of block 1.

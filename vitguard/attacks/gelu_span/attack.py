@@ -11,7 +11,7 @@ from torch import Tensor
 from vitguard.attacks.base import Attack
 from vitguard.attacks.budget import Budget, nominal, worked
 from vitguard.attacks.equations.attention import Attention
-from vitguard.attacks.equations.counts import gelu_span_remains, token_search_remains
+from vitguard.attacks.equations.counts import gelu_span_remains
 from vitguard.attacks.equations.mask import shuffled_count, shuffled_positions
 from vitguard.attacks.equations.places import crowds, meets, members
 from vitguard.attacks.equations.rows import Embedding, guess_from_patches
@@ -91,8 +91,8 @@ class GeluSpan(Attack):
         return nominal(svd=5.0 * width**3 + unknowns**3, qr=20.0 * width**3)
 
     def remains(self, plain: Released) -> tuple[Remaining, ...]:
-        """Count the equations of the first block's MLP, and name the search from a later block."""
-        return gelu_span_remains(plain), token_search_remains(plain)
+        """Count the equations of the first block's MLP."""
+        return (gelu_span_remains(plain),)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image per member of the batch; what is not verified is minimum norm."""

@@ -12,6 +12,7 @@ from vitguard.attacks.base import Attack
 from vitguard.attacks.budget import Budget, CutShort, worked
 from vitguard.attacks.cascade.attack import Cascade
 from vitguard.attacks.evidence import mismatch
+from vitguard.attacks.deep_tokens.attack import DeepTokens
 from vitguard.attacks.gelu_span.attack import GeluSpan
 from vitguard.attacks.labels import pair_labels
 from vitguard.attacks.ladder.polish import polish
@@ -33,8 +34,8 @@ _EXACT = 1e-3  # a relative mismatch below which no further rung is needed
 class Ladder(Attack):
     """Climb from `position` to `gelu-span`; hand back the guess that verifies itself best.
 
-    Rungs: `position`, `span`, `cascade` (labels of a batch), `gelu-span`, and for damaged gradients
-    `position-robust` and `span-robust`. A rung that does not apply says why in the details. The
+    Rungs: `position`, `span`, `cascade` (labels of a batch), `gelu-span`, `deep-tokens` (where the
+    first block cannot be read), and for damaged gradients `position-robust` and `span-robust`. A rung that does not apply says why in the details. The
     choice never sees the truth: the adversary recomputes the update from each guess with the known
     settings (`View.simulate`) and compares, and counts the patches that proved themselves. A single
     image that is nearly right is polished last.
@@ -111,7 +112,7 @@ class _Climb:
         """Run the rungs in order; stop at an exact one."""
         damaged = not self.view.traits.exact
         rungs = (self._closed, self._robust, self._batch) if damaged else (
-            self._closed, self._batch, self._robust)  # fmt: skip
+            self._closed, self._batch, self._deep, self._robust)  # fmt: skip
         for climb in rungs:
             climb()
             if self._exact():
@@ -132,6 +133,11 @@ class _Climb:
         polished = self.view.update.batch_size == 1 and self.view.traits.shuffle is None
         share = 0.5 if polished else 0.8  # `polish` needs the rest
         self._try(lambda: GeluSpan(seconds=self._left(share)), GeluSpan.least)
+
+    def _deep(self) -> None:
+        """Where the first block could not be read; else `gelu-span` has searched what it says."""
+        if GeluSpan.name not in self.guesses and self.view.update.batch_size == 1:
+            self._try(lambda: DeepTokens(seconds=self._left(0.8)), DeepTokens.least)
 
     def _robust(self) -> None:
         self._try(lambda: RobustPosition(seconds=self._left(0.4)), RobustPosition.least)
