@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from vitguard import metrics
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.labels import infer_labels
-from vitguard.audit.verdicts import labels_overlap
+from vitguard.audit.attempts import labels_overlap
 from vitguard.core import Guess, Normalization, View
 from vitguard.data import decoys as sampled_decoys
 from vitguard.data import load_images, sample_images

@@ -14,8 +14,8 @@ from vitguard.attacks.base import Attack
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
 from vitguard.audit import LocalTraining, audit
+from vitguard.audit.attempts import labels_overlap
 from vitguard.audit.received import audit_update
-from vitguard.audit.verdicts import labels_overlap
 from vitguard.core import Guess, Normalization
 from vitguard.defenses.base import UpdateDefense
 from vitguard.defenses.noise import GradientNoise
@@ -221,7 +221,10 @@ def test_guesses_that_know_nothing_are_never_a_leak(
 
 
 def test_identification_by_chance_is_no_leak_but_by_merit_it_is(small_vit, photos):
-    from vitguard.audit.verdicts import Attempt, finding_of
+    from vitguard.audit.attempts import Attempt
+    from vitguard.audit.exposure import Facts
+    from vitguard.audit.scale import Scale
+    from vitguard.audit.verdicts import finding_of
     from vitguard.metrics import baseline, score
 
     level = baseline(photos, (4, 4))
@@ -229,12 +232,11 @@ def test_identification_by_chance_is_no_leak_but_by_merit_it_is(small_vit, photo
 
     def verdict(guess, count):
         truths = photos[:count]
-        level = baseline(truths, (4, 4))
-        attempt = Attempt(
-            truths, tuple("abcde"[:count]), level, guess=Guess(guess),
-            scores=score(guess, truths, (4, 4), decoys=decoys),
-        )  # fmt: skip
-        return finding_of("none", "a", {}, [attempt], None, ())
+        scale = Scale(decoys, baseline(truths, (4, 4)))
+        facts = Facts(tuple("abcde"[:count]), (4, 4), truths, scale=scale)
+        scores = score(guess, truths, (4, 4), decoys=decoys)
+        attempt = Attempt(facts, guess=Guess(guess), scores=scores)
+        return finding_of("none", PositionInversion(), [attempt])
 
     faint = (0.5 + 0.1 * (photos - photos.mean((2, 3), keepdim=True))).clamp(0, 1)
     assert verdict(faint, 5).gain < 6

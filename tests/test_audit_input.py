@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from vitguard.attacks.base import InputAttack, InputResult
+from vitguard.attacks.base import Attack, InputAttack, InputResult
 from vitguard.attacks.fgsm import FGSM
 from vitguard.attacks.position import PositionInversion
 from vitguard.audit import audit
@@ -93,3 +93,24 @@ def test_a_surrogate_of_another_size_is_a_failed_attack(small_vit):
 def test_a_defense_that_would_not_act_is_never_passed_over(small_vit):
     with pytest.raises(Unprotected):
         audit(small_vit(), images(1), attacks=[Fake(Unprotected("not shuffled"))])
+
+
+def test_an_attack_that_fails_says_so_whether_it_attacks_an_update_or_an_input(small_vit, photo):
+    @dataclass(frozen=True)
+    class Breaks(Attack):
+        error: Exception
+        name: ClassVar[str] = "breaks"
+        family: ClassVar[str] = "closed-form"
+
+        def run(self, view, generator):
+            raise self.error
+
+    model, batch = small_vit(), (photo, torch.tensor([1]))
+    for error in (RuntimeError("shape"), KeyError("k"), expected("a start", "none"), OSError("x")):
+        both = [Breaks(error), Fake(error)]
+        for finding in audit(model, batch, attacks=both).findings:
+            assert finding.verdict == "inconclusive"
+            assert finding.reason.startswith(f"the attack failed: {type(error).__name__}: ")
+    for kind in (Breaks, Fake):
+        with pytest.raises(Unprotected, match="would not act"):
+            audit(model, batch, attacks=[kind(Unprotected("it would not act"))])

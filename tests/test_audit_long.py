@@ -16,8 +16,8 @@ from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
 from vitguard.audit import LocalTraining, audit
+from vitguard.audit.attempts import INTERRUPTED
 from vitguard.audit.received import audit_update
-from vitguard.audit.stage import INTERRUPTED
 from vitguard.core import Guess, Normalization
 from vitguard.errors import InputError, LeakFound
 from vitguard.guard import Guard, protect
@@ -278,7 +278,7 @@ def test_the_last_layers_explain_no_image(small_vit, photo):
 def test_no_conclusive_attack_raises_without_limits_too(small_vit, photo):
     report = audit(small_vit(), labelled(photo), defenses=FROZEN, attacks=[PositionInversion()])
     assert report.findings[-1].verdict == "blocked"
-    with pytest.raises(LeakFound, match="No attack was conclusive"):
+    with pytest.raises(LeakFound, match="no attack was conclusive"):
         report.raise_if_leaks()
 
 

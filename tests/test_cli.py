@@ -164,7 +164,7 @@ def test_the_listing_fits_the_terminal(monkeypatch, capsys):
     ("gate", "attack", "said"),
     [
         (["--max-gain", "6"], "span", "positions:kind=frozen"),
-        (["--max-gain", "6"], "position", "No attack was conclusive"),
+        (["--max-gain", "6"], "position", "Undecided for"),
         ([], "span", None),
     ],
 )

@@ -10,7 +10,7 @@ from PIL import Image
 
 import vitguard as vg
 from vitguard import data
-from vitguard.audit.attempts import decoys_for
+from vitguard.audit.scale import decoys_for
 from vitguard.cli.main import main
 from vitguard.vit import Anatomy
 
@@ -60,7 +60,7 @@ def test_models_of_any_number_of_channels_are_audited_and_reported(channels, tmp
     received = vg.audit_update(model, update, attacks=["position"], truth=batch[0])
     assert received.findings[-1].verdict == "leaks"
     received.save(tmp_path / "u.html")
-    assert decoys_for(batch[0], seed=0).shape == (100, channels, 32, 32)
+    assert decoys_for(batch[0], seed=0).shape == (1000, channels, 32, 32)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5, 6])

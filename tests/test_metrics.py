@@ -135,35 +135,40 @@ def test_left_over_truths_take_their_best_guess():
     assert metrics.best_assignment(quality).tolist() == [1, 0, 1]
 
 
-def test_baseline_takes_the_best_of_flat_image_flat_patches_and_mean_image(photos):
-    patches = photos.unflatten(2, (8, 8)).unflatten(4, (8, 8)).mean((3, 5))
-    flat_patches = patches.repeat_interleave(8, 2).repeat_interleave(8, 3)
-    flat_image = uninformed("colour", photos)
-    floor = metrics.baseline(photos, (8, 8))
-    assert torch.allclose(floor.psnr, metrics.psnr(flat_image, photos))
-    assert torch.allclose(floor.patch_psnr, metrics.psnr(flat_patches, photos))
-    assert (floor.patch_psnr >= floor.psnr).all()
-    exact = metrics.baseline(photos, (8, 8), mean_image=shuffled(photos[:1], 8)[0])
-    assert float(exact.patch_psnr[0]) == 200.0
-    assert torch.equal(exact.psnr[1:] >= floor.psnr[1:], torch.ones(6, dtype=torch.bool))
-    assert float(metrics.baseline(photos, (8, 8), mean_image=photos[0]).psnr[0]) == 200.0
+def test_the_baseline_is_the_luckiest_guess_without_information(photos):
+    flat = metrics.baseline(photos, (8, 8))
+    greys = [metrics.psnr(torch.full_like(photos, v), photos) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert (flat.psnr >= torch.stack(greys).amax(0)).all()
+    assert (flat.psnr < metrics.psnr(uninformed("colour", photos), photos)).all()  # its own colour
+    exact = metrics.baseline(photos, (8, 8), shuffled(photos[:1], 8))
+    assert float(exact.patch_psnr[0]) == 200.0 and float(exact.psnr[0]) < 20
+    assert (exact.psnr >= flat.psnr).all() and (exact.patch_psnr >= flat.patch_psnr).all()
+    assert float(metrics.baseline(photos, (8, 8), photos[2:4]).psnr[3]) == 200.0
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (1, 1, 1), (1, 0, 0), (0.5, 0.5, 0.5)])
+def test_an_image_of_one_colour_that_anyone_would_try_leaks_nothing(colour):
+    plain = torch.tensor(colour).float()[:, None, None].expand(1, 3, 16, 16)
+    assert metrics.baseline(plain, (4, 4)).psnr.tolist() == [200.0]
 
 
 @pytest.mark.parametrize("away", [0.0, 0.03, 0.1, 0.2, 0.5])
-def test_the_mean_image_counts_wherever_it_is_better(photos, away):
+def test_every_guess_counts_wherever_it_is_better(photos, away):
     generator = torch.Generator().manual_seed(0)
-    mean = photos[2] + away * (torch.rand(photos[2].shape, generator=generator) - 0.5)
-    made = metrics.baseline(photos, (8, 8), mean_image=mean).patch_psnr
-    each = metrics.patch_psnr(mean.expand_as(photos), photos, (8, 8))
-    slow = torch.maximum(metrics.baseline(photos, (8, 8)).patch_psnr, each)
+    noise = torch.rand(2, *photos[2].shape, generator=generator) - 0.5
+    guesses = (photos[2:4] + away * noise).clamp(0, 1)
+    made = metrics.baseline(photos, (8, 8), guesses).patch_psnr
+    each = [metrics.patch_psnr(g.expand_as(photos), photos, (8, 8)) for g in guesses]
+    slow = torch.stack([metrics.baseline(photos, (8, 8)).patch_psnr, *each]).amax(0)
     torch.testing.assert_close(made, slow)
 
 
-def test_no_order_of_flat_patches_beats_their_own_places(photos):
+def test_the_thumbnail_is_every_patch_at_its_own_colour_and_no_order_beats_it(photos):
     patches = photos.unflatten(2, (8, 8)).unflatten(4, (8, 8)).mean((3, 5))
     flat = patches.repeat_interleave(8, 2).repeat_interleave(8, 3)
-    matched = metrics.patch_psnr(flat, photos, (8, 8))
-    assert torch.allclose(matched, metrics.baseline(photos, (8, 8)).patch_psnr, atol=1e-9)
+    thumbnail = metrics.baseline(photos, (8, 8)).thumbnail
+    assert torch.allclose(metrics.psnr(flat, photos), thumbnail, atol=1e-9)
+    assert torch.allclose(metrics.patch_psnr(flat, photos, (8, 8)), thumbnail, atol=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -191,7 +196,7 @@ def test_scores_are_finite_bounded_and_matching_never_lowers(
     raw = metrics.psnr(guess, truth)
     assert (metrics.patch_psnr(guess, truth, patch) >= raw).all()
     assert float(result.patch_psnr.sum()) >= float(result.psnr.sum()) - 1e-9
-    floor = metrics.baseline(truth, patch, mean_image=decoys.mean(0))
+    floor = metrics.baseline(truth, patch, decoys)
     assert floor.psnr.isfinite().all() and floor.patch_psnr.isfinite().all()
 
 
@@ -294,8 +299,8 @@ def test_unusable_input_is_refused_with_a_reason(photos):
         metrics.psnr((photos * 255).byte(), photos)
     with pytest.raises(InputError, match="shape"):
         metrics.score(photos[:0], photos, (8, 8))
-    with pytest.raises(InputError, match="mean image"):
-        metrics.baseline(photos, (8, 8), mean_image=photos)
+    with pytest.raises(InputError, match="without information"):
+        metrics.baseline(photos, (8, 8), photos[:, :, :32, :32])
     with pytest.raises(InputError, match="3 of 2"):
         metrics.identification_p(3, 2, 10)
     with pytest.raises(InputError, match="masks"):

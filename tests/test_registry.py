@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 import pytest
 import torch
 
-from vitguard import registry
-from vitguard.attacks.base import Attack
+from vitguard import discovery, registry
+from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.fgsm import FGSM
+from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
 from vitguard.core import Guess
@@ -200,7 +201,7 @@ def installed(monkeypatch):
                 if g == group
             ]
 
-        monkeypatch.setattr(registry, "entry_points", find)
+        monkeypatch.setattr(discovery, "entry_points", find)
         registry.attack_types.cache_clear()
         registry.defense_types.cache_clear()
 
@@ -216,6 +217,28 @@ def test_third_parties_are_found_by_entry_point(installed):
     assert registry.defense_types()["their-defense"] is TheirDefense
     with pytest.raises(InputError, match=r"needed=\.\.\."):
         registry.parse_attack("theirs")
+
+
+@dataclass(frozen=True)
+class TheirRung(Attack):
+    """A rung of a third party, cheaper than any of vitguard's."""
+
+    name: ClassVar[str] = "their-rung"
+    family: ClassVar[str] = "closed-form"
+    rung: ClassVar[Rung | None] = Rung(1, 1)
+
+    def run(self, view, generator):
+        return PositionInversion().run(view, generator)
+
+
+def test_the_ladder_climbs_the_rung_of_a_third_party(installed, small_vit, observe, photo):
+    climb = observe(small_vit(), photo), torch.Generator()
+    assert Ladder().run(*climb).details["rung"] == "position"
+    installed(a=("vitguard.attacks", "TheirRung"))
+    found = Ladder().run(*climb).details
+    assert found["rung"] == "their-rung"
+    assert found["outcomes"] == {"their-rung": "ran"}
+    assert list(Ladder().parts())[:2] == ["their-rung", "position"]
 
 
 @pytest.mark.parametrize("wrong", ["Impostor", "torch"])

@@ -110,7 +110,7 @@ class TestJson:
         )
         assert data["schema"] == 1
         assert list(data["model"]) == ["name", "parameters", "patches", "width"]
-        assert list(data["baseline"]) == ["psnr", "patch_psnr"]
+        assert list(data["baseline"]) == ["psnr", "patch_psnr", "thumbnail"]
         entry = data["findings"][1]
         names = ", ".join(list(entry)[:16])
         assert names == (

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
 
 from vitguard.attacks.base import Attack
+from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.matching.leaked_mask import leaked_mask
 from vitguard.audit import audit
 from vitguard.core import Normalization
-from vitguard.defenses.base import UpdateDefense
+from vitguard.defenses.base import StepDefense, UpdateDefense
 from vitguard.defenses.encryption import EncryptedGradients
 from vitguard.defenses.noise import GradientNoise
 from vitguard.defenses.positions import FixedPositions
 from vitguard.defenses.shuffle import PatchShuffle
-from vitguard.errors import Incompatible, InputError
+from vitguard.errors import Blocked, Incompatible, InputError
 from vitguard.guard import protect
 from vitguard.plan import plan_report
 from vitguard.registry import attack_types
 from vitguard.threats import CuriousServer
-from vitguard.vit import Anatomy
+from vitguard.vit import Anatomy, canonical_parameters
 
 LABEL = torch.tensor([3])
 
@@ -137,3 +139,45 @@ def test_an_audit_takes_any_threat_and_its_control_sees_everything(small_vit, ph
     assert report.to_json()["threat"] == {"adversary": "eavesdropper"}
     with pytest.raises(InputError, match="a threat or withhold"):
         audit(small_vit(), (photo, LABEL), threat=Eavesdropper(), withhold=["patch"])
+
+
+@pytest.mark.parametrize("selection", ["plan", "embedding/head", r"attn\.qkv/position", "mlp"])
+def test_one_grammar_selects_what_is_encrypted_withheld_and_compared(small_vit, photo, selection):
+    model = small_vit()
+    names = list(canonical_parameters(model))
+    wanted = set(Anatomy.of(model).select(selection, names))
+    assert 0 < len(wanted) < len(names)
+    sealed = protect(copy.deepcopy(model), [EncryptedGradients(selection, force=True)],
+                     generator=torch.Generator()).update(photo, torch.tensor([1]))  # fmt: skip
+    assert set(sealed.sealed) == wanted
+    guard = protect(copy.deepcopy(model), [])
+    update = guard.update(photo, torch.tensor([1]))
+    view = CuriousServer(withhold=(selection,)).view(guard, update, Normalization())
+    assert set(view.update.sealed) == wanted
+    seen = CuriousServer().view(guard, update, Normalization())
+    matching = InvertingGradients(parameters=selection, iterations=1)
+    bare = replace(seen, update=update.seal(dict.fromkeys(wanted, "hidden")))
+    with pytest.raises(Blocked, match="hidden"):  # what it compares is just what is hidden
+        matching.run(bare, torch.Generator())
+    assert len(matching.run(seen, torch.Generator()).images) == 1
+    with pytest.raises(InputError, match="repeat the option"):
+        CuriousServer(withhold=("embedding|head",)).view(guard, update, Normalization())
+
+
+def test_a_defense_that_guards_single_updates_says_so_when_a_loop_is_prepared(small_vit):
+    class Alone(StepDefense):
+        name = "alone"
+
+        def settings(self):
+            return {}
+
+        def spec(self):
+            return self.name
+
+        def gradient(self, model, loss, batch, draws):
+            raise NotImplementedError
+
+    guard = protect(small_vit(), [Alone()])
+    optimizer = torch.optim.SGD(guard.model.parameters(), 0.1)
+    with pytest.raises(Incompatible, match=r"got alone\. Take its gradients from guard\.update"):
+        guard.prepare(optimizer, [1])

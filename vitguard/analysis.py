@@ -9,7 +9,6 @@ from torch import nn
 from vitguard.attacks.base import Attack
 from vitguard.core import Traits
 from vitguard.defenses.base import Defense, traits_of
-from vitguard.defenses.encryption.selection import select_names
 from vitguard.errors import Incompatible
 from vitguard.registry import attack_types
 from vitguard.released import Released, Remaining
@@ -23,14 +22,14 @@ def released(model: nn.Module, anatomy: Anatomy, traits: Traits) -> Released:
     sizes = {n: p.numel() for n, p in canonical_parameters(model).items()}
     if traits.positions != "learnable":
         sizes.pop(anatomy.positions or "", None)
-    chosen = {n for select in traits.sealed for n in select_names(anatomy, select, sizes)}
+    chosen = {n for select in traits.sealed for n in anatomy.select(select, sizes)}
     return Released(anatomy, sizes, frozenset(sizes) - chosen, traits)
 
 
 def remaining(plain: Released) -> tuple[Remaining, ...]:
     """Return what every registered attack says of it, each statement once, rungs first."""
     attacks = [kind() for kind in attack_types().values() if issubclass(kind, Attack)]
-    attacks.sort(key=lambda a: (a.rung is None, a.rung or 0, a.family))
+    attacks.sort(key=lambda a: (a.rung is None, a.rung.exact if a.rung else 0, a.family))
     said = [one for attack in attacks for one in attack.remains(plain)]
     return tuple({one.attack: one for one in said}.values())
 

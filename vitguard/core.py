@@ -341,6 +341,7 @@ class Guess:
             an incomplete batch, right for one of its images at that position.
         shuffled: Shape (guessed, patches): positions the attack found to be shuffled.
         space: What is known exactly where the image is not.
+        fitted: Whether the images were fitted to the update, so that reproducing it proves nothing.
         details: Plain facts for the report (rung, residual, rank); JSON values only. A non-empty
             `unfinished` names what a budget left out: nothing has resisted then.
     """
@@ -350,6 +351,7 @@ class Guess:
     verified: Bool[Tensor, "guessed patches"] | None = None
     shuffled: Bool[Tensor, "guessed patches"] | None = None
     space: AffineSpace | None = None
+    fitted: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
 
 

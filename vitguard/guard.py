@@ -26,13 +26,13 @@ from vitguard.defenses.base import (
     rewinding,
     traits_of,
 )
-from vitguard.defenses.encryption.selection import select_names
+from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
 from vitguard.joining import join
 from vitguard.registry import parse_stack
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of
 
-__all__ = ["Guard", "Stack", "protect", "stack_of"]
+__all__ = ["Guard", "Protection", "Stack", "protect", "stack_of"]
 
 Stack = Iterable[Defense] | Defense | str
 """Defenses that act together: several, a single one, or a spec for `parse_stack`."""
@@ -109,71 +109,8 @@ def protect(
         raise
     model.add_module("vitguard", protection.train(model.training))
     if any(isinstance(d, StepDefense) for d in ordered):
-        protection.watch = model.register_forward_pre_hook(_require_preparation)
+        protection.watch_training(model)
     return Guard(model)
-
-
-class Protection(nn.Module):
-    """What lives at `model.vitguard`: the settings, and a child for each model defense."""
-
-    def __init__(self, anatomy: Anatomy, defenses: tuple[Defense, ...], draws: Draws) -> None:
-        super().__init__()
-        self.anatomy = anatomy
-        self.defenses = defenses
-        self.draws = draws
-        self.prepared = False
-        """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
-        self.watch: Any = None
-        self.brought: set[str] = set()
-        """What the last state dict held of the defenses' own tensors."""
-        self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
-        """What each defense with a guarantee has spent, by its name; copies go on from it."""
-        self.register_load_state_dict_pre_hook(_tolerate_original)
-        self.register_load_state_dict_post_hook(_restored)
-
-    def __repr__(self) -> str:
-        return f"Protection({', '.join(map(repr, self.defenses))})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "prepared": False}  # a copy has no private optimizer of its own
-
-    def installed(self) -> list[Installed]:
-        """Return the installed pieces, in order."""
-        return [m for m in self.children() if isinstance(m, Installed)]
-
-    def uninstall(self, model: nn.Module) -> None:
-        """Undo the pieces in reverse order."""
-        for piece in reversed(self.installed()):
-            piece.uninstall(model)
-        if self.watch is not None:
-            self.watch.remove()
-
-
-def _require_preparation(model: nn.Module, args: Any) -> None:
-    """Refuse a plain training pass where the stack protects each example's gradient."""
-    protection = model.get_submodule("vitguard")
-    if model.training and torch.is_grad_enabled() and not protection.prepared:
-        raise Unprotected(
-            "Expected training through guard.prepare(optimizer, loader), got a training pass "
-            "without it: its gradient would be plain. Call prepare, or use guard.update."
-        )
-
-
-def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a strict load take a checkpoint that knows nothing of vitguard."""
-    protection = module
-    assert isinstance(protection, Protection)
-    protection.brought = {k.removeprefix(prefix) for k in state if k.startswith(prefix)}
-    if not protection.brought:
-        state.update({f"{prefix}{k}": v for k, v in module.state_dict().items()})
-
-
-def _restored(module: nn.Module, incompatible_keys: Any) -> None:
-    """Note which lost values a state dict of a protected model has brought back."""
-    assert isinstance(module, Protection)
-    for name, piece in module.named_children():
-        if isinstance(piece, Installed):
-            piece.lost = frozenset(n for n in piece.lost if f"{name}.{n}" not in module.brought)
 
 
 class Guard:
@@ -188,7 +125,7 @@ class Guard:
     @staticmethod
     def of(model: nn.Module) -> Guard:
         """Return a guard for a protected model, such as a copy; its draws start afresh."""
-        if not isinstance(getattr(model, "vitguard", None), Protection):
+        if Protection.of(model) is None:
             raise expected(
                 "a model that was protected", type(model).__name__, "Call protect first."
             )
@@ -212,7 +149,7 @@ class Guard:
         """What is publicly true of an update under these defenses."""
         return traits_of(self.defenses, self.anatomy)
 
-    def _step(self) -> Any:
+    def _step(self) -> StepDefense | None:
         return next((d for d in self.defenses if isinstance(d, StepDefense)), None)
 
     def verify(self) -> None:
@@ -221,7 +158,7 @@ class Guard:
             piece.verify(self.model)
 
     def _in_place(self) -> list[Installed]:
-        if getattr(self.model, "vitguard", None) is not self._protection:
+        if Protection.of(self.model) is not self._protection:
             raise Unprotected(
                 "Expected a protected model, got one after remove(). Protect it again."
             )
@@ -255,7 +192,7 @@ class Guard:
         if added:
             join(optimizer, added, self.model, self.anatomy)
         step = self._step()
-        if step is not None and hasattr(step, "prepare"):
+        if step is not None:
             with self.rehearsing():
                 optimizer, loader, _ = step.prepare(
                     self.model, optimizer, loader, self._draws, self._ledgers.get(step.name)
@@ -442,9 +379,10 @@ class Guard:
             raise Unprotected(
                 "Expected an update that update() made: the batch was not transformed."
             )
-        if self._step() is not None and not self._protection.prepared:
+        step = self._step()
+        if step is not None and not self._protection.prepared:
             raise Unprotected(
-                f"Expected training under prepare(), got a finished update: {self._step().name} "
+                f"Expected training under prepare(), got a finished update: {step.name} "
                 "needs each example's own gradient. Call prepare(optimizer, loader) and train."
             )
         for piece in self._in_place():
@@ -486,7 +424,7 @@ class Guard:
         """
         held = {n for piece in self._protection.installed() for n in piece.withheld()}
         sent = {n: p for n, p in canonical_parameters(self.model).items() if n not in held}
-        chosen = {n for s in self.traits.sealed for n in select_names(self.anatomy, s, sent)}
+        chosen = {n for s in self.traits.sealed for n in self.anatomy.select(s, sent)}
         return {n: p.detach() for n, p in sent.items() if n in chosen}
 
     def _frozen(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -595,5 +533,5 @@ def _require_bare(model: nn.Module) -> None:
             "Expected a model that is not compiled, got one after compile(): hooks added now would "
             "be ignored. Protect the model first, then compile it."
         )
-    if isinstance(getattr(model, "vitguard", None), Protection):
+    if Protection.of(model) is not None:
         raise expected("a model that is not protected yet", "one that is", "Call guard.remove().")

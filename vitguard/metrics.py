@@ -9,6 +9,7 @@ Definitions: docs/methods.md 5. SSIM: Wang et al. 2004, as scikit-image computes
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -214,47 +215,73 @@ def identification_p(hits: int, trials: int, decoys: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """What guesses without information score, in dB per image.
+    """What guesses score that no update was needed for, in dB per image.
 
     Args:
-        psnr: The better of the flat image (its mean colour) and the given mean image.
-        patch_psnr: The best of flat image, flat patches and mean image, patches matched.
+        psnr: The best of the guesses without information.
+        patch_psnr: The same, patches matched.
+        thumbnail: Every patch flat in its own mean colour. It knows something: the image at one
+            pixel a patch. No other order of flat patches is closer, so that matching adds nothing.
     """
 
     psnr: PerImage
     patch_psnr: PerImage
+    thumbnail: PerImage
 
 
 def baseline(
-    truth: Images, patch_size: tuple[int, int], *, mean_image: Tensor | None = None
+    truth: Images, patch_size: tuple[int, int], guesses: Guesses | None = None
 ) -> Baseline:
-    """Score the no-information guesses: without them a number means nothing.
+    """Score guesses without information, and the thumbnail: without them a number means nothing.
 
-    They are generous: the flat ones take their colours from the truth itself.
+    Of the guesses the luckiest one counts, for each image and for each score. One flat colour is
+    always among them: black, white, grey, and each channel off or on.
 
     Args:
         truth: Pixels in [0, 1].
         patch_size: (height, width) of a patch in pixels.
-        mean_image: Mean of a data set, shape (channels, height, width).
+        guesses: Further images that were made without the truth, shaped like it.
     """
     truth = _images(truth, "truth", strict=True)
-    raw = psnr(truth.mean((-2, -1), keepdim=True).expand_as(truth), truth)
-    # Every patch at its own mean colour: no other order of these patches can be closer.
+    flat_ones = _public_colours(truth)
+    if guesses is None:
+        guesses = flat_ones
+    else:
+        guesses = _images(guesses, "a guess without information", strict=True)
+        _same_shape(guesses, truth, "a guess without information")
+        guesses = torch.cat([flat_ones, guesses])
     patches = _patches(truth, patch_size)
-    colours = patches.mean(-1, keepdim=True)
-    matched = _decibels((patches - colours).square().flatten(1).mean(1))
-    if mean_image is not None:
-        if mean_image.shape != truth.shape[1:]:
-            raise expected(
-                f"a mean image of shape {tuple(truth.shape[1:])}", tuple(mean_image.shape)
-            )
-        guess, _ = _pair(mean_image.expand_as(truth), truth)
-        raw = torch.maximum(raw, psnr(guess, truth))
-        pieces = _patches(guess, patch_size)
-        for i, flat in enumerate(matched):  # assigning thousands of patches takes long: few need it
-            if _decibels(_nearest_mse(pieces[i], patches[i])) > flat:
-                matched[i] = _decibels(_matched_mse(pieces[i], patches[i]))
-    return Baseline(raw, torch.maximum(raw, matched))
+    flat = (patches - patches.mean(-1, keepdim=True)).square().flatten(1).mean(1)
+    raw = torch.stack([psnr(guess.expand_as(truth), truth) for guess in guesses]).amax(0)
+    pieces = _patches(guesses, patch_size)
+    matched = torch.stack([_best_matched(one, pieces) for one in patches])
+    return Baseline(raw, torch.maximum(raw, matched), _decibels(flat))
+
+
+def _public_colours(truth: Images) -> Guesses:
+    """Return flat images of the colours that anyone would try."""
+    channels = truth.shape[1]
+    corners = itertools.product((0.0, 1.0), repeat=channels) if channels <= 4 else ()
+    levels = [[v] * channels for v in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    colours = torch.tensor([*levels, *map(list, corners)], dtype=truth.dtype)
+    return colours[:, :, None, None].expand(-1, -1, *truth.shape[2:])
+
+
+def _best_matched(
+    truth: Float[Tensor, "patches ..."], guesses: Float[Tensor, "guesses patches ..."]
+) -> Float[Tensor, ""]:
+    """Return the dB of the guess whose patches match those of `truth` best.
+
+    Assigning hundreds of patches takes long: a guess whose nearest patches are no closer than the
+    best assignment so far is left out.
+    """
+    hoped = torch.stack([_decibels(_nearest_mse(guess, truth)) for guess in guesses])
+    best = torch.tensor(-torch.inf, dtype=torch.float64)
+    for i in hoped.argsort(descending=True).tolist():
+        if hoped[i] <= best:
+            break
+        best = torch.maximum(best, _decibels(_matched_mse(guesses[i], truth)))
+    return best
 
 
 @dataclass(frozen=True)

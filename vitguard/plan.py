@@ -15,11 +15,12 @@ from torch import nn
 
 from vitguard.analysis import released, remaining
 from vitguard.defenses.base import Defense, traits_of
-from vitguard.defenses.encryption import minimal_names, preset, require_all_match
+from vitguard.defenses.encryption import preset
 from vitguard.defenses.positions import FixedPositions, Kind, WithheldPositions
 from vitguard.errors import expected
 from vitguard.models import build_model
 from vitguard.released import Remaining
+from vitguard.selectors import minimal_names, require_all_match
 from vitguard.vit import Anatomy, canonical_parameters
 
 if TYPE_CHECKING:

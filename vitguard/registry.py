@@ -1,26 +1,18 @@
-"""Finding defenses and attacks by name, and reading them from `name:key=value,...`.
-
-A class is found when its module lies in `vitguard.defenses` or `vitguard.attacks` and it has a
-`name`; third parties register theirs under the entry points `vitguard.defenses` and
-`vitguard.attacks`.
-"""
+"""Defenses and attacks by name, read from `name:key=value,...` (see `vitguard.discovery`)."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vitguard.attacks.base import Attack, InputAttack
 from vitguard.defenses.base import Defense
+from vitguard.discovery import discover
 from vitguard.errors import InputError, expected
 
 __all__ = [
@@ -46,34 +38,13 @@ _ALONE = {
 @cache
 def defense_types() -> dict[str, type[Defense]]:
     """Return every defense by name, in alphabetical order."""
-    return _discover("vitguard.defenses", Defense)
+    return discover("vitguard.defenses", Defense)
 
 
 @cache
 def attack_types() -> dict[str, type[AnyAttack]]:
     """Return every attack by name, in alphabetical order."""
-    return {**_discover("vitguard.attacks", Attack), **_discover("vitguard.attacks", InputAttack)}
-
-
-def _discover(package: str, base: type[Kind]) -> dict[str, type[Kind]]:
-    found: dict[str, type[Kind]] = {}
-    root = importlib.import_module(package)
-    for info in pkgutil.iter_modules(root.__path__, f"{package}."):
-        if info.name.startswith(f"{package}._"):
-            continue
-        module = importlib.import_module(info.name)
-        for value in vars(module).values():
-            if inspect.isclass(value) and issubclass(value, base) and "name" in vars(value):
-                found[value.name] = value  # type: ignore[attr-defined]
-    for point in entry_points(group=package):
-        value = point.load()
-        if not (inspect.isclass(value) and issubclass(value, Defense | Attack | InputAttack)):
-            raise expected(f"a defense or attack at entry point {point.name}", repr(value))
-        if not issubclass(value, base):
-            continue
-        if found.setdefault(value.name, value) is not value:  # type: ignore[attr-defined]
-            raise expected(f"a name of its own at entry point {point.name}", repr(value.name))
-    return dict(sorted(found.items()))
+    return discover("vitguard.attacks", Attack, InputAttack)
 
 
 def parse_stack(spec: str) -> list[Defense]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.backends import cuda as backends
 
 from vitguard.errors import NotApplicable, UnsupportedModel, expected
-from vitguard.selectors import SELECTORS, matching
+from vitguard.selectors import select_names
 
 __all__ = [
     "Anatomy",
@@ -240,20 +240,13 @@ class Anatomy:
         return "norm" if "norm" in name or ".ln" in name else "other"
 
     def select(self, selector: str, names: Iterable[str]) -> list[str]:
-        """Return those of `names` that a selector means: a role, `embedding`, `all` or a regex.
+        """Return those of `names` that a selection means (`vitguard.selectors.select_names`).
 
         Raises:
-            InputError: The selector is no role, and as a regular expression matches no name or has
-                a role among its alternatives.
+            InputError: A part is no role, and as a regular expression matches no name or has a role
+                among its alternatives.
         """
-        names = list(names)
-        if selector == "all":
-            return names
-        if selector == "embedding":
-            return [n for n in names if self.role(n) in ("patch", "position", "token")]
-        if selector in SELECTORS:
-            return [n for n in names if self.role(n) == selector]
-        return matching(selector, names)
+        return select_names(self, selector, names)
 
     @staticmethod
     def of(model: nn.Module) -> Anatomy:

@@ -5,6 +5,7 @@ import torch
 
 from tests.conftest import CIFAR_NORMALIZATION
 from vitguard.attacks.deep_tokens import DeepTokens
+from vitguard.attacks.ladder import Ladder
 from vitguard.core import Normalization
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.metrics import psnr
@@ -64,3 +65,18 @@ def test_plan_names_it_where_a_later_block_is_plain(narrow):
     left = plan_report(narrow, ("embedding", r"^blocks\.0\.")).remaining()
     assert "token-search" in left
     assert "token-search" not in plan_report(narrow, "mlp").remaining()
+
+
+def test_the_ladder_climbs_to_it_where_the_first_block_sends_nothing(cifar, narrow, observe):
+    pixels, labels = crop(cifar, 1)
+    view = observe(narrow, pixels, labels, withhold=STEM, normalization=CIFAR_NORMALIZATION)
+    guess = Ladder().run(view, torch.Generator().manual_seed(0))
+    assert guess.details["rung"] == "deep-tokens", guess.details["rungs"]
+    assert float(psnr(guess.images, pixels)) > 60
+
+
+def test_it_costs_the_ladder_nothing_where_the_first_block_is_read(cifar, narrow, observe):
+    pixels, labels = crop(cifar, 1)
+    view = observe(narrow, pixels, labels)
+    assert DeepTokens().share(view) == 0
+    assert "deep-tokens" not in Ladder().run(view, torch.Generator()).details["rungs"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vitguard.attacks import cascade
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.labels import infer_labels, labels_from_counts, pair_labels, try_labels
-from vitguard.audit.verdicts import labels_overlap
+from vitguard.audit.attempts import labels_overlap
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.models import load_checkpoint
 

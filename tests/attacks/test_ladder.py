@@ -7,6 +7,7 @@ import torch
 
 from vitguard.attacks.budget import charge
 from vitguard.attacks.evidence import mismatch
+from vitguard.attacks.gelu_span import GeluSpan
 from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
@@ -137,12 +138,10 @@ def test_robust_span_beats_span_under_strong_noise(small_vit, observe, photo):
 
 
 def test_an_interrupt_returns_the_rungs_so_far(small_vit, observe, photos, monkeypatch):
-    from vitguard.attacks.ladder import attack as ladder
-
     def interrupted(*_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ladder.GeluSpan, "run", interrupted)
+    monkeypatch.setattr(GeluSpan, "run", interrupted)
     view = observe(small_vit(), photos[:2], defenses=FROZEN)
     guess = run(Ladder(), view)
     assert guess.details["rung"] == "span"

@@ -57,10 +57,10 @@ class AprilMatching(MatchingAttack):
     def recipe(self, view: View, anatomy: Anatomy) -> Recipe:
         """See `MatchingAttack`."""
         positions = anatomy.positions
-        chosen = anatomy.select(self.parameters, list(view.update.tensors))
+        chosen = anatomy.select(self.parameters, [*view.update.tensors, *view.update.sealed])
         parts: list[tuple[float, Distance, frozenset[str] | None]] = [(1.0, SquaredError(), None)]
         dropped = ()
-        if positions is not None and positions in chosen:
+        if positions is not None and positions in chosen and view.update.can_read(positions):
             parts.append((self.alpha, Cosine(), frozenset([positions])))
         else:
             dropped = ("position term: the position gradient is not in the update",)

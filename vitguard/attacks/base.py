@@ -13,7 +13,23 @@ from torch import Tensor, nn
 from vitguard.core import Guess, Normalization, View
 from vitguard.released import Released, Remaining
 
-__all__ = ["Attack", "InputAttack", "InputResult", "Triptych"]
+__all__ = ["Attack", "InputAttack", "InputResult", "Rung", "Triptych"]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How the ladder climbs an attack: the cheapest and surest first.
+
+    Args:
+        exact: Place among the rungs on an exact update.
+        damaged: Place on a damaged one (noise, pruning, rounding, several local steps).
+        instead_of: Rungs that need an exact update and for which this one stands in on a damaged
+            one: that they refuse it leaves nothing untried where this one ran to its end.
+    """
+
+    exact: int
+    damaged: int
+    instead_of: tuple[str, ...] = ()
 
 
 class Attack(ABC):
@@ -25,8 +41,8 @@ class Attack(ABC):
     covers: ClassVar[tuple[str, ...]] = ()
     """Other families whose attacks this one runs as well."""
 
-    rung: ClassVar[int | None] = None
-    """Place among the rungs of the ladder, the cheapest first; None for an attack that is none."""
+    rung: ClassVar[Rung | None] = None
+    """Place on the ladder; None for an attack that is no rung of it."""
 
     @abstractmethod
     def run(self, view: View, generator: torch.Generator) -> Guess:
@@ -44,6 +60,25 @@ class Attack(ABC):
         the attack makes no statement before it runs.
         """
         return ()
+
+    def share(self, view: View) -> float:
+        """Return the share of the ladder's work left that a rung may use on `view`; 0 to skip it.
+
+        It becomes the rung's `seconds`, where it has such a setting.
+        """
+        return 1.0
+
+    def least(self, view: View) -> float:
+        """Return the nominal seconds of work below which a rung cannot give anything."""
+        return 0.0
+
+    def parts(self) -> Mapping[str, Attack]:
+        """Return the attacks that this one tries in turn, by name; none for a single attack.
+
+        What each of them did stands in `details["outcomes"]` of the guess: `ran`, `cut` (by the
+        budget), `blocked` (a tensor cannot be read) or `refused` (an assumption does not hold).
+        """
+        return {}
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, for the report."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vitguard.attacks.base import Attack
+from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.equations.rows import guess_from_patches, least_squares, patch_gradient
 from vitguard.attacks.labels import try_labels
 from vitguard.core import Guess, View
@@ -41,7 +41,7 @@ class PositionInversion(Attack):
 
     name: ClassVar[str] = "position"
     family: ClassVar[str] = "closed-form"
-    rung: ClassVar[int | None] = 1
+    rung: ClassVar[Rung | None] = Rung(10, 10)
 
     def remains(self, plain: Released) -> tuple[Remaining, ...]:
         """Possible where the gradients of positions and patches are plain."""

@@ -1,72 +1,136 @@
-"""One run of an attack on one view, turned into a scored attempt."""
+"""One run of an attack on one exposure: whatever goes wrong in it becomes its outcome."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from vitguard import data
 from vitguard.attacks.base import Attack
-from vitguard.audit.verdicts import Attempt, labels_overlap
+from vitguard.attacks.budget import CutShort
+from vitguard.audit.exposure import Exposure, Facts
+from vitguard.audit.scale import covered, line_up
 from vitguard.core import Guess, View
-from vitguard.errors import Blocked, NotApplicable, VitguardError
-from vitguard.metrics import score
+from vitguard.errors import Blocked, NotApplicable, Unprotected, VitguardError
+from vitguard.metrics import Scores, identification, score
+from vitguard.vit import Anatomy
 
-__all__ = ["attempt", "covered", "decoys_for", "run_attack", "seed_of"]
+__all__ = [
+    "INTERRUPTED",
+    "Attempt",
+    "Outcome",
+    "attempt",
+    "labels_overlap",
+    "outcome_of",
+    "seed_of",
+]
 
-_DECOYS = 100
-
-
-def attempt(
-    attack: Attack,
-    view: View,
-    empty: Attempt,
-    *,
-    labels: Tensor,
-    patch_size: tuple[int, int],
-    decoys: Tensor,
-    seed: int,
-) -> Attempt:
-    """Run an attack and score its guess against `empty.truths`."""
-    state, reason, guess, seconds = run_attack(attack, view, seed)
-    if guess is None:
-        return replace(empty, state=state, reason=reason)
-    correct = labels_overlap(guess.labels, labels)
-    if not len(guess.images):  # labels only: there is no image to compare
-        return replace(empty, guess=guess, labels_correct=correct, seconds=seconds)
-    truths = empty.truths.cpu()
-    guessed, truths, others = (covered(t, patch_size) for t in (guess.images, truths, decoys))
-    scores = score(guessed, truths, patch_size, decoys=others, verified=guess.verified)
-    return replace(empty, guess=guess, scores=scores, labels_correct=correct, seconds=seconds)
+INTERRUPTED = "interrupted before its end"
+State = Literal["done", "blocked", "not applicable", "failed"]
+Result = TypeVar("Result")
 
 
-def run_attack(attack: Attack, view: View, seed: int) -> tuple[Any, str, Guess | None, float]:
-    """Run an attack: its state, why there is no guess, the guess on the CPU, and the seconds.
+@dataclass(frozen=True)
+class Outcome(Generic[Result]):
+    """What an attack returned, or why it returned nothing, and the seconds it took."""
 
-    A failed attack is no evidence, so torch's own errors and unusable images become the state
-    `failed` and never end the audit or decide a verdict.
+    state: State
+    reason: str = ""
+    result: Result | None = None
+    seconds: float = 0.0
+
+
+def outcome_of(run: Callable[[], Result]) -> Outcome[Result]:
+    """Run an attack, on an update or on an input, under one rule for what goes wrong.
+
+    A failed attack is no evidence: its own errors, torch's and refused settings alike, become the
+    state `failed`, and end neither the audit nor a verdict. A defense that would not act is no
+    failure of the attack, and is raised.
     """
     started = time.perf_counter()
     try:
-        guess = attack.run(view, torch.Generator().manual_seed(seed))
+        result = run()
     except Blocked as error:
-        return "blocked", str(error), None, 0.0
+        return Outcome("blocked", str(error))
+    except CutShort as error:
+        return Outcome("failed", f"it was cut short: {error}")
     except NotApplicable as error:
-        return "not applicable", str(error), None, 0.0
+        return Outcome("not applicable", str(error))
     except Exception as error:
-        if isinstance(error, VitguardError):
+        if isinstance(error, Unprotected):
             raise
         first = (str(error).splitlines() or [""])[0]
-        return "failed", f"the attack failed: {type(error).__name__}: {first}", None, 0.0
-    seconds, guess = time.perf_counter() - started, _on_cpu(guess)
+        return Outcome("failed", f"the attack failed: {type(error).__name__}: {first}")
+    return Outcome("done", result=result, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One run of an attack on one batch: a guess and what it is worth, or why there is none.
+
+    Args:
+        facts: What the audit knows of the batch.
+        scores: None where there is no image to compare, or nothing to compare it with.
+        labels_correct: Share of labels recovered, in [0, 1].
+        error: Relative error of what the guess would send; of facts that are not certain alone.
+    """
+
+    facts: Facts
+    state: State = "done"
+    reason: str = ""
+    guess: Guess | None = None
+    scores: Scores | None = None
+    labels_correct: float | None = None
+    error: float | None = None
+    mask: Tensor | None = None
+    seconds: float = 0.0
+
+
+def attempt(attack: Attack, facts: Facts, exposure: Exposure, seed: int) -> Attempt:
+    """Run an attack and score its guess by what is known of the batch."""
+    view = exposure.view
+    outcome = outcome_of(lambda: attack.run(view, torch.Generator().manual_seed(seed)))
+    empty = Attempt(facts, outcome.state, outcome.reason, mask=exposure.mask)
+    if outcome.result is None:
+        return empty
+    guess = _on_cpu(outcome.result)
+    if attack.family == "matching":
+        guess = replace(guess, fitted=True)
     if guess.images.shape[1:] != view.image_shape or not bool(guess.images.isfinite().all()):
-        return "failed", "the attack returned no usable image", None, 0.0
-    return "guessed", "", guess, seconds
+        return replace(empty, state="failed", reason="the attack returned no usable image")
+    made = replace(
+        empty,
+        guess=guess,
+        labels_correct=labels_overlap(guess.labels, facts.labels),
+        seconds=outcome.seconds,
+    )
+    if not len(guess.images):  # labels only
+        return made
+    if not facts.certain:
+        made = replace(made, error=_relative_error(view, guess, seed))
+    if facts.truths is None or facts.scale is None:
+        return made
+    guessed, truths = (covered(t, facts.patch_size) for t in (guess.images, facts.truths.cpu()))
+    scores = score(guessed, truths, facts.patch_size, verified=guess.verified)
+    told = identification(line_up(guess.images), line_up(facts.truths.cpu()), facts.scale.decoys)
+    return replace(made, scores=replace(scores, identified=told, decoys=len(facts.scale.decoys)))
+
+
+def labels_overlap(guess: Tensor | None, truth: Tensor | None) -> float | None:
+    """Return the share of labels recovered, as multisets, in [0, 1]; None where one is missing."""
+    if guess is None or truth is None or truth.is_floating_point() or guess.shape != truth.shape:
+        return None
+    if guess.is_floating_point() or int(guess.min()) < 0:
+        return None
+    size = int(max(guess.max(), truth.max())) + 1
+    counts = [torch.bincount(x.cpu().long(), minlength=size) for x in (guess, truth)]
+    return int(torch.minimum(*counts).sum()) / len(truth)
 
 
 def seed_of(seed: int, index: int, purpose: str) -> int:
@@ -75,28 +139,47 @@ def seed_of(seed: int, index: int, purpose: str) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def covered(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Cut images to whole patches: the model never sees a border that no patch covers."""
-    high, wide = (n - n % p for n, p in zip(images.shape[-2:], patch_size, strict=True))
-    return images[..., :high, :wide]
+def _relative_error(view: View, guess: Guess, seed: int) -> float | None:
+    """Relative error of what the guess would send: of all tensors, or of the earliest one.
+
+    The larger one; None where it cannot be simulated, or where no early tensor was sent: the last
+    layers say little of pixels.
+    """
+    labels, batch = guess.labels, view.update.batch_size
+    if labels is None or not len(labels) == len(guess.images) == batch or not view.update.tensors:
+        return None
+    like = next(view.model.parameters())
+    images = view.normalization.apply(guess.images.to(like.device)).to(like)
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        made = view.simulate(images, labels.to(like.device), generator).tensors
+    except VitguardError:
+        return None
+    if not (early := [name for name in _early(Anatomy.of(view.model)) if name in made]):
+        return None
+
+    def error(names: Iterable[str]) -> float:
+        known = {k: view.update.tensors[k].double() for k in names}
+        gap = sum(float((made[k].detach() - t).square().sum()) for k, t in known.items())
+        total = sum(float(t.square().sum()) for t in known.values())
+        return (gap / total) ** 0.5 if total else math.inf  # zeros prove nothing
+
+    ratio = max(error(made), error(early[:1]))
+    return ratio if math.isfinite(ratio) else None
 
 
-def decoys_for(truth: Tensor, seed: int) -> Tensor:
-    """Return decoys with as many channels as `truth`: grey ones for a single channel."""
-    channels, size = truth.shape[1], (truth.shape[-2], truth.shape[-1])
-    colour = truth if channels == 3 else truth.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    return data.with_channels(data.decoys(_DECOYS, size, seed=seed, truth=colour), channels)
+def _early(anatomy: Anatomy) -> list[str]:
+    """Return the tensors whose gradient is a sum over patches or tokens of the first block."""
+    if not anatomy.blocks:
+        return [anatomy.patch_weight]
+    block = anatomy.blocks[0]
+    layers = [f"{layer}.weight" for layer in (block.proj, block.fc1)]
+    return [anatomy.patch_weight, *block.qkv, *layers]
 
 
 def _on_cpu(guess: Guess) -> Guess:
-    def move(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.detach().cpu()
-
-    return replace(
-        guess,
-        images=guess.images.detach().cpu(),
-        labels=move(guess.labels),
-        verified=move(guess.verified),
-        shuffled=move(guess.shuffled),
-        space=None,
-    )
+    moved: dict[str, Any] = {
+        name: None if (value := getattr(guess, name)) is None else value.detach().cpu()
+        for name in ("images", "labels", "verified", "shuffled")
+    }
+    return replace(guess, **moved, space=None)

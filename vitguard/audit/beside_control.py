@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard.attacks.base import Attack, InputAttack
-from vitguard.audit.stage import CONTROL, Progress, Stage
+from vitguard.audit.pipeline import CONTROL, Progress, findings, level_of
+from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining, Loss, Normalization
 from vitguard.defenses.base import Defense
 from vitguard.errors import expected
@@ -90,25 +91,38 @@ def audit(
     adversary = adversary_of(threat, withhold)
     chosen = parse_attacks(attacks, fast=next(model.parameters()).device.type == "cpu")
     names = tuple(names or (f"image {i}" for i in range(len(pixels))))
-    stage = Stage(model, normalization, training, loss, seed, pixels, labels, names, size)
     stacks: dict[str, Sequence[Defense]] = {"none": ()}
     stacks |= {k: s for k, s in _stacks(defenses).items() if s}
     for stack in stacks.values():
         protect(copy.deepcopy(model), stack)  # a stack that cannot work fails before the first run
-    on_updates = [a for a in chosen if isinstance(a, Attack)]
+    victim = Victim(model, normalization, training, loss, seed, pixels, labels, names, size)
+    facts, openly = victim.facts(), adversary.control()
+    runs = [victim.run(CONTROL, (), openly, facts)]
+    runs += [
+        victim.run(name, stack, adversary, facts)
+        for name, stack in stacks.items()
+        if stack or adversary != openly
+    ]
     stop = threading.Event()
-    findings, levels = stage.findings(stacks, on_updates, adversary, workers, progress, stop)
+    found = findings(
+        runs,
+        [a for a in chosen if isinstance(a, Attack)],
+        seed=seed,
+        stop=stop,
+        workers=workers,
+        progress=progress,
+    )
     for attack in (a for a in chosen if isinstance(a, InputAttack)):
-        findings += [stage.input_finding(n, stack, attack, stop) for n, stack in stacks.items()]
+        found += [victim.input_finding(n, stack, attack, stop) for n, stack in stacks.items()]
     notes = [*notes, *(d.audit_note() for stack in stacks.values() for d in stack)]
     if stop.is_set():
         notes.append("a keyboard interrupt ended this audit early: what is missing says so")
     return AuditReport(
-        model=facts_of(model, stage.anatomy, model_name),
+        model=facts_of(model, Anatomy.of(model), model_name),
         images=names,
         batch_size=size,
-        baseline=levels,
-        findings=tuple(findings),
+        baseline=level_of(facts),
+        findings=tuple(found),
         weights=weights,
         update=str(training),
         seed=seed,

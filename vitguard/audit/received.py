@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitguard import data
 from vitguard.attacks.base import Attack, InputAttack
-from vitguard.audit.attempts import attempt, covered, decoys_for, run_attack
-from vitguard.audit.beside_control import LocalTraining, adversary_of, audit, facts_of
-from vitguard.audit.stage import INTERRUPTED
-from vitguard.audit.verdicts import LABELS_ONLY, Attempt, finding_of
-from vitguard.core import Guess, Loss, Normalization, Update, View
-from vitguard.errors import VitguardError, expected
-from vitguard.guard import Stack, protect, stack_of
-from vitguard.metrics import baseline
+from vitguard.audit.beside_control import LocalTraining, adversary_of, facts_of
+from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
+from vitguard.audit.pipeline import CONTROL, findings, level_of
+from vitguard.audit.scale import Scale, decoys_for
+from vitguard.audit.victim import Victim
+from vitguard.core import Loss, Normalization, Update
+from vitguard.errors import expected
+from vitguard.guard import Guard, Stack, protect, stack_of
 from vitguard.models import normalization_of
 from vitguard.registry import families_not_run, parse_attacks, stack_name
 from vitguard.report.audit_report import AuditReport
-from vitguard.report.finding import Control, Finding, Pictures
+from vitguard.report.finding import Finding
 from vitguard.threats.curious_server import Threat
 from vitguard.vit import Anatomy
 
@@ -39,10 +39,6 @@ OTHER_CONTROL = (
     "has resisted."
 )
 ON_INPUT = "an attack on the input needs images to change, and a saved update holds none"
-_ALIKE = 40.0
-"""PSNR in dB from which a guess is the image that was given; a flat one is no leak by its gain."""
-_REPRODUCED = 0.05
-"""Relative error of the simulated update up to which a guess explains the update."""
 
 
 def audit_update(
@@ -95,56 +91,43 @@ def audit_update(
         raise expected(f"the images behind the update, of shape {shape}", tuple(truth.shape))
     if labels is not None and (truth is None or len(labels) != update.batch_size):
         raise expected(f"{update.batch_size} labels beside the images", len(labels))
-    pixels = _photos(shape)
-    control = audit(
-        model, (pixels, data.assign_labels(len(pixels), anatomy.classes)), attacks=chosen,
-        normalization=normalization, training=training or LocalTraining(), loss=loss, seed=seed,
+    photos = _photos(shape)
+    control = Victim(
+        model, normalization, training or LocalTraining(), loss, seed, photos,
+        data.assign_labels(len(photos), anatomy.classes),
+        tuple(f"sample {i}" for i in range(len(photos))), len(photos),
     )  # fmt: skip
-    made = str(training) if training is not None else _unknown(update)
+    seen = control.facts()
+    name = stack_name(stack) if stack else "update"
+    facts = _facts(truth, labels, names, update, anatomy, seed)
     guard = protect(copy.deepcopy(model).train(), stack)
-    view = adversary.view(guard, update, normalization, loss=loss)
-    name = f"{stack_name(stack)}" if stack else "update"
-    findings = [replace(f, defense="none") for f in control.findings]
-
-    def judge(attack: Attack, of_control: Finding) -> Finding:
-        if truth is not None:
-            scored = _scored(attack, view, truth, labels, names, anatomy, seed)
-            common = (name, attack.name, attack.settings(), [scored])
-            finding = finding_of(*common, replace(of_control, control=None), ())
-            return _unless_explained(finding, attack, view, scored.guess, seed)
-        return _explain(name, attack, view, of_control, seed)
-
-    interrupted = control.interrupted
-    for attack, of_control in zip(chosen, control.findings, strict=True):
-        found = Finding(
-            name, attack.name, "inconclusive", INTERRUPTED, settings=attack.settings(),
-            control=Control(of_control.verdict, of_control.psnr),
-        )  # fmt: skip
-        try:
-            found = found if interrupted else judge(attack, of_control)
-        except KeyboardInterrupt:
-            interrupted = True
-        interrupted = interrupted or "interrupted" in found.details
-        if training is None and found.verdict == "resisted":
-            found = replace(found, verdict="inconclusive", reason=OTHER_CONTROL)
-        findings.append(found)
-    findings += [
+    expose = partial(_exposed, adversary, guard, update, normalization, loss)
+    runs = [
+        control.run(CONTROL, (), adversary.control(), seen),
+        Run(name, ((facts, expose),), bound_of(stack, update.local_steps)),
+    ]
+    stop = threading.Event()
+    found = findings(runs, chosen, seed=seed, stop=stop)
+    if training is None:
+        found = [_without_control(f) for f in found]
+    found += [
         Finding(name, a.name, "not applicable", ON_INPUT, settings=a.settings())
         for a in asked
         if not isinstance(a, Attack)
     ]
+    made = str(training) if training is not None else _unknown(update)
     return AuditReport(
         model=facts_of(model, anatomy, model_name),
         images=tuple(names or ()),
         batch_size=update.batch_size,
-        baseline=control.baseline,
-        findings=tuple(findings),
+        baseline=level_of(seen),
+        findings=tuple(found),
         weights=weights,
         update=f"{made}, from a file",
         seed=seed,
         threat=adversary.describe(),
         families_not_run=families_not_run(chosen),
-        interrupted=interrupted,
+        interrupted=stop.is_set(),
         notes=(CONTROL_NOTE if training is not None else f"{CONTROL_NOTE} {OTHER_CONTROL}",),
     )
 
@@ -155,29 +138,34 @@ def _unknown(update: Update) -> str:
     return f"difference after {update.local_steps} {update.optimizer} {steps} at {rate}"
 
 
-def _scored(
-    attack: Attack,
-    view: View,
-    truth: Tensor,
+def _facts(
+    truth: Tensor | None,
     labels: Tensor | None,
     names: Sequence[str] | None,
+    update: Update,
     anatomy: Anatomy,
     seed: int,
-) -> Attempt:
-    decoys = decoys_for(truth, seed)
+) -> Facts:
+    """Return what is said of the batch behind the update; nobody vouches for it."""
+    told = tuple(names or (f"image {i}" for i in range(update.batch_size)))
     patch = anatomy.patch_size
-    mean = covered(data.mean_image(decoys), patch)
-    level = baseline(covered(truth, patch), patch, mean_image=mean)
-    empty = Attempt(truth, tuple(names or (f"truth {i}" for i in range(len(truth)))), level)
-    return attempt(
-        attack,
-        view,
-        empty,
-        labels=torch.zeros(0) if labels is None else labels,
-        patch_size=anatomy.patch_size,
-        decoys=decoys,
-        seed=seed,
-    )
+    if truth is None:
+        return Facts(told, patch, certain=False)
+    scale = Scale.of(truth, patch, decoys_for(truth, seed), seed)
+    return Facts(told, patch, truth, labels, scale, certain=False)
+
+
+def _exposed(
+    threat: Threat, guard: Guard, update: Update, normalization: Normalization, loss: Loss
+) -> Exposure:
+    return Exposure(threat.view(guard, update, normalization, loss=loss))
+
+
+def _without_control(finding: Finding) -> Finding:
+    """Take back a resistance that has no control of its own."""
+    if finding.verdict != "resisted":
+        return finding
+    return replace(finding, verdict="inconclusive", reason=OTHER_CONTROL)
 
 
 def _photos(shape: tuple[int, int, int, int]) -> Tensor:
@@ -185,101 +173,6 @@ def _photos(shape: tuple[int, int, int, int]) -> Tensor:
     photos = data.sample_images((shape[2], shape[3])).pixels
     photos = data.with_channels(photos, shape[1])
     return photos.repeat(-(-shape[0] // len(photos)), 1, 1, 1)[: shape[0]]
-
-
-def _explain(name: str, attack: Attack, view: View, control: Finding, seed: int) -> Finding:
-    """Judge a guess by whether it reproduces the update, for want of the truth."""
-    base = Finding(
-        name, attack.name, "inconclusive", settings=attack.settings(),
-        control=Control(control.verdict, control.psnr),
-    )  # fmt: skip
-    state, reason, guess, seconds = run_attack(attack, view, seed)
-    if guess is None:
-        return replace(base, verdict="inconclusive" if state == "failed" else state, reason=reason)
-    if not len(guess.images):
-        details = {**guess.details}
-        return replace(base, reason=LABELS_ONLY, seconds=seconds, details=details)
-    error = _relative_error(view, guess, seed)
-    details = {**guess.details, "update_error": error}
-    if guess.verified is not None:
-        details["verified"] = float(guess.verified.double().mean())
-    shown = data.pictured(guess.images.detach().float().cpu())
-    found = replace(base, seconds=seconds, details=details, images=Pictures(reconstruction=shown))
-    if reason := _explanation(attack, guess, error):
-        return replace(found, verdict="leaks", reason=reason)
-    why = "the guess does not reproduce the update"
-    if error is None:
-        why = "whether the guess reproduces the update could not be checked"
-    elif error is not None and error <= _REPRODUCED:
-        why = f"the guess was fitted to the update (to {100 * error:.2g} %): others may fit as well"
-    return replace(found, reason=f"the truth is not known and {why}")
-
-
-def _explanation(attack: Attack, guess: Guess, error: float | None) -> str:
-    """Return why the update itself says that a guess is right, "" where it does not.
-
-    Gradient matching makes this very error small, with images that are nothing like the truth.
-    """
-    if error is not None and error <= _REPRODUCED and attack.family != "matching":
-        return f"the reconstruction reproduces the update to {100 * error:.2g} %"
-    if guess.verified is not None and bool(guess.verified.any()):
-        proved, patches = int(guess.verified.sum()), guess.verified.numel()
-        return f"{proved} of {patches} patches proved by the attack itself"
-    return ""
-
-
-def _unless_explained(
-    finding: Finding, attack: Attack, view: View, guess: Guess | None, seed: int
-) -> Finding:
-    """Turn a finding into a leak where the guess explains the update and is not the truth given.
-
-    Then the images, the normalisation or the settings that were given are not the update's.
-    """
-    if finding.verdict == "leaks" or guess is None or not len(guess.images):
-        return finding
-    if not (reason := _explanation(attack, guess, _relative_error(view, guess, seed))):
-        return finding
-    if finding.psnr is None or finding.psnr.max < _ALIKE:
-        reason += ", and is none of the images that were given: check them, mean and deviation"
-    return replace(finding, verdict="leaks", reason=reason)
-
-
-def _relative_error(view: View, guess: Guess, seed: int) -> float | None:
-    """Relative error of what the guess would send: of all tensors, or of the earliest one.
-
-    The larger one; None where it cannot be simulated, or where no early tensor was sent: the last
-    layers say little of pixels.
-    """
-    labels, batch = guess.labels, view.update.batch_size
-    if labels is None or not len(labels) == len(guess.images) == batch or not view.update.tensors:
-        return None
-    like = next(view.model.parameters())
-    images = view.normalization.apply(guess.images).to(like)
-    generator = torch.Generator().manual_seed(seed)
-    try:
-        made = view.simulate(images, labels.to(like.device), generator).tensors
-    except VitguardError:
-        return None
-    if not (early := [name for name in _early(Anatomy.of(view.model)) if name in made]):
-        return None
-
-    def error(names: Iterable[str]) -> float:
-        known = {k: view.update.tensors[k].double() for k in names}
-        gap = sum(float((made[k].detach() - t).square().sum()) for k, t in known.items())
-        total = sum(float(t.square().sum()) for t in known.values())
-        return (gap / total) ** 0.5 if total else math.inf  # zeros prove nothing
-
-    ratio = max(error(made), error(early[:1]))
-    return ratio if math.isfinite(ratio) else None
-
-
-def _early(anatomy: Anatomy) -> list[str]:
-    """Return the tensors whose gradient is a sum over patches or tokens of the first block."""
-    if not anatomy.blocks:
-        return [anatomy.patch_weight]
-    block = anatomy.blocks[0]
-    layers = [f"{layer}.weight" for layer in (block.proj, block.fc1)]
-    return [anatomy.patch_weight, *block.qkv, *layers]
 
 
 def _taken_in(model: nn.Module, update: Update) -> Update:

@@ -2,92 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from vitguard.attacks.base import Attack
+from vitguard.audit.attempts import Attempt
+from vitguard.audit.measure import guesses, measurements, pictures, unmeasured
+from vitguard.metrics import identification_p
+from vitguard.report.finding import LEAK_GAIN, Control, Finding, Verdict
 
-from vitguard.core import Guess
-from vitguard.data import pictured
-from vitguard.metrics import Baseline, Scores, identification_p, mask_score
-from vitguard.report.finding import LEAK_GAIN, Control, Finding, Mask, Pictures, Summary, Verdict
-
-__all__ = ["LABELS_ONLY", "Attempt", "finding_of", "labels_overlap", "rivals_of"]
+__all__ = ["LABELS_ONLY", "Beside", "finding_of", "rivals_of"]
 
 CHANCE = 0.01
 CROWDING = 5
 """How many times more often than 1 / (decoys + 1) a guess without information may hit.
 
 Truths are whole photos, decoys are crops of a few: smooth noise hit up to 3.7 times as often, and
-hits within a batch go together (4,800 batches of 1 to 7 photos, 32 x 32).
+hits within a batch go together (benchmarks/false_leaks.py).
 """
 LABELS_ONLY = "recovers labels, no image"
-_PICTURES = 4
+_ALIKE = 40.0
+"""PSNR in dB from which a guess is the image that was given; a flat one is no leak by its gain."""
+_REPRODUCED = 0.05
+"""Relative error of the simulated update up to which a guess explains the update."""
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One run of an attack on one batch: a scored guess, or why there is none.
+class Beside:
+    """The undefended control of one attack.
 
-    A guess of labels without an image has no scores.
+    Args:
+        finding: What the attack did there.
+        attempts: Its attempts, for the pictures.
+        leaks: Whether one part of the attack (`Attack.parts`), run alone there, leaks.
     """
 
-    truths: Tensor
-    names: tuple[str, ...]
-    baseline: Baseline
-    state: Literal["guessed", "blocked", "not applicable", "failed"] = "guessed"
-    reason: str = ""
-    guess: Guess | None = None
-    scores: Scores | None = None
-    labels_correct: float | None = None
-    mask: Tensor | None = None
-    seconds: float = 0.0
-
-
-def labels_overlap(guess: Tensor | None, truth: Tensor) -> float | None:
-    """Return the share of labels recovered, as multisets, in [0, 1]; None without a guess."""
-    if guess is None or truth.is_floating_point() or guess.shape != truth.shape:
-        return None
-    if guess.is_floating_point() or int(guess.min()) < 0:
-        return None
-    size = int(max(guess.max(), truth.max())) + 1
-    counts = [torch.bincount(x.cpu().long(), minlength=size) for x in (guess, truth)]
-    return int(torch.minimum(*counts).sum()) / len(truth)
+    finding: Finding
+    attempts: Sequence[Attempt]
+    leaks: Callable[[str], bool]
 
 
 def finding_of(
-    defense: str,
-    attack: str,
-    settings: dict[str, Any],
-    attempts: Sequence[Attempt],
-    control: Finding | None,
-    control_attempts: Sequence[Attempt],
+    defense: str, attack: Attack, attempts: Sequence[Attempt], beside: Beside | None = None
 ) -> Finding:
     """Return the finding of one attack on one configuration over all batches.
 
     Args:
-        control: The finding of the same attack on the undefended model, None for the control.
+        beside: The same attack on the undefended model; None for the control itself.
     """
-    guessed = [a for a in attempts if a.scores is not None]
-    base = Finding(defense, attack, "inconclusive", settings=settings, control=_control_of(control))
-    if not guessed and (labelled := [a for a in attempts if a.guess is not None]):
-        return _labels_only(base, labelled)
-    if not guessed:
-        first = next((a for a in attempts if a.state == "failed"), attempts[0])
-        verdicts: dict[str, Verdict] = {"blocked": "blocked", "not applicable": "not applicable"}
-        return replace(base, verdict=verdicts.get(first.state, "inconclusive"), reason=first.reason)
-    gains = torch.cat([a.scores.patch_psnr - a.baseline.patch_psnr for a in guessed])  # type: ignore[union-attr]
-    measured = replace(base, **_measurements(guessed), gain=float(gains.max()))
-    verdict, reason = _verdict(measured, guessed, control)
-    if failed := [a for a in attempts if a.scores is None]:
-        reason = f"{reason}; {len(failed)} of {len(attempts)} batches: {failed[0].reason}"
-        # the control may leak on the very batches that were not attacked here
-        verdict = "inconclusive" if verdict == "resisted" else verdict
-    return replace(
-        measured, verdict=verdict, reason=reason, images=_pictures(guessed, control_attempts)
+    control = None if beside is None else Control(beside.finding.verdict, beside.finding.psnr)
+    base = Finding(
+        defense, attack.name, "inconclusive", settings=attack.settings(), control=control
     )
+    guessed = [a for a in attempts if a.guess is not None and len(a.guess.images)]
+    failed = [a for a in attempts if a not in guessed and a.guess is None]
+    if not guessed and len(failed) < len(attempts):
+        return _labels_only(base, [a for a in attempts if a.guess is not None])
+    if not guessed:
+        return _without_a_guess(base, failed, beside)
+    scored = [a for a in guessed if a.scores is not None]
+    measured = replace(base, **(measurements(scored) if scored else unmeasured(guessed)))
+    verdict, reason, cut = _verdict(measured, attack, scored, beside) if scored else (
+        "inconclusive", _truth_unknown(guessed), "")  # fmt: skip
+    if verdict != "leaks" and (why := next((e for a in guessed if (e := _explanation(a))), "")):
+        # whatever the images are said to be: its guess is what the update was made of
+        if scored and (measured.psnr is None or measured.psnr.max < _ALIKE):
+            why += ", and is none of the images that were given: check them, mean and deviation"
+        verdict, reason, cut = "leaks", why, ""
+    if failed:
+        reason = f"{reason}; {len(failed)} of {len(attempts)} batches: {failed[0].reason}"
+        if verdict != "leaks":  # the control may leak on the very batches that were not attacked
+            verdict, cut = "inconclusive", failed[0].reason
+    shown = pictures(scored, beside.attempts if beside else scored) if scored else guesses(guessed)
+    return replace(measured, verdict=verdict, reason=reason, images=shown, undecided=cut)
+
+
+def _without_a_guess(base: Finding, failed: Sequence[Attempt], beside: Beside | None) -> Finding:
+    """Return the finding of an attack that gave nothing: blocked, not applicable, or failed."""
+    first = next((a for a in failed if a.state == "failed"), failed[0])
+    if first.state == "failed":
+        return replace(base, reason=first.reason, undecided=first.reason)
+    leaks = beside is not None and beside.finding.verdict == "leaks"
+    if leaks and first.state == "not applicable":
+        told = f"{base.attack} does not apply here, and the undefended control leaks to it"
+        return replace(base, verdict="not applicable", reason=first.reason, undecided=told)
+    return replace(base, verdict=first.state, reason=first.reason)  # type: ignore[arg-type]
 
 
 def _labels_only(base: Finding, attempts: Sequence[Attempt]) -> Finding:
@@ -104,104 +103,125 @@ def _labels_only(base: Finding, attempts: Sequence[Attempt]) -> Finding:
     )
 
 
+def _explanation(attempt: Attempt) -> str:
+    """Return why the update itself says that a guess is right, "" where it does not.
+
+    A guess that was fitted to the update reproduces it, with images that are nothing like the
+    truth. Where the audit made the update, the truth decides.
+    """
+    guess, error = attempt.guess, attempt.error
+    if attempt.facts.certain or guess is None:
+        return ""
+    if error is not None and error <= _REPRODUCED and not guess.fitted:
+        return f"the reconstruction reproduces the update to {100 * error:.2g} %"
+    if guess.verified is not None and bool(guess.verified.any()):
+        proved, patches = int(guess.verified.sum()), guess.verified.numel()
+        return f"{proved} of {patches} patches proved by the attack itself"
+    return ""
+
+
+def _truth_unknown(guessed: Sequence[Attempt]) -> str:
+    error = guessed[0].error
+    why = "the guess does not reproduce the update"
+    if error is None:
+        why = "whether the guess reproduces the update could not be checked"
+    elif error <= _REPRODUCED:
+        why = f"the guess was fitted to the update (to {100 * error:.2g} %): others may fit as well"
+    return f"the truth is not known and {why}"
+
+
 def rivals_of(finding: Finding) -> int:
     """Return beside how many equal rivals a guess without information stands, crowding counted."""
     return (finding.decoys or 0) // CROWDING - 1
 
 
 def _verdict(
-    measured: Finding, guessed: Sequence[Attempt], control: Finding | None
-) -> tuple[Verdict, str]:
+    measured: Finding, attack: Attack, scored: Sequence[Attempt], beside: Beside | None
+) -> tuple[Verdict, str, str]:
+    """Return the verdict, its reason, and what would have to run to its end to decide it."""
+    if why := _leak(measured, scored):
+        return "leaks", why, ""
+    if beside is None:
+        return "inconclusive", "the undefended model does not leak to this attack", _cut(scored)
+    control = beside.finding.verdict
+    if control != "leaks":
+        why = f"the undefended control does not leak either ({control})"
+        return "inconclusive", why, _cut(scored) or beside.finding.undecided
+    if why := _cut(scored) or _still(scored) or _refused(attack, scored, beside):
+        return "inconclusive", why, why
+    if hits := [n for a in scored for n, h in _identified(a) if h]:
+        why = f"{hits[0]} was picked out of {measured.decoys} decoys: more images would decide"
+        return "inconclusive", why, why
+    if not (parts := _outcomes(attack, scored)):
+        return "resisted", "the undefended control leaks to the same attack", ""
+    witness = next((n for n, outcome in parts.items() if outcome == "ran" and beside.leaks(n)), "")
+    if not witness:
+        ran = ", ".join(n for n, outcome in parts.items() if outcome == "ran") or "none"
+        why = f"no rung that ran here ({ran}) leaks on the undefended control"
+        return "inconclusive", why, why
+    return "resisted", f"the undefended control leaks to {witness}, which ran to its end here", ""
+
+
+def _leak(measured: Finding, scored: Sequence[Attempt]) -> str:
+    """Return why the guesses leak, "" where they do not."""
     gain = measured.gain
     if gain is not None and gain >= LEAK_GAIN:
-        return "leaks", f"{gain:.1f} dB above the best no-information guess"
-    hits = [bool(h) for a in guessed for h in a.scores.identified]  # type: ignore[union-attr]
+        return f"{gain:.1f} dB above the best no-information guess"
+    hits = [bool(h) for a in scored for _, h in _identified(a)]
     rivals = rivals_of(measured)
     chance = identification_p(sum(hits), len(hits), rivals) if rivals > 0 else 1.0
     if chance < CHANCE:
-        return "leaks", f"{sum(hits)} of {len(hits)} images told from {measured.decoys} decoys"
-    found = [a.scores.recovered for a in guessed if a.scores and a.scores.recovered is not None]
+        return f"{sum(hits)} of {len(hits)} images told from {measured.decoys} decoys"
+    found = [a.scores.recovered for a in scored if a.scores and a.scores.recovered is not None]
     if exact := sum(int(patches.sum()) for patches in found):
         total = sum(patches.numel() for patches in found)
-        return "leaks", f"{exact} of {total} patches recovered, each proved by the attack itself"
-    if control is None:
-        return "inconclusive", "the undefended model does not leak to this attack"
-    left = {rung for a in guessed if a.guess for rung in a.guess.details.get("unfinished", ())}
-    if control.verdict == "leaks" and left:
-        return "inconclusive", f"it ended before {', '.join(sorted(left))}: allow more"
-    still = [int(n) for a in guessed if a.mask is not None for n in a.mask.sum(1) if n < 2]
-    if control.verdict == "leaks" and still:
-        why = "warm-up, ratio or probability"
-        return "inconclusive", f"the shuffle moved no patch of {len(still)} images ({why})"
-    if control.verdict == "leaks":
-        return "resisted", "the undefended control leaks to the same attack"
-    return "inconclusive", f"the undefended control does not leak either ({control.verdict})"
+        return f"{exact} of {total} patches recovered, each proved by the attack itself"
+    return ""
 
 
-def _measurements(guessed: Sequence[Attempt]) -> dict[str, Any]:
-    def gather(field: str) -> Summary | None:
-        return Summary.of(torch.cat([getattr(a.scores, field).flatten() for a in guessed]))
+def _identified(attempt: Attempt) -> list[tuple[str, bool]]:
+    """Return each image's name, and whether it stood out among the decoys."""
+    assert attempt.scores is not None
+    told = attempt.scores.identified
+    hits = [False] * len(attempt.facts.names) if told is None else told.tolist()
+    return list(zip(attempt.facts.names, hits, strict=True))
 
-    identified = torch.cat([a.scores.identified.double() for a in guessed])  # type: ignore[union-attr]
-    labels = [a.labels_correct for a in guessed if a.labels_correct is not None]
-    worst = max(guessed, key=lambda a: float(a.scores.patch_psnr.max()))  # type: ignore[union-attr]
-    assert worst.guess is not None
-    details = dict(worst.guess.details)
-    if worst.guess.verified is not None:
-        details["verified"] = float(worst.guess.verified.double().mean())
-    if (patches := worst.scores.recovered) is not None:  # type: ignore[union-attr]
-        details["recovered"] = float(patches.double().mean())
-    return {
-        **{name: gather(name) for name in ("psnr", "patch_psnr", "ssim", "mse", "fft2d")},
-        "identified": float(identified.mean()),
-        "labels_correct": sum(labels) / len(labels) if labels else None,
-        "mask": _mask(guessed),
-        "decoys": guessed[0].scores.decoys,  # type: ignore[union-attr]
-        "seconds": sum(a.seconds for a in guessed) / len(guessed),
-        "details": details,
+
+def _cut(scored: Sequence[Attempt]) -> str:
+    left = {one for a in scored if a.guess for one in a.guess.details.get("unfinished", ())}
+    return f"it ended before {', '.join(sorted(left))}: allow more" if left else ""
+
+
+def _still(scored: Sequence[Attempt]) -> str:
+    still = [n for a in scored if a.mask is not None for n in a.mask.sum(1).tolist() if n < 2]
+    why = "warm-up, ratio or probability"
+    return f"the shuffle moved no patch of {len(still)} images ({why})" if still else ""
+
+
+def _outcomes(attack: Attack, scored: Sequence[Attempt]) -> dict[str, str]:
+    """Return what became of each part of the attack; the worst over the batches."""
+    found: dict[str, str] = {}
+    for name in attack.parts():
+        each = [a.guess.details.get("outcomes", {}).get(name) for a in scored if a.guess]
+        if said := [one for one in each if one is not None]:
+            found[name] = next((one for one in said if one != "ran"), "ran")
+    return found
+
+
+def _refused(attack: Attack, scored: Sequence[Attempt], beside: Beside) -> str:
+    """Name a part that does not apply here though it leaks on the control, "" where there is none.
+
+    A part that stands in for it on a damaged update, and ran to its end, makes up for it.
+    """
+    parts, outcomes = attack.parts(), _outcomes(attack, scored)
+    made_up = {
+        name
+        for ran, part in parts.items()
+        if outcomes.get(ran) == "ran" and part.rung is not None
+        for name in part.rung.instead_of
     }
-
-
-def _mask(guessed: Sequence[Attempt]) -> Mask | None:
-    scores = [
-        mask_score(a.guess.shuffled.cpu(), a.mask.cpu(), a.scores.patch_assignment)  # type: ignore[union-attr]
-        for a in guessed
-        if a.mask is not None and a.guess is not None and a.guess.shuffled is not None
-    ]
-    precision = [s.precision for s in scores if s.precision is not None]
-    recall = [s.recall for s in scores if s.recall is not None]
-    if not precision or not recall:
-        return None
-    return Mask(sum(precision) / len(precision), sum(recall) / len(recall))
-
-
-def _control_of(control: Finding | None) -> Control | None:
-    return None if control is None else Control(control.verdict, control.psnr)
-
-
-def _pictures(guessed: Sequence[Attempt], controls: Sequence[Attempt]) -> Pictures:
-    """Return the closest reconstructions beside original and control, in the report's order."""
-
-    def shown(attempts: Sequence[Attempt]) -> dict[str, Tensor]:
-        return {
-            name: pictured(a.guess.images[int(a.scores.patch_assignment[i])].float().cpu())
-            for a in attempts
-            if a.guess is not None and a.scores is not None
-            for i, name in enumerate(a.names)
-        }
-
-    closeness = {
-        name: float(a.scores.patch_psnr[i])  # type: ignore[union-attr]
-        for a in guessed
-        for i, name in enumerate(a.names)
-    }
-    originals = {name: a.truths[i] for a in guessed for i, name in enumerate(a.names)}
-    closest = sorted(closeness, key=lambda name: -closeness[name])[:_PICTURES]
-    names = [name for name in originals if name in closest]
-    made, control = shown(guessed), shown(controls)
-    return Pictures(
-        original=torch.stack([pictured(originals[n].float().cpu()) for n in names]),
-        control=torch.stack([control[n] for n in names]) if set(names) <= control.keys() else None,
-        reconstruction=torch.stack([made[n] for n in names]),
-        names=tuple(names),
-    )
+    for name, outcome in outcomes.items():
+        if outcome == "refused" and name not in made_up and beside.leaks(name):
+            said = next(a.guess.details["rungs"][name] for a in scored if a.guess)
+            return f"{name}, to which the undefended control leaks, does not apply here ({said})"
+    return ""

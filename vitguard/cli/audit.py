@@ -50,10 +50,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"Report: {html}", file=sys.stderr)
     if options.tensorboard:
         report.to_tensorboard(options.tensorboard)
+    if report.interrupted and options.max_psnr is None and options.max_gain is None:
+        return INTERRUPTED
     if code := report.gate(options.max_psnr, options.max_gain):
         _say_why(report, options)
-    elif report.interrupted:
-        code = INTERRUPTED
     return code
 
 

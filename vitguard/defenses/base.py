@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitguard.core import Batch, Loss, Traits, Update
 from vitguard.draws import Draws
-from vitguard.errors import Unprotected
+from vitguard.errors import Incompatible, Unprotected
 from vitguard.vit import Anatomy
 
 __all__ = [
@@ -265,6 +265,24 @@ class StepDefense(Defense):
         self, model: nn.Module, loss: Loss, batch: Batch, draws: Draws
     ) -> Mapping[str, Tensor]:
         """Return the batch's protected gradient by parameter name."""
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loader: Any,
+        draws: Draws,
+        ledger: Any = None,
+    ) -> tuple[Any, Any, Any]:
+        """Return optimizer, loader and ledger of a training loop of one's own (`Guard.prepare`).
+
+        Raises:
+            Incompatible: The defense acts in `Guard.update` alone, as it does by default.
+        """
+        raise Incompatible(
+            f"Expected a defense that can guard a training loop, got {self.name}. Take its "
+            "gradients from guard.update."
+        )
 
     def mimic(self, examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return `gradient` on average over its draws, differentiable in each example's own.

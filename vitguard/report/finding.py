@@ -32,17 +32,17 @@ LEAK_GAIN = 6.0
 Verdict = Literal["leaks", "resisted", "blocked", "not applicable", "inconclusive"]
 
 MEANINGS: Mapping[str, str] = {
-    "leaks": "The attack came at least 6 dB closer than a guess that knows nothing, or told the "
-    "true image from decoys more often than chance, or recovered patches that it could prove to be "
-    "right. Where the truth is not known: its guess "
-    "reproduces the update.",
-    "resisted": "The same attack leaks without the defense and did not with it. This covers only "
-    "the attacks that were run.",
+    "leaks": "The attack came at least 6 dB closer than the luckiest guess without information, or "
+    "told the true image from decoys more often than chance, or recovered patches that it could "
+    "prove to be right. Where the truth is not known: its guess reproduces the update.",
+    "resisted": "The attack, or a rung of it that ran to its end here, leaks without the defense "
+    "and did not with it. This covers only the attacks that were run.",
     "blocked": "A tensor that the attack needs is not readable in the update.",
     "not applicable": "An assumption of the attack does not hold here; this says nothing about "
     "protection.",
-    "inconclusive": "The attack fails on the undefended model too, or nothing tells whether its "
-    "guess is right. This proves nothing.",
+    "inconclusive": "The attack fails on the undefended model too, was cut before its end, does "
+    "not apply here in a part to which the control leaks, or nothing tells whether its guess is "
+    "right. This proves nothing.",
 }
 
 
@@ -153,6 +153,8 @@ class Finding:
         seconds: Time of the attack alone, per batch.
         details: What the attack says of itself (rung, residual, rank); JSON values.
         clean_accuracy, robust_accuracy: Of `fgsm`, in [0, 1]; the second by epsilon.
+        undecided: What keeps this finding from deciding a gate, "" where nothing does: an attack
+            that failed, was cut by its budget, or does not apply though the control leaks to it.
         gain: dB of the worst image above its own no-information baseline; when None the report
             takes `patch_psnr.max` above the report's baseline.
         images: Pictures; they are in the HTML, PNG and TensorBoard forms only.
@@ -178,6 +180,7 @@ class Finding:
     details: Mapping[str, Any] = field(default_factory=dict)
     clean_accuracy: float | None = None
     robust_accuracy: Mapping[float | str, float] | None = None
+    undecided: str = ""
     gain: float | None = None
     images: Pictures | None = field(default=None, compare=False, repr=False)
     examples: tuple[Triptych, ...] = field(default=(), compare=False, repr=False)
@@ -228,6 +231,7 @@ class Finding:
                 "details": self.details,
                 "clean_accuracy": self.clean_accuracy,
                 "robust_accuracy": self.robust_accuracy,
+                "undecided": self.undecided,
             }
         )
 
@@ -244,10 +248,18 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Baseline:
-    """dB of the best guess that knows nothing: flat image, flat patches or the mean image."""
+    """dB that need no reconstruction: the highest over the images of a report.
+
+    Args:
+        psnr, patch_psnr: The luckiest guess without information: one public colour, the mean image
+            of other photos, some of these, smooth noise. `patch_psnr` with patches matched.
+        thumbnail: Every patch flat in its own mean colour, which knows the image at one pixel a
+            patch; raw and matched alike. None in reports that do not say.
+    """
 
     psnr: float
     patch_psnr: float
+    thumbnail: float | None = None
 
 
 def plain(value: Any) -> Any:

@@ -52,10 +52,13 @@ class AuditResults:
         return not finding.defended and not self.threat.get("withheld")
 
     def configurations(self, *, defended: bool = False) -> dict[str, list[Finding]]:
-        """Return the findings by defense, in the order of the report."""
+        """Return the findings by defense, in the order of the report; all but the control if asked.
+
+        Where something is withheld the row without a defense is a configuration like any other.
+        """
         groups: dict[str, list[Finding]] = {}
         for finding in self.findings:
-            if finding.defended or not defended:
+            if not (defended and self.is_control(finding)):
                 groups.setdefault(finding.defense, []).append(finding)
         return groups
 
@@ -68,7 +71,9 @@ class AuditResults:
         for findings in groups.values():
             if any(f.verdict == "leaks" for f in findings):
                 leaking += 1
-            elif resisted := [f.attack for f in findings if f.verdict == "resisted"]:
+            elif (resisted := [f.attack for f in findings if f.verdict == "resisted"]) and not any(
+                f.undecided for f in findings
+            ):
                 resisting += 1
                 tried |= dict.fromkeys(resisted)
         verb = "leaks" if leaking == 1 else "leak"
@@ -93,17 +98,20 @@ class AuditResults:
         """Return the exit code of a gate over the defended configurations.
 
         0: no gate was asked for, or every defended configuration stays within it and was tested by
-        at least one conclusive attack, with every measurement finite. 1: an image of some finding
+        at least one conclusive attack, with every measurement finite and no attack undecided: one
+        that failed, was cut, or does not apply though the control leaks to it might have leaked,
+        whatever a cheaper one says. 1: an image of some finding
         exceeds `max_psnr` (dB, matched-patch PSNR) or `max_gain` (dB above the no-information
         baseline), whatever the verdict, or leaks in a way that no dB limit sees. 3: undecided. A
         configuration that only met attacks which were blocked, not applicable or inconclusive has
-        not been tested, and a report without a defended configuration tests none. 1 goes before 3.
+        not been tested, and a report without a defended configuration tests none. An interrupted
+        audit is undecided whether or not a gate was asked for. 1 goes before 3.
 
         Raises:
             InputError: A limit is not a finite number.
         """
         if max_psnr is None and max_gain is None:
-            return 0
+            return 3 if self.interrupted else 0
         if self._exceeding(max_psnr, max_gain):
             return 1
         return 3 if self._undecided() else 0
@@ -119,7 +127,7 @@ class AuditResults:
             InputError: A limit is not a finite number.
         """
         if max_psnr is None and max_gain is None:
-            defended = [f for f in self.findings if f.defended]
+            defended = [f for f in self.findings if not self.is_control(f)]
             bad = [f for f in defended if f.verdict == "leaks" or self._is_broken(f)]
         else:
             bad = self._exceeding(max_psnr, max_gain)
@@ -127,8 +135,7 @@ class AuditResults:
             raise LeakFound(self._name_worst(bad))
         if undecided := self._undecided():
             raise LeakFound(
-                f"No attack was conclusive for {'; '.join(undecided)}: a failed attack is no "
-                "evidence. Add an attack that leaks on the undefended model."
+                f"Undecided for {'; '.join(undecided)}. A failed attack is no evidence."
             )
 
     def _exceeding(self, max_psnr: float | None, max_gain: float | None) -> list[Finding]:
@@ -144,16 +151,25 @@ class AuditResults:
             too_far_up = max_gain is not None and gain is not None and gain > max_gain
             return bool(too_close or too_far_up)
 
-        return [f for f in self.findings if f.defended and exceeds(f)]
+        return [f for f in self.findings if not self.is_control(f) and exceeds(f)]
 
     def _undecided(self) -> list[str]:
+        """Return the configurations that nobody can say anything of, each with the reason."""
+        if self.interrupted:
+            return ["the whole audit: it was interrupted"]
         groups = self.configurations(defended=True)
-        untested = [
-            defense
-            for defense, findings in groups.items()
-            if not any(f.conclusive for f in findings) or any(map(self._is_broken, findings))
-        ]
-        return untested if groups else ["any defense (none was audited)"]
+        found = [f"{name} ({why})" for name, fs in groups.items() if (why := self._open(fs))]
+        return found if groups else ["any defense (none was audited)"]
+
+    def _open(self, findings: list[Finding]) -> str:
+        for f in findings:
+            if f.undecided and f.verdict != "leaks":
+                return f"{f.attack}: {f.undecided}"
+            if self._is_broken(f):
+                return f"{f.attack}: a measurement is no finite number"
+        if any(f.conclusive for f in findings):
+            return ""
+        return "no attack was conclusive; add one that leaks on the undefended model"
 
     def _is_broken(self, finding: Finding) -> bool:
         """Whether a measurement that should be there is not a finite number."""

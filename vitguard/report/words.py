@@ -68,11 +68,17 @@ def threat_text(threat: Mapping[str, Any]) -> str:
 def baseline_text(report: AuditResults) -> str:
     """Explain the no-information baseline with this report's numbers."""
     floor = report.baseline
+    text = (
+        "A guess without information (one flat colour, the mean of other photos, one of them, "
+        f"smooth noise) already scores {decibels(floor.psnr)} dB PSNR and "
+        f"{decibels(floor.patch_psnr)} dB matched-patch PSNR here if it is lucky. Only what lies "
+        "above that is information from the update."
+    )
+    if floor.thumbnail is None:
+        return text
     return (
-        "A guess that knows nothing of the images (one flat colour, flat patches or the mean "
-        f"image) already scores {decibels(floor.psnr)} dB PSNR and "
-        f"{decibels(floor.patch_psnr)} dB matched-patch PSNR here. Only what lies above that is "
-        "information from the update."
+        f"{text} The thumbnail, every patch flat in its own colour, scores "
+        f"{decibels(floor.thumbnail)} dB: above that an attack knows what is inside the patches."
     )
 
 
@@ -102,6 +108,8 @@ def remarks(finding: Finding) -> list[str]:
             f"identified {share(finding.identified)}, bound {share(bound)} for any attack on this "
             f"one update (a blind guess: {prior})"
         )
+    if finding.verdict != "leaks" and finding.undecided not in finding.reason:
+        lines.append(f"undecided: {finding.undecided}")
     return [line for line in (*lines, caution(finding)) if line]
 
 

@@ -197,7 +197,7 @@ def test_a_role_among_the_alternatives_of_a_pattern_is_refused(model, select, ro
     ):
         with pytest.raises(InputError, match=rf"role '{role}' would be read as a pattern") as error:
             read()
-        assert f"as in {joined};" in str(error.value) and "--encrypt" in str(error.value)
+        assert f"as in {joined};" in str(error.value) and "repeat the option" in str(error.value)
     assert len(select_names(Anatomy.of(model), joined, names(model))) > 2
 
 

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from vitguard.attacks.base import Attack
+from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.budget import Budget, CutShort, charge, worked
 from vitguard.attacks.cascade.separate import LastBlock, descend
 from vitguard.attacks.deep_tokens.stem import Stem
@@ -66,7 +66,7 @@ class DeepTokens(Attack):
 
     name: ClassVar[str] = "deep-tokens"
     family: ClassVar[str] = "ladder"
-    rung: ClassVar[int | None] = 7
+    rung: ClassVar[Rung | None] = Rung(45, 75)
     seconds: float = 60.0
     accept: float = 1e-4
 
@@ -76,8 +76,15 @@ class DeepTokens(Attack):
         if not 0 < self.accept < 1e-2:
             raise expected("accept between 0 and 0.01", self.accept)
 
-    @staticmethod
-    def least(view: View) -> float:
+    def share(self, view: View) -> float:
+        """Return the share of the ladder's work left; none where `gelu-span` reads block 0."""
+        blocks = Anatomy.of(view.model).blocks
+        if view.update.batch_size > 1 or not blocks:
+            return 0.0
+        names = (f"{layer}.weight" for layer in (blocks[0].proj, blocks[0].fc1, blocks[0].fc2))
+        return 0.0 if all(view.update.can_read(name) for name in names) else 0.8
+
+    def least(self, view: View) -> float:
         """Return about how many nominal seconds the search for the tokens takes."""
         anatomy = Anatomy.of(view.model)
         tokens, hidden = anatomy.tokens, 4 * anatomy.width

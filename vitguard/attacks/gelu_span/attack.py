@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vitguard.attacks.base import Attack
+from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.budget import Budget, nominal, worked
 from vitguard.attacks.equations.attention import Attention
 from vitguard.attacks.equations.counts import gelu_span_remains
@@ -72,7 +72,7 @@ class GeluSpan(Attack):
 
     name: ClassVar[str] = "gelu-span"
     family: ClassVar[str] = "ladder"
-    rung: ClassVar[int | None] = 4
+    rung: ClassVar[Rung | None] = Rung(40, 70)
     seconds: float = 60.0
     accept: float = 1e-3
 
@@ -82,8 +82,11 @@ class GeluSpan(Attack):
         if not 0 < self.accept < 0.01:
             raise expected("accept between 0 and 0.01", self.accept)
 
-    @staticmethod
-    def least(view: View) -> float:
+    def share(self, view: View) -> float:
+        """Return the share of the ladder's work left; one image is polished with the rest."""
+        return 0.5 if view.update.batch_size == 1 and view.traits.shuffle is None else 0.8
+
+    def least(self, view: View) -> float:
         """Return about how many nominal seconds pass before the first start."""
         anatomy, batch = Anatomy.of(view.model), view.update.batch_size
         width, tokens = anatomy.width, batch * anatomy.tokens

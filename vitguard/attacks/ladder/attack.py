@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 
-from vitguard.attacks.base import Attack
+from vitguard.attacks.base import Attack, InputAttack
 from vitguard.attacks.budget import Budget, CutShort, worked
-from vitguard.attacks.cascade.attack import Cascade
 from vitguard.attacks.evidence import mismatch
-from vitguard.attacks.deep_tokens.attack import DeepTokens
-from vitguard.attacks.gelu_span.attack import GeluSpan
 from vitguard.attacks.labels import pair_labels
 from vitguard.attacks.ladder.polish import polish
-from vitguard.attacks.position import PositionInversion
-from vitguard.attacks.robust.attacks import RobustPosition, RobustSpan
 from vitguard.attacks.span.attack import SpanInversion
 from vitguard.core import AffineSpace, Guess, View
+from vitguard.discovery import discover
 from vitguard.errors import Blocked, NotApplicable, expected
 from vitguard.vit import Anatomy
 
@@ -27,6 +23,7 @@ __all__ = ["Ladder"]
 
 _FITS = 1e-2  # residual of `span` below which its space holds the truth
 _CONTRADICTED = 0.1  # above it the patches may be right, but not all in their own image
+_SHORTEST = 0.5  # nominal seconds of a rung at least
 _EXACT = 1e-3  # a relative mismatch below which no further rung is needed
 
 
@@ -34,16 +31,19 @@ _EXACT = 1e-3  # a relative mismatch below which no further rung is needed
 class Ladder(Attack):
     """Climb from `position` to `gelu-span`; hand back the guess that verifies itself best.
 
-    Rungs: `position`, `span`, `cascade` (labels of a batch), `gelu-span`, `deep-tokens` (where the
-    first block cannot be read), and for damaged gradients `position-robust` and `span-robust`. A rung that does not apply says why in the details. The
-    choice never sees the truth: the adversary recomputes the update from each guess with the known
-    settings (`View.simulate`) and compares, and counts the patches that proved themselves. A single
-    image that is nearly right is polished last.
+    Rungs are the attacks that say they are one (`Attack.rung`), third parties' among them. Of
+    vitguard: `position`, `span`, `cascade` (labels of a batch), `gelu-span`, `deep-tokens` (where
+    the first block cannot be read), and for damaged gradients `position-robust` and `span-robust`.
+    A rung that does not apply says why in the details. The choice never sees the truth: the
+    adversary recomputes the update from each guess with the known settings (`View.simulate`) and
+    compares, and counts the patches that proved themselves. A single image that is nearly right is
+    polished last.
 
     Details: `rung`, `verified` (share of patches), `mismatch` of the chosen guess, `rungs` (what
-    each said), `exact` (what is known of exact attacks: `"no exact attack known"` where T >= D and
-    B >= 2 means that, and not that there is none), `unfinished` (rungs that the budget cut or did
-    not reach; an audit then never says `resisted`).
+    each said), `outcomes` (what became of each, see `Attack.parts`), `exact` (what is known of
+    exact attacks: `"no exact attack known"` where T >= D and B >= 2 means that, and not that there
+    is none), `unfinished` (rungs that the budget cut or did not reach; an audit then never says
+    `resisted`).
 
     Args:
         seconds: Budget of all rungs, in nominal seconds of work (`Budget`): the same work, and the
@@ -52,6 +52,7 @@ class Ladder(Attack):
 
     Raises:
         NotApplicable: No rung applied; the message has every rung's reason.
+        Blocked: Every rung needs a tensor that cannot be read.
 
     References:
         docs/methods.md 2.5d.
@@ -69,11 +70,17 @@ class Ladder(Attack):
         if self.levels is not None and not self.levels >= 1:
             raise expected("levels of at least 1, or None", self.levels)
 
+    def parts(self) -> dict[str, Attack]:
+        """Return every rung that is installed, the cheapest first, each with the whole budget."""
+        kinds = [k for k in discover("vitguard.attacks", Attack, InputAttack).values() if _rung(k)]
+        rungs = [kind() for kind in sorted(kinds, key=lambda k: _rung(k).exact)]
+        return {rung.name: _budgeted(rung, self.seconds) for rung in rungs}
+
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the best guess of all rungs; a keyboard interrupt keeps what was found."""
         climb = _Climb(view, generator, Budget.of(self.seconds))
         try:
-            climb.all()
+            climb.all(self.parts().values())
         except KeyboardInterrupt:
             if not climb.guesses:
                 raise
@@ -92,6 +99,17 @@ class Ladder(Attack):
         return view.update.batch_size == 1 and view.traits.exact
 
 
+def _rung(kind: type) -> Any:
+    return getattr(kind, "rung", None)
+
+
+def _budgeted(rung: Attack, seconds: float) -> Attack:
+    """Return a rung with a budget of its own, where it takes one."""
+    if any(f.name == "seconds" for f in fields(rung)):  # type: ignore[arg-type]
+        return replace(rung, seconds=seconds)  # type: ignore[call-arg]
+    return rung
+
+
 def _cut(guess: Guess, what: str) -> Guess:
     left = [*guess.details.get("unfinished", ()), what]
     return replace(guess, details={**guess.details, "unfinished": left, "interrupted": True})
@@ -105,73 +123,58 @@ class _Climb:
         self.guesses: dict[str, Guess] = {}
         self.distance: dict[str, float] = {}
         self.said: dict[str, str] = {}
-        self.unfinished: list[str] = []
+        self.outcomes: dict[str, str] = {}
         self.labels: torch.Tensor | None = None
 
-    def all(self) -> None:
-        """Run the rungs in order; stop at an exact one."""
+    @property
+    def unfinished(self) -> list[str]:
+        """Rungs that the budget cut or did not reach."""
+        return [name for name, outcome in self.outcomes.items() if outcome == "cut"]
+
+    def all(self, rungs: Iterable[Attack]) -> None:
+        """Climb in the order for this update; stop at an exact guess."""
         damaged = not self.view.traits.exact
-        rungs = (self._closed, self._robust, self._batch) if damaged else (
-            self._closed, self._batch, self._deep, self._robust)  # fmt: skip
-        for climb in rungs:
-            climb()
+        for rung in sorted(rungs, key=lambda r: _rung(type(r)).damaged) if damaged else rungs:
+            self._try(rung)
             if self._exact():
                 return
 
-    def _closed(self) -> None:
-        self._try(PositionInversion)
-        if not self._exact():
-            self._try(SpanInversion)
-
-    def _batch(self) -> None:
-        if self.view.update.batch_size > 1:
-            self._try(lambda: Cascade(seconds=self._left(0.2)))
-            cascade = self.guesses.pop(Cascade.name, None)
-            self.labels = None if cascade is None else cascade.labels
-            for name, guess in list(self.guesses.items()) if self.labels is not None else []:
-                self._take(name, guess)
-        polished = self.view.update.batch_size == 1 and self.view.traits.shuffle is None
-        share = 0.5 if polished else 0.8  # `polish` needs the rest
-        self._try(lambda: GeluSpan(seconds=self._left(share)), GeluSpan.least)
-
-    def _deep(self) -> None:
-        """Where the first block could not be read; else `gelu-span` has searched what it says."""
-        if GeluSpan.name not in self.guesses and self.view.update.batch_size == 1:
-            self._try(lambda: DeepTokens(seconds=self._left(0.8)), DeepTokens.least)
-
-    def _robust(self) -> None:
-        self._try(lambda: RobustPosition(seconds=self._left(0.4)), RobustPosition.least)
-        self._try(lambda: RobustSpan(seconds=self._left(0.6)), RobustSpan.least)
-
-    def _left(self, share: float) -> float:
-        return max(share * self.budget.left, 0.5)
-
-    def _try(
-        self, rung: Callable[[], Attack], least: Callable[[View], float] = lambda view: 0.0
-    ) -> None:
+    def _try(self, rung: Attack) -> None:
         """Run a rung unless less than its `least` nominal seconds are left, or none."""
-        attack = rung()
-        if self.budget.over or self.budget.left < least(self.view):
-            self.said[attack.name] = "not tried: the budget was spent"
-            self.unfinished.append(attack.name)
+        if not (share := rung.share(self.view)):
+            return
+        if self.budget.over or self.budget.left < rung.least(self.view):
+            self._note(rung, "cut", "not tried: the budget was spent")
             return
         before = worked()
         try:
-            guess = attack.run(self.view, self.generator)
-        except (NotApplicable, Blocked) as why:
-            self.said[attack.name] = str(why)
-            if isinstance(why, CutShort):
-                self.unfinished.append(attack.name)
-            return
-        distance = self._take(attack.name, guess)
+            own = _budgeted(rung, max(share * self.budget.left, _SHORTEST))
+            guess = own.run(self.view, self.generator)
+        except CutShort as why:
+            return self._note(rung, "cut", str(why))
+        except Blocked as why:
+            return self._note(rung, "blocked", str(why))
+        except NotApplicable as why:
+            return self._note(rung, "refused", str(why))
+        whole = len(guess.images)
+        distance = self._take(rung.name, guess) if whole else self._learn(guess.labels)
         known = "" if distance is None else f"mismatch {distance:.1e}, "
-        share = self._verified(attack.name)
-        proved = f"verified {share:.2f}, " if guess.verified is not None else ""
-        self.said[attack.name] = f"{known}{proved}{1e-9 * (worked() - before):.1f} s"
-        if guess.details.get("unfinished"):
-            self.unfinished.append(attack.name)
+        proved = ""
+        if guess.verified is not None and whole:
+            proved = f"verified {self._verified(rung.name):.2f}, "
+        outcome = "cut" if guess.details.get("unfinished") else "ran"
+        self._note(rung, outcome, f"{known}{proved}{1e-9 * (worked() - before):.1f} s")
         if guess.details.get("interrupted"):
             raise KeyboardInterrupt
+
+    def _note(self, rung: Attack, outcome: str, said: str) -> None:
+        self.outcomes[rung.name], self.said[rung.name] = outcome, said
+
+    def _learn(self, labels: torch.Tensor | None) -> None:
+        """Take labels from a rung that gives no image; what was guessed before gets them too."""
+        self.labels = labels
+        for name, guess in list(self.guesses.items()) if labels is not None else []:
+            self._take(name, guess)
 
     def _take(self, name: str, guess: Guess) -> float | None:
         """Keep a guess with the labels that are known by now; return its mismatch."""
@@ -203,6 +206,10 @@ class _Climb:
         """Return the chosen guess with what every rung said."""
         if not self.guesses:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.said.items())
+            if set(self.outcomes.values()) == {"blocked"}:
+                raise Blocked("what any rung needs", reasons)
+            if self.unfinished:
+                raise CutShort(f"the budget ended before a rung gave anything ({reasons})")
             raise NotApplicable(f"no rung applied ({reasons})")
 
         def worth(name: str) -> tuple[bool, float, float, int]:
@@ -224,11 +231,12 @@ class _Climb:
             "verified": self._verified(name),
             "mismatch": self.distance.get(name),
             "rungs": dict(self.said),
+            "outcomes": dict(self.outcomes),
             "exact": _known(self.view),
         }
         details.pop("unfinished", None)
-        if self.unfinished and not self._proved(name):
-            details["unfinished"] = list(self.unfinished)
+        if (left := self.unfinished) and not self._proved(name):
+            details["unfinished"] = left
         return replace(guess, space=self._space(guess), details=details)
 
     def _space(self, guess: Guess) -> AffineSpace | None:

@@ -85,11 +85,11 @@ class Run:
 
     def _readable(self) -> dict[str, Tensor]:
         update = self._comparable(self.view.update)
-        names = self.anatomy.select(self.attack.parameters, list(update.tensors))
+        wanted = self.attack.parameters
+        chosen = self.anatomy.select(wanted, [*update.tensors, *update.sealed])
+        names = [n for n in chosen if update.can_read(n)]
         if not names:
-            wanted = self.attack.parameters
-            sealed = self.anatomy.select(wanted, list(update.sealed)) if update.sealed else []
-            reason = update.sealed[sealed[0]] if sealed else "it is not in the update"
+            reason = update.sealed[chosen[0]] if chosen else "it is not in the update"
             raise Blocked(f"every {wanted} tensor" if wanted != "all" else "the update", reason)
         seen = {name: update.tensors[name].detach().to(self.like) for name in names}
         if not all(bool(tensor.isfinite().all()) for tensor in seen.values()):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vitguard.attacks.base import Attack
+from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.budget import ENDLESS, Budget, nominal, update_seconds
 from vitguard.attacks.equations.rows import guess_from_patches
 from vitguard.attacks.evidence import check_seconds, mismatch, require_finite, surprise
@@ -56,14 +56,17 @@ class RobustPosition(Attack):
 
     name: ClassVar[str] = "position-robust"
     family: ClassVar[str] = "ladder"
-    rung: ClassVar[int | None] = 5
+    rung: ClassVar[Rung | None] = Rung(50, 30, instead_of=("position",))
     seconds: float = 20.0
 
     def __post_init__(self) -> None:
         check_seconds(self.seconds)
 
-    @staticmethod
-    def least(view: View) -> float:
+    def share(self, view: View) -> float:
+        """Return the share of the ladder's work left."""
+        return 0.4
+
+    def least(self, view: View) -> float:
         """Return about how many nominal seconds a first candidate and the plain one take."""
         return 2 * update_seconds(view)
 
@@ -94,14 +97,17 @@ class RobustSpan(Attack):
 
     name: ClassVar[str] = "span-robust"
     family: ClassVar[str] = "ladder"
-    rung: ClassVar[int | None] = 6
+    rung: ClassVar[Rung | None] = Rung(60, 40, instead_of=("span",))
     seconds: float = 30.0
 
     def __post_init__(self) -> None:
         check_seconds(self.seconds)
 
-    @staticmethod
-    def least(view: View) -> float:
+    def share(self, view: View) -> float:
+        """Return the share of the ladder's work left."""
+        return 0.6
+
+    def least(self, view: View) -> float:
         """Return about how many nominal seconds a first candidate and the plain one take."""
         width, pixels = Anatomy.of(view.model).width, Anatomy.of(view.model).patch_pixels
         return nominal(svd=2.0 * width**3 + 2.0 * pixels**3) + 2 * update_seconds(view)

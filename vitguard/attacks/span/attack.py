@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vitguard.attacks.base import Attack
+from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.equations.counts import chain_remains, span_remains
 from vitguard.attacks.equations.mask import shuffled_count, shuffled_positions
 from vitguard.attacks.equations.rows import guess_from_patches
@@ -61,7 +61,7 @@ class SpanInversion(Attack):
 
     name: ClassVar[str] = "span"
     family: ClassVar[str] = "closed-form"
-    rung: ClassVar[int | None] = 2
+    rung: ClassVar[Rung | None] = Rung(20, 20)
     smooth_iterations: int = 30
 
     def remains(self, plain: Released) -> tuple[Remaining, ...]:

@@ -5,9 +5,9 @@ from vitguard.defenses.encryption.defense import EncryptedGradients
 from vitguard.defenses.encryption.keys import KeySet, ServerKeys
 from vitguard.defenses.encryption.manifest import Entry, Manifest, model_version
 from vitguard.defenses.encryption.presets import PRESETS, Preset, preset
-from vitguard.defenses.encryption.selection import minimal_names, require_all_match, select_names
 from vitguard.defenses.encryption.server import Aggregator
 from vitguard.defenses.encryption.signing import SigningKey
+from vitguard.selectors import minimal_names, require_all_match, select_names
 
 __all__ = [
     "Aggregator",

@@ -15,8 +15,8 @@ from vitguard.defenses.encryption.client import Encryptor
 from vitguard.defenses.encryption.keys import KeySet
 from vitguard.defenses.encryption.manifest import Manifest
 from vitguard.defenses.encryption.presets import preset
-from vitguard.defenses.encryption.selection import require_all_match, select_names
 from vitguard.errors import Incompatible, Unprotected, expected
+from vitguard.selectors import require_all_match
 from vitguard.vit import Anatomy, canonical_parameters
 
 __all__ = ["EncryptedGradients"]
@@ -89,7 +89,7 @@ class EncryptedGradients(UpdateDefense):
         require_all_match(anatomy, self.select, sizes)
         if traits_of(stack, anatomy).positions != "learnable":
             sizes.pop(anatomy.positions or "", None)
-        if not select_names(anatomy, self.select, sizes):
+        if not anatomy.select(self.select, sizes):
             raise Incompatible(f"Expected parameters to encrypt, got none for {self.select!r}.")
 
     def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
@@ -105,7 +105,7 @@ class EncryptedGradients(UpdateDefense):
                 encryptor, and the guard is no rehearsal (its draws are secret).
             InputError: A value is not finite; or the encryptor's manifest names other tensors.
         """
-        selected = select_names(anatomy, self.select, update.tensors)
+        selected = anatomy.select(self.select, update.tensors)
         chosen = [n for n in selected if update.tensors[n].is_floating_point()]
         # counters of a whole state dict: no ciphertext holds them, and they must not be plain
         update = update.seal(

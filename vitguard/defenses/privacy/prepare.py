@@ -17,6 +17,7 @@ from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.loader import PoissonLoader
 from vitguard.defenses.privacy.probe import probe
 from vitguard.defenses.privacy.training import PrivateTraining
+from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, UnsupportedModel, expected, missing_extra
 from vitguard.vit import Anatomy
 
@@ -103,7 +104,6 @@ def _replaced(model: nn.Module, training: PrivateTraining) -> Iterator[None]:
     """
     hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     earlier = [owner for owner in hooks if isinstance(owner, PrivateTraining)]
-    protection: Any = getattr(model, "vitguard", None)
     for one in earlier:
         one.uninstall(model)
     try:
@@ -113,7 +113,7 @@ def _replaced(model: nn.Module, training: PrivateTraining) -> Iterator[None]:
         for one in earlier:
             one.install(model)
         raise
-    if isinstance(protection, nn.Module):
+    if (protection := Protection.of(model)) is not None:
         protection.add_module("privacy", training)
 
 

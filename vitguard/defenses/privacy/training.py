@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from vitguard.defenses.base import Installed
 from vitguard.defenses.privacy.engine import Engine, Watch
 from vitguard.defenses.privacy.tape import Tape
+from vitguard.defenses.protection import Protection
 from vitguard.errors import Unprotected
 
 __all__ = ["Due", "PrivateTraining", "paused"]
@@ -53,19 +54,15 @@ def _start_afresh(training: PrivateTraining, _: Any) -> None:
 def paused(model: nn.Module) -> Iterator[None]:
     """Let passes through that are protected, and no part of the loop, such as Guard.update's."""
     live = [t for t in _trainings(model) if t.live]
-    protection: Any = getattr(model, "vitguard", None)
-    prepared = getattr(protection, "prepared", True)
+    protection = Protection.of(model)
     for training in live:
         training.live = False
-    try:
-        if not prepared:
-            protection.prepared = True
-        yield
-    finally:
-        if not prepared:
-            protection.prepared = False
-        for training in live:
-            training.live = True
+    with nullcontext() if protection is None else protection.allowed():
+        try:
+            yield
+        finally:
+            for training in live:
+                training.live = True
 
 
 def _trainings(model: nn.Module) -> list[PrivateTraining]:

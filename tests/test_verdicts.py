@@ -1,0 +1,211 @@
+"""`resisted` is the word people rely on: nothing that was cut, refused or failed may earn it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from vitguard.attacks.base import Attack, Rung
+from vitguard.attacks.position import PositionInversion
+from vitguard.audit import audit
+from vitguard.core import Guess
+from vitguard.defenses.noise import GradientNoise
+from vitguard.errors import Blocked, LeakFound, NotApplicable
+
+LABEL = torch.tensor([3])
+NOISE = [GradientNoise(3.0)]
+
+
+def grey(view, **details):
+    return Guess(torch.full((1, *view.image_shape), 0.5), details=details)
+
+
+@dataclass(frozen=True)
+class Part(Attack):
+    """Finds the image without a defense; with one it does what it is told."""
+
+    name: ClassVar[str] = "part"
+    family: ClassVar[str] = "closed-form"
+    label: str = "part"
+    undefended: str = "finds"
+    defended: str = "misses"
+
+    def run(self, view, generator):
+        does = self.defended if view.settings else self.undefended
+        if does == "refuses":
+            raise NotApplicable("needs what the defense takes")
+        if does == "is blocked":
+            raise Blocked("a tensor", "sealed")
+        if does == "fails":
+            raise RuntimeError("out of memory")
+        if does == "is cut":
+            return grey(view, unfinished=["the last rung"])
+        return PositionInversion().run(view, generator) if does == "finds" else grey(view)
+
+
+@dataclass(frozen=True)
+class StandsIn(Part):
+    name: ClassVar[str] = "stands-in"
+    rung: ClassVar[Rung | None] = Rung(1, 1, instead_of=("first",))
+
+
+@dataclass(frozen=True)
+class Climb(Attack):
+    """Tries its parts in turn, as the ladder does."""
+
+    name: ClassVar[str] = "climb"
+    family: ClassVar[str] = "closed-form"
+    tried: Mapping[str, Any] = field(default_factory=dict)
+
+    def parts(self):
+        return dict(self.tried)
+
+    def run(self, view, generator):
+        outcomes, said, found = {}, {}, None
+        for name, part in self.tried.items():
+            try:
+                guess = part.run(view, generator)
+            except NotApplicable as why:
+                outcomes[name], said[name] = "refused", str(why)
+                continue
+            except Blocked as why:
+                outcomes[name], said[name] = "blocked", str(why)
+                continue
+            outcomes[name], said[name], found = "ran", "", guess
+            if float(guess.images.std()) > 0.01:  # an image: no further part is needed
+                break
+        if found is None:
+            raise NotApplicable("no part applied")
+        return replace(found, details={"outcomes": outcomes, "rungs": said})
+
+
+def judged(model, photo, *attacks, defenses=NOISE, **how):
+    report = audit(model, (photo, LABEL), defenses=defenses, attacks=list(attacks), **how)
+    return report, [f for f in report.findings if f.defended]
+
+
+def test_a_part_that_ran_to_its_end_and_leaks_on_the_control_makes_a_resistance(small_vit, photo):
+    climb = Climb({"first": Part(defended="is blocked"), "second": Part()})
+    report, (finding,) = judged(small_vit(), photo, climb)
+    assert finding.verdict == "resisted"
+    assert finding.reason == "the undefended control leaks to second, which ran to its end here"
+    assert report.gate(max_gain=6) == 0
+
+
+def test_a_part_that_is_refused_here_and_leaks_on_the_control_is_no_resistance(small_vit, photo):
+    climb = Climb({"first": Part(defended="refuses"), "second": Part()})
+    report, (finding,) = judged(small_vit(), photo, climb)
+    assert finding.verdict == "inconclusive"
+    assert finding.reason.startswith("first, to which the undefended control leaks, does not apply")
+    assert "needs what the defense takes" in finding.reason
+    assert report.gate(max_gain=6) == 3
+    with pytest.raises(LeakFound, match="first"):
+        report.raise_if_leaks(max_gain=6)
+
+
+def test_a_refused_part_that_is_useless_without_the_defense_too_decides_nothing(small_vit, photo):
+    climb = Climb({"first": Part(undefended="misses", defended="refuses"), "second": Part()})
+    assert judged(small_vit(), photo, climb)[1][0].verdict == "resisted"
+
+
+def test_a_part_made_for_the_damage_stands_in_for_one_that_refuses_it(small_vit, photo):
+    refused = Part(defended="refuses")
+    for stands_in, verdict in ((StandsIn(), "resisted"), (Part(), "inconclusive")):
+        climb = Climb({"first": refused, "stands-in": stands_in})
+        assert judged(small_vit(), photo, climb)[1][0].verdict == verdict
+
+
+def test_where_only_useless_parts_ran_nothing_has_resisted(small_vit, photo):
+    climb = Climb({"first": Part(defended="is blocked"), "second": Part(undefended="misses")})
+    _, (finding,) = judged(small_vit(), photo, climb)
+    assert finding.verdict == "inconclusive"
+    assert finding.reason == "no rung that ran here (second) leaks on the undefended control"
+
+
+@pytest.mark.parametrize("does", ["fails", "is cut", "refuses"])
+def test_a_cheap_attack_that_resisted_passes_no_gate_beside_one_that(small_vit, photo, does):
+    report, (cheap, strong) = judged(small_vit(), photo, PositionInversion(), Part(defended=does))
+    assert cheap.verdict == "resisted" and strong.verdict in ("inconclusive", "not applicable")
+    assert strong.undecided
+    assert report.gate(max_gain=6) == 3
+    assert "could not be decided" in report.outcome() or "No leak was shown" in report.outcome()
+    with pytest.raises(LeakFound, match="Undecided for noise"):
+        report.raise_if_leaks()
+
+
+def test_an_attack_that_is_weak_without_a_defense_does_not_keep_a_gate_shut(small_vit, photo):
+    weak = Part(undefended="misses")
+    report, (cheap, other) = judged(small_vit(), photo, PositionInversion(), weak)
+    assert (cheap.verdict, other.verdict) == ("resisted", "inconclusive")
+    assert report.gate(max_gain=6) == 0
+
+
+def test_a_leak_of_what_is_only_withheld_shuts_the_gate(small_vit, photo):
+    report = audit(small_vit(), (photo, LABEL), attacks="span", withhold=["position"])
+    (finding,) = report.findings
+    assert finding.defense == "none" and finding.verdict == "leaks"
+    assert report.gate(max_gain=6) == 1 == report.gate(max_psnr=40)
+    with pytest.raises(LeakFound):
+        report.raise_if_leaks()
+    assert "leaks" in report.outcome()
+
+
+def test_what_is_withheld_counts_as_a_configuration_that_can_resist(small_vit, photo):
+    report = audit(small_vit(), (photo, LABEL), attacks="position", withhold=["position"])
+    assert report.findings[0].verdict == "blocked"
+    assert report.gate(max_gain=6) == 3
+    plain = audit(small_vit(), (photo, LABEL), attacks="position")
+    assert plain.gate(max_gain=6) == 3 and "No defended" in plain.outcome()
+
+
+def test_an_interrupted_audit_passes_no_gate(small_vit, photo):
+    report, _ = judged(small_vit(), photo, PositionInversion())
+    assert report.gate(max_gain=6) == report.gate() == 0
+    cut = replace(report, interrupted=True)
+    assert cut.gate(max_gain=6) == cut.gate() == 3
+    with pytest.raises(LeakFound, match="interrupted"):
+        cut.raise_if_leaks()
+
+
+@dataclass(frozen=True)
+class Faint(Attack):
+    """A faint trace of the image that was given, under a defense; the image itself without."""
+
+    name: ClassVar[str] = "faint"
+    family: ClassVar[str] = "closed-form"
+    truth: Any = None
+
+    def run(self, view, generator):
+        if not view.settings:
+            return Guess(self.truth)
+        noise = 0.02 * torch.randn(self.truth.shape, generator=generator)
+        return Guess((0.5 + 0.08 * (self.truth - self.truth.mean()) + noise).clamp(0, 1))
+
+
+def test_a_single_image_that_is_picked_out_of_the_decoys_has_not_resisted(small_vit, photo):
+    _, (finding,) = judged(small_vit(), photo, Faint(photo))
+    assert finding.gain < 6 and finding.identified == 1 and finding.decoys >= 1000
+    assert finding.verdict == "leaks"  # one hit among a thousand is no chance
+
+
+def test_one_hit_in_many_images_is_inconclusive(small_vit, photos):
+    @dataclass(frozen=True)
+    class Once(Faint):
+        def run(self, view, generator):
+            if not view.settings:
+                return Guess(self.truth)
+            guess = torch.full_like(self.truth, 0.5)
+            guess[0] = Faint(self.truth[:1]).run(view, generator).images[0]
+            return Guess(guess)
+
+    report = audit(
+        small_vit(), (photos[:5], torch.arange(5)), defenses=NOISE, attacks=[Once(photos[:5])]
+    )
+    finding = report.findings[-1]
+    assert finding.gain < 6 and finding.identified == pytest.approx(0.2)
+    assert finding.verdict == "inconclusive" and "picked out" in finding.reason
+    assert report.gate(max_gain=6) == 3

@@ -1,0 +1,72 @@
+"""An exposure: one thing that left a machine, with what the audit knows about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vitguard.audit.scale import Scale
+from vitguard.core import View
+from vitguard.defenses.base import Defense
+
+__all__ = ["Exposure", "Facts", "Run", "bound_of"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the audit knows of a batch and its adversary does not.
+
+    Args:
+        names: Names of the images.
+        patch_size: (height, width) of a patch in pixels.
+        truths: The images, pixels in [0, 1]; None where nobody knows them.
+        labels: Their classes, as far as they are known.
+        scale: What scores are compared with; None without `truths`.
+        certain: Whether the audit made the update of these very images. Where somebody only says
+            so, a guess that explains the update leaks whatever the images are said to be.
+    """
+
+    names: tuple[str, ...]
+    patch_size: tuple[int, int]
+    truths: Tensor | None = None
+    labels: Tensor | None = None
+    scale: Scale | None = None
+    certain: bool = True
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """One thing that left a machine: what the adversary sees of it.
+
+    Args:
+        view: What the threat grants.
+        mask: Positions that were shuffled, shape (batch, patches); None without a shuffle.
+    """
+
+    view: View
+    mask: Tensor | None = None
+
+
+class Run(NamedTuple):
+    """One configuration: a name and, for each of its batches, the facts and how it is exposed.
+
+    `bound` maps the chance of a blind guess to the largest chance of any attack that the stack
+    guarantees; None where it guarantees none.
+    """
+
+    name: str
+    batches: tuple[tuple[Facts, Callable[[], Exposure]], ...]
+    bound: Callable[[float], float | None] = lambda prior: None
+
+
+def bound_of(stack: Sequence[Defense], steps: int) -> Callable[[float], float | None]:
+    """Return the guarantee of a stack for one update of so many local steps, as in `Run`."""
+
+    def bound(prior: float) -> float | None:
+        held = [d.reconstruction_bound(prior, steps) for d in stack]
+        return min((b for b in held if b is not None), default=None)
+
+    return bound

@@ -1,0 +1,98 @@
+"""What a protected model carries with it: its defenses, their pieces, draws and ledgers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitguard.defenses.base import Defense, Draws, Installed, Ledgered
+from vitguard.errors import Unprotected
+from vitguard.vit import Anatomy
+
+__all__ = ["Protection"]
+
+
+class Protection(nn.Module):
+    """What lives at `model.vitguard`: the settings, and a child for each model defense."""
+
+    def __init__(self, anatomy: Anatomy, defenses: tuple[Defense, ...], draws: Draws) -> None:
+        super().__init__()
+        self.anatomy = anatomy
+        self.defenses = defenses
+        self.draws = draws
+        self.prepared = False
+        """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
+        self.watch: Any = None
+        self.brought: set[str] = set()
+        """What the last state dict held of the defenses' own tensors."""
+        self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
+        """What each defense with a guarantee has spent, by its name; copies go on from it."""
+        self.register_load_state_dict_pre_hook(_tolerate_original)
+        self.register_load_state_dict_post_hook(_restored)
+
+    def __repr__(self) -> str:
+        return f"Protection({', '.join(map(repr, self.defenses))})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "prepared": False}  # a copy has no private optimizer of its own
+
+    @staticmethod
+    def of(model: nn.Module) -> Protection | None:
+        """Return the protection of a model, None where there is none."""
+        found = getattr(model, "vitguard", None)
+        return found if isinstance(found, Protection) else None
+
+    def watch_training(self, model: nn.Module) -> None:
+        """Refuse training passes of `model` that nothing prepared."""
+        self.watch = model.register_forward_pre_hook(_require_preparation)
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Let passes through that are protected in another way, such as those of Guard.update."""
+        before, self.prepared = self.prepared, True
+        try:
+            yield
+        finally:
+            self.prepared = before
+
+    def installed(self) -> list[Installed]:
+        """Return the installed pieces, in order."""
+        return [m for m in self.children() if isinstance(m, Installed)]
+
+    def uninstall(self, model: nn.Module) -> None:
+        """Undo the pieces in reverse order."""
+        for piece in reversed(self.installed()):
+            piece.uninstall(model)
+        if self.watch is not None:
+            self.watch.remove()
+
+
+def _require_preparation(model: nn.Module, args: Any) -> None:
+    """Refuse a plain training pass where the stack protects each example's gradient."""
+    protection = model.get_submodule("vitguard")
+    if model.training and torch.is_grad_enabled() and not protection.prepared:
+        raise Unprotected(
+            "Expected training through guard.prepare(optimizer, loader), got a training pass "
+            "without it: its gradient would be plain. Call prepare, or use guard.update."
+        )
+
+
+def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a strict load take a checkpoint that knows nothing of vitguard."""
+    protection = module
+    assert isinstance(protection, Protection)
+    protection.brought = {k.removeprefix(prefix) for k in state if k.startswith(prefix)}
+    if not protection.brought:
+        state.update({f"{prefix}{k}": v for k, v in module.state_dict().items()})
+
+
+def _restored(module: nn.Module, incompatible_keys: Any) -> None:
+    """Note which lost values a state dict of a protected model has brought back."""
+    assert isinstance(module, Protection)
+    for name, piece in module.named_children():
+        if isinstance(piece, Installed):
+            piece.lost = frozenset(n for n in piece.lost if f"{name}.{n}" not in module.brought)
