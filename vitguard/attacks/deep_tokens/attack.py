@@ -168,7 +168,8 @@ def _block(view: View, anatomy: Anatomy) -> int:
     for number, block in enumerate(anatomy.blocks):
         names = (f"{block.fc1}.weight", f"{block.fc2}.weight")
         wanted = wanted or names[0]
-        if block in plain.spanning and not block.gated and not plain.hidden(*names):
+        usable = block.pre_norm and not block.gated and block in plain.spanning
+        if usable and not plain.hidden(*names):
             return number
     if wanted is None:
         raise NotApplicable("no block is known")

@@ -184,7 +184,7 @@ def token_search_remains(plain: Released) -> Remaining:
         return Remaining("token-search", False, (), why)
     for number, block in enumerate(plain.spanning):
         needs = (f"{block.fc1}.weight", f"{block.fc2}.weight")
-        if not block.gated and not plain.hidden(*needs):
+        if block.pre_norm and not block.gated and not plain.hidden(*needs):
             why = (
                 f"both MLP layers of block {number} are plain: a search finds tokens and inverts "
                 "the blocks below (128 wide and 17 tokens: 127 dB); untried at 384 wide and more"
