@@ -232,7 +232,7 @@ def test_identification_by_chance_is_no_leak_but_by_merit_it_is(small_vit, photo
 
     def verdict(guess, count):
         truths = photos[:count]
-        scale = Scale(decoys, baseline(truths, (4, 4)))
+        scale = Scale(decoys, baseline(truths, (4, 4)), decoys)
         facts = Facts(tuple("abcde"[:count]), (4, 4), truths, scale=scale)
         scores = score(guess, truths, (4, 4), decoys=decoys)
         attempt = Attempt(facts, guess=Guess(guess), scores=scores)
@@ -242,7 +242,7 @@ def test_identification_by_chance_is_no_leak_but_by_merit_it_is(small_vit, photo
     assert verdict(faint, 5).gain < 6
     assert verdict(faint, 5).verdict == "leaks"
     assert "5 of 5 images told from 100 decoys" in verdict(faint, 5).reason
-    assert verdict(faint, 1).verdict == "inconclusive"  # one hit in one trial is chance
+    assert verdict(faint, 1).verdict == "inconclusive"
     assert level.psnr.shape == (5,)
 
 

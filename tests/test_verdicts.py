@@ -12,9 +12,11 @@ import torch
 from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.position import PositionInversion
 from vitguard.audit import audit
+from vitguard.audit.scale import decoys_for, uninformed
 from vitguard.core import Guess
 from vitguard.defenses.noise import GradientNoise
 from vitguard.errors import Blocked, LeakFound, NotApplicable
+from vitguard.metrics import identification
 
 LABEL = torch.tensor([3])
 NOISE = [GradientNoise(3.0)]
@@ -187,9 +189,18 @@ class Faint(Attack):
 
 
 def test_a_single_image_that_is_picked_out_of_the_decoys_has_not_resisted(small_vit, photo):
-    _, (finding,) = judged(small_vit(), photo, Faint(photo))
+    report, (finding,) = judged(small_vit(), photo, Faint(photo))
     assert finding.gain < 6 and finding.identified == 1 and finding.decoys >= 1000
-    assert finding.verdict == "leaks"  # one hit among a thousand is no chance
+    assert finding.verdict == "inconclusive" and "picked out of 1000 decoys" in finding.reason
+    assert report.gate(max_gain=6) == 3
+
+
+def test_two_images_that_are_both_picked_out_leak(small_vit, photos):
+    two = photos[:2]
+    batch = (two, torch.tensor([3, 4]))
+    report = audit(small_vit(), batch, defenses=NOISE, attacks=[Faint(two)])
+    assert report.findings[-1].gain < 6 and report.findings[-1].verdict == "leaks"
+    assert "2 of 2 images told from 1000 decoys" in report.findings[-1].reason
 
 
 def test_one_hit_in_many_images_is_inconclusive(small_vit, photos):
@@ -209,3 +220,46 @@ def test_one_hit_in_many_images_is_inconclusive(small_vit, photos):
     assert finding.gain < 6 and finding.identified == pytest.approx(0.2)
     assert finding.verdict == "inconclusive" and "picked out" in finding.reason
     assert report.gate(max_gain=6) == 3
+
+
+class TestNoLeakWithoutInformation:
+    """Images that are easy to be close to: a guess that knows nothing must not leak them."""
+
+    @staticmethod
+    def verdicts(model, truth, guesses):
+        @dataclass(frozen=True)
+        class Says(Attack):
+            name: ClassVar[str] = "says"
+            family: ClassVar[str] = "closed-form"
+            guess: Any = None
+
+            def run(self, view, generator):
+                return Guess(self.guess)
+
+        batch = (truth, torch.arange(len(truth)))
+        report = audit(model, batch, attacks=[Says(g) for g in guesses])
+        return [f.verdict for f in report.findings]
+
+    def test_an_all_black_image(self, small_vit):
+        black = torch.zeros(1, 3, 16, 16)
+        guesses = [black, torch.full_like(black, 0.02), torch.full_like(black, 0.5)]
+        assert set(self.verdicts(small_vit(), black, guesses)) == {"inconclusive"}
+
+    def test_a_repeated_patch(self, small_vit, photo):
+        truth = photo[:, :, 4:8, 4:8].repeat(1, 1, 4, 4)
+        guesses = [torch.full_like(truth, 0.5), photo.flip(3), torch.rand(truth.shape)]
+        assert set(self.verdicts(small_vit(), truth, guesses)) == {"inconclusive"}
+
+    def test_two_identical_images(self, small_vit, photo):
+        twins = photo.repeat(2, 1, 1, 1)
+        noise = torch.rand(twins.shape, generator=torch.Generator().manual_seed(1))
+        assert set(self.verdicts(small_vit(), twins, [noise, noise[:1]])) == {"inconclusive"}
+        assert self.verdicts(small_vit(), twins, [twins[:1]]) == ["leaks"]  # and one guess is both
+
+    def test_an_image_that_is_among_the_decoys_is_told_from_the_others(self):
+        decoys = decoys_for(torch.rand(1, 3, 16, 16), 0)
+        truth = decoys[500:501]
+        faint = (0.5 + 0.1 * (truth - truth.mean())).clamp(0, 1)
+        nulls = uninformed(decoys, 0)
+        assert bool(identification(faint, truth, decoys, nulls)[0])
+        assert not bool(identification(decoys[7:8], truth, decoys, nulls)[0])

@@ -25,6 +25,7 @@ from vitguard.errors import expected
 __all__ = [
     "PSNR_CAP",
     "RECOVERED",
+    "RIVALS",
     "Baseline",
     "MaskScore",
     "Scores",
@@ -45,6 +46,9 @@ __all__ = [
 
 PSNR_CAP = 200.0
 """Decibels at which PSNR stops: a mean squared error of 1e-20, below what float64 pixels carry."""
+_SAME = 0.9  # correlation from which two images show the same
+RIVALS = 199
+"""Sets of guesses without information beside which a truth must stand out further."""
 RECOVERED = 30.0
 """Decibels from which one patch counts as recovered: errors of 3 % of the pixel range."""
 _ABOVE_FLAT = 6.0
@@ -157,48 +161,76 @@ def best_assignment(quality: Float[Tensor, "guesses truths"]) -> Int[Tensor, " t
     return chosen
 
 
-def identification(guess: Guesses, truth: Images, decoys: Decoys) -> Bool[Tensor, " batch"]:
+def identification(
+    guess: Guesses, truth: Images, decoys: Decoys, uninformed: Guesses | None = None
+) -> Bool[Tensor, " batch"]:
     """Return whether each truth is more like the guesses than every decoy is.
 
     Likeness is the Pearson correlation after the mean of each channel is removed, so a constant
     guess identifies nothing. Of several guesses the one that says most counts, for the truth and
     for each decoy alike: choosing a guess by the truth would lift noise above chance, which is
-    1 / (decoys + 1).
+    1 / (decoys + 1) where truth and decoys are of one kind.
+
+    They seldom are: a mean image or smooth noise picks some truths out of decoys that others took.
+    With `uninformed`, a truth must also stand out further than it does to any of `RIVALS` sets of
+    such guesses, as many in a set as there are guesses: chance is then at most 1 / (RIVALS + 1).
 
     Args:
         guess: Pixels in [0, 1], any number of guesses.
         truth: Pixels in [0, 1].
-        decoys: Pixels in [0, 1]: other images, none of them a truth.
+        decoys: Pixels in [0, 1]: other images. One that shows a truth (correlation above 0.9) does
+            not stand beside it.
+        uninformed: Images made without the truth; those that equal a decoy have no say on it.
     """
     guess, truth = _images(guess, "guess"), _images(truth, "truth", strict=True)
     _same_shape(guess, truth, "a guess")
     _same_shape(decoys, truth, "decoys")
-    guesses = _standardized(guess)
-    # A few decoys at a time: a hundred large ones in float64 would be the audit's peak memory.
-    few_at_once = max(1, 600_000 // truth[0].numel())
-    to_decoys = torch.cat(
-        [
-            guesses @ _standardized(_images(few, "decoys", strict=True)).T
-            for few in decoys.split(few_at_once)
-        ],
-        dim=1,
-    )
-    to_truths = guesses @ _standardized(truth).T
-    return torch.stack([_stands_out(own, to_decoys) for own in to_truths.T])
+    sets = _standardized(guess)[None]
+    rows = _standardized(truth)
+    same = _correlations(rows, decoys) > _SAME
+    margin = _margins(_correlations(sets[0], decoys)[None], (sets[0] @ rows.T)[None], same)
+    told = margin[0] > 1e-9
+    if uninformed is None or not bool(told.any()):
+        return told
+    nulls = _standardized(_images(uninformed, "a guess without information", strict=True))
+    to_decoys = _correlations(nulls, decoys)
+    itself = to_decoys > _SAME
+    to_decoys = torch.where(itself, to_decoys.masked_fill(itself, 0).mean(1, True), to_decoys)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(nulls), (RIVALS, len(guess)), generator=generator)
+    drawn[:, 0] = torch.arange(RIVALS) % len(nulls)  # each of them has its turn
+    to_truths = nulls @ rows.T
+    lucky = torch.cat([_margins(to_decoys[d], to_truths[d], same) for d in drawn.split(16)])
+    return told & (margin[0] > lucky.amax(0))
 
 
-def _stands_out(
-    own: Float[Tensor, " guesses"], others: Float[Tensor, "guesses decoys"]
-) -> Bool[Tensor, ""]:
-    """Whether a truth with correlations `own` stands out more, to any guess, than any decoy."""
-    line_up = torch.cat([others, own[:, None]], dim=1)
-    # A clear guess is like everything natural, a noisy one like nothing: compare each on its own
-    # scale. The scales of few decoys are chance themselves, hence the common part. Truth and decoys
-    # enter alike, so that without information each is equally likely to come first.
-    spread = line_up.std(1, correction=0, keepdim=True)
-    scale = spread + spread.square().mean().sqrt() / others.shape[1] ** 0.5
-    stands = ((line_up - line_up.mean(1, keepdim=True)) / scale.clamp(min=1e-12)).amax(0)
-    return stands[-1] > stands[:-1].max() + 1e-9
+def _correlations(rows: Tensor, decoys: Decoys) -> Tensor:
+    """Return the correlation of standardised rows with each decoy, shape (rows, decoys)."""
+    # A few decoys at a time: a thousand large ones in float64 would be the audit's peak memory.
+    few_at_once = max(1, 600_000 // decoys[0].numel())
+    parts = decoys.split(few_at_once)
+    every = [rows @ _standardized(_images(few, "decoys", strict=True)).T for few in parts]
+    return torch.cat(every, dim=1)
+
+
+def _margins(
+    decoys: Float[Tensor, "sets guesses decoys"],
+    truths: Float[Tensor, "sets guesses truths"],
+    same: Bool[Tensor, "truths decoys"],
+) -> Float[Tensor, "sets truths"]:
+    """Return how much further each truth stands out, to any guess of a set, than any decoy."""
+    margins = []
+    for own, left_out in zip(truths.unbind(-1), same, strict=True):
+        line_up = torch.cat([decoys[..., ~left_out], own[..., None]], dim=-1)
+        # A clear guess is like everything natural, a noisy one like nothing: compare each on its
+        # own scale. The scales of few decoys are chance themselves, hence the common part. Truth
+        # and decoys enter alike: without information each is equally likely to come first.
+        spread = line_up.std(-1, correction=0, keepdim=True)
+        common = spread.square().mean(1, keepdim=True).sqrt()
+        scale = (spread + common / (line_up.shape[-1] - 1) ** 0.5).clamp(min=1e-12)
+        stands = ((line_up - line_up.mean(-1, keepdim=True)) / scale).amax(1)
+        margins.append(stands[:, -1] - stands[:, :-1].amax(-1))
+    return torch.stack(margins, dim=-1)
 
 
 def identification_p(hits: int, trials: int, decoys: int) -> float:

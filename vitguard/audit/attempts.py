@@ -114,12 +114,14 @@ def attempt(attack: Attack, facts: Facts, exposure: Exposure, seed: int) -> Atte
         return made
     if not facts.certain:
         made = replace(made, error=_relative_error(view, guess, seed))
-    if facts.truths is None or facts.scale is None:
+    if facts.truths is None or (scale := facts.scale) is None:
         return made
     guessed, truths = (covered(t, facts.patch_size) for t in (guess.images, facts.truths.cpu()))
     scores = score(guessed, truths, facts.patch_size, verified=guess.verified)
-    told = identification(line_up(guess.images), line_up(facts.truths.cpu()), facts.scale.decoys)
-    return replace(made, scores=replace(scores, identified=told, decoys=len(facts.scale.decoys)))
+    told = identification(
+        line_up(guess.images), line_up(facts.truths.cpu()), scale.decoys, scale.uninformed
+    )
+    return replace(made, scores=replace(scores, identified=told, decoys=len(scale.decoys)))
 
 
 def labels_overlap(guess: Tensor | None, truth: Tensor | None) -> float | None:

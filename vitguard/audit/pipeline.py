@@ -12,7 +12,7 @@ from pathlib import Path
 from vitguard.attacks.base import Attack
 from vitguard.audit.attempts import INTERRUPTED, Attempt, attempt, seed_of
 from vitguard.audit.exposure import Facts, Run
-from vitguard.audit.verdicts import Beside, finding_of, rivals_of
+from vitguard.audit.verdicts import EQUALS, Beside, finding_of
 from vitguard.errors import expected
 from vitguard.files import check_writable
 from vitguard.report.finding import Baseline, Control, Finding
@@ -162,10 +162,8 @@ class _Alone:
 
 def _bounded(finding: Finding, run: Run) -> Finding:
     """Put what differential privacy guarantees of one update beside what the attack did."""
-    if finding.identified is None or (rivals := rivals_of(finding)) < 1:
-        return finding
-    prior = 1 / (rivals + 1)
-    if (bound := run.bound(prior)) is None:
+    prior = 1 / (EQUALS + 1)
+    if finding.identified is None or (bound := run.bound(prior)) is None:
         return finding
     told = {"reconstruction_bound": bound, "reconstruction_prior": prior}
     return replace(finding, details={**finding.details, **told})

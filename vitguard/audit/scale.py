@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,17 @@ DECOYS = 1000
 """Images beside the true one in the identification test."""
 _LARGEST = 64
 """Pixels a side at which images are told apart: larger ones are reduced."""
-_NATURAL, _SMOOTH = 16, 8
-"""How many decoys and how many images of smooth noise are guesses without information."""
+_EACH = 57
+"""Guesses without information of each kind."""
+_POWERS = (0.5, 1.5, 1.0)
+"""Half the power of frequency by which the spectrum of noise falls; 0.5 is that of photos.
+
+The steepest leave little but one broad light or dark patch, as the mean of a data set does.
+"""
+_TINT = 0.3
+"""How much the channels of that noise differ."""
+_TRIED = 28
+"""How many of them are scored: assigning patches takes long."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +38,20 @@ class Scale:
     Args:
         decoys: Images that are not in the batch, pixels in [0, 1], as `line_up` reduces them.
         baseline: What no update was needed for, on each image.
+        uninformed: Guesses without information, of the decoys' size.
     """
 
     decoys: Tensor
     baseline: Baseline
+    uninformed: Tensor
 
     @staticmethod
     def of(truths: Tensor, patch_size: tuple[int, int], decoys: Tensor, seed: int) -> Scale:
         """Return the scale of `truths` beside the decoys of `decoys_for`."""
-        size = (truths.shape[-2], truths.shape[-1])
-        guesses = covered(uninformed(decoys, size, seed), patch_size)
-        return Scale(decoys, baseline(covered(truths.cpu(), patch_size), patch_size, guesses))
+        nulls = uninformed(decoys, seed)
+        few = covered(_enlarged(nulls[:_TRIED], truths), patch_size)
+        level = baseline(covered(truths.detach().cpu(), patch_size), patch_size, few)
+        return Scale(decoys, level, nulls)
 
 
 def covered(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -69,25 +82,51 @@ def decoys_for(truth: Tensor, seed: int, count: int = DECOYS) -> Tensor:
     return data.with_channels(data.decoys(count, size, seed=seed, truth=colour), channels)
 
 
-def uninformed(decoys: Tensor, size: tuple[int, int], seed: int) -> Tensor:
-    """Return guesses that nobody needs an update for, of `size` (height, width).
+def uninformed(decoys: Tensor, seed: int) -> Tensor:
+    """Return guesses that nobody needs an update for, shaped like the decoys.
 
-    The mean of the decoys, some of the decoys, and smooth noise around the mean colour. Which of
-    them is luckiest decides what a guess without information scores.
+    The mean of the decoys; then in turn a decoy, a blurred decoy, and noise around the mean colour
+    whose spectrum falls as that of photos does, or faster; last broad patterns of light.
     """
-    mean, some = decoys.mean(0, keepdim=True), decoys[:_NATURAL]
     generator = torch.Generator().manual_seed(seed)
-    shape = (_SMOOTH, decoys.shape[1], *decoys.shape[-2:])
-    noise = torch.fft.rfft2(torch.randn(shape, generator=generator))
-    down = torch.fft.fftfreq(shape[2])[:, None].square() + torch.fft.rfftfreq(shape[3]).square()
+    mean, size = decoys.mean(0, keepdim=True), (decoys.shape[-2], decoys.shape[-1])
+    down = torch.fft.fftfreq(size[0])[:, None].square() + torch.fft.rfftfreq(size[1]).square()
     down[0, 0] = torch.inf  # the mean colour is added below
-    smooth = torch.fft.irfft2(noise / down.sqrt(), s=shape[2:])
-    spread = decoys.std((2, 3)).mean() / smooth.std().clamp(min=1e-12)
-    smooth = mean.mean((2, 3), keepdim=True) + spread * smooth
-    guesses = torch.cat([mean, some, smooth]).clamp(0, 1)
-    if size == tuple(guesses.shape[-2:]):
-        return guesses
-    larger = F.interpolate(guesses, size, mode="bicubic", antialias=True, align_corners=False)
+    made = [mean]
+    spread = decoys.std((2, 3)).mean()
+    for i in range(_EACH):
+        photo, other = decoys[2 * i % len(decoys)], decoys[(2 * i + 1) % len(decoys)]
+        grey, tint = torch.randn(2, *decoys.shape[1:], generator=generator)
+        waves = torch.fft.rfft2(grey[:1] + _TINT * tint)  # photos vary in light more than in hue
+        smooth = torch.fft.irfft2(waves / down ** _POWERS[i % len(_POWERS)], s=size)
+        smooth = spread / smooth.std().clamp(min=1e-12) * smooth
+        colour = mean[0].mean((1, 2), keepdim=True)
+        made.append(torch.stack([photo, _blurred(other), colour + smooth]))
+    return torch.cat([*made, *_broad(decoys)]).clamp(0, 1)
+
+
+def _broad(like: Tensor) -> list[Tensor]:
+    """Return broad patterns of light: slopes and a light or dark middle, as photos have them."""
+    high, wide = like.shape[-2:]
+    down, across = torch.linspace(-1, 1, high)[:, None], torch.linspace(-1, 1, wide)[None]
+    middle = 1 - (down.square() + across.square())
+    parts = [down.expand(high, wide), across.expand(high, wide), middle]
+    signs = itertools.product((-1.0, 0.0, 1.0), repeat=len(parts))
+    shapes = [sum(s * part for s, part in zip(each, parts, strict=True)) for each in signs]
+    made = [0.5 + 0.15 * shape for shape in shapes if isinstance(shape, Tensor) and shape.std() > 0]
+    return [shape.expand(1, *like.shape[1:]) for shape in made]
+
+
+def _blurred(image: Tensor) -> Tensor:
+    width = max(3, image.shape[-1] // 5) | 1
+    return F.avg_pool2d(image[None], width, 1, width // 2, count_include_pad=False)[0]
+
+
+def _enlarged(images: Tensor, like: Tensor) -> Tensor:
+    size = (like.shape[-2], like.shape[-1])
+    if size == tuple(images.shape[-2:]):
+        return images
+    larger = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
     return larger.clamp(0, 1)
 
 

@@ -11,14 +11,14 @@ from vitguard.audit.measure import guesses, measurements, pictures, unmeasured
 from vitguard.metrics import identification_p
 from vitguard.report.finding import LEAK_GAIN, Control, Finding, Verdict
 
-__all__ = ["LABELS_ONLY", "Beside", "finding_of", "rivals_of"]
+__all__ = ["EQUALS", "LABELS_ONLY", "Beside", "finding_of"]
 
 CHANCE = 0.01
-CROWDING = 5
-"""How many times more often than 1 / (decoys + 1) a guess without information may hit.
+EQUALS = 19
+"""Beside how many equals a guess without information stands: it is picked out in 5 % at most.
 
-Truths are whole photos, decoys are crops of a few: smooth noise hit up to 3.7 times as often, and
-hits within a batch go together (benchmarks/false_leaks.py).
+Measured over 2,000 CIFAR-10 images a kind (benchmarks/false_leaks.py): the mean image of a data set
+is the worst kind. So one image alone is never told from decoys, two of two are.
 """
 LABELS_ONLY = "recovers labels, no image"
 _ALIKE = 40.0
@@ -130,11 +130,6 @@ def _truth_unknown(guessed: Sequence[Attempt]) -> str:
     return f"the truth is not known and {why}"
 
 
-def rivals_of(finding: Finding) -> int:
-    """Return beside how many equal rivals a guess without information stands, crowding counted."""
-    return (finding.decoys or 0) // CROWDING - 1
-
-
 def _verdict(
     measured: Finding, attack: Attack, scored: Sequence[Attempt], beside: Beside | None
 ) -> tuple[Verdict, str, str]:
@@ -168,9 +163,7 @@ def _leak(measured: Finding, scored: Sequence[Attempt]) -> str:
     if gain is not None and gain >= LEAK_GAIN:
         return f"{gain:.1f} dB above the best no-information guess"
     hits = [bool(h) for a in scored for _, h in _identified(a)]
-    rivals = rivals_of(measured)
-    chance = identification_p(sum(hits), len(hits), rivals) if rivals > 0 else 1.0
-    if chance < CHANCE:
+    if identification_p(sum(hits), len(hits), EQUALS) < CHANCE:
         return f"{sum(hits)} of {len(hits)} images told from {measured.decoys} decoys"
     found = [a.scores.recovered for a in scored if a.scores and a.scores.recovered is not None]
     if exact := sum(int(patches.sum()) for patches in found):
