@@ -139,10 +139,15 @@ def test_the_shares_of_vit_base_are_those_of_the_full_model():
     assert everything.parameters == 86_567_656 and everything.share == 1
 
 
-def test_without_absolute_positions_no_closed_form_finds_patches():
-    model = timm.create_model("vit_base_patch32_224", depth=4, pos_embed="none")
-    remaining = plan_report(model, "head").remaining()
-    assert not {"position", "span", "span-chain", "gelu-span"} & set(remaining)
+@pytest.mark.parametrize("positions", ["none", "learnable"])
+def test_without_positions_the_patches_fall_to_the_search_and_to_no_closed_form(positions):
+    learnable = positions == "none"  # the defense takes them away, or the model has none
+    model = timm.create_model(
+        "vit_base_patch32_224", depth=4, **({} if learnable else {"pos_embed": "none"})
+    )
+    remaining = plan_report(model, "head", positions=positions).remaining()
+    assert not {"position", "span", "span-chain"} & set(remaining)
+    assert "gelu-span" in remaining
 
 
 def test_everything_encrypted_leaves_nothing():

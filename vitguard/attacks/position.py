@@ -64,7 +64,9 @@ class PositionInversion(Attack):
         anatomy.require_plain_embedding()
         if anatomy.positions is None:
             raise NotApplicable("the model has no absolute position embedding")
-        if view.traits.positions == "fixed" and not view.update.can_read(anatomy.positions):
+        if view.traits.positions in ("fixed", "none") and not view.update.can_read(
+            anatomy.positions
+        ):
             raise Blocked(anatomy.positions, "fixed positions have no gradient")
         summed = view.gradient(steps=True)
         positions = summed.read(anatomy.positions)[0, anatomy.position_prefix :]

@@ -99,7 +99,9 @@ class FixedPositions(ModelDefense):
 
     def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
         """Return that positions are fixed and public, and whether they span little."""
-        return replace(before, positions="fixed", low_rank=self.kind in ("sincos", "none"))
+        if self.kind == "none":
+            return replace(before, positions="none", low_rank=True)
+        return replace(before, positions="fixed", low_rank=self.kind == "sincos")
 
     def install(self, model: nn.Module, anatomy: Anatomy, draws: Draws) -> Installed:
         """Swap the parameter for a buffer of the same name, shape, dtype and device."""

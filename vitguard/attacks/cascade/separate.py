@@ -20,7 +20,7 @@ from vitguard.attacks.equations.linear import solve_positive
 from vitguard.attacks.equations.mlp import Activation, Norm, activation_of, thin_basis
 from vitguard.attacks.equations.rows import layer_rows
 from vitguard.core import View
-from vitguard.vit import Anatomy
+from vitguard.vit import Anatomy, Block
 
 __all__ = ["LastBlock", "Separated", "separate"]
 
@@ -67,8 +67,18 @@ class LastBlock:
             Blocked: The gradient of fc1 or fc2 cannot be read.
             NotApplicable: An MLP or norm of another form.
         """
-        block, batch, width = anatomy.blocks[-1], view.update.batch_size, anatomy.width
+        return LastBlock.at(view, anatomy.blocks[-1], view.update.batch_size, scale)
+
+    @staticmethod
+    def at(view: View, block: Block, batch: int, scale: Tensor) -> LastBlock:
+        """Read the MLP of any block, into which `batch` vectors entered.
+
+        Raises:
+            Blocked: The gradient of fc1 or fc2 cannot be read.
+            NotApplicable: An MLP or norm of another form.
+        """
         rows, outer = layer_rows(view, block.fc1), layer_rows(view, block.fc2)
+        width = rows.matrix.shape[1] - int(rows.augmented)
         basis, _ = thin_basis(rows.matrix, batch)
         span, _ = thin_basis(outer.matrix, batch)
         outer_gradient = outer.matrix @ span

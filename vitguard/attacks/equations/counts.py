@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vitguard.attacks.equations.places import SAME_EQUATIONS
 from vitguard.released import Released, Remaining
 
 __all__ = ["chain_remains", "gelu_span_remains", "span_remains", "token_search_remains"]
@@ -51,8 +52,8 @@ def _linear_obstacle(plain: Released) -> str:
         )
     if plain.equations <= 0:
         return f"{a.tokens} tokens fill the {a.width} dimensions: no equation is left"
-    if a.positions is None:
-        return "without absolute positions every patch has the same equations"
+    if a.positions is None or plain.traits.positions == "none":
+        return SAME_EQUATIONS
     return ""
 
 
@@ -148,8 +149,6 @@ def gelu_span_remains(plain: Released) -> Remaining:
     obstacle = "; ".join(a.obstacles)
     if not block.pre_norm:
         obstacle = "the first block is not x + attention(norm(x))"
-    elif a.positions is None:
-        obstacle = "without absolute positions every patch has the same equations"
     elif block.gated:
         obstacle = "the MLP multiplies two branches"
     elif block not in plain.spanning:
@@ -168,13 +167,13 @@ def gelu_span_remains(plain: Released) -> Remaining:
         "gelu-span",
         (*patch, f"{block.proj}.weight", fc1, fc2),
         obstacle,
-        "projection, fc1 and fc2 of block 0 are plain: also batches, shuffled patches and "
+        "projection, fc1 and fc2 of block 0 are plain: also batches, shuffled patches, no and "
         "sine-cosine positions, by a search that verifies itself",
     )
 
 
 def token_search_remains(plain: Released) -> Remaining:
-    """docs/methods.md 4.5, `deep-tokens`: measured, in no list of closed forms.
+    """docs/methods.md 4.5: what attack `deep-tokens` searches, in no list of closed forms.
 
     Every block that it could read has full rank, see `Released.spanning`: at depth 2 true tokens
     lie within 4e-5 of both spans of block 0, at depth 3 within 9e-5 of those of block 1.
@@ -185,7 +184,7 @@ def token_search_remains(plain: Released) -> Remaining:
         return Remaining("token-search", False, (), why)
     for number, block in enumerate(plain.spanning):
         needs = (f"{block.fc1}.weight", f"{block.fc2}.weight")
-        if not block.gated and not plain.hidden(*needs):
+        if block.pre_norm and not block.gated and not plain.hidden(*needs):
             why = (
                 f"both MLP layers of block {number} are plain: a search finds tokens and inverts "
                 "the blocks below (128 wide and 17 tokens: 127 dB); untried at 384 wide and more"

@@ -12,6 +12,7 @@ is linear, with one matrix for all positions (docs/methods.md 2.4 and 2.4b, step
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -28,6 +29,7 @@ from vitguard.attacks.equations.rows import (
     layer_rows,
     patch_basis,
 )
+from vitguard.attacks.equations.steps import directions
 from vitguard.core import View
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy, Block
@@ -117,17 +119,18 @@ class Solver:
             scaled / self.columns, (self.right[kept:] / self.columns).T, self.columns, misfit
         )
 
-    def positions_apart(self, family: Family) -> float:
+    def positions_apart(self, family: Family, rows: Tensor | None = None) -> float:
         """Return how far the members of one position stay outside those of another.
 
-        Of the nearest two positions, relative to the centred stream h. Near 0 a true token of one
-        position is a member at another, and the MLP's equations, which know no position, cannot
-        refuse it there.
+        Of the nearest two positions, or two of `rows`, relative to the centred stream h. Near 0 a
+        true token of one position is a member at another, and the MLP's equations, which know no
+        position, cannot refuse it there.
         """
         index = self.scale_index
-        stream = family.origin[:, :index] @ self.stream.T + self.offset
+        rows = torch.arange(len(self.offset)).to(self.offset.device) if rows is None else rows
+        stream = family.origin[rows, :index] @ self.stream.T + self.offset[rows]
         size = (stream - stream.mean(1, keepdim=True)).norm(dim=1).mean()
-        first = torch.cat([stream, family.origin[:, index : index + 1]], 1)
+        first = torch.cat([stream, family.origin[rows, index : index + 1]], 1)
         moves = torch.cat([self.stream @ family.directions[:index],
                            family.directions[index : index + 1]])  # fmt: skip
         left, values, _ = torch.linalg.svd(moves, full_matrices=False)
@@ -180,7 +183,7 @@ class Frame:
     """What the system of a view is made of that known tokens do not change.
 
     Args:
-        offset: b + e_i; of a shuffle also the shared offset, in the last row.
+        offset: b + e_i; behind it the offsets that several tokens share (see `of`).
         patch: R.
         into: W R.
         project, bias: The attention's projection.
@@ -198,8 +201,14 @@ class Frame:
     attention: tuple[Tensor, Tensor] | None
 
     @staticmethod
-    def of(view: View, anatomy: Anatomy, unknown: Tensor | None = None) -> Frame:
-        """Read what known tokens do not change; a shuffle's `unknown` adds rows.
+    def of(
+        view: View, anatomy: Anatomy, unknown: Tensor | None = None, together: Sequence[int] = ()
+    ) -> Frame:
+        """Read what known tokens do not change.
+
+        Args:
+            unknown: A shuffle's embeddings for positions, each a row more.
+            together: Positions whose offset many tokens share, each a row more, the last ones.
 
         Raises:
             NotApplicable: The block is not of this form.
@@ -215,6 +224,7 @@ class Frame:
                 offset[:1] - known[:1] + unknown.detach().to(offset).reshape(-1, offset.shape[1])
             )
             offset = torch.cat([offset, shared])
+        offset = torch.cat([offset, offset[list(together)]])
         patch = patch_basis(view, anatomy)
         pixels = anatomy.patch_pixels
         if patch is None or patch.shape[1] >= pixels:
@@ -223,6 +233,8 @@ class Frame:
         into, attention = embedding.weight @ patch, None
         if all(view.update.can_read(name) for name in block.qkv):
             shared = batch * anatomy.patches + anatomy.prefix_tokens
+            most = min(view.update.local_steps * shared, anatomy.width - 1)
+            shared = directions(view, block.qkv, shared, most)
             attention = _equations(
                 block_rows(view, block), Norm.of(view, block.norm1), into, offset, shared, 1
             )

@@ -11,9 +11,10 @@ from torch import Tensor
 from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.budget import Budget, nominal, worked
 from vitguard.attacks.equations.attention import Attention
-from vitguard.attacks.equations.counts import gelu_span_remains, token_search_remains
-from vitguard.attacks.equations.mask import shuffled_positions
-from vitguard.attacks.equations.rows import guess_from_patches
+from vitguard.attacks.equations.counts import gelu_span_remains
+from vitguard.attacks.equations.mask import shuffled_count, shuffled_positions
+from vitguard.attacks.equations.places import crowds, meets, members
+from vitguard.attacks.equations.rows import Embedding, guess_from_patches
 from vitguard.attacks.evidence import require_finite
 from vitguard.attacks.gelu_span.assemble import complete_images, complete_tokens
 from vitguard.attacks.gelu_span.peel import peel
@@ -39,24 +40,30 @@ class GeluSpan(Attack):
     The linear equations of `span` leave an affine family of tokens at each position (a batch, a
     shuffle's shared position, low-rank positions). A true token's activation also lies in the row
     space of dL/dW_fc2, which leaves hidden - T equations: many-start Levenberg-Marquardt finds the
-    members that satisfy them, to rounding error. What a token found put into the gradient is taken
+    members that satisfy them, to rounding error. Positions that share one embedding, as all do
+    where there are none, are searched as one. What a token found put into the gradient is taken
     out, which leaves less to search. In a batch, starts are pulled to what the tokens found of each
     image attend to. The attention equation then says which tokens form an image and fills in the
     last missing ones; a complete image is subtracted and the rest is a smaller batch. An incomplete
     image has the tokens that fit together by what their queries draw.
 
+    Several local SGD steps on one image are to the equations what a batch of as many is: the rows
+    of the summed gradient span the tokens of every step, and those of the first belong to the
+    public weights. They prove themselves to the same `accept`.
+
     Guarantees: a patch marked `verified` satisfies hidden - T equations to below `accept`, or, of
     the last image of a batch, those of the attention.
-    Under a shuffle what is verified is the content of a patch; its place is a guess by seams.
+    Under a shuffle, and without positions, what is verified is the content of a patch; its place is
+    a guess by seams, and so is its image in a batch.
 
     Args:
         seconds: Budget of work, in nominal seconds (`Budget`); what was found by then is returned.
         accept: Relative residual below which a token counts as found.
 
     Raises:
-        NotApplicable: T >= D (no exact attack is known); a fit would prove nothing (positions that
-            are not told apart, too few hidden units); no plain embedding, no first block of the
-            form x + attention(norm(x)), x + fc2(act(fc1(norm(x)))).
+        NotApplicable: T >= D (no exact attack is known); local steps on a batch; a fit would prove
+            nothing (positions that are not told apart, too few hidden units); no plain embedding,
+            no first block of the form x + attention(norm(x)), x + fc2(act(fc1(norm(x)))).
         Blocked: The gradient of fc1, fc2 or the attention projection is not in the update.
 
     References:
@@ -87,13 +94,13 @@ class GeluSpan(Attack):
         return nominal(svd=5.0 * width**3 + unknowns**3, qr=20.0 * width**3)
 
     def remains(self, plain: Released) -> tuple[Remaining, ...]:
-        """Count the equations of the first block's MLP, and name the search from a later block."""
-        return gelu_span_remains(plain), token_search_remains(plain)
+        """Count the equations of the first block's MLP."""
+        return (gelu_span_remains(plain),)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image per member of the batch; what is not verified is minimum norm."""
         budget, before = Budget.of(self.seconds), worked()
-        view = view.gradient()
+        view = view.gradient(steps=True)
         anatomy = Anatomy.of(view.model)
         _require(view, anatomy)
         require_finite(view)
@@ -119,8 +126,9 @@ class GeluSpan(Attack):
             details["unfinished"] = [f"all tokens were found ({state.stopped})"]
         if state.stopped == "interrupted":
             details["interrupted"] = True
-        if state.masked is not None:
-            details["order"] = "by seams" if bool(state.masked.any()) else "known"
+        if state.masked is not None or state.crowds:
+            moved = state.pooled if state.masked is None else state.pooled | state.masked
+            details["order"] = "by seams" if bool(moved.any()) else "known"
         return guess_from_patches(
             view, anatomy, state.patches, labels=labels,
             verified=state.verified,
@@ -133,8 +141,8 @@ def _require(view: View, anatomy: Anatomy) -> None:
     anatomy.require_plain_embedding()
     if not anatomy.blocks or not anatomy.blocks[0].pre_norm:
         raise NotApplicable("the first block is not x + attention(norm(x))")
-    if anatomy.positions is None:
-        raise NotApplicable("without absolute positions every patch has the same equations")
+    if view.update.local_steps > 1 and view.update.batch_size > 1:
+        raise NotApplicable("several local steps on a batch leave too much open")
     tokens = view.update.batch_size * anatomy.tokens
     if tokens >= anatomy.width:
         raise NotApplicable(
@@ -157,7 +165,10 @@ class _State:
         self.budget, self.accept = budget, accept
         self.stopped, self.peeled, self.filled, self.tries, self.told_apart = "", 0, 0, 0, 0
         self.tokens = view.update.batch_size * anatomy.tokens
-        self.unknown = view.unknown
+        offset = Embedding.of(view, anatomy).offset
+        self.crowds = crowds(offset)
+        self.pooled = members(self.crowds, offset)
+        self.unknown = None if meets(view, anatomy, self.crowds) else view.unknown
         batch = view.update.batch_size
         weight = view.weight(anatomy.patch_weight)
         self.patches = weight.new_zeros(batch, anatomy.patches, anatomy.patch_pixels)
@@ -174,25 +185,36 @@ class _State:
         """Set up the search for a view of the batch that is left."""
         anatomy, batch = self.anatomy, view.update.batch_size
         shared = 0 if self.unknown is None else self.unknown.numel() // anatomy.width
-        wanted = torch.full((anatomy.patches + shared,), batch, device=self.patches.device)
-        if shared:
-            wanted[anatomy.patches :] = batch * anatomy.patches
+        rows = anatomy.patches + shared + len(self.crowds)
+        wanted = torch.full((rows,), batch, device=self.patches.device)
+        wanted[: anatomy.patches][self.pooled] = 0
+        wanted[anatomy.patches : anatomy.patches + shared] = batch * anatomy.patches
+        for row, crowd in enumerate(self.crowds, anatomy.patches + shared):
+            wanted[row] = batch * len(crowd)
+        alone = not shared and view.update.local_steps == 1
         search = Search(
-            view, anatomy, self.attention, self.unknown, wanted, not shared,
+            view, anatomy, self.attention, self.unknown, wanted, alone,
             self.budget, self.generator, accept=self.accept,
+            together=tuple(int(crowd[0]) for crowd in self.crowds),
+            room=tuple((wanted // batch).tolist()) if self.crowds else (),
         )  # fmt: skip
         solver = search.whole.solver
-        if solver.positions_apart(search.whole.fine.family) < _APART:
+        if solver.positions_apart(search.whole.fine.family, torch.nonzero(wanted)[:, 0]) < _APART:
             raise NotApplicable(
                 f"{batch * anatomy.tokens} tokens of width {anatomy.width} leave so much free that "
                 "a token fits at positions that are not its own"
             )
-        if shared and batch == 1:
+        if shared and view.update.local_steps > 1:  # drift hides which fit: what is found tells
+            wanted[anatomy.patches :] = shuffled_count(view, anatomy)[0]
+            search.enough = anatomy.patches
+            self.masked = torch.ones_like(self.pooled)
+        elif shared and batch == 1:
             misfit = solver.family(max(solver.free(1e-4), 1)).misfit[: anatomy.patches]
-            self.masked = masked = shuffled_positions(misfit)
+            self.masked = masked = shuffled_positions(misfit) & ~self.pooled
             wanted[: anatomy.patches][masked] = 0
-            wanted[anatomy.patches :] = int(masked.sum())
-            search.exact = shared == 1
+            if not self.crowds:
+                wanted[anatomy.patches :] = int(masked.sum())
+                search.exact = shared == 1 and view.update.local_steps == 1
         return search
 
     def step(self) -> bool:
@@ -202,7 +224,7 @@ class _State:
         state = self.search.run(rounds=2)
         new, missing = len(self.search.found) - before, int(self.search.missing().sum())
         whole: list[Tensor] = []
-        attention = self.attention if self.unknown is None or batch == 1 else None
+        attention = self.attention if batch == 1 or not self._pooled else None
         if attention is not None and batch > 1:
             whole = complete_images(self.search, attention)
         self._store(whole)
@@ -244,6 +266,11 @@ class _State:
             new += complete_tokens(search, attention, mine, missing, last=last)
         return new
 
+    @property
+    def _pooled(self) -> bool:
+        """Whether tokens of several positions are searched as if of one."""
+        return self.unknown is not None or bool(self.crowds)
+
     def keep(self) -> None:
         """Write what was found so far into the images."""
         self._store([])
@@ -251,6 +278,9 @@ class _State:
     def _store(self, whole: list[Tensor]) -> None:
         """Write the images that are complete, and drafts of the others, behind those peeled."""
         found, anatomy = self.search.found, self.anatomy
+        if self.masked is not None and self.view.update.local_steps > 1:
+            self.masked = torch.ones_like(self.pooled)
+            self.masked[found.position[found.position < anatomy.patches]] = False
         sure = self.filled + len(whole)
         self.told_apart = sure + (
             sure == len(self.patches) - 1
@@ -261,19 +291,22 @@ class _State:
             self.patches[self.filled + index] = found.patch[rows]
             self.verified[self.filled + index] = True
             rest[rows] = False
-        drafts = self._drafts(rest & (found.position < anatomy.patches), len(whole))
+        sorted_by = rest if self.unknown is None else rest & (found.position < anatomy.patches)
+        drafts = self._drafts(sorted_by, len(whole))
         for index in range(self.filled + len(whole), len(self.patches)):
             patches, put = base.clone(), torch.zeros_like(self.verified[0])
             if self.view.update.batch_size == 1:
                 for where, (_, patch) in self.search.near.items():
                     if where < anatomy.patches:
                         patches[where] = patch
-            for row in torch.nonzero(drafts == index - self.filled - len(whole))[:, 0].tolist():
+            own = drafts == index - self.filled - len(whole)
+            for row in torch.nonzero(own & (found.position < anatomy.patches))[:, 0].tolist():
                 where = int(found.position[row])
                 patches[where], put[where] = found.patch[row], True
-            loose = torch.nonzero(rest & (found.position >= anatomy.patches))[:, 0]
+            mine = rest if self.unknown is not None else own
+            loose = torch.nonzero(mine & (found.position >= anatomy.patches))[:, 0]
             if len(loose):
-                holes = ~put if self.masked is None else self.masked & ~put
+                holes = ~put if self.masked is None else (self.masked | self.pooled) & ~put
                 loose = loose[: int(holes.sum())]
                 rest[loose] = False
                 patches, filled = place_by_seams(

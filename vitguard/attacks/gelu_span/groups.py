@@ -9,6 +9,7 @@ directs searches; `Attention.membership` proves.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,21 +31,23 @@ def group_tokens(
     position: Int[Tensor, " tokens"],
     images: int,
     draws: AttentionDraws | None = None,
+    room: Sequence[int] = (),
 ) -> Int[Tensor, " tokens"]:
     """Return the group of every token: 0, 1, ... without gaps, at most `images` of them.
 
     Two tokens of one position are never in one group, as long as no position has more than
-    `images`. There are `images` groups unless there are fewer tokens; where no token of an image is
-    known, one of the others is cut in two.
+    `images`, or more than its `room`. There are `images` groups unless there are fewer tokens;
+    where no token of an image is known, one of the others is cut in two.
 
     Args:
         attended: Attended values o.
         position: Where in the image each token stands.
         images: Of the batch.
         draws: What the tokens draw from each other; without it groups are balls around their means.
+        room: Tokens of one image that each position takes; one where nothing is said.
     """
     generator = torch.Generator().manual_seed(0)
-    tokens = _Tokens(attended.cpu().float(), position.tolist(), draws)
+    tokens = _Tokens(attended.cpu().float(), position.tolist(), draws, room)
     seeds = max(tokens.rivals, key=len)[:images]
     split = tokens.settled(torch.cdist(tokens.attended, tokens.attended[seeds]).square())
     while split.misfit.shape[1] < min(images, len(attended)):
@@ -67,9 +70,17 @@ class _Split:
 
 
 class _Tokens:
-    def __init__(self, attended: Tensor, place: list[int], draws: AttentionDraws | None) -> None:
+    def __init__(
+        self,
+        attended: Tensor,
+        place: list[int],
+        draws: AttentionDraws | None,
+        room: Sequence[int],
+    ) -> None:
         self.attended, self.draws = attended, draws
-        self.rivals = [[t for t, q in enumerate(place) if q == p] for p in sorted(set(place))]
+        places = sorted(set(place))
+        self.rivals = [[t for t, q in enumerate(place) if q == p] for p in places]
+        self.room = [max(room[p], 1) if p < len(room) else 1 for p in places]
 
     def beginning(self, token: int) -> Float[Tensor, "tokens one"]:
         """The misfits to a group of one token."""
@@ -118,7 +129,7 @@ class _Tokens:
     def _assigned(self, misfit: Float[Tensor, "tokens groups"]) -> Int[Tensor, " tokens"]:
         """Give the tokens of each position to different groups, those that fit best first."""
         cost, groups = misfit.numpy(), torch.zeros(len(misfit), dtype=torch.long)
-        for tokens in self.rivals:
-            rows, columns = linear_sum_assignment(cost[tokens])
-            groups[[tokens[row] for row in rows]] = torch.tensor(columns)
+        for tokens, room in zip(self.rivals, self.room, strict=True):
+            rows, columns = linear_sum_assignment(cost[tokens].repeat(room, 1))
+            groups[[tokens[row] for row in rows]] = torch.tensor(columns // room)
         return groups

@@ -127,7 +127,7 @@ class Problem:
     ) -> Solutions:
         v, residual = v.clone(), v.new_full((len(v),), torch.inf)
         alive = torch.arange(len(v), device=v.device)
-        state = self._evaluate(positions, v, pull.target)
+        state = self._evaluate(positions, v.clone(), pull.target)  # v is written to below
         damping = v.new_full((len(v),), 0.1)
         weight = pull.strength * state.cost.clamp(max=1e6) / state.apart.clamp_min(1e-12)
         mark = state.cost

@@ -48,6 +48,8 @@ def place_by_seams(
         for _ in range(sweeps):
             row, column = linear_sum_assignment(_costs(anatomy, trial, placed, holes, pieces))
             settled = torch.equal(trial[holes[row]], pieces[column])
+            # anew: with fewer pieces than holes, a piece that moves would stay where it was as well
+            trial, placed = image.clone(), known.clone()
             trial[holes[row]], placed[holes[row]] = pieces[column], True
             if settled:
                 break

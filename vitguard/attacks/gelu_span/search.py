@@ -10,6 +10,7 @@ rest brings nothing more: each token taken out leaves its rounding behind.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from vitguard.attacks.budget import Budget, charge
 from vitguard.attacks.equations.attention import Attention
 from vitguard.attacks.equations.family import Frame, Solver
+from vitguard.attacks.equations.steps import directions
 from vitguard.attacks.gelu_span.found import Found
 from vitguard.attacks.gelu_span.groups import group_tokens
 from vitguard.attacks.gelu_span.newton import Pull
@@ -44,12 +46,16 @@ class Search:
     Args:
         view: The gradient of all tokens.
         unknown: The embedding that the positions of a shuffle share.
+        together: A position of each crowd (`places`); its tokens stand in rows behind the others.
+        room: Tokens of one image at each position, where that is more than one.
+        enough: Tokens that there are in all, where `wanted` counts some of them twice.
         wanted: Tokens wanted at each position, shape (positions,).
         exact: Whether just as many are there, and not only at most.
         near: By position, residual and patch of the best candidate that was not accepted.
         budget: Of work; once it is spent no start is begun.
         accept: Residual below which a token counts as found.
         found: Tokens so far.
+        tokens: Directions that they span; of several local steps together.
         whole, remainder: The equations of all tokens, and of those not taken out.
 
     Raises:
@@ -67,8 +73,12 @@ class Search:
     generator: torch.Generator
     accept: float = 1e-3
     patience: int = 40
+    together: tuple[int, ...] = ()
+    room: tuple[int, ...] = ()
+    enough: float = math.inf
     near: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
     found: Found = field(init=False)
+    tokens: int = field(init=False)
     frame: Frame = field(init=False)
     whole: Remainder = field(init=False)
     remainder: Remainder = field(init=False)
@@ -79,20 +89,25 @@ class Search:
     _idle: int = 0
 
     def __post_init__(self) -> None:
-        self.frame = Frame.of(self.view, self.anatomy, self.unknown)
+        batch, block = self.view.update.batch_size, self.anatomy.blocks[0]
+        tokens = batch * self.anatomy.tokens
+        most = min(tokens * self.view.update.local_steps, self.anatomy.width - 1)
+        names = tuple(f"{layer}.weight" for layer in (block.fc1, block.fc2, block.proj))
+        self.tokens = directions(self.view, names, tokens, most)
+        self.frame = Frame.of(self.view, self.anatomy, self.unknown, self.together)
         self.found = Found.none(self.frame.offset, self.anatomy.patch_pixels)
         self._taken = torch.zeros(0, dtype=torch.bool, device=self.frame.offset.device)
         self.whole = self.remainder = self._remainder(self.view)
 
     def _remainder(self, view: View) -> Remainder:
-        tokens = self.view.update.batch_size * self.anatomy.tokens - int(self._taken.sum())
+        tokens = self.tokens - int(self._taken.sum())
         left = self.found.pick(self._taken).missing(self.wanted) if self.exact else None
         return Remainder.of(self.frame, view, self.anatomy, tokens, left, self.generator)
 
     @property
     def done(self) -> bool:
         """Whether every position has as many tokens as were wanted."""
-        return not bool(self.missing().any())
+        return len(self.found) >= self.enough or not bool(self.missing().any())
 
     @property
     def grouped(self) -> bool:
@@ -165,7 +180,7 @@ class Search:
         if self.attention is not None:
             prefix, patches = self.frame.embedding.prefix, self.anatomy.patches
             draws = self.attention.draws(self.embedded(some), prefix, patches)
-        return group_tokens(some.attended, some.position, images, draws)
+        return group_tokens(some.attended, some.position, images, draws, self.room)
 
     def _starts(self) -> Starts:
         return Starts(
@@ -180,8 +195,7 @@ class Search:
             return
         before = len(self._parts)
         if self._gradients is None:
-            tokens = self.view.update.batch_size * self.anatomy.tokens
-            self._gradients = TokenGradients.of(self.view, self.anatomy, tokens)
+            self._gradients = TokenGradients.of(self.view, self.anatomy, self.tokens)
         for rows in fresh.split(_AT_ONCE):
             if self.budget.over:
                 return

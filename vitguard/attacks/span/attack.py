@@ -43,6 +43,9 @@ class SpanInversion(Attack):
     curvature) is returned, together with the space; under a shuffle the residual tells which
     positions were shuffled.
 
+    Several local SGD steps count as one gradient, which they are to first order: then neither the
+    space nor the mask is known, and nothing is exact.
+
     Args:
         smooth_iterations: Conjugate-gradient iterations for the smoothest image, in each of its
             rounds.
@@ -68,7 +71,8 @@ class SpanInversion(Attack):
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image, exact where `details["nullity"]` is 0 and the residual is small."""
         anatomy = Anatomy.of(view.model)
-        view = view.gradient()
+        view = view.gradient(steps=True)
+        exact = view.update.local_steps == 1
         unknown = view.unknown
         shuffled = None
         if unknown is None:
@@ -92,13 +96,15 @@ class SpanInversion(Attack):
             "nullity": null.shape[1],
             "residual": float(residual.median()),
         }
+        if not exact:
+            details["steps"] = "as one gradient, to first order"
         return guess_from_patches(
             view,
             anatomy,
             patches,
             labels=try_labels(view, generator),
-            shuffled=None if shuffled is None else shuffled[None],
-            space=space,
+            shuffled=None if shuffled is None or not exact else shuffled[None],
+            space=space if exact else None,
             details=details,
         )
 

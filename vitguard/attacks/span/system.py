@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitguard.attacks.budget import charge
 from vitguard.attacks.equations.mask import shuffled_count
+from vitguard.attacks.equations.places import SAME_EQUATIONS, all_alike, crowds
 from vitguard.attacks.equations.rows import (
     Embedding,
     Rows,
@@ -111,8 +112,8 @@ def span_system(view: View, anatomy: Anatomy) -> System:
     anatomy.require_plain_embedding()
     if not anatomy.blocks or not anatomy.blocks[0].pre_norm:
         raise NotApplicable("the first block is not x + attention(norm(x))")
-    if anatomy.positions is None:
-        raise NotApplicable("without absolute positions every patch has the same equations")
+    if all_alike(crowds(Embedding.of(view, anatomy).offset), anatomy.patches):
+        raise NotApplicable(SAME_EQUATIONS)
     try:
         return _system(view, anatomy, _qkv_form)
     except (Blocked, NotApplicable) as first:

@@ -155,7 +155,9 @@ class PatchShuffle(ModelDefense):
 def _require_learnable_positions(
     model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]
 ) -> None:
-    fixed = next((d for d in stack if d.traits(Traits(), anatomy).positions == "fixed"), None)
+    fixed = next(
+        (d for d in stack if d.traits(Traits(), anatomy).positions in ("fixed", "none")), None
+    )
     learnable = anatomy.positions in {n for n, p in model.named_parameters() if p.requires_grad}
     if fixed is not None or not learnable:
         got = repr(fixed) if fixed is not None else "a model without them"
