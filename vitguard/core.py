@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -400,6 +401,10 @@ class Traits:
         sparse: Whether entries may be zero that were not.
         noise: Standard deviation of noise added to each tensor, relative to the root mean square
             that the tensor had; 0 where there is none or its size is not known so.
+        information: Nats that one release tells of one image at most, by proof: infinite without
+            a guarantee. Of a gradient in a ball of radius C under Gaussian noise of standard
+            deviation sigma C no more than 1 / (2 sigma^2) gets through (the capacity of a Gaussian
+            channel).
         shuffle: What is known of moved patches; None where none is moved.
         sealed: Selections of tensors that exist but cannot be read, as `EncryptedGradients` takes
             them.
@@ -411,6 +416,7 @@ class Traits:
     exact: bool = True
     sparse: bool = False
     noise: float = 0.0
+    information: float = math.inf
     shuffle: Shuffle | None = None
     sealed: tuple[str, ...] = ()
     accepted: bool = False

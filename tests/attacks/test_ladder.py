@@ -14,7 +14,7 @@ from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.span import SpanInversion
 from vitguard.audit import audit
 from vitguard.core import Guess, Normalization
-from vitguard.errors import NotApplicable
+from vitguard.errors import Blocked, NotApplicable
 from vitguard.metrics import psnr
 from vitguard.vit import Anatomy
 
@@ -91,8 +91,11 @@ def test_a_batch_near_the_width_is_not_called_proved(small_vit, observe, photos)
 
 def test_nothing_applies_gives_every_reason(small_vit, observe, photo):
     view = observe(small_vit(), photo, defenses=FROZEN, withhold=("attention", "mlp"))
-    with pytest.raises(NotApplicable, match=r"position: .*; span: .*gelu-span: "):
+    with pytest.raises(Blocked, match=r"position: .*; span: .*gelu-span: "):
         run(Ladder(seconds=3), view)
+    bare = observe(small_vit(pos_embed="none", depth=1), photo, withhold=("mlp",))
+    with pytest.raises(NotApplicable, match=r"no rung applied \(position: .*; span: .*gelu-span: "):
+        run(Ladder(seconds=3), bare)
 
 
 def test_the_mismatch_is_small_for_the_truth_only(small_vit, observe, photos):

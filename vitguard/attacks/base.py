@@ -76,7 +76,8 @@ class Attack(ABC):
         """Return the attacks that this one tries in turn, by name; none for a single attack.
 
         What each of them did stands in `details["outcomes"]` of the guess: `ran`, `cut` (by the
-        budget), `blocked` (a tensor cannot be read) or `refused` (an assumption does not hold).
+        budget), `bounded` (cut, where by proof next to nothing was to be had), `blocked` (a tensor
+        cannot be read) or `refused` (an assumption does not hold).
         """
         return {}
 

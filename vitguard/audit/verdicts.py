@@ -154,7 +154,11 @@ def _verdict(
         ran = ", ".join(n for n, outcome in parts.items() if outcome == "ran") or "none"
         why = f"no rung that ran here ({ran}) leaks on the undefended control"
         return "inconclusive", why, why
-    return "resisted", f"the undefended control leaks to {witness}, which ran to its end here", ""
+    why = f"the undefended control leaks to {witness}, which ran to its end here"
+    if bounded := [n for n, outcome in parts.items() if outcome == "bounded"]:
+        said = next(a.guess.details["rungs"][bounded[0]] for a in scored if a.guess)
+        why += f"; {', '.join(bounded)} did not, but {said.rpartition('; ')[2]}"
+    return "resisted", why, ""
 
 
 def _leak(measured: Finding, scored: Sequence[Attempt]) -> str:

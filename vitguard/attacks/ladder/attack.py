@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ __all__ = ["Ladder"]
 _FITS = 1e-2  # residual of `span` below which its space holds the truth
 _CONTRADICTED = 0.1  # above it the patches may be right, but not all in their own image
 _SHORTEST = 0.5  # nominal seconds of a rung at least
+_ONE_BIT = math.log(2)  # nats; less does not give even one number 6 dB (rate-distortion theory)
 _EXACT = 1e-3  # a relative mismatch below which no further rung is needed
 
 
@@ -144,8 +146,7 @@ class _Climb:
         if not (share := rung.share(self.view)):
             return
         if self.budget.over or self.budget.left < rung.least(self.view):
-            self._note(rung, "cut", "not tried: the budget was spent")
-            return
+            return self._short(rung, "not tried: the budget was spent")
         before = worked()
         try:
             own = _budgeted(rung, max(share * self.budget.left, _SHORTEST))
@@ -154,7 +155,7 @@ class _Climb:
                 own = replace(own, start=start)  # type: ignore[call-arg]
             guess = own.run(self.view, self.generator)
         except CutShort as why:
-            return self._note(rung, "cut", str(why))
+            return self._short(rung, str(why))
         except Blocked as why:
             return self._note(rung, "blocked", str(why))
         except NotApplicable as why:
@@ -165,10 +166,21 @@ class _Climb:
         proved = ""
         if guess.verified is not None and whole:
             proved = f"verified {self._verified(rung.name):.2f}, "
-        outcome = "cut" if guess.details.get("unfinished") else "ran"
-        self._note(rung, outcome, f"{known}{proved}{1e-9 * (worked() - before):.1f} s")
+        said = f"{known}{proved}{1e-9 * (worked() - before):.1f} s"
+        if guess.details.get("unfinished"):
+            self._short(rung, said)
+        else:
+            self._note(rung, "ran", said)
         if guess.details.get("interrupted"):
             raise KeyboardInterrupt
+
+    def _short(self, rung: Attack, said: str) -> None:
+        """Note a rung that did not come to its end: unless nothing was to be had, it might have."""
+        told = self.view.traits.information * self.view.update.local_steps
+        if told > _ONE_BIT:
+            return self._note(rung, "cut", said)
+        why = f"the noise lets at most {told / _ONE_BIT:.2g} bits of an image through"
+        self._note(rung, "bounded", f"{said}; {why}")
 
     def _note(self, rung: Attack, outcome: str, said: str) -> None:
         self.outcomes[rung.name], self.said[rung.name] = outcome, said
@@ -201,6 +213,8 @@ class _Climb:
     def _proved(self, name: str) -> bool:
         """Whether the update, or every patch without the update saying otherwise, proves it."""
         distance = self.distance.get(name)
+        if self.guesses[name].fitted:  # to this very distance: it proves nothing
+            return False
         if distance is not None and distance < _EXACT:
             return True
         return self._verified(name) == 1.0 and (distance is None or distance < _CONTRADICTED)
@@ -223,7 +237,9 @@ class _Climb:
 
         name = max(self.guesses, key=worth)
         guess = self.guesses[name]
-        if self.distance.get(name, 1.0) < _EXACT:  # the whole update is explained
+        if (
+            self._proved(name) and self.distance.get(name, 1.0) < _EXACT
+        ):  # the whole update is explained
             proved = torch.ones(len(guess.images), Anatomy.of(self.view.model).patches)
             told = {**guess.details, "told_apart": len(guess.images)}
             guess = replace(guess, verified=proved.bool(), details=told)

@@ -40,8 +40,9 @@ class MaximumAPosteriori(Attack):
 
     Details: `start`, `steps`, `products` (with the derivative and back), `misfit` (of the update,
     over what the known noise explains; None where no level is known), `reached` (whether that is
-    1), `finished` (whether the steps settled, and at the noise where that is known: otherwise in a
-    local minimum), and `unfinished` where the budget ended them.
+    1), `finished` (whether the steps settled, and at the noise where that is known), and
+    `unfinished` where the budget ended them or they settled in a local minimum above the noise: the
+    true images fit better, so the attack has failed, and a failed attack is no protection.
 
     Args:
         seconds: Budget in nominal seconds of work (`Budget`), the start included.
@@ -60,7 +61,9 @@ class MaximumAPosteriori(Attack):
 
     name: ClassVar[str] = "map"
     family: ClassVar[str] = "ladder"
-    rung: ClassVar[Rung | None] = Rung(70, 45)
+    rung: ClassVar[Rung | None] = Rung(
+        70, 45, instead_of=("position", "span", "gelu-span", "deep-tokens")
+    )
     seconds: float = 60.0
     steps: int = 30
     inner: int = 200
@@ -80,7 +83,7 @@ class MaximumAPosteriori(Attack):
 
     def least(self, view: View) -> float:
         """Return about how many nominal seconds a start and a first step take."""
-        return 50 * update_seconds(view)
+        return 6 * update_seconds(view)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values."""
@@ -204,8 +207,10 @@ def _guess(view: View, fit: Fit, labels: Tensor, name: str, settled: bool) -> Gu
         "reached": None if ratio is None else fit.reached,
         "finished": settled and (ratio is None or fit.reached),
     }
-    guess = Guess(images=images.float(), labels=labels)
+    guess = Guess(images=images.float(), labels=labels, fitted=True)
     details["mismatch"] = mismatch(view, guess)
     if not settled:
         details["unfinished"] = ["all Gauss-Newton steps were taken (budget)"]
+    elif not details["finished"]:  # the true images fit the noise, so this is not the best
+        details["unfinished"] = ["the noise was reached (a local minimum)"]
     return replace(guess, details=details)

@@ -136,8 +136,8 @@ class EncryptedGradients(UpdateDefense):
         values = sum(update.tensors[n].numel() for n in chosen)
         if values > self.rehearse:
             reason = (
-                f"listed as encrypted ({self.preset}); no ciphertext was made of its "
-                f"{values} values, since no keys were given and rehearse={self.rehearse}"
+                f"encrypted ({self.preset}) in a rehearsal without keys; no ciphertext was made "
+                f"of its {values} values (rehearse={self.rehearse})"
             )
             return update.seal(dict.fromkeys(chosen, reason))
         return self._rehearsal(update, chosen, draws)

@@ -11,9 +11,10 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from vitguard.core import Traits
 from vitguard.errors import expected, missing_extra
 
 __all__ = ["Ledger", "PrivacySpent", "gaussian_delta", "gaussian_epsilon", "noise_for"]
@@ -381,6 +382,14 @@ def noise_for(
     if low < 1 and excess(low) <= 0:
         return low
     return _least(excess, low, high, precision=1e-3)
+
+
+def noisy(before: Traits, noise: float) -> Traits:
+    """Return the traits of a release that is clipped and gets noise of `noise` times the clip."""
+    if noise == 0:
+        return before
+    told = min(before.information, 1 / (2 * noise**2))
+    return replace(before, exact=False, information=told)
 
 
 def _least(excess: Callable[[float], float], low: float, high: float, *, precision: float) -> float:

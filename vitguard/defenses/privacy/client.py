@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitguard.core import Traits, Update
 from vitguard.defenses.base import Defense, Draws, Ledgered, UpdateDefense
-from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
+from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for, noisy
 from vitguard.defenses.privacy.verification import reconstruction_bound
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy
@@ -84,8 +84,8 @@ class ClientPrivacy(UpdateDefense, Ledgered):
             )
 
     def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
-        """Return that tensors are no longer exact, where there is noise."""
-        return replace(before, exact=before.exact and self.multiplier == 0)
+        """Return that tensors are no longer exact, where there is noise, and what they tell."""
+        return noisy(before, self.multiplier)
 
     @property
     def multiplier(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitguard.core import Batch, Loss, Traits
 from vitguard.defenses.base import Defense, Draws, Ledgered, StepDefense
-from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
+from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for, noisy
 from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.engine import Clipped, Engine, clipped_sum
 from vitguard.defenses.privacy.losses import auxiliary_losses, per_example_losses
@@ -104,8 +104,8 @@ class DifferentialPrivacy(StepDefense, Ledgered):
         check_model(model)
 
     def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
-        """Return that the gradient is no longer exact, where there is noise."""
-        return replace(before, exact=before.exact and self._release_noise() == 0)
+        """Return that the gradient is no longer exact, where there is noise, and what it tells."""
+        return noisy(before, self._release_noise())
 
     def clipped_sum(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
         """Return the sum of the batch's clipped gradients, without noise, by base parameter name.
@@ -117,8 +117,13 @@ class DifferentialPrivacy(StepDefense, Ledgered):
             Incompatible: The model mixes examples, shares parameters, or cannot be followed.
             Unprotected: A loss reached a parameter around the clipping.
         """
+        return self._clipped_sum(model, loss, batch, probed=True)
+
+    def _clipped_sum(
+        self, model: nn.Module, loss: Loss, batch: Batch, *, probed: bool
+    ) -> dict[str, Tensor]:
         check_model(model)
-        clipped = _clip(self._engine(), model, loss, batch, self.clip)
+        clipped = _clip(self._engine(), model, loss, batch, self.clip, probed=probed)
         trainable = {k: p for k, p in model.named_parameters() if p.requires_grad}
         return {
             canonical_name(k): clipped.sums.get(k, torch.zeros_like(p))
@@ -129,9 +134,10 @@ class DifferentialPrivacy(StepDefense, Ledgered):
         self, model: nn.Module, loss: Loss, batch: Batch, draws: Draws
     ) -> Mapping[str, Tensor]:
         """Return (clipped sum + noise) / batch size, by base parameter name."""
-        noise = self._release_noise()
-        sums = self.clipped_sum(model, loss, batch)
-        size = len(batch.labels)
+        noise, size = self._release_noise(), len(batch.labels)
+        # in a rehearsal nothing is promised beyond this batch, and one example meets no other
+        alone = draws.seeded is not None and size == 1
+        sums = self._clipped_sum(model, loss, batch, probed=not alone)
         return {k: s / size for k, s in draws.noised_all(sums, noise * self.clip).items()}
 
     def mimic(self, examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -252,13 +258,16 @@ def _calibrated(epsilon: float, delta: float, rate: float, steps: int, accountan
     return noise_for(epsilon, delta, rate, steps, accountant)
 
 
-def _clip(engine: Engine, model: nn.Module, loss: Loss, batch: Batch, clip: float) -> Clipped:
-    """Run one recorded pass over a batch and clip."""
+def _clip(
+    engine: Engine, model: nn.Module, loss: Loss, batch: Batch, clip: float, *, probed: bool
+) -> Clipped:
+    """Run one recorded pass over a batch and clip; `probed` asks first whether examples meet."""
     held = {p: p.grad for p in model.parameters() if p.grad is not None}
     for p in held:
         p.grad = None
     try:
-        probe(model, engine, (batch.images,))
+        if probed:
+            probe(model, engine, (batch.images,))
         with torch.enable_grad(), paused(model), engine.watch(model, batch.images) as tape:
             outputs = model(batch.images)
         with torch.enable_grad(), paused(model):
