@@ -94,7 +94,7 @@ def main() -> None:
     cases = list(load_cases(options.first, options.images, options.crop))
     floors = [baseline(case.pixels, (4, 4)) for case in cases]
     low, high = (
-        float(torch.cat([getattr(f, k) for f in floors]).median()) for k in ("psnr", "patch_psnr")
+        float(torch.cat([getattr(f, k) for f in floors]).median()) for k in ("psnr", "thumbnail")
     )
     print(f"{len(cases)} cases, floors {low:.1f} dB flat image, {high:.1f} dB flat patches")
     if options.map is not None:

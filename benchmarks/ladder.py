@@ -133,7 +133,7 @@ def row(case: Case, seconds: float, folder: Path | None) -> str:
         f"{float(psnr(matched(rough.images.cpu(), pixels), pixels).min()):.1f} | "
         f"{float(raw.min()):.1f} "
         f"[{float(floor.psnr.min()):.1f}] | {float(moved.min()):.1f} "
-        f"[{float(floor.patch_psnr.min()):.1f}] | {100 * guess.details['verified']:.0f} % | "
+        f"[{float(floor.thumbnail.min()):.1f}] | {100 * guess.details['verified']:.0f} % | "
         f"{sharp} | {spent:.1f} | {worked:.1f} |"
     )
 

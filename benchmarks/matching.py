@@ -331,7 +331,7 @@ def lines(
         result = metrics.score(got.images, truth, patch, decoys=case.decoys)
         before = metrics.score(own, truth, patch).patch_psnr.mean()
         right = labels_overlap(got.labels, case.labels[:batch])
-        after, level = result.patch_psnr.mean(), floor.patch_psnr.mean()
+        after, level = result.patch_psnr.mean(), floor.thumbnail.mean()
         cells = (
             case.name, batch, kind, start, name, got.details["iterations"] * inner,
             f"{result.psnr.mean():.1f}", f"{after:.1f}", f"{floor.psnr.mean():.1f} / {level:.1f}",
@@ -366,7 +366,7 @@ def identify(options: argparse.Namespace) -> None:
             guard = protect(copy.deepcopy(model).train(), stack)
             update = guard.update(NORMALIZATION.apply(truth), aims)
             view = CuriousServer().view(guard, update, NORMALIZATION)
-            floor = metrics.baseline(truth, patch).patch_psnr.tolist()
+            floor = metrics.baseline(truth, patch).thumbnail.tolist()
             guess = None
             for name in (options.attack, *options.then):
                 attack = parse_attack(name, fast=guess is not None)

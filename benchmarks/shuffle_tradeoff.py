@@ -136,7 +136,7 @@ def audit(options: argparse.Namespace) -> None:
                 "psnr": list(finding.psnr.per_image) if finding.psnr else None,
                 "patch_psnr": list(finding.patch_psnr.per_image) if finding.patch_psnr else None,
                 "mask": [finding.mask.precision, finding.mask.recall] if finding.mask else None,
-                "floor": floor.psnr.tolist(), "patch_floor": floor.patch_psnr.tolist(),
+                "floor": floor.psnr.tolist(), "patch_floor": floor.thumbnail.tolist(),
                 "seconds": time.perf_counter() - started,
             }  # fmt: skip
             _append(options.out, "audits", line)

@@ -80,7 +80,7 @@ def audited(
             cell += f", {100 * proved:.0f} % proved"
         cells.append(cell)
     floor = baseline(pixels, (4, 4))
-    floors = f"flat {_list(floor.psnr)}, flat patches {_list(floor.patch_psnr)}"
+    floors = f"flat {_list(floor.psnr)}, flat patches {_list(floor.thumbnail)}"
     return " | ".join([floors, *cells])
 
 
@@ -138,7 +138,7 @@ def withheld(data: Path) -> None:
                     except VitguardError as error:
                         cell = str(error)
                     cells.append(f"{attack.name}: {cell}")
-                floor = f"flat patches {_list(baseline(one, (4, 4)).patch_psnr)}"
+                floor = f"flat patches {_list(baseline(one, (4, 4)).thumbnail)}"
                 print(" | ".join([f"withheld | {steps} steps, {stack}", floor, *cells]), flush=True)
 
 

@@ -52,7 +52,7 @@ def test_frozen_positions_leak_and_the_json_keeps_its_schema():
         "schema", "vitguard", "model", "images", "batch_size", "seed", "baseline", "findings",
     }  # fmt: skip
     assert set(result["model"]) == {"name", "parameters", "patches", "width"}
-    assert set(result["baseline"]) == {"psnr", "patch_psnr"}
+    assert set(result["baseline"]) == {"psnr", "patch_psnr", "thumbnail"}
     found = {(f["defense"], f["attack"]): f for f in result["findings"]}
     assert found["none", "position"]["verdict"] == "leaks"
     assert found["positions:kind=frozen", "position"]["verdict"] == "blocked"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from vitguard.core import Normalization
+from vitguard.core import LocalTraining, Normalization
 from vitguard.defenses.positions import FixedPositions, WithheldPositions
-from vitguard.errors import Blocked, InputError, NotApplicable
+from vitguard.errors import Blocked, InputError
 from vitguard.guard import protect
 from vitguard.registry import parse_stack
 from vitguard.threats import CuriousServer
@@ -103,10 +103,17 @@ def test_a_simulated_update_carries_no_graph_that_nobody_asked_for(small_vit, ob
         torch.testing.assert_close(made.tensors[name], tensor.detach())
 
 
-def test_adam_steps_cannot_be_simulated(small_vit, observe, photo):
-    view = observe(small_vit(), photo, learning_rate=1e-3, optimizer="adamw")
-    with pytest.raises(NotApplicable, match="adamw"):
-        view.simulate(photo, torch.tensor([0]), torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_adam_steps_are_simulated_as_the_victim_takes_them(small_vit, photo, optimizer, steps):
+    guard = protect(small_vit().double(), [])
+    training = LocalTraining(1e-3, steps, optimizer, weight_decay=0.01)
+    images = Normalization().apply(photo.double())
+    update = guard.update(images, torch.tensor([0]), training=training)
+    view = CuriousServer().view(guard, update, Normalization())
+    made = view.simulate(images, torch.tensor([0]), torch.Generator().manual_seed(0)).tensors
+    for name, seen in update.tensors.items():
+        assert float((made[name] - seen).norm()) <= 1e-6 * float(seen.norm()), name
 
 
 def test_withheld_positions_are_simulated_from_the_public_ones(small_vit, photo):

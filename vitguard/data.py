@@ -6,6 +6,7 @@ sample photos are read from the installed scikit-image package itself.
 
 from __future__ import annotations
 
+import functools
 import struct
 import warnings
 from collections import Counter
@@ -56,6 +57,7 @@ _GREY = {
     name: f"{name}.png"
     for name in ("camera", "coins", "cell", "clock_motion", "grass", "gravel", "brick")
 }
+_SOURCES = {**_PHOTOS, **_GREY}
 _SUFFIXES = (
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe",
     ".jpeg", ".jpf", ".jpg", ".jpx", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif",
@@ -233,16 +235,38 @@ def decoys(
         raise expected("a count and a size of at least 1", f"count={count}, size={size}")
     excluded = set(exclude_names)
     further = [] if extra is None else [_picture(image) for image in extra]
-    further = [image for image in further if not _shows(image, truth, size)]
-    files = {**_PHOTOS, **_GREY}
-    photos = [_read(_skimage_folder() / f) for name, f in files.items() if name not in excluded]
-    sources = [image for image in photos if not _shows(image, truth, size)] + further
-    if not sources:
+    further = [image for image in further if not _shows(_prepared(image, size), truth)]
+    kept = [
+        i for i, (name, prepared) in enumerate(zip(_SOURCES, _sources(size), strict=True))
+        if name not in excluded and not _shows(prepared, truth)
+    ]  # fmt: skip
+    if not kept and not further:
         raise expected("a photo or extra image to take decoys from", "all of them excluded")
+    if not further:  # audits ask for the same ones again and again
+        pool = _pool(25 * -(-count // (25 * len(kept))), size, seed)  # few pools serve all
+        return pool[:, kept].flatten(0, 1)[:count].clone()
+    photos = [_read(_skimage_folder() / _SOURCES[name]) for name in _SOURCES]
+    sources = [photos[i] for i in kept] + further
     whole = [_tensor(_cover(image, size)) for image in further[:count]]
     generator = np.random.default_rng(seed)
     crops = [_crop(sources[i % len(sources)], size, generator) for i in range(count - len(whole))]
     return torch.stack([*whole, *crops])
+
+
+@functools.lru_cache(maxsize=8)
+def _sources(size: tuple[int, int]) -> Float[Tensor, "sources 3 height width"]:
+    """Return what decoys are taken from, prepared as an audit would."""
+    folder = _skimage_folder()
+    return torch.stack([_prepared(_read(folder / file), size) for file in _SOURCES.values()])
+
+
+@functools.lru_cache(maxsize=2)
+def _pool(rounds: int, size: tuple[int, int], seed: int) -> Tensor:
+    """Return random parts of each source, shape (rounds, sources, 3, height, width)."""
+    photos = [_read(_skimage_folder() / file) for file in _SOURCES.values()]
+    generator = np.random.default_rng(seed)
+    crops = [_crop(photo, size, generator) for _ in range(rounds) for photo in photos]
+    return torch.stack(crops).unflatten(0, (rounds, len(photos)))
 
 
 def mean_image(
@@ -384,14 +408,19 @@ def _crop(
     return _tensor(ImageOps.mirror(part) if generator.random() < 0.5 else part)
 
 
-def _shows(image: Image.Image, truth: Tensor | None, size: tuple[int, int]) -> bool:
+def _prepared(image: Image.Image, size: tuple[int, int]) -> Float[Tensor, "3 height width"]:
+    return _tensor(_cover(image, size))
+
+
+def _shows(image: Tensor, truth: Tensor | None) -> bool:
     """Whether the image, prepared as an audit would, is one of the truths."""
     if truth is None:
         return False
-    if truth.ndim != 4 or tuple(truth.shape[1:]) != (3, *size):
+    if truth.ndim != 4 or truth.shape[1:] != image.shape:
+        size = tuple(image.shape[1:])
         raise expected(f"truth of shape (batch, 3, {size[0]}, {size[1]})", tuple(truth.shape))
     # In grey: the truths may be a colour photo that was made grey.
-    both = torch.cat([_tensor(_cover(image, size))[None], truth.detach().cpu().float()])
+    both = torch.cat([image[None], truth.detach().cpu().float()])
     rows = both.double().mean(1).flatten(1)
     rows = rows - rows.mean(1, keepdim=True)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)

@@ -85,16 +85,12 @@ def test_a_rung_that_its_budget_cut_says_so(small_vit, observe, photos, attack):
 def test_the_ladder_names_a_rung_that_found_nothing_before_its_budget_ended(
     small_vit, observe, photos, monkeypatch
 ):
-    from vitguard.attacks.ladder import attack as ladder
-
     view = observe(small_vit(), photos[:2], defenses=FROZEN)
     noise = {k: torch.randn_like(t) for k, t in view.update.tensors.items()}
     view = replace(view, update=replace(view.update, tensors=noise))
 
-    class Hurried(Cascade):
-        seconds = property(lambda self: 1e-3, lambda self, value: None)
-
-    monkeypatch.setattr(ladder, "Cascade", Hurried)
+    full = Cascade.run
+    monkeypatch.setattr(Cascade, "run", lambda self, *how: full(replace(self, seconds=1e-3), *how))
     guess = run(Ladder(seconds=1.0), view)
     assert "cascade" in guess.details["unfinished"]
     assert "nominal seconds" in guess.details["rungs"]["cascade"]

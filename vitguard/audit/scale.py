@@ -27,7 +27,7 @@ The steepest leave little but one broad light or dark patch, as the mean of a da
 """
 _TINT = 0.3
 """How much the channels of that noise differ."""
-_TRIED = 28
+_TRIED = 16
 """How many of them are scored: assigning patches takes long."""
 
 

@@ -137,7 +137,7 @@ class MaximumAPosteriori(Attack):
             flat = flat + 0.1 * prior.paint(noise.to(flat))
         flat = view.normalization.invert(flat).clamp(0, 1)
         found = [("prior", Guess(images=flat, labels=_labels(view, generator)))]
-        share = 0.5 * _STARTS * budget.left
+        share = max(0.5 * _STARTS * budget.left, 1e-3)
         for attack in (RobustPosition(seconds=share), RobustSpan(seconds=share)):
             if batch == 1:
                 try:
