@@ -42,10 +42,10 @@ def images(count: int = 9500) -> tuple[Tensor, Tensor]:
 def smooth(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return noise whose spectrum falls with frequency as that of photos does."""
     down = torch.fft.fftfreq(shape[2])[:, None].square() + torch.fft.rfftfreq(shape[3]).square()
-    down[0, 0] = torch.inf
-    made = torch.fft.irfft2(
-        torch.fft.rfft2(torch.randn(shape, generator=generator)) / down.sqrt(), s=shape[2:]
-    )
+    down[0, 0] = 1.0
+    waves = torch.fft.rfft2(torch.randn(shape, generator=generator))
+    waves[..., 0, 0] = 0
+    made = torch.fft.irfft2(waves / down.sqrt(), s=shape[2:])
     return (0.5 + 0.25 * made / made.std((1, 2, 3), keepdim=True)).clamp(0, 1)
 
 

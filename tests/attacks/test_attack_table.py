@@ -137,7 +137,8 @@ def test_query_or_value_alone_is_enough_where_they_are_layers(sent, moved, obser
         torch.manual_seed(0)
         model = moved(transformers_model("ViT"))
     pixels = torch.rand(1, 3, 32, 32, generator=generator)
-    others = "|".join({"q", "k", "v"} - {sent})
+    named = {"q": "q|query", "k": "k|key", "v": "v|value"}  # as versions of transformers call them
+    others = "|".join(names for one, names in named.items() if one != sent)
     withheld = (rf"\.({others})(_proj)?\.", "mlp", r"\.o(_proj|utput)")
     view = observe(model, pixels, defenses="positions:kind=frozen", withhold=withheld)
     if sent == "k":  # softmax does not feel a shift of all keys: one direction is missing

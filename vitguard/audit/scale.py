@@ -91,13 +91,14 @@ def uninformed(decoys: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mean, size = decoys.mean(0, keepdim=True), (decoys.shape[-2], decoys.shape[-1])
     down = torch.fft.fftfreq(size[0])[:, None].square() + torch.fft.rfftfreq(size[1]).square()
-    down[0, 0] = torch.inf  # the mean colour is added below
+    down[0, 0] = 1.0
     made = [mean]
     spread = decoys.std((2, 3)).mean()
     for i in range(_EACH):
         photo, other = decoys[2 * i % len(decoys)], decoys[(2 * i + 1) % len(decoys)]
         grey, tint = torch.randn(2, *decoys.shape[1:], generator=generator)
         waves = torch.fft.rfft2(grey[:1] + _TINT * tint)  # photos vary in light more than in hue
+        waves[:, 0, 0] = 0  # the mean colour is added below
         smooth = torch.fft.irfft2(waves / down ** _POWERS[i % len(_POWERS)], s=size)
         smooth = spread / smooth.std().clamp(min=1e-12) * smooth
         colour = mean[0].mean((1, 2), keepdim=True)

@@ -62,7 +62,7 @@ class Stem:
 
     def tokens(
         self, images: Float[Tensor, "n channels height width"]
-    ) -> Float[Tensor, "n tokens width"]:
+    ) -> Float[Tensor, "n tokens features"]:
         """Return what enters the layer for images in model-input units; differentiable."""
         held: list[Tensor] = []
 
@@ -80,7 +80,7 @@ class Stem:
             handle.remove()
         return held[0]
 
-    def natural(self, count: int, generator: torch.Generator) -> Float[Tensor, "n tokens width"]:
+    def natural(self, count: int, generator: torch.Generator) -> Float[Tensor, "n tokens features"]:
         """Return the tokens of images drawn from the prior."""
         draws = torch.randn(count, *self.view.image_shape, generator=generator).double()
         like = self.prior.mean
@@ -89,7 +89,7 @@ class Stem:
         with torch.no_grad():
             return self.tokens(self.view.normalization.apply(pixels))
 
-    def made(self, white: Float[Tensor, "c h w"]) -> Float[Tensor, "tokens width"]:
+    def made(self, white: Float[Tensor, "c h w"]) -> Float[Tensor, "tokens features"]:
         """Return the tokens of the image of these coordinates."""
         with torch.no_grad():
             return self.tokens(self.image(white)[None])[0]
@@ -100,9 +100,9 @@ class Stem:
 
     def invert(
         self,
-        tokens: Float[Tensor, "tokens width"],
+        tokens: Float[Tensor, "tokens features"],
         known: Tensor,
-        whiten: Float[Tensor, "width width"],
+        whiten: Float[Tensor, "features features"],
         budget: Budget,
         generator: torch.Generator,
         *,
