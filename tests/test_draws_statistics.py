@@ -125,3 +125,10 @@ def test_the_far_tail_has_no_gaps(monkeypatch, word):
     # radii from 2^-23 to 2^-22 of the disc: beyond 7.8 deviations, and as dense as exact numbers
     assert 7.8 < radii.min() < radii.max() < 8
     assert np.diff(np.sort(radii)).max() < 2.0**-11  # a cell of the grid
+
+
+@pytest.mark.parametrize("count", [(5,), torch.Size([200]), 2.0, True, -1, None])
+def test_a_count_of_draws_is_a_whole_number(count):
+    for draw in (Draws().words, Draws().uniform, lambda n: Draws().chosen(n, 1.0)):
+        with pytest.raises(InputError, match="a count of draws"):
+            draw(count)

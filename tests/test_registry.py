@@ -13,6 +13,7 @@ from vitguard.attacks.fgsm import FGSM
 from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
+from vitguard.audit import audit
 from vitguard.core import Guess
 from vitguard.defenses.base import UpdateDefense
 from vitguard.defenses.noise import GradientNoise
@@ -188,6 +189,9 @@ class Impostor(Attack):
 class TheirDefense(UpdateDefense):
     name = "their-defense"
 
+    def seal(self, update, anatomy, draws):
+        return update
+
 
 @pytest.fixture
 def installed(monkeypatch):
@@ -245,4 +249,47 @@ def test_the_ladder_climbs_the_rung_of_a_third_party(installed, small_vit, obser
 def test_an_entry_point_cannot_replace_an_attack_or_be_something_else(installed, wrong):
     installed(a=("vitguard.attacks", wrong))
     with pytest.raises(InputError):
+        registry.attack_types()
+
+
+@dataclass(frozen=True)
+class Breaks(TheirRung):
+    name: ClassVar[str] = "breaks"
+
+    def run(self, view, generator):
+        raise RuntimeError("out of ideas")
+
+
+def test_a_rung_that_breaks_takes_no_other_with_it_and_earns_no_resistance(
+    installed, small_vit, observe, photo
+):
+    installed(a=("vitguard.attacks", "Breaks"))
+    found = Ladder().run(observe(small_vit(), photo), torch.Generator()).details
+    assert found["rung"] == "position" and found["outcomes"]["breaks"] == "failed"
+    assert found["rungs"]["breaks"] == "it failed: RuntimeError: out of ideas"
+    batch = photo, torch.tensor([1])
+    report = audit(small_vit(), batch, defenses="noise:scale=3", attacks="ladder:seconds=9")
+    finding = report.findings[-1]
+    assert finding.verdict == "inconclusive" and finding.reason.startswith("breaks failed")
+    assert report.gate(max_gain=6) == 3
+
+
+class Nameless(Attack):
+    family: ClassVar[str] = "closed-form"
+
+    def run(self, view, generator):
+        raise NotImplementedError
+
+
+class Abstract(Attack):
+    name: ClassVar[str] = "abstract"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("Missing", "a module that imports"), ("Nameless", "with a name"), ("Abstract", "with run")],
+)
+def test_a_broken_entry_point_is_named(installed, wrong, said):
+    installed(a=("vitguard.attacks", wrong))
+    with pytest.raises(InputError, match=rf"{said} at entry point a \(.*{wrong}\)"):
         registry.attack_types()

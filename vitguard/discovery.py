@@ -31,12 +31,23 @@ def discover(package: str, *bases: type) -> dict[str, type[Any]]:
         for value in vars(module).values():
             if inspect.isclass(value) and issubclass(value, bases) and "name" in vars(value):
                 found[value.name] = value  # type: ignore[attr-defined]
+    kinds = " or ".join(base.__name__ for base in bases)
     for point in entry_points(group=package):
-        value = point.load()
+        where = f"entry point {point.name} ({point.value})"
+        try:
+            value = point.load()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise expected(
+                f"a module that imports at {where}", why, "Mend or remove it."
+            ) from error
         if not (inspect.isclass(value) and issubclass(value, bases)):
-            kinds = " or ".join(base.__name__ for base in bases)
-            raise expected(f"a class of {kinds} at entry point {point.name}", repr(value))
-        name: str = value.name  # type: ignore[attr-defined]
+            raise expected(f"a class of {kinds} at {where}", repr(value))
+        if missing := sorted(getattr(value, "__abstractmethods__", ())):
+            raise expected(f"a {kinds} with {', '.join(missing)} at {where}", "none")
+        name = getattr(value, "name", None)
+        if not (isinstance(name, str) and name):
+            raise expected(f"a {kinds} with a name at {where}", repr(name))
         if found.setdefault(name, value) is not value:
-            raise expected(f"a name of its own at entry point {point.name}", repr(name))
+            raise expected(f"a name of its own at {where}", repr(name))
     return dict(sorted(found.items()))

@@ -66,7 +66,13 @@ class Draws:
         self._examples = _PUBLIC_KEY if generator is not None else secrets.token_bytes(_KEY)
 
     def words(self, count: int) -> NDArray[np.uint64]:
-        """Return `count` uniform 64-bit words."""
+        """Return `count` uniform 64-bit words.
+
+        Raises:
+            InputError: `count` is no whole number, such as a shape: take `normal` for shapes.
+        """
+        if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 0:
+            raise expected("a count of draws, a whole number", repr(count), "Reshape the result.")
         return np.frombuffer(self._stream().update(bytes(8 * count)), np.uint64)
 
     def uniform(self, count: int) -> Float[NDArray, " count"]:
@@ -82,7 +88,7 @@ class Draws:
         if not 0 <= rate <= 1:
             raise expected("a rate in [0, 1]", rate)
         if rate == 1:
-            return np.ones(count, dtype=bool)
+            return np.ones(len(self.words(count)), dtype=bool)
         return self.words(count) < np.uint64(math.ldexp(rate, 64))
 
     def key(self) -> int:

@@ -77,7 +77,7 @@ class Attack(ABC):
 
         What each of them did stands in `details["outcomes"]` of the guess: `ran`, `cut` (by the
         budget), `bounded` (cut, where by proof next to nothing was to be had), `blocked` (a tensor
-        cannot be read) or `refused` (an assumption does not hold).
+        cannot be read), `refused` (an assumption does not hold) or `failed` (it broke).
         """
         return {}
 

@@ -156,8 +156,8 @@ def _verdict(
         return "inconclusive", why, why
     why = f"the undefended control leaks to {witness}, which ran to its end here"
     if bounded := [n for n, outcome in parts.items() if outcome == "bounded"]:
-        said = next(a.guess.details["rungs"][bounded[0]] for a in scored if a.guess)
-        why += f"; {', '.join(bounded)} did not, but {said.rpartition('; ')[2]}"
+        said = _said(scored, bounded[0]).rpartition("; ")[2]
+        why += f"; {', '.join(bounded)} did not, but {said}"
     return "resisted", why, ""
 
 
@@ -218,7 +218,15 @@ def _refused(attack: Attack, scored: Sequence[Attempt], beside: Beside) -> str:
         for name in part.rung.instead_of
     }
     for name, outcome in outcomes.items():
+        if outcome == "failed":
+            return f"{name} failed ({_said(scored, name)})"
         if outcome == "refused" and name not in made_up and beside.leaks(name):
-            said = next(a.guess.details["rungs"][name] for a in scored if a.guess)
-            return f"{name}, to which the undefended control leaks, does not apply here ({said})"
+            told = f"{name}, to which the undefended control leaks, does not apply here"
+            return f"{told} ({_said(scored, name)})"
     return ""
+
+
+def _said(scored: Sequence[Attempt], part: str) -> str:
+    """Return what a part of the attack said of itself."""
+    every = (a.guess.details.get("rungs", {}).get(part) for a in scored if a.guess)
+    return next((said for said in every if said), "")

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from vitguard.attacks.base import Attack, InputAttack
+from vitguard.attacks.base import Attack, InputAttack, Rung
 from vitguard.core import Guess, Normalization, Update, View
 from vitguard.defenses.base import Defense, written
 from vitguard.errors import Blocked, InputError, NotApplicable
@@ -58,6 +58,8 @@ def check_documented(cls: AnyType) -> None:
     parameters = getattr(cls, "__dataclass_params__", None)
     assert is_dataclass(cls) and parameters and parameters.frozen, f"{cls} is no frozen dataclass"
     assert isinstance(cls.name, str) and cls.name, f"{cls} has no name"
+    taken = {f.name for f in fields(cls)} & {n for n in dir(_base(cls)) if not n.startswith("_")}
+    assert not taken, f"{cls.name} has settings named as the base's methods: {', '.join(taken)}"
     text = cls.__doc__ or ""
     assert text and not text.startswith(f"{cls.__name__}("), f"{cls.name} has no docstring"
     if issubclass(cls, Defense):
@@ -65,6 +67,12 @@ def check_documented(cls: AnyType) -> None:
     else:
         families = ("closed-form", "ladder", "matching", "input")
         assert cls.family in families, f"{cls.name} has no family among {', '.join(families)}"
+        rung = getattr(cls, "rung", None)
+        assert rung is None or isinstance(rung, Rung), f"{cls.name} has a rung that is no Rung"
+
+
+def _base(cls: AnyType) -> type:
+    return next(b for b in (Defense, Attack, InputAttack) if issubclass(cls, b))
 
 
 def check_round_trip(cls: AnyType) -> None:

@@ -17,7 +17,7 @@ from vitguard.attacks.ladder.polish import polish
 from vitguard.attacks.span.attack import SpanInversion
 from vitguard.core import AffineSpace, Guess, View
 from vitguard.discovery import discover
-from vitguard.errors import Blocked, NotApplicable, expected
+from vitguard.errors import Blocked, NotApplicable, Unprotected, expected
 from vitguard.vit import Anatomy
 
 __all__ = ["Ladder"]
@@ -160,6 +160,11 @@ class _Climb:
             return self._note(rung, "blocked", str(why))
         except NotApplicable as why:
             return self._note(rung, "refused", str(why))
+        except Exception as error:  # a rung that breaks takes no other with it
+            if isinstance(error, Unprotected):
+                raise
+            first = (str(error).splitlines() or [""])[0]
+            return self._note(rung, "failed", f"it failed: {type(error).__name__}: {first}")
         whole = len(guess.images)
         distance = self._take(rung.name, guess) if whole else self._learn(guess.labels)
         known = "" if distance is None else f"mismatch {distance:.1e}, "
