@@ -65,7 +65,7 @@ def test_frozen_positions_leak_and_the_json_keeps_its_schema():
     assert set(span["psnr"]) == {"max", "mean", "median", "min", "per_image"}
     assert set(span["patch_psnr"]) >= {"max", "mean", "median", "min"}
     assert set(span["control"]) == {"verdict", "psnr"}
-    assert span["labels_correct"] == 1.0 and span["decoys"] == 100 and span["mask"] is None
+    assert span["labels_correct"] == 1.0 and span["decoys"] == 1000 and span["mask"] is None
     assert found["positions:kind=frozen", "position"]["psnr"] is None
 
 

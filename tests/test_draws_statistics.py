@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from vitguard.draws import Draws
+from vitguard.errors import InputError
+
 
 def benchmark(name):
     """Import one of the scripts under benchmarks/."""

@@ -96,6 +96,7 @@ def test_the_ladder_names_a_rung_that_found_nothing_before_its_budget_ended(
     assert "nominal seconds" in guess.details["rungs"]["cascade"]
 
 
+@pytest.mark.slow
 def test_a_cut_rung_never_makes_a_defense_resist(small_vit, photos, monkeypatch):
     """The last rung alone is cut: nothing else keeps the finding from `resisted`."""
     offer = robust.Choice.offer

@@ -174,6 +174,6 @@ def test_rungs_that_the_budget_did_not_reach_never_count_as_resistance(
 def test_under_a_known_damage_the_robust_rungs_come_before_the_long_search(
     small_vit, observe, photo
 ):
-    guess = run(Ladder(seconds=20), observe(small_vit(), photo, defenses=f"{FROZEN}+noise"))
+    guess = run(Ladder(seconds=5), observe(small_vit(), photo, defenses=f"{FROZEN}+noise"))
     names = list(guess.details["rungs"])
     assert names.index("span-robust") < names.index("gelu-span")

@@ -238,6 +238,7 @@ def test_settings_are_checked():
             MaximumAPosteriori(**wrong)
 
 
+@pytest.mark.slow
 def test_the_ladder_takes_it_as_a_rung_for_damaged_updates_only(small_vit, observe, photo):
     damaged = observe(small_vit(), photo, LABEL, defenses="noise:scale=0.003")
     guess = Ladder(seconds=8).run(damaged, seeded())
