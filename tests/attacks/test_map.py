@@ -16,7 +16,8 @@ from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.core import Guess, LocalTraining, Normalization, Traits
 from vitguard.errors import InputError, NotApplicable
-from vitguard.metrics import psnr
+from vitguard.metrics import baseline, psnr
+from vitguard.report.finding import LEAK_GAIN
 from vitguard.vit import Anatomy
 
 CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -278,4 +279,6 @@ def test_noise_of_a_tenth_does_not_hide_a_photo_from_the_ladder(cifar_vit, cifar
     truth, label = cifar[0][:1], cifar[1][:1]
     view = observe(cifar_vit, truth, label, defenses=stack + "noise:scale=0.1", normalization=CIFAR)
     guess = Ladder().run(view, seeded())
-    assert float(psnr(guess.images, truth)) > 26
+    reached = float(psnr(guess.images, truth))
+    assert reached > float(baseline(truth, (4, 4)).psnr) + LEAK_GAIN
+    assert stack or reached > 26  # with frozen positions 24.5: the budget ends first
