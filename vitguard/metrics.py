@@ -56,6 +56,7 @@ _ABOVE_FLAT = 6.0
 Images = Float[Tensor, "batch channels height width"]
 Guesses = Float[Tensor, "guesses channels height width"]
 Decoys = Float[Tensor, "decoys channels height width"]
+Uninformed = Float[Tensor, "uninformed channels height width"]
 PerImage = Float[Tensor, " batch"]
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 
@@ -162,7 +163,7 @@ def best_assignment(quality: Float[Tensor, "guesses truths"]) -> Int[Tensor, " t
 
 
 def identification(
-    guess: Guesses, truth: Images, decoys: Decoys, uninformed: Guesses | None = None
+    guess: Guesses, truth: Images, decoys: Decoys, uninformed: Uninformed | None = None
 ) -> Bool[Tensor, " batch"]:
     """Return whether each truth is more like the guesses than every decoy is.
 
