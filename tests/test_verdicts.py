@@ -114,6 +114,41 @@ def test_a_refused_part_that_is_useless_without_the_defense_too_decides_nothing(
     assert judged(small_vit(), photo, climb)[1][0].verdict == "resisted"
 
 
+@pytest.mark.parametrize("undefended", ["is cut", "fails"])
+def test_a_refused_part_of_which_the_control_says_nothing_is_no_resistance(
+    small_vit, photo, undefended
+):
+    second = Part()
+    climb = Climb({"second": second, "first": Part(undefended=undefended, defended="refuses")})
+    report, (finding,) = judged(small_vit(), photo, climb)
+    assert finding.verdict == "inconclusive" and "first does not apply here" in finding.reason
+    assert report.gate(max_gain=6) == 3
+
+
+@pytest.mark.parametrize("order", [["blocked", "failed"], ["failed", "blocked"]])
+def test_of_several_batches_the_outcome_that_leaves_most_open_counts(small_vit, photos, order):
+    @dataclass(frozen=True)
+    class Told(Attack):
+        name: ClassVar[str] = "told"
+        family: ClassVar[str] = "closed-form"
+        left: Any = None
+
+        def parts(self):
+            return {"first": Part(), "second": Part()}
+
+        def run(self, view, generator):
+            if not view.settings:
+                return PositionInversion().run(view, generator)
+            outcomes = {"first": self.left.pop(0), "second": "ran"}
+            return grey(view, outcomes=outcomes, rungs={})
+
+    batch = photos[:2], torch.tensor([3, 4])
+    attack = Told(list(order))
+    report = audit(small_vit(), batch, defenses=NOISE, attacks=[attack], batch_size=1)
+    assert report.findings[-1].verdict == "inconclusive"
+    assert report.findings[-1].reason.startswith("first failed")
+
+
 def test_a_part_made_for_the_damage_stands_in_for_one_that_refuses_it(small_vit, photo):
     refused = Part(defended="refuses")
     for stands_in, verdict in ((StandsIn(), "resisted"), (Part(), "inconclusive")):

@@ -141,22 +141,22 @@ def _itself(control: Finding) -> Control:
 
 
 class _Alone:
-    """Whether a part of an attack, run alone on the control, leaks there; each is run once."""
+    """What the parts of an attack, run alone on the control, do there; each is run once."""
 
     def __init__(
         self, control: Run, attack: Attack, found: Finding, seed: int, stop: threading.Event
     ) -> None:
         self.control, self.attack, self.seed, self.stop = control, attack, seed, stop
-        self.known: dict[str, bool] = {}
+        self.known: dict[str, Finding] = {}
         if found.verdict == "leaks" and isinstance(rung := found.details.get("rung"), str):
-            self.known[rung] = True
+            self.known[rung] = found
 
-    def __call__(self, name: str) -> bool:
+    def __call__(self, name: str) -> Finding:
         if name not in self.known:
             part = self.attack.parts()[name]
             batches = range(len(self.control.batches))
             made = [_attempts(self.control, b, [part], self.seed, self.stop)[0] for b in batches]
-            self.known[name] = finding_of(UNDEFENDED, part, made).verdict == "leaks"
+            self.known[name] = finding_of(UNDEFENDED, part, made)
         return self.known[name]
 
 

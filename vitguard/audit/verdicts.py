@@ -23,6 +23,8 @@ is the worst kind. So one image alone is never told from decoys, two of two are.
 LABELS_ONLY = "recovers labels, no image"
 _ALIKE = 40.0
 """PSNR in dB from which a guess is the image that was given; a flat one is no leak by its gain."""
+_WORST = ("failed", "cut", "refused", "not applicable", "bounded", "blocked")
+"""Outcomes and states by what they leave open, the most first."""
 _REPRODUCED = 0.05
 """Relative error of the simulated update up to which a guess explains the update."""
 
@@ -34,12 +36,16 @@ class Beside:
     Args:
         finding: What the attack did there.
         attempts: Its attempts, for the pictures.
-        leaks: Whether one part of the attack (`Attack.parts`), run alone there, leaks.
+        alone: What one part of the attack (`Attack.parts`), run alone there, did.
     """
 
     finding: Finding
     attempts: Sequence[Attempt]
-    leaks: Callable[[str], bool]
+    alone: Callable[[str], Finding]
+
+    def leaks(self, part: str) -> bool:
+        """Whether a part of the attack leaks on the control."""
+        return self.alone(part).verdict == "leaks"
 
 
 def finding_of(
@@ -79,7 +85,8 @@ def finding_of(
 
 def _without_a_guess(base: Finding, failed: Sequence[Attempt], beside: Beside | None) -> Finding:
     """Return the finding of an attack that gave nothing: blocked, not applicable, or failed."""
-    first = next((a for a in failed if a.state == "failed"), failed[0])
+    # a batch that was blocked does not speak for one that failed
+    first = next((a for s in _WORST for a in failed if a.state == s), failed[0])
     if first.state == "failed":
         return replace(base, reason=first.reason, undecided=first.reason)
     leaks = beside is not None and beside.finding.verdict == "leaks"
@@ -201,12 +208,12 @@ def _outcomes(attack: Attack, scored: Sequence[Attempt]) -> dict[str, str]:
     for name in attack.parts():
         each = [a.guess.details.get("outcomes", {}).get(name) for a in scored if a.guess]
         if said := [one for one in each if one is not None]:
-            found[name] = next((one for one in said if one != "ran"), "ran")
+            found[name] = next((worst for worst in _WORST if worst in said), "ran")
     return found
 
 
 def _refused(attack: Attack, scored: Sequence[Attempt], beside: Beside) -> str:
-    """Name a part that does not apply here though it leaks on the control, "" where there is none.
+    """Name a part that does not apply here though it may leak on the control, "" where none does.
 
     A part that stands in for it on a damaged update, and ran to its end, makes up for it.
     """
@@ -220,9 +227,15 @@ def _refused(attack: Attack, scored: Sequence[Attempt], beside: Beside) -> str:
     for name, outcome in outcomes.items():
         if outcome == "failed":
             return f"{name} failed ({_said(scored, name)})"
-        if outcome == "refused" and name not in made_up and beside.leaks(name):
+        if outcome != "refused" or name in made_up:
+            continue
+        control = beside.alone(name)
+        if control.verdict == "leaks":
             told = f"{name}, to which the undefended control leaks, does not apply here"
             return f"{told} ({_said(scored, name)})"
+        if control.undecided:  # nobody knows that it is useless
+            told = f"{name} does not apply here, and on the undefended control"
+            return f"{told} it is undecided: {control.undecided}"
     return ""
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 
-from vitguard.attacks.base import Attack, InputAttack
+from vitguard.attacks.base import Attack, InputAttack, Rung
 from vitguard.attacks.budget import Budget, CutShort, worked
 from vitguard.attacks.evidence import likeliest, mismatch
 from vitguard.attacks.labels import pair_labels
@@ -75,7 +75,7 @@ class Ladder(Attack):
     def parts(self) -> dict[str, Attack]:
         """Return every rung that is installed, the cheapest first, each with the whole budget."""
         kinds = [k for k in discover("vitguard.attacks", Attack, InputAttack).values() if _rung(k)]
-        rungs = [kind() for kind in sorted(kinds, key=lambda k: _rung(k).exact)]
+        rungs = [_made(kind) for kind in sorted(kinds, key=lambda k: _rung(k).exact)]
         return {rung.name: _budgeted(rung, self.seconds) for rung in rungs}
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
@@ -102,7 +102,20 @@ class Ladder(Attack):
 
 
 def _rung(kind: type) -> Any:
-    return getattr(kind, "rung", None)
+    rung = getattr(kind, "rung", None)
+    if rung is not None and not isinstance(rung, Rung):
+        raise expected(f"a Rung as the rung of {kind.__name__}", repr(rung))
+    return rung
+
+
+def _made(kind: type[Attack]) -> Attack:
+    if without := [f.name for f in fields(kind) if f.init and _required(f)]:  # type: ignore[arg-type]
+        raise expected(f"a default for every setting of the rung {kind.name}", ", ".join(without))
+    return kind()
+
+
+def _required(setting: Field[Any]) -> bool:
+    return setting.default is MISSING and setting.default_factory is MISSING
 
 
 def _budgeted(rung: Attack, seconds: float) -> Attack:
