@@ -11,8 +11,8 @@ standard deviation relative to the root mean square of the whole gradient; `keep
 largest entries of each tensor; local steps are full-batch SGD at rate 0.01, seen as a difference.
 
 `best` takes, by the truth, the best of the candidates that the robust attack chooses from without
-it; `gap` is the largest distance of the choice to it in one case. Floors: the flat image, and under
-matching the best of flat image and flat patches. `--more` adds the points of the figure's curves.
+it; `gap` is the largest distance of the choice to it in one case. Floors: one public colour,
+and under matching flat patches. `--more` adds the points of the figure's curves.
 
 `--map` draws noise and pruning as the defenses `noise` and `pruning` add them (relative to each
 tensor), learnable and frozen positions: the better robust form, `map` from there, and gradient
@@ -96,7 +96,7 @@ def main() -> None:
     low, high = (
         float(torch.cat([getattr(f, k) for f in floors]).median()) for k in ("psnr", "thumbnail")
     )
-    print(f"{len(cases)} cases, floors {low:.1f} dB flat image, {high:.1f} dB flat patches")
+    print(f"{len(cases)} cases, floors {low:.1f} dB one public colour, {high:.1f} dB flat patches")
     if options.map is not None:
         wanted = [d for d in DEFENSES if not options.only or any(w in d for w in options.only)]
         with options.map.open("a") as rows:
@@ -289,7 +289,7 @@ def draw_map(path: Path, rows: Path) -> None:
         ):
             values = [float(table[positions, d][index]) for _, d in points]
             axis.plot(ticks, values, "o-", color=colour, markersize=3.5, label=name)
-        axis.axhline(floor, color="0.5", linewidth=0.8, linestyle=":", label="flat image")
+        axis.axhline(floor, color="0.5", linewidth=0.8, linestyle=":", label="one public colour")
         axis.set_xscale("log")
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
         axis.minorticks_off()
@@ -335,7 +335,7 @@ def draw(path: Path, table: dict[str, Tensor], floor: float) -> None:
         axes[3].bar(places, heights, 0.18, color=colours[name])
     axes[3].set_xticks(range(len(bars)), bars, fontsize=8)
     for axis in axes:
-        axis.axhline(floor, color="0.5", linewidth=0.8, label="flat image")
+        axis.axhline(floor, color="0.5", linewidth=0.8, label="one public colour")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("PSNR in dB, median")
     handles, labels = axes[0].get_legend_handles_labels()

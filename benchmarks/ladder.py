@@ -2,8 +2,8 @@
 
     python benchmarks/ladder.py [--seconds S] [--only WORD ...] [--images DIR]
 
-PSNR is the worst image of the batch. `floor` is the flat image and the best of flat image and flat
-patches under matching (`vitguard.metrics.baseline`). Rows on CIFAR need the weights and images in
+PSNR is the worst image of the batch. `floor` is the best flat image in a public colour, and under
+matching the thumbnail (`vitguard.metrics.baseline`). Rows on CIFAR need the weights and images in
 the folder that VITGUARD_DATA names. ViT-B rows have random weights with every norm and bias moved.
 Under a shuffle the mask is inferred from the update, or known: with learnable positions the rows of
 shuffled positions are zero. `matched` and `>= 100 dB` do not count the order of the patches.

@@ -228,7 +228,7 @@ def _table(done: list[dict[str, Any]], audits: list[dict[str, Any]]) -> Iterator
     if audits:
         flat, patches = (statistics.median(audits[0][k]) for k in ("floor", "patch_floor"))
         yield ""
-        yield f"Floors: best flat image {flat:.1f} dB, best flat patches {patches:.1f} dB."
+        yield f"Floors: best public colour {flat:.1f} dB, best flat patches {patches:.1f} dB."
 
 
 def _rows(done: list[dict[str, Any]]) -> list[tuple[str, float]]:
@@ -314,7 +314,7 @@ def _leaks(
                 )
     if audits:
         for key, style, label in (
-            ("floor", ":", "flat image"), ("patch_floor", "--", "flat patches"),
+            ("floor", ":", "public colour"), ("patch_floor", "--", "flat patches"),
         ):  # fmt: skip
             level = statistics.median(audits[0][key])
             axes.axhline(level, color="grey", linestyle=style, label=f"no information: {label}")

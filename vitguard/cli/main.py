@@ -70,7 +70,8 @@ def _add_audit(commands: Any) -> None:
         epilog="Class folders with numeric names are class indices, others count in sorted order. "
         "Exit codes: 0 done; 1 a defended configuration exceeds --max-psnr or --max-gain, or leaks "
         "in a way that no dB limit sees; 2 usage or input error; 3 a gate was asked for and no "
-        "attack was conclusive; 130 interrupted, with the report written.",
+        "attack was conclusive, or one was cut, failed or left open; 130 interrupted, with the "
+        "report written.",
     )
     add = audit.add_argument
     add(
@@ -117,7 +118,7 @@ def _add_audit(commands: Any) -> None:
         action="append",
         default=[],
         metavar="SELECT",
-        help="parameters that are never sent; may be repeated",
+        help="parameters that are never sent: a role, plan, a regex, a/b; may be repeated",
     )
     add("--iterations", type=int, metavar="N", help="iterations of iterative attacks")
     add("--seed", type=int, default=0, metavar="S")
