@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.common.serde import make_message
 from torch import Tensor
 
 from vitguard.core import Update
@@ -106,7 +107,7 @@ class ProtectMod:
         token = _exchange.set(exchange)
         try:
             return _exchanged(message, exchange, call_next)
-        except Exception as error:  # whatever went wrong, nothing unsealed may leave
+        except Exception as error:  # noqa: BLE001 - whatever it was, nothing unsealed may leave
             # an error of the app may quote its data
             said = f": {error}"[:500] if isinstance(error, VitguardError) else " in the app"
             return Message(Error(_REFUSED, type(error).__name__ + said), reply_to=message)
@@ -118,7 +119,7 @@ def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message
     name, received = _only(message.content.array_records, "ArrayRecord of weights")
     before, settings = _opened(message, received, exchange)
     content = RecordDict({**message.content, name: to_arrays(before)})
-    inner = Message(content=content, metadata=message.metadata)
+    inner = make_message(message.metadata, content)
     reply = call_next(inner, exchange.context)
     if reply.has_error():
         raise Rejected("app", "an error in the app", "a reply")

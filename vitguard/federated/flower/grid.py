@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flwr.app import Context, Error, Message, Metadata, RecordDict
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import make_message, message_from_proto, message_to_proto
 from flwr.serverapp import Grid
 
 from vitguard.errors import expected
@@ -85,10 +85,10 @@ class InProcessGrid(Grid):
         node = message.metadata.dst_node_id
         number, now = str(next(self._numbers)), time.time()
         there = Metadata(1, number, 1, node, "", "", now, 3600.0, message.metadata.message_type)
-        delivered = self._crossed(Message(content=message.content, metadata=there))
+        delivered = self._crossed(make_message(there, message.content))
         try:
             reply = self.apps[node](delivered, self.contexts[node])
-        except Exception as error:  # as a node does
+        except Exception as error:  # noqa: BLE001 - as a node does
             reply = Message(Error(2, f"{type(error).__name__}"), reply_to=delivered)
         return self._crossed(reply)
 

@@ -158,8 +158,8 @@ class EncryptedFedAvg(FedAvg):
         Raises:
             VitguardError: Why it was refused.
         """
-        if reply.has_error():
-            raise Rejected("error", reply.error.reason[:500], "an update")
+        if (error := reply.error if reply.has_error() else None) is not None:
+            raise Rejected("error", (error.reason or "an error")[:500], "an update")
         content = reply.content
         if len(content.array_records) != 1 or len(content.metric_records) != 1:
             raise Rejected("records", "other records", "one of arrays and one of metrics")
