@@ -33,9 +33,12 @@ def test_the_example_trains_on_four_clients(private, tmp_path, monkeypatch):
         node.run_config.update(config)
     kept = []
     send = grid.send_and_receive
-    monkeypatch.setattr(
-        grid, "send_and_receive", lambda m, **o: kept.append(send(list(m), **o)) or kept[-1]
-    )
+
+    def sending(messages, **options):
+        kept.append(send(list(messages), **options))
+        return kept[-1]
+
+    monkeypatch.setattr(grid, "send_and_receive", sending)
     server_app.app(grid, Context(1, 1, {}, RecordDict(), config))
     trained = [replies for replies in kept if replies]
     assert len(trained) == 2
