@@ -246,8 +246,8 @@ def test_a_client_that_lost_its_state_catches_up_one_round_later(federated):
 def test_a_client_that_has_another_model_is_refused(federated):
     federated.run(1)
     other = {k: t + 0.1 if t.is_floating_point() else t for k, t in federated.start.items()}
-    federated.grid.contexts[12].state = RecordDict()  # only this one takes the new start
-    _, first = federated.run(1, initial=ArrayRecord(federated.start))
+    federated.grid.contexts[12].state = RecordDict()
+    federated.run(1, initial=ArrayRecord(federated.start))
     for node in (11, 13):
         federated.grid.contexts[node].state = RecordDict()
     strategy, _ = federated.run(1, initial=ArrayRecord(other))
