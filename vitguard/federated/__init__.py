@@ -1,0 +1,1 @@
+"""vitguard inside the federated frameworks that people already use."""
