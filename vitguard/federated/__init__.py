@@ -1,1 +1,1 @@
-"""vitguard inside the federated frameworks that people already use."""
+"""Federated learning in the frameworks that people already use."""

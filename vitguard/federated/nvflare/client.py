@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from vitguard.federated.nvflare.messages import (
     bare,
     failed,
     metrics_of,
-    next_version,
     refuse_tensors,
     require_train,
     round_of,
@@ -39,6 +37,7 @@ from vitguard.federated.nvflare.messages import (
 from vitguard.federated.nvflare.models import build_model
 from vitguard.federated.nvflare.state import ClientState, passphrase_of, private_folder
 from vitguard.guard import Guard, protect
+from vitguard.rounds import next_version
 
 __all__ = ["OpenFilter", "SealFilter"]
 
@@ -263,11 +262,11 @@ class SealFilter(_ClientFilter):
             self._guard = protect(build_model(self.model), self.defenses)
         guard = self._guard
         if state.guard:
-            guard.load_state_dict(json.loads(state.guard))
+            guard.load_state_bytes(state.guard.encode())
         update = guard.seal(Update(tensors, kind="difference"))
         if update.sealed:
             raise Unprotected(f"Expected a difference that is readable, got {update!r}.")
-        state.guard = json.dumps({"ledger": guard.state_dict()["ledger"]})
+        state.guard = guard.state_bytes(draws=False).decode()
         state.write(file)
         return dict(update.tensors)
 

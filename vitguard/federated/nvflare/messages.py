@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -23,7 +22,6 @@ __all__ = [
     "bare",
     "failed",
     "metrics_of",
-    "next_version",
     "refuse_tensors",
     "require_train",
     "round_of",
@@ -47,12 +45,6 @@ _HEADERS = (
     ReservedHeaderKey.RC,
     ReservedHeaderKey.CONTENT_TYPE,
 )
-
-
-def next_version(base: str, total: bytes) -> str:
-    """Return the version of the model after the sum `total` became part of version `base`."""
-    digest = hashlib.sha256(total).digest()
-    return hashlib.sha256(base.encode() + digest).hexdigest()
 
 
 def require_train(fl_ctx: FLContext, task: str) -> None:

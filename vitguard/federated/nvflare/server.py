@@ -27,10 +27,11 @@ from vitguard.defenses.encryption import (
     model_version,
 )
 from vitguard.errors import Rejected, expected
-from vitguard.federated.nvflare.messages import MESSAGE, next_version, sum_name
+from vitguard.federated.nvflare.messages import MESSAGE, sum_name
 from vitguard.federated.nvflare.models import build_model
 from vitguard.federated.nvflare.state import ServerState, passphrase_of, private_folder
 from vitguard.files import write_atomically
+from vitguard.rounds import next_version
 
 __all__ = ["EncryptedAggregator", "SumPersistor"]
 
