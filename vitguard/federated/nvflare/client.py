@@ -16,7 +16,7 @@ from nvflare.app_common.abstract.fl_model import MetaKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitguard.core import Update
 from vitguard.defenses.encryption import Decryptor, Encryptor, KeySet, Manifest, model_version
@@ -188,7 +188,7 @@ class SealFilter(_ClientFilter):
         keys: str = "",
         passphrase: str = "VITGUARD_PASSPHRASE",
         defenses: str = "",
-        model: dict | None = None,
+        model: dict | nn.Module | None = None,
         outliers: str = "refuse",
         task: str = "train",
     ) -> None:
@@ -249,9 +249,7 @@ class SealFilter(_ClientFilter):
             client_id=_site(fl_ctx),
             outliers=self.outliers,  # type: ignore[arg-type]
         )
-        return encryptor.encrypt(
-            tensors, round_id=state.training, weight=weight, base=state.base
-        )
+        return encryptor.encrypt(tensors, round_id=state.training, weight=weight, base=state.base)
 
     def _defended(
         self, tensors: dict[str, Tensor], state: ClientState, file: Path
@@ -276,4 +274,3 @@ def _site(fl_ctx: FLContext) -> str:
     if not isinstance(site, str) or not site or any(c in site for c in "/\\\0") or site[0] == ".":
         raise Unprotected(f"Expected the name of a site, got {str(site)[:80]!r}.")
     return site
-

@@ -203,4 +203,3 @@ def _require_plain(name: str, value: Any, depth: int = 0) -> None:
             _require_plain(name, inner, depth + 1)
     elif not isinstance(value, _PLAIN) or (isinstance(value, str) and len(value) > 4096):
         raise Unprotected(f"Expected numbers and words in header {name}, got something else.")
-

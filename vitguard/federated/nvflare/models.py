@@ -13,12 +13,16 @@ from vitguard.errors import expected
 __all__ = ["build_model"]
 
 
-def build_model(config: Mapping[str, Any]) -> nn.Module:
+def build_model(config: Mapping[str, Any] | nn.Module) -> nn.Module:
     """Build the model that `{"path": "package.Class", "args": {...}}` names.
+
+    NVFlare builds it before it makes a component; it is then taken as it is.
 
     Raises:
         InputError: It cannot be found, or is no module of torch.
     """
+    if isinstance(config, nn.Module):
+        return config
     path = config.get("path") or config.get("class_path") or ""
     module, _, name = str(path).rpartition(".")
     try:

@@ -18,6 +18,7 @@ from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
+from torch import nn
 
 from vitguard.defenses.encryption import (
     Aggregator,
@@ -160,7 +161,9 @@ class SumPersistor(ModelPersistor):
         keep: Sums that are sent, for clients that sat out up to `keep - 1` rounds.
     """
 
-    def __init__(self, manifest: str, model: dict, initial: str = "", keep: int = 1) -> None:
+    def __init__(
+        self, manifest: str, model: dict | nn.Module, initial: str = "", keep: int = 1
+    ) -> None:
         super().__init__()
         if type(keep) is not int or keep < 1:
             raise expected("a whole number of sums to keep, at least 1", repr(keep))
@@ -230,7 +233,7 @@ def _number(sums: dict[str, Any]) -> int:
     """Return the round of the one new sum."""
     for name, value in sums.items():
         tail = name.rpartition(".")[2]
-        if len(sums) == 1 and tail.isdigit() and name == sum_name(int(tail)):
-            if isinstance(value, bytes):
-                return int(tail)
+        sole = len(sums) == 1 and tail.isdigit() and name == sum_name(int(tail))
+        if sole and isinstance(value, bytes):
+            return int(tail)
     raise Rejected("type", "an aggregate that is not one encrypted sum", "one encrypted sum")
