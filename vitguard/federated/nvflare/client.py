@@ -218,7 +218,7 @@ class SealFilter(_ClientFilter):
         state = ClientState.read(file, run)
         if self.defenses:
             tensors = self._defended(tensors, state, file)
-        meta = {FLMetaKey.NUM_STEPS_CURRENT_ROUND: weight}
+        meta: dict[str, Any] = {FLMetaKey.NUM_STEPS_CURRENT_ROUND: weight}
         if metrics:
             meta[MetaKey.INITIAL_METRICS] = metrics
         data: dict[str, Any] = tensors

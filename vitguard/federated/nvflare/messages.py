@@ -106,7 +106,7 @@ def weight_of(dxo: DXO) -> float:
     Raises:
         Unprotected: It states none, or no finite number above 0.
     """
-    weight = dxo.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
+    weight: Any = dxo.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
     if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
         raise Unprotected(
             f"Expected a weight above 0 in meta[{FLMetaKey.NUM_STEPS_CURRENT_ROUND!r}], "

@@ -91,7 +91,7 @@ def encrypted_fedavg(
 
 
 _CIPHERTEXT = "The server adds ciphertext, and reads neither weights nor what it adds."
-_OWN = dict.fromkeys(
+_OWN: dict[str, str] = dict.fromkeys(
     (
         "aggregator", "aggregator_data_kind", "aggregation_weights", "exclude_vars", "initial_ckpt",
         "model_locator", "model_persistor", "params_transfer_type", "server_expected_format",
