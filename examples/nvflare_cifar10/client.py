@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from model import tiny_vit
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from PIL import Image
 
 
 def images_of(site: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,12 +22,12 @@ def images_of(site: str) -> tuple[torch.Tensor, torch.Tensor]:
     path = Path(os.environ.get("VITGUARD_DATA", "")) / "cifar10.npz"
     if path.is_file():
         with np.load(path) as stored:
-            pixels, labels = stored["images"], stored["labels"]
-            mine = np.arange(number - 1, len(labels), 3)[:64]
-            images = torch.from_numpy(pixels[mine]).float() / 127.5 - 1
-            if images.shape[-1] == 3:
-                images = images.permute(0, 3, 1, 2).contiguous()
-            return images, torch.from_numpy(labels[mine]).long().reshape(-1)
+            files, ends, classes = stored["train_jpeg"], stored["train_off"], stored["train_y"]
+        mine = range(number - 1, len(classes), 3)[:64]
+        pictures = [Image.open(io.BytesIO(files[ends[i] : ends[i + 1]].tobytes())) for i in mine]
+        pixels = np.stack([np.asarray(p.convert("RGB").resize((32, 32))) for p in pictures])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return images, torch.from_numpy(classes[list(mine)]).long()
     generator = torch.Generator().manual_seed(number)
     labels = torch.randint(0, 10, (64,), generator=generator)
     images = torch.randn(64, 3, 32, 32, generator=generator) * 0.5
