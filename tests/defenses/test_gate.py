@@ -41,9 +41,10 @@ def test_an_undefended_gradient_of_one_image_is_refused_with_the_reason() -> Non
 
 def test_a_private_update_at_epsilon_8_passes() -> None:
     net = model()
-    private = vg.DifferentialPrivacy(target_epsilon=8, steps=1, sample_rate=0.01)
+    private = vg.DifferentialPrivacy(noise=0.75)
     guard = vg.protect(net, [private, LeakGate()])
     assert isinstance(guard.update(*batch_of(net)), Update)
+    assert guard.privacy_spent().epsilon <= 8
     assert guard.tally.counts == {"passed": 1}
 
 
@@ -130,7 +131,7 @@ def test_a_refusal_leaves_the_weights_and_counts_in_the_ledger(
     leak = self_attack.Tried("one", "ran", gain=30.0, psnr=40.0)
     monkeypatch.setattr("vitguard.guard.attack_own", lambda *a, **k: [leak])
     net = model()
-    private = vg.DifferentialPrivacy(target_epsilon=8, steps=1, sample_rate=0.01)
+    private = vg.DifferentialPrivacy(noise=0.75)
     guard = vg.protect(net, [private, LeakGate()])
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with pytest.raises(GateClosed):

@@ -91,7 +91,7 @@ class LeakGate(Defense):
     Args:
         max_gain: Largest dB above the no-information baseline, of any image; none for no limit.
         max_psnr: Largest dB of any image; none for no limit.
-        every: Look at the first update and each so-manieth after it; the others pass unseen.
+        every: Look at the first update and each n-th after it (n = every); the others pass unseen.
         work: Nominal seconds for all attacks on one update (see `vitguard.attacks.budget`). It is
             no time on a clock; an attack without a budget of its own runs to its end.
         then: Where an update leaks: `refuse` raises, `withhold` seals the tensors that the attack
