@@ -19,6 +19,8 @@ Every message says what was expected, what was got and what to do.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "Blocked",
     "GateClosed",
@@ -79,11 +81,11 @@ class GateClosed(Unprotected):
     The decision was made with the images: it is for the client alone.
     """
 
-    def __init__(self, message: str, decision: object = None) -> None:
+    def __init__(self, message: str, decision: Any = None) -> None:
         super().__init__(message)
         self.decision = decision
 
-    def __reduce__(self) -> tuple[type, tuple[str, object]]:
+    def __reduce__(self) -> tuple[type, tuple[str, Any]]:
         return (type(self), (str(self), self.decision))
 
 

@@ -57,6 +57,22 @@ def test_an_update_of_which_everything_is_sealed_passes() -> None:
     assert {t.state for t in guard.tally.last.tried} <= {"blocked", "not applicable"}  # type: ignore[union-attr]
 
 
+def test_an_update_that_encryption_seals_whole_passes() -> None:
+    net = model()
+    seeded = torch.Generator().manual_seed(0)  # a rehearsal: no encryptor, the tensors are sealed
+    guard = vg.protect(net, "encryption:select=all+gate", generator=seeded)
+    update = guard.update(*batch_of(net))
+    assert not update.tensors and guard.tally.counts == {"passed": 1}
+
+
+def test_an_audit_shows_what_the_gate_would_have_judged() -> None:
+    net = model().eval()
+    pixels = vg.data.sample_images(vg.Anatomy.of(net).image_size).pixels[:1]
+    report = vg.audit(net, (pixels, torch.tensor([0])), defenses="gate", attacks="april")
+    assert {f.verdict for f in report.findings} == {"leaks"}
+    assert any("no guarantee" in note for note in report.notes)
+
+
 def test_every_third_update_is_looked_at_and_the_first_always(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
