@@ -9,6 +9,7 @@
     │   └── Rejected                     an encrypted message, key file or sum that is not accepted
     ├── MissingExtra (ImportError)       an optional package is not installed
     ├── Unprotected (RuntimeError)       a defense would not act: refused, never passed on
+    │   └── GateClosed               a client's own gate let an update not leave
     ├── Blocked                          an attack asked for a tensor that the adversary cannot read
     ├── NotApplicable                    an attack's assumption does not hold for what it was given
     └── LeakFound                        `AuditReport.raise_if_leaks` found what it was asked for
@@ -18,8 +19,11 @@ Every message says what was expected, what was got and what to do.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "Blocked",
+    "GateClosed",
     "Incompatible",
     "InputError",
     "LeakFound",
@@ -69,6 +73,20 @@ class MissingExtra(VitguardError, ImportError):
 
 class Unprotected(VitguardError, RuntimeError):
     """A defense would not act on what was about to happen, so it was refused."""
+
+
+class GateClosed(Unprotected):
+    """The client's own gate let an update not leave; `decision` says what it found.
+
+    The decision was made with the images: it is for the client alone.
+    """
+
+    def __init__(self, message: str, decision: Any = None) -> None:
+        super().__init__(message)
+        self.decision = decision
+
+    def __reduce__(self) -> tuple[type, tuple[str, Any]]:
+        return (type(self), (str(self), self.decision))
 
 
 class Blocked(VitguardError):
