@@ -1,0 +1,131 @@
+"""The contracts hold for what is installed, and find bugs of a third party without a test of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitguard.registry import defense_types
+from vitguard.testing import check_defense
+from vitguard.testing.defense_contracts import CHECKS
+
+ROOT = Path(__file__).parents[2]
+
+BUGS = '''
+import torch
+from dataclasses import dataclass, replace
+from typing import ClassVar
+from vitguard.core import Shuffle
+from vitguard.defenses.base import Installed, ModelDefense, UpdateDefense
+
+@dataclass(frozen=True)
+class BatchNoise(UpdateDefense):
+    """Noise that is divided by the batch size once too often.
+
+    Guarantees:
+        None.
+    """
+
+    name: ClassVar[str] = "batch-noise"
+    scale: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.scale < float("inf"):
+            from vitguard.errors import expected
+            raise expected("a finite scale", self.scale)
+
+    def traits(self, before, anatomy):
+        return replace(before, exact=False, noise=self.scale)
+
+    def seal(self, update, anatomy, draws):
+        def noised(t):
+            level = self.scale * t.square().mean().sqrt() / DIVISOR
+            return t + level * draws.normal(t.shape, like=t)
+        return replace(update, tensors={n: noised(t) for n, t in update.tensors.items()})
+
+class Rolled(Installed):
+    def __init__(self, first, model):
+        super().__init__()
+        self.handle = model.get_submodule("blocks.0").register_forward_pre_hook(Roll(first))
+
+    def uninstall(self, model):
+        self.handle.remove()
+
+class Roll:
+    def __init__(self, first):
+        self.first = first
+
+    def __call__(self, module, args):
+        if not module.training:
+            return None
+        head, rest = args[0][:, :self.first], args[0][:, self.first:]
+        return (torch.cat([head, rest.roll(1, 1)], 1),)
+
+@dataclass(frozen=True)
+class TokenShuffle(ModelDefense):
+    """A shuffle that takes the class token for a patch.
+
+    Guarantees:
+        None.
+    """
+
+    name: ClassVar[str] = "token-shuffle"
+
+    def traits(self, before, anatomy):
+        return replace(before, shuffle=Shuffle(most=anatomy.patches))
+
+    def install(self, model, anatomy, draws):
+        return Rolled(FIRST, model)
+'''
+
+
+MODULES = {
+    "buggy": BUGS.replace("DIVISOR", "update.batch_size").replace("FIRST", "0"),
+    "sound": BUGS.replace("DIVISOR", "1")
+    .replace("FIRST", "anatomy.prefix_tokens")
+    .replace('"batch-noise"', '"sound-noise"')
+    .replace('"token-shuffle"', '"sound-shuffle"'),
+}
+
+
+@pytest.fixture
+def said(tmp_path):
+    """What the contracts say of a package with these four defenses, in a process of its own."""
+    points = []
+    for name, text in MODULES.items():
+        (tmp_path / f"{name}_theirs.py").write_text(text)
+        points += [f"{name}_{c} = {name}_theirs:{c}" for c in ("BatchNoise", "TokenShuffle")]
+    info = tmp_path / "theirs-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("\n".join(["[vitguard.defenses]", *points]) + "\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    chosen = "batch-noise or token-shuffle or sound-noise or sound-shuffle"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rf",
+         "--pyargs", "vitguard.testing.installed", "-k", chosen],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", defense_types())
+def test_an_installed_defense_does_what_its_traits_say(name):
+    check_defense(defense_types()[name]())
+
+
+def test_two_bugs_of_a_third_party_are_found_without_a_line_of_test_code(said):
+    """The same defenses without the bugs, of the same package, pass."""
+    failed = {line.split("::")[1].split(" ")[0] for line in said.splitlines() if "FAILED" in line}
+    assert failed == {
+        "test_defense[batch-noise-check_noise]", "test_defense[token-shuffle-check_tokens]",
+    }, said  # fmt: skip
+    assert "2 failed, 42 passed" in said, said
+    assert "batch of 3 has 0.333" in said and "changes the class token" in said
+
+
+def test_every_check_has_a_name_and_a_claim():
+    assert len(CHECKS) == 10
+    assert all(check.__doc__ for check in CHECKS.values())
