@@ -1,4 +1,4 @@
-"""Every assertion holds where it should, fails on a broken defense, and is never green for nothing."""
+"""Assertions hold where they should, fail on a broken defense, and are never green for nothing."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -71,9 +71,7 @@ def test_without_the_defense_it_fails(tiny, photo, tmp_path, monkeypatch):
 
 
 def test_strong_noise_holds_beside_a_control_that_leaks(tiny, photo):
-    report = assert_not_reconstructable(
-        tiny, photo, defenses="noise:scale=10", attacks="position"
-    )
+    report = assert_not_reconstructable(tiny, photo, defenses="noise:scale=10", attacks="position")
     assert {f.verdict for f in report.findings if not f.defended} == {"leaks"}
 
 

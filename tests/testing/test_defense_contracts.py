@@ -3,10 +3,17 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
 
+from vitguard.core import Traits
+from vitguard.defenses.base import UpdateDefense
+from vitguard.errors import Incompatible
 from vitguard.registry import defense_types
 from vitguard.testing import check_defense
 from vitguard.testing.defense_contracts import CHECKS
@@ -123,9 +130,97 @@ def test_two_bugs_of_a_third_party_are_found_without_a_line_of_test_code(said):
         "test_defense[batch-noise-check_noise]", "test_defense[token-shuffle-check_tokens]",
     }, said  # fmt: skip
     assert "2 failed, 42 passed" in said, said
-    assert "batch of 3 has 0.333" in said and "changes the class token" in said
+    assert "on a batch of 3" in said and "the class token of" in said, said
 
 
 def test_every_check_has_a_name_and_a_claim():
     assert len(CHECKS) == 10
     assert all(check.__doc__ for check in CHECKS.values())
+
+
+@dataclass(frozen=True)
+class Wrong(UpdateDefense):
+    """An update defense that does something to the update and says something of it."""
+
+    name: ClassVar[str] = "wrong"
+    does: Callable = field(default=lambda update: update)
+    says: Callable = field(default=lambda traits: traits)
+
+    def settings(self):
+        return {}
+
+    def check(self, model, anatomy, stack):
+        if self.does is refuses and len(stack) > 1:
+            raise Incompatible("no")
+
+    def traits(self, before, anatomy):
+        return self.says(before)
+
+    def seal(self, update, anatomy, draws):
+        return self.does(update)
+
+
+def refuses(update):
+    return update
+
+
+def prints(update):
+    print(update.tensors["head.bias"])  # noqa: T201
+    return update
+
+
+def each(change):
+    return lambda update: replace(update, tensors={n: change(t) for n, t in update.tensors.items()})
+
+
+def loses(update):
+    return replace(update, tensors={n: t for n, t in update.tensors.items() if n != "head.bias"})
+
+
+def adds(update):
+    return replace(update, tensors={**update.tensors, "more": torch.ones(1)})
+
+
+def seals(update):
+    return update.seal({"head.bias": "secret"})
+
+
+def crashes(update):
+    raise KeyError("head")
+
+
+def says(**what):
+    return lambda traits: replace(traits, **what)
+
+
+WRONG = {
+    "a parameter is lost": ("check_names", Wrong(loses), "lacks"),
+    "a name is made up": ("check_names", Wrong(adds), "names of no parameter"),
+    "sealed in silence": ("check_names", Wrong(seals), "do not say so"),
+    "not sealed": ("check_names", Wrong(says=says(sealed=("head",))), "can be read"),
+    "fixed, yet sent": ("check_names", Wrong(says=says(positions="fixed")), "yet pos_embed"),
+    "withheld, yet sent": ("check_names", Wrong(says=says(positions="withheld")), "it is sent"),
+    "exact, yet scaled": ("check_values", Wrong(each(lambda t: 1.01 * t)), "off by 0.01"),
+    "zeros not told": (
+        "check_values", Wrong(each(lambda t: t * (t > 0)), says(exact=False)), "zeroes",
+    ),
+    "noise claimed, none there": (
+        "check_noise", Wrong(says=says(noise=0.1, exact=False)), "has 0 times",
+    ),
+    "prints a tensor": ("check_quiet", Wrong(prints), "on the screen"),
+    "refused without a reason": ("check_composes", Wrong(refuses), "without a reason"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_each_contract_finds_a_defense_that_breaks_it(what):
+    check, defense, why = WRONG[what]
+    with pytest.raises(AssertionError, match=why):
+        CHECKS[check](defense)
+
+
+def test_a_defense_that_passes_everything_on_but_refuses_nothing_is_sound():
+    honest = Wrong()
+    assert honest.traits(Traits(), None) == Traits()
+    for check in ("check_names", "check_values", "check_noise", "check_quiet"):
+        CHECKS[check](honest)

@@ -1,6 +1,6 @@
 """Tests of what a protected model promises; names load when they are used.
 
-    from vitguard.testing import assert_not_reconstructable
+from vitguard.testing import assert_not_reconstructable
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HOMES = {
     "check_defense": "vitguard.testing.defense_contracts",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
