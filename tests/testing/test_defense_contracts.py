@@ -197,7 +197,7 @@ WRONG = {
     "a parameter is lost": ("check_names", Wrong(loses), "lacks"),
     "a name is made up": ("check_names", Wrong(adds), "names of no parameter"),
     "sealed in silence": ("check_names", Wrong(seals), "do not say so"),
-    "not sealed": ("check_names", Wrong(says=says(sealed=("head",))), "can be read"),
+    "not sealed": ("check_names", Wrong(says=says(sealed=("all",))), "can be read"),
     "fixed, yet sent": ("check_names", Wrong(says=says(positions="fixed")), "yet pos_embed"),
     "withheld, yet sent": ("check_names", Wrong(says=says(positions="withheld")), "it is sent"),
     "exact, yet scaled": ("check_values", Wrong(each(lambda t: 1.01 * t)), "off by 0.01"),
