@@ -12,7 +12,8 @@
     │   └── GateClosed               a client's own gate let an update not leave
     ├── Blocked                          an attack asked for a tensor that the adversary cannot read
     ├── NotApplicable                    an attack's assumption does not hold for what it was given
-    └── LeakFound                        `AuditReport.raise_if_leaks` found what it was asked for
+    ├── LeakFound                        `AuditReport.raise_if_leaks` found what it was asked for
+    └── Inconclusive                     a test of `vitguard.testing` could not have failed
 
 Every message says what was expected, what was got and what to do.
 """
@@ -25,6 +26,7 @@ __all__ = [
     "Blocked",
     "GateClosed",
     "Incompatible",
+    "Inconclusive",
     "InputError",
     "LeakFound",
     "MissingExtra",
@@ -107,6 +109,10 @@ class NotApplicable(VitguardError):
 
 class LeakFound(VitguardError):
     """A defended configuration leaks more than was allowed."""
+
+
+class Inconclusive(VitguardError):
+    """A test could not have failed: its control shows nothing. It is neither passed nor failed."""
 
 
 def expected(what: str, got: object, do: str = "") -> InputError:
