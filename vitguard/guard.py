@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from vitguard import rounds
 from vitguard.analysis import refuse_given_away
 from vitguard.core import Batch, LocalTraining, Loss, Traits, Update
 from vitguard.defenses.base import (
@@ -27,10 +29,13 @@ from vitguard.defenses.base import (
     rewinding,
     traits_of,
 )
+from vitguard.defenses.gate import LeakGate, Tally, Tried
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
+from vitguard.files import parsed_json
 from vitguard.joining import drop, join
 from vitguard.registry import parse_stack
+from vitguard.self_attack import attack_own
 from vitguard.tensor_files import check_plain
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of
 
@@ -39,7 +44,7 @@ __all__ = ["Guard", "Protection", "Stack", "protect", "stack_of"]
 Stack = Iterable[Defense] | Defense | str
 """Defenses that act together: several, a single one, or a spec for `parse_stack`."""
 
-_PLACES = (ModelDefense, BatchDefense, StepDefense, UpdateDefense)
+_PLACES = (ModelDefense, BatchDefense, StepDefense, UpdateDefense, LeakGate)
 
 
 def stack_of(defenses: Stack) -> list[Defense]:
@@ -279,7 +284,8 @@ class Guard:
         else:
             tensors = self._difference(batch, loss, training)
         self.verify()
-        return self._seal(Update(tensors=tensors, batch_size=len(labels), **training.facts()))
+        update = Update(tensors=tensors, batch_size=len(labels), **training.facts())
+        return self._seal(update, Batch(images, labels))
 
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
         channels, classes = self.anatomy.channels, self.anatomy.classes
@@ -398,12 +404,18 @@ class Guard:
         finally:
             self._protection.prepared = before
 
-    def seal(self, update: Update) -> Update:
+    def seal(self, update: Update, *, batch: tuple[Tensor, Tensor] | None = None) -> Update:
         """Apply the defenses of the update to one that training made.
 
-        What it returns counts as released: client-level privacy spends a round of its ledger.
+        What it returns counts as released: client-level privacy spends a round of its ledger. So
+        does what a gate refuses, since the refusal tells something.
+
+        Args:
+            batch: Images (model input) and labels behind the update, which a `LeakGate` needs; they
+                go nowhere else.
 
         Raises:
+            GateClosed: A gate let it not leave.
             Unprotected: A defense would not act, or the stack needs each example's own gradient,
                 which a finished update no longer has (`prepare` protects such training).
         """
@@ -421,7 +433,9 @@ class Guard:
             piece.settle()
             piece.intact(self.model)
         self._require_released(update)
-        return self._seal(update)
+        if batch is not None:
+            self._check_batch(*batch)
+        return self._seal(update, None if batch is None else Batch(*batch))
 
     def _require_released(self, update: Update) -> None:
         """Raise Unprotected if an update says something that no private step released."""
@@ -443,7 +457,7 @@ class Guard:
                 "returned; after a restart call guard.load_state_dict with what the guard saved."
             )
 
-    def _seal(self, update: Update) -> Update:
+    def _seal(self, update: Update, batch: Batch | None) -> Update:
         if not isinstance(update, Update):
             raise expected(
                 "an Update", type(update).__name__,
@@ -476,7 +490,77 @@ class Guard:
         with self._released(acting):
             for defense in acting:
                 update = defense.seal(update, self.anatomy, self._draws)
-        return update
+        return self._past_gate(update, batch)
+
+    @property
+    def tally(self) -> Tally:
+        """What the gate of this stack decided so far, by the images: for the client alone."""
+        return self._protection.tally
+
+    def _past_gate(self, update: Update, batch: Batch | None) -> Update:
+        """Return what may leave; refused where a gate is to look and has no images to look with."""
+        gate = next((d for d in self.defenses if isinstance(d, LeakGate)), None)
+        if gate is None or self._protection.ungated:
+            return update
+        if not gate.due(self.tally):
+            gate.skip(self.tally)
+            return update
+        if batch is None or len(batch.images) != update.batch_size:
+            raise Unprotected(
+                f"Expected the {update.batch_size} images behind the update for the gate, got "
+                f"{0 if batch is None else len(batch.images)}. Call guard.seal(update, "
+                "batch=(images, labels))."
+            )
+        model = self.public_model()
+
+        def attack(seen: Update) -> list[Tried]:
+            return attack_own(
+                model, seen, batch, defenses=self.defenses, traits=self.traits,
+                extras=self.extras(), work=gate.work,
+            )  # fmt: skip
+
+        return gate.passage(update, attack, self.tally)
+
+    @contextmanager
+    def ungated(self) -> Iterator[None]:
+        """Let updates pass a gate unseen and uncounted: an audit's attacks judge them."""
+        before, self._protection.ungated = self._protection.ungated, True
+        try:
+            yield
+        finally:
+            self._protection.ungated = before
+
+    def round(
+        self, number: int, *, base: str, weight: float = 1.0, client: str = ""
+    ) -> AbstractContextManager[rounds.Round]:
+        """Let the updates that are made in the block belong to a round.
+
+        Every defense of the update can read it (`vitguard.rounds.current`); encryption binds its
+        message to it.
+
+        Args:
+            number: Of the round, at least 0; never the same one twice.
+            base: Version of the public model that the update refers to (`rounds.next_version`).
+            weight: Of this client in the average, above 0; public.
+            client: Name of this client; an encryptor of another one refuses.
+
+        Raises:
+            InputError: One of them is something else.
+        """
+        return rounds.bound(rounds.Round(number, base, weight, client))
+
+    def shared_names(self) -> tuple[str, ...]:
+        """Return the names of the tensors that a client sends and takes back, in order.
+
+        The base model's parameters and buffers and the parameters that defenses added (an unknown
+        token), by the base model's names. Not what stays local: withheld or fixed positions, and
+        the defenses' own buffers, such as how far a schedule has come.
+        """
+        held = {n for piece in self._protection.installed() for n in piece.withheld()}
+        added = {f"vitguard.{name}" for name, _ in self._protection.named_parameters()}
+        state = (name for name, t in self.model.state_dict().items() if isinstance(t, Tensor))
+        sent = (n for n in state if not n.startswith("vitguard.") or n in added)
+        return tuple(n for name in sent if (n := canonical_name(name)) not in held)
 
     def encrypted(self) -> dict[str, Tensor]:
         """Return the parameters that the stack encrypts, as they stand, by name.
@@ -538,6 +622,37 @@ class Guard:
         if self._draws.seeded is not None:
             state["draws"] = self._draws.seeded.get_state()
         return state
+
+    def state_bytes(self, *, draws: bool = True) -> bytes:
+        """Return `state_dict` as JSON, for a place that keeps bytes. Local, never to be averaged.
+
+        Args:
+            draws: With the state of a generator that was given to `protect`. False leaves the
+                ledger alone, which holds no secret.
+        """
+        state = self.state_dict()
+        generator = state.pop("draws", None)
+        if draws and generator is not None:
+            state["draws"] = generator.numpy().tobytes().hex()
+        try:
+            return json.dumps(state, sort_keys=True, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise expected("ledgers that JSON can hold", str(error)) from error
+
+    def load_state_bytes(self, data: bytes) -> None:
+        """Continue where `state_bytes` left off, as `load_state_dict` does.
+
+        Raises:
+            InputError: They are something else, of another stack, or older than the ledger.
+        """
+        try:
+            state = dict(parsed_json(data))
+            if "draws" in state:
+                raw = bytearray.fromhex(state["draws"])
+                state["draws"] = torch.frombuffer(raw, dtype=torch.uint8)
+        except (TypeError, ValueError) as error:
+            raise expected("bytes from Guard.state_bytes", type(error).__name__) from error
+        self.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a `state_dict` left off. A ledger never goes back: it joins the state's.
