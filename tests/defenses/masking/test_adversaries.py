@@ -126,7 +126,7 @@ def test_an_old_round_is_not_started_again_nor_are_its_messages_taken(make_run):
     old = run.client("client-1").start_round(5, base=BASE)
     assert cause_of(lambda: run.server(6).add_keys(old)) == "round"
     client.start_round(6, base=BASE)
-    _, server = run.drive()
+    _, server = run.drive(until="keys")
     assert cause_of(lambda: client.share_keys(server.roster())) == "round"
 
 
