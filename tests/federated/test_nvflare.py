@@ -130,6 +130,11 @@ def reply_of(tensors: dict, weight: object = 10, number: int = 0, **meta) -> Sha
     return reply
 
 
+def whole_model() -> Shareable:
+    meta = {FLMetaKey.NUM_STEPS_CURRENT_ROUND: 10}
+    return DXO(DataKind.WEIGHTS, data=change(), meta=meta).to_shareable()
+
+
 def change(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -217,7 +222,7 @@ def test_values_that_cannot_be_are_refused_at_the_client(run, value):
 @pytest.mark.parametrize(
     "reply",
     [
-        pytest.param(lambda: DXO(DataKind.WEIGHTS, data=change()).to_shareable(), id="weights"),
+        pytest.param(lambda: whole_model(), id="weights"),
         pytest.param(lambda: DXO(DataKind.METRICS, data={"a": 1}).to_shareable(), id="metrics"),
         pytest.param(lambda: Shareable(), id="no DXO"),
         pytest.param(lambda: None, id="nothing"),

@@ -1,5 +1,7 @@
 """What may be in a message of NVFlare: exact shapes, and nothing that is not named here."""
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# nvflare and flwr need not be installed together
 from __future__ import annotations
 
 import math

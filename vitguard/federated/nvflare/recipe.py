@@ -1,5 +1,7 @@
 """The recipe: NVFlare's FedAvg with every update sealed."""
 
+# pyright: reportMissingImports=false
+# nvflare and flwr need not be installed together
 from __future__ import annotations
 
 from collections.abc import Sequence

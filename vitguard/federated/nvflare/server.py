@@ -1,5 +1,7 @@
 """The server's side: add what cannot be read, and keep the sums for the clients."""
 
+# pyright: reportMissingImports=false
+# nvflare and flwr need not be installed together
 from __future__ import annotations
 
 from pathlib import Path
