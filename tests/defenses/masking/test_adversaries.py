@@ -144,7 +144,7 @@ def test_a_signed_sum_is_opened_once_and_in_its_round_only(make_run):
 
 
 def test_keys_that_the_server_swapped_are_refused(make_run):
-    run = make_run(4)
+    run = make_run(5)
     clients, server = run.drive(until="keys")
     found = {c: m.hex() for c, m in server._keys.items()}
     _, body = wire.open_message(
@@ -157,6 +157,9 @@ def test_keys_that_the_server_swapped_are_refused(make_run):
     assert cause_of(lambda: clients["client-0"].share_keys(roster)) == "signature"
     twisted = forged(run, wire.ROSTER, {**found, "client-1": found["client-2"]})
     assert cause_of(lambda: clients["client-0"].share_keys(twisted)) == "key"
+    moved = {c: m for c, m in found.items() if c != "client-2"} | {"client-1": found["client-2"]}
+    moved = forged(run, wire.ROSTER, moved)
+    assert cause_of(lambda: clients["client-0"].share_keys(moved)) == "key"
     without = forged(run, wire.ROSTER, {c: m for c, m in found.items() if c != "client-0"})
     assert cause_of(lambda: clients["client-0"].share_keys(without)) == "key"
 
