@@ -2,8 +2,8 @@
 
     python benchmarks/masking.py [--clients 10] [--repetitions 3]
 
-The update has the values of `vit_tiny_patch16_224` (5.7 million). Times are the best of repetitions;
-masking grows with the number of clients, so it is stated.
+The update has as many values as `vit_tiny_patch16_224` (5.7 million). Times are the best of
+repetitions; masking grows with the number of clients, so it is stated.
 """
 
 from __future__ import annotations
