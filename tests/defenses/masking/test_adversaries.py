@@ -287,10 +287,12 @@ def test_a_server_and_threshold_less_one_clients_do_not_get_one_clients_values(m
         some = {n: s[cut] for n, s in shares.items()}
         least = run.terms.threshold
         assert cause_of(
-            lambda s=some, k=kind, m=make: secret_sharing.rebuild(s, least, keys[k], binding, m)
+            lambda s=some, k=kind, m=make, n=least: secret_sharing.rebuild(
+                s, n, keys[k], binding, m
+            )
         ) == "clients"  # fmt: skip
         assert cause_of(
-            lambda s=some, k=kind, m=make: secret_sharing.rebuild(
+            lambda s=some, k=kind, m=make, least=least: secret_sharing.rebuild(
                 s, least - 1, keys[k], binding, m
             )
         ) == "share"  # fmt: skip
@@ -299,9 +301,7 @@ def test_a_server_and_threshold_less_one_clients_do_not_get_one_clients_values(m
 def test_all_other_clients_masks_known_the_self_mask_still_hides_a_late_message(make_run):
     """The server calls a client dropped, rebuilds its pairwise masks, then gets its values."""
     run, messages = make_run(5), {}
-    clients, _ = run.drive(
-        until="values", change=lambda p, n, m: messages.setdefault((p, n), m)
-    )
+    clients, _ = run.drive(until="values", change=lambda p, n, m: messages.setdefault((p, n), m))
     binding, left = run.terms.binding(5, BASE), words(messages["values", "client-0"]).copy()
     now = clients["client-0"]._round
     for peer in run.names[1:]:
@@ -362,7 +362,7 @@ def test_garbage_and_mutated_bytes_are_refused_by_their_type(data):
     from tests.defenses.masking.conftest import Run
 
     global _shared
-    run, kept, server = _shared = globals().get("_shared") or _played(Run)
+    run, kept, _server = _shared = globals().get("_shared") or _played(Run)
     message = bytearray(data.draw(st.sampled_from(sorted(kept.values()))))
     for _ in range(data.draw(st.integers(1, 3))):
         message[data.draw(st.integers(0, len(message) - 1))] ^= data.draw(st.integers(1, 255))

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
-import torch
 from torch import Tensor
 
 from vitguard.core import Update, tensors_by_name
@@ -82,7 +81,8 @@ class MaskingClient:
             raise expected("the number of the last round started, or -1", repr(last)[:80])
         if terms.identities.get(client_id) != identity.public_bytes():
             raise expected(f"the identity key of {client_id!r:.80} in the terms", "another")
-        self.terms, self.client_id, self.outliers = terms, client_id, outliers
+        self.terms, self.client_id = terms, client_id
+        self.outliers: Literal["refuse", "clip"] = outliers
         self.clipped: dict[str, int] = {}
         self._identity, self._last = identity, last
         self._round: _Round | None = None
@@ -114,8 +114,9 @@ class MaskingClient:
             weight = self.terms.check_weight(weight)
             if round_id <= self._last:
                 raise Rejected("replay", f"round {round_id} after round {self._last}")
-            seeds = [Secret(secrets.token_bytes(sharing.SEED)) for _ in range(3)]
-            self._last, self._round = round_id, _Round(binding, weight, *seeds)
+            transport, pairs, own = (Secret(secrets.token_bytes(sharing.SEED)) for _ in range(3))
+            self._last = round_id
+            self._round = _Round(binding, weight, transport, pairs, own)
             now = self._round
             body = {
                 "transport": sharing.public_half(now.transport, binding).hex(),
@@ -134,9 +135,7 @@ class MaskingClient:
         with self._lock:
             now = self._at("keys")
             _, body = wire.open_message(roster, wire.ROSTER, self.terms, now.binding)
-            found = {
-                client: wire.hexadecimal(text) for client, text in wire.mapping(body).items()
-            }
+            found = {client: wire.hexadecimal(text) for client, text in wire.mapping(body).items()}
             self._check_enough(found)
             if found.get(self.client_id) != now.keys:
                 raise Rejected("key", f"a list with other keys of {self.client_id!r}, or none")
@@ -294,9 +293,7 @@ class MaskingClient:
 
     def _check_enough(self, clients: Any) -> None:
         if len(clients) < self.terms.threshold:
-            raise Rejected(
-                "clients", f"{len(clients)} clients, fewer than {self.terms.threshold}"
-            )
+            raise Rejected("clients", f"{len(clients)} clients, fewer than {self.terms.threshold}")
 
     def _set(self, now: _Round) -> bytes:
         return sharing.fingerprint([now.roster_digest, *(n.encode() for n in now.survivors)])

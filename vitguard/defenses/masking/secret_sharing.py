@@ -79,9 +79,7 @@ def pair_key(seed: Secret[bytes], peer: bytes, binding: bytes, purpose: str) -> 
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
     try:
-        shared = Secret(
-            _private(seed, binding).exchange(X25519PublicKey.from_public_bytes(peer))
-        )
+        shared = Secret(_private(seed, binding).exchange(X25519PublicKey.from_public_bytes(peer)))
     except ValueError:
         raise Rejected("key", "a public key of small order, or of another length") from None
     return Secret(_derived(shared.reveal(), binding, purpose.encode()))

@@ -40,9 +40,7 @@ class MaskingServer:
         round_id, base: Number of the round and version of the public model.
     """
 
-    def __init__(
-        self, terms: Terms, *, signing: SigningKey, round_id: int, base: str = ""
-    ) -> None:
+    def __init__(self, terms: Terms, *, signing: SigningKey, round_id: int, base: str = "") -> None:
         sharing.require_masking()
         if signing.public_bytes() != terms.server:
             raise expected("the server's signing key that the terms name", "another")
