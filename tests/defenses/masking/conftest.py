@@ -4,8 +4,6 @@ import torch
 from vitguard.defenses.encryption import Manifest, SigningKey
 from vitguard.defenses.masking import MaskingClient, MaskingServer, SumOpener, Terms
 
-pytest.importorskip("Crypto.Protocol.SecretSharing", reason="pycryptodome is not installed")
-
 BASE = "v1"
 
 

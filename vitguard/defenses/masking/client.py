@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
+from vitguard import rounds
 from vitguard.core import Update, tensors_by_name
 from vitguard.defenses.encryption.secret import Secret
 from vitguard.defenses.encryption.signing import SigningKey
@@ -22,8 +23,6 @@ from vitguard.draws import Draws
 from vitguard.errors import Rejected, Unprotected, expected
 
 __all__ = ["MaskingClient", "read_keys"]
-
-_PHASES = ("keys", "shares", "values", "agreement", "answer", "over")
 
 
 @dataclass
@@ -114,10 +113,8 @@ class MaskingClient:
             weight = self.terms.check_weight(weight)
             if round_id <= self._last:
                 raise Rejected("replay", f"round {round_id} after round {self._last}")
-            transport, pairs, own = (Secret(secrets.token_bytes(sharing.SEED)) for _ in range(3))
-            self._last = round_id
-            self._round = _Round(binding, weight, transport, pairs, own)
-            now = self._round
+            now = _Round(binding, weight, _seed(), _seed(), _seed())
+            self._last, self._round = round_id, now
             body = {
                 "transport": sharing.public_half(now.transport, binding).hex(),
                 "pairs": sharing.public_half(now.pairs, binding).hex(),
@@ -199,6 +196,7 @@ class MaskingClient:
                     f"{'none' if now is None else f'one at the phase of {now.phase}'}. Call "
                     "start_round, share_keys and take_shares first; values leave once a round."
                 )
+            self._check_bound(now)
             tensors = update.tensors if isinstance(update, Update) else tensors_by_name(update)
             masked, self.clipped = integers(
                 tensors, self.terms, now.weight, outliers=self.outliers, draws=Draws()
@@ -217,7 +215,11 @@ class MaskingClient:
         """Return the update with the manifest's tensors sealed and the message as its payload."""
         message = self.mask(update)
         sealed = update.seal(dict.fromkeys(self.terms.manifest.names, "masked, in a sum only"))
-        return replace(sealed, payloads={**sealed.payloads, "masking": message})
+        return replace(
+            sealed,
+            payloads={**sealed.payloads, "masking": message},
+            clipped={**sealed.clipped, **self.clipped},
+        )
 
     def agree(self, survivors: bytes) -> bytes:
         """Sign the set of clients whose values arrived; once a round.
@@ -284,6 +286,18 @@ class MaskingClient:
         except Rejected:
             return None
 
+    def _check_bound(self, now: _Round) -> None:
+        """Refuse values that `Guard.round` binds to another round, base, weight or client."""
+        stated = rounds.current()
+        if stated is not None and (
+            self.terms.binding(stated.number, stated.base) != now.binding
+            or stated.weight != now.weight
+            or stated.client not in ("", self.client_id)
+        ):
+            raise Rejected(
+                "round", f"{stated}", "the round, base, weight and client of start_round"
+            )
+
     def _at(self, phase: str) -> _Round:
         now = self._round
         if now is None or now.phase != phase:
@@ -310,6 +324,10 @@ class MaskingClient:
     def _message(self, kind: int, body: bytes) -> bytes:
         binding = self._round.binding if self._round else b""
         return wire.write_message(kind, self.client_id, body, binding, self._identity)
+
+
+def _seed() -> Secret[bytes]:
+    return Secret(secrets.token_bytes(sharing.SEED))
 
 
 def read_keys(message: bytes, terms: Terms, binding: bytes, client: str) -> dict[str, bytes]:

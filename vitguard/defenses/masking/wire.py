@@ -66,8 +66,7 @@ def open_message(data: object, kind: int, terms: Terms, binding: bytes) -> tuple
         raise Rejected("type", f"{type(data).__name__} where {_NAMES[kind]} were due as bytes")
     most = 4096 + 4 * terms.manifest.values
     if kind not in (MASKED, SUM):
-        most = 4096 * (1 + len(terms.identities)) ** 1 + 4096
-        most *= 1 + (kind == INBOX)
+        most = 4096 * (2 + len(terms.identities))
     if memoryview(data).nbytes > most:
         raise Rejected("oversize", f"{memoryview(data).nbytes} bytes where {most} are the most")
     data = bytes(data)
