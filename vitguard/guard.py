@@ -435,7 +435,7 @@ class Guard:
         self._require_released(update)
         if batch is not None:
             self._check_batch(*batch)
-        return self._seal(update, None if batch is None else Batch(*batch))
+        return self._seal(update, None if batch is None else Batch(*batch), trained=True)
 
     def _require_released(self, update: Update) -> None:
         """Raise Unprotected if an update says something that no private step released."""
@@ -457,7 +457,7 @@ class Guard:
                 "returned; after a restart call guard.load_state_dict with what the guard saved."
             )
 
-    def _seal(self, update: Update, batch: Batch | None) -> Update:
+    def _seal(self, update: Update, batch: Batch | None, *, trained: bool = False) -> Update:
         if not isinstance(update, Update):
             raise expected(
                 "an Update", type(update).__name__,
@@ -472,7 +472,7 @@ class Guard:
             )  # fmt: skip
         for name, tensor in tensors.items():
             check_plain(name, tensor, "the update")
-        update = replace(update, tensors=tensors)
+        made = update = replace(update, tensors=tensors)
         held: dict[str, str] = {}
         for piece in self._protection.installed():
             held |= {n: r for n, r in piece.withheld().items() if n in tensors}
@@ -490,15 +490,19 @@ class Guard:
         with self._released(acting):
             for defense in acting:
                 update = defense.seal(update, self.anatomy, self._draws)
-        return self._past_gate(update, batch)
+        return self._past_gate(update, batch, made if trained else None)
 
     @property
     def tally(self) -> Tally:
         """What the gate of this stack decided so far, by the images: for the client alone."""
         return self._protection.tally
 
-    def _past_gate(self, update: Update, batch: Batch | None) -> Update:
-        """Return what may leave; refused where a gate is to look and has no images to look with."""
+    def _past_gate(self, update: Update, batch: Batch | None, trained: Update | None) -> Update:
+        """Return what may leave; refused where a gate is to look and has no images to look with.
+
+        `trained` is what the training made, if it may have moved the model: the adversary knows the
+        weights before it, so these are looked from as well.
+        """
         gate = next((d for d in self.defenses if isinstance(d, LeakGate)), None)
         if gate is None or self._protection.ungated:
             return update
@@ -511,13 +515,19 @@ class Guard:
                 f"{0 if batch is None else len(batch.images)}. Call guard.seal(update, "
                 "batch=(images, labels))."
             )
-        model = self.public_model()
+        models = [self.public_model()]
+        if trained is not None and trained.kind == "difference":
+            models.append(_taken_back(self.public_model(), trained))
 
         def attack(seen: Update) -> list[Tried]:
-            return attack_own(
-                model, seen, batch, defenses=self.defenses, traits=self.traits,
-                extras=self.extras(), work=gate.work,
-            )  # fmt: skip
+            return [
+                tried
+                for model in models
+                for tried in attack_own(
+                    model, seen, batch, defenses=self.defenses, traits=self.traits,
+                    extras=self.extras(), work=gate.work / len(models),
+                )
+            ]  # fmt: skip
 
         return gate.passage(update, attack, self.tally)
 
@@ -675,6 +685,15 @@ class Guard:
                 self._draws.seeded.set_state(state["draws"])
             except (TypeError, RuntimeError) as error:
                 raise expected("a state from Guard.state_dict", repr(error)) from error
+
+
+def _taken_back(model: nn.Module, update: Update) -> nn.Module:
+    """Return the model with a difference subtracted, in place."""
+    with torch.no_grad():
+        for name, p in canonical_parameters(model).items():
+            if name in update.tensors:
+                p -= update.tensors[name].to(p)
+    return model
 
 
 def _require_values(model: nn.Module) -> None:

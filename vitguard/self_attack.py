@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitguard.analysis import released
 from vitguard.attacks.base import Attack
 from vitguard.attacks.budget import Budget, CutShort
 from vitguard.core import Batch, Guess, Traits, Update, View
-from vitguard.defenses.base import Defense
+from vitguard.defenses.base import Defense, traits_of
 from vitguard.defenses.gate import Tried
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.metrics import baseline, score
 from vitguard.models import normalization_of
 from vitguard.registry import attack_types
-from vitguard.vit import Anatomy
+from vitguard.vit import Anatomy, canonical_name, logits_of
 
 __all__ = ["attack_own"]
 
@@ -62,9 +63,25 @@ def attack_own(
     tried = []
     for attack in (k() for k in kinds if k.family == "closed-form"):
         one = _tried(attack, view, truth, anatomy.patch_size, budget)
-        needs = (r.needs for r in attack.remains(plain) if r.possible)
-        tried.append(replace(one, needs=tuple(dict.fromkeys(n for each in needs for n in each))))
+        if one.state == "not applicable":
+            control = _tried(attack, _control(view, batch), truth, anatomy.patch_size, budget)
+            one = replace(one, opens=control.state in ("ran", "cut"))
+        left = (r.needs for r in attack.remains(plain) if r.possible)
+        tried.append(replace(one, needs=tuple(dict.fromkeys(n for each in left for n in each))))
     return tried
+
+
+def _control(view: View, batch: Batch) -> View:
+    """Return what an adversary would see of a plain gradient of the batch, without a defense."""
+    parameters = {canonical_name(n): p for n, p in view.model.named_parameters()}
+    with torch.enable_grad():
+        for p in parameters.values():
+            p.requires_grad_(True)
+        loss = F.cross_entropy(logits_of(view.model(batch.images)), batch.labels)
+        made = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    update = Update(dict(zip(parameters, made, strict=True)), batch_size=len(batch.images))
+    own = traits_of([], Anatomy.of(view.model))
+    return replace(view, update=update, traits=own, settings={}, extras={})
 
 
 def _tried(
@@ -93,8 +110,10 @@ def _scored(name: str, guess: Guess, truth: Tensor, patch: tuple[int, int]) -> T
         cut: Tried = Tried(name, "cut", f"unfinished: {unfinished}")
     else:
         cut = Tried(name, "ran")
-    if not len(guess.images):  # labels only
-        return cut
+    if not len(guess.images):
+        return replace(cut, state="not applicable", reason="it gives labels alone")
+    if not bool(guess.images.isfinite().all()):
+        return Tried(name, "failed", "an image with values that are not finite")
     high, wide = (n - n % p for n, p in zip(truth.shape[-2:], patch, strict=True))
     truth, images = (t[..., :high, :wide].detach().cpu() for t in (truth, guess.images))
     verified = None if guess.verified is None else guess.verified.detach().cpu()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import vitguard as vg
-from vitguard import self_attack
-from vitguard.core import Update
+from vitguard import data, self_attack
+from vitguard.core import Guess, Update
 from vitguard.defenses.gate import LeakGate
 from vitguard.errors import GateClosed, InputError, Unprotected
 from vitguard.models import AprilViT, normalization_of
@@ -23,7 +23,7 @@ def model() -> torch.nn.Module:
 
 def batch_of(net: torch.nn.Module, count: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     size = vg.Anatomy.of(net).image_size
-    pixels = vg.data.sample_images(size).pixels[:count]
+    pixels = data.sample_images(size).pixels[:count]
     return normalization_of(net).apply(pixels), torch.arange(count)
 
 
@@ -67,7 +67,7 @@ def test_an_update_that_encryption_seals_whole_passes() -> None:
 
 def test_an_audit_shows_what_the_gate_would_have_judged() -> None:
     net = model().eval()
-    pixels = vg.data.sample_images(vg.Anatomy.of(net).image_size).pixels[:1]
+    pixels = data.sample_images(vg.Anatomy.of(net).image_size).pixels[:1]
     report = vg.audit(net, (pixels, torch.tensor([0])), defenses="gate", attacks="april")
     assert {f.verdict for f in report.findings} == {"leaks"}
     assert any("no guarantee" in note for note in report.notes)
@@ -165,3 +165,59 @@ def test_limits_that_cannot_be_meant_are_refused() -> None:
     for wrong in ({"max_gain": None}, {"every": 0}, {"work": 0.0}, {"then": "hope"}):
         with pytest.raises(InputError):
             LeakGate(**wrong)  # type: ignore[arg-type]
+
+
+FROZEN = "positions:kind=frozen+gate"
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 1.0])
+def test_a_finished_step_is_judged_from_the_weights_before_it(small_vit, rate) -> None:
+    """The adversary knows them; from the moved ones the exact attack once got nothing back."""
+    guard = vg.protect(small_vit(depth=2).train(), FROZEN)
+    images, labels = batch_of(guard.model)
+    before = {n: p.detach().clone() for n, p in guard.model.named_parameters()}
+    optimizer = torch.optim.SGD(guard.model.parameters(), lr=rate)
+    torch.nn.functional.cross_entropy(guard.model(images), labels).backward()
+    optimizer.step()
+    moved = {n: p.detach() - before[n] for n, p in guard.model.named_parameters()}
+    update = Update(moved, kind="difference", learning_rate=rate)
+    with pytest.raises(GateClosed, match="rebuilds an image"):
+        guard.seal(update, batch=(images, labels))
+
+
+def test_an_attack_that_does_not_apply_to_how_the_update_was_made_decides_nothing(
+    small_vit,
+) -> None:
+    guard = vg.protect(small_vit(depth=2).train(), FROZEN)
+    adamw = vg.LocalTraining(1e-3, 2, "adamw")
+    with pytest.raises(GateClosed, match=r"not decided.*adamw"):
+        guard.update(*batch_of(guard.model), training=adamw)
+    assert guard.tally.counts == {"not decided": 1}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_attack_that_gives_no_numbers_has_failed_and_passes_nothing(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = self_attack.attack_types()
+    monkeypatch.setattr(
+        kinds["april"],
+        "run",
+        lambda self, view, generator: Guess(torch.full((1, 3, 32, 32), value)),
+    )
+    guard = vg.protect(model(), "gate")
+    with pytest.raises(GateClosed) as caught:
+        guard.update(*batch_of(guard.model))
+    (april,) = (t for t in caught.value.decision.tried if t.attack == "april")
+    assert april.state == "failed" and "not finite" in april.reason
+
+
+def test_a_batch_that_is_too_large_for_the_exact_attacks_passes(small_vit) -> None:
+    """Where they do not apply to a plain gradient of it either, nothing is left open."""
+    guard = vg.protect(small_vit(depth=2).train(), FROZEN)
+    images, labels = batch_of(guard.model, 7)
+    guard.update(
+        images.repeat(2, 1, 1, 1) + torch.linspace(0, 1, 14).reshape(-1, 1, 1, 1),
+        labels.repeat(2) % 10,
+    )
+    assert guard.tally.counts == {"passed": 1}

@@ -28,6 +28,7 @@ class Tried:
         psnr: dB of the worst image, patches matched.
         proved: Share of the true patches that the attack proved and reproduced, in [0, 1].
         needs: Tensors that the attack reads, as far as it says so.
+        opens: Whether an attack that does not apply would have, to a plain gradient of the batch.
     """
 
     attack: str
@@ -37,6 +38,7 @@ class Tried:
     psnr: float = -math.inf
     proved: float = 0.0
     needs: tuple[str, ...] = ()
+    opens: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ class LeakGate(Defense):
             no time on a clock; an attack without a budget of its own runs to its end.
         then: Where an update leaks: `refuse` raises, `withhold` seals the tensors that the attack
             reads, looks again, and raises where that does not help.
-        undecided: Where no attack could say anything, or one broke or was cut: `refuse` or `pass`.
+        undecided: Where no attack could say anything, one broke or was cut, or one does not apply
+            that does to a plain gradient of the same batch (`span` to a difference of AdamW steps):
+            `refuse` or `pass`.
 
     Raises:
         InputError: A setting out of range, or no limit at all.
@@ -204,6 +208,8 @@ def _doubt(tried: Sequence[Tried]) -> str:
     broken = [t for t in tried if t.state in ("cut", "failed")]
     if broken:
         return "; ".join(f"{t.attack} was {t.state}: {t.reason}" for t in broken)
+    if missed := [t for t in tried if t.opens]:
+        return "; ".join(f"{t.attack} says nothing of it: {t.reason}" for t in missed)
     if not any(t.state in ("ran", "blocked") for t in tried):
         said = "; ".join(f"{t.attack}: {t.reason}" for t in tried)
         return f"no closed form applies ({said or 'none is registered'})"
