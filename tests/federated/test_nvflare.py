@@ -506,3 +506,13 @@ def test_versions_are_those_of_the_rounds_of_the_whole_package(run):
     params, _ = played(run, 0, initial)
     later = json.loads((run.root / "server/job/vitguard/server.json").read_text())
     assert later["base"] == next_version(state["base"], params["vitguard.sum.0"])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["shuffle:ratio=0.5", "positions:kind=frozen", "gate", "noise+shuffle", "privacy:noise=1"],
+)
+def test_a_filter_takes_defenses_of_the_update_alone(spec):
+    """The training happens elsewhere: a shuffle named here would move nothing, and seem to act."""
+    with pytest.raises(Unprotected, match="of the update"):
+        SealFilter(defenses=spec, model=TINY)

@@ -9,12 +9,12 @@ from typing import ClassVar
 from torch import nn
 
 from vitguard.core import Traits, Update
-from vitguard.defenses.base import Defense, Draws, UpdateDefense, traits_of
+from vitguard.defenses.base import Defense, Draws, UpdateDefense
 from vitguard.defenses.masking.client import MaskingClient
 from vitguard.defenses.masking.secret_sharing import require_masking
-from vitguard.errors import Incompatible, Unprotected, expected
-from vitguard.selectors import require_all_match
-from vitguard.vit import Anatomy, canonical_parameters
+from vitguard.defenses.sealing import require_selection, selected
+from vitguard.errors import Unprotected, expected
+from vitguard.vit import Anatomy
 
 __all__ = ["MaskedAggregation"]
 
@@ -70,12 +70,7 @@ class MaskedAggregation(UpdateDefense):
             MissingExtra: pycryptodome or cryptography is not installed.
         """
         require_masking()
-        sizes = {n: p.numel() for n, p in canonical_parameters(model).items()}
-        require_all_match(anatomy, self.select, sizes)
-        if traits_of(stack, anatomy).positions != "learnable":
-            sizes.pop(anatomy.positions or "", None)
-        if not anatomy.select(self.select, sizes):
-            raise Incompatible(f"Expected parameters to mask, got none for {self.select!r}.")
+        require_selection(self.select, model, anatomy, stack, "mask")
 
     def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
         """Return that the selected tensors cannot be read."""
@@ -95,13 +90,7 @@ class MaskedAggregation(UpdateDefense):
                 client in the phase of values, and the guard is no rehearsal.
             InputError: A value is not finite or beyond its bound; or the manifest names others.
         """
-        selected = anatomy.select(self.select, update.tensors)
-        chosen = [n for n in selected if update.tensors[n].is_floating_point()]
-        update = update.seal(
-            dict.fromkeys((n for n in selected if n not in chosen), "an integer, not masked")
-        )
-        if not chosen:
-            raise Unprotected(f"Expected tensors to mask, got none for {self.select!r}.")
+        update, chosen = selected(self.select, update, anatomy, "mask", "masked")
         client: MaskingClient | None = self._client  # type: ignore[attr-defined]
         if client is not None:
             if differs := client.terms.manifest.difference(chosen):

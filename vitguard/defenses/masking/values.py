@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vitguard.defenses.encryption.manifest import Outliers
 from vitguard.defenses.encryption.packing import quantise
 from vitguard.defenses.masking.terms import Terms
 from vitguard.draws import Draws
-from vitguard.errors import Rejected, expected
+from vitguard.errors import Rejected
 
 __all__ = ["average", "integers"]
 
@@ -25,7 +25,7 @@ def integers(
     terms: Terms,
     weight: float,
     *,
-    outliers: Literal["refuse", "clip"],
+    outliers: Outliers,
     draws: Draws,
 ) -> tuple[NDArray[np.uint32], dict[str, int]]:
     """Return the weighted, stochastically rounded values, and how many were clipped by name.
@@ -42,16 +42,9 @@ def integers(
         flat = tensors[entry.name].detach().cpu().reshape(-1)
         flat = flat if flat.dtype == torch.float64 else flat.float()
         for start in range(0, entry.size, _PIECE):
-            values = flat[start : start + _PIECE].numpy()
-            if beyond := int((~(np.abs(values) <= entry.bound)).sum()):  # NaN counts
-                if outliers == "refuse":
-                    raise expected(
-                        f"finite values of {entry.name} within its bound {entry.bound:g}",
-                        f"{beyond} others",
-                        "Clip the update, raise the bound, or choose outliers='clip'.",
-                    )
-                clipped[entry.name] = clipped.get(entry.name, 0) + beyond
-                values = np.clip(np.nan_to_num(values, nan=0.0), -entry.bound, entry.bound)
+            values, count = entry.within(flat[start : start + _PIECE].numpy(), outliers)
+            if count:
+                clipped[entry.name] = clipped.get(entry.name, 0) + count
             factor = share * terms.levels / entry.bound
             whole = quantise(values, factor, terms.levels, draws.uniform(len(values)))
             total[at : at + len(whole)] = whole.astype(np.int64).astype(np.uint32)

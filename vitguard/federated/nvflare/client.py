@@ -21,6 +21,7 @@ from nvflare.fuel.utils import fobs
 from torch import Tensor, nn
 
 from vitguard.core import Update
+from vitguard.defenses.base import UpdateDefense
 from vitguard.defenses.encryption import Decryptor, Encryptor, KeySet, Manifest, model_version
 from vitguard.errors import Rejected, Unprotected
 from vitguard.federated.nvflare.messages import (
@@ -39,6 +40,7 @@ from vitguard.federated.nvflare.messages import (
 from vitguard.federated.nvflare.models import build_model
 from vitguard.federated.nvflare.state import ClientState, passphrase_of, private_folder
 from vitguard.guard import Guard, protect
+from vitguard.registry import parse_stack
 from vitguard.rounds import next_version
 
 __all__ = ["OpenFilter", "SealFilter"]
@@ -176,6 +178,7 @@ class SealFilter(_ClientFilter):
         keys: Path of this site's key file; `{site}` stands for its name.
         passphrase: Name of the environment variable that holds the passphrase.
         defenses: Spec of further defenses of the update, such as `noise` or `client-privacy`.
+            Others act in the training, which a filter does not see: they are refused.
         model: `{"path": "package.Class", "args": {...}}`, for `defenses`.
         outliers: `refuse` or `clip` values beyond their bound, as `Encryptor` does.
         task: The one task that is let through.
@@ -201,6 +204,13 @@ class SealFilter(_ClientFilter):
             raise Unprotected("Expected keys and manifest together, got one of them.")
         if defenses and model is None:
             raise Unprotected("Expected the model's path and args beside defenses, got none.")
+        for defense in parse_stack(defenses) if defenses else ():
+            if not isinstance(defense, UpdateDefense):
+                raise Unprotected(
+                    f"Expected defenses of the update, such as noise, got {defense.name}: the "
+                    "training happens elsewhere, where a filter changes nothing. Protect the "
+                    "model in the client's own code."
+                )
         self.manifest, self.keys, self.passphrase = manifest, keys, passphrase
         self.defenses, self.model = defenses, model
         self.outliers, self.task = outliers, task
