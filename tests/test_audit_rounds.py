@@ -55,7 +55,7 @@ def rows(report):
 
 
 def test_a_curious_server_rebuilds_the_image_of_each_plain_message(federation):
-    report = vg.audit(federation().round(["ana", "bea"]), attacks="position")
+    report = vg.audit(federation().round(["ana", "bea"]).messages, attacks="position")
     found = rows(report)
     for name in ("ana", "bea"):
         finding = found[f"message of {name}, round 0 (1 image)"]
@@ -65,14 +65,14 @@ def test_a_curious_server_rebuilds_the_image_of_each_plain_message(federation):
 
 @pytest.mark.parametrize("spec", ["masking", "encryption"])
 def test_a_secure_sum_blocks_each_message_and_its_control_still_leaks(federation, spec):
-    report = vg.audit(federation(spec).round(), attacks="position")
-    for exposure, finding in rows(report).items():
-        if exposure.startswith("message"):
-            assert finding.verdict == "blocked" and finding.control.verdict == "leaks"
+    report = vg.audit(federation(spec).round().messages[:2], attacks="position")
+    assert len(rows(report)) == 2
+    for finding in rows(report).values():
+        assert finding.verdict == "blocked" and finding.control.verdict == "leaks"
 
 
 def test_the_sum_of_one_client_is_its_update_and_leaks_as_the_message_does(federation):
-    report = vg.audit(federation().round(["ana"]), attacks="position")
+    report = vg.audit(federation().round(["ana"]).total, attacks="position")
     found = rows(report)
     finding = found["sum of round 0 (1 image of 1 client)"]
     assert finding.verdict == "leaks" and finding.psnr.max > 60
@@ -105,11 +105,22 @@ def test_two_sums_from_one_model_that_differ_by_one_client_give_that_client_away
     one = federation(spec, names=(*NAMES, "dora"))
     first = one.round(advance=False)
     second = one.round([*NAMES])
-    report = vg.audit([first, second], attacks="position")
     name = "sum of round 0 less sum of round 1: dora (1 image)"
-    finding = rows(report)[name]
+    difference = first.minus(second)
+    finding = rows(vg.audit(difference, attacks="position"))[name]
     assert finding.verdict == "leaks" and finding.psnr.max > 30
     assert finding.control.verdict == "leaks"
+
+
+def test_an_audit_of_several_rounds_takes_their_difference_by_itself(federation):
+    one = federation(names=("ana", "bea"))
+    watching = Watching()
+    second, first = one.round(["ana"], advance=False), one.round()
+    report = vg.audit([second, first], attacks=[watching])
+    assert "sum of round 1 less sum of round 0: bea (1 image)" in rows(report)
+    message, difference = first.messages[1].update, watching.seen[-1]
+    for name, tensor in message.tensors.items():
+        assert torch.allclose(difference.tensors[name], tensor, atol=1e-6), name
 
 
 def test_a_difference_that_does_not_exist_is_refused_with_the_reason(federation):
@@ -117,8 +128,6 @@ def test_a_difference_that_does_not_exist_is_refused_with_the_reason(federation)
     first, second = one.round(), one.round([*NAMES])
     with pytest.raises(NotApplicable, match="another version of the model"):
         first.minus(second)
-    report = vg.audit([first, second], attacks=[Watching()])
-    assert any("another version of the model" in note for note in report.notes)
     third, fourth = one.round(advance=False), one.round(["ana"], advance=False)
     with pytest.raises(NotApplicable, match="differ by 3 clients"):
         third.minus(fourth)
@@ -132,6 +141,11 @@ def test_a_difference_that_does_not_exist_is_refused_with_the_reason(federation)
         first.without("nobody")
 
 
+def test_an_audit_says_why_two_rounds_have_no_difference(federation):
+    report = vg.audit(federation(names=["ana"]).run(2), attacks=[Watching()])
+    assert any("another version of the model" in note for note in report.notes)
+
+
 def test_frozen_positions_resist_the_attack_that_reads_them_in_the_sum_as_well(federation):
     report = vg.audit(federation("positions:kind=frozen").round(["ana"]), attacks="position")
     assert {f.verdict for f in rows(report).values()} <= {"blocked", "not applicable"}
@@ -141,7 +155,8 @@ def test_frozen_positions_resist_the_attack_that_reads_them_in_the_sum_as_well(f
 def test_every_form_of_the_report_names_what_was_seen_and_the_rest_of_the_json_is_as_it_was(
     federation, tmp_path
 ):
-    report = vg.audit(federation("masking").round(), attacks="position")
+    seen = federation("masking").round()
+    report = vg.audit([seen.messages[0], seen.total], attacks="position")
     stored = json.loads(report.to_json_text())
     assert stored["schema"] == 1
     names = [f["exposure"] for f in stored["findings"]]
@@ -166,7 +181,7 @@ def test_a_client_whose_training_was_not_said_has_no_control_and_never_resists(f
         with torch.no_grad():
             own.model.head.bias += 0.1
 
-    report = vg.audit(federation(train=train).round(), attacks="position")
+    report = vg.audit(federation(train=train).round(["ana"]).messages, attacks="position")
     assert all(f.verdict != "resisted" for f in rows(report).values())
     assert any("cannot be repeated" in note for note in report.notes)
 
@@ -184,7 +199,7 @@ def test_what_belongs_to_other_audits_is_refused_beside_a_round(federation):
 
 
 def test_the_gate_of_an_audit_of_rounds_falls_by_one_leaking_message(federation):
-    report = vg.audit(federation().round(["ana", "bea"]), attacks="position")
+    report = vg.audit(federation().round(["ana"]).messages, attacks="position")
     assert report.gate(max_gain=6.0) == 1
-    masked = vg.audit(federation("masking").round(), attacks="position")
+    masked = vg.audit(federation("masking").round().messages[:1], attacks="position")
     assert masked.gate(max_gain=6.0) == 3  # blocked messages decide nothing
