@@ -8,7 +8,7 @@ import torch
 
 import vitguard as vg
 from vitguard.defenses.encryption.presets import preset
-from vitguard.errors import InputError, Rejected, Unprotected
+from vitguard.errors import InputError, Unprotected
 from vitguard.federated.local import LocalClient, LocalFederation
 from vitguard.rounds import next_version
 
@@ -24,7 +24,10 @@ def model(small_vit):
 @pytest.fixture
 def clients():
     images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return {n: LocalClient(images[i : 2 * i + 1], torch.zeros(i + 1).long()) for i, n in enumerate(NAMES)}
+    return {
+        n: LocalClient(images[i : 2 * i + 1], torch.zeros(i + 1).long())
+        for i, n in enumerate(NAMES)
+    }
 
 
 def federation(model, clients, defenses=(), **settings):
@@ -43,8 +46,7 @@ def by_hand(model, clients, defenses=()):
         made[name] = guard.update(images, client.labels, training=STEP).tensors
     whole = sum(len(c.images) for c in clients.values())
     return {
-        k: sum(len(clients[n].images) * t[k] for n, t in made.items()) / whole
-        for k in made["ana"]
+        k: sum(len(clients[n].images) * t[k] for n, t in made.items()) / whole for k in made["ana"]
     }
 
 
@@ -125,7 +127,8 @@ def test_a_secure_sum_of_too_few_clients_is_refused_and_the_model_stays(model, c
 def test_a_plain_sum_of_one_client_is_taken_since_nothing_forbids_it(model, clients):
     seen = federation(model, clients).round(["ana"])
     ((message,), total) = seen.messages, seen.total
-    assert all(torch.allclose(t, total.update.tensors[k]) for k, t in message.update.tensors.items())
+    for name, tensor in message.update.tensors.items():
+        assert torch.allclose(tensor, total.update.tensors[name])
 
 
 def test_a_client_past_its_privacy_target_is_refused_and_the_ledger_counts_every_round(
@@ -156,8 +159,8 @@ def test_a_train_function_trains_the_guarded_model_in_place_and_its_difference_i
 def test_defenses_that_need_each_example_refuse_a_train_function_that_did_not_prepare(
     model, clients
 ):
-    clients = {n: LocalClient(c.images, c.labels, train=lambda own: None) for n, c in clients.items()}
-    seen = federation(model, clients, "privacy:noise=1").round()
+    idle = {n: LocalClient(c.images, c.labels, train=lambda own: None) for n, c in clients.items()}
+    seen = federation(model, idle, "privacy:noise=1").round()
     assert set(seen.refused) == set(NAMES) and "prepare" in seen.refused["ana"]
 
 
@@ -194,5 +197,4 @@ def test_a_replayed_round_is_refused_by_the_clients(model, clients):
     one.round()
     one.number = 0
     seen = one.round()
-    assert seen.total is None and "replay" in seen.failed or "after round" in seen.failed
-    assert issubclass(Rejected, InputError)
+    assert seen.total is None and "round 0 after round 0" in seen.failed

@@ -6,7 +6,6 @@ import itertools
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,14 +69,20 @@ def audit_rounds(
     alone = {look.thing.name for look in looks if look.training is None}
     found = [without_control(f) if f.exposure in alone else f for f in found]
     found += [
-        Finding(t.defense or PLAIN, a.name, "not applicable", ON_INPUT, settings=a.settings(),
-                exposure=t.name)  # fmt: skip
+        Finding(
+            t.defense or PLAIN,
+            a.name,
+            "not applicable",
+            ON_INPUT,
+            settings=a.settings(),
+            exposure=t.name,
+        )
         for t in things
         for a in asked
         if not isinstance(a, Attack)
     ]
     if alone:
-        said.append(f"Training that cannot be repeated: {', '.join(sorted(alone))}. {OTHER_CONTROL}")
+        said.append(f"{OTHER_CONTROL} So it is of: {', '.join(sorted(alone))}.")
     if any(look.pixels is None for look in looks):
         said.append(CONTROL_NOTE)
     for thing in things:
@@ -127,7 +132,8 @@ def _things(rounds: Rounds) -> tuple[list[Seen], list[str]]:
         except NotApplicable as error:
             notes.append(f"No difference of sums: {error}.")
     if not things:
-        raise expected("rounds from which something left", f"none: {'; '.join(filter(None, notes))}")
+        why = "; ".join(filter(None, notes))
+        raise expected("rounds from which something left", f"none: {why}")
     names = [t.name for t in things]
     if twice := next((n for n in names if names.count(n) > 1), ""):
         raise expected("each thing that was seen once", f"{twice} twice")

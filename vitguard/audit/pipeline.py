@@ -35,7 +35,7 @@ def findings(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> list[Finding]:
-    """Run all attacks on all batches of all runs, and judge each beside the control of its exposure.
+    """Run all attacks on all batches of all runs; judge each beside the control of its exposure.
 
     Every exposure has one run called `CONTROL`. The row `none` is the control itself unless a run
     has that name: something is withheld there.

@@ -62,7 +62,7 @@ class Seen:
     guard: Guard
     shares: tuple[Share, ...]
     defense: str = ""
-    normalization: Normalization = Normalization()
+    normalization: Normalization = field(default_factory=Normalization)
     loss: Loss = F.cross_entropy
 
     @property
@@ -221,8 +221,8 @@ def mean_of(updates: Sequence[Update], weights: Sequence[float]) -> Update:
     for name in names:
         given = [u.tensors[name] for u in updates]
         if given[0].is_floating_point():
-            total = torch.stack([w * t.double() for w, t in zip(weights, given, strict=True)]).sum(0)
-            tensors[name] = (total / whole).to(given[0].dtype)
+            each = [w * t.double() for w, t in zip(weights, given, strict=True)]
+            tensors[name] = (torch.stack(each).sum(0) / whole).to(given[0].dtype)
     sealed = {n: why for u in updates for n, why in u.sealed.items() if n not in tensors}
     made = replace(
         first, tensors=tensors, sealed=sealed, payloads={}, clipped={},

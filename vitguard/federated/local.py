@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,8 @@ class LocalFederation:
         model: The bare model that all start from; it is copied.
         clients: Clients by name.
         defenses: The stack of each client. `encryption` or `masking` in it makes a secure sum.
-        training: How each client trains on all its images; a difference, so with a rate.
+        training: How each client trains on all its images, with a rate; by default one step of
+            rate 0.01.
         bound: The largest absolute value of an update, for the manifest of a secure sum.
         normalization: From pixels to model input; what the model's configuration says by default.
         generator: Makes the defenses' draws a function of its state, for tests and audits: no
@@ -77,7 +79,7 @@ class LocalFederation:
         clients: Mapping[str, LocalClient],
         defenses: Stack = (),
         *,
-        training: LocalTraining = LocalTraining(0.01),
+        training: LocalTraining | None = None,
         bound: float | Mapping[str, float] = 1.0,
         loss: Loss = F.cross_entropy,
         normalization: Normalization | None = None,
@@ -88,6 +90,7 @@ class LocalFederation:
         for name, client in clients.items():
             if not isinstance(client, LocalClient):
                 raise expected(f"a LocalClient for {name}", type(client).__name__)
+        training = training or LocalTraining(0.01)
         if training.learning_rate is None:
             raise expected("local training with a learning rate", "a gradient")
         self.model, self.clients = model, dict(clients)
@@ -214,7 +217,7 @@ class LocalFederation:
         client.train(guard)
         after = _state(guard, names)
         training = client.training
-        facts = {"kind": "difference"} if training is None else training.facts()
+        facts: dict[str, Any] = {"kind": "difference"} if training is None else training.facts()
         made = Update({n: after[n] - before[n] for n in names}, batch_size=len(images), **facts)
         return guard.seal(made, batch=(images, labels))
 
