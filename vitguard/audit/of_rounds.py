@@ -125,7 +125,8 @@ def _things(rounds: Rounds) -> tuple[list[Seen], list[str]]:
         for c, why in (r.refused or {"": ""}).items()
         if r.failed or c
     ]  # fmt: skip
-    for one, other in itertools.combinations(whole, 2):
+    summed = [r for r in whole if r.total is not None]
+    for one, other in itertools.combinations(summed, 2):
         pair = (one, other) if len(one.included) >= len(other.included) else (other, one)
         try:
             things.append(pair[0].minus(pair[1]))
