@@ -79,9 +79,13 @@ class AuditResults:
                 resisting += 1
                 tried |= dict.fromkeys(resisted)
         verb = "leaks" if leaking == 1 else "leak"
-        parts = [f"{leaking} of {len(groups)} defended configurations {verb}"]
+        # what is seen of a round need not be defended
+        several = any(f.exposure for f in self.findings)
+        things = "messages and sums" if several else "defended configurations"
+        parts = [f"{leaking} of {len(groups)} {things} {verb}"]
         if len(groups) == 1:
-            parts = ["The defended configuration leaks" if leaking else "No leak was shown"]
+            one = "What was seen leaks" if several else "The defended configuration leaks"
+            parts = [one if leaking else "No leak was shown"]
         if resisting:
             parts.append(f"{resisting} resisted the attacks that were run ({', '.join(tried)})")
         if undecided := len(groups) - leaking - resisting:
