@@ -30,12 +30,12 @@ def main() -> None:
     for name in ("VITGUARD_PASSPHRASE", "VITGUARD_SERVER_PASSPHRASE"):
         os.environ.setdefault(name, secrets.token_hex(16))
 
-    import vitguard as vg
     from client import photo_of
     from curious import Record
     from model import tiny_vit
     from nvflare.recipe import SimEnv
 
+    import vitguard as vg
     from vitguard.federated.curious import Recording
 
     for name, recipe in (("plain", plain_job()), ("sealed", sealed_job(out / "keys"))):

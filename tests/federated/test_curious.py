@@ -53,6 +53,10 @@ def test_a_recording_of_plain_updates_leaks_with_and_without_the_images(kept):
     }  # fmt: skip
     for finding in found.values():
         assert finding.verdict == "leaks" and finding.psnr.max > 60
+    wrong = {"ana": (images["b/c"][0].flip(3), images["ana"][1])}
+    lied = vg.audit(recording.rounds(model, images=wrong)[0].messages[0], attacks="position")
+    (finding,) = rows(lied).values()
+    assert finding.verdict == "leaks" and "none of the images" in finding.reason
     blind = vg.audit(recording.rounds(model)[0].messages[0], attacks="position")
     (finding,) = rows(blind).values()
     assert finding.verdict == "leaks" and "reproduces the update" in finding.reason

@@ -96,6 +96,16 @@ def test_several_rounds_move_the_model_and_chain_its_version(model, clients):
         model.state_dict().values(), first.weights.values(), strict=False))  # fmt: skip
 
 
+def test_the_adversary_is_shown_the_model_that_the_round_started_from(model, clients):
+    for spec in ("none", "positions:kind=sincos+masking"):
+        one = federation(model, clients, spec)
+        for seen in one.run(2):
+            for thing in seen.seen():
+                public = thing.guard.public_model().state_dict()
+                assert all(torch.equal(public[n], t) for n, t in seen.weights.items())
+        assert not all(torch.equal(one.weights[n], t) for n, t in seen.weights.items())
+
+
 def test_a_client_with_bad_values_is_refused_with_the_reason_and_the_others_go_on(model, clients):
     broken = clients["cleo"].images.clone()
     broken[0, 0, 0, 0] = math.inf
