@@ -109,6 +109,7 @@ def test_clients_that_collude_subtract_themselves_and_the_rest_of_a_masked_sum_l
     report = vg.audit(seen.without("bea", "cleo"), attacks="position")
     finding = rows(report)["sum of round 0 less bea, cleo (1 image of 1 client)"]
     assert finding.verdict == "leaks" and finding.psnr.max > 50
+    assert any("masked sum is read by the server" in note for note in report.notes)
     two = vg.audit(seen.without("cleo"), attacks="position")
     assert rows(two)["sum of round 0 less cleo (2 images of 2 clients)"].psnr.max < 30
 
@@ -171,7 +172,7 @@ def test_every_form_of_the_report_names_what_was_seen_and_the_rest_of_the_json_i
     seen = federation("masking").round()
     report = vg.audit([seen.messages[0], seen.total], attacks="position")
     stored = json.loads(report.to_json_text())
-    assert stored["outcome"] == "1 of 2 messages and sums leaks; 1 could not be decided."
+    assert stored["outcome"] == "0 of 2 messages and sums leak; 2 could not be decided."
     assert stored["schema"] == 1
     names = [f["exposure"] for f in stored["findings"]]
     assert names[0] == names[1] == "message of ana, round 0 (1 image)"

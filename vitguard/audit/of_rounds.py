@@ -86,6 +86,7 @@ def audit_rounds(
     if any(look.pixels is None for look in looks):
         said.append(CONTROL_NOTE)
     for thing in things:
+        said.append(thing.note)
         said += [d.audit_note() for d in thing.guard.defenses]
     every = [facts for run in runs for facts, _ in run.batches]
     trained = dict.fromkeys(str(look.training or "not known") for look in looks)
@@ -117,8 +118,7 @@ def _things(rounds: Rounds) -> tuple[list[Seen], list[str]]:
         raise expected("a model and a batch, or rounds of a federation", got)
     whole = [g for g in given if isinstance(g, SeenRound)]
     things = [t for g in given for t in (g.seen() if isinstance(g, SeenRound) else (g,))]
-    notes = [r.opened_by for r in whole]
-    notes += [
+    notes = [
         f"Round {r.number} has no sum: {r.failed}" if r.failed else
         f"Round {r.number} refused {c}: {why}"
         for r in whole

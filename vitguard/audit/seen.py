@@ -55,6 +55,7 @@ class Seen:
         shares: The clients behind it.
         defense: The spec of the clients' stack, "" for none.
         normalization, loss: As of the clients.
+        note: What a reader must know of it, such as who can read a sum.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Seen:
     defense: str = ""
     normalization: Normalization = field(default_factory=Normalization)
     loss: Loss = F.cross_entropy
+    note: str = ""
 
     @property
     def weight(self) -> float:
@@ -86,7 +88,6 @@ class SeenRound:
         failed: Why there is no sum, "" where there is one.
         weights: What all started from, by name.
         sum_bytes: The sum as it was sent to the clients.
-        opened_by: Who can read the sum, in a sentence for the report.
     """
 
     number: int
@@ -99,7 +100,6 @@ class SeenRound:
     failed: str = ""
     weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     sum_bytes: bytes = field(default=b"", repr=False)
-    opened_by: str = ""
 
     def seen(self) -> tuple[Seen, ...]:
         """Return the messages and the sum."""

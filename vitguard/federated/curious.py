@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -116,34 +116,31 @@ class Recording:
         if not places:
             raise expected("a folder with recorded rounds", f"none in {self.folder}")
         stack = stack_of(defenses)
-        spec = stack_name(stack) if stack else ""
-        made = []
-        for number, place in places:
-            before = read_checkpoint(place / _BEFORE)
-            guard = _loaded(protect(copy.deepcopy(model).train(), stack), before)
-            messages = []
-            for file in sorted(place.glob("update-*.safetensors")):
-                client = unquote(file.stem.removeprefix("update-"))
-                update = Update.load(file)
-                pixels, labels = (images or {}).get(client, (None, None))
-                if pixels is not None and len(pixels) != update.batch_size:
-                    raise expected(f"{update.batch_size} images of {client}", len(pixels))
-                names = tuple(f"{client} {i}" for i in range(update.batch_size))
-                share = Share(client, 1.0, update.batch_size, names, pixels, labels, certain=False)
-                name = message_name(client, number, update.batch_size)
-                messages.append(
-                    Seen(
-                        f"{title}: {name}" if title else name,
-                        update,
-                        guard,
-                        (share,),
-                        spec,
-                        normalization or normalization_of(model),
-                        loss,
-                    )
-                )
-            made.append(SeenRound(number, "", "", tuple(messages), weights=before))
-        return made
+        like = Seen(
+            title, Update({}), protect(copy.deepcopy(model).train(), stack), (),
+            stack_name(stack) if stack else "", normalization or normalization_of(model), loss,
+        )  # fmt: skip
+        return [_round(like, number, place, images or {}) for number, place in places]
+
+
+def _round(
+    like: Seen, number: int, place: Path, images: Mapping[str, tuple[Tensor, Tensor]]
+) -> SeenRound:
+    """Return what a folder of one round holds."""
+    before = read_checkpoint(place / _BEFORE)
+    guard = _loaded(Guard.of(copy.deepcopy(like.guard.model)), before)
+    messages = []
+    for file in sorted(place.glob("update-*.safetensors")):
+        client, update = unquote(file.stem.removeprefix("update-")), Update.load(file)
+        count = update.batch_size
+        pixels, labels = images.get(client, (None, None))
+        if pixels is not None and len(pixels) != count:
+            raise expected(f"{count} images of {client}", len(pixels))
+        names = tuple(f"{client} {i}" for i in range(count))
+        share = Share(client, 1.0, count, names, pixels, labels, certain=False)
+        name = ": ".join(filter(None, (like.name, message_name(client, number, count))))
+        messages.append(replace(like, name=name, update=update, guard=guard, shares=(share,)))
+    return SeenRound(number, "", "", tuple(messages), weights=before)
 
 
 def _loaded(guard: Guard, before: Mapping[str, Tensor]) -> Guard:

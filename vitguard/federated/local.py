@@ -133,9 +133,7 @@ class LocalFederation:
             raise expected(f"names of clients among {list(self.clients)}, each once", there)
         number, base = self.number, self.version
         self.number += 1
-        made = SeenRound(
-            number, base, base, (), weights=dict(self.weights), opened_by=self._scheme.opened_by
-        )
+        made = SeenRound(number, base, base, (), weights=dict(self.weights))
         try:
             self._scheme.begin(number, base, {n: self._weights[n] for n in there})
         except VitguardError as error:
@@ -179,7 +177,8 @@ class LocalFederation:
         sealed = {n: why for n, why in mean.sealed.items() if n not in opened}
         update = replace(mean, tensors={**plain, **opened}, sealed=sealed)
         return replace(
-            messages[0], name=total_name(number, shares), update=update, shares=shares
+            messages[0], name=total_name(number, shares), update=update, shares=shares,
+            note=self._scheme.opened_by,
         ), plain  # fmt: skip
 
     def _message(self, name: str, number: int) -> Seen:
