@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Literal
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    RecordDict,
+)
 from flwr.common.serde import make_message
 from torch import Tensor
 
@@ -21,11 +31,15 @@ from vitguard.federated.flower.records import (
     BASE,
     ROUND,
     SEALED,
+    SNAPSHOT,
+    VOUCH,
     History,
     from_arrays,
     sealed_array,
+    snapshot_array,
     to_arrays,
 )
+from vitguard.federated.flower.snapshots import Snapshot, vouch
 from vitguard.guard import Guard
 from vitguard.rounds import Progress
 
@@ -43,6 +57,7 @@ class _Exchange:
     context: Context
     keys: Callable[[Context], ClientKeys]
     guards: list[Guard] = field(default_factory=list)
+    beside: dict[str, Array] = field(default_factory=dict)  # of the model, for the server to keep
 
 
 _exchange: ContextVar[_Exchange | None] = ContextVar("vitguard_flower", default=None)
@@ -77,13 +92,17 @@ def attach(guard: Guard) -> Guard:
     return guard
 
 
-def encryptor() -> Encryptor:
+def encryptor(*, outliers: Literal["refuse", "clip"] = "refuse") -> Encryptor:
     """Return the encryptor of the client that this message is for.
 
     For `EncryptedGradients(encryptor=encryptor())` in the train function.
+
+    Args:
+        outliers: What becomes of values beyond their bound, as in `Encryptor`. The server is told
+            how many were clipped, and refuses more than its `max_clipped`.
     """
     exchange = _now()
-    return exchange.keys(exchange.context).encryptor()
+    return exchange.keys(exchange.context).encryptor(outliers=outliers)
 
 
 class ProtectMod:
@@ -160,15 +179,23 @@ def _opened(
         raise Rejected("round", "a round without number or version", "EncryptedFedAvg's message")
     asked = Progress(number, base)
     history, state = History.of(received), exchange.context.state
+    keys = exchange.keys(exchange.context)
     if _MODEL in state.array_records:
         weights = from_arrays(state.array_records[_MODEL])
         progress = Progress.from_json(str(state.config_records[_KEPT]["progress"]))
     elif history.start:
         weights, progress = dict(history.start), Progress(-1, model_version(history.start))
     else:
+        weights, progress = {}, Progress()
+    whole = history.snapshot
+    if whole is not None and whole.number > progress.opened:
+        weights = whole.open(keys.keys, keys.manifest)
+        progress = progress.after(whole.number, whole.version)
+    if not weights:
         raise Rejected("base", "later steps alone, for a client that has no weights", "all of them")
-    keys = exchange.keys(exchange.context)
-    for step in history.since(progress.opened).steps:
+    for step in history.steps:
+        if step.number <= progress.opened:
+            continue
         opener = Decryptor(
             keys.keys, keys.manifest, min_clients=keys.min_clients, opened=progress.opened
         )
@@ -182,6 +209,12 @@ def _opened(
         raise Rejected("base", "steps that lead to another version of the model")
     state[_MODEL] = to_arrays(weights)
     _keep(exchange, progress=progress.to_json())
+    wanted = config.get(SNAPSHOT)
+    if wanted in ("vouch", "send"):
+        facts = keys.keys, keys.manifest, progress.opened, progress.base, weights
+        exchange.beside = {VOUCH: sealed_array(vouch(*facts))}
+        if wanted == "send":
+            exchange.beside |= snapshot_array(Snapshot.of(*facts))
     return weights, asked
 
 
@@ -216,6 +249,7 @@ def _sealed(
         metrics["epsilon"] = max(float(guard.privacy_spent(n).epsilon) for n in spent)
     arrays = _leaving(sealed, before, secret=asked is not None)
     if asked is not None:
+        arrays = ArrayRecord({**arrays, **exchange.beside})
         metrics["vitguard-clipped"] = sum(sealed.clipped.values())
     return Message(content=RecordDict({name: arrays, metrics_name: metrics}), reply_to=message)
 

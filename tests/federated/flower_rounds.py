@@ -1,0 +1,119 @@
+"""Four Flower nodes on the grid in one process, and what can be wrong with what they send."""
+
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+import vitguard as vg
+from vitguard.defenses.encryption import KeySet, Manifest, SigningKey
+from vitguard.federated.flower import (
+    ClientKeys,
+    EncryptedFedAvg,
+    Federation,
+    InProcessGrid,
+    ProtectMod,
+    attach,
+    encryptor,
+)
+
+NODES = (11, 12, 13, 14)
+BOUND = 1.0
+
+
+def tiny(small_vit):
+    return small_vit(img_size=8, embed_dim=12, depth=1, num_heads=3, num_classes=2)
+
+
+class Federated:
+    """Four nodes, their keys, and what each does to its weights: every node adds a constant."""
+
+    def __init__(self, small_vit, select="all"):
+        self.small_vit, self.select = small_vit, select
+        self.signing = SigningKey.generate()
+        self.keys = KeySet.generate(server=self.signing.public_bytes())
+        rehearsal = vg.protect(tiny(small_vit), self.stack(), generator=torch.Generator())
+        self.manifest = Manifest.of(rehearsal.encrypted(), bounds=BOUND, max_weight=16.0)
+        self.start = {k: t.clone() for k, t in rehearsal.export().items()}
+        self.names = {node: str(i) for i, node in enumerate(NODES)}
+        self.node_keys = dict.fromkeys(NODES, self.keys)
+        self.spoil = {}
+        self.seen = {}
+        self.attached = dict.fromkeys(NODES, True)
+        self.grid = InProcessGrid({n: self.app(n) for n in NODES}, record=True)
+
+    def stack(self, sealing=None):
+        positions = vg.FixedPositions("sincos")
+        force = self.select != "all"
+        return [
+            positions,
+            vg.EncryptedGradients(select=self.select, force=force, encryptor=sealing),
+        ]
+
+    def app(self, node, mods=None):
+        def keys(context):
+            own = self.node_keys[node]
+            return ClientKeys(self.names[node], own.for_client(self.names[node]), self.manifest)
+
+        app = ClientApp(mods=[ProtectMod(keys)] if mods is None else mods)
+
+        @app.train()
+        def train(message, context):
+            model = tiny(self.small_vit)
+            guard = vg.protect(model, self.stack(encryptor()))
+            if self.attached[node]:
+                attach(guard)
+            given = message.content["arrays"].to_torch_state_dict()
+            model.load_state_dict(given)
+            self.seen.setdefault(node, []).append(given)
+            state = {
+                k: t + 0.001 * (node - 10) if t.is_floating_point() else t
+                for k, t in model.state_dict().items()
+            }
+            metrics = {"num-examples": node - 10, "loss": 0.5}
+            spoil = self.spoil.get(node)
+            if spoil is not None:
+                state, metrics = spoil(state, metrics)
+            content = {"arrays": ArrayRecord(state)}
+            if metrics is not None:
+                content["metrics"] = MetricRecord(metrics)
+            return Message(content=RecordDict(content), reply_to=message)
+
+        @app.evaluate()
+        def evaluate(message, context):
+            given = message.content["arrays"].to_torch_state_dict()
+            mean = float(given["head.weight"].mean())
+            metrics = MetricRecord({"mean": mean, "num-examples": 1})
+            return Message(content=RecordDict({"metrics": metrics}), reply_to=message)
+
+        return app
+
+    def strategy(self, **settings):
+        federation = Federation(self.keys.for_server(), self.signing, self.manifest)
+        return EncryptedFedAvg(federation, **({"fraction_evaluate": 0.0} | settings))
+
+    def run(self, rounds=1, strategy=None, initial=None, **settings):
+        strategy = strategy or self.strategy(**settings)
+        arrays = initial or ArrayRecord(self.start)
+        return strategy, strategy.start(self.grid, arrays, num_rounds=rounds)
+
+    def moved(self, nodes=NODES):
+        """What one round adds to each encrypted value: the average weighted by examples."""
+        return sum(0.001 * (n - 10) ** 2 for n in nodes) / sum(n - 10 for n in nodes)
+
+    def step(self, weights, name="head.weight"):
+        return float((weights[name] - self.start[name]).mean())
+
+
+def raises(state, metrics):
+    raise RuntimeError("a secret pixel 123456789")
+
+
+def each(change):
+    return lambda state, metrics: (
+        {k: change(t) if t.is_floating_point() else t for k, t in state.items()},
+        metrics,
+    )
+
+
+def weighs(number):
+    return lambda state, metrics: (state, metrics | {"num-examples": number})
