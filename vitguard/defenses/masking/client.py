@@ -111,9 +111,7 @@ class MaskingClient:
         about = self.terms.binding(0, "state of " + self.client_id)
         return self._identity.derived(b"vitguard masks, state"), about
 
-    def start_round(
-        self, round_id: int, *, weight: float | None = 1.0, base: str = ""
-    ) -> bytes:
+    def start_round(self, round_id: int, *, weight: float | None = 1.0, base: str = "") -> bytes:
         """Start a round and return this client's public keys for it.
 
         Args:

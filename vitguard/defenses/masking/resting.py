@@ -45,9 +45,7 @@ def write_state(last: int, now: RoundState | None, key: Secret[bytes], about: by
     return nonce + ChaCha20Poly1305(key.reveal()).encrypt(nonce, content, about)
 
 
-def read_state(
-    data: object, key: Secret[bytes], about: bytes
-) -> tuple[int, RoundState | None]:
+def read_state(data: object, key: Secret[bytes], about: bytes) -> tuple[int, RoundState | None]:
     """Read what `write_state` made.
 
     Raises:

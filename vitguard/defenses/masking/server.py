@@ -151,7 +151,9 @@ class MaskingServer:
     def add_agreement(self, message: bytes, *, sender: str | None = None) -> None:
         """Take a client's signature of the survivors; raises as `add_keys` does."""
         with self._lock:
-            client, body = self._open(message, wire.AGREED, 3, self._weights, self._agreements, sender)
+            client, body = self._open(
+                message, wire.AGREED, 3, self._weights, self._agreements, sender
+            )
             roster = sharing.fingerprint([self._keys[c] for c in sorted(self._keys)])
             due = sharing.fingerprint([roster, *(c.encode() for c in self.clients)])
             if wire.hexadecimal(wire.mapping(body, {"set"})["set"], 32) != due:
@@ -168,7 +170,9 @@ class MaskingServer:
     def add_answer(self, message: bytes, *, sender: str | None = None) -> None:
         """Take the shares that a client reveals; raises as `add_keys` does."""
         with self._lock:
-            client, body = self._open(message, wire.ANSWER, 4, self._agreements, self._answers, sender)
+            client, body = self._open(
+                message, wire.ANSWER, 4, self._agreements, self._answers, sender
+            )
             stated = wire.mapping(body, {"own", "pairs"})
             due = {"own": {*self._weights}, "pairs": self._shares.keys() - self._weights.keys()}
             read: dict[str, dict[str, bytes]] = {}

@@ -25,7 +25,7 @@ from vitguard.defenses.base import Ledgered
 from vitguard.defenses.encryption import Decryptor, Encryptor, model_version
 from vitguard.errors import Rejected, Unprotected, VitguardError, expected
 from vitguard.federated.flower.keys import ClientKeys
-from vitguard.federated.flower.masked_client import asked, masking
+from vitguard.federated.flower.masked_client import asked_now, masking
 from vitguard.federated.flower.masked_keys import MaskingIdentity
 from vitguard.federated.flower.records import (
     BASE,
@@ -169,7 +169,7 @@ def _opened(
 
     Without a round the strategy is Flower's own and the weights are plain.
     """
-    if (masked := asked()) is not None:
+    if (masked := asked_now()) is not None:
         return masked.weights(from_arrays(received)), masked.round
     config = {k: v for record in message.content.config_records.values() for k, v in record.items()}
     if ROUND not in config:

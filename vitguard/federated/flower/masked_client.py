@@ -47,7 +47,7 @@ class Asked:
 _asked: ContextVar[Asked | None] = ContextVar("vitguard_masks", default=None)
 
 
-def asked() -> Asked | None:
+def asked_now() -> Asked | None:
     """Return what this message asks of the masks; None where it asks nothing."""
     return _asked.get()
 
@@ -60,7 +60,7 @@ def masker() -> MaskingClient:
     Raises:
         Unprotected: The message is of no masked round.
     """
-    now = asked()
+    now = asked_now()
     if now is None:
         raise Unprotected(
             "Expected a message of MaskedFedAvg to a ClientApp with ProtectMod, got another: "
