@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum
 
 from tests.federated.masked_rounds import NODES, PHASES, Masked, phase_of
-from vitguard.defenses.masking import wire
+from vitguard.defenses.masking import MaskingServer, wire
 from vitguard.errors import Incompatible, InputError
 from vitguard.federated.flower.masked_client import BODY
 
@@ -185,12 +185,36 @@ def revealed(masked):
     return shown
 
 
-def test_a_server_that_lies_about_who_dropped_out_gets_no_shares(masked):
-    """Half of the clients are told that one survived, the others that it did not."""
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_server_that_lies_about_who_dropped_out_gets_no_shares(masked, monkeypatch, hides):
+    """Half of the clients are told that one survived, the others that it did not.
+
+    It gives out every signature, of either set; or to each client those of its own set alone.
+    """
     names = sorted(masked.names.values())
-    masked.change = lying_about(masked, dict.fromkeys(NODES[:3], names[:5]))
+    signed, told = {}, {}
+
+    def add(self, message, *, sender=None):
+        signed[sender] = message
+        self._agreements[sender] = message
+
+    monkeypatch.setattr(MaskingServer, "add_agreement", add)
+    lie = lying_about(masked, dict.fromkeys(NODES[:3], names[:5]))
+
+    def change(phase, message):
+        if phase == "agreement":
+            told[message.metadata.dst_node_id] = message.metadata.dst_node_id in NODES[:3]
+        if phase != "answers" or not hides:
+            return lie(phase, message)
+        half = told[message.metadata.dst_node_id]
+        own = {n: signed[n] for node, n in masked.names.items() if told.get(node) == half}
+        body = {n: m.hex() for n, m in own.items() if n in signed}
+        return forged(masked, message, wire.AGREEMENTS, body)
+
+    masked.change = change
     strategy, result = masked.run(1)
-    assert masked.unchanged(result) and len(strategy.refused[1]) >= 3
+    assert masked.unchanged(result) and len(strategy.refused[1]) == len(NODES)
+    assert len(signed) == len(NODES)
     assert revealed(masked) == set()
 
 
