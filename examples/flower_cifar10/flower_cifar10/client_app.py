@@ -5,17 +5,15 @@ from flwr.clientapp import ClientApp
 
 import vitguard as vg
 from flower_cifar10.task import load_data, make_model, protected, train
-from vitguard.federated.flower import ProtectMod, attach, encryptor, masker
+from vitguard.federated.flower import ProtectMod, attach, encryptor
 
 app = ClientApp(mods=[ProtectMod()])
 
 
 def defense(config):
-    """Return what protects the update: encryption, masks, or client-level privacy."""
-    if config["variant"] == "privacy":
+    """Return what protects the update: client-level privacy, or encryption."""
+    if config["privacy"]:
         return vg.ClientPrivacy(epsilon=8.0, rounds=int(config["num-server-rounds"]))
-    if config["variant"] == "masks":
-        return vg.MaskedAggregation(client=masker())
     return vg.EncryptedGradients(encryptor=encryptor())
 
 

@@ -5,25 +5,18 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from flower_cifar10.task import make_model, protected
-from vitguard.federated.flower import (
-    EncryptedFedAvg,
-    Federation,
-    MaskedFedAvg,
-    MaskedFederation,
-)
+from vitguard.federated.flower import EncryptedFedAvg, Federation
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the rounds. Encrypted, the server never sees the model after the first one."""
+    """Run the rounds. The server never sees the model after the first one."""
     model = make_model()
     protected(model)
-    if context.run_config["variant"] == "privacy":
+    if context.run_config["privacy"]:
         strategy = FedAvg(fraction_evaluate=0.0)
-    elif context.run_config["variant"] == "masks":
-        strategy = MaskedFedAvg(MaskedFederation.from_environment(), fraction_evaluate=0.0)
     else:
         strategy = EncryptedFedAvg(Federation.from_environment(), fraction_evaluate=0.0)
     rounds = int(context.run_config["num-server-rounds"])
