@@ -3,17 +3,15 @@
 import os
 import sys
 
-import torch
-from flower_cifar10.task import EXAMPLES, make_model
+from flower_cifar10.task import EXAMPLES, make_model, protected
 
-import vitguard as vg
 from vitguard.federated.flower import make_keys
 
 
 def main(folder: str) -> None:
     """Write them; the passphrase is in VITGUARD_PASSPHRASE."""
-    stack = [vg.FixedPositions("sincos"), vg.PatchShuffle(ratio=0.5), vg.EncryptedGradients()]
-    guard = vg.protect(make_model(), stack, generator=torch.Generator())
+    config = {"variant": "encrypted", "num-server-rounds": 1, "local-epochs": 1}
+    guard = protected(make_model(), config)
     make_keys(
         folder, os.environ["VITGUARD_PASSPHRASE"], guard.encrypted(),
         clients=["0", "1", "2", "3"], bounds=0.5, max_weight=EXAMPLES,

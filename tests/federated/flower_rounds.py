@@ -1,11 +1,12 @@
 """Four Flower nodes on the grid in one process, and what can be wrong with what they send."""
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 import vitguard as vg
-from vitguard.defenses.encryption import KeySet, Manifest, SigningKey
+from vitguard.defenses.encryption import KeySet, Manifest, SigningKey, worst_error
 from vitguard.federated.flower import (
     ClientKeys,
     EncryptedFedAvg,
@@ -37,7 +38,8 @@ class Federated:
         self.names = {node: str(i) for i, node in enumerate(NODES)}
         self.node_keys = dict.fromkeys(NODES, self.keys)
         self.spoil = {}
-        self.seen = {}
+        self.seen, self.own = {}, []
+        self.outliers = dict.fromkeys(NODES, "refuse")
         self.attached = dict.fromkeys(NODES, True)
         self.grid = InProcessGrid({n: self.app(n) for n in NODES}, record=True)
 
@@ -59,7 +61,7 @@ class Federated:
         @app.train()
         def train(message, context):
             model = tiny(self.small_vit)
-            guard = vg.protect(model, self.stack(encryptor()))
+            guard = vg.protect(model, self.stack(encryptor(outliers=self.outliers[node])))
             if self.attached[node]:
                 attach(guard)
             given = message.content["arrays"].to_torch_state_dict()
@@ -73,6 +75,9 @@ class Federated:
             spoil = self.spoil.get(node)
             if spoil is not None:
                 state, metrics = spoil(state, metrics)
+            self.own.append(
+                [t for k, t in state.items() if t.numel() >= 8 and "pos_embed" not in k]
+            )
             content = {"arrays": ArrayRecord(state)}
             if metrics is not None:
                 content["metrics"] = MetricRecord(metrics)
@@ -100,8 +105,29 @@ class Federated:
         """What one round adds to each encrypted value: the average weighted by examples."""
         return sum(0.001 * (n - 10) ** 2 for n in nodes) / sum(n - 10 for n in nodes)
 
-    def step(self, weights, name="head.weight"):
-        return float((weights[name] - self.start[name]).mean())
+    def worst(self, nodes=NODES):
+        """The most that a value of a round's average may be off, by the encryption preset."""
+        weights = [float(n - 10) for n in nodes]
+        return worst_error(BOUND, self.keys, weights, max_weight=self.manifest.max_weight)
+
+    def off(self, weights, *rounds):
+        """How far weights are from the plain weighted sums of rounds, and how far they may be."""
+        moved = sum(self.moved(nodes) for nodes in rounds)
+        far = (weights[n] - (self.start[n] + moved) for n in self.manifest.names)
+        return max(float(f.abs().max()) for f in far), sum(map(self.worst, rounds)) + 1e-6
+
+    def check(self, weights, *rounds):
+        """Every encrypted value is within the preset's bound of the plain weighted sums."""
+        off, allowed = self.off(weights, *rounds)
+        assert off <= allowed, f"off by {off}, and {allowed} is what the preset allows"
+
+    def unsealed(self):
+        """What of the clients' own weights is in the bytes that went over the grid."""
+        everything = b"".join(self.grid.sent)
+        own = [t.float().numpy().tobytes() for state in self.own for t in state]
+        own += [np.full(8, 0.001 * (n - 10), dtype="<f4").tobytes() for n in NODES]
+        assert self.start["head.weight"].numpy().tobytes() in everything  # the search finds
+        return [o for o in own if o[:32] in everything]
 
 
 def raises(state, metrics):

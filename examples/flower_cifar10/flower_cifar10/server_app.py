@@ -12,12 +12,12 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the rounds. The server never sees the model after the first one."""
+    """Run the rounds. Under encryption the server never sees the model after the first one."""
     model = make_model()
-    protected(model)
-    if context.run_config["privacy"]:
-        strategy = FedAvg(fraction_evaluate=0.0)
+    protected(model, context.run_config)
+    if context.run_config["variant"] == "encrypted":
+        strategy = EncryptedFedAvg(Federation.from_environment())
     else:
-        strategy = EncryptedFedAvg(Federation.from_environment(), fraction_evaluate=0.0)
+        strategy = FedAvg()
     rounds = int(context.run_config["num-server-rounds"])
     strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=rounds)

@@ -181,9 +181,9 @@ class EncryptedFedAvg(FedAvg):
             try:
                 self._add(reply, total, plain, models)
             except VitguardError as refusal:
-                refused[node] = str(refusal)
+                refused[node] = said = str(refusal)  # the exception itself holds the reply
                 self._known.pop(node, None)  # whatever it has: it gets everything
-                log(WARNING, "Round %s: node %s refused: %s", server_round, node, refusal)
+                log(WARNING, "Round %s: node %s refused: %s", server_round, node, said)
             else:
                 (metrics,) = reply.content.metric_records.values()
                 good.append(metrics)
@@ -192,7 +192,7 @@ class EncryptedFedAvg(FedAvg):
         try:
             summed = total.finish(min_clients=self.min_clients)
         except Rejected as refusal:
-            log(WARNING, "Round %s failed, the model is as it was: %s", server_round, refusal)
+            log(WARNING, "Round %s failed, the model is as it was: %s", server_round, str(refusal))
             return None, None
         weight = math.fsum(total.weights.values())
         means = {n: t / weight for n, t in plain.items()}
