@@ -63,7 +63,7 @@ def write_masked_keys(
     manifest: Manifest,
     identities: Mapping[str, SigningKey | bytes],
     *,
-    signing: SigningKey,
+    signing: SigningKey | None = None,
     threshold: int = 0,
 ) -> Terms:
     """Write the terms, the server's key, and the identity of each client that is given whole.
@@ -74,6 +74,7 @@ def write_masked_keys(
     Args:
         folder: An existing folder. Each party is given its own file alone, and `terms.json`.
         identities: By name: what VITGUARD_CLIENT says, or the `partition-id` ("0", "1", ...).
+        signing: The server's key; by default the one in the folder's `signing.keys`, or a new one.
         threshold: As in `Terms`.
     """
     place = Path(folder)
@@ -81,11 +82,16 @@ def write_masked_keys(
         _checked(name): key.public_bytes() if isinstance(key, SigningKey) else key
         for name, key in identities.items()
     }
+    file = place / "signing.keys"
+    if signing is None and file.exists():
+        signing = SigningKey.load(file, passphrase)
+    else:
+        signing = signing or SigningKey.generate()
+        signing.save(file, passphrase)
     terms = Terms(manifest, public, signing.public_bytes(), threshold)
     for name, key in identities.items():
         if isinstance(key, SigningKey):
             key.save(place / f"client-{name}.identity", passphrase)
-    signing.save(place / "signing.keys", passphrase)
     (place / "terms.json").write_text(terms.to_json())
     return terms
 
