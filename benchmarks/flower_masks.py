@@ -117,7 +117,7 @@ def main() -> None:
         rounds, profile = Rounds(options.clients, 0, True), cProfile.Profile()
         rounds.play()
         profile.runcall(rounds.play)
-        pstats.Stats(profile).sort_stats("tottime").print_stats(24)
+        pstats.Stats(profile).sort_stats("cumtime").print_stats("vitguard", 30)
         return
     for images in sorted({0, options.images}):
         plain, masked = (Rounds(options.clients, images, m) for m in (False, True))

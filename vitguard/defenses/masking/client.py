@@ -222,7 +222,8 @@ class MaskingClient:
                 )
                 sharing.add_mask(masked, key, 1 if self.client_id < peer else -1)
             head = wire.MASKED_HEAD.pack(weight, sum(self.clipped.values()))
-            return self._message(wire.MASKED, head + masked.astype("<u4", copy=False).tobytes())
+            values = masked.astype("<u4", copy=False).data.cast("B")
+            return self._message(wire.MASKED, (head, values))
 
     def seal(self, update: Update) -> Update:
         """Return the update with the manifest's tensors sealed and the message as its payload."""
@@ -337,7 +338,7 @@ class MaskingClient:
     def _about(self, now: RoundState, sender: str, receiver: str) -> bytes:
         return sharing.fingerprint([now.binding, sender.encode(), receiver.encode()])
 
-    def _message(self, kind: int, body: bytes) -> bytes:
+    def _message(self, kind: int, body: bytes | tuple[bytes | memoryview, ...]) -> bytes:
         binding = self._round.binding if self._round else b""
         return wire.write_message(kind, self.client_id, body, binding, self._identity)
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Collection
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vitguard.defenses.encryption.signing import SigningKey
@@ -54,6 +55,7 @@ class MaskingServer:
         self._weights: dict[str, float] = {}
         self._agreements: dict[str, bytes] = {}
         self._answers: dict[str, dict[str, dict[str, bytes]]] = {}
+        self._opened: tuple[NDArray[np.uint32], dict[str, Tensor]] | None = None
         self._finished: bytes | None = None
         self.clipped: dict[str, int] = {}
         self._lock = threading.RLock()
@@ -191,14 +193,27 @@ class MaskingServer:
             Rejected: Too few answered, shares are false, or a value is beyond the bounds.
         """
         with self._lock:
-            if self._finished is not None:
-                return self._finished
+            if self._finished is None:
+                total, _ = self._unmask()
+                weight = sum(self._weights[c] for c in self.clients)
+                head = wire.SUM_HEAD.pack(weight, len(self._weights))
+                values = total.astype("<u4", copy=False).data.cast("B")
+                self._finished = self._message(wire.SUM, (head, values))
+            return self._finished
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the weighted average by name, which the server reads; raises as `finish` does."""
+        with self._lock:
+            return self._unmask()[1]
+
+    def _unmask(self) -> tuple[NDArray[np.uint32], dict[str, Tensor]]:
+        if self._opened is None:
             self._close(4, self._answers, stay=True)
             keys = {c: read_keys(m, self.terms, self._binding, c) for c, m in self._keys.items()}
             own = {c: self._seed(c, "own", keys[c]["own"]) for c in self.clients}
             gone = sorted(self._shares.keys() - self._weights.keys())
             lost = {c: self._seed(c, "pairs", keys[c]["pairs"]) for c in gone}
-            total = self._total.copy()
+            total = self._total.copy()  # a refusal below leaves the sum as it was
             for seed in own.values():
                 sharing.add_mask(total, sharing.self_key(seed, self._binding), -1)
             for client, seed in lost.items():
@@ -208,17 +223,9 @@ class MaskingServer:
                     )
                     sharing.add_mask(total, key, -1 if peer < client else 1)
             weight = sum(self._weights[c] for c in self.clients)
-            self._mean = average(total, self.terms, weight, len(self._weights))
-            head = wire.SUM_HEAD.pack(weight, len(self._weights))
-            body = head + total.astype("<u4", copy=False).tobytes()
-            self._finished = self._message(wire.SUM, body)
+            self._opened = total, average(total, self.terms, weight, len(self._weights))
             self._phase = 5
-            return self._finished
-
-    def mean(self) -> dict[str, Tensor]:
-        """Return the weighted average by name, which the server reads; after `finish`."""
-        self.finish()
-        return self._mean
+        return self._opened
 
     def _seed(self, client: str, kind: str, public: bytes):
         place = {c: n for n, c in enumerate(self.terms.clients, 1)}
@@ -238,7 +245,7 @@ class MaskingServer:
         allowed: Collection[str],
         had: Collection[str],
         sender: str | None = None,
-    ) -> tuple[str, bytes]:
+    ) -> tuple[str, bytes | memoryview]:
         client, body = wire.open_message(message, kind, self.terms, self._binding)
         if sender not in (None, client):
             raise Rejected("client", f"a message of {client!r} from client {sender!r}")
@@ -268,5 +275,5 @@ class MaskingServer:
             )
         self._phase += not stay
 
-    def _message(self, kind: int, body: bytes) -> bytes:
+    def _message(self, kind: int, body: bytes | tuple[bytes | memoryview, ...]) -> bytes:
         return wire.write_message(kind, wire.SERVER, body, self._binding, self._signing)

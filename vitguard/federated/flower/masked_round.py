@@ -107,7 +107,6 @@ class MaskedRound:
             dict.fromkeys(self.names, agreements),
             lambda node, body: server.add_answer(body, sender=self.names[node]),
         )
-        server.finish()
         changes = {**server.mean(), **{n: t / weight for n, t in self._plain.items()}}
         return {n: t + changes[n].to(t.dtype) if n in changes else t for n, t in self.start.items()}
 
