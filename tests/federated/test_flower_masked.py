@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum
 
 from tests.federated.masked_rounds import NODES, PHASES, Masked, phase_of
+from vitguard.defenses.encryption import model_version
 from vitguard.defenses.masking import MaskingServer, wire
 from vitguard.errors import Incompatible, InputError
 from vitguard.federated.flower.masked_client import BODY
@@ -247,18 +248,24 @@ def test_both_shares_of_one_client_are_never_given(masked):
     }
 
 
-def test_a_server_that_sends_one_client_another_model_gets_nothing_of_it(masked):
+@pytest.mark.parametrize("said", [False, True])
+def test_a_server_that_sends_one_client_another_model_gets_nothing_of_it(masked, said):
+    """The message names the old version of the model, or that of the other model."""
     other = {k: t + 1 if t.is_floating_point() else t for k, t in masked.start.items()}
 
     def change(phase, message):
         if phase != "values" or message.metadata.dst_node_id != 12:
             return message
         content = {**message.content, "arrays": ArrayRecord(other)}
+        if said:
+            asked = message.content["vitguard"]
+            content["vitguard"] = ConfigRecord({**asked, "vitguard-base": model_version(other)})
         return Message(content=RecordDict(content), dst_node_id=12, message_type="train")
 
     masked.change = change
     strategy, result = masked.run(1)
-    assert list(strategy.refused[1]) == [12] and "another model" in strategy.refused[1][12]
+    due = "of start_round" if said else "another model"
+    assert list(strategy.refused[1]) == [12] and due in strategy.refused[1][12]
     assert masked.error(result, [n for n in NODES if n != 12]) < CLOSE
 
 

@@ -75,7 +75,9 @@ class MaskedFedAvg(FedAvg):
         if type(first_round) is not int or first_round < 0:
             raise expected("first_round, a whole number of at least 0", repr(first_round)[:80])
         least = federation.terms.threshold
-        super().__init__(**({"min_train_nodes": least, "min_available_nodes": least} | settings))
+        for name in ("min_train_nodes", "min_available_nodes"):
+            settings.setdefault(name, least)
+        super().__init__(**settings)
         self._federation, self._max_clipped = federation, max_clipped
         self._phase_timeout = phase_timeout
         self._now: MaskedRound | None = None
