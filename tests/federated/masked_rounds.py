@@ -47,7 +47,7 @@ class Masked:
         public = {name: key.public_bytes() for name, key in self.identities.items()}
         self.terms = Terms(manifest, public, self.signing.public_bytes(), THRESHOLD)
         self.start = {k: t.clone() for k, t in rehearsal.export().items()}
-        self.spoil, self.seen = {}, {}
+        self.spoil, self.seen, self.folder = {}, {}, None
         self.attached = dict.fromkeys(NODES, True)
         self.grid = InProcessGrid({n: self.app(n) for n in NODES}, record=True)
         self.silent = {}  # phase -> nodes whose answer never comes
@@ -67,7 +67,8 @@ class Masked:
 
     def identity(self, node):
         name = self.names[node]
-        return MaskingIdentity(name, self.identities[name], self.terms)
+        journal = None if self.folder is None else self.folder / f"{name}.journal"
+        return MaskingIdentity(name, self.identities[name], self.terms, journal)
 
     def app(self, node, mods=None):
         mod = ProtectMod(identity=lambda context: self.identity(node))

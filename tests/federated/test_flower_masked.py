@@ -248,6 +248,26 @@ def test_both_shares_of_one_client_are_never_given(masked):
     }
 
 
+@pytest.mark.parametrize("phase", ["shares", "values", "agreement", "answers"])
+def test_two_messages_at_once_get_one_answer(masked, tmp_path, phase):
+    """A SuperNode gives both processes the same state; so does whoever sets a state back."""
+    masked.folder, second = tmp_path, []
+
+    def change(now, message):
+        if now == phase:
+            context = masked.grid.contexts[message.metadata.dst_node_id]
+            before = RecordDict(dict(context.state))
+            masked.grid._answered(message)
+            context.state = before
+            second.append(masked.grid._answered(message))
+        return message
+
+    masked.change = change
+    _, result = masked.run(1)
+    assert len(second) == len(NODES) and masked.unchanged(result)
+    assert all(reply.has_error() and "a second time" in reply.error.reason for reply in second)
+
+
 @pytest.mark.parametrize("said", [False, True])
 def test_a_server_that_sends_one_client_another_model_gets_nothing_of_it(masked, said):
     """The message names the old version of the model, or that of the other model."""

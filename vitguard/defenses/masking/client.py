@@ -17,6 +17,7 @@ from vitguard.defenses.encryption.secret import Secret
 from vitguard.defenses.encryption.signing import SigningKey
 from vitguard.defenses.masking import secret_sharing as sharing
 from vitguard.defenses.masking import wire
+from vitguard.defenses.masking.journal import Journal
 from vitguard.defenses.masking.resting import RoundState, read_state, write_state
 from vitguard.defenses.masking.terms import Terms
 from vitguard.defenses.masking.values import integers
@@ -47,6 +48,8 @@ class MaskingClient:
             none. Save it as soon as `start_round` returned.
         outliers: What becomes of NaN, infinity and values beyond their bound: `refuse` raises,
             `clip` moves them to the bound (NaN to zero) and counts them in `clipped`.
+        journal: Where each answer is marked before it leaves; for a client whose state rests
+            between two messages, since several processes may go on from one state.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class MaskingClient:
         client_id: str,
         last: int = -1,
         outliers: Literal["refuse", "clip"] = "refuse",
+        journal: Journal | None = None,
     ) -> None:
         sharing.require_masking()
         if outliers not in ("refuse", "clip"):
@@ -68,7 +72,7 @@ class MaskingClient:
         self.terms, self.client_id = terms, client_id
         self.outliers: Literal["refuse", "clip"] = outliers
         self.clipped: dict[str, int] = {}
-        self._identity, self._last = identity, last
+        self._identity, self._last, self._journal = identity, last, journal
         self._round: RoundState | None = None
         self._lock = threading.RLock()
 
@@ -172,6 +176,7 @@ class MaskingClient:
                 for peer in peers
                 if peer != self.client_id
             }
+            self._mark(now, "shares")
             message = self._message(wire.SHARES, json.dumps(sealed).encode())
             now.roster, now.kept = peers, shares[self.client_id]
             now.roster_digest = sharing.fingerprint([found[c] for c in sorted(found)])
@@ -215,6 +220,7 @@ class MaskingClient:
                 tensors, self.terms, weight, outliers=self.outliers, draws=Draws()
             )
             now.phase = "agreement"  # before anything can break off: values leave once
+            self._mark(now, "values")
             sharing.add_mask(masked, sharing.self_key(now.own, now.binding), 1)
             for peer in now.inbox:
                 key = sharing.pair_key(
@@ -252,6 +258,7 @@ class MaskingClient:
             self._check_enough(names)
             if self.client_id not in names or not {*names} <= {self.client_id, *now.inbox}:
                 raise Rejected("client", "survivors without this client, or with a stranger")
+            self._mark(now, "agreement")
             now.survivors, now.phase = tuple(sorted(names)), "answer"
             return self._message(wire.AGREED, json.dumps({"set": self._set(now).hex()}).encode())
 
@@ -274,6 +281,7 @@ class MaskingClient:
                     raise Rejected("client", "an agreement of a client that is no survivor")
                 if wire.hexadecimal(wire.mapping(inner, {"set"})["set"], 32) != self._set(now):
                     raise Rejected("survivors", f"another set of survivors, which {client} signed")
+            self._mark(now, "answers")
             now.phase = "over"
             revealed: dict[str, dict[str, str]] = {"own": {}, "pairs": {}}
             for peer in sorted({self.client_id, *now.inbox}):
@@ -314,6 +322,10 @@ class MaskingClient:
                 "round", f"{stated}", "the round, base, weight and client of start_round"
             )
         return self.terms.check_weight(stated.weight if weight is None else weight)  # type: ignore[union-attr]
+
+    def _mark(self, now: RoundState, phase: str) -> None:
+        if self._journal is not None:
+            self._journal.mark(sharing.fingerprint([now.keys]), phase)
 
     def _at(self, phase: str) -> RoundState:
         now = self._round

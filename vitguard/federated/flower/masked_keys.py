@@ -11,7 +11,7 @@ from pathlib import Path
 from flwr.app import Context
 
 from vitguard.defenses.encryption import Manifest, SigningKey
-from vitguard.defenses.masking import MaskingClient, Terms
+from vitguard.defenses.masking import Journal, MaskingClient, Terms
 from vitguard.errors import expected
 from vitguard.federated.flower.keys import _checked, _environment
 
@@ -22,21 +22,30 @@ _FOLDER, _PASSPHRASE, _CLIENT = "VITGUARD_KEYS", "VITGUARD_PASSPHRASE", "VITGUAR
 
 @dataclass(frozen=True)
 class MaskingIdentity:
-    """What one client needs for masks: its name, its own signing key, and the terms of all."""
+    """What one client needs for masks: its name, its own signing key, and the terms of all.
+
+    Args:
+        journal: File in which each answer is marked before it leaves. A SuperNode may run several
+            processes of one client at once, each from the same `context.state`; without a journal
+            a dishonest server could have both answer.
+    """
 
     client: str
     identity: SigningKey
     terms: Terms
+    journal: Path | None = None
 
     def masker(self) -> MaskingClient:
         """Return the client's side of the rounds, at its beginning."""
-        return MaskingClient(self.terms, self.identity, client_id=self.client)
+        journal = None if self.journal is None else Journal(self.journal)
+        return MaskingClient(self.terms, self.identity, client_id=self.client, journal=journal)
 
     @staticmethod
     def from_environment(context: Context) -> MaskingIdentity:
         """Read the client's files from the folder in VITGUARD_KEYS with VITGUARD_PASSPHRASE.
 
-        The client is the one in VITGUARD_CLIENT, or else Flower's `partition-id` of the node.
+        The client is the one in VITGUARD_CLIENT, or else Flower's `partition-id` of the node. Its
+        journal, `client-NAME.journal`, is in the same folder.
         """
         name = os.environ.get(_CLIENT) or str(context.node_config.get("partition-id", ""))
         return _identity(_environment(_FOLDER), _checked(name), _environment(_PASSPHRASE))
@@ -99,7 +108,8 @@ def write_masked_keys(
 @functools.lru_cache(maxsize=16)
 def _identity(folder: str, name: str, passphrase: str) -> MaskingIdentity:
     identity = SigningKey.load(Path(folder) / f"client-{name}.identity", passphrase)
-    return MaskingIdentity(name, identity, _terms(Path(folder)))
+    journal = Path(folder) / f"client-{name}.journal"
+    return MaskingIdentity(name, identity, _terms(Path(folder)), journal)
 
 
 def _terms(folder: Path) -> Terms:
