@@ -12,6 +12,7 @@ if find_spec("flwr") is None:
 from vitguard.federated.flower.client import ProtectMod, attach, encryptor
 from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.keys import ClientKeys, Federation, make_keys
+from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
 from vitguard.federated.flower.server import EncryptedFedAvg
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "EncryptedFedAvg",
     "Federation",
     "InProcessGrid",
+    "LedgerGrid",
+    "Ledgers",
     "ProtectMod",
     "attach",
     "encryptor",
