@@ -5,7 +5,9 @@ What is started here is stopped again, by its process id. `key=value` goes to th
 configuration, such as `variant="private"`. Keys are made where VITGUARD_KEYS names none.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,18 +51,35 @@ def until_healthy(link: subprocess.Popen) -> None:
     raise SystemExit("The SuperLink ended before it answered.")
 
 
+def stop(process: subprocess.Popen) -> None:
+    """End a process and all that it started."""
+    process.terminate()
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    with contextlib.suppress(ProcessLookupError):  # none is left
+        os.killpg(process.pid, signal.SIGKILL)
+    print(f"stopped process {process.pid}", flush=True)
+
+
 def main(mode: str, *settings: str) -> int:
     """Start what the mode needs, run the app, and stop what was started."""
     if mode not in ("simulation", "deployment"):
         raise SystemExit(__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     started: list[subprocess.Popen] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         own = environment(folder)
 
         def start(log: str, *command: str) -> subprocess.Popen:
-            with (folder / log).open("w") as out:
-                started.append(subprocess.Popen(command, env=own, stdout=out, stderr=out))
+            with (folder / log).open("w") as out:  # a group of its own: it starts others in turn
+                process = subprocess.Popen(
+                    command, env=own, stdout=out, stderr=out, start_new_session=True
+                )
+            started.append(process)
             print(f"started {command[0]} as process {started[-1].pid}", flush=True)
             return started[-1]
 
@@ -82,10 +101,7 @@ def main(mode: str, *settings: str) -> int:
             return subprocess.run(run, env=own, check=False).returncode
         finally:
             for process in reversed(started):
-                process.terminate()
-            for process in reversed(started):
-                process.wait()
-                print(f"stopped process {process.pid}", flush=True)
+                stop(process)
             if os.environ.get("FLOWER_LOGS"):
                 for log in folder.glob("*.log"):
                     print(f"--- {log.name}\n{log.read_text()}")

@@ -41,8 +41,10 @@ def protected(model, config, sealing=None):
             stack.append(vg.ClientPrivacy(epsilon=8.0, rounds=rounds))
         case "records":  # for each image of a client
             stack.append(vg.DifferentialPrivacy(epsilon=8.0, delta=1e-3, epochs=rounds * epochs))
+        case "plain":  # to compare with: the update leaves as it is
+            pass
         case other:
-            raise ValueError(f"Expected encrypted, masks, private or records, got {other}.")
+            raise ValueError(f"Expected encrypted, masks, private, records, plain; got {other}.")
     return vg.protect(model, stack)
 
 

@@ -12,6 +12,7 @@ if find_spec("flwr") is None:
 from vitguard.federated.flower.client import ProtectMod, attach, encryptor
 from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.keys import ClientKeys, Federation, make_keys
+from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
 from vitguard.federated.flower.masked_client import masker
 from vitguard.federated.flower.masked_keys import (
     MaskedFederation,
@@ -26,6 +27,8 @@ __all__ = [
     "EncryptedFedAvg",
     "Federation",
     "InProcessGrid",
+    "LedgerGrid",
+    "Ledgers",
     "MaskedFedAvg",
     "MaskedFederation",
     "MaskingIdentity",

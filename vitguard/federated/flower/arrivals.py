@@ -9,22 +9,14 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-__all__ = ["Arrivals"]
+__all__ = ["Around", "Arrivals"]
 
 
-class Arrivals(Grid):
-    """A grid around another, which hands out each reply as it comes and keeps none.
+class Around(Grid):
+    """A grid around another; what it sends and receives is for those who derive it."""
 
-    Flower's own `send_and_receive` returns a list of all replies. This one asks for them one by
-    one, in turns, until all have come or the time is over.
-
-    Args:
-        grid: Flower's grid.
-        wait: Called when no reply was there in a whole turn.
-    """
-
-    def __init__(self, grid: Grid, *, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> None:
-        self._grid, self._wait = grid, wait
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
 
     def set_run(self, run: Any) -> None:
         """Pass it on."""
@@ -57,6 +49,22 @@ class Arrivals(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pass it on."""
         return self._grid.pull_messages(message_ids)
+
+
+class Arrivals(Around):
+    """A grid around another, which hands out each reply as it comes and keeps none.
+
+    Flower's own `send_and_receive` returns a list of all replies. This one asks for them one by
+    one, in turns, until all have come or the time is over.
+
+    Args:
+        grid: Flower's grid.
+        wait: Called when no reply was there in a whole turn.
+    """
+
+    def __init__(self, grid: Grid, *, wait: Callable[[], None] = lambda: time.sleep(1.0)) -> None:
+        super().__init__(grid)
+        self._wait = wait
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from vitguard.defenses.base import Ledgered
 from vitguard.defenses.encryption import Decryptor, Encryptor, model_version
 from vitguard.errors import Rejected, Unprotected, VitguardError, expected
 from vitguard.federated.flower.keys import ClientKeys
+from vitguard.federated.flower.ledgers import LEDGER
 from vitguard.federated.flower.masked_client import asked_now, masking
 from vitguard.federated.flower.masked_keys import MaskingIdentity
 from vitguard.federated.flower.records import (
@@ -57,6 +59,8 @@ class _Exchange:
     context: Context
     keys: Callable[[Context], ClientKeys]
     guards: list[Guard] = field(default_factory=list)
+    reminder: ConfigRecord | None = None  # of the ledger, by the server
+    ledger: ConfigRecord | None = None
     beside: dict[str, Array] = field(default_factory=dict)  # of the model, for the server to keep
 
 
@@ -88,8 +92,34 @@ def attach(guard: Guard) -> Guard:
     ledger = kept.get("guard")
     if isinstance(ledger, bytes):
         guard.load_state_bytes(ledger)
+    if any(isinstance(d, Ledgered) for d in guard.defenses):
+        exchange.ledger = _ledger(kept, exchange.reminder)
     exchange.guards.append(guard)
     return guard
+
+
+def _ledger(kept: ConfigRecord, reminder: ConfigRecord | None) -> ConfigRecord:
+    """Return the name of the client's ledger and how many releases it has counted.
+
+    Raises:
+        Unprotected: The server was told of more.
+    """
+    own = ConfigRecord(
+        {
+            "name": kept.get("ledger", secrets.token_hex(16)),
+            "releases": kept.get("releases", 0),
+        }
+    )
+    if reminder is not None:
+        told = reminder.get("releases")
+        same = reminder.get("name") == own["name"] and isinstance(told, int)
+        if not (same and told <= own["releases"]):
+            raise Unprotected(
+                f"Expected the privacy ledger that had counted {told} releases, got one of "
+                f"{own['releases']}: context.state was lost or set back. Put the newest one back; "
+                "nothing is trained or sent until then."
+            )
+    return own
 
 
 def encryptor(*, outliers: Literal["refuse", "clip"] = "refuse") -> Encryptor:
@@ -149,6 +179,8 @@ def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message
     plain = settings is None or asked_now() is not None  # then they are as they came
     given = received if plain else to_arrays(before)
     content = RecordDict({**message.content, name: given})
+    exchange.reminder = content.config_records.get(LEDGER)
+    content.pop(LEDGER, None)
     inner = make_message(message.metadata, content)
     reply = call_next(inner, exchange.context)
     if reply.has_error():
@@ -247,13 +279,20 @@ def _sealed(
             sealed = guard.seal(update)
     finally:  # a release that was counted stays counted
         _keep(exchange, guard=guard.state_bytes(draws=False))
+        if exchange.ledger is not None:
+            releases = int(exchange.ledger["releases"]) + 1
+            exchange.ledger["releases"] = releases
+            _keep(exchange, ledger=str(exchange.ledger["name"]), releases=releases)
     if spent := [d.name for d in guard.defenses if isinstance(d, Ledgered)]:
         metrics["epsilon"] = max(float(guard.privacy_spent(n).epsilon) for n in spent)
     arrays = _leaving(sealed, before, secret=asked is not None)
     if asked is not None:
         arrays = ArrayRecord({**arrays, **exchange.beside})
         metrics["vitguard-clipped"] = sum(sealed.clipped.values())
-    return Message(content=RecordDict({name: arrays, metrics_name: metrics}), reply_to=message)
+    content = RecordDict({name: arrays, metrics_name: metrics})
+    if exchange.ledger is not None:
+        content[LEDGER] = exchange.ledger
+    return Message(content=content, reply_to=message)
 
 
 def _leaving(sealed: Update, before: Mapping[str, Tensor], *, secret: bool) -> ArrayRecord:
@@ -271,7 +310,7 @@ def _leaving(sealed: Update, before: Mapping[str, Tensor], *, secret: bool) -> A
     return ArrayRecord({SEALED: sealed_array(payload), **to_arrays(plain)})
 
 
-def _keep(exchange: _Exchange, **values: str | bytes) -> None:
+def _keep(exchange: _Exchange, **values: str | bytes | int) -> None:
     state = exchange.context.state
     state[_KEPT] = ConfigRecord({**state.config_records.get(_KEPT, {}), **values})
 

@@ -20,6 +20,7 @@ from vitguard.errors import Incompatible, Rejected, VitguardError, expected
 from vitguard.federated.flower.arrivals import Arrivals
 from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.keys import Federation
+from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
 from vitguard.federated.flower.records import (
     BASE,
     ROUND,
@@ -45,6 +46,8 @@ class EncryptedFedAvg(FedAvg):
         A node gets the sums that it lacks, or the model that a client sealed and the sums since.
         Replies are added as they arrive and never kept, and no more than `catch_up` sums are, as
         long as clients seal the model when they are asked.
+        A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
+        restarts save `ledgers`.
         A sealed model is taken only where most clients of the round vouch for the same weights.
 
     Does not protect against:
@@ -98,6 +101,7 @@ class EncryptedFedAvg(FedAvg):
         self._history = History({})
         self._known: dict[int, int] = {}  # the last round that a node has opened
         self.refused: dict[int, dict[int, str]] = {}
+        self.ledgers = Ledgers()
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **named: Any) -> Result:
         """Run the rounds, as every strategy does; `evaluate_fn` cannot read the model."""
@@ -107,7 +111,8 @@ class EncryptedFedAvg(FedAvg):
             )
         self._history, self._known = History.of(initial_arrays), {}
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
-        result = super().start(single, initial_arrays, *args, **named)
+        counting = LedgerGrid(single, self.ledgers)
+        result = super().start(counting, initial_arrays, *args, **named)
         result.arrays = self._history.record()
         return result
 
