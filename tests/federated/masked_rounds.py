@@ -37,8 +37,9 @@ def phase_of(message):
 class Masked:
     """Each node adds a constant of its own to its weights; `moved` is what a round then adds."""
 
-    def __init__(self, small_vit, select="all"):
+    def __init__(self, small_vit, select="all", outliers="refuse", private=()):
         self.small_vit, self.select = small_vit, select
+        self.outliers, self.private = outliers, private
         self.signing = SigningKey.generate()
         self.names = {node: str(i) for i, node in enumerate(NODES)}
         self.identities = {name: SigningKey.generate() for name in self.names.values()}
@@ -63,7 +64,7 @@ class Masked:
     def stack(self, client=None):
         force = self.select != "all"
         masks = vg.MaskedAggregation(select=self.select, force=force, client=client)
-        return [vg.FixedPositions("sincos"), masks]
+        return [vg.FixedPositions("sincos"), *self.private, masks]
 
     def identity(self, node):
         name = self.names[node]
@@ -77,7 +78,7 @@ class Masked:
         @app.train()
         def train(message, context):
             model = tiny(self.small_vit)
-            guard = vg.protect(model, self.stack(masker()))
+            guard = vg.protect(model, self.stack(masker(outliers=self.outliers)))
             if self.attached[node]:
                 attach(guard)
             given = message.content["arrays"].to_torch_state_dict()

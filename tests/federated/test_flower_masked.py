@@ -12,6 +12,8 @@ pytest.importorskip("flwr", reason="needs vitguard[flower]")
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum
 
+import vitguard as vg
+from tests.federated.flower_rounds import each
 from tests.federated.masked_rounds import NODES, PHASES, Masked, phase_of
 from vitguard.defenses.encryption import model_version
 from vitguard.defenses.masking import MaskingServer, wire
@@ -326,6 +328,30 @@ def test_what_the_selection_leaves_plain_is_averaged_too(small_vit):
         assert float((after[name] - masked.start[name]).mean()) == pytest.approx(
             masked.moved(), abs=CLOSE
         )
+
+
+def test_client_privacy_under_masks_is_counted_and_a_ledger_that_went_back_is_refused(small_vit):
+    privacy = vg.ClientPrivacy(epsilon=4.0, rounds=3)
+    masked = Masked(small_vit, outliers="clip", private=[privacy])
+    strategy = masked.strategy()
+    _, first = masked.run(1, strategy)
+    kept = RecordDict({"vitguard.kept": masked.grid.contexts[12].state["vitguard.kept"]})
+    _, second = masked.run(1, strategy, first.arrays)
+    spent = [r.train_metrics_clientapp[1]["epsilon"] for r in (first, second)]
+    assert spent == pytest.approx([privacy.spent(r).epsilon for r in (1, 2)])
+    assert strategy.refused[1] == {} and set(strategy.ledgers.most.values()) == {2}
+    masked.grid.contexts[12].state["vitguard.kept"] = kept["vitguard.kept"]
+    masked.run(1, strategy, second.arrays)
+    assert list(strategy.refused[1]) == [12] and "ledger" in strategy.refused[1][12]
+
+
+def test_values_beyond_the_bound_are_clipped_and_counted_where_the_client_says_so(small_vit):
+    masked = Masked(small_vit, outliers="clip")
+    masked.spoil[12] = each(lambda t: t + 100)
+    _, result = masked.run(1)
+    assert result.train_metrics_clientapp[1]["vitguard-clipped"] > 0
+    strategy, _ = masked.run(1, masked.strategy(first_round=2, max_clipped=3))
+    assert list(strategy.refused[1]) == [12] and "beyond bounds" in strategy.refused[1][12]
 
 
 def test_a_model_that_is_not_that_of_the_terms_is_refused_at_the_start(masked):

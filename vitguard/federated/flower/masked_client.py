@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Literal
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from torch import Tensor
 
 from vitguard.defenses.encryption import model_version
 from vitguard.defenses.masking import MaskingClient
-from vitguard.errors import Rejected, Unprotected
+from vitguard.errors import Rejected, Unprotected, expected
 from vitguard.federated.flower.masked_keys import MaskingIdentity
 from vitguard.federated.flower.records import BASE, ROUND
 from vitguard.rounds import Progress
@@ -52,20 +53,27 @@ def asked_now() -> Asked | None:
     return _asked.get()
 
 
-def masker() -> MaskingClient:
+def masker(*, outliers: Literal["refuse", "clip"] = "refuse") -> MaskingClient:
     """Return the masking client that this message is for.
 
     For `MaskedAggregation(client=masker())` in the train function.
 
+    Args:
+        outliers: What becomes of values beyond their bound, as in `MaskingClient`. The server is
+            told how many were clipped, and refuses more than its `max_clipped`.
+
     Raises:
         Unprotected: The message is of no masked round.
     """
+    if outliers not in ("refuse", "clip"):
+        raise expected("outliers 'refuse' or 'clip'", repr(outliers)[:80])
     now = asked_now()
     if now is None:
         raise Unprotected(
             "Expected a message of MaskedFedAvg to a ClientApp with ProtectMod, got another: "
             "nothing would be masked."
         )
+    now.client.outliers = outliers
     return now.client
 
 

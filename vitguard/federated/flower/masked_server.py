@@ -16,6 +16,7 @@ from vitguard.defenses.masking import MaskingServer
 from vitguard.errors import Incompatible, Rejected, expected
 from vitguard.federated.flower.arrivals import Arrivals
 from vitguard.federated.flower.grid import InProcessGrid
+from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
 from vitguard.federated.flower.masked_keys import MaskedFederation
 from vitguard.federated.flower.masked_round import MaskedRound
 from vitguard.federated.flower.records import BASE, ROUND, from_arrays, to_arrays
@@ -34,6 +35,8 @@ class MaskedFedAvg(FedAvg):
         A reply that is refused leaves the sum as it was; `refused` says why, for each node.
         Fewer clients than the threshold in a phase leave the model as it was, with one clear line.
         Replies are added as they arrive and never kept.
+        A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
+        restarts save `ledgers`.
         All clients of a sum trained the same model: each signs the version of the one it was sent.
 
     Does not protect against:
@@ -81,8 +84,10 @@ class MaskedFedAvg(FedAvg):
         self._federation, self._max_clipped = federation, max_clipped
         self._phase_timeout = phase_timeout
         self._now: MaskedRound | None = None
+        self._short: Grid | None = None  # for exchanges in which no ledger is told
         self.next_round = first_round
         self.refused: dict[int, dict[int, str]] = {}
+        self.ledgers = Ledgers()
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **named: Any) -> Result:
         """Run the rounds, as every strategy does.
@@ -98,7 +103,8 @@ class MaskedFedAvg(FedAvg):
                     "none" if array is None else f"one of shape {tuple(array.shape)}",
                 )
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
-        return super().start(single, initial_arrays, *args, **named)
+        self._short = single
+        return super().start(LedgerGrid(single, self.ledgers), initial_arrays, *args, **named)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -114,7 +120,7 @@ class MaskedFedAvg(FedAvg):
         base, keys = model_version(start), self._federation
         now = MaskedRound(
             MaskingServer(keys.terms, signing=keys.signing, round_id=number, base=base),
-            grid,
+            self._short or grid,
             {ROUND: number, BASE: base},
             start,
             refused,
