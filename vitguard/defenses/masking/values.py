@@ -54,7 +54,8 @@ def integers(
 
 def _uniform(draws: Draws, count: int) -> NDArray[np.float64]:
     """Return draws from [0, 1) in steps of 2^-32, which moves an expectation by 2^-33 levels."""
-    return draws.words((count + 1) // 2).view(np.uint32)[:count] * 2.0**-32
+    words = draws.words((count + 1) // 2).view(np.uint32)[:count]
+    return np.multiply(words, 2.0**-32, dtype=np.float64)
 
 
 def average(

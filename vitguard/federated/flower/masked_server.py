@@ -48,7 +48,8 @@ class MaskedFedAvg(FedAvg):
         max_clipped: The most values of a reply that were moved to their bound; None for any.
         first_round: Number of the first round; clients take part in each number once. After a
             restart within one Flower run, give the `next_round` of the strategy before.
-        phase_timeout: Seconds that nodes have for each exchange but the training.
+        phase_timeout: Seconds that nodes have for each exchange but the training. A SuperNode may
+            start a process of the app for each, which takes seconds.
         settings: Arguments of `FedAvg`; at least `threshold` nodes are waited for by default.
     """
 
@@ -72,7 +73,7 @@ class MaskedFedAvg(FedAvg):
         *,
         max_clipped: int | None = None,
         first_round: int = 1,
-        phase_timeout: float = 60.0,
+        phase_timeout: float = 300.0,
         **settings: Any,
     ) -> None:
         if type(first_round) is not int or first_round < 0:
