@@ -163,9 +163,8 @@ def throughput(name: str, images: int, rounds: int, repetitions: int) -> None:
     print(f"plain {plain:.2f} s a round, encrypted {sealed:.2f} s, ratio {sealed / plain:.2f}")
 
 
-def memory(nodes: int, plain: bool, rounds: int = 2) -> None:
+def memory(name: str, nodes: int, plain: bool, rounds: int) -> None:
     """Print the highest resident set of a server that hears from so many nodes in a round."""
-    name = "vit_tiny_patch16_224"
     own = parties(timm.create_model(name), 100, "many")
     update = {e.name: torch.rand(e.shape) * 0.01 for e in own.manifest.entries}
     message = Encryptor(own.keys, own.manifest, client_id="c").encrypt(update, round_id=1)
@@ -202,7 +201,7 @@ def memory(nodes: int, plain: bool, rounds: int = 2) -> None:
         taken = nodes - len(strategy.refused[rounds])
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     kind = "FedAvg" if plain else f"EncryptedFedAvg, {rounds} rounds"
-    print(f"{kind}: {nodes} messages of ViT-Ti a round, {taken} in the sum: "
+    print(f"{kind}: {nodes} messages of {name} a round, {taken} in the sum: "
           f"{most} MiB at most, {before} MiB before the first round", flush=True)  # fmt: skip
 
 
@@ -269,10 +268,11 @@ def main() -> None:
     elif given.part == "accuracy":
         accuracy(given.rounds, given.seeds)
     elif len(given.nodes) == 1:
-        memory(given.nodes[0], given.plain)
+        memory(given.model, given.nodes[0], given.plain, given.rounds)
     else:
         for nodes in given.nodes:
             again = [sys.executable, __file__, "memory", "--nodes", str(nodes)]
+            again += ["--model", given.model, "--rounds", str(given.rounds)]
             subprocess.run(again + (["--plain"] if given.plain else []), check=True)
 
 

@@ -16,7 +16,7 @@ from tests.federated.test_flower import identity  # noqa: F401 - a fixture
 from tests.federated.test_flower_faults import before_each_round
 from vitguard.defenses.encryption import KeySet, Manifest, SigningKey
 from vitguard.errors import InputError, Rejected
-from vitguard.federated.flower import EncryptedFedAvg, InProcessGrid
+from vitguard.federated.flower import EncryptedFedAvg, InProcessGrid, snapshots
 from vitguard.federated.flower.arrivals import Arrivals
 from vitguard.federated.flower.records import History, sealed_array
 from vitguard.federated.flower.snapshots import Snapshot, vouch
@@ -220,6 +220,16 @@ def test_a_sealed_model_with_one_changed_bit_is_refused(sealed):
         changed[place] ^= 1
         with pytest.raises(Rejected):
             Snapshot.from_bytes(4, bytes(changed)).open(keys, manifest)
+
+
+def test_a_client_that_seals_another_model_than_it_vouches_for_is_found_out(sealed, monkeypatch):
+    keys, manifest, weights, snapshot = sealed
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "vouch", lambda *facts: snapshot.proof)
+        other = {**weights, "w": weights["w"] + 1}
+        lying = Snapshot.of(keys, manifest, 4, 64 * "a", other)
+    with pytest.raises(Rejected, match="did not vouch"):
+        lying.open(keys, manifest)
 
 
 def test_clients_vouch_alike_for_the_same_weights_and_the_server_cannot_guess_them(sealed):
