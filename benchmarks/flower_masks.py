@@ -91,9 +91,7 @@ class Rounds:
         """Run one round and return its processor time."""
         self.number += 1
         if self.masked:
-            strategy = MaskedFedAvg(
-                self.federation, first_round=self.number, fraction_evaluate=0.0
-            )
+            strategy = MaskedFedAvg(self.federation, first_round=self.number, fraction_evaluate=0.0)
         else:
             strategy = FedAvg(fraction_evaluate=0.0)
         begun = time.process_time()
