@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from flwr.app import (
@@ -53,6 +53,14 @@ App = Callable[[Message, Context], Message]
 
 
 @dataclass
+class _Ledger:
+    """A client's privacy ledger as the server is told of it."""
+
+    name: str
+    releases: int
+
+
+@dataclass
 class _Exchange:
     """One message on its way through the app."""
 
@@ -60,7 +68,7 @@ class _Exchange:
     keys: Callable[[Context], ClientKeys]
     guards: list[Guard] = field(default_factory=list)
     reminder: ConfigRecord | None = None  # of the ledger, by the server
-    ledger: ConfigRecord | None = None
+    ledger: _Ledger | None = None
     beside: dict[str, Array] = field(default_factory=dict)  # of the model, for the server to keep
 
 
@@ -98,28 +106,24 @@ def attach(guard: Guard) -> Guard:
     return guard
 
 
-def _ledger(kept: ConfigRecord, reminder: ConfigRecord | None) -> ConfigRecord:
-    """Return the name of the client's ledger and how many releases it has counted.
+def _ledger(kept: ConfigRecord, reminder: ConfigRecord | None) -> _Ledger:
+    """Return the client's ledger by name, and how many releases it has counted.
 
     Raises:
         Unprotected: The server was told of more.
     """
-    own = ConfigRecord(
-        {
-            "name": kept.get("ledger", secrets.token_hex(16)),
-            "releases": kept.get("releases", 0),
-        }
-    )
+    name, releases = kept.get("ledger", secrets.token_hex(16)), kept.get("releases", 0)
+    if not isinstance(name, str) or not isinstance(releases, int):
+        raise expected("a ledger's name and releases in context.state", type(releases).__name__)
     if reminder is not None:
         told = reminder.get("releases")
-        same = reminder.get("name") == own["name"] and isinstance(told, int)
-        if not (same and told <= own["releases"]):
+        if not (reminder.get("name") == name and isinstance(told, int) and told <= releases):
             raise Unprotected(
                 f"Expected the privacy ledger that had counted {told} releases, got one of "
-                f"{own['releases']}: context.state was lost or set back. Put the newest one back; "
+                f"{releases}: context.state was lost or set back. Put the newest one back; "
                 "nothing is trained or sent until then."
             )
-    return own
+    return _Ledger(name, releases)
 
 
 def encryptor(*, outliers: Literal["refuse", "clip"] = "refuse") -> Encryptor:
@@ -280,9 +284,8 @@ def _sealed(
     finally:  # a release that was counted stays counted
         _keep(exchange, guard=guard.state_bytes(draws=False))
         if exchange.ledger is not None:
-            releases = int(exchange.ledger["releases"]) + 1
-            exchange.ledger["releases"] = releases
-            _keep(exchange, ledger=str(exchange.ledger["name"]), releases=releases)
+            exchange.ledger.releases += 1
+            _keep(exchange, ledger=exchange.ledger.name, releases=exchange.ledger.releases)
     if spent := [d.name for d in guard.defenses if isinstance(d, Ledgered)]:
         metrics["epsilon"] = max(float(guard.privacy_spent(n).epsilon) for n in spent)
     arrays = _leaving(sealed, before, secret=asked is not None)
@@ -291,7 +294,7 @@ def _sealed(
         metrics["vitguard-clipped"] = sum(sealed.clipped.values())
     content = RecordDict({name: arrays, metrics_name: metrics})
     if exchange.ledger is not None:
-        content[LEDGER] = exchange.ledger
+        content[LEDGER] = ConfigRecord(asdict(exchange.ledger))
     return Message(content=content, reply_to=message)
 
 
