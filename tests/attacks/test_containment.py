@@ -64,9 +64,7 @@ def test_an_update_of_low_rank_gives_the_image_back(cifar, narrow, observe, inde
     control = observe(narrow, pixels, labels, defenses="positions:kind=frozen",
                       normalization=CIFAR_NORMALIZATION)  # fmt: skip
     assert float(psnr(SpanInversion().run(control, draw()).images, pixels)) > 60
-    view = observe(
-        narrow, pixels, labels, defenses=fixed(2), normalization=CIFAR_NORMALIZATION
-    )
+    view = observe(narrow, pixels, labels, defenses=fixed(2), normalization=CIFAR_NORMALIZATION)
     guess = Containment().run(view, draw())
     assert float(psnr(guess.images, pixels)) > 60, guess.details
     assert bool(guess.verified.all()) and "unfinished" not in guess.details

@@ -23,6 +23,7 @@ from vitguard.vit import Anatomy
 __all__ = ["Containment"]
 
 _EQUATIONS = 3  # kept for each pixel
+_STARTS = 16
 _STEPS = 80
 _STALLED = 0.3  # share of the cost that a step has to take away, else the prior gives way
 _DOWN_TO = 1e-12  # weight of the prior below which to stop
@@ -105,7 +106,7 @@ class Containment(Attack):
         if spaces.jacobian_seconds > budget.left:
             raise CutShort("one derivative of the layers takes more than the budget")
         prior = NaturalImages.of(view, anatomy)
-        image, jacobian, rest = _fit(spaces, prior, budget, self.accept)
+        image, jacobian, rest = _search(spaces, prior, budget, self.accept, generator)
         equations = min(spaces.total, _EQUATIONS * pixels)
         level = float(rest.square().mean().sqrt()) * _scale(spaces)
         known = spaces.total > pixels and level < self.accept
@@ -136,12 +137,32 @@ def _scale(spaces: RowSpaces) -> float:
     return (entries / sum(len(rows) for rows in spaces.rows.values())) ** 0.5
 
 
+def _search(
+    spaces: RowSpaces,
+    prior: NaturalImages,
+    budget: Budget,
+    accept: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best end of descents from the prior's mean and from images drawn from it."""
+    start = torch.zeros(spaces.view.image_shape).to(prior.mean)
+    best = None
+    for _ in range(_STARTS):
+        found = _fit(spaces, prior, budget, start)
+        if best is None or found[2].square().sum() < best[2].square().sum():
+            best = found
+        if budget.over or float(best[2].square().mean().sqrt()) * _scale(spaces) < accept:
+            break
+        start = torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start)
+    assert best is not None
+    return best
+
+
 def _fit(
-    spaces: RowSpaces, prior: NaturalImages, budget: Budget, accept: float
+    spaces: RowSpaces, prior: NaturalImages, budget: Budget, white: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the image, the derivative by the prior's coordinates, and what the rows miss there."""
     shape = spaces.view.image_shape
-    white = torch.zeros(shape).to(prior.mean)
     pixels = white.numel()
     eye = torch.eye(pixels).to(white)
     directions = prior.paint(eye.view(pixels, *shape))

@@ -107,15 +107,22 @@ class RowSpaces:
         with torch.no_grad():
             inputs = self.inputs(image[None])
         return torch.cat(
-            [self._apart(rows, inputs[n][0])[0].flatten()[self.picks[n]] for n, rows in self.rows.items()]
+            [
+                self._apart(rows, inputs[n][0])[0].flatten()[self.picks[n]]
+                for n, rows in self.rows.items()
+            ]
         )
 
     def jacobian(
         self, image: Float[Tensor, "c h w"], directions: Float[Tensor, "n c h w"]
     ) -> Float[Tensor, "n equations"]:
-        """Return the derivative of `missed` along directions, without what turns V L^+ (Kaufman)."""
+        """Return the derivative of `missed` along directions, V L^+ held (Kaufman)."""
         with torch.no_grad():
-            fixed = {n: self._apart(self.rows[n], t[0]) for n, t in self.inputs(image[None]).items() if n in self.rows}
+            fixed = {
+                n: self._apart(self.rows[n], t[0])
+                for n, t in self.inputs(image[None]).items()
+                if n in self.rows
+            }
         parts = []
         for some in directions.split(_AT_ONCE):
             count = sum(p.numel() for p in self.model.parameters())
