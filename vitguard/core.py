@@ -204,6 +204,8 @@ class Update:
             public.
         sealed: Names that exist but cannot be read, each with its reason.
         payloads: What a defense sends in place of sealed tensors (ciphertext), by defense name.
+        clipped: How many values of a tensor a defense moved to a bound, those that were not finite
+            included. A fact about the message; a saved update does not keep it.
     """
 
     tensors: Mapping[str, Tensor]
@@ -216,6 +218,7 @@ class Update:
     weight_decay: float = 0.0
     sealed: Mapping[str, str] = field(default_factory=dict)
     payloads: Mapping[str, bytes] = field(default_factory=dict)
+    clipped: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in ("gradient", "difference"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from vitguard import rounds
 from vitguard.analysis import refuse_given_away
 from vitguard.core import Batch, LocalTraining, Loss, Traits, Update
 from vitguard.defenses.base import (
@@ -29,6 +31,7 @@ from vitguard.defenses.base import (
 )
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
+from vitguard.files import parsed_json
 from vitguard.joining import drop, join
 from vitguard.registry import parse_stack
 from vitguard.tensor_files import check_plain
@@ -478,6 +481,38 @@ class Guard:
                 update = defense.seal(update, self.anatomy, self._draws)
         return update
 
+    def round(
+        self, number: int, *, base: str, weight: float = 1.0, client: str = ""
+    ) -> AbstractContextManager[rounds.Round]:
+        """Let the updates that are made in the block belong to a round.
+
+        Every defense of the update can read it (`vitguard.rounds.current`); encryption binds its
+        message to it.
+
+        Args:
+            number: Of the round, at least 0; never the same one twice.
+            base: Version of the public model that the update refers to (`rounds.next_version`).
+            weight: Of this client in the average, above 0; public.
+            client: Name of this client; an encryptor of another one refuses.
+
+        Raises:
+            InputError: One of them is something else.
+        """
+        return rounds.bound(rounds.Round(number, base, weight, client))
+
+    def shared_names(self) -> tuple[str, ...]:
+        """Return the names of the tensors that a client sends and takes back, in order.
+
+        The base model's parameters and buffers and the parameters that defenses added (an unknown
+        token), by the base model's names. Not what stays local: withheld or fixed positions, and
+        the defenses' own buffers, such as how far a schedule has come.
+        """
+        held = {n for piece in self._protection.installed() for n in piece.withheld()}
+        added = {f"vitguard.{name}" for name, _ in self._protection.named_parameters()}
+        state = (name for name, t in self.model.state_dict().items() if isinstance(t, Tensor))
+        sent = (n for n in state if not n.startswith("vitguard.") or n in added)
+        return tuple(n for name in sent if (n := canonical_name(name)) not in held)
+
     def encrypted(self) -> dict[str, Tensor]:
         """Return the parameters that the stack encrypts, as they stand, by name.
 
@@ -538,6 +573,37 @@ class Guard:
         if self._draws.seeded is not None:
             state["draws"] = self._draws.seeded.get_state()
         return state
+
+    def state_bytes(self, *, draws: bool = True) -> bytes:
+        """Return `state_dict` as JSON, for a place that keeps bytes. Local, never to be averaged.
+
+        Args:
+            draws: With the state of a generator that was given to `protect`. False leaves the
+                ledger alone, which holds no secret.
+        """
+        state = self.state_dict()
+        generator = state.pop("draws", None)
+        if draws and generator is not None:
+            state["draws"] = generator.numpy().tobytes().hex()
+        try:
+            return json.dumps(state, sort_keys=True, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise expected("ledgers that JSON can hold", str(error)) from error
+
+    def load_state_bytes(self, data: bytes) -> None:
+        """Continue where `state_bytes` left off, as `load_state_dict` does.
+
+        Raises:
+            InputError: They are something else, of another stack, or older than the ledger.
+        """
+        try:
+            state = dict(parsed_json(data))
+            if "draws" in state:
+                raw = bytearray.fromhex(state["draws"])
+                state["draws"] = torch.frombuffer(raw, dtype=torch.uint8)
+        except (TypeError, ValueError) as error:
+            raise expected("bytes from Guard.state_bytes", type(error).__name__) from error
+        self.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a `state_dict` left off. A ledger never goes back: it joins the state's.

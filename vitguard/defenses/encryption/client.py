@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitguard import rounds
 from vitguard.core import Update, tensors_by_name
 from vitguard.defenses.encryption.backend import shared_engine
 from vitguard.defenses.encryption.keys import KeySet
@@ -105,7 +106,10 @@ class Encryptor:
         return self
 
     def start_round(self, round_id: int, *, weight: float = 1.0, base: str = "") -> None:
-        """Name the round that `encrypt` without arguments belongs to."""
+        """Name the round that `encrypt` without arguments belongs to, for good.
+
+        `Guard.round` names it for the messages of one block, which is harder to get wrong.
+        """
         self._round = _Round(round_id, weight, base)
 
     def encrypt(
@@ -120,7 +124,7 @@ class Encryptor:
 
         Args:
             update: An update, or tensors or NumPy arrays by name; those of the manifest are read.
-            round_id: Number of the round; default from `start_round`.
+            round_id: Number of the round; default from `start_round`, then from `Guard.round`.
             weight: Weight in the average, up to the manifest's `max_weight`; it is public.
             base: Version of the public model that the update refers to (`model_version`).
 
@@ -160,18 +164,44 @@ class Encryptor:
         """Return the update with the manifest's tensors sealed and the message as its payload."""
         message = self.encrypt(update, round_id=round_id, weight=weight, base=base)
         sealed = update.seal(dict.fromkeys(self.manifest.names, f"encrypted ({self.keys.preset})"))
-        return replace(sealed, payloads={**sealed.payloads, "encryption": message})
+        return replace(
+            sealed,
+            payloads={**sealed.payloads, "encryption": message},
+            clipped={**sealed.clipped, **self.clipped},
+        )
 
     def _settled(self, round_id: int | None, weight: float | None, base: str | None) -> _Round:
-        if round_id is None and self._round is None:
-            raise expected("a round number", "none", "Give round_id=, or call start_round.")
-        started = self._round if round_id is None else None
+        started = self._started() if round_id is None else None
         default = started or _Round(round_id or 0, 1.0, "")
         return _Round(
             default.round_id,
             default.weight if weight is None else weight,
             default.base if base is None else base,
         )
+
+    def _started(self) -> _Round:
+        """Return the round that `start_round` named, or the one that the block is bound to."""
+        now = rounds.current()
+        if now is not None and now.client not in ("", self.client_id):
+            raise expected(
+                f"a round of client {self.client_id!r}, whose encryptor this is", repr(now.client)
+            )
+        if self._round is not None:
+            if now is not None and (now.number, now.base) != (
+                self._round.round_id,
+                self._round.base,
+            ):
+                raise expected(
+                    f"one round, {now.number} by Guard.round", f"{self._round.round_id} by "
+                    "start_round", "Drop start_round.",
+                )  # fmt: skip
+            return self._round
+        if now is None:
+            raise expected(
+                "a round number", "none",
+                "Make the update inside guard.round(...), give round_id=, or call start_round.",
+            )  # fmt: skip
+        return _Round(now.number, now.weight, now.base)
 
     def _integers(self, tensors: Mapping[str, Tensor], share: float) -> Iterator[np.ndarray]:
         levels = self.keys.layout.levels

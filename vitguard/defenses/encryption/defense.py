@@ -46,8 +46,8 @@ class EncryptedGradients(UpdateDefense):
             encrypted under a key that is thrown away; larger ones are listed as sealed and no
             ciphertext is made. The reason of each sealed name says which.
         encryptor: A client's `Encryptor`; without one no update leaves outside an audit, or a guard
-            whose draws come from a generator; call its `start_round` before each
-            update. Its manifest is made of what the whole stack encrypts: protect a copy with
+            whose draws come from a generator; make each update inside `guard.round(...)`.
+            Its manifest is made of what the whole stack encrypts: protect a copy with
             the stack, without an encryptor, and call `Manifest.of(guard.encrypted(), bounds=...)`.
             It is no setting: it is in no repr, spec, report or pickle.
 

@@ -71,6 +71,11 @@ class Aggregator:
         """Clients whose messages are in the sum."""
         return tuple(self._weights)
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each client in the sum; public, and proved by the client's key."""
+        return dict(self._weights)
+
     def add(self, data: bytes) -> None:
         """Check one client's message and add it.
 

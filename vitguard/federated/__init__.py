@@ -1,0 +1,1 @@
+"""Federated learning in the frameworks that people already use."""

@@ -1,0 +1,236 @@
+"""The client's side: a mod around the app that opens what comes and seals what leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.common.serde import make_message
+from torch import Tensor
+
+from vitguard.core import Update
+from vitguard.defenses.base import Ledgered
+from vitguard.defenses.encryption import Decryptor, Encryptor, model_version
+from vitguard.errors import Rejected, Unprotected, VitguardError, expected
+from vitguard.federated.flower.keys import ClientKeys
+from vitguard.federated.flower.records import (
+    BASE,
+    ROUND,
+    SEALED,
+    History,
+    from_arrays,
+    sealed_array,
+    to_arrays,
+)
+from vitguard.guard import Guard
+from vitguard.rounds import Progress
+
+__all__ = ["ProtectMod", "attach", "encryptor"]
+
+_MODEL, _KEPT = "vitguard.model", "vitguard.kept"  # records of context.state
+_REFUSED = 201  # code of an Error reply, among those that Flower leaves to users
+App = Callable[[Message, Context], Message]
+
+
+@dataclass
+class _Exchange:
+    """One message on its way through the app."""
+
+    context: Context
+    keys: Callable[[Context], ClientKeys]
+    guards: list[Guard] = field(default_factory=list)
+
+
+_exchange: ContextVar[_Exchange | None] = ContextVar("vitguard_flower", default=None)
+
+
+def _now() -> _Exchange:
+    found = _exchange.get()
+    if found is None:
+        raise Unprotected(
+            "Expected a ClientApp with ProtectMod, got one without: nothing would be protected. "
+            "Make it ClientApp(mods=[ProtectMod()]), first of all mods."
+        )
+    return found
+
+
+def attach(guard: Guard) -> Guard:
+    """Name the guard that seals this message's reply; its ledger goes on from the last message.
+
+    Call it once in the train function, after `protect` and before training.
+
+    Raises:
+        Unprotected: The app has no `ProtectMod`, or a guard was attached already.
+    """
+    exchange = _now()
+    if exchange.guards:
+        raise Unprotected("Expected one guard for a message, got a second. Attach it once.")
+    kept = exchange.context.state.config_records.get(_KEPT, ConfigRecord())
+    ledger = kept.get("guard")
+    if isinstance(ledger, bytes):
+        guard.load_state_bytes(ledger)
+    exchange.guards.append(guard)
+    return guard
+
+
+def encryptor() -> Encryptor:
+    """Return the encryptor of the client that this message is for.
+
+    For `EncryptedGradients(encryptor=encryptor())` in the train function.
+    """
+    exchange = _now()
+    return exchange.keys(exchange.context).encryptor()
+
+
+class ProtectMod:
+    """The outermost mod of a client app. What it cannot protect is answered by an Error.
+
+    Guarantees:
+        No reply to a train message holds an array that the attached guard did not seal.
+        A reply without an attached guard, or an exception in the app, becomes an Error reply that
+        holds none of the app's values.
+
+    Does not protect against:
+        What the app puts in its metrics, or writes to the network by itself.
+
+    Args:
+        keys: Where a client's keys come from; by default files that the environment names.
+    """
+
+    def __init__(self, keys: Callable[[Context], ClientKeys] = ClientKeys.from_environment) -> None:
+        self._keys = keys
+
+    def __call__(self, message: Message, context: Context, call_next: App) -> Message:
+        exchange = _Exchange(context, self._keys)
+        token = _exchange.set(exchange)
+        try:
+            return _exchanged(message, exchange, call_next)
+        except Exception as error:  # noqa: BLE001 - whatever it was, nothing unsealed may leave
+            # an error of the app may quote its data
+            said = f": {error}"[:500] if isinstance(error, VitguardError) else " in the app"
+            return Message(Error(_REFUSED, type(error).__name__ + said), reply_to=message)
+        finally:
+            _exchange.reset(token)
+
+
+def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message:
+    name, received = _only(message.content.array_records, "ArrayRecord of weights")
+    before, settings = _opened(message, received, exchange)
+    content = RecordDict({**message.content, name: to_arrays(before)})
+    inner = make_message(message.metadata, content)
+    reply = call_next(inner, exchange.context)
+    if reply.has_error():
+        raise Rejected("app", "an error in the app", "a reply")
+    if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
+        if reply.content.array_records:
+            raise Unprotected("Expected arrays in replies to train messages only, got others.")
+        return reply
+    if not exchange.guards:
+        raise Unprotected(
+            "Expected attach(guard) in the train function, got none: nothing was sealed."
+        )
+    return _sealed(reply, message, before, settings, exchange)
+
+
+def _opened(
+    message: Message, received: ArrayRecord, exchange: _Exchange
+) -> tuple[dict[str, Tensor], Progress | None]:
+    """Return the weights that a message stands for, and the round it asks for where it is secret.
+
+    Without a round the strategy is Flower's own and the weights are plain.
+    """
+    config = {k: v for record in message.content.config_records.values() for k, v in record.items()}
+    if ROUND not in config:
+        return from_arrays(received), None
+    number, base = config[ROUND], config.get(BASE)
+    if type(number) is not int or not isinstance(base, str):
+        raise Rejected("round", "a round without number or version", "EncryptedFedAvg's message")
+    asked = Progress(number, base)
+    history, state = History.of(received), exchange.context.state
+    if _MODEL in state.array_records:
+        weights = from_arrays(state.array_records[_MODEL])
+        progress = Progress.from_json(str(state.config_records[_KEPT]["progress"]))
+    elif history.start:
+        weights, progress = dict(history.start), Progress(-1, model_version(history.start))
+    else:
+        raise Rejected("base", "later steps alone, for a client that has no weights", "all of them")
+    keys = exchange.keys(exchange.context)
+    for step in history.since(progress.opened).steps:
+        opener = Decryptor(
+            keys.keys, keys.manifest, min_clients=keys.min_clients, opened=progress.opened
+        )
+        average = opener.decrypt(step.total, round_id=step.number, base=progress.base)
+        for name, change in {**step.plain, **average}.items():
+            if name not in weights or weights[name].shape != change.shape:
+                raise Rejected("array", f"a step of {name}, which the model lacks")
+            weights[name] = weights[name] + change.to(weights[name].dtype)
+        progress = progress.after(step.number, step.version(progress.base))
+    if progress.base != base:
+        raise Rejected("base", "steps that lead to another version of the model")
+    state[_MODEL] = to_arrays(weights)
+    _keep(exchange, progress=progress.to_json())
+    return weights, asked
+
+
+def _sealed(
+    reply: Message,
+    message: Message,
+    before: Mapping[str, Tensor],
+    asked: Progress | None,
+    exchange: _Exchange,
+) -> Message:
+    """Return the reply with the sealed difference in place of the weights."""
+    guard = exchange.guards[0]
+    name, record = _only(reply.content.array_records, "ArrayRecord of weights in the reply")
+    after = from_arrays(record)
+    shared = [n for n in guard.shared_names() if n in before]
+    if missing := next((n for n in shared if n not in after), None):
+        raise expected("all weights in the reply", f"none of {missing}")
+    if other := next((n for n in shared if after[n].shape != before[n].shape), None):
+        raise expected(f"{other} of shape {tuple(before[other].shape)}", tuple(after[other].shape))
+    metrics_name, metrics = _only(reply.content.metric_records, "MetricRecord in the reply")
+    weight = metrics.get("num-examples")
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise expected("num-examples among the metrics", repr(weight)[:80])
+    update = Update({n: after[n] - before[n] for n in shared}, kind="difference")
+    number, base = (asked.opened, asked.base) if asked else (0, "")
+    try:
+        with guard.round(number, base=base, weight=weight):
+            sealed = guard.seal(update)
+    finally:  # a release that was counted stays counted
+        _keep(exchange, guard=guard.state_bytes(draws=False))
+    if spent := [d.name for d in guard.defenses if isinstance(d, Ledgered)]:
+        metrics["epsilon"] = max(float(guard.privacy_spent(n).epsilon) for n in spent)
+    arrays = _leaving(sealed, before, secret=asked is not None)
+    if asked is not None:
+        metrics["vitguard-clipped"] = sum(sealed.clipped.values())
+    return Message(content=RecordDict({name: arrays, metrics_name: metrics}), reply_to=message)
+
+
+def _leaving(sealed: Update, before: Mapping[str, Tensor], *, secret: bool) -> ArrayRecord:
+    """Return what leaves: ciphertext beside plain differences, or whole plain weights."""
+    if secret != bool(sealed.payloads):
+        raise Unprotected(
+            "Expected EncryptedFedAvg with an encrypting stack, or a stock strategy with another, "
+            f"got {'no ciphertext' if secret else 'ciphertext for a stock strategy'}."
+        )
+    if not secret:  # what is not sent stays as the server knows it
+        moved = {n: before[n] + t.to(before[n].dtype) for n, t in sealed.tensors.items()}
+        return to_arrays({**before, **moved})
+    (payload,) = sealed.payloads.values()
+    plain = {n: t for n, t in sealed.tensors.items() if t.is_floating_point()}
+    return ArrayRecord({SEALED: sealed_array(payload), **to_arrays(plain)})
+
+
+def _keep(exchange: _Exchange, **values: str | bytes) -> None:
+    state = exchange.context.state
+    state[_KEPT] = ConfigRecord({**state.config_records.get(_KEPT, {}), **values})
+
+
+def _only(records: Mapping, what: str) -> tuple:
+    if len(records) != 1:
+        raise expected(f"one {what}", len(records))
+    ((name, record),) = records.items()
+    return name, record

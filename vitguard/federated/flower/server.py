@@ -1,0 +1,205 @@
+"""The server's side: federated averaging of updates that it cannot read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from logging import WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from torch import Tensor
+
+from vitguard.defenses.encryption import Aggregator
+from vitguard.errors import Incompatible, Rejected, VitguardError, expected
+from vitguard.federated.flower.keys import Federation
+from vitguard.federated.flower.records import BASE, ROUND, SEALED, History, Step, from_arrays
+
+__all__ = ["EncryptedFedAvg"]
+
+
+class EncryptedFedAvg(FedAvg):
+    """Federated averaging of sealed updates; each reply is taken or refused by itself.
+
+    Guarantees:
+        A reply that is refused leaves the sum as it was; `refused` says why, for each node.
+        Fewer than `min_clients` good replies leave the model as it was, with one clear line.
+        A node gets the sums that it lacks, and all of them where it is not known what it has.
+
+    Does not protect against:
+        A server that works with a client: they share the key of the ciphertext.
+
+    The result's arrays are the starting weights and all sums since: save them, and give them as
+    `initial_arrays` to go on after a restart. Only clients can open them.
+
+    Args:
+        federation: The server's keys, such as `Federation.from_environment()`.
+        min_clients: The fewest clients of a sum, at least 2.
+        max_clipped: The most values of a reply that were moved to their bound; None for any.
+        settings: Arguments of `FedAvg`.
+    """
+
+    def __init_subclass__(cls) -> None:
+        strangers = [
+            base.__name__
+            for base in cls.__mro__
+            if issubclass(base, Strategy)
+            and not issubclass(base, EncryptedFedAvg)
+            and base not in (FedAvg, Strategy)
+        ]
+        if strangers:
+            raise Incompatible(
+                f"Expected a strategy that adds updates, got {strangers[0]}, which must read them. "
+                "Use EncryptedFedAvg alone."
+            )
+
+    def __init__(
+        self,
+        federation: Federation,
+        *,
+        min_clients: int = 2,
+        max_clipped: int | None = None,
+        **settings: Any,
+    ) -> None:
+        if type(min_clients) is not int or not 2 <= min_clients <= federation.keys.max_clients:
+            raise expected(
+                f"min_clients from 2 to {federation.keys.max_clients}", repr(min_clients)
+            )
+        super().__init__(**settings)
+        self._federation, self.min_clients = federation, min_clients
+        self._max_clipped = max_clipped
+        self._history = History({})
+        self._known: dict[int, int] = {}  # the last round that a node has opened
+        self.refused: dict[int, dict[int, str]] = {}
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **named: Any) -> Result:
+        """Run the rounds, as every strategy does; `evaluate_fn` cannot read the model."""
+        if named.get("evaluate_fn") is not None or len(args) > 4:
+            raise Incompatible(
+                "Expected evaluation by clients, got evaluate_fn: the server cannot read the model."
+            )
+        self._history, self._known = History.of(initial_arrays), {}
+        result = super().start(grid, initial_arrays, *args, **named)
+        result.arrays = self._history.record()
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nodes for sealed updates of the model's version; each is sent what it lacks."""
+        messages = super().configure_train(server_round, arrays, self._said(config), grid)
+        return [self._for_node(m) for m in messages]
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let nodes evaluate the model, which they open themselves."""
+        messages = super().configure_evaluate(server_round, arrays, self._said(config), grid)
+        return [self._for_node(m) for m in messages]
+
+    def _said(self, config: ConfigRecord) -> ConfigRecord:
+        return ConfigRecord(
+            {**config, ROUND: self._history.next_round, BASE: self._history.version()}
+        )
+
+    def _for_node(self, message: Message) -> Message:
+        known = self._known.get(message.metadata.dst_node_id)
+        lacks = self._history if known is None else self._history.since(known)
+        content = RecordDict({**message.content, self.arrayrecord_key: lacks.record()})
+        return Message(
+            content=content,
+            dst_node_id=message.metadata.dst_node_id,
+            message_type=message.metadata.message_type,
+        )
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Add the good replies. Bad ones are refused, each with its reason in `refused`."""
+        number, keys = self._history.next_round, self._federation
+        total = Aggregator(
+            keys.keys, keys.manifest, signing=keys.signing,
+            round_id=number, base=self._history.version(),
+        )  # fmt: skip
+        plain: dict[str, Tensor] = {}
+        good: list[MetricRecord] = []
+        refused = self.refused[server_round] = {}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            try:
+                self._add(reply, total, plain)
+            except VitguardError as refusal:
+                refused[node] = str(refusal)
+                self._known.pop(node, None)  # whatever it has: it gets everything
+                log(WARNING, "Round %s: node %s refused: %s", server_round, node, refusal)
+            else:
+                (metrics,) = reply.content.metric_records.values()
+                good.append(metrics)
+                self._known[node] = number - 1
+        try:
+            summed = total.finish(min_clients=self.min_clients)
+        except Rejected as refusal:
+            log(WARNING, "Round %s failed, the model is as it was: %s", server_round, refusal)
+            return None, None
+        weight = math.fsum(total.weights.values())
+        means = {n: t / weight for n, t in plain.items()}
+        steps = (*self._history.steps, Step(number, summed, means))
+        self._history = History(self._history.start, steps)
+        return self._history.record(), self.train_metrics_aggr_fn(
+            _with_common_names(good), self.weighted_by_key
+        )
+
+    def _add(self, reply: Message, total: Aggregator, plain: dict[str, Tensor]) -> None:
+        """Add a reply to the sum and to what is plain, or neither.
+
+        Raises:
+            VitguardError: Why it was refused.
+        """
+        if (error := reply.error if reply.has_error() else None) is not None:
+            raise Rejected("error", (error.reason or "an error")[:500], "an update")
+        content = reply.content
+        if len(content.array_records) != 1 or len(content.metric_records) != 1:
+            raise Rejected("records", "other records", "one of arrays and one of metrics")
+        arrays = dict(next(iter(content.array_records.values())))
+        metrics = next(iter(content.metric_records.values()))
+        sealed = arrays.pop(SEALED, None)
+        if sealed is None or sealed.stype != SEALED:
+            raise Rejected("plain", "weights without ciphertext", "a reply through ProtectMod")
+        weight, clipped = metrics.get(self.weighted_by_key), metrics.get("vitguard-clipped", 0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise Rejected("weight", f"no {self.weighted_by_key} among the metrics", "a number")
+        if not 0 < weight <= self._federation.manifest.max_weight:
+            raise Rejected("weight", f"a weight of {weight}", "one that the manifest allows")
+        if self._max_clipped is not None and not (
+            type(clipped) is int and 0 <= clipped <= self._max_clipped
+        ):
+            raise Rejected("clipped", f"{clipped} values beyond bounds", "fewer")
+        changes = from_arrays(arrays)
+        self._check_plain(changes, plain)
+        before = total.weights
+        total.add(sealed.data)
+        (proved,) = (w for c, w in total.weights.items() if c not in before)
+        for name, change in changes.items():  # by the weight that the client's key proved
+            share = change.double() * proved
+            plain[name] = plain[name] + share if name in plain else share
+
+    def _check_plain(self, changes: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+        start, sealed = self._history.start, self._federation.manifest.names
+        for name, change in changes.items():
+            if name not in start or name in sealed or change.shape != start[name].shape:
+                raise Rejected("array", f"{name[:80]} of shape {tuple(change.shape)}")
+            if not (change.is_floating_point() and bool(change.isfinite().all())):
+                raise Rejected("array", f"{name} with values that are not finite")
+        if plain and plain.keys() != changes.keys():
+            raise Rejected("array", "other plain tensors than the clients before it")
+
+
+def _with_common_names(contents: list[MetricRecord]) -> list[RecordDict]:
+    """Return metrics of several clients with the names that all have: others cannot be averaged."""
+    names = set.intersection(*(set(c) for c in contents))
+    return [
+        RecordDict({"metrics": MetricRecord({n: c[n] for n in c if n in names})}) for c in contents
+    ]
