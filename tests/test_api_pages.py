@@ -20,7 +20,10 @@ def test_every_name_of_vitguard_is_on_an_api_page(name):
     assert {f"vitguard.{name}", f"vitguard.{name}.{name}"} & set(SHOWN)
 
 
-@pytest.mark.parametrize("home", ["vitguard.defenses.privacy", "vitguard.defenses.encryption"])
+@pytest.mark.parametrize(
+    "home",
+    ["vitguard.defenses.privacy", "vitguard.defenses.encryption", "vitguard.defenses.masking"],
+)
 def test_every_public_name_of_a_defense_with_parts_is_on_an_api_page(home):
     assert set(import_module(home).__all__) <= {*MEMBERS, *vitguard.__all__}
 

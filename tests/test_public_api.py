@@ -51,7 +51,7 @@ def test_every_name_in_all_is_there_and_is_called_that():
 
 
 def test_all_names_what_is_public_and_nothing_more():
-    public = {n for n in dir(vitguard) if not n.startswith("_")}
+    public = {n for n in dir(vitguard) if n.isidentifier() and not n.startswith("_")}
     modules = {n for n in public if f"vitguard.{n}" in sys.modules}
     plain = {"annotations", "sys", "import_module", "Any", "ModuleType", "TYPE_CHECKING"}
     assert public - modules - plain == set(vitguard.__all__) - modules

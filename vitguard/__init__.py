@@ -32,8 +32,10 @@ _HOMES = {
     "FixedPositions": "vitguard.defenses.positions",
     "GradientNoise": "vitguard.defenses.noise",
     "GradientPruning": "vitguard.defenses.pruning",
+    "LeakGate": "vitguard.defenses.gate",
     "Guard": "vitguard.guard",
     "LocalTraining": "vitguard.audit",
+    "MaskedAggregation": "vitguard.defenses.masking",
     "Normalization": "vitguard.core",
     "PatchShuffle": "vitguard.defenses.shuffle",
     "Update": "vitguard.core",
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from vitguard.core import Normalization as Normalization
     from vitguard.core import Update as Update
     from vitguard.defenses.encryption import EncryptedGradients as EncryptedGradients
+    from vitguard.defenses.gate import LeakGate as LeakGate
+    from vitguard.defenses.masking import MaskedAggregation as MaskedAggregation
     from vitguard.defenses.noise import GradientNoise as GradientNoise
     from vitguard.defenses.positions import FixedPositions as FixedPositions
     from vitguard.defenses.positions import WithheldPositions as WithheldPositions

@@ -9,18 +9,24 @@
     │   └── Rejected                     an encrypted message, key file or sum that is not accepted
     ├── MissingExtra (ImportError)       an optional package is not installed
     ├── Unprotected (RuntimeError)       a defense would not act: refused, never passed on
+    │   └── GateClosed               a client's own gate let an update not leave
     ├── Blocked                          an attack asked for a tensor that the adversary cannot read
     ├── NotApplicable                    an attack's assumption does not hold for what it was given
-    └── LeakFound                        `AuditReport.raise_if_leaks` found what it was asked for
+    ├── LeakFound                        `AuditReport.raise_if_leaks` found what it was asked for
+    └── Inconclusive                     a test of `vitguard.testing` could not have failed
 
 Every message says what was expected, what was got and what to do.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "Blocked",
+    "GateClosed",
     "Incompatible",
+    "Inconclusive",
     "InputError",
     "LeakFound",
     "MissingExtra",
@@ -71,6 +77,20 @@ class Unprotected(VitguardError, RuntimeError):
     """A defense would not act on what was about to happen, so it was refused."""
 
 
+class GateClosed(Unprotected):
+    """The client's own gate let an update not leave; `decision` says what it found.
+
+    The decision was made with the images: it is for the client alone.
+    """
+
+    def __init__(self, message: str, decision: Any = None) -> None:
+        super().__init__(message)
+        self.decision = decision
+
+    def __reduce__(self) -> tuple[type, tuple[str, Any]]:
+        return (type(self), (str(self), self.decision))
+
+
 class Blocked(VitguardError):
     """The adversary cannot read a tensor: it was sealed, withheld or never released."""
 
@@ -89,6 +109,10 @@ class NotApplicable(VitguardError):
 
 class LeakFound(VitguardError):
     """A defended configuration leaks more than was allowed."""
+
+
+class Inconclusive(VitguardError):
+    """A test could not have failed: its control shows nothing. It is neither passed nor failed."""
 
 
 def expected(what: str, got: object, do: str = "") -> InputError:

@@ -29,11 +29,13 @@ from vitguard.defenses.base import (
     rewinding,
     traits_of,
 )
+from vitguard.defenses.gate import LeakGate, Tally, Tried
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
 from vitguard.files import parsed_json
 from vitguard.joining import drop, join
 from vitguard.registry import parse_stack
+from vitguard.self_attack import attack_own
 from vitguard.tensor_files import check_plain
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters, logits_of
 
@@ -42,7 +44,7 @@ __all__ = ["Guard", "Protection", "Stack", "protect", "stack_of"]
 Stack = Iterable[Defense] | Defense | str
 """Defenses that act together: several, a single one, or a spec for `parse_stack`."""
 
-_PLACES = (ModelDefense, BatchDefense, StepDefense, UpdateDefense)
+_PLACES = (ModelDefense, BatchDefense, StepDefense, UpdateDefense, LeakGate)
 
 
 def stack_of(defenses: Stack) -> list[Defense]:
@@ -282,7 +284,8 @@ class Guard:
         else:
             tensors = self._difference(batch, loss, training)
         self.verify()
-        return self._seal(Update(tensors=tensors, batch_size=len(labels), **training.facts()))
+        update = Update(tensors=tensors, batch_size=len(labels), **training.facts())
+        return self._seal(update, Batch(images, labels))
 
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
         channels, classes = self.anatomy.channels, self.anatomy.classes
@@ -401,12 +404,18 @@ class Guard:
         finally:
             self._protection.prepared = before
 
-    def seal(self, update: Update) -> Update:
+    def seal(self, update: Update, *, batch: tuple[Tensor, Tensor] | None = None) -> Update:
         """Apply the defenses of the update to one that training made.
 
-        What it returns counts as released: client-level privacy spends a round of its ledger.
+        What it returns counts as released: client-level privacy spends a round of its ledger. So
+        does what a gate refuses, since the refusal tells something.
+
+        Args:
+            batch: Images (model input) and labels behind the update, which a `LeakGate` needs; they
+                go nowhere else.
 
         Raises:
+            GateClosed: A gate let it not leave.
             Unprotected: A defense would not act, or the stack needs each example's own gradient,
                 which a finished update no longer has (`prepare` protects such training).
         """
@@ -424,7 +433,9 @@ class Guard:
             piece.settle()
             piece.intact(self.model)
         self._require_released(update)
-        return self._seal(update)
+        if batch is not None:
+            self._check_batch(*batch)
+        return self._seal(update, None if batch is None else Batch(*batch), trained=True)
 
     def _require_released(self, update: Update) -> None:
         """Raise Unprotected if an update says something that no private step released."""
@@ -446,7 +457,7 @@ class Guard:
                 "returned; after a restart call guard.load_state_dict with what the guard saved."
             )
 
-    def _seal(self, update: Update) -> Update:
+    def _seal(self, update: Update, batch: Batch | None, *, trained: bool = False) -> Update:
         if not isinstance(update, Update):
             raise expected(
                 "an Update", type(update).__name__,
@@ -461,7 +472,7 @@ class Guard:
             )  # fmt: skip
         for name, tensor in tensors.items():
             check_plain(name, tensor, "the update")
-        update = replace(update, tensors=tensors)
+        made = update = replace(update, tensors=tensors)
         held: dict[str, str] = {}
         for piece in self._protection.installed():
             held |= {n: r for n, r in piece.withheld().items() if n in tensors}
@@ -479,7 +490,55 @@ class Guard:
         with self._released(acting):
             for defense in acting:
                 update = defense.seal(update, self.anatomy, self._draws)
-        return update
+        return self._past_gate(update, batch, made if trained else None)
+
+    @property
+    def tally(self) -> Tally:
+        """What the gate of this stack decided so far, by the images: for the client alone."""
+        return self._protection.tally
+
+    def _past_gate(self, update: Update, batch: Batch | None, trained: Update | None) -> Update:
+        """Return what may leave; refused where a gate is to look and has no images to look with.
+
+        `trained` is what the training made, if it may have moved the model: the adversary knows the
+        weights before it, so these are looked from as well.
+        """
+        gate = next((d for d in self.defenses if isinstance(d, LeakGate)), None)
+        if gate is None or self._protection.ungated:
+            return update
+        if not gate.due(self.tally):
+            gate.skip(self.tally)
+            return update
+        if batch is None or len(batch.images) != update.batch_size:
+            raise Unprotected(
+                f"Expected the {update.batch_size} images behind the update for the gate, got "
+                f"{0 if batch is None else len(batch.images)}. Call guard.seal(update, "
+                "batch=(images, labels))."
+            )
+        models = [self.public_model()]
+        if trained is not None and trained.kind == "difference":
+            models.append(_taken_back(self.public_model(), trained))
+
+        def attack(seen: Update) -> list[Tried]:
+            return [
+                tried
+                for model in models
+                for tried in attack_own(
+                    model, seen, batch, defenses=self.defenses, traits=self.traits,
+                    extras=self.extras(), work=gate.work / len(models),
+                )
+            ]  # fmt: skip
+
+        return gate.passage(update, attack, self.tally)
+
+    @contextmanager
+    def ungated(self) -> Iterator[None]:
+        """Let updates pass a gate unseen and uncounted: an audit's attacks judge them."""
+        before, self._protection.ungated = self._protection.ungated, True
+        try:
+            yield
+        finally:
+            self._protection.ungated = before
 
     def round(
         self, number: int, *, base: str, weight: float = 1.0, client: str = ""
@@ -626,6 +685,15 @@ class Guard:
                 self._draws.seeded.set_state(state["draws"])
             except (TypeError, RuntimeError) as error:
                 raise expected("a state from Guard.state_dict", repr(error)) from error
+
+
+def _taken_back(model: nn.Module, update: Update) -> nn.Module:
+    """Return the model with a difference subtracted, in place."""
+    with torch.no_grad():
+        for name, p in canonical_parameters(model).items():
+            if name in update.tensors:
+                p -= update.tensors[name].to(p)
+    return model
 
 
 def _require_values(model: nn.Module) -> None:

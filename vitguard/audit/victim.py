@@ -79,7 +79,7 @@ class Victim:
         like = next(self.model.parameters())
         guard = self._guard(stack, index)
         victim = seeded(seed_of(self.seed, index, "victim"), guard.model)  # its dropout
-        with victim, guard.rewound():  # the adversary starts from the step before
+        with victim, guard.ungated(), guard.rewound():  # the adversary starts from the step before
             update = guard.update(
                 self.normalization.apply(self.pixels[part]).to(like),
                 self.labels[part].to(like.device),

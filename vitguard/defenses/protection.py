@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.defenses.base import Defense, Draws, Installed, Ledgered, watch_gradients
+from vitguard.defenses.gate import Tally
 from vitguard.errors import Unprotected
 from vitguard.vit import Anatomy
 
@@ -34,6 +35,10 @@ class Protection(nn.Module):
         """Parameters that the defenses took out of the model and something still holds."""
         self.brought: set[str] = set()
         """What the last state dict held of the defenses' own tensors."""
+        self.ungated = False
+        """Whether updates pass a gate unseen: inside an audit, whose attacks judge them."""
+        self.tally = Tally()
+        """What a gate decided of the updates of this process."""
         self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
         """What each defense with a guarantee has spent, by its name; copies go on from it."""
         self.register_load_state_dict_pre_hook(_tolerate_original)

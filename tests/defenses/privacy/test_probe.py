@@ -1,6 +1,7 @@
 """Models in which examples meet, or that learn from the data in passing, are refused."""
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -395,11 +396,11 @@ def test_a_plain_model_passes_under_bfloat16_autocast():
 
 
 def test_a_model_whose_passes_cannot_be_repeated_says_so():
-    import secrets
+    passes = itertools.count()  # a source that no seed of torch reaches, and never twice the same
 
-    class Secret(nn.Module):
+    class Unrepeatable(nn.Module):
         def forward(self, x):
-            return x * (1 + secrets.randbelow(1000) / 1000) if self.training else x
+            return x * (1 + next(passes) / 1000) if self.training else x
 
     with pytest.raises(Incompatible, match="cannot be repeated"):
-        clipped_sum(with_layer(Secret()))
+        clipped_sum(with_layer(Unrepeatable()))

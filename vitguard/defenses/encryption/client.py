@@ -17,7 +17,7 @@ from vitguard import rounds
 from vitguard.core import Update, tensors_by_name
 from vitguard.defenses.encryption.backend import shared_engine
 from vitguard.defenses.encryption.keys import KeySet
-from vitguard.defenses.encryption.manifest import LIGHTEST, Entry, Manifest
+from vitguard.defenses.encryption.manifest import LIGHTEST, Manifest
 from vitguard.defenses.encryption.packing import canary, pack, quantise, unpack
 from vitguard.defenses.encryption.wire import (
     MESSAGE,
@@ -79,7 +79,7 @@ class Encryptor:
         manifest: Manifest,
         *,
         client_id: str,
-        outliers: Literal["refuse", "clip"] = "refuse",
+        outliers: Outliers = "refuse",
         rounding: Literal["stochastic", "nearest"] = "stochastic",
         generator: torch.Generator | None = None,
     ) -> None:
@@ -89,7 +89,8 @@ class Encryptor:
             raise expected("rounding 'stochastic' or 'nearest'", repr(rounding))
         check_id(client_id)
         self.keys, self.manifest, self.client_id = keys, manifest, client_id
-        self.outliers, self.rounding = outliers, rounding
+        self.outliers: Outliers = outliers
+        self.rounding = rounding
         self.clipped: dict[str, int] = {}
         self._draws = Draws(generator)
         self._engine = shared_engine(keys.layout)
@@ -209,23 +210,12 @@ class Encryptor:
             flat = tensors[entry.name].detach().cpu().reshape(-1)
             flat = flat if flat.dtype == torch.float64 else flat.float()
             for start in range(0, entry.size, _PIECE):
-                values = self._within(flat[start : start + _PIECE].numpy(), entry)
+                values, count = entry.within(flat[start : start + _PIECE].numpy(), self.outliers)
+                if count:
+                    self.clipped[entry.name] = self.clipped.get(entry.name, 0) + count
                 nearest = self.rounding == "nearest"
                 uniform = None if nearest else self._draws.uniform(len(values))
                 yield quantise(values, share * levels / entry.bound, levels, uniform)
-
-    def _within(self, values: np.ndarray, entry: Entry) -> np.ndarray:
-        if -entry.bound <= values.min() and values.max() <= entry.bound:  # false for NaN
-            return values
-        count = int((~(np.abs(values) <= entry.bound)).sum())
-        if self.outliers == "refuse":
-            raise expected(
-                f"finite values of {entry.name} within its bound {entry.bound:g}",
-                f"{count} others",
-                "Clip the update, raise the bound, or choose outliers='clip'.",
-            )
-        self.clipped[entry.name] = self.clipped.get(entry.name, 0) + count
-        return np.clip(np.nan_to_num(values, nan=0.0), -entry.bound, entry.bound)
 
 
 class Decryptor:

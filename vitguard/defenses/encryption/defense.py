@@ -9,15 +9,15 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from vitguard.core import Traits, Update
-from vitguard.defenses.base import Defense, Draws, UpdateDefense, traits_of
+from vitguard.defenses.base import Defense, Draws, UpdateDefense
 from vitguard.defenses.encryption.backend import require_tenseal
 from vitguard.defenses.encryption.client import Encryptor
 from vitguard.defenses.encryption.keys import KeySet
 from vitguard.defenses.encryption.manifest import Manifest
 from vitguard.defenses.encryption.presets import preset
-from vitguard.errors import Incompatible, Unprotected, expected
-from vitguard.selectors import require_all_match
-from vitguard.vit import Anatomy, canonical_parameters
+from vitguard.defenses.sealing import require_selection, selected
+from vitguard.errors import Unprotected, expected
+from vitguard.vit import Anatomy
 
 __all__ = ["EncryptedGradients"]
 
@@ -85,12 +85,7 @@ class EncryptedGradients(UpdateDefense):
             MissingExtra: TenSEAL is not installed.
         """
         require_tenseal()
-        sizes = {n: p.numel() for n, p in canonical_parameters(model).items()}
-        require_all_match(anatomy, self.select, sizes)
-        if traits_of(stack, anatomy).positions != "learnable":
-            sizes.pop(anatomy.positions or "", None)
-        if not anatomy.select(self.select, sizes):
-            raise Incompatible(f"Expected parameters to encrypt, got none for {self.select!r}.")
+        require_selection(self.select, model, anatomy, stack, "encrypt")
 
     def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
         """Return that the selected tensors cannot be read."""
@@ -110,14 +105,7 @@ class EncryptedGradients(UpdateDefense):
                 encryptor, and the guard is no rehearsal (its draws are secret).
             InputError: A value is not finite; or the encryptor's manifest names other tensors.
         """
-        selected = anatomy.select(self.select, update.tensors)
-        chosen = [n for n in selected if update.tensors[n].is_floating_point()]
-        # counters of a whole state dict: no ciphertext holds them, and they must not be plain
-        update = update.seal(
-            dict.fromkeys((n for n in selected if n not in chosen), "an integer, not encrypted")
-        )
-        if not chosen:
-            raise Unprotected(f"Expected tensors to encrypt, got none for {self.select!r}.")
+        update, chosen = selected(self.select, update, anatomy, "encrypt", "encrypted")
         encryptor: Encryptor | None = self._encryptor  # type: ignore[attr-defined]
         if encryptor is not None:
             if differs := encryptor.manifest.difference(chosen):

@@ -13,8 +13,9 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from vitguard.files import parsed_json
 
 __all__ = ["LIGHTEST", "Entry", "Manifest", "model_version"]
 
+Outliers = Literal["refuse", "clip"]
 LIGHTEST = 2.0**-40
 """The smallest weight, as a share of the largest: every scale is finite."""
 _SCALE = 1e30  # bounds and weights are within 1 / _SCALE and _SCALE
@@ -52,6 +54,23 @@ class Entry:
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    def within(self, values: np.ndarray, outliers: Outliers) -> tuple[np.ndarray, int]:
+        """Return the values within the bound, and how many had to be moved there (NaN to zero).
+
+        Raises:
+            InputError: A value is not finite or beyond the bound, and `outliers` is `refuse`.
+        """
+        if -self.bound <= values.min() and values.max() <= self.bound:  # false for NaN
+            return values, 0
+        count = int((~(np.abs(values) <= self.bound)).sum())
+        if outliers == "refuse":
+            raise expected(
+                f"finite values of {self.name} within its bound {self.bound:g}",
+                f"{count} others",
+                "Clip the update, raise the bound, or choose outliers='clip'.",
+            )
+        return np.clip(np.nan_to_num(values, nan=0.0), -self.bound, self.bound), count
 
 
 @dataclass(frozen=True)

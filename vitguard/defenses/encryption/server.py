@@ -76,14 +76,19 @@ class Aggregator:
         """The weight of each client in the sum; public, and proved by the client's key."""
         return dict(self._weights)
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: bytes, *, sender: str | None = None) -> None:
         """Check one client's message and add it.
+
+        Args:
+            sender: The client that the transport says it came from; another's is refused.
 
         Raises:
             Rejected: The message does not hold, its client was counted already, the sum is full
                 or finished.
         """
         header, ciphertexts = open_message(data, MESSAGE, self._context)
+        if sender is not None and header.sender != sender:
+            raise Rejected("sender", f"a message of {header.sender!r} from client {sender!r}")
         with self._lock:
             self._check_open()
             if self._finished is not None:

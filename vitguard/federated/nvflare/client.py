@@ -1,0 +1,288 @@
+"""The client's filters: open what the server sends, seal what leaves."""
+
+# pyright: reportMissingImports=false
+# nvflare and flwr need not be installed together
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.dxo import DXO, DataKind
+from nvflare.apis.filter import Filter
+from nvflare.apis.fl_constant import FLMetaKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.fl_model import MetaKey
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_opt.pt.decomposers import TensorDecomposer
+from nvflare.fuel.utils import fobs
+from torch import Tensor, nn
+
+from vitguard.core import Update
+from vitguard.defenses.base import UpdateDefense
+from vitguard.defenses.encryption import Decryptor, Encryptor, KeySet, Manifest, model_version
+from vitguard.errors import Rejected, Unprotected
+from vitguard.federated.nvflare.messages import (
+    MESSAGE,
+    bare,
+    failed,
+    metrics_of,
+    refuse_tensors,
+    require_train,
+    round_of,
+    sole_dxo,
+    sums_in,
+    tensors_of,
+    weight_of,
+)
+from vitguard.federated.nvflare.models import build_model
+from vitguard.federated.nvflare.state import ClientState, passphrase_of, private_folder
+from vitguard.guard import Guard, protect
+from vitguard.registry import parse_stack
+from vitguard.rounds import next_version
+
+__all__ = ["OpenFilter", "SealFilter"]
+
+
+class _ClientFilter(Filter):
+    """What both filters share: names of files and variables in the job, never a key."""
+
+    manifest: str
+    keys: str
+    passphrase: str
+    task: str
+
+    def _agreed(self) -> Manifest:
+        return Manifest.from_json(self.manifest)
+
+    def _keys(self, fl_ctx: FLContext) -> KeySet:
+        site = _site(fl_ctx)
+        return KeySet.load(self.keys.replace("{site}", site), passphrase_of(self.passphrase))
+
+    def _state_file(self, fl_ctx: FLContext) -> Path:
+        workspace: Any = fl_ctx.get_workspace()
+        run = workspace.get_run_dir(fl_ctx.get_job_id())
+        return private_folder(run) / f"{_site(fl_ctx)}.safetensors"
+
+
+class OpenFilter(_ClientFilter):
+    """Opens the encrypted sum that the server sends, and gives the training plain weights.
+
+    The first task of a run brings the public initial model; every later one must bring sums. The
+    first client filter of incoming tasks, for all tasks.
+
+    Args:
+        manifest: `Manifest.to_json()`.
+        keys: Path of this site's key file (`KeySet.for_client`); `{site}` stands for its name.
+        passphrase: Name of the environment variable that holds the passphrase.
+        min_clients: The fewest clients of a sum that is opened, at least 2.
+        task: The one task that is let through.
+
+    Raises:
+        Rejected, Unprotected: Whatever is not known; NVFlare then sends an error reply.
+    """
+
+    def __init__(
+        self,
+        manifest: str,
+        keys: str,
+        passphrase: str = "VITGUARD_PASSPHRASE",
+        min_clients: int = 2,
+        task: str = "train",
+    ) -> None:
+        super().__init__()
+        self.manifest, self.keys, self.passphrase = manifest, keys, passphrase
+        self.min_clients, self.task = min_clients, task
+        fobs.register(TensorDecomposer)
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """Return the task with plain weights in place of sums."""
+        require_train(fl_ctx, self.task)
+        dxo = sole_dxo(shareable, DataKind.WEIGHTS)
+        number, manifest = round_of(shareable), self._agreed()
+        file = self._state_file(fl_ctx)
+        state = ClientState.read(file, manifest.digest().hex())
+        if number < state.training:
+            raise Rejected("replay", f"a task of round {number} after round {state.training}")
+        sums = sums_in(dxo)
+        if sums is None:
+            self._begin(state, tensors_of(dxo), manifest)
+        else:
+            self._advance(state, sums, number, manifest, fl_ctx)
+        state.training = number
+        state.write(file)
+        plain = DXO(DataKind.WEIGHTS, data={n: t.clone() for n, t in state.weights.items()})
+        return plain.update_shareable(shareable)
+
+    def _begin(self, state: ClientState, weights: dict[str, Tensor], manifest: Manifest) -> None:
+        """Take the initial model, once; the same again where a task is sent again."""
+        manifest.check(weights)
+        refuse_tensors(weights)
+        base = model_version(weights)
+        if state.opened >= 0 or state.base not in ("", base):
+            raise Rejected("base", "a plain model in the middle of a run", "an encrypted sum")
+        state.base, state.weights = base, weights
+
+    def _advance(
+        self,
+        state: ClientState,
+        sums: dict[int, bytes],
+        number: int,
+        manifest: Manifest,
+        fl_ctx: FLContext,
+    ) -> None:
+        """Open the sums that this client has not opened yet, oldest first."""
+        if not state.base:
+            raise Rejected("base", "a sum before the initial model: the state of this run is lost")
+        if max(sums) >= number:
+            raise Rejected("round", f"the sum of round {max(sums)} in a task of round {number}")
+        missed = {r: total for r, total in sums.items() if r > state.opened}
+        if not missed:
+            newest = hashlib.sha256(sums[max(sums)]).hexdigest()
+            if max(sums) != state.opened or newest != state.total:
+                raise Rejected("replay", f"an old sum after round {state.opened} was opened")
+            return
+        decryptor = Decryptor(
+            self._keys(fl_ctx), manifest, min_clients=self.min_clients, opened=state.opened
+        )
+        file = self._state_file(fl_ctx)
+        for opened, total in missed.items():
+            # marked on the disk first: a crash from here on leaves a round that is never opened
+            replace(state, opened=opened, total="").write(file)
+            try:
+                mean = decryptor.decrypt(total, round_id=opened, base=state.base)
+            except Rejected:
+                if decryptor.opened < opened:  # not the server's: it uses no round up
+                    state.write(file)
+                raise
+            state.opened, state.total = opened, hashlib.sha256(total).hexdigest()
+            state.base = next_version(state.base, total)
+            state.weights |= {
+                name: state.weights[name] + change.to(state.weights[name])
+                for name, change in mean.items()
+            }
+            refuse_tensors(state.weights)
+            state.write(file)
+
+
+class SealFilter(_ClientFilter):
+    """Seals the weight difference that leaves: update defenses first, encryption last.
+
+    The last client filter of outgoing results, for all tasks. Without `keys` nothing is encrypted
+    and only `defenses` act, under any strategy that takes weight differences.
+
+    Args:
+        manifest: `Manifest.to_json()`; with `keys`.
+        keys: Path of this site's key file; `{site}` stands for its name.
+        passphrase: Name of the environment variable that holds the passphrase.
+        defenses: Spec of further defenses of the update, such as `noise` or `client-privacy`.
+            Others act in the training, which a filter does not see: they are refused.
+        model: `{"path": "package.Class", "args": {...}}`, for `defenses`.
+        outliers: `refuse` or `clip` values beyond their bound, as `Encryptor` does.
+        task: The one task that is let through.
+
+    Raises:
+        Rejected, Unprotected: Whatever is not known; NVFlare then sends an error reply.
+    """
+
+    def __init__(
+        self,
+        manifest: str = "",
+        keys: str = "",
+        passphrase: str = "VITGUARD_PASSPHRASE",
+        defenses: str = "",
+        model: dict | nn.Module | None = None,
+        outliers: str = "refuse",
+        task: str = "train",
+    ) -> None:
+        super().__init__()
+        if not keys and not defenses:
+            raise Unprotected("Expected keys or defenses, got neither: nothing would be sealed.")
+        if bool(keys) != bool(manifest):
+            raise Unprotected("Expected keys and manifest together, got one of them.")
+        if defenses and model is None:
+            raise Unprotected("Expected the model's path and args beside defenses, got none.")
+        for defense in parse_stack(defenses) if defenses else ():
+            if not isinstance(defense, UpdateDefense):
+                raise Unprotected(
+                    f"Expected defenses of the update, such as noise, got {defense.name}: the "
+                    "training happens elsewhere, where a filter changes nothing. Protect the "
+                    "model in the client's own code."
+                )
+        self.manifest, self.keys, self.passphrase = manifest, keys, passphrase
+        self.defenses, self.model = defenses, model
+        self.outliers, self.task = outliers, task
+        self._guard: Guard | None = None
+        fobs.register(TensorDecomposer)
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """Return a new message that holds what was sealed, and numbers."""
+        require_train(fl_ctx, self.task)
+        error = failed(shareable)
+        if error is not None:
+            return error
+        dxo = sole_dxo(shareable, DataKind.WEIGHT_DIFF)
+        tensors, weight, metrics = tensors_of(dxo), weight_of(dxo), metrics_of(dxo)
+        file = self._state_file(fl_ctx)
+        run = self._agreed().digest().hex() if self.keys else ""
+        state = ClientState.read(file, run)
+        if self.defenses:
+            tensors = self._defended(tensors, state, file)
+        meta: dict[str, Any] = {FLMetaKey.NUM_STEPS_CURRENT_ROUND: weight}
+        if metrics:
+            meta[MetaKey.INITIAL_METRICS] = metrics
+        data: dict[str, Any] = tensors
+        if self.keys:
+            number = shareable.get_header(AppConstants.CURRENT_ROUND, state.training)
+            if state.training < 0 or number != state.training:
+                raise Rejected("round", f"a result of round {number}", f"one of {state.training}")
+            data = {MESSAGE: self._encrypted(tensors, weight, state, fl_ctx)}
+        else:
+            refuse_tensors(tensors)
+        sealed = DXO(DataKind.WEIGHT_DIFF, data=data, meta=meta)
+        return sealed.update_shareable(bare(shareable))
+
+    def _encrypted(
+        self, tensors: dict[str, Tensor], weight: float, state: ClientState, fl_ctx: FLContext
+    ) -> bytes:
+        manifest = self._agreed()
+        for name in tensors.keys() - set(manifest.names):
+            still = name in state.weights and not bool(tensors[name].any())
+            if not still:
+                raise Unprotected(
+                    f"Expected tensors of the manifest alone, got a change of {name}. It would "
+                    "be lost: freeze it, or make the manifest with it."
+                )
+        encryptor = Encryptor(
+            self._keys(fl_ctx),
+            manifest,
+            client_id=_site(fl_ctx),
+            outliers=self.outliers,  # type: ignore[arg-type]
+        )
+        return encryptor.encrypt(tensors, round_id=state.training, weight=weight, base=state.base)
+
+    def _defended(
+        self, tensors: dict[str, Tensor], state: ClientState, file: Path
+    ) -> dict[str, Tensor]:
+        """Return the difference after the update defenses; what it spent is on the disk first."""
+        if self._guard is None:
+            assert self.model is not None
+            self._guard = protect(build_model(self.model), self.defenses)
+        guard = self._guard
+        if state.guard:
+            guard.load_state_bytes(state.guard.encode())
+        update = guard.seal(Update(tensors, kind="difference"))
+        if update.sealed:
+            raise Unprotected(f"Expected a difference that is readable, got {update!r}.")
+        state.guard = guard.state_bytes(draws=False).decode()
+        state.write(file)
+        return dict(update.tensors)
+
+
+def _site(fl_ctx: FLContext) -> str:
+    site = fl_ctx.get_identity_name()
+    if not isinstance(site, str) or not site or any(c in site for c in "/\\\0") or site[0] == ".":
+        raise Unprotected(f"Expected the name of a site, got {str(site)[:80]!r}.")
+    return site

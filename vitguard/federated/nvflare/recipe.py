@@ -1,0 +1,127 @@
+"""The recipe: NVFlare's FedAvg with every update sealed."""
+
+# pyright: reportMissingImports=false
+# nvflare and flwr need not be installed together
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nvflare.apis.dxo import DataKind
+from nvflare.apis.filter import Filter
+from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
+from nvflare.client.config import ExchangeFormat, TransferType
+
+from vitguard.defenses.encryption import Manifest
+from vitguard.errors import expected
+from vitguard.federated.nvflare.client import OpenFilter, SealFilter
+from vitguard.federated.nvflare.server import EncryptedAggregator, SumPersistor
+
+__all__ = ["encrypted_fedavg"]
+
+_TASK = "train"
+
+
+def encrypted_fedavg(
+    *,
+    manifest: Manifest,
+    model: dict[str, Any],
+    client_keys: str,
+    server_keys: str,
+    signing: str,
+    min_clients: int,
+    train_script: str,
+    client_passphrase: str = "VITGUARD_PASSPHRASE",
+    server_passphrase: str = "VITGUARD_SERVER_PASSPHRASE",
+    defenses: str = "",
+    outliers: str = "refuse",
+    initial: str = "",
+    keep: int = 1,
+    client_filters: Sequence[Filter] = (),
+    **others: Any,
+) -> FedAvgRecipe:
+    """Return a `FedAvgRecipe` whose clients send ciphertext, and whose server reads none of it.
+
+    Args:
+        manifest: What is encrypted: all tensors that change.
+        model: `{"path": "package.Class", "args": {...}}`; plain JSON.
+        client_keys: Path of the key files, the same at all sites; `{site}` stands for the name.
+        server_keys, signing: Paths of the server's two key files.
+        min_clients: Clients of a round, at least 2.
+        train_script: NVFlare's client script; it sends `FLModel` with
+            `meta={"NUM_STEPS_CURRENT_ROUND": weight}`.
+        client_passphrase, server_passphrase: Names of environment variables.
+        defenses: Spec of update defenses that act before the encryption.
+        outliers: `refuse` or `clip`, of values beyond their bound.
+        initial: Path of a safetensors file with the initial weights, on the server.
+        keep: Sums that are sent, for clients that sat out up to `keep - 1` rounds.
+        client_filters: Job filters of results that act before vitguard's, which must be the last.
+        others: Further arguments of `FedAvgRecipe`.
+
+    Raises:
+        InputError: An argument that cannot work on ciphertext.
+    """
+    if type(min_clients) is not int or min_clients < 2:
+        raise expected("min_clients of at least 2", repr(min_clients))
+    if taken := sorted(others.keys() & _OWN.keys()):
+        raise expected(f"a recipe without {taken[0]}", "one with it", _OWN[taken[0]])
+    agreed = manifest.to_json()
+    recipe = _SealedRecipe(
+        model=None,
+        min_clients=min_clients,
+        train_script=train_script,
+        aggregator=EncryptedAggregator(
+            agreed, server_keys, signing, server_passphrase, min_clients
+        ),
+        aggregator_data_kind=DataKind.WEIGHT_DIFF,
+        model_persistor=SumPersistor(agreed, model, initial, keep),
+        server_expected_format=ExchangeFormat.PYTORCH,
+        params_transfer_type=TransferType.DIFF,
+        **others,
+    )
+    for each in client_filters:
+        recipe.add_client_output_filter(each, tasks=[_TASK])
+    recipe.add_client_input_filter(
+        OpenFilter(agreed, client_keys, client_passphrase, min_clients), tasks=[_TASK]
+    )
+    seal = SealFilter(
+        agreed, client_keys, client_passphrase, defenses, model if defenses else None, outliers
+    )
+    recipe.add_client_output_filter(seal, tasks=[_TASK])
+    recipe.closed = True
+    return recipe
+
+
+_CIPHERTEXT = "The server adds ciphertext, and reads neither weights nor what it adds."
+_OWN: dict[str, str] = dict.fromkeys(
+    (
+        "aggregator", "aggregator_data_kind", "aggregation_weights", "exclude_vars", "initial_ckpt",
+        "model_locator", "model_persistor", "params_transfer_type", "server_expected_format",
+        "stop_cond", "patience", "per_site_config", "enable_tensor_disk_offload",
+    ),
+    _CIPHERTEXT,
+)  # fmt: skip
+
+
+class _SealedRecipe(FedAvgRecipe):
+    """A recipe that takes no filter after the encryption, and whose clients run one task alone."""
+
+    closed = False
+
+    def add_client_output_filter(self, filter: Filter, tasks: Any = None, clients: Any = None):
+        """Add a filter of results, until the encryption is there.
+
+        Raises:
+            InputError: The encryption is there: a filter after it would see ciphertext.
+        """
+        if self.closed:
+            raise expected(
+                "the encryption as the last client filter", f"{type(filter).__name__} after it",
+                "Give it to encrypted_fedavg as client_filters=[...].",
+            )  # fmt: skip
+        return super().add_client_output_filter(filter, tasks, clients)
+
+    def _prepare_client_apps(self) -> None:
+        # NVFlare runs filters for the tasks they name alone, and "*" names none: a script that
+        # answers any other task would answer it in the clear
+        self._job.to_clients(self._create_client_runner({}), tasks=[_TASK])

@@ -1,0 +1,140 @@
+"""What a party of a run must remember between messages: one file, readable by its owner alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from vitguard.errors import Rejected, expected
+from vitguard.files import parsed_json, write_atomically
+
+__all__ = ["ClientState", "ServerState", "passphrase_of", "private_folder"]
+
+_KIND = "vitguard"
+
+
+def private_folder(run: str | Path) -> Path:
+    """Return the folder of vitguard in a run directory, mode 700; made where it is not there."""
+    folder = Path(run) / "vitguard"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+@dataclass
+class ClientState:
+    """A client between two messages.
+
+    Args:
+        run: Digest of the manifest that it belongs to.
+        base: Version of the model that the client holds.
+        opened: Last round whose sum was opened, -1 for none. It is written before the sum is
+            opened: after a crash in between the client refuses rather than opens it twice.
+        total: SHA-256 of that sum, in hexadecimal, once it is part of the model.
+        training: Round that the client trains in, -1 for none.
+        guard: What `Guard.state_dict` says of ledgers, as JSON.
+        weights: The model.
+    """
+
+    run: str
+    base: str = ""
+    opened: int = -1
+    total: str = ""
+    training: int = -1
+    guard: str = ""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Replace the file by this state, mode 600."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weights"}
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.items()}
+        write_atomically(path, save(whole, {_KIND: json.dumps(facts)}), private=True)
+
+    @staticmethod
+    def read(path: Path, run: str) -> ClientState:
+        """Return the state in the file; a new one where there is none.
+
+        Raises:
+            Rejected: It is of another run, damaged, or others can read it.
+        """
+        if not path.exists():
+            return ClientState(run)
+        data = _private_bytes(path)
+        try:
+            size = int.from_bytes(data[:8], "little")
+            facts = parsed_json(parsed_json(data[8 : 8 + size])["__metadata__"][_KIND])
+            state = ClientState(**facts, weights=load(data))
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            problem = type(error).__name__
+            raise Rejected("state", f"{path} ({problem})", "the state of a client") from error
+        _same_run(state.run, run, path)
+        return state
+
+
+@dataclass
+class ServerState:
+    """The server between two rounds: the version of the model, which it cannot read.
+
+    Args:
+        run: Digest of the manifest.
+        base: Version of the model that clients hold once they opened the sums so far.
+        rounds: Rounds whose sums are kept, in order.
+    """
+
+    run: str
+    base: str
+    rounds: list[int] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Replace the file by this state, mode 600."""
+        write_atomically(path, json.dumps(asdict(self)), private=True)
+
+    @staticmethod
+    def read(path: Path, run: str) -> ServerState | None:
+        """Return the state in the file, or None where there is none.
+
+        Raises:
+            Rejected: It is of another run, damaged, or others can read it.
+        """
+        if not path.exists():
+            return None
+        try:
+            state = ServerState(**parsed_json(_private_bytes(path)))
+        except (TypeError, ValueError) as error:
+            problem = type(error).__name__
+            raise Rejected("state", f"{path} ({problem})", "the state of a server") from error
+        _same_run(state.run, run, path)
+        return state
+
+
+def _private_bytes(path: Path) -> bytes:
+    if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise Rejected("state", f"{path}, which others may read", "a state of mode 600")
+    return path.read_bytes()
+
+
+def _same_run(found: Any, run: str, path: Path) -> None:
+    if found != run:
+        raise Rejected("state", f"that of another run in {path}", "the state of this run")
+
+
+def passphrase_of(variable: str) -> str:
+    """Return the passphrase in an environment variable.
+
+    Raises:
+        InputError: It is not set.
+    """
+    phrase = os.environ.get(variable, "")
+    if not phrase:
+        raise expected(
+            f"a passphrase in the environment variable {variable}", "none",
+            "Set it where the process starts; never put it into a job's configuration.",
+        )  # fmt: skip
+    return phrase

@@ -1,0 +1,133 @@
+"""The closed forms against one's own update, where the images are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitguard.analysis import released
+from vitguard.attacks.base import Attack
+from vitguard.attacks.budget import Budget, CutShort
+from vitguard.core import Batch, Guess, Traits, Update, View
+from vitguard.defenses.base import Defense, traits_of
+from vitguard.defenses.gate import Tried
+from vitguard.errors import Blocked, NotApplicable
+from vitguard.metrics import baseline, score
+from vitguard.models import normalization_of
+from vitguard.registry import attack_types
+from vitguard.vit import Anatomy, canonical_name, logits_of
+
+__all__ = ["attack_own"]
+
+
+def attack_own(
+    model: nn.Module,
+    update: Update,
+    batch: Batch,
+    *,
+    defenses: Sequence[Defense],
+    traits: Traits,
+    extras: dict[str, Tensor],
+    work: float,
+) -> list[Tried]:
+    """Run every registered closed form on an update, and score it by the images behind it.
+
+    Args:
+        model: The public model, a copy.
+        batch: Model input, and labels.
+        work: Nominal seconds for all of them together.
+    """
+    anatomy = Anatomy.of(model)
+    normalization = normalization_of(model)
+    truth = normalization.invert(batch.images.detach()).cpu()
+    device = next(model.parameters()).device
+    readable = {k: t.to(device) for k, t in update.tensors.items()}
+    view = View(
+        model=model.eval(),
+        update=replace(update, tensors=readable),
+        image_shape=(anatomy.channels, *anatomy.image_size),
+        normalization=normalization,
+        classes=anatomy.classes,
+        settings={d.name: d.settings() for d in defenses},
+        extras=extras,
+        simulate=_not_simulated,
+        traits=traits,
+    )
+    plain = released(model, anatomy, traits)
+    kinds = [k for k in attack_types().values() if issubclass(k, Attack)]
+    budget = Budget.of(work)
+    tried = []
+    for attack in (k() for k in kinds if k.family == "closed-form"):
+        one = _tried(attack, view, truth, anatomy.patch_size, budget)
+        if one.state == "not applicable":
+            control = _tried(attack, _control(view, batch), truth, anatomy.patch_size, budget)
+            one = replace(one, opens=control.state in ("ran", "cut"))
+        left = (r.needs for r in attack.remains(plain) if r.possible)
+        tried.append(replace(one, needs=tuple(dict.fromkeys(n for each in left for n in each))))
+    return tried
+
+
+def _control(view: View, batch: Batch) -> View:
+    """Return what an adversary would see of a plain gradient of the batch, without a defense."""
+    parameters = {canonical_name(n): p for n, p in view.model.named_parameters()}
+    with torch.enable_grad():
+        for p in parameters.values():
+            p.requires_grad_(True)
+        loss = F.cross_entropy(logits_of(view.model(batch.images)), batch.labels)
+        made = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    update = Update(dict(zip(parameters, made, strict=True)), batch_size=len(batch.images))
+    own = traits_of([], Anatomy.of(view.model))
+    return replace(view, update=update, traits=own, settings={}, extras={})
+
+
+def _tried(
+    attack: Attack, view: View, truth: Tensor, patch: tuple[int, int], budget: Budget
+) -> Tried:
+    if budget.over:
+        return Tried(attack.name, "cut", "the gate's work was spent")
+    if any(f.name == "seconds" for f in fields(attack)):  # type: ignore[arg-type]
+        attack = replace(attack, seconds=budget.left)  # type: ignore[call-arg]
+    try:
+        return _scored(
+            attack.name, attack.run(view, torch.Generator().manual_seed(0)), truth, patch
+        )
+    except Blocked as error:
+        return Tried(attack.name, "blocked", str(error))
+    except CutShort as error:
+        return Tried(attack.name, "cut", str(error))
+    except NotApplicable as error:
+        return Tried(attack.name, "not applicable", str(error))
+    except Exception as error:  # noqa: BLE001 - an attack that broke found nothing, and says nothing
+        return Tried(attack.name, "failed", f"{type(error).__name__}: {error}")
+
+
+def _scored(name: str, guess: Guess, truth: Tensor, patch: tuple[int, int]) -> Tried:
+    if unfinished := guess.details.get("unfinished"):
+        cut: Tried = Tried(name, "cut", f"unfinished: {unfinished}")
+    else:
+        cut = Tried(name, "ran")
+    if not len(guess.images):
+        return replace(cut, state="not applicable", reason="it gives labels alone")
+    if not bool(guess.images.isfinite().all()):
+        return Tried(name, "failed", "an image with values that are not finite")
+    high, wide = (n - n % p for n, p in zip(truth.shape[-2:], patch, strict=True))
+    truth, images = (t[..., :high, :wide].detach().cpu() for t in (truth, guess.images))
+    verified = None if guess.verified is None else guess.verified.detach().cpu()
+    scores = score(images, truth, patch, verified=verified)
+    level = baseline(truth, patch)
+    gains = (scores.psnr - level.psnr, scores.patch_psnr - level.patch_psnr)
+    proved = 0.0 if scores.recovered is None else float(scores.recovered.double().mean())
+    return replace(
+        cut,
+        gain=max(float(g.max()) for g in gains),
+        psnr=float(torch.maximum(scores.psnr, scores.patch_psnr).max()),
+        proved=proved,
+    )
+
+
+def _not_simulated(*_: object, **__: object) -> Update:
+    raise NotApplicable("a gate simulates no update: it runs closed forms only")

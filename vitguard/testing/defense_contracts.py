@@ -1,0 +1,362 @@
+"""What every defense must hold, built in or third party: it does what its traits say, and no less.
+
+    from vitguard.testing import check_defense
+
+    def test_contract():
+        check_defense(MyDefense())
+
+`python -m pytest --pyargs vitguard.testing.installed` runs it on every defense that is installed,
+without a line of test code.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+
+import torch
+from torch import Tensor, nn
+
+from vitguard.core import Update
+from vitguard.defenses.base import (
+    BatchDefense,
+    Defense,
+    ModelDefense,
+    StepDefense,
+    UpdateDefense,
+    traits_of,
+)
+from vitguard.defenses.privacy.verification import measure_noise
+from vitguard.errors import Incompatible, Unprotected
+from vitguard.guard import Guard, protect
+from vitguard.registry import defense_types, parse_stack
+from vitguard.testing.assertions import (
+    assert_checkpoint_compatible,
+    assert_eval_unchanged,
+    assert_removable,
+)
+from vitguard.testing.contracts import check_plain
+from vitguard.vit import canonical_parameters
+
+__all__ = [
+    "check_composes",
+    "check_copies",
+    "check_defense",
+    "check_fails_closed",
+    "check_model",
+    "check_names",
+    "check_noise",
+    "check_quiet",
+    "check_spec",
+    "check_tokens",
+    "check_values",
+]
+
+SIZES = (1, 3)
+"""Batch sizes of the updates that are compared: what reads one wrongly shows at two."""
+_CHANCE = 1e-9
+
+
+def check_defense(defense: Defense, others: Sequence[Defense] | None = None) -> None:
+    """Run every check of a defense; `others` are those it must compose with, all by default."""
+    check_spec(defense)
+    check_model(defense)
+    check_copies(defense)
+    check_names(defense)
+    check_tokens(defense)
+    check_values(defense)
+    check_noise(defense)
+    check_fails_closed(defense)
+    check_quiet(defense)
+    check_composes(defense, others)
+
+
+def check_spec(defense: Defense) -> None:
+    """The spec of the settings gives an equal defense back."""
+    if defense.name in defense_types():
+        read = parse_stack(defense.spec())
+        assert read == [defense], f"{defense.spec()} reads as {read}, not as {defense}"
+
+
+def check_model(defense: Defense) -> None:
+    """Eval mode is bit-identical, checkpoints go both ways, and remove() restores the model."""
+    model, (images, _) = _model(), _batch(2)
+    assert_eval_unchanged(model, images, defenses=[defense])
+    assert_checkpoint_compatible(model, defenses=[defense])
+    assert_removable(model, defenses=[defense])
+
+
+def check_copies(defense: Defense) -> None:
+    """A copy and a pickle of the protected model are protected as it is."""
+    guard, (images, labels) = _guard(defense), _batch(2)
+    wanted = guard.update(images * 2 - 1, labels)
+    for how, model in (
+        ("deepcopy", copy.deepcopy(guard.model)),
+        ("pickle", pickle.loads(pickle.dumps(guard.model))),
+    ):
+        twin = Guard.of(model)
+        twin.redraw(torch.Generator().manual_seed(0))
+        assert twin.defenses == guard.defenses, f"{how} of {defense.name} has {twin.defenses}"
+        update = twin.update(images * 2 - 1, labels)
+        assert set(update.tensors) == set(wanted.tensors) and set(update.sealed) == set(
+            wanted.sealed
+        ), f"an update of a {how} under {defense.name} has other names"
+
+
+def check_names(defense: Defense) -> None:
+    """An update names every trained parameter once; positions and sealed names as traits say."""
+    guard, (images, labels) = _guard(defense), _batch(2)
+    with guard.ungated():  # what the gate would have judged
+        update = guard.update(images * 2 - 1, labels)
+    base, where = set(canonical_parameters(_model())), guard.anatomy.positions or ""
+    named, traits = {*update.tensors, *update.sealed}, guard.traits
+    extra = {n for n in named - base if not n.startswith("vitguard.")}
+    assert not extra, f"an update under {defense.name} has names of no parameter: {sorted(extra)}"
+    if traits.positions == "fixed":
+        assert where not in update.tensors, f"{defense.name} fixes positions, yet {where} is sent"
+    elif traits.positions == "withheld":
+        assert where not in update.tensors, f"{defense.name} withholds {where}, yet it is sent"
+    elif traits.positions == "learnable":
+        assert where in named, f"positions are learnable under {defense.name}, yet {where} is gone"
+    lost = base - named - {where}
+    assert not lost, f"an update under {defense.name} lacks {sorted(lost)[:5]}"
+    for selection in traits.sealed:
+        open_ = [n for n in guard.anatomy.select(selection, named) if n in update.tensors]
+        assert not open_, f"{defense.name} seals {selection}, yet {open_[:5]} can be read"
+    if not traits.sealed:
+        shut = set(update.sealed) - {where}
+        assert not shut, f"{defense.name} seals {sorted(shut)[:5]}, and its traits do not say so"
+
+
+def check_tokens(defense: Defense) -> None:
+    """Class tokens reach the blocks as they are, and no more patch tokens move than traits say."""
+    if not isinstance(defense, ModelDefense):
+        return
+    guard, (images, _) = _guard(defense), _batch(3)
+    anatomy, shuffle = guard.anatomy, guard.traits.shuffle
+    plain = copy.deepcopy(_model())
+    plain.load_state_dict(guard.export())
+    for _ in range(8):  # draws: a token that is moved now and then shows in one of them
+        ours, theirs = (_embedded(m, anatomy.embedded, images) for m in (guard.model, plain))
+        assert ours.shape == theirs.shape, f"{defense.name} gives the blocks {tuple(ours.shape)}"
+        differs = (ours != theirs).any(-1)
+        prefix = differs[:, : anatomy.prefix_tokens]
+        assert not bool(prefix.any()), (
+            f"{defense.name} changes the class token of {int(prefix.any(1).sum())} of "
+            f"{len(images)} images"
+        )
+        most, moved = (shuffle.most if shuffle else 0), int(differs.sum(1).max())
+        assert moved <= most, (
+            f"{defense.name} changes {moved} patch tokens of an image; its traits say {most}"
+        )
+
+
+def check_values(defense: Defense) -> None:
+    """Tensors that traits call exact are the plain gradient; zeros that are new are told."""
+    if isinstance(defense, ModelDefense | BatchDefense):
+        return
+    for size in SIZES:
+        guard, plain, update = _beside(defense, size)
+        traits = guard.traits
+        for name, tensor in update.tensors.items():
+            truth = plain.tensors[name]
+            if traits.exact:
+                off = float((tensor - truth).norm() / truth.norm().clamp_min(1e-12))
+                assert off < 1e-4, (
+                    f"{defense.name} is exact by its traits, yet {name} of a batch of {size} is "
+                    f"off by {off:.3g} of its norm"
+                )
+            if not traits.sparse:
+                new = int(((tensor == 0) & (truth != 0)).sum())
+                assert new <= 0.01 * truth.numel() + 1, (
+                    f"{defense.name} zeroes {new} of {truth.numel()} entries of {name}, and its "
+                    "traits do not say sparse"
+                )
+
+
+def check_noise(defense: Defense) -> None:
+    """Noise has the standard deviation that the traits claim, at more than one batch size."""
+    if isinstance(defense, ModelDefense | BatchDefense):
+        return
+    for size in SIZES:
+        guard, plain, update = _beside(defense, size)
+        traits, names = guard.traits, [n for n, t in update.tensors.items() if t.numel() > 1]
+        if traits.noise > 0 and not traits.sparse and not math.isfinite(traits.information):
+            parts = [
+                (update.tensors[n] - plain.tensors[n]) / plain.tensors[n].square().mean().sqrt()
+                for n in names
+                if bool(plain.tensors[n].any())
+            ]
+            claimed = traits.noise
+        elif math.isfinite(traits.information):
+            clip = defense.settings().get("clip")
+            if not isinstance(clip, int | float):
+                continue  # nothing says how large the ball is
+            again = guard.update(*_inputs(size))  # the same sum under fresh noise
+            parts = [(update.tensors[n] - again.tensors[n]) / math.sqrt(2) for n in names]
+            claimed = clip / math.sqrt(2 * traits.information)
+            claimed /= size if isinstance(defense, StepDefense) else 1
+        else:
+            continue
+        if not parts:
+            continue
+        fit = measure_noise(torch.cat([p.flatten() for p in parts]), claimed)
+        sound = fit.p_value >= _CHANCE and not getattr(defense, "keep_statistics", False)
+        close = abs(fit.ratio - 1) < 0.02  # rescaled to keep statistics, noise is not quite normal
+        assert sound or close, (
+            f"the noise of {defense.name} on a batch of {size} has {fit.ratio:.4g} times the "
+            f"standard deviation that its traits claim (p = {fit.p_value:.2g})"
+        )
+
+
+def check_fails_closed(defense: Defense) -> None:
+    """Left out of the step, or gone from the model, the defense refuses; nothing plain leaves."""
+    plain = protect(_model(), []).update(*_inputs(2))
+    if isinstance(defense, StepDefense | BatchDefense):
+        _refused(lambda: _guard(defense).seal(plain), f"a plain update under {defense.name}")
+    if isinstance(defense, StepDefense):
+        guard = _guard(defense)
+        _refused(lambda: guard.model.train()(_inputs(2)[0]), f"plain training under {defense.name}")
+    guard = _guard(defense)
+    guard.remove()
+    _refused(lambda: guard.update(*_inputs(2)), f"an update after remove() of {defense.name}")
+    _refused(lambda: guard.seal(plain), f"seal after remove() of {defense.name}")
+    if isinstance(defense, UpdateDefense):
+        sealed, update = _guard(defense).seal(plain), _guard(defense).update(*_inputs(2))
+        assert set(sealed.sealed) == set(update.sealed), (
+            f"{defense.name} seals other names in seal() than in update()"
+        )
+
+
+def check_quiet(defense: Defense) -> None:
+    """No repr, log or print shows a tensor, and settings are plain."""
+    check_plain(defense)
+    guard, said = _guard(defense), io.StringIO()
+    handler, root = logging.StreamHandler(said), logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    try:
+        with redirect_stdout(said):
+            guard.update(*_inputs(2))
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    shown = f"{said.getvalue()} {guard!r} {guard.defenses!r} {guard.traits!r}"
+    secrets = ["tensor(", *(str(t.tolist()) for t in guard.truth().values() if t.numel() > 1)]
+    found = next((s for s in secrets if s in shown), None)
+    assert found is None, f"{defense.name} shows {found} in a repr, a log or on the screen"
+
+
+def check_composes(defense: Defense, others: Sequence[Defense] | None = None) -> None:
+    """Beside every other defense it gives an update, in either order, or a reason why not."""
+    for other in [t() for t in defense_types().values()] if others is None else others:
+        if other.name == defense.name:
+            continue
+        for stack in ([defense, other], [other, defense]):
+            where = " + ".join(d.name for d in stack)
+            try:
+                guard = protect(_model(), stack, generator=torch.Generator().manual_seed(0))
+                update = guard.update(*_inputs(2))
+            except (Incompatible, Unprotected) as error:
+                assert len(str(error)) > 20, f"{where} is refused without a reason: {error}"
+                continue
+            folded = traits_of(guard.defenses, guard.anatomy)
+            for selection in folded.sealed:
+                open_ = [
+                    n for n in guard.anatomy.select(selection, _names()) if n in update.tensors
+                ]
+                assert not open_, f"{where}: {selection} is sealed, yet {open_[:5]} can be read"
+
+
+def _refused(act: object, what: str) -> None:
+    assert callable(act)
+    try:
+        act()
+    except Unprotected:
+        return
+    except Exception as error:
+        raise AssertionError(
+            f"{what} breaks with {type(error).__name__}, not Unprotected: {error}"
+        ) from error
+    raise AssertionError(f"{what} is not refused")
+
+
+def _names() -> list[str]:
+    return list(canonical_parameters(_model()))
+
+
+def _beside(defense: Defense, size: int) -> tuple[Guard, Update, Update]:
+    """Return a guard, the plain update, and the update under the defense, of one batch."""
+    guard = _guard(defense)
+    with guard.ungated():
+        update = guard.update(*_inputs(size))
+    return guard, protect(_model(), []).update(*_inputs(size)), update
+
+
+def _embedded(model: nn.Module, where: str | None, images: Tensor) -> Tensor:
+    """Return the sequence that the blocks get in training."""
+    caught: list[Tensor] = []
+    blocks = model.get_submodule("blocks.0")
+    handle = blocks.register_forward_pre_hook(lambda module, args: caught.append(args[0].detach()))
+    try:
+        with _released(model), torch.no_grad():
+            model.train()(images * 2 - 1)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@contextmanager
+def _released(model: nn.Module) -> Iterator[None]:
+    if getattr(model, "vitguard", None) is None:
+        yield
+        return
+    with Guard.of(model).rehearsing():
+        yield
+
+
+def _guard(defense: Defense) -> Guard:
+    model = _model().train()
+    return protect(model, [defense], generator=torch.Generator().manual_seed(0))
+
+
+_BUILT: dict[str, nn.Module] = {}
+
+
+def _model() -> nn.Module:
+    """Return a ViT of one block, four patches and a class token; a copy of one that is kept."""
+    if "vit" not in _BUILT:
+        from timm.models.vision_transformer import VisionTransformer
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = VisionTransformer(
+                img_size=8, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=3
+            )
+            with torch.no_grad():  # zero biases and unit gammas would hide mistakes
+                for parameter in model.parameters():
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+        _BUILT["vit"] = model
+    return copy.deepcopy(_BUILT["vit"])
+
+
+def _batch(size: int) -> tuple[Tensor, Tensor]:
+    images = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return images, torch.arange(size) % 3
+
+
+def _inputs(size: int) -> tuple[Tensor, Tensor]:
+    images, labels = _batch(size)
+    return images * 2 - 1, labels
+
+
+CHECKS: Mapping[str, object] = {
+    name: globals()[name] for name in __all__ if name != "check_defense"
+}
+"""Every check on its own, by name: what `vitguard.testing.installed` runs."""

@@ -1,0 +1,21 @@
+"""Tests of every installed defense and attack: `pytest --pyargs vitguard.testing.installed`."""
+
+from __future__ import annotations
+
+import pytest
+
+from vitguard.registry import attack_types, defense_types
+from vitguard.testing import contracts, defense_contracts
+
+
+@pytest.mark.parametrize("check", defense_contracts.CHECKS)
+@pytest.mark.parametrize("name", defense_types())
+def test_defense(name: str, check: str) -> None:
+    """One contract of one installed defense."""
+    defense_contracts.CHECKS[check](defense_types()[name]())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", [*defense_types(), *attack_types()])
+def test_settings(name: str) -> None:
+    """The settings of one installed defense or attack."""
+    contracts.check_settings({**defense_types(), **attack_types()}[name])
