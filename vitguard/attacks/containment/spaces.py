@@ -1,8 +1,9 @@
-"""The row spaces that a low-rank update shows, and how far the inputs of an image miss them."""
+"""The rows that a low-rank update shows of each layer, and how far an image's inputs miss them."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,21 +14,39 @@ from torch import Tensor, nn
 from vitguard.attacks.budget import charge, nominal
 from vitguard.core import View
 from vitguard.errors import Blocked, NotApplicable
-from vitguard.vit import Anatomy, math_attention
+from vitguard.vit import Anatomy, canonical_name, math_attention
 
-__all__ = ["RowSpaces"]
+__all__ = ["RowSpaces", "adapters", "missed_by"]
 
 _FAINT = 1e-5  # of the largest singular value, below which a row is rounding
+_ROUNDING = 30.0  # times the spacing of floats that a row of a true gradient is off at most
 _AT_ONCE = 64  # directions of the Jacobian
+
+
+def adapters(view: View, anatomy: Anatomy) -> list[str]:
+    """Return the matrices that stand beside the layers of the blocks, where these send nothing.
+
+    As those of LoRA do: a gradient dL/dA of y = (W + B A) x has rows in the span of the inputs x.
+    """
+    own = {f"{layer}.weight" for b in anatomy.blocks for layer in (b.proj, b.fc1, b.fc2)}
+    own.update(name for b in anatomy.blocks for name in b.qkv)
+    if any(view.update.can_read(name) for name in own):
+        return []
+    inside = tuple(f"{b.name}." for b in anatomy.blocks)
+    tensors = view.update.tensors.items()
+    return [name for name, t in tensors if inside and name.startswith(inside) and t.dim() == 2]
 
 
 @dataclass(eq=False)
 class RowSpaces:
     """V_t of every linear layer t whose inputs leave a complement, in float64.
 
+    A random part of the entries is kept for the fit; the rest, a fifth at least, is held out:
+    whoever fits the first without being at the truth misses the second.
+
     Args:
-        rank: Rows of each layer at most.
-        keep: Equations at most: a random part of them is kept.
+        rank: Rows of each layer at most; 0 where each shows as many as its shape allows.
+        keep: Equations for the fit at most.
     """
 
     view: View
@@ -36,118 +55,148 @@ class RowSpaces:
     keep: int
     generator: torch.Generator
     rows: dict[str, Tensor] = field(default_factory=dict)
+    rounding: dict[str, Tensor] = field(default_factory=dict)
+    """By layer, how much of each row, of unit length, rounding may move away; shape (rows,)."""
     picks: dict[str, Tensor] = field(default_factory=dict)
     total: int = 0
+    """Independent equations of all layers at most: rows times (width - tokens)."""
 
     def __post_init__(self) -> None:
         self.model: nn.Module = copy.deepcopy(self.view.model).double().eval()
-        patch = self.anatomy.patch_weight.rpartition(".")[0]
-        layers = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
-        names = [n for n in (patch, *layers) if self.view.update.can_read(f"{n}.weight")]
+        self.coarse: nn.Module = copy.deepcopy(self.model).float()
+        self.patch = self.anatomy.patch_weight.rpartition(".")[0]
+        layers = [canonical_name(f"{n}.weight") for n in _linear(self.model)]
+        names = [n for n in (self.anatomy.patch_weight, *layers) if self.view.update.can_read(n)]
         if not names:
             raise Blocked(self.anatomy.patch_weight, "no weight of a layer can be read")
-        self.patch = patch
-        sizes = {}
         for name, inputs in self.inputs(self._flat()).items():
             tokens, width = inputs.shape[1:]
-            if name not in names or tokens >= width:
-                continue
-            weight = self.view.read(f"{name}.weight").flatten(1)
-            charge(svd=weight.numel() * min(weight.shape))
-            _, values, vectors = torch.linalg.svd(weight, full_matrices=False)
-            strong = int((values > _FAINT * values[0]).sum())
-            if strong:
-                self.rows[name] = vectors[: min(self.rank, strong)]
-                sizes[name] = len(self.rows[name]) * (width - min(tokens, width))
+            if name in names and tokens < width:
+                self._take(name, tokens)
         if not self.rows:
-            raise NotApplicable("the tokens fill the spans of every layer that can be read")
-        self.total = sum(sizes.values())
-        share = min(1.0, self.keep / self.total)
+            raise NotApplicable(
+                "no layer that can be read shows rows within a span: the tokens fill all of them, "
+                "or it sends zeros (an adapter before its first step)"
+            )
+        share = min(0.8, self.keep / self.total)
         for name, rows in self.rows.items():
             draw = torch.rand(rows.shape, generator=self.generator) < share
             self.picks[name] = draw.flatten().nonzero()[:, 0].to(rows.device)
+
+    def _take(self, name: str, tokens: int) -> None:
+        """Keep the rows of a layer that stand above its rounding."""
+        seen = self.view.update.read(name)
+        weight = seen.detach().double().flatten(1)
+        charge(svd=weight.numel() * min(weight.shape))
+        _, values, vectors = torch.linalg.svd(weight, full_matrices=False)
+        strong = int((values > _FAINT * values[0]).sum()) if bool(values[0] > 0) else 0
+        if count := min(strong, tokens, self.rank or strong):
+            self.rows[name] = vectors[:count]
+            spacing = torch.finfo(seen.dtype).eps
+            self.rounding[name] = _ROUNDING * spacing * values[0] / values[:count]
+            self.total += count * (weight.shape[1] - tokens)
 
     def _flat(self) -> Tensor:
         like = next(self.model.parameters())
         return torch.zeros(1, *self.view.image_shape, dtype=like.dtype, device=like.device)
 
     @property
+    def kept(self) -> int:
+        """Equations of the fit that are independent, at most."""
+        entries = sum(rows.numel() for rows in self.rows.values())
+        return self.total * sum(len(p) for p in self.picks.values()) // entries
+
+    @property
     def jacobian_seconds(self) -> float:
-        """Nominal seconds of one Jacobian and its normal equations."""
+        """Nominal seconds of one Jacobian in float32 and its normal equations."""
         pixels = self._flat().numel()
+        kept = sum(len(picks) for picks in self.picks.values())
+        equations = nominal(share=0.5, products=2.0 * kept * pixels**2)
+        return equations + nominal(share=0.5, **self._pass(pixels))
+
+    def _pass(self, directions: int) -> dict[str, float]:
+        """Return the work of a forward pass with the derivative along so many directions."""
         count = sum(p.numel() for p in self.model.parameters())
-        return pixels * nominal(
-            products=6.0 * count * self.anatomy.tokens + 2.0 * self.keep * pixels,
-            calls=4.0,
-        )
+        products = 6.0 * count * self.anatomy.tokens * directions
+        return {"products": products, "calls": 400.0 * -(-directions // _AT_ONCE)}
 
     def inputs(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the inputs of each linear layer, (images, tokens, width), by its name."""
+        """Return the inputs of each layer, (images, tokens, width), by the name of its weight.
+
+        Images in float32 go through a copy of the model in float32.
+        """
+        model = self.coarse if images.dtype == torch.float32 else self.model
         held: dict[str, Tensor] = {}
 
-        def reading(name: str):  # type: ignore[no-untyped-def]
-            def read(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        def reading(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def read(_: nn.Module, given: tuple[Tensor, ...]) -> None:
                 held[name] = given[0].reshape(len(given[0]), -1, given[0].shape[-1])
 
             return read
 
-        layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
-        handles = [m.register_forward_pre_hook(reading(n)) for n, m in layers]
+        handles = [
+            m.register_forward_pre_hook(reading(canonical_name(f"{n}.weight")))
+            for n, m in _linear(model).items()
+        ]
         try:
             with math_attention():
-                self.model(images)
+                model(images)
         finally:
             for handle in handles:
                 handle.remove()
-        return {self.patch: self.anatomy.patchify(images), **held}
+        return {self.anatomy.patch_weight: self.anatomy.patchify(images), **held}
 
-    def missed(self, image: Float[Tensor, "c h w"]) -> Float[Tensor, " equations"]:
-        """Return V - V L^+ L of all layers."""
-        charge(elements=0.0, calls=300)
+    def missed(self, image: Float[Tensor, "c h w"]) -> dict[str, Float[Tensor, "rows width"]]:
+        """Return V - V L^+ L of every layer."""
+        charge(calls=300.0)
         with torch.no_grad():
             inputs = self.inputs(image[None])
-        return torch.cat(
-            [
-                self._apart(rows, inputs[n][0])[0].flatten()[self.picks[n]]
-                for n, rows in self.rows.items()
-            ]
-        )
+        return {n: missed_by(rows, inputs[n][0])[0] for n, rows in self.rows.items()}
+
+    def gap(self, image: Float[Tensor, "c h w"]) -> Float[Tensor, " equations"]:
+        """Return those entries of `missed` that are kept for the fit."""
+        missed = self.missed(image)
+        return torch.cat([missed[n].flatten()[picks] for n, picks in self.picks.items()])
 
     def jacobian(
         self, image: Float[Tensor, "c h w"], directions: Float[Tensor, "n c h w"]
     ) -> Float[Tensor, "n equations"]:
-        """Return the derivative of `missed` along directions, V L^+ held (Kaufman)."""
+        """Return the derivative of `gap` along directions, V L^+ held (Kaufman 1975).
+
+        In the precision of `image` and `directions`: float32 takes half the time.
+        """
         with torch.no_grad():
-            fixed = {
-                n: self._apart(self.rows[n], t[0])
-                for n, t in self.inputs(image[None]).items()
-                if n in self.rows
-            }
+            at = self.inputs(image[None])
+            fixed = {n: missed_by(rows.to(image), at[n][0])[1:] for n, rows in self.rows.items()}
         parts = []
         for some in directions.split(_AT_ONCE):
-            count = sum(p.numel() for p in self.model.parameters())
-            charge(products=6.0 * count * self.anatomy.tokens * len(some), calls=400.0)
             with forward_ad.dual_level(), torch.no_grad():
                 images = image.expand(len(some), -1, -1, -1).contiguous()
                 inputs = self.inputs(forward_ad.make_dual(images, some.contiguous()))
                 row = []
-                for name in self.rows:
+                for name, picks in self.picks.items():
                     moved = forward_ad.unpack_dual(inputs[name]).tangent
                     if moved is None:
                         raise NotApplicable(f"the inputs of {name} cannot be differentiated")
-                    _, mix, basis = fixed[name]
+                    mix, basis = fixed[name]
                     part = mix @ moved
                     part = part - (part @ basis) @ basis.T
-                    row.append(-part.flatten(1)[:, self.picks[name]])
+                    row.append(-part.flatten(1)[:, picks])
             parts.append(torch.cat(row, 1))
+        share = 0.5 if image.dtype == torch.float32 else 1.0
+        charge(share=share, **self._pass(len(directions)))
         return torch.cat(parts)
 
-    @staticmethod
-    def _apart(rows: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return V - V L^+ L, V L^+, and a basis of the rows of L."""
-        charge(svd=inputs.numel() * min(inputs.shape))
-        left, values, basis = torch.linalg.svd(inputs, full_matrices=False)
-        solid = values > 1e-10 * values[0]
-        left, values, basis = left[:, solid], values[solid], basis[solid]
-        along = rows @ basis.T
-        return rows - along @ basis, (along / values) @ left.T, basis.T
+
+def _linear(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def missed_by(rows: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return V - V L^+ L, V L^+, and a basis of the rows of L (tokens, width)."""
+    charge(svd=inputs.numel() * min(inputs.shape))
+    left, values, basis = torch.linalg.svd(inputs, full_matrices=False)
+    solid = values > (1e-10 if inputs.dtype == torch.float64 else 1e-5) * values[0]
+    left, values, basis = left[:, solid], values[solid], basis[solid]
+    along = rows @ basis.T
+    return rows - along @ basis, (along / values) @ left.T, basis.T
