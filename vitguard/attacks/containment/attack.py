@@ -19,7 +19,7 @@ from vitguard.attacks.labels import try_labels
 from vitguard.attacks.robust.attacks import RobustSpan
 from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.core import Guess, View
-from vitguard.errors import Blocked, NotApplicable, expected
+from vitguard.errors import Blocked, NotApplicable
 from vitguard.released import Released, Remaining
 from vitguard.vit import Anatomy
 
@@ -45,16 +45,14 @@ class Containment(Attack):
     Reads neither positions nor how strong the rows are.
 
     Guarantees: a patch is marked `verified` only where the equations that were fitted outnumber the
-    pixels, every row lies in the inputs up to the rounding of the update, entries that were held
-    out of the fit among them, and the covariance of the solution bounds the error of the patch.
+    pixels, every row lies in the inputs up to the rounding of the update, rows that were held out
+    of the fit among them, and the covariance of the solution bounds the error of the patch.
     Where the equations are no fewer than the pixels and it does not end in such a proof, `details`
     say so in `unfinished`: the true image solves them, so the search has failed, and a failed
     search is no protection.
 
     Args:
         seconds: Budget of work, in nominal seconds (`Budget`).
-        accept: What a row of unit length may miss at most to count as contained, where the rounding
-            of the update allows more.
         start: Guess of another attack to start from; None takes that of `span-robust`.
 
     Raises:
@@ -71,17 +69,14 @@ class Containment(Attack):
     family: ClassVar[str] = "ladder"
     rung: ClassVar[Rung | None] = Rung(48, 42)
     seconds: float = 60.0
-    accept: float = 1e-4
     start: Guess | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_seconds(self.seconds)
-        if not 0 < self.accept < 1e-2:
-            raise expected("accept between 0 and 0.01", self.accept)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values."""
-        return {"seconds": self.seconds, "accept": self.accept}
+        return {"seconds": self.seconds}
 
     def share(self, view: View) -> float:
         """Return the share of the ladder's work left; none where matrices are sent whole."""
@@ -113,7 +108,7 @@ class Containment(Attack):
             raise CutShort("one derivative of the layers takes more than the budget")
         fit = Fit(spaces, NaturalImages.of(view, anatomy), budget)
         white, missed, settled = self._search(fit, generator)
-        verified = proved(fit, white, self.accept)
+        verified = proved(fit, white)
         details: dict[str, Any] = {
             "rank": max(len(rows) for rows in spaces.rows.values()),
             "equations": spaces.total,
@@ -133,13 +128,16 @@ class Containment(Attack):
     def _search(self, fit: Fit, generator: torch.Generator) -> tuple[Tensor, float, bool]:
         """Return the best end of all descents, what it misses, and whether none was cut."""
         ends: list[tuple[float, Tensor]] = []
+        whole = True
         for white in self._starts(fit, generator):
-            end, whole = fit.descend(white, self.accept)
+            end, whole = fit.descend(white)
             ends.append((fit.missed(end), end))
-            if ends[-1][0] < self.accept or not whole:
+            if fit.contained(end):
+                return end, ends[-1][0], True
+            if not whole:
                 break
         missed, best = min(ends, key=lambda end: end[0])
-        return best, missed, whole or missed < self.accept
+        return best, missed, whole
 
     def _starts(self, fit: Fit, generator: torch.Generator) -> Iterator[Tensor]:
         view, flat = fit.spaces.view, torch.zeros(fit.pixels).to(fit.prior.mean)

@@ -18,8 +18,10 @@ from vitguard.vit import Anatomy, canonical_name, math_attention
 
 __all__ = ["RowSpaces", "adapters", "missed_by"]
 
-_FAINT = 1e-5  # of the largest singular value, below which a row is rounding
+_FAINT = 1e3  # times the spacing of floats, of the largest singular value: a row that is rounding
 _ROUNDING = 30.0  # times the spacing of floats that a row of a true gradient is off at most
+_SURE = 1e-4  # what rounding may move a row of unit length, so that it counts as an equation
+_FITTED = 0.8  # of the rows at most; the others are held out
 _AT_ONCE = 64  # directions of the Jacobian
 
 
@@ -41,8 +43,9 @@ def adapters(view: View, anatomy: Anatomy) -> list[str]:
 class RowSpaces:
     """V_t of every linear layer t whose inputs leave a complement, in float64.
 
-    A random part of the entries is kept for the fit; the rest, a fifth at least, is held out:
-    whoever fits the first without being at the truth misses the second.
+    A random part of the rows is kept for the fit; the rest, a fifth or so at least, is held out:
+    whoever fits the first without being at the truth misses the second. Whole rows, so that the
+    derivative below is that of what is minimised.
 
     Args:
         rank: Rows of each layer at most; 0 where each shows as many as its shape allows.
@@ -57,9 +60,14 @@ class RowSpaces:
     rows: dict[str, Tensor] = field(default_factory=dict)
     rounding: dict[str, Tensor] = field(default_factory=dict)
     """By layer, how much of each row, of unit length, rounding may move away; shape (rows,)."""
+    free: dict[str, int] = field(default_factory=dict)
+    """By layer, the equations of a row: width - tokens."""
     picks: dict[str, Tensor] = field(default_factory=dict)
+    """By layer, the numbers of the rows that are fitted."""
     total: int = 0
-    """Independent equations of all layers at most: rows times (width - tokens)."""
+    """Equations of all layers that are independent: rows times (width - tokens)."""
+    kept: int = 0
+    """Those of the rows that are fitted and that rounding leaves sure."""
 
     def __post_init__(self) -> None:
         self.model: nn.Module = copy.deepcopy(self.view.model).double().eval()
@@ -78,10 +86,13 @@ class RowSpaces:
                 "no layer that can be read shows rows within a span: the tokens fill all of them, "
                 "or it sends zeros (an adapter before its first step)"
             )
-        share = min(0.8, self.keep / self.total)
+        share = min(_FITTED, self.keep / self.total)
         for name, rows in self.rows.items():
-            draw = torch.rand(rows.shape, generator=self.generator) < share
-            self.picks[name] = draw.flatten().nonzero()[:, 0].to(rows.device)
+            draw = torch.rand(len(rows), generator=self.generator) < share
+            if picks := draw.nonzero()[:, 0].tolist():
+                self.picks[name] = torch.tensor(picks, device=rows.device)
+                sure = self.rounding[name][self.picks[name]] <= _SURE
+                self.kept += int(sure.sum()) * self.free[name]
 
     def _take(self, name: str, tokens: int) -> None:
         """Keep the rows of a layer that stand above its rounding."""
@@ -89,28 +100,23 @@ class RowSpaces:
         weight = seen.detach().double().flatten(1)
         charge(svd=weight.numel() * min(weight.shape))
         _, values, vectors = torch.linalg.svd(weight, full_matrices=False)
-        strong = int((values > _FAINT * values[0]).sum()) if bool(values[0] > 0) else 0
+        spacing = torch.finfo(seen.dtype).eps
+        strong = int((values > _FAINT * spacing * values[0]).sum()) if bool(values[0] > 0) else 0
         if count := min(strong, tokens, self.rank or strong):
             self.rows[name] = vectors[:count]
-            spacing = torch.finfo(seen.dtype).eps
             self.rounding[name] = _ROUNDING * spacing * values[0] / values[:count]
-            self.total += count * (weight.shape[1] - tokens)
+            self.free[name] = weight.shape[1] - tokens
+            self.total += count * self.free[name]
 
     def _flat(self) -> Tensor:
         like = next(self.model.parameters())
         return torch.zeros(1, *self.view.image_shape, dtype=like.dtype, device=like.device)
 
     @property
-    def kept(self) -> int:
-        """Equations of the fit that are independent, at most."""
-        entries = sum(rows.numel() for rows in self.rows.values())
-        return self.total * sum(len(p) for p in self.picks.values()) // entries
-
-    @property
     def jacobian_seconds(self) -> float:
         """Nominal seconds of one Jacobian in float32 and its normal equations."""
         pixels = self._flat().numel()
-        kept = sum(len(picks) for picks in self.picks.values())
+        kept = sum(len(p) * self.rows[n].shape[1] for n, p in self.picks.items())
         equations = nominal(share=0.5, products=2.0 * kept * pixels**2)
         return equations + nominal(share=0.5, **self._pass(pixels))
 
@@ -153,35 +159,62 @@ class RowSpaces:
             inputs = self.inputs(image[None])
         return {n: missed_by(rows, inputs[n][0])[0] for n, rows in self.rows.items()}
 
-    def gap(self, image: Float[Tensor, "c h w"]) -> Float[Tensor, " equations"]:
-        """Return those entries of `missed` that are kept for the fit."""
+    def fitted(self, *, sharp: bool) -> dict[str, Float[Tensor, "rows width"]]:
+        """Return the rows that are fitted, where `sharp` shorter the less rounding leaves sure."""
+        found = {n: self.rows[n][picks] for n, picks in self.picks.items()}
+        if not sharp:
+            return found
+        return {
+            n: rows * (_SURE / self.rounding[n][self.picks[n]]).clamp_max(1)[:, None]
+            for n, rows in found.items()
+        }
+
+    def gap(
+        self, image: Float[Tensor, "c h w"], *, sharp: bool = False
+    ) -> Float[Tensor, " equations"]:
+        """Return what the rows that are fitted miss."""
+        charge(calls=300.0)
+        with torch.no_grad():
+            inputs = self.inputs(image[None])
+        fitted = self.fitted(sharp=sharp).items()
+        return torch.cat([missed_by(rows, inputs[n][0])[0].flatten() for n, rows in fitted])
+
+    def contained(self, image: Float[Tensor, "c h w"]) -> bool:
+        """Say whether every row, those held out too, misses no more than rounding explains."""
         missed = self.missed(image)
-        return torch.cat([missed[n].flatten()[picks] for n, picks in self.picks.items()])
+        return all(bool((m.norm(dim=1) <= self.rounding[n]).all()) for n, m in missed.items())
 
     def jacobian(
-        self, image: Float[Tensor, "c h w"], directions: Float[Tensor, "n c h w"]
+        self,
+        image: Float[Tensor, "c h w"],
+        directions: Float[Tensor, "n c h w"],
+        *,
+        sharp: bool = False,
     ) -> Float[Tensor, "n equations"]:
         """Return the derivative of `gap` along directions, V L^+ held (Kaufman 1975).
 
+        What is left out lies in the span of L and `gap` across it: slopes are exact.
         In the precision of `image` and `directions`: float32 takes half the time.
         """
         with torch.no_grad():
             at = self.inputs(image[None])
-            fixed = {n: missed_by(rows.to(image), at[n][0])[1:] for n, rows in self.rows.items()}
+            fixed = {
+                n: missed_by(rows.to(image), at[n][0])[1:]
+                for n, rows in self.fitted(sharp=sharp).items()
+            }
         parts = []
         for some in directions.split(_AT_ONCE):
             with forward_ad.dual_level(), torch.no_grad():
                 images = image.expand(len(some), -1, -1, -1).contiguous()
                 inputs = self.inputs(forward_ad.make_dual(images, some.contiguous()))
                 row = []
-                for name, picks in self.picks.items():
+                for name, (mix, basis) in fixed.items():
                     moved = forward_ad.unpack_dual(inputs[name]).tangent
                     if moved is None:
                         raise NotApplicable(f"the inputs of {name} cannot be differentiated")
-                    mix, basis = fixed[name]
                     part = mix @ moved
                     part = part - (part @ basis) @ basis.T
-                    row.append(-part.flatten(1)[:, picks])
+                    row.append(-part.flatten(1))
             parts.append(torch.cat(row, 1))
         share = 0.5 if image.dtype == torch.float32 else 1.0
         charge(share=share, **self._pass(len(directions)))
