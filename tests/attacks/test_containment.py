@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import CIFAR_NORMALIZATION
+from vitguard.analysis import released
 from vitguard.attacks.budget import CutShort, worked
 from vitguard.attacks.containment import Containment
 from vitguard.attacks.ladder import Ladder
@@ -18,9 +19,10 @@ from vitguard.audit import audit
 from vitguard.core import LocalTraining
 from vitguard.defenses.base import UpdateDefense
 from vitguard.errors import Blocked, NotApplicable
+from vitguard.guard import protect
 from vitguard.metrics import psnr
 from vitguard.registry import parse_stack
-from vitguard.testing import contracts
+from vitguard.testing.defense_contracts import check_values
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,12 @@ def test_nothing_is_proved_on_an_unrelated_update_and_it_is_not_finished(
     pixels, labels = crop(cifar, 1)
     view = observe(narrow, pixels, labels, defenses=fixed(4), normalization=CIFAR_NORMALIZATION)
     view.update.tensors.update(other(view))
-    guess = Containment(seconds=0.7).run(view, draw())
+    guess = Containment(seconds=0.4).run(view, draw())
     assert guess.verified is not None and not bool(guess.verified.any())
     assert guess.details["unfinished"]
 
 
+@SLOW
 def test_nothing_is_proved_where_layers_are_of_two_images(cifar, narrow, observe):
     one, other = (
         observe(narrow, *crop(cifar, i), defenses=fixed(4), normalization=CIFAR_NORMALIZATION)
@@ -142,10 +145,11 @@ def test_nothing_is_proved_where_layers_are_of_two_images(cifar, narrow, observe
     for name in one.update.tensors:
         if name.startswith("blocks.1."):
             one.update.tensors[name] = other.update.tensors[name]
-    guess = Containment(seconds=0.7).run(one, draw())
+    guess = Containment(seconds=0.4).run(one, draw())
     assert guess.verified is not None and not bool(guess.verified.any())
 
 
+@SLOW
 def test_where_equations_are_fewer_than_pixels_the_search_ends_and_proves_nothing(
     cifar, small_vit, observe
 ):
@@ -194,39 +198,43 @@ def test_its_budget_is_work_and_is_kept(cifar, narrow, observe):
     before = worked()
     with pytest.raises(CutShort, match="budget"):
         Containment(seconds=0.01).run(view, draw())
-    guess = Containment(seconds=0.5).run(view, draw())
-    assert 1e-9 * (worked() - before) < 1.0 and guess.details["unfinished"]
+    guess = Containment(seconds=0.1).run(view, draw())
+    assert 1e-9 * (worked() - before) < 0.3 and guess.details["unfinished"]
 
 
 def test_a_rank_that_traits_claim_is_checked_by_the_contracts():
-    contracts.check_values(LowRankUpdate(4))
+    check_values(LowRankUpdate(4))
     with pytest.raises(AssertionError, match="rank"):
-        contracts.check_values(MoreThanItSays(4))
+        check_values(MoreThanItSays(4))
 
 
+@SLOW
 def test_the_ladder_climbs_to_it_for_a_defense_of_a_third_party_and_the_audit_leaks(cifar, narrow):
     pixels, labels = crop(cifar, 1)
     report = audit(
-        narrow, (pixels, labels), defenses=[fixed(4)], attacks="ladder",
+        narrow, (pixels, labels), defenses={"low rank": fixed(2)}, attacks="ladder",
         normalization=CIFAR_NORMALIZATION,
     )  # fmt: skip
     (finding,) = (f for f in report.findings if f.defended)
-    assert finding.verdict == "leaks" and finding.control.verdict == "leaks", finding.reason
+    assert finding.control is not None and finding.control.verdict == "leaks"
+    assert finding.verdict == "leaks" and finding.psnr is not None, finding.reason
     assert finding.details["rung"] == "containment", finding.details["rungs"]
     assert finding.psnr.max > 60
 
 
+@SLOW
 def test_a_search_that_found_nothing_is_never_resistance(cifar, narrow):
     pixels, labels = crop(cifar, 1)
     report = audit(
-        narrow, (pixels, labels), defenses=[fixed(1)], attacks="ladder:seconds=2",
+        narrow, (pixels, labels), defenses={"low rank": fixed(1)}, attacks="ladder:seconds=2",
         normalization=CIFAR_NORMALIZATION,
     )  # fmt: skip
     (finding,) = (f for f in report.findings if f.defended)
-    assert finding.control.verdict == "leaks"
+    assert finding.control is not None and finding.control.verdict == "leaks"
     assert finding.verdict == "inconclusive" and "containment" in finding.reason
 
 
+@SLOW
 def test_map_says_that_a_cut_has_no_derivative_and_does_not_call_itself_finished(
     cifar, narrow, observe
 ):
@@ -236,6 +244,7 @@ def test_map_says_that_a_cut_has_no_derivative_and_does_not_call_itself_finished
         MaximumAPosteriori(seconds=5).run(view, draw())
 
 
+@SLOW
 def test_adapters_that_have_stepped_give_the_image_away(cifar, narrow, observe):
     pixels, labels = crop(cifar, 1)
     view = observe(lora(narrow, 4), pixels, labels, normalization=CIFAR_NORMALIZATION)
@@ -245,6 +254,7 @@ def test_adapters_that_have_stepped_give_the_image_away(cifar, narrow, observe):
     assert proved(guess) and float(psnr(guess.images, pixels)) > 60, guess.details
 
 
+@SLOW
 def test_the_ladder_climbs_to_adapters(cifar, narrow, observe):
     pixels, labels = crop(cifar, 1)
     view = observe(lora(narrow, 4), pixels, labels, normalization=CIFAR_NORMALIZATION)
@@ -256,14 +266,15 @@ def test_the_ladder_climbs_to_adapters(cifar, narrow, observe):
 def test_the_first_step_of_narrow_adapters_shows_no_rows_and_that_is_said(cifar, narrow, observe):
     pixels, labels = crop(cifar, 1)
     model = lora(narrow, 2, stepped=False)
-    for parameter in model.base_model.model.head.parameters():
-        parameter.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name)
     view = observe(model, pixels, labels, normalization=CIFAR_NORMALIZATION)
     assert all(not bool(t.any()) for n, t in view.update.tensors.items() if "lora_A" in n)
     with pytest.raises((NotApplicable, Blocked), match="before its first step"):
         Containment().run(view, draw())
 
 
+@SLOW
 def test_the_first_step_of_adapters_wider_than_the_tokens_shows_the_rows_of_b(
     cifar, narrow, observe
 ):
@@ -274,3 +285,16 @@ def test_the_first_step_of_adapters_wider_than_the_tokens_shows_the_rows_of_b(
     )
     guess = Containment().run(view, draw())
     assert proved(guess) and float(psnr(guess.images, pixels)) > 60, guess.details
+
+
+def test_plan_names_it_for_low_rank_and_for_adapters_and_for_nothing_else(narrow):
+    def said(model, stack):
+        guard = protect(copy.deepcopy(model), stack)
+        plain = released(guard.model, guard.anatomy, guard.traits)
+        return Containment().remains(plain)
+
+    assert said(narrow, parse_stack("positions:kind=frozen")) == ()
+    (low,) = said(narrow, fixed(2))
+    assert low.possible and not low.gives_away and "blocks.0.mlp.fc1.weight" in low.needs
+    (beside,) = said(lora(narrow, 2), [])
+    assert beside.possible and all("lora" in name for name in beside.needs)

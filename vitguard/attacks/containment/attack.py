@@ -84,10 +84,12 @@ class Containment(Attack):
 
     def remains(self, plain: Released) -> tuple[Remaining, ...]:
         """Say that rows of low rank stay inside the inputs; how far that goes is measured."""
-        if not plain.traits.rank:
-            return ()
         a = plain.anatomy
-        names = tuple(f"{b.fc1}.weight" for b in a.blocks if f"{b.fc1}.weight" in plain.plain)
+        names = tuple(adapters(sorted(plain.plain), a))
+        if not plain.traits.rank and not names:
+            return ()
+        layers = (f"{layer}.weight" for b in a.blocks for layer in (b.fc1, b.fc2, b.proj))
+        names = names or tuple(name for name in layers if name in plain.plain)
         if not names or a.tokens >= a.width:
             why = "no layer is plain whose width exceeds its tokens"
             return (Remaining(self.name, False, names, why),)
@@ -141,7 +143,9 @@ class Containment(Attack):
 
     def _starts(self, fit: Fit, generator: torch.Generator) -> Iterator[Tensor]:
         view, flat = fit.spaces.view, torch.zeros(fit.pixels).to(fit.prior.mean)
-        guess = self.start or _robust(view, 0.1 * fit.budget.left, generator)
+        guess = self.start
+        if guess is None and view.traits.rank:
+            guess = _robust(view, 0.1 * fit.budget.left, generator)
         if guess is not None and len(guess.images) == 1:
             images = view.normalization.apply(guess.images.to(flat))
             yield fit.prior.whiten(fit.spaces.anatomy.patchify(images))[0]
@@ -151,7 +155,7 @@ class Containment(Attack):
 
 
 def _low_rank(view: View) -> bool:
-    return bool(view.traits.rank or adapters(view, Anatomy.of(view.model)))
+    return bool(view.traits.rank or adapters(view.update.tensors, Anatomy.of(view.model)))
 
 
 def _robust(view: View, seconds: float, generator: torch.Generator) -> Guess | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -25,18 +25,18 @@ _FITTED = 0.8  # of the rows at most; the others are held out
 _AT_ONCE = 64  # directions of the Jacobian
 
 
-def adapters(view: View, anatomy: Anatomy) -> list[str]:
+def adapters(names: Iterable[str], anatomy: Anatomy) -> list[str]:
     """Return the matrices that stand beside the layers of the blocks, where these send nothing.
 
     As those of LoRA do: a gradient dL/dA of y = (W + B A) x has rows in the span of the inputs x.
     """
+    names = list(names)
     own = {f"{layer}.weight" for b in anatomy.blocks for layer in (b.proj, b.fc1, b.fc2)}
     own.update(name for b in anatomy.blocks for name in b.qkv)
-    if any(view.update.can_read(name) for name in own):
+    if not own.isdisjoint(names):
         return []
-    inside = tuple(f"{b.name}." for b in anatomy.blocks)
-    tensors = view.update.tensors.items()
-    return [name for name, t in tensors if inside and name.startswith(inside) and t.dim() == 2]
+    matrices = (n for n in names if n.endswith(".weight") and "norm" not in n)
+    return [n for n in matrices if anatomy.role(n) in ("attention", "mlp")]
 
 
 @dataclass(eq=False)
