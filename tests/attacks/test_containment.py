@@ -150,6 +150,16 @@ def test_nothing_is_proved_where_layers_are_of_two_images(cifar, narrow, observe
 
 
 @SLOW
+def test_without_positions_the_order_of_patches_is_not_proved(cifar, narrow, observe):
+    pixels, labels = crop(cifar, 1)
+    stack = [*parse_stack("positions:kind=none"), LowRankUpdate(4)]
+    view = observe(narrow, pixels, labels, defenses=stack, normalization=CIFAR_NORMALIZATION)
+    guess = Containment(seconds=3).run(view, draw())
+    assert guess.verified is not None and not bool(guess.verified.any())
+    assert guess.details["unfinished"]
+
+
+@SLOW
 def test_where_equations_are_fewer_than_pixels_the_search_ends_and_proves_nothing(
     cifar, small_vit, observe
 ):

@@ -95,13 +95,16 @@ def proved(fit: Fit, white: Float[Tensor, "c h w"]) -> Bool[Tensor, " patches"]:
     """Return the patches that the rows prove.
 
     None unless the equations that were fitted outnumber the pixels, and every row, those held out
-    too, lies in the inputs up to the rounding of the update. Of the patches then those whose error,
-    by the covariance of the solution, is small.
+    too, lies in the inputs up to the rounding of the update, but not with the patches in another
+    order (without positions). Of the patches then those whose error, by the covariance of the
+    solution, is small.
     """
     spaces, anatomy, image, pixels = fit.spaces, fit.spaces.anatomy, fit.image(white), white.numel()
     none = torch.zeros(anatomy.patches, dtype=torch.bool, device=white.device)
     held_out = sum(map(len, spaces.rows.values())) - sum(map(len, spaces.picks.values()))
     if spaces.kept <= pixels or not held_out or not spaces.contained(image):
+        return none
+    if spaces.contained(anatomy.unpatchify(anatomy.patchify(image).roll(1, 0))):
         return none
     jacobian = spaces.jacobian(image, fit.directions, sharp=True)
     charge(products=2.0 * jacobian.numel() * pixels, qr=2.0 * pixels**3)
