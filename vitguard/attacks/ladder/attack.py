@@ -37,9 +37,10 @@ class Ladder(Attack):
     vitguard: `position`, `span`, `cascade` (labels of a batch), `gelu-span`, `deep-tokens` (where
     the first block cannot be read), `containment` (matrices of low rank), and for damaged gradients
     `position-robust`, `span-robust` and `map`, which starts from the likeliest guess before it. A
-    rung that does not apply says why in the details. The choice never sees the truth: the adversary recomputes the update from each
-    guess with the known settings (`View.simulate`) and compares, and counts the patches that proved
-    themselves. A single image that is nearly right is polished last.
+    rung that does not apply says why in the details. The choice never sees the truth: the adversary
+    recomputes the update from each guess with the known settings (`View.simulate`) and compares,
+    and counts the patches that proved themselves. A single image that is nearly right is polished
+    last.
 
     Details: `rung`, `verified` (share of patches), `mismatch` of the chosen guess, `rungs` (what
     each said), `outcomes` (what became of each, see `Attack.parts`), `exact` (what is known of
