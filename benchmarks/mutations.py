@@ -158,9 +158,7 @@ def write_docs(folder: Path, results: list[tuple[Mutation, str, str]], seconds: 
     after = rest.partition("<!-- end of table -->")[2]
     counts = collections.Counter(ended for _, ended, _ in results)
     head = f"{counts['caught']} of {len(results)} caught, in {seconds / 60:.0f} minutes.\n\n"
-    path.write_text(
-        f"{before}<!-- table -->\n{head}{table(results)}\n<!-- end of table -->{after}"
-    )
+    path.write_text(f"{before}<!-- table -->\n{head}{table(results)}\n<!-- end of table -->{after}")
 
 
 def main() -> None:

@@ -257,6 +257,14 @@ def test_a_sealed_update_has_the_base_models_names_or_is_refused(small_vit):
         guard.seal(Update({"model.pos_embed": torch.ones(1)}))
 
 
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_a_sealed_update_has_dense_tensors_with_values_or_is_refused(small_vit, kind):
+    guard = protect(small_vit(depth=1).train(), "positions")
+    bias = torch.zeros(10, device="meta") if kind == "meta" else torch.zeros(10).to_sparse()
+    with pytest.raises(InputError, match=r"head\.bias"):
+        guard.seal(Update({"head.bias": bias}))
+
+
 def test_sealed_tensors_carry_no_graph(small_vit):
     guard = protect(small_vit(), [])
     tensor = torch.ones(1, 1, 96, requires_grad=True) * 2
