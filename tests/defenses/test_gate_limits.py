@@ -48,5 +48,5 @@ class Cut(Attack):
 def test_a_gate_never_passes_what_an_attack_left_unfinished(small_vit, photo, monkeypatch):
     monkeypatch.setattr("vitguard.self_attack.attack_types", lambda: {"cut": Cut})
     guard = protect(small_vit(depth=1).train(), "gate")
-    with pytest.raises(GateClosed, match="not decided.*the last rung"):
+    with pytest.raises(GateClosed, match=r"not decided.*the last rung"):
         guard.update(photo * 2 - 1, torch.tensor([1]))
