@@ -18,6 +18,7 @@ Anything but `caught` ends the program with status 1.
 from __future__ import annotations
 
 import argparse
+import ast
 import collections
 import concurrent.futures
 import multiprocessing
@@ -29,7 +30,12 @@ import tempfile
 import time
 import tomllib
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vitguard.testing.guarantees import Guarantee
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".toml")
@@ -47,6 +53,8 @@ class Mutation:
         file, old, new: Text that stands once in a file of the package, and what takes its place.
         test: The test that must fail, by its path and name inside tests/.
         also: Further replacements (file, old, new) that make one breakage with it.
+        guarantees: Lines of *Guarantees* that it breaks: the class, a colon, how the line begins.
+        needs: A package without which neither the code nor the test runs.
     """
 
     name: str
@@ -55,12 +63,26 @@ class Mutation:
     new: str
     test: str
     also: tuple[tuple[str, str, str], ...] = field(default=())
+    guarantees: tuple[str, ...] = ()
+    needs: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The test without the folders it is in."""
+        return self.test.rpartition("/")[2]
 
     @staticmethod
     def all() -> list[Mutation]:
         """Read the table."""
         found = tomllib.loads(TABLE.read_text())["mutation"]
-        return [Mutation(**{**m, "also": tuple(map(tuple, m.get("also", ())))}) for m in found]
+        return [
+            Mutation(**{
+                **m,
+                "also": tuple(map(tuple, m.get("also", ()))),
+                "guarantees": tuple(m.get("guarantees", ())),
+            })
+            for m in found
+        ]  # fmt: skip
 
     def misfits(self, package: Path) -> str:
         """Return why the replacements cannot be made, "" where they can."""
@@ -85,13 +107,21 @@ def run_tests(folder: Path, tests: list[str], output: str) -> None:
     os.chdir(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     sys.path.insert(0, str(folder))
+    import hypothesis
     import pytest
 
     import vitguard
 
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # that it fails is enough
+    hypothesis.settings.register_profile(
+        "breakages", deadline=None, database=None, derandomize=True, phases=phases
+    )
     assert Path(vitguard.__file__).is_relative_to(folder), vitguard.__file__
     paths = [f"tests/{test}" for test in tests]
-    options = ["-v", "--tb=line", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "-rfEs"]
+    options = ["-v", "--tb=line", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "-rfE"]
+    options.append("--hypothesis-profile=breakages")
+    if len(tests) == 1:
+        options.append("-x")  # of a broken tree: one failure is enough
     status = pytest.main([*options, *paths])
     sys.stdout.flush()
     os._exit(int(status))
@@ -140,24 +170,43 @@ def without(tree: Path, mutations: list[Mutation]) -> dict[str, str]:
     return bad
 
 
-def table(results: list[tuple[Mutation, str, str]]) -> str:
+def promised() -> list[Guarantee]:
+    """Return the guarantees of every class in the package, by file, whatever is installed."""
+    from vitguard.testing.guarantees import guarantees_in  # of this tree; tests run on copies
+
+    found = []
+    for path in sorted((ROOT / "vitguard").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found += guarantees_in(ast.get_docstring(node) or "", node.name)
+    return found
+
+
+def mutations_table(results: list[tuple[Mutation, str, str]]) -> str:
     """Return the table of docs/mutations.md."""
     lines = ["| broken on purpose | in | caught by |", "|---|---|---|"]
     for mutation, ended, _ in results:
-        test = mutation.test.rpartition("/")[2]
-        caught = f"`{test}`" if ended == "caught" else f"**{ended}** `{test}`"
+        caught = f"`{mutation.shown}`" + ("" if ended == "caught" else f" **{ended}**")
         lines.append(f"| {mutation.name} | `{mutation.file}` | {caught} |")
     return "\n".join(lines)
 
 
-def write_docs(folder: Path, results: list[tuple[Mutation, str, str]], seconds: float) -> None:
-    """Put the table between the marks of docs/mutations.md."""
-    path = folder / "mutations.md"
+def guarantees_table() -> str:
+    """Return the table of docs/guarantees.md."""
+    lines = ["| class | guarantee | property | to break it |", "|---|---|---|---|"]
+    for guarantee in promised():
+        ways = [m for m in Mutation.all() if any(guarantee.begins(w) for w in m.guarantees)]
+        tests = "<br>".join(dict.fromkeys(f"`{m.shown}`" for m in ways))
+        names = "<br>".join(m.name for m in ways)
+        lines.append(f"| `{guarantee.owner}` | {guarantee.words} | {tests} | {names} |")
+    return "\n".join(lines)
+
+
+def write_table(path: Path, text: str) -> None:
+    """Put a table between the marks of a page."""
     before, _, rest = path.read_text().partition("<!-- table -->\n")
     after = rest.partition("<!-- end of table -->")[2]
-    counts = collections.Counter(ended for _, ended, _ in results)
-    head = f"{counts['caught']} of {len(results)} caught, in {seconds / 60:.0f} minutes.\n\n"
-    path.write_text(f"{before}<!-- table -->\n{head}{table(results)}\n<!-- end of table -->{after}")
+    path.write_text(f"{before}<!-- table -->\n{text}\n<!-- end of table -->{after}")
 
 
 def main() -> None:
@@ -165,8 +214,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("words", nargs="*", help="only those whose name or file has one of them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--docs", type=Path, help="folder with mutations.md, to write the table")
+    parser.add_argument("--docs", type=Path, help="write the tables of the pages in this folder")
+    parser.add_argument("--pages", type=Path, help="write guarantees.md there, and run nothing")
     options = parser.parse_args()
+    if options.pages:
+        return write_table(options.pages / "guarantees.md", guarantees_table())
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.get_context("forkserver").set_forkserver_preload(LOADED)
     mutations = [
@@ -174,6 +226,9 @@ def main() -> None:
         for m in Mutation.all()
         if not options.words or any(w in f"{m.name} {m.file} {m.test}" for w in options.words)
     ]
+    for mutation in [m for m in mutations if m.needs and not find_spec(m.needs)]:
+        print(f"left out, {mutation.needs} is not installed: {mutation.name}")
+        mutations.remove(mutation)
     start, ended = time.monotonic(), collections.Counter()
     results: list[tuple[Mutation, str, str]] = []
     with tempfile.TemporaryDirectory(prefix="mutations-") as made:
@@ -198,7 +253,9 @@ def main() -> None:
     seconds = time.monotonic() - start
     print(f"{ended['caught']} of {len(results)} caught, {seconds:.0f} s, {options.jobs} at a time")
     if options.docs and not options.words:
-        write_docs(options.docs, results, seconds)
+        head = f"{ended['caught']} of {len(results)} caught.\n\n"
+        write_table(options.docs / "mutations.md", head + mutations_table(results))
+        write_table(options.docs / "guarantees.md", guarantees_table())
     raise SystemExit(ended["caught"] != len(results))
 
 
