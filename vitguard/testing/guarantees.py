@@ -1,12 +1,12 @@
 """Guarantees as objects: what a docstring promises, line by line, to be tied to tests.
 
-    from vitguard.testing import guarantees_of
+from vitguard.testing import guarantees_of
 
-    TESTS = {"MyDefense: The update has a norm of at most": test_norm}
+TESTS = {"MyDefense: The update has a norm of at most": test_norm}
 
-    def test_every_guarantee_has_a_test():
-        for guarantee in guarantees_of(MyDefense):
-            assert any(guarantee.begins(words) for words in TESTS)
+def test_every_guarantee_has_a_test():
+    for guarantee in guarantees_of(MyDefense):
+        assert any(guarantee.begins(words) for words in TESTS)
 """
 
 from __future__ import annotations

@@ -249,15 +249,23 @@ def _values(hint: Any) -> list[Any]:
 
 
 def stacks(
-    model: nn.Module | None = None, *, most: int = 3, least: int = 0
+    model: nn.Module | None = None,
+    *,
+    each: SearchStrategy[Defense] | None = None,
+    most: int = 3,
+    least: int = 0,
 ) -> SearchStrategy[list[Defense]]:
     """Stacks under which a model gives an update, of up to `most` defenses; shorter ones first.
 
     A defense that does not go with those before it is left out. Draws come from a seed, as in an
     audit: a stack that encrypts is one that rehearses.
+
+    Args:
+        each: What the defenses are drawn from; `defenses()` by default.
     """
     target = model if model is not None else _built(ViTShape())
-    drawn = st.lists(defenses(), min_size=least, max_size=most, unique_by=lambda d: d.name)
+    one = defenses() if each is None else each
+    drawn = st.lists(one, min_size=least, max_size=most, unique_by=lambda d: d.name)
     return drawn.map(lambda given: _valid(target, given)).filter(lambda s: len(s) >= least)
 
 
