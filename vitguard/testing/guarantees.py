@@ -44,7 +44,7 @@ def guarantees_of(thing: type) -> tuple[Guarantee, ...]:
 
 
 def guarantees_in(docstring: str, owner: str) -> Iterator[Guarantee]:
-    """Read the *Guarantees* part of a docstring: one begins where the line before ended with a stop.
+    """Read the *Guarantees* part of a docstring; each one ends with the full stop of a line.
 
     Args:
         docstring: Without the indentation that all its lines share.

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-import vitguard as vg
 from torch import Tensor, nn
+
+import vitguard as vg
 
 __all__ = ["RATE", "STACK", "local_round"]
 

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-import vitguard as vg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from my_training.loop import RATE, STACK, local_round
+
+import vitguard as vg
 from vitguard.defenses.base import ModelDefense, StepDefense, UpdateDefense
 from vitguard.testing import (
     assert_checkpoint_compatible,
