@@ -68,9 +68,7 @@ def test_the_page_says_what_the_code_promises():
 
 
 def test_a_guarantee_ends_with_a_stop_and_none_is_none():
-    text = (
-        "Title.\n\nGuarantees:\n    One thing\n    over two lines.\n    Another.\n\nArgs:\n"
-    )
+    text = "Title.\n\nGuarantees:\n    One thing\n    over two lines.\n    Another.\n\nArgs:\n"
     assert [str(g) for g in guarantees_in(text, "It")] == [
         "It: One thing over two lines.", "It: Another.",
     ]  # fmt: skip
