@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from vitguard.registry import attack_types, defense_types
@@ -26,5 +28,6 @@ def test_settings(name: str) -> None:
 @pytest.mark.parametrize("name", _EXACT)
 def test_attack(name: str) -> None:
     """What one exact attack says of itself where it knows less; matching takes too long here."""
-    weakening.check_weaker(attack_types()[name]())
-    weakening.check_proofs(attack_types()[name]())
+    attack: Any = attack_types()[name]()
+    weakening.check_weaker(attack)
+    weakening.check_proofs(attack)
