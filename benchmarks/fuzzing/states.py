@@ -88,7 +88,7 @@ class CommandLines:
             "--withhold", "head", "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5",
             "--batch-size", "1", "--num-images", "1", "--lr", "0.1", "--images", self.missing,
         ]  # fmt: skip
-        for _ in range(chance.choice((1, 1, 2, 3))):
+        for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
             at = chance.randrange(1, len(arguments))
             if arguments[at] in (self.missing, "--images"):
                 continue

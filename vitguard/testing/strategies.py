@@ -178,11 +178,11 @@ def updates(draw: DrawFn) -> Update:
     """Updates of any tensors: readable and sealed, of a gradient or a difference, payloads."""
     made = draw(state_dicts())
     sealed = draw(st.sets(st.sampled_from(sorted(made)))) if made else set()
-    named: SearchStrategy[str] = st.sampled_from(("one", "two"))
+    named: list[str] = ["one", "two"]
     return Update(
         made,
         batch_size=draw(st.integers(1, 8)),
-        payloads=draw(st.dictionaries(named, st.binary(max_size=8))),
+        payloads=draw(st.dictionaries(st.sampled_from(named), st.binary(max_size=8))),
         **draw(local_training()).facts(),
     ).seal(dict.fromkeys(sorted(sealed), "sealed by a strategy"))
 
