@@ -36,6 +36,7 @@ from vitguard.federated.nvflare import (
     SumPersistor,
     encrypted_fedavg,
 )
+from vitguard.federated.nvflare import messages as parts
 from vitguard.federated.nvflare.server import ResumedFedAvg
 from vitguard.federated.nvflare.state import ClientState
 from vitguard.rounds import Progress, next_version
@@ -280,6 +281,13 @@ def test_the_reply_of_a_failed_training_carries_nothing_else(run):
     sealed = run.sealed("site-1", failed)
     assert sealed.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
     assert "images" not in sealed
+
+
+@pytest.mark.parametrize("metrics", [np.ones(2), [1.0], "0.5", {"loss": "low"}, {"loss": 10**400}])
+def test_metrics_that_are_no_numbers_are_refused_in_words(metrics):
+    dxo = DXO(DataKind.WEIGHT_DIFF, data={"w": torch.ones(2)}, meta={"initial_metrics": metrics})
+    with pytest.raises(Unprotected, match="metrics that are numbers"):
+        parts.metrics_of(dxo)
 
 
 def test_a_result_before_any_task_is_refused(run):

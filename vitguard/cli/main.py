@@ -22,7 +22,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"vitguard: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        said = " ".join(message.split())  # an argument may hold line breaks
+        print(f"vitguard: error: {said} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
