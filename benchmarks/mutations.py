@@ -42,6 +42,7 @@ TABLE = Path(__file__).with_suffix(".toml")
 COPIED = ("vitguard", "tests", "docs", "benchmarks", "examples", "pyproject.toml", "README.md")
 LOADED = ["torch", "timm", "opacus", "tenseal", "hypothesis", "pytest", "skimage", "scipy.stats"]
 _LIMIT = 600  # seconds after which a process is called hung
+_QUIET = "HYPOTHESIS_NO_PLUGINS"  # set while modules are loaded before the copy is there
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,15 @@ def run_tests(folder: Path, tests: list[str], output: str) -> None:
         os.dup2(file.fileno(), 2)
     os.chdir(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    os.environ.pop(_QUIET)
     sys.path.insert(0, str(folder))
     import hypothesis
     import pytest
 
     import vitguard
+    from vitguard.testing.hypothesis_types import register
 
+    register()  # as Hypothesis's entry point does, which would have loaded the package elsewhere
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # that it fails is enough
     hypothesis.settings.register_profile(
         "breakages", deadline=None, database=None, derandomize=True, phases=phases
@@ -219,7 +223,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.pages:
         return write_table(options.pages / "guarantees.md", guarantees_table())
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", _QUIET: "1"}
     multiprocessing.get_context("forkserver").set_forkserver_preload(LOADED)
     mutations = [
         m
