@@ -4,7 +4,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flower_cifar10.task import accuracy, load_data, make_model, protected, train
-from vitguard.federated.flower import ProtectMod, attach, encryptor
+from vitguard.federated.flower import ProtectMod, attach, encryptor, masker
 
 app = ClientApp(mods=[ProtectMod()])
 
@@ -13,7 +13,8 @@ app = ClientApp(mods=[ProtectMod()])
 def train_model(message: Message, context: Context) -> Message:
     """Train on the client's own data; ProtectMod seals the reply."""
     model = make_model()
-    guard = attach(protected(model, context.run_config, encryptor))
+    sealing = masker if context.run_config["variant"] == "masks" else encryptor
+    guard = attach(protected(model, context.run_config, sealing))
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     loader, _ = load_data(int(context.node_config["partition-id"]))
     examples = len(loader.dataset)

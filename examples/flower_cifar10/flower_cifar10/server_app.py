@@ -5,7 +5,12 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from flower_cifar10.task import make_model, protected
-from vitguard.federated.flower import EncryptedFedAvg, Federation
+from vitguard.federated.flower import (
+    EncryptedFedAvg,
+    Federation,
+    MaskedFedAvg,
+    MaskedFederation,
+)
 
 app = ServerApp()
 
@@ -17,6 +22,8 @@ def main(grid: Grid, context: Context) -> None:
     protected(model, context.run_config)
     if context.run_config["variant"] == "encrypted":
         strategy = EncryptedFedAvg(Federation.from_environment())
+    elif context.run_config["variant"] == "masks":
+        strategy = MaskedFedAvg(MaskedFederation.from_environment())
     else:
         strategy = FedAvg()
     rounds = int(context.run_config["num-server-rounds"])

@@ -24,17 +24,19 @@ def make_model(seed: int = 0):
     return timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes)
 
 
-def protected(model, config, encryptor=None):
+def protected(model, config, sealing=None):
     """Return the guard of a model under the defenses that the run's configuration names.
 
     Args:
-        encryptor: Makes the client's encryptor; the server, and an evaluation, have none.
+        sealing: Makes the client's encryptor or masker; the server, and an evaluation, have none.
     """
     rounds, epochs = int(config["num-server-rounds"]), int(config["local-epochs"])
     stack = [vg.FixedPositions("sincos"), vg.PatchShuffle(ratio=0.5)]
     match config["variant"]:
         case "encrypted":
-            stack.append(vg.EncryptedGradients(encryptor=encryptor and encryptor()))
+            stack.append(vg.EncryptedGradients(encryptor=sealing and sealing()))
+        case "masks":
+            stack.append(vg.MaskedAggregation(client=sealing and sealing()))
         case "private":  # for each client
             stack.append(vg.ClientPrivacy(epsilon=8.0, rounds=rounds))
         case "records":  # for each image of a client
@@ -42,7 +44,7 @@ def protected(model, config, encryptor=None):
         case "plain":  # to compare with: the update leaves as it is
             pass
         case other:
-            raise ValueError(f"Expected encrypted, private, records or plain, got {other}.")
+            raise ValueError(f"Expected encrypted, masks, private, records, plain; got {other}.")
     return vg.protect(model, stack)
 
 

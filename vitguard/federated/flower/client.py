@@ -27,6 +27,8 @@ from vitguard.defenses.encryption import Decryptor, Encryptor, model_version
 from vitguard.errors import Rejected, Unprotected, VitguardError, expected
 from vitguard.federated.flower.keys import ClientKeys
 from vitguard.federated.flower.ledgers import LEDGER
+from vitguard.federated.flower.masked_client import asked_now, masking
+from vitguard.federated.flower.masked_keys import MaskingIdentity
 from vitguard.federated.flower.records import (
     BASE,
     ROUND,
@@ -150,16 +152,23 @@ class ProtectMod:
 
     Args:
         keys: Where a client's keys come from; by default files that the environment names.
+        identity: The same for rounds of `MaskedFedAvg`.
     """
 
-    def __init__(self, keys: Callable[[Context], ClientKeys] = ClientKeys.from_environment) -> None:
-        self._keys = keys
+    def __init__(
+        self,
+        keys: Callable[[Context], ClientKeys] = ClientKeys.from_environment,
+        *,
+        identity: Callable[[Context], MaskingIdentity] = MaskingIdentity.from_environment,
+    ) -> None:
+        self._keys, self._identity = keys, identity
 
     def __call__(self, message: Message, context: Context, call_next: App) -> Message:
         exchange = _Exchange(context, self._keys)
         token = _exchange.set(exchange)
         try:
-            return _exchanged(message, exchange, call_next)
+            with masking(message, context, self._identity) as answer:
+                return answer or _exchanged(message, exchange, call_next)
         except Exception as error:  # noqa: BLE001 - whatever it was, nothing unsealed may leave
             # an error of the app may quote its data
             said = f": {error}"[:500] if isinstance(error, VitguardError) else " in the app"
@@ -171,7 +180,9 @@ class ProtectMod:
 def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message:
     name, received = _only(message.content.array_records, "ArrayRecord of weights")
     before, settings = _opened(message, received, exchange)
-    content = RecordDict({**message.content, name: to_arrays(before)})
+    plain = settings is None or asked_now() is not None  # then they are as they came
+    given = received if plain else to_arrays(before)
+    content = RecordDict({**message.content, name: given})
     exchange.reminder = content.config_records.get(LEDGER)
     content.pop(LEDGER, None)
     inner = make_message(message.metadata, content)
@@ -196,6 +207,8 @@ def _opened(
 
     Without a round the strategy is Flower's own and the weights are plain.
     """
+    if (masked := asked_now()) is not None:
+        return masked.weights(from_arrays(received)), masked.round
     config = {k: v for record in message.content.config_records.values() for k, v in record.items()}
     if ROUND not in config:
         return from_arrays(received), None

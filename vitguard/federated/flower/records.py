@@ -62,7 +62,8 @@ def from_arrays(record: Mapping[str, Array]) -> dict[str, Tensor]:
     tensors = {}
     for name, array in record.items():
         try:
-            tensors[name] = torch.from_numpy(np.array(array.numpy()))
+            found = array.numpy()  # NumPy reads into memory of its own
+            tensors[name] = torch.from_numpy(found if found.flags.writeable else found.copy())
         except Exception as error:  # foreign bytes: numpy and torch raise whatever they like
             raise Rejected("array", f"{name}, of type {array.stype[:40]!r}", "numbers") from error
     return tensors

@@ -237,7 +237,7 @@ class EncryptedFedAvg(FedAvg):
         changes = from_arrays(arrays)
         self._check_plain(changes, plain)
         before = total.weights
-        total.add(sealed.data)
+        total.add(sealed.data, weight=weight)
         (proved,) = (w for c, w in total.weights.items() if c not in before)
         for name, change in changes.items():  # by the weight that the client's key proved
             share = change.double() * proved
