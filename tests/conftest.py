@@ -146,20 +146,21 @@ def _observe():
 
 @pytest.fixture(scope="session")
 def attacked(observe):
-    """`attacked(labels, withhold=())`: a view of photos on a small untrained ViT, and the photos.
+    """`attacked(labels, withhold=(), pixels=None)`: a view on a small untrained ViT, and the photos.
 
-    What the matching attacks are tried on: 16 tokens of width 64, timm's own initialisation.
+    The photos are `pixels`, else samples. What the matching attacks are tried on: 16 tokens of width 64, timm's own initialisation.
     """
     import timm
 
-    def make(labels, withhold=()):
+    def make(labels, withhold=(), pixels=None):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = timm.create_model(
                 "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=64, depth=2,
                 num_heads=2, num_classes=10,
             )  # fmt: skip
-        truth = data.sample_images((16, 16), count=len(labels)).pixels
+        samples = data.sample_images((16, 16), count=len(labels)).pixels
+        truth = samples if pixels is None else pixels
         return observe(model, truth, torch.tensor(labels), withhold=withhold), truth
 
     return make
