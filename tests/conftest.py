@@ -146,9 +146,10 @@ def _observe():
 
 @pytest.fixture(scope="session")
 def attacked(observe):
-    """`attacked(labels, withhold=(), pixels=None)`: a view on a small untrained ViT, and the photos.
+    """`attacked(labels, withhold=(), pixels=None)`: a view of an update, and its photos.
 
-    The photos are `pixels`, else samples. What the matching attacks are tried on: 16 tokens of width 64, timm's own initialisation.
+    What the matching attacks are tried on: sample photos or `pixels` on an untrained ViT of 16
+    tokens of width 64, timm's own initialisation.
     """
     import timm
 
