@@ -98,9 +98,13 @@ def small_vit(name="vit_tiny_patch16_224", *, seed=0, **changes):
     import timm
 
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 2, "num_heads": 4}
+    biased = changes.pop("proj_bias", True)  # older releases of timm have no such argument
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = timm.create_model(name, **{**sizes, "num_classes": 10, **changes})
+        for block in () if biased else model.blocks:
+            for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                layer.register_parameter("bias", None)
         return moved(model)
 
 
