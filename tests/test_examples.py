@@ -52,6 +52,7 @@ def script(monkeypatch):
     return train_cifar10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_example_runs_in_under_a_minute(path, tmp_path, folder):
     assert path.name in ARGUMENTS, f"say in ARGUMENTS how to run {path.name}"
