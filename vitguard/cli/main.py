@@ -127,7 +127,7 @@ def _add_audit(commands: Any) -> None:
     add("--update", choices=("gradient", "difference"), default="gradient")
     add("--local-steps", type=int, default=1, metavar="E")
     add("--lr", type=float, metavar="LR", help="learning rate of a difference")
-    add("--optimizer", default="sgd", metavar="NAME", help="sgd or adamw")
+    add("--optimizer", default="sgd", metavar="NAME", help="sgd, adam or adamw")
     add(
         "--update-file", metavar="FILE", help="audit a client's saved update; --images is its truth"
     )
