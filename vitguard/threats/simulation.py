@@ -34,9 +34,8 @@ class Simulation:
 
     The defenses run on a copy of the public model. Each example is clipped where the victim's was.
     What was done to the finished update is done to the dummy update (`mimic`); noise has mean zero,
-    so none is added. Random draws, those of dropout too, come from the generator given to each
-    call. The global generator stays as it was, and an equal generator gives an equal update, bit for
-    bit.
+    so none is added. Random draws, those of dropout too, come from the generator of each call. The
+    global generator stays as it was. An equal generator gives an equal update, bit for bit.
 
     Args:
         model: The public model; it is copied.
