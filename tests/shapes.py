@@ -44,8 +44,10 @@ class _Refused:
 
 _raises = pytest.raises
 
-UNCHECKED = {"vitguard", "vitguard.testing", "vitguard.testing.noted", "vitguard.testing.plugin"}
-"""What pytest loads before any test: the plugin. No annotation of a tensor stands there."""
+UNCHECKED = {"vitguard", "vitguard.testing"} | {
+    f"vitguard.testing.{name}" for name in ("hypothesis_types", "noted", "plugin")
+}
+"""What pytest and Hypothesis load before any test. No annotation of a tensor stands there."""
 
 
 def install() -> None:
