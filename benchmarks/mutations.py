@@ -2,7 +2,8 @@
 
     python benchmarks/mutations.py                  # all, in about 20 minutes of two cores
     python benchmarks/mutations.py mask ledger      # those whose name or file has one of the words
-    python benchmarks/mutations.py --docs docs      # writes the table of docs/mutations.md as well
+    python benchmarks/mutations.py --docs docs      # writes the table of docs/mutations.md as well;
+                                                    # with words, the lines of those that it runs
 
 The breakages stand in mutations.toml. Each one is a replacement of text in a copy of the package;
 the copy's own test is run on it, in a process that starts with torch loaded. It ends as
@@ -186,13 +187,25 @@ def promised() -> list[Guarantee]:
     return found
 
 
-def mutations_table(results: list[tuple[Mutation, str, str]]) -> str:
-    """Return the table of docs/mutations.md."""
-    lines = ["| broken on purpose | in | caught by |", "|---|---|---|"]
-    for mutation, ended, _ in results:
-        caught = f"`{mutation.shown}`" + ("" if ended == "caught" else f" **{ended}**")
-        lines.append(f"| {mutation.name} | `{mutation.file}` | {caught} |")
-    return "\n".join(lines)
+def row(mutation: Mutation, ended: str) -> str:
+    """Return a line of the table of docs/mutations.md."""
+    caught = f"`{mutation.shown}`" + ("" if ended == "caught" else f" **{ended}**")
+    return f"| {mutation.name} | `{mutation.file}` | {caught} |"
+
+
+def mutations_table(ended: dict[str, str], page: str) -> str:
+    """Return the table of docs/mutations.md.
+
+    Args:
+        ended: How those ended that were run, by name. The others are as the page says, or not run.
+        page: The page as it stands.
+    """
+    every = {m: "caught" if row(m, "caught") in page else "not run" for m in Mutation.all()}
+    every |= {m: ended[m.name] for m in every if m.name in ended}
+    caught = sum(how == "caught" for how in every.values())
+    lines = [f"{caught} of {len(every)} caught.", ""]
+    lines += ["| broken on purpose | in | caught by |", "|---|---|---|"]
+    return "\n".join([*lines, *(row(m, how) for m, how in every.items())])
 
 
 def guarantees_table() -> str:
@@ -256,9 +269,10 @@ def main() -> None:
                     print(f"{'':10s} {mutation.file}, {mutation.test}: {why}", flush=True)
     seconds = time.monotonic() - start
     print(f"{ended['caught']} of {len(results)} caught, {seconds:.0f} s, {options.jobs} at a time")
-    if options.docs and not options.words:
-        head = f"{ended['caught']} of {len(results)} caught.\n\n"
-        write_table(options.docs / "mutations.md", head + mutations_table(results))
+    if options.docs:
+        page = options.docs / "mutations.md"
+        how = {m.name: outcome for m, outcome, _ in results}
+        write_table(page, mutations_table(how, page.read_text()))
         write_table(options.docs / "guarantees.md", guarantees_table())
     raise SystemExit(ended["caught"] != len(results))
 

@@ -46,7 +46,9 @@ def test_what_is_found_is_not_verified_on_an_unrelated_gradient(cifar, narrow, o
 
 
 @pytest.mark.parametrize("what", ["a token is missing", "the image makes others"])
-def test_nothing_is_verified_where_a_token_is_missing_or_the_image_makes_others(cifar, narrow, observe, monkeypatch, what):
+def test_nothing_is_verified_where_a_token_is_missing_or_the_image_makes_others(
+    cifar, narrow, observe, monkeypatch, what
+):
     search, invert = deep._search, deep.Stem.invert
     if what == "a token is missing":
         monkeypatch.setattr(deep, "_search", lambda *given: search(*given)[:-1])

@@ -130,7 +130,10 @@ def test_an_installed_defense_does_what_its_traits_say(name):
 
 @pytest.mark.parametrize(
     ("kind", "check", "why"),
-    [("BatchNoise", "check_noise", "on a batch of 3"), ("TokenShuffle", "check_tokens", "class token")],
+    [
+        ("BatchNoise", "check_noise", "on a batch of 3"),
+        ("TokenShuffle", "check_tokens", "class token"),
+    ],
 )
 def test_a_bug_of_a_third_party_is_found_and_the_same_defense_without_it_is_sound(kind, check, why):
     buggy, sound = {}, {}
