@@ -228,7 +228,7 @@ def write_table(path: Path, text: str) -> None:
 
 def main() -> None:
     """Run the mutations and print how each ended."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("words", nargs="*", help="only those whose name or file has one of them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--docs", type=Path, help="write the tables of the pages in this folder")
