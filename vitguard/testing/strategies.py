@@ -147,10 +147,9 @@ def tensors(
     kinds: Sequence[torch.dtype] = KINDS,
 ) -> Tensor:
     """Finite tensors, scalars and empty ones among them; zeros, tiny, usual or large values."""
-    if shape is None:
-        shape = draw(st.lists(st.sampled_from((1, 2, 3, 7, 0)), max_size=3))
+    size = draw(st.lists(st.sampled_from((1, 2, 3, 7, 0)), max_size=3)) if shape is None else shape
     kind, seed = draw(st.sampled_from(kinds)), draw(_SEEDS)
-    values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    values = torch.randn(tuple(size), generator=torch.Generator().manual_seed(seed))
     if kind.is_floating_point:
         return (draw(st.sampled_from((1.0, 0.0, 1e-4, 1e3))) * values).to(kind)
     return (values > 0) if kind == torch.bool else (100 * values).to(kind)
