@@ -15,14 +15,16 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from vitguard.defenses.base import Draws
+from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.engine import clipped_sum
 from vitguard.defenses.privacy.samplers import place
 from vitguard.defenses.privacy.training import Due, PrivateTraining
-from vitguard.errors import Incompatible, Unprotected
+from vitguard.errors import Incompatible, Unprotected, expected
 
 __all__ = ["BookKeepingOptimizer", "refuse_optimizer"]
 
 Spend = Callable[[float, float], None]
+_LEDGER = "vitguard"  # the ledger's place in the optimizer's state
 
 
 class BookKeepingOptimizer(DPOptimizer):
@@ -36,7 +38,7 @@ class BookKeepingOptimizer(DPOptimizer):
     draw of noise to the whole sum and sends the result.
 
     Args:
-        spend: Writes noise multiplier and rate of a release into the ledger, or raises Unprotected.
+        spend: Writes noise multiplier and rate of a release into `ledger`, or raises Unprotected.
         settings: Opacus's.
     """
 
@@ -47,25 +49,41 @@ class BookKeepingOptimizer(DPOptimizer):
         training: PrivateTraining,
         *,
         draws: Draws,
+        ledger: Ledger,
         spend: Spend,
         **settings: Any,
     ) -> None:
         super().__init__(optimizer, **settings)
-        self._training, self._draws, self._spend = training, draws, spend
+        self._training, self._draws, self._spend, self._ledger = training, draws, spend, ledger
         self._names = {p: n for n, p in model.named_parameters()}
         self._place = place()
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._next: tuple[int, int] | None = None  # batch and piece that would continue the sums
         self._clip = self._rate = 0.0  # of the batch in the sums
-        self._open = False
-        self._handle = optimizer.register_step_pre_hook(self._refuse_others)
+        self._handle = optimizer.register_step_pre_hook(lambda *_: training.stepped())
 
-    def _refuse_others(self, *_: Any) -> None:
-        if not self._open and self._training.live:
-            raise Unprotected(
-                "Expected a step of the private optimizer, got one of the optimizer it replaced. "
-                "Use the optimizer that guard.prepare returned."
-            )
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer, and the ledger: tools that save optimizers save both.
+
+        The ledger holds no secret.
+        """
+        return {**self.original_optimizer.state_dict(), _LEDGER: self._ledger.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where a `state_dict` left off; the ledger never goes back.
+
+        Raises:
+            InputError: The state has no ledger, or an older one; nothing is loaded.
+        """
+        state = dict(state_dict)
+        if _LEDGER not in state:
+            raise expected(
+                "the state of a private optimizer", "one without a ledger",
+                "What was spent before would not count. Load weights alone, or a state that the "
+                "private optimizer saved.",
+            )  # fmt: skip
+        self._ledger.load_state_dict(state.pop(_LEDGER))
+        self.original_optimizer.load_state_dict(state)
 
     @property
     def accumulated_iterations(self) -> int:
@@ -110,11 +128,8 @@ class BookKeepingOptimizer(DPOptimizer):
             with torch.enable_grad():
                 value = closure()
         if self.pre_step():
-            self._open = True
-            try:
+            with self._training.stepping():
                 self.original_optimizer.step()
-            finally:
-                self._open = False
         return value
 
     def pre_step(self, closure: Any = None) -> bool:

@@ -75,6 +75,7 @@ def prepare_training(
             model,
             training,
             draws=draws,
+            ledger=ledger,
             spend=spend,
             noise_multiplier=noise,
             max_grad_norm=defense.clip,

@@ -14,6 +14,7 @@ from vitguard.defenses.base import Installed, watch_gradients
 from vitguard.defenses.privacy.engine import Engine, Watch
 from vitguard.defenses.privacy.tape import Tape
 from vitguard.defenses.protection import Protection
+from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Unprotected
 
 __all__ = ["Due", "PrivateTraining", "paused"]
@@ -88,6 +89,7 @@ class PrivateTraining(Installed):
         self.engine = engine
         self.probe = probe
         self.live = True
+        self._open = False
         self.due: Due | None = None
         self.tape: Tape | None = None
         self._watch: Watch | None = None
@@ -104,7 +106,7 @@ class PrivateTraining(Installed):
 
     def __getstate__(self) -> dict[str, Any]:
         transient = dict.fromkeys(("due", "tape", "_watch", "_key", "_reader"))
-        return {**self.__dict__, **transient, "live": False, "_parameter_handles": []}
+        return {**self.__dict__, **transient, "live": False, "_open": False, "_parameter_handles": []}
 
     def install(self, model: nn.Module) -> None:
         """Start watching `model`."""
@@ -112,6 +114,7 @@ class PrivateTraining(Installed):
         after = model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
         self._handles = [before, after]
         self._parameter_handles = watch_gradients(model.parameters(), self._expose)
+        watch_steps(self, model)
         self.live = True
 
     def uninstall(self, model: nn.Module) -> None:
@@ -119,6 +122,23 @@ class PrivateTraining(Installed):
             handle.remove()
         self._handles, self._parameter_handles = [], []
         self.live = False
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Let the optimizer step in the block: it is the private one's."""
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def stepped(self) -> None:
+        if self.live and not self._open:
+            raise Unprotected(
+                "Expected a step of the private optimizer, got one of another optimizer of the "
+                "model's parameters: it would be neither noised nor counted. Use the optimizer "
+                "that guard.prepare returned."
+            )
 
     def settle(self) -> None:
         if self.exposed:

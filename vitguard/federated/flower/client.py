@@ -71,6 +71,7 @@ def attach(guard: Guard) -> Guard:
     ledger = kept.get("guard")
     if isinstance(ledger, bytes):
         guard.load_state_bytes(ledger)
+    guard.will_seal()
     exchange.guards.append(guard)
     return guard
 
