@@ -66,6 +66,7 @@ class PoissonLoader:
         self.ends_step = True
         """Whether the optimizer's step on the batch handed out last is a full step."""
         self.dataset = loader.dataset
+        self.drawn_from = records
         self.first = records[0]
         self.records = len(records)
         """How many records may be drawn, over all processes."""

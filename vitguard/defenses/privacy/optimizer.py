@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,8 @@ class BookKeepingOptimizer(DPOptimizer):
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._next: tuple[int, int] | None = None  # batch and piece that would continue the sums
         self._clip = self._rate = 0.0  # of the batch in the sums
+        self.left_out = 0
+        """Examples so far whose gradient was not finite; for this machine alone."""
         self._handle = optimizer.register_step_pre_hook(lambda *_: training.stepped())
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,7 +168,9 @@ class BookKeepingOptimizer(DPOptimizer):
                 f"Expected every piece of a batch to be stepped on, got piece {due.piece + 1} "
                 "without those before it. Call optimizer.step() after each piece, or loader.skip()."
             )
-        sums = clipped_sum(tape, self._clip, scale=tape.batch, real=due.real).sums
+        clipped = clipped_sum(tape, self._clip, scale=tape.batch, real=due.real)
+        sums = clipped.sums
+        self._note_left_out(clipped.norms[: due.real])
         if stray := self._stray():
             raise _around(stray)
         if not sums:
@@ -179,6 +184,18 @@ class BookKeepingOptimizer(DPOptimizer):
             self._sums[p] = self._sums[p] + total if p in self._sums else total
         self._next = (due.batch, due.piece + 1)
         return due
+
+    def _note_left_out(self, norms: Tensor) -> None:
+        """Warn, once, that examples without a finite gradient were left out; count them all."""
+        lost = int((~torch.isfinite(norms)).sum())
+        if lost and not self.left_out:
+            warnings.warn(
+                f"Expected finite gradients, got {lost} of {len(norms)} examples whose gradient is "
+                "not: they were left out of this step, which is noise alone where all are. Look "
+                "for NaN in the images and the loss, or a learning rate that is too large.",
+                stacklevel=2,
+            )
+        self.left_out += lost
 
     def _stray(self) -> str | None:
         """Return a parameter with a gradient that the optimizer would step on, if any."""

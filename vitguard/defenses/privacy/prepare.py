@@ -15,6 +15,7 @@ from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.loader import PoissonLoader
+from vitguard.defenses.privacy.mixing import refuse_mixing_collate
 from vitguard.defenses.privacy.probe import probe
 from vitguard.defenses.privacy.training import PrivateTraining
 from vitguard.defenses.protection import Protection
@@ -52,6 +53,7 @@ def prepare_training(
     engine = defense._engine()
     training = PrivateTraining(engine, probe)
     poisson = PoissonLoader(loader, training, draws, defense.physical_batch)
+    refuse_mixing_collate(loader.collate_fn, loader.dataset, poisson.drawn_from)
     if defense.delta >= 1 / poisson.records:
         raise expected(f"delta below 1 / {poisson.records} records", defense.delta)
     if defense.epsilon is not None and defense.epochs is None:

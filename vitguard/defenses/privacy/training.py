@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -11,11 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vitguard.defenses.base import Installed, watch_gradients
+from vitguard.defenses.privacy.checks import refuse_sharded
 from vitguard.defenses.privacy.engine import Engine, Watch
+from vitguard.defenses.privacy.mixing import refuse_mixed_targets
 from vitguard.defenses.privacy.tape import Tape
 from vitguard.defenses.protection import Protection
 from vitguard.defenses.steps import watch_steps
-from vitguard.errors import Unprotected
+from vitguard.errors import Incompatible, InputError, Unprotected
+from vitguard.vit import logits_of
 
 __all__ = ["Due", "PrivateTraining", "paused"]
 
@@ -45,6 +50,26 @@ class Due(NamedTuple):
     piece: int = 0
     batch: int = 0
     rate: float = 1.0
+
+
+def refuse_compiled() -> None:
+    """Raise Incompatible under torch.compile, which would trace the record of one batch.
+
+    While dynamo traces, looking at the stack makes it give up on the model's frame; the pass then
+    runs as it is, below a frame of dynamo's.
+    """
+    line = (
+        "Expected a model that is not compiled under differential privacy, got a training pass "
+        "under torch.compile: each example's gradient is recorded as Python runs. Train the model "
+        "itself; a copy may be compiled to evaluate it."
+    )
+    if torch.compiler.is_compiling():
+        raise Incompatible(line)
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_qualname.startswith("_TorchDynamoContext.__call__"):
+            raise Incompatible(line)
+        frame = frame.f_back
 
 
 def _start_afresh(training: PrivateTraining, _: Any) -> None:
@@ -225,6 +250,8 @@ class PrivateTraining(Installed):
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not (self.live and model.training and torch.is_grad_enabled()):
             return
+        refuse_compiled()
+        refuse_sharded(model)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._check_due(tensors)
         self.engine.close()
@@ -279,4 +306,15 @@ class PrivateTraining(Installed):
         self.tape = None  # a pass that broke off or is refused may be run again
         if output is not None and tape is not None:
             self.engine.verify(model, tape, output)
+            _watch_targets(output)
             self.tape = tape
+
+
+def _watch_targets(output: Any) -> None:
+    """Look, in the backward pass, at the gradient of class scores."""
+    try:
+        scores = logits_of(output)
+    except InputError:
+        return  # no classes, or known to the training script alone
+    if scores.requires_grad:
+        scores.register_hook(functools.partial(refuse_mixed_targets, scores.detach()))
