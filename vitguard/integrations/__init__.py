@@ -1,0 +1,1 @@
+"""The trainers that people use: transformers, Lightning, accelerate. Each is a module of its own."""
