@@ -349,9 +349,7 @@ class Drawn:
         return made
 
 
-def reference(
-    loop: Loop, column: Column, *, extras: Weights, fault: str = ""
-) -> Result:
+def reference(loop: Loop, column: Column, *, extras: Weights, fault: str = "") -> Result:
     """Train by hand.
 
     Args:

@@ -357,9 +357,7 @@ FAULTS = [
 def test_a_fault_in_a_loop_is_further_away_than_the_tolerance(fault, loop, column):
     loop, column = named(loop, column)
     extras = Run(loop, column, BUILT[0]).extras
-    right, wrong = (
-        loops.reference(loop, column, extras=extras, fault=f) for f in ("", fault)
-    )
+    right, wrong = (loops.reference(loop, column, extras=extras, fault=f) for f in ("", fault))
     apart = distance(wrong.weights, right.weights, right.start)
     if loop.ema:
         apart = distance(wrong.averaged, right.averaged, right.start)

@@ -500,7 +500,8 @@ class Guard:
                 "Wrap the tensors: vg.Update(tensors, kind='difference', batch_size=8).",
             )  # fmt: skip
         tensors = {
-            canonical_name(name): wrapping.gathered(t.detach()) for name, t in update.tensors.items()
+            canonical_name(name): wrapping.gathered(t.detach())
+            for name, t in update.tensors.items()
         }
         known = {canonical_name(name) for name in self.model.state_dict()}
         if strangers := sorted(tensors.keys() - known):

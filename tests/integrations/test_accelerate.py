@@ -99,7 +99,7 @@ def test_epsilon_after_a_resume_is_that_of_one_run_and_a_plain_model_loads_the_w
 
 def test_what_accelerate_prepared_before_is_told_the_order(small_vit):
     accelerator = accelerate.Accelerator(cpu=True)
-    model, guard = guarded(small_vit, SHUFFLE)
+    model, _ = guarded(small_vit, SHUFFLE)
     optimizer, loader = accelerator.prepare(sgd(model), DataLoader(DATA, 4))
     with pytest.raises(Incompatible, match=r"integrations\.accelerate\.prepare"):
         prepare(accelerator, model, optimizer, loader)

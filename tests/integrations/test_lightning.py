@@ -203,5 +203,5 @@ def test_a_module_that_steps_by_itself_is_told_what_to_call():
     class Manual(GuardMixin, Lit):
         automatic_optimization = False
 
-    with pytest.raises(Incompatible, match="guard.prepare and guard.auxiliary_loss"):
+    with pytest.raises(Incompatible, match=r"guard\.prepare and guard\.auxiliary_loss"):
         fit(Manual(SHUFFLE))

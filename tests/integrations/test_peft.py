@@ -118,9 +118,7 @@ def test_an_update_of_adapters_is_sealed_by_the_names_of_the_wrapped_model(small
     optimizer = guard.prepare(sgd(model))
     before = kept(model)
     step(model.train(), guard, optimizer)
-    difference = {
-        n: p.detach() - before[n] for n, p in model.named_parameters() if p.requires_grad
-    }
+    difference = {n: p.detach() - before[n] for n, p in model.named_parameters() if p.requires_grad}
     sealed = guard.seal(vg.Update(difference, kind="difference", batch_size=8))
     assert len(sealed.tensors) == len(difference)
     norm = float(torch.stack([t.norm() for t in sealed.tensors.values()]).norm())

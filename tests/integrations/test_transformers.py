@@ -166,9 +166,7 @@ def test_epsilon_after_a_resume_is_that_of_one_run(tmp_path):
     one.train()
     first = build()
     vg.protect(first, PRIVATE)
-    trainer(
-        first, tmp_path / "parts", save_strategy="steps", save_steps=8, max_steps=8
-    ).train()
+    trainer(first, tmp_path / "parts", save_strategy="steps", save_steps=8, max_steps=8).train()
     second = build()
     guard = vg.protect(second, PRIVATE)
     made = trainer(second, tmp_path / "parts", max_steps=16, logging_steps=8)
@@ -207,6 +205,7 @@ def test_a_checkpoint_without_the_guards_state_is_refused_and_loads_nothing(tmp_
 
 def test_the_plain_trainers_checkpoint_counts_too_when_the_optimizer_is_private(tmp_path):
     """Whoever writes the four lines by hand: the optimizer's state carries the ledger."""
+
     class ByHand(Trainer):
         def get_train_dataloader(self):
             guard = vg.Guard.of(self.model)

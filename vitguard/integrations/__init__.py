@@ -1,1 +1,1 @@
-"""The trainers that people use: transformers, Lightning, accelerate. Each is a module of its own."""
+"""The trainers that people use, each a module of its own: transformers, Lightning, accelerate."""

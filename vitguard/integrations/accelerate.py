@@ -1,4 +1,4 @@
-"""accelerate with a protected model: its `prepare` in the right order, and checkpoints that count."""
+"""accelerate with a protected model: `prepare` in the right order, checkpoints that count."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def prepare(
     """Return what `accelerator.prepare` returns, for a protected model.
 
     Under differential privacy the optimizer adds up over processes by itself, so the model is not
-    wrapped for it, and the loader is a Poisson loader whose batches come on the right device.
+    wrapped for it, and the loader is a Poisson loader whose batches come on the right device; the
+    batch size that it was made with is that of all processes together.
 
     Args:
         model: Protected, not prepared by accelerate.

@@ -52,8 +52,8 @@ class GuardCallback(Callback):
         elif guard._ledgers:
             raise expected(
                 "a checkpoint with the guard's state", "one without",
-                "What was spent before would not count: resume from a checkpoint that GuardCallback "
-                "or GuardMixin wrote, or load the weights alone into a new module.",
+                "What was spent before would not count: resume from a checkpoint that "
+                "GuardCallback or GuardMixin wrote, or load the weights alone into a new module.",
             )  # fmt: skip
 
 
@@ -90,7 +90,8 @@ class GuardMixin:
 
     Under differential privacy a loader that is no `train_dataloader` of the module is given as
     `trainer.fit(module, module.private(loader))`; a data module returns
-    `self.trainer.lightning_module.private(loader)`. Lightning's gradient clipping does nothing then.
+    `self.trainer.lightning_module.private(loader)`. Lightning's gradient clipping does nothing
+    then, and the loader's batch size is that of all processes together.
     """
 
     _loader: PrivateBatches | None = None

@@ -1,4 +1,4 @@
-"""Any optimizer but the private one is refused at its first step, and its state is no private one."""
+"""Any optimizer but the private one is refused at its first step, and so is its state."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_a_stock_optimizer_on_the_private_loader_raises_at_its_first_step(small_
     stock = sgd(model)
     images, labels = next(iter(loader))
     F.cross_entropy(model(images), labels).backward()
-    with pytest.raises(Unprotected, match="optimizer that guard.prepare returned"):
+    with pytest.raises(Unprotected, match=r"optimizer that guard\.prepare returned"):
         stock.step()
 
 
@@ -71,7 +71,7 @@ def test_epsilon_after_a_resume_from_the_optimizers_state_is_that_of_one_run(sma
 
 def test_the_state_of_a_plain_optimizer_is_refused_and_nothing_is_loaded(small_vit):
     model = small_vit(depth=1)
-    guard, optimizer, _ = prepared(model)
+    _, optimizer, _ = prepared(model)
     state = sgd(small_vit(depth=1)).state_dict()
     state["param_groups"][0]["lr"] = 7.0
     with pytest.raises(InputError, match="without a ledger"):

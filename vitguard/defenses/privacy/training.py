@@ -131,7 +131,13 @@ class PrivateTraining(Installed):
 
     def __getstate__(self) -> dict[str, Any]:
         transient = dict.fromkeys(("due", "tape", "_watch", "_key", "_reader"))
-        return {**self.__dict__, **transient, "live": False, "_open": False, "_parameter_handles": []}
+        return {
+            **self.__dict__,
+            **transient,
+            "live": False,
+            "_open": False,
+            "_parameter_handles": [],
+        }
 
     def install(self, model: nn.Module) -> None:
         """Start watching `model`."""
