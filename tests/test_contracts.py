@@ -14,6 +14,7 @@ from vitguard.registry import attack_types, defense_types
 from vitguard.testing import contracts
 
 ALL = {**defense_types(), **attack_types()}
+LONG = {"map", "april-opt", "idlg"}  # seconds of processor time each
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -36,7 +37,14 @@ def test_settings_and_repr_are_plain(name):
     contracts.check_plain(ALL[name]())
 
 
-@pytest.mark.parametrize("name", [n for n, t in attack_types().items() if issubclass(t, Attack)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
+        for name, kind in attack_types().items()
+        if issubclass(kind, Attack)
+    ],
+)
 def test_any_update_gives_a_finite_image_or_a_reason(name):
     short = {"iterations": 2, "restarts": 1, "seconds": 0.2}
     attack = ALL[name]()

@@ -26,6 +26,7 @@ def test_this_process_and_those_it_starts_have_the_threads_that_were_set():
     assert int(child.stdout) == min(told, os.cpu_count() or told)
 
 
+@pytest.mark.slow
 def test_with_nothing_exported_workers_of_xdist_have_one_thread():
     pytest.importorskip("xdist")
     this = f"{Path(__file__).relative_to(ROOT)}::{_asked_by_the_test_above.__name__}"

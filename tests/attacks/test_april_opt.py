@@ -33,7 +33,9 @@ def test_without_the_position_gradient_the_term_is_off_and_it_says_so(attacked):
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"total_variation": 0.01}])
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"total_variation": 0.01}, marks=pytest.mark.slow)]
+)
 def test_it_ends_3_db_above_its_own_start(attacked, settings):
     view, truth = attacked([2])
     attack = AprilMatching.fast(**settings)

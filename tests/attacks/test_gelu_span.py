@@ -121,7 +121,13 @@ def surplus(anatomy, guess, pixels):
     return count
 
 
-@pytest.mark.parametrize("case", ["dead head", "narrow MLP", "white", "noise"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("dead head", "narrow MLP", "noise")),
+        "white",
+    ],
+)
 def test_no_token_counts_twice(small_vit, observe, photos, case):
     """A found token leaves a remnant that fits again, and attention does not always tell it."""
     model, pixels, noise = small_vit(seed=2), photos[:3], 0.0
@@ -199,6 +205,7 @@ def test_an_interrupt_keeps_what_was_found(small_vit, observe, photos, monkeypat
     assert 0 < int(guess.verified.sum()) < guess.verified.numel()
 
 
+@pytest.mark.slow
 def test_no_patch_is_verified_on_an_unrelated_gradient(small_vit, observe):
     """100 trials: fc2's gradient comes from another image than everything else."""
     images = data.sample_images((16, 16), count=5).pixels

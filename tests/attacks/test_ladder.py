@@ -171,6 +171,7 @@ def test_rungs_that_the_budget_did_not_reach_never_count_as_resistance(
     assert hurried.gate(max_psnr=40) == 3
 
 
+@pytest.mark.slow
 def test_under_a_known_damage_the_robust_rungs_come_before_the_long_search(
     small_vit, observe, photo
 ):

@@ -166,6 +166,7 @@ def test_the_level_of_the_noise_defense_is_public(small_vit, observe, photo):
             assert level == pytest.approx(float(error.sqrt()), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stack", "start"), [("", RobustPosition(5)), (FROZEN + "+", RobustSpan(5))]
 )
@@ -206,6 +207,7 @@ def test_a_spent_budget_is_unfinished_and_the_same_budget_gives_the_same_image(
     assert torch.equal(one.images, other.images)
 
 
+@pytest.mark.slow
 def test_the_label_of_one_image_is_read_under_noise_as_large_as_the_gradient(
     small_vit, observe, photo
 ):
@@ -215,6 +217,7 @@ def test_the_label_of_one_image_is_read_under_noise_as_large_as_the_gradient(
         assert guess.labels.tolist() == [1]
 
 
+@pytest.mark.slow
 def test_a_batch_is_fitted_from_a_start_with_an_image_for_each(small_vit, observe, photos):
     view = observe(small_vit(), photos[:2], torch.tensor([1, 2]), defenses="noise:scale=0.003")
     blurred = photos[:2] + 0.05 * torch.randn(photos[:2].shape, generator=seeded())

@@ -103,6 +103,7 @@ def test_a_spent_budget_changes_nothing_and_is_said(view, photo):
     assert made.details["unfinished"] == ["polish"]
 
 
+@pytest.mark.slow
 def test_the_ladder_polishes_last_and_says_so(small_vit, observe, photo, view):
     made = Ladder().run(view, seeded())
     assert "rounded to the grid of image files" in made.details["polish"]

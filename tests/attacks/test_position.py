@@ -25,6 +25,38 @@ def test_float32_loses_decibels_but_not_the_image(small_vit, observe, photo, gen
     assert float(quality(observe(small_vit(), photo), photo, generator)) > 95
 
 
+def as_file(photo):
+    return (photo * 255).round() / 255
+
+
+def test_an_image_file_comes_back_bit_for_bit(small_vit, observe, photo, generator):
+    stored = as_file(photo)
+    guess = PositionInversion().run(observe(small_vit(), stored), generator)
+    assert (guess.images * 255).round().equal((stored * 255).round())
+    assert float(psnr(guess.images, stored)) > 140 and "grid" in guess.details
+
+
+def test_pixels_between_the_levels_of_a_file_are_not_rounded(small_vit, observe, photo, generator):
+    """Half a level away everywhere; and one patch alone that is not of a file."""
+    between = as_file(photo).clamp(0.1, 0.9) + 0.5 / 255
+    alone = as_file(photo)
+    alone[..., :4, :4] = between[..., :4, :4]
+    for pixels in (between, alone):
+        guess = PositionInversion().run(observe(small_vit(), pixels), generator)
+        assert "grid" not in guess.details
+        assert float(psnr(guess.images, pixels)) > 95
+
+
+def test_a_mixture_is_not_rounded_though_it_lies_on_the_grid(
+    small_vit, observe, photo, generator, monkeypatch
+):
+    """The hint alone does not do: the system has to hold with the rounded image."""
+    monkeypatch.setattr("vitguard.attacks.position.ON_GRID", 1.0)
+    pixels = as_file(photo).clamp(0.1, 0.9) + 0.5 / 255
+    guess = PositionInversion().run(observe(small_vit(), pixels), generator)
+    assert "grid" not in guess.details
+
+
 @pytest.mark.parametrize(("rate", "at_least"), [(0.1, 70), (1e-3, 35)])
 def test_the_difference_of_one_step_is_as_good_as_its_rounding(
     small_vit, observe, photo, generator, rate, at_least

@@ -222,6 +222,7 @@ def test_positions_made_learnable_again_are_refused_before_the_forward(small_vit
         guard.seal(Update({"cls_token": torch.zeros(1, 1, 96)}))
 
 
+@pytest.mark.slow
 def test_two_processes_with_gloo_average_everything_but_positions(tmp_path):
     import torch.multiprocessing as processes
 

@@ -94,7 +94,11 @@ def test_learnable_positions_tell_the_mask_by_rows_of_zeros(cifar, cifar_vit):
 
 
 @pytest.mark.parametrize(
-    "positions, attacks", [("learnable", ("position", "span")), ("frozen", ("span",))]
+    "positions, attacks",
+    [
+        pytest.param("learnable", ("position", "span"), marks=pytest.mark.slow),
+        ("frozen", ("span",)),
+    ],
 )
 def test_the_audit_reports_precision_and_recall_of_the_mask(positions, attacks):
     """Zero rows of learnable positions tell it, and the residual of span whatever they are."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitguard.attacks.base import Attack, Rung
+from vitguard.attacks.equations.grid import ON_GRID, ROUNDED, nearest_levels
 from vitguard.attacks.equations.rows import guess_from_patches, least_squares, patch_gradient
 from vitguard.attacks.labels import try_labels
 from vitguard.core import Guess, View
@@ -18,6 +19,8 @@ from vitguard.vit import Anatomy
 
 __all__ = ["PositionInversion"]
 
+_AS_WELL = 2.0  # how much more than expected a true image may leave
+
 
 @dataclass(frozen=True)
 class PositionInversion(Attack):
@@ -26,9 +29,11 @@ class PositionInversion(Attack):
     Learnable absolute positions leak G_i = dL/de_i = dL/dz_i, and the patch embedding leaks
     dL/dW = sum_i G_i x_i^T. At batch size 1 this is a linear system for all patches at once; it is
     solved by least squares in float64, unique where rank(G) = N <= D and minimum norm otherwise.
-    No assumption on attention, norms or depth. In a batch the solution is a mixture in which one
-    dominant image may still stand out. Positions that a shuffle replaced get no gradient: their
-    rows of zeros in G tell its mask (in a batch, the positions replaced in every image).
+    No assumption on attention, norms or depth. Pixels that come near the grid of 8-bit image files
+    are set to it where the system holds as well with them: the image is then exact. In a batch the
+    solution is a mixture in which one dominant image may still stand out. Positions that a shuffle
+    replaced get no gradient: their rows of zeros in G tell its mask (in a batch, the positions
+    replaced in every image).
 
     Raises:
         NotApplicable: No absolute positions, a norm inside the patch embedding, patch dropout,
@@ -73,8 +78,11 @@ class PositionInversion(Attack):
         if positions.shape[0] != anatomy.patches:
             raise NotApplicable("positions are resampled in the forward pass")
         weight = patch_gradient(summed, anatomy)
-        patches, rank, residual = _solve(positions.T, weight)
-        details = {"rank": rank, "patches": anatomy.patches, "residual": residual}
+        system = _System.of(positions.T, weight)
+        patches = system.solution
+        details = {"rank": system.rank, "patches": anatomy.patches, "residual": system.residual}
+        if (exact := _on_grid(view, anatomy, system)) is not None:
+            patches, details["grid"] = exact, ROUNDED
         replaced = positions.eq(0).all(dim=1)[None]
         return guess_from_patches(
             view,
@@ -86,17 +94,49 @@ class PositionInversion(Attack):
         )
 
 
-def _solve(system: Tensor, target: Tensor) -> tuple[Tensor, int, float]:
-    """Least squares with rows weighted by their size, as float rounding is; plainly if it is not.
+@dataclass(frozen=True)
+class _System:
+    """The system with its rows weighted, and its least-squares solution."""
 
-    Equations outnumber unknowns where N < D, so the residual tells which of the two noise is.
-    """
-    scale = target.norm(dim=1, keepdim=True)
-    weight = 1 / torch.where(scale > 0, scale, torch.ones_like(scale))
-    for rows in (weight, torch.ones_like(weight)):
-        solution, rank = least_squares(rows * system, rows * target)
-        error = rows * (system @ solution - target)
-        residual = float(error.norm() / (rows * target).norm().clamp_min(1e-300))
-        if residual < 1e-3:
-            break
-    return solution, rank, residual
+    rows: Tensor
+    system: Tensor
+    target: Tensor
+    solution: Tensor
+    rank: int
+
+    @staticmethod
+    def of(system: Tensor, target: Tensor) -> _System:
+        """Weight rows by their size, as float rounding is; plainly if it is not.
+
+        Equations outnumber unknowns where N < D, so the residual tells which of the two noise is.
+        """
+        scale = target.norm(dim=1, keepdim=True)
+        weight = 1 / torch.where(scale > 0, scale, torch.ones_like(scale))
+        for rows in (weight, torch.ones_like(weight)):
+            made = _System(rows, system, target, *least_squares(rows * system, rows * target))
+            if made.residual < 1e-3:
+                break
+        return made
+
+    @property
+    def residual(self) -> float:
+        """What the solution leaves, relative to the target."""
+        return self.left_by(self.solution)
+
+    def left_by(self, patches: Tensor) -> float:
+        """Return what some patches leave of the weighted target, relative to it."""
+        error = self.rows * (self.system @ patches - self.target)
+        return float(error.norm() / (self.rows * self.target).norm().clamp_min(1e-300))
+
+
+def _on_grid(view: View, anatomy: Anatomy, found: _System) -> Tensor | None:
+    """Return the patches of an 8-bit image that explain the update as well as the solution does."""
+    pixels = anatomy.patchify(view.normalization.invert(anatomy.unpatchify(found.solution[None])))
+    near, away = nearest_levels(pixels[0])
+    if not bool((away < ON_GRID).all()):
+        return None
+    patches = anatomy.patchify(view.normalization.apply(anatomy.unpatchify(near[None])))[0]
+    # least squares fits the rounding too: r unknowns take a share r / D of its energy away
+    share = max(1 - found.rank / len(found.system), 1 / len(found.system))
+    limit = _AS_WELL * found.residual / share**0.5
+    return patches if found.left_by(patches) < limit else None

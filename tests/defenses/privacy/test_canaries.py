@@ -31,6 +31,8 @@ def benchmark(name):
 
 canaries = benchmark("canaries")
 
+PATHS = [pytest.param(p, marks=pytest.mark.slow) if p == "resumed" else p for p in canaries.PATHS]
+
 
 def audited(path, fault, confidence):
     if path == "forked" and not hasattr(os, "fork"):
@@ -39,7 +41,7 @@ def audited(path, fault, confidence):
     return bound, canaries.gaussian_epsilon(1 / NOISE, canaries.DELTA)
 
 
-@pytest.mark.parametrize("path", canaries.PATHS)
+@pytest.mark.parametrize("path", PATHS)
 def test_no_lower_bound_exceeds_what_is_claimed(path):
     bound, claim = audited(path, "none", SURE)
     assert bound.epsilon <= claim
@@ -47,7 +49,7 @@ def test_no_lower_bound_exceeds_what_is_claimed(path):
 
 
 @pytest.mark.parametrize("fault", [f for f in canaries.FAULTS if f != "none"])
-@pytest.mark.parametrize("path", canaries.PATHS)
+@pytest.mark.parametrize("path", PATHS)
 def test_a_planted_fault_is_found_on_every_path(path, fault):
     bound, claim = audited(path, fault, 0.95)
     assert bound.epsilon > claim

@@ -194,6 +194,7 @@ def test_preparing_again_for_another_round_composes():
     assert len(model._forward_pre_hooks) == 2  # one of protect, one of prepare: none piles up
 
 
+@pytest.mark.slow
 def test_target_epsilon_is_spent_after_the_epochs_and_not_exceeded():
     model, guard, optimizer, loader = protected(seed=None, noise=None, epsilon=3.0, epochs=2)
     private, poisson = guard.prepare(optimizer, loader)

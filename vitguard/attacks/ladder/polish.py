@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitguard.attacks.budget import ENDLESS, Budget
+from vitguard.attacks.equations.grid import LEVELS, ON_GRID, ROUNDED, nearest_levels
 from vitguard.attacks.equations.linear import WholeUpdate, least_squares
 from vitguard.attacks.evidence import mismatch
 from vitguard.attacks.ladder.block_equations import BlockEquations, Preconditioner
@@ -20,9 +21,7 @@ __all__ = ["polish"]
 
 _NEAR = 1e-2  # mismatch above which a guess is too far for linearised equations
 _MISSED = 2.0  # misfit over its expected noise above which the equations have more to say
-_ON_GRID = 0.15  # levels; 48 pixels off the grid have 0.29 with a deviation of 0.02
 _CERTAIN = 0.02  # levels; no pixel of such a patch is half a level off
-_ROUNDED = "rounded to the grid of image files"
 _FLOOR = 8  # units of rounding: the true image's update differs by 3 to 5 (float32)
 
 Patches = Float[Tensor, "patches pixels"]
@@ -34,7 +33,7 @@ def polish(
     generator: torch.Generator,
     budget: Budget = ENDLESS,
     *,
-    levels: int | None = 255,
+    levels: int | None = LEVELS,
 ) -> Guess:
     """Return a nearly right image made exact, or as it was where that explains nothing more.
 
@@ -79,7 +78,7 @@ def polish(
         return _cut(_saying(guess, "not tried: the budget was spent"))
     if levels is not None and (exact := _on_grid(view, guess, levels)) is not None:
         whole, last = exact
-        return _saying(whole, f"{_ROUNDED}: mismatch {before:.1e} -> {last:.1e}")
+        return _saying(whole, f"{ROUNDED}: mismatch {before:.1e} -> {last:.1e}")
     done: list[str] = []
     half = budget.part(0.5)
     refined, last = _refined(view, guess, before, half)
@@ -89,7 +88,7 @@ def polish(
         exact = _rounded(view, refined, generator, budget, levels)
         if exact is not None:
             refined, last = exact
-            done.append(_ROUNDED)
+            done.append(ROUNDED)
     said = " and ".join(done) or "nothing gained"
     made = _saying(refined, f"{said}: mismatch {before:.1e} -> {last:.1e}")
     return _cut(made) if half.over and not last < _floor(view) else made
@@ -175,11 +174,11 @@ def _step(
 def _on_grid(view: View, guess: Guess, levels: int) -> tuple[Guess, float] | None:
     """Set all pixels to the grid if each patch is near it and that explains the update."""
     anatomy = Anatomy.of(view.model)
-    pixels = anatomy.patchify(guess.images.detach().double())[0] * levels
-    near = pixels.round()
-    if bool(((pixels - near).square().mean(1).sqrt() > _ON_GRID).any()):
+    pixels = anatomy.patchify(guess.images.detach().double())[0]
+    near, away = nearest_levels(pixels, levels)
+    if bool((away > ON_GRID).any()):
         return None
-    whole = replace(guess, images=anatomy.unpatchify(near[None] / levels))
+    whole = replace(guess, images=anatomy.unpatchify(near[None]))
     distance = mismatch(view, whole)
     return (whole, distance) if distance is not None and distance < _floor(view) else None
 
@@ -189,15 +188,14 @@ def _rounded(
 ) -> tuple[Guess, float] | None:
     """Set patches to the grid, solve for the rest, until the update is explained to rounding."""
     anatomy, floor = Anatomy.of(view.model), _floor(view)
-    pixels = anatomy.patchify(guess.images.detach().double())[0] * levels
-    limit, labels = _ON_GRID, guess.labels
+    pixels = anatomy.patchify(guess.images.detach().double())[0]
+    limit, labels = ON_GRID, guess.labels
     for _ in range(4):
-        near = pixels.round()
-        whole = replace(guess, images=anatomy.unpatchify(near[None] / levels))
+        near, away = nearest_levels(pixels, levels)
+        whole = replace(guess, images=anatomy.unpatchify(near[None]))
         distance = mismatch(view, whole)
         if distance is not None and distance < floor:
             return whole, distance
-        away = (pixels - near).square().mean(1).sqrt()
         free = away > limit
         if not bool(free.any()):  # some pixel is wrong: doubt the three least certain patches
             limit = max(float(away.topk(min(3, len(away))).values[-1]), _CERTAIN)
@@ -205,12 +203,12 @@ def _rounded(
         share = float(free.double().mean())
         if not 0 < share <= 0.5 or labels is None or budget.over:
             return None
-        fixed = anatomy.unpatchify(torch.where(free[:, None], pixels, near)[None] / levels)
+        fixed = anatomy.unpatchify(torch.where(free[:, None], pixels, near)[None])
         patches = _patches(view, replace(guess, images=fixed))
         try:
             update = WholeUpdate.at(view, patches, labels.to(patches.device), free)
         except NotApplicable:
             return None
         patches[free] += update.step(budget.part(0.8), generator)
-        pixels[free] = anatomy.patchify(_with(view, guess, patches).images)[0][free] * levels
+        pixels[free] = anatomy.patchify(_with(view, guess, patches).images)[0][free]
     return None
