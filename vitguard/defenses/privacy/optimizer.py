@@ -63,7 +63,7 @@ class BookKeepingOptimizer(DPOptimizer):
         self._clip = self._rate = 0.0  # of the batch in the sums
         self.left_out = 0
         """Examples so far whose gradient was not finite; for this machine alone."""
-        self._handle = optimizer.register_step_pre_hook(lambda *_: training.stepped())
+        self._handle = optimizer.register_step_pre_hook(lambda *_: training.refuse_others())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer, and the ledger: tools that save optimizers save both.

@@ -164,6 +164,11 @@ class PrivateTraining(Installed):
             self._open = False
 
     def stepped(self) -> None:
+        if self.due is not None:  # else it trains on something else, of which `settle` tells
+            self.refuse_others()
+
+    def refuse_others(self) -> None:
+        """Raise Unprotected for a step that is not the private optimizer's."""
         if self.live and not self._open:
             raise Unprotected(
                 "Expected a step of the private optimizer, got one of another optimizer of the "
