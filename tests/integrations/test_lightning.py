@@ -205,3 +205,32 @@ def test_a_module_that_steps_by_itself_is_told_what_to_call():
 
     with pytest.raises(Incompatible, match=r"guard\.prepare and guard\.auxiliary_loss"):
         fit(Manual(SHUFFLE))
+
+
+def forms(kind):
+    class Formed(Lit):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            return {
+                "alone": optimizer,
+                "a list": [optimizer],
+                "a dictionary": {"optimizer": optimizer, "lr_scheduler": scheduler},
+                "nested": {
+                    "optimizer": optimizer,
+                    "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+                },
+            }[kind]
+
+    class Both(GuardMixin, Formed):
+        pass
+
+    return Both(PRIVATE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["alone", "a list", "a dictionary", "nested"])
+def test_an_optimizer_is_found_in_every_form_that_lightning_takes(kind):
+    module = forms(kind)
+    fit(module, epochs=1)
+    assert module.guard._ledgers["privacy"].steps == 4

@@ -122,7 +122,7 @@ class GuardMixin:
                 "itself. Call guard.prepare and guard.auxiliary_loss there, and add GuardCallback."
             )
         made = super().configure_optimizers()  # type: ignore[misc]
-        (plain,) = _optimizers_in(made)
+        plain = _the_optimizer(made)
         self._optimizer = self._prepared(plain) if is_private(self.guard) else plain
         if self._optimizer is plain:
             self.guard.prepare(plain)
@@ -171,21 +171,26 @@ class GuardMixin:
         return made + auxiliary
 
 
-def _optimizers_in(made: Any) -> list[torch.optim.Optimizer]:
-    """Return the one optimizer in what `configure_optimizers` returned, in any of its forms."""
-    if isinstance(made, dict):
-        made = made["optimizer"]
-    while isinstance(made, list | tuple) and made:
-        made = [m for m in made if isinstance(m, torch.optim.Optimizer)] or made[0]
-        if isinstance(made, list) and all(isinstance(m, torch.optim.Optimizer) for m in made):
-            break
-    found = made if isinstance(made, list) else [made]
-    if len(found) != 1 or not isinstance(found[0], torch.optim.Optimizer):
+def _the_optimizer(made: Any) -> torch.optim.Optimizer:
+    """Return the one optimizer in what `configure_optimizers` returned."""
+    found = _optimizers_in(made)
+    if len(found) != 1:
         raise Incompatible(
-            f"Expected one optimizer from configure_optimizers, got {made!r:.80}. With several, "
+            f"Expected one optimizer from configure_optimizers, got {len(found)}. With several, "
             "call guard.prepare there yourself and add GuardCallback."
         )
-    return found
+    return found[0]
+
+
+def _optimizers_in(made: Any) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of any form: alone, in lists beside schedulers, in dictionaries."""
+    if isinstance(made, torch.optim.Optimizer):
+        return [made]
+    if isinstance(made, dict):
+        return _optimizers_in(made.get("optimizer"))
+    if isinstance(made, list | tuple):
+        return [optimizer for part in made for optimizer in _optimizers_in(part)]
+    return []
 
 
 def _replaced(made: Any, plain: Any, private: Any) -> Any:

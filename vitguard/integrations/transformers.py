@@ -52,6 +52,15 @@ class GuardMixin:
         ```
     """
 
+    # of Trainer
+    model: Any
+    args: Any
+    accelerator: Any
+    optimizer: Any
+    state: Any
+    _prepare_inputs: Any
+    _get_output_dir: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._private: WholeBatches | None = None
         self._piece: int | None = None
