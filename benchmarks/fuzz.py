@@ -34,22 +34,32 @@ from typing import Any
 import torch
 from fuzzing.files import Checkpoints, Updates
 from fuzzing.keys import KeyFiles, Manifests
+from fuzzing.masks import Masked
 from fuzzing.messages import Messages
 from fuzzing.mutations import Chance, Fault
+from fuzzing.records import installed
+from fuzzing.states import CommandLines, States
 
 from vitguard.defenses.encryption import keyfile
 
 KINDS: dict[str, tuple[type, str, float]] = {  # name: class, method, share of all tries
-    "message": (Messages, "outsider", 0.2),
-    "message of an insider": (Messages, "insider", 0.12),
-    "sum": (Messages, "without_signature", 0.12),
+    "message": (Messages, "outsider", 0.12),
+    "message of an insider": (Messages, "insider", 0.1),
+    "sum": (Messages, "without_signature", 0.1),
     "sum of the server": (Messages, "signed", 0.08),
-    "key file": (KeyFiles, "stranger", 0.12),
+    "key file": (KeyFiles, "stranger", 0.1),
     "key file of its owner": (KeyFiles, "owner", 0.08),
     "manifest": (Manifests, "tried", 0.1),
     "update": (Updates, "tried", 0.08),
     "checkpoint, safetensors": (Checkpoints, "safetensors", 0.05),
     "checkpoint, torch": (Checkpoints, "torch_file", 0.05),
+    "masked message": (Masked, "outsider", 0.02),
+    "masked message of an insider": (Masked, "insider", 0.02),
+    "masked sum": (Masked, "told", 0.02),
+    "progress": (States, "kept", 0.04),
+    "state of a guard": (States, "spent", 0.02),
+    "command line": (CommandLines, "tried", 0.02),
+    **installed(),
 }
 
 
@@ -116,13 +126,13 @@ def main() -> None:
         for name, counts in batch_in_child(count, options.seed + number).items():
             found[name].update(counts)
         print(f"\r{min(options.count, (number + 1) * options.batch):,}", end="", file=sys.stderr)
-    print(f"\n{'':26s}{'tries':>9s}{'refused':>9s}{'same':>7s}{'other':>7s}{'FAULTS':>8s}")
+    print(f"\n{'':30s}{'tries':>9s}{'refused':>9s}{'same':>7s}{'other':>7s}{'FAULTS':>8s}")
     faults = []
     for name, counts in found.items():
         bad = {k: v for k, v in counts.items() if k.startswith("FAULT")}
         faults += [f"{name}: {k} ({v})" for k, v in bad.items()]
         row = [sum(counts.values()), *(counts[k] for k in ("refused", "same", "other"))]
-        print(f"{name:26s}{row[0]:9,}{row[1]:9,}{row[2]:7,}{row[3]:7,}{sum(bad.values()):8,}")
+        print(f"{name:30s}{row[0]:9,}{row[1]:9,}{row[2]:7,}{row[3]:7,}{sum(bad.values()):8,}")
     total = sum(sum(c.values()) for c in found.values())
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(

@@ -153,6 +153,15 @@ def test_a_wrong_option_names_its_command(capsys):
     assert "--nonsense 3 (see vitguard audit --help)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word", ["two\nlines", "--seed=a\nb"])
+def test_a_usage_error_is_one_line_whatever_the_arguments_hold(word, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["audit", word])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith("vitguard: error: ")
+    assert said.count("\n") == 1
+
+
 def test_the_listing_fits_the_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["list"]) == 0

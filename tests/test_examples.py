@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +57,43 @@ def folder(tmp_path):
             pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
     return tmp_path / "photos"
+
+
+def pytest_of_the_project(folder, *arguments):
+    """Run pytest in a copy of the project that property-tests its own loop."""
+    shutil.copytree(ROOT / "examples" / "property_tests", folder, dirs_exist_ok=True)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "vitguard.testing.plugin", "--tb=short",
+         "-p", "no:cacheprovider", *arguments],
+        cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_project_of_its_own_property_tests_its_training_loop(tmp_path):
+    done = pytest_of_the_project(tmp_path, "-m", "vitguard")
+    assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout
+    assert "0 fails, 0 inconclusive" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_failure_says_what_the_docs_show_and_saves_the_picture(tmp_path):
+    done = pytest_of_the_project(tmp_path, "shown_failing")
+    assert done.returncode == 1, done.stdout
+    page = (ROOT / "docs" / "testing.md").read_text()
+    shown = page.partition("$ python -m pytest shown_failing\n")[2].partition("```")[0]
+
+    def words(text):  # numbers and names of files follow the machine
+        text = " ".join(text.split())
+        return re.sub(r"[0-9a-f]{8}\.png|\d+(\.\d+)?", "#", text)
+
+    assert shown and words(shown) in words(done.stdout), done.stdout
+    (picture,) = (tmp_path / "vitguard-failures").glob("*.png")
+    saved, docs = (Image.open(p) for p in (picture, ROOT / "docs/images/testing-failure.png"))
+    assert saved.size == docs.size
+    assert np.abs(np.asarray(saved, float) - np.asarray(docs, float)).mean() < 8
 
 
 @pytest.fixture

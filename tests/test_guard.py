@@ -17,6 +17,7 @@ from vitguard.defenses.base import (
 )
 from vitguard.defenses.noise import GradientNoise
 from vitguard.defenses.positions import FixedPositions, WithheldPositions
+from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
 from vitguard.errors import Incompatible, InputError, Unprotected, UnsupportedModel
 from vitguard.guard import Guard, protect
 from vitguard.vit import canonical_parameters
@@ -257,6 +258,14 @@ def test_a_sealed_update_has_the_base_models_names_or_is_refused(small_vit):
         guard.seal(Update({"model.pos_embed": torch.ones(1)}))
 
 
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_a_sealed_update_has_dense_tensors_with_values_or_is_refused(small_vit, kind):
+    guard = protect(small_vit(depth=1).train(), "positions")
+    bias = torch.zeros(10, device="meta") if kind == "meta" else torch.zeros(10).to_sparse()
+    with pytest.raises(InputError, match=r"head\.bias"):
+        guard.seal(Update({"head.bias": bias}))
+
+
 def test_sealed_tensors_carry_no_graph(small_vit):
     guard = protect(small_vit(), [])
     tensor = torch.ones(1, 1, 96, requires_grad=True) * 2
@@ -378,6 +387,29 @@ def test_secret_draws_have_no_state_that_a_checkpoint_could_bring_back(small_vit
             guard.load_state_dict(loaded)
             draws.append(guard.update(IMAGES, LABELS).read("cls_token"))
         assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"draws": torch.zeros(3, dtype=torch.uint8)},
+        {"ledger": {"client-privacy": None}},  # after one that is sound
+    ],
+)
+def test_a_state_that_is_refused_changes_nothing(small_vit, spoiled):
+    stack = [DifferentialPrivacy(noise=1.0), ClientPrivacy(noise=1.0)]
+    guard, other = (
+        protect(small_vit(depth=1), stack, generator=torch.Generator().manual_seed(0))
+        for _ in range(2)
+    )
+    other._ledgers["privacy"].record(1.0, 1.0)
+    state = other.state_dict()
+    state["ledger"] = {**state["ledger"], **spoiled.get("ledger", {})}
+    before = guard._draws.seeded.get_state()
+    with pytest.raises(InputError):
+        guard.load_state_dict({**state, **{k: v for k, v in spoiled.items() if k == "draws"}})
+    assert all(ledger.steps == 0 for ledger in guard._ledgers.values())
+    assert torch.equal(guard._draws.seeded.get_state(), before)
 
 
 def test_secrets_are_in_no_repr_pickle_or_state_dict(small_vit):

@@ -100,6 +100,29 @@ def test_an_update_whose_training_cannot_be_repeated_has_no_control_and_never_re
     assert all(f.verdict != "resisted" for f in report.findings)
 
 
+@dataclass(frozen=True)
+class OfGradients(Attack):
+    """Finds the image behind a gradient, such as that of the control, and grey behind others."""
+
+    name: ClassVar[str] = "of-gradients"
+    family: ClassVar[str] = "closed-form"
+
+    def run(self, view, generator):
+        if view.update.kind == "gradient":
+            return PositionInversion().run(view, generator)
+        return Guess(torch.full((1, *view.image_shape), 0.5))
+
+
+def test_a_control_that_was_trained_otherwise_makes_no_resistance(small_vit, photo):
+    model = small_vit()
+    tensors = {k: 1e-3 * torch.randn_like(p) for k, p in model.named_parameters()}
+    lamb = Update(tensors, kind="difference", learning_rate=0.01, optimizer="lamb")
+    report = audit_update(model, lamb, attacks=[OfGradients()], truth=photo)
+    (control, received) = report.findings
+    assert control.verdict == "leaks"
+    assert received.verdict == "inconclusive" and "cannot be repeated" in received.reason
+
+
 def test_an_attack_on_the_input_is_reported_as_not_applicable_and_not_dropped(small_vit, photo):
     model = small_vit()
     update = protect(copy.deepcopy(model).train(), []).update(Normalization().apply(photo), LABEL)

@@ -15,6 +15,7 @@ from vitguard.audit import audit
 from vitguard.audit.scale import decoys_for, uninformed
 from vitguard.core import Guess
 from vitguard.defenses.noise import GradientNoise
+from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.errors import Blocked, LeakFound, NotApplicable
 from vitguard.metrics import identification
 
@@ -161,6 +162,15 @@ def test_where_only_useless_parts_ran_nothing_has_resisted(small_vit, photo):
     _, (finding,) = judged(small_vit(), photo, climb)
     assert finding.verdict == "inconclusive"
     assert finding.reason == "no rung that ran here (second) leaks on the undefended control"
+
+
+@pytest.mark.filterwarnings("ignore:PatchShuffle moves no patch")
+def test_a_shuffle_that_moved_nothing_has_not_resisted(small_vit, photo):
+    warming = [PatchShuffle(ratio=0.5, warmup=10)]
+    _, (finding,) = judged(small_vit(), photo, Part(), defenses=warming)
+    assert finding.verdict == "inconclusive" and "moved no patch" in finding.reason
+    _, (moved,) = judged(small_vit(), photo, Part(), defenses=[PatchShuffle(ratio=0.5)])
+    assert moved.verdict == "resisted"
 
 
 @pytest.mark.parametrize("does", ["fails", "is cut", "refuses"])

@@ -402,6 +402,7 @@ class Traits:
         low_rank: Whether fixed positions span fewer dimensions than there are patches.
         exact: Whether readable tensors are the true gradient up to rounding and known factors.
         sparse: Whether entries may be zero that were not.
+        rank: Singular values of each matrix that are sent at most; 0 where all are.
         noise: Standard deviation of noise added to each tensor, relative to the root mean square
             that the tensor had; 0 where there is none or its size is not known so.
         information: Nats that one release tells of one image at most, by proof: infinite without
@@ -418,6 +419,7 @@ class Traits:
     low_rank: bool = False
     exact: bool = True
     sparse: bool = False
+    rank: int = 0
     noise: float = 0.0
     information: float = math.inf
     shuffle: Shuffle | None = None

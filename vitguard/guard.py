@@ -717,13 +717,15 @@ class Guard:
             raise expected(
                 "a ledger of this stack's defenses", strangers[0], "Protect with it, as before."
             )
-        for name, ledger in spent.items():
-            self._ledgers[name].load_state_dict(ledger)
+        for name, ledger in spent.items():  # a state that is refused changes nothing
+            copy.deepcopy(self._ledgers[name]).load_state_dict(ledger)
         if self._draws.seeded is not None and "draws" in state:
             try:
                 self._draws.seeded.set_state(state["draws"])
             except (TypeError, RuntimeError) as error:
                 raise expected("a state from Guard.state_dict", repr(error)) from error
+        for name, ledger in spent.items():
+            self._ledgers[name].load_state_dict(ledger)
 
 
 def _taken_back(model: nn.Module, update: Update) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitguard.core import Normalization
 from vitguard.errors import InputError, UnsupportedModel, expected
-from vitguard.tensor_files import check_plain, read_checkpoint
+from vitguard.tensor_files import UNNAMED, check_plain, read_checkpoint
 from vitguard.vit import Anatomy, canonical_name
 
 __all__ = [
@@ -115,7 +115,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
     if not Path(path).is_file():
         raise expected("a checkpoint file", f"no file at {path}")
     own, notes = dict(model.state_dict()), []
-    state = _renamed(read_checkpoint(Path(path)), own, path, notes)
+    stored = _in_order(read_checkpoint(Path(path)), own, path)
+    state = _renamed(stored, own, path, notes)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing and not unknown and missing == _head_names(model, own):
         notes.append(f"the head was drawn at random: the checkpoint has no {missing[0]}")
@@ -141,6 +142,17 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
     state = {k: _as_own(k, state[k], own[k], path) for k in own}
     model.load_state_dict(state, strict=True)
     return tuple(notes)
+
+
+def _in_order(
+    stored: Mapping[Any, Any], own: Mapping[str, Tensor], path: object
+) -> Mapping[Any, Any]:
+    """Give arrays without names those of the model's state dict, in its order."""
+    if not stored or any(k != f"{UNNAMED}{i}" for i, k in enumerate(stored)):
+        return stored
+    if len(stored) != len(own):
+        raise expected(f"{len(own)} arrays, as the model's state dict", f"{len(stored)} in {path}")
+    return dict(zip(own, stored.values(), strict=True))
 
 
 def _renamed(

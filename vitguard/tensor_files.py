@@ -12,13 +12,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitguard.errors import InputError, expected
 from vitguard.files import parsed_json, write_atomically
 
-__all__ = ["check_plain", "read_checkpoint", "read_update", "write_update"]
+__all__ = [
+    "UNNAMED",
+    "check_plain",
+    "is_saved_update",
+    "read_checkpoint",
+    "read_update",
+    "write_update",
+]
 
 FACTS = {
     "kind": str, "batch_size": int, "local_steps": int, "learning_rate": float, "optimizer": str,
@@ -111,6 +119,19 @@ def read_update(path: str | Path) -> dict[str, Any]:
         raise expected("public facts of an update", f"{path} ({error})") from error
 
 
+def is_saved_update(path: Path) -> bool:
+    """Whether a file is what `write_update` writes."""
+    from safetensors import safe_open
+
+    if not _is_safetensors(path):
+        return False
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return _HEADER in (file.metadata() or {})
+    except Exception:  # noqa: BLE001 - the reader raises whatever it likes on what it does not know
+        return False
+
+
 def _fields(facts: dict[str, Any], stored: Mapping[str, Tensor], path: object) -> dict[str, Any]:
     sealed, payloads = dict(facts.pop("sealed")), facts.pop("payloads")
     if facts.keys() != FACTS.keys():
@@ -151,6 +172,7 @@ def _check_names(names: Iterable[object], where: object) -> None:
 def read_checkpoint(path: Path) -> Mapping[Any, Any]:
     """Return the state dict in a safetensors file, or in a torch file without running its code.
 
+    A NumPy archive is taken as well; arrays without names are called `UNNAMED` and their number.
     What the file holds counts, not its name. Of averaged and last weights the last are taken.
 
     Raises:
@@ -159,7 +181,10 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
     from safetensors.torch import load
 
     try:
-        state = load(path.read_bytes()) if _is_safetensors(path) else _torch_file(path)
+        if _is_safetensors(path):
+            state = load(path.read_bytes())
+        else:
+            state = _archive(path) or _torch_file(path)
     except InputError:
         raise
     except Exception as error:
@@ -231,6 +256,23 @@ def _foreign_objects(path: Path) -> list[str]:
     with contextlib.suppress(Exception), torch.serialization.safe_globals(_harmless()):
         found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     return found
+
+
+UNNAMED = "arr_"
+"""What NumPy calls arrays that were given no name, with their number behind it."""
+
+
+def _archive(path: Path) -> dict[str, Tensor]:
+    """Return the arrays of a NumPy archive; none where the file is something else."""
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            return {}
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+        if not names or not all(n.endswith(".npy") for n in names):
+            return {}
+        with np.load(_stored_members(file, path), allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
 
 
 def _torch_file(path: Path) -> Any:

@@ -3,21 +3,24 @@
 import os
 import sys
 
-import torch
-from flower_cifar10.task import EXAMPLES, make_model
+from flower_cifar10.task import EXAMPLES, make_model, protected
 
-import vitguard as vg
-from vitguard.federated.flower import make_keys
+from vitguard.defenses.encryption import Manifest, SigningKey
+from vitguard.federated.flower import make_keys, write_masked_keys
+
+CLIENTS = ["0", "1", "2", "3"]
 
 
 def main(folder: str) -> None:
-    """Write them; the passphrase is in VITGUARD_PASSPHRASE."""
-    stack = [vg.FixedPositions("sincos"), vg.PatchShuffle(ratio=0.5), vg.EncryptedGradients()]
-    guard = vg.protect(make_model(), stack, generator=torch.Generator())
-    make_keys(
-        folder, os.environ["VITGUARD_PASSPHRASE"], guard.encrypted(),
-        clients=["0", "1", "2", "3"], bounds=0.5, max_weight=EXAMPLES,
-    )  # fmt: skip
+    """Write them, for encryption and for masks; the passphrase is in VITGUARD_PASSPHRASE."""
+    passphrase = os.environ["VITGUARD_PASSPHRASE"]
+    config = {"variant": "encrypted", "num-server-rounds": 1, "local-epochs": 1}
+    sealed = protected(make_model(), config).encrypted()
+    limits = {"bounds": 0.5, "max_weight": EXAMPLES}
+    make_keys(folder, passphrase, sealed, clients=CLIENTS, **limits)
+    # in a deployment each client makes its own identity, and gives away `public_bytes()`
+    identities = {name: SigningKey.generate() for name in CLIENTS}
+    write_masked_keys(folder, passphrase, Manifest.of(sealed, **limits), identities)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,25 @@ def images_of(site: str) -> tuple[torch.Tensor, torch.Tensor]:
     return images + labels[:, None, None, None] / 10, labels
 
 
+def photo_of(site: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return one sample photo, each site another, for `curious_server.py`."""
+    from vitguard import data
+
+    number = int(site.rsplit("-", 1)[1])
+    pixels = data.sample_images((32, 32), count=number).pixels[number - 1 :]
+    return pixels * 2 - 1, torch.tensor([number])
+
+
 def main() -> None:
     """Train when a task comes; send the weight difference and the number of images."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--record", default="", help="folder for plain differences, for the check")
-    record = parser.parse_args().record
+    parser.add_argument("--photo", action="store_true", help="one step on one sample photo")
+    options = parser.parse_args()
+    record = options.record
     flare.init()
     site = flare.get_site_name()
-    images, labels = images_of(site)
+    images, labels = photo_of(site) if options.photo else images_of(site)
     images, labels = images[: 16 * int(site[-1])], labels[: 16 * int(site[-1])]
     model = tiny_vit()
     while flare.is_running():
@@ -51,7 +62,7 @@ def main() -> None:
         before = {name: torch.as_tensor(value) for name, value in task.params.items()}
         model.load_state_dict(before)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        for _ in range(2):
+        for _ in range(1 if options.photo else 2):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images), labels)
             loss.backward()

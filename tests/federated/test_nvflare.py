@@ -20,9 +20,11 @@ from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.fuel.utils import fobs
 
 from vitguard.defenses.encryption import KeySet, Manifest, SigningKey, keyfile, worst_error
@@ -34,7 +36,10 @@ from vitguard.federated.nvflare import (
     SumPersistor,
     encrypted_fedavg,
 )
-from vitguard.rounds import next_version
+from vitguard.federated.nvflare import messages as parts
+from vitguard.federated.nvflare.server import ResumedFedAvg
+from vitguard.federated.nvflare.state import ClientState
+from vitguard.rounds import Progress, next_version
 
 SITES = ("site-1", "site-2", "site-3")
 MODEL = {"path": "torch.nn.Linear", "args": {"in_features": 6, "out_features": 4}}
@@ -278,6 +283,13 @@ def test_the_reply_of_a_failed_training_carries_nothing_else(run):
     assert "images" not in sealed
 
 
+@pytest.mark.parametrize("metrics", [np.ones(2), [1.0], "0.5", {"loss": "low"}, {"loss": 10**400}])
+def test_metrics_that_are_no_numbers_are_refused_in_words(metrics):
+    dxo = DXO(DataKind.WEIGHT_DIFF, data={"w": torch.ones(2)}, meta={"initial_metrics": metrics})
+    with pytest.raises(Unprotected, match="metrics that are numbers"):
+        parts.metrics_of(dxo)
+
+
 def test_a_result_before_any_task_is_refused(run):
     with pytest.raises(Rejected, match="round"):
         run.sealed("site-1", reply_of(change()))
@@ -516,3 +528,59 @@ def test_a_filter_takes_defenses_of_the_update_alone(spec):
     """The training happens elsewhere: a shuffle named here would move nothing, and seem to act."""
     with pytest.raises(Unprotected, match="of the update"):
         SealFilter(defenses=spec, model=TINY)
+
+
+@pytest.mark.parametrize("claimed", [11, 0.5, None, "10"])
+def test_a_claimed_weight_that_is_not_the_sealed_one_is_refused(run, claimed):
+    _, aggregator = begun(run)
+    run.accepted(aggregator, "site-2", run.sealed("site-2", reply_of(change(), 20)))
+    sealed = from_shareable(run.sealed("site-1", reply_of(change(), 10)))
+    meta = {FLMetaKey.NUM_STEPS_CURRENT_ROUND: claimed}
+    false = DXO(DataKind.WEIGHT_DIFF, data=sealed.data, meta=meta).to_shareable()
+    with pytest.raises(Rejected) as caught:
+        run.accepted(aggregator, "site-1", false)
+    assert caught.value.cause == "weight" and "site-1" in aggregator.refused
+    true = DXO(DataKind.WEIGHT_DIFF, data=sealed.data, meta=sealed.meta).to_shareable()
+    run.accepted(aggregator, "site-1", true)
+    assert aggregator.aggregate_model()
+
+
+@pytest.mark.parametrize(("kept", "start", "left"), [([], 0, 5), ([2], 3, 2), ([3, 4], 5, 0)])
+def test_a_job_that_starts_again_goes_on_with_the_round_after_the_last_sum(
+    monkeypatch, kept, start, left
+):
+    params = {f"vitguard.sum.{n}": b"x" for n in kept} or {"weight": torch.zeros(2)}
+    monkeypatch.setattr(FedAvg, "load_model", lambda self: FLModel(params=params))
+    controller = ResumedFedAvg(num_clients=2, num_rounds=5, persistor_id="persistor")
+    assert controller.load_model().params == params
+    assert (controller.start_round, controller.num_rounds) == (start, left)
+
+
+def test_the_recipe_numbers_rounds_on_over_restarts(run, tmp_path):
+    script = tmp_path / "client.py"
+    script.write_text("")
+    recipe = encrypted_fedavg(
+        manifest=Manifest.from_json(run.manifest), model=MODEL, client_keys="{site}.json",
+        server_keys="server.json", signing="signing.json", train_script=str(script),
+        min_clients=2, num_rounds=7,
+    )  # fmt: skip
+    recipe.export(str(tmp_path / "job"))
+    (config,) = (tmp_path / "job").rglob("config_fed_server.json")
+    (workflow,) = json.loads(config.read_text())["workflows"]
+    assert workflow["path"] == f"{ResumedFedAvg.__module__}.ResumedFedAvg"
+    assert workflow["args"]["num_rounds"] == 7
+
+
+def test_a_site_keeps_the_progress_of_the_whole_package_and_refuses_another(run):
+    initial = run.persistor().load_model(context(run.root, "server"))["weights"]
+    params, _ = played(run, 0, initial)
+    run.opened("site-1", 1, dict(params))
+    file = run.root / "site-1/job/vitguard/site-1.safetensors"
+    state = ClientState.read(file, Manifest.from_json(run.manifest).digest().hex())
+    server = json.loads((run.root / "server/job/vitguard/server.json").read_text())
+    assert state.progress == Progress(0, server["base"])
+    data = file.read_bytes().replace(b'opened\\\\\\": 0', b'opened\\\\\\": x')
+    assert data != file.read_bytes()
+    file.write_bytes(data)
+    with pytest.raises(Rejected, match="state"):
+        run.opened("site-1", 2, dict(params))

@@ -83,6 +83,14 @@ def test_an_attack_that_fails_on_the_control_is_inconclusive(tiny, photos):
     assert not issubclass(Inconclusive, AssertionError)
 
 
+def test_each_attack_that_is_named_must_work_on_the_control(tiny, photo):
+    """One that works makes up for no other that was asked for."""
+    with pytest.raises(Inconclusive, match="dlg does not work on the undefended model"):
+        assert_not_reconstructable(
+            tiny, photo, defenses="noise:scale=10", attacks=["position", "dlg:iterations=1"]
+        )
+
+
 @pytest.mark.parametrize("stack", ["positions:kind=frozen", "shuffle", "privacy:noise=1"])
 def test_sound_stacks_keep_eval_keys_and_architecture(tiny, photo, stack):
     assert_eval_unchanged(tiny, photo, defenses=stack)

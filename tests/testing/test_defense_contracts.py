@@ -13,6 +13,7 @@ import torch
 
 from vitguard.core import Traits
 from vitguard.defenses.base import UpdateDefense
+from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
 from vitguard.errors import Incompatible
 from vitguard.registry import defense_types
 from vitguard.testing import check_defense
@@ -217,6 +218,13 @@ def test_each_contract_finds_a_defense_that_breaks_it(what):
     check, defense, why = WRONG[what]
     with pytest.raises(AssertionError, match=why):
         CHECKS[check](defense)
+
+
+@pytest.mark.parametrize("clip", [0.25, 4.0])
+def test_noise_is_measured_in_units_of_the_clip(clip):
+    """At a clip of 1 nobody sees whether the noise knows it."""
+    CHECKS["check_noise"](DifferentialPrivacy(noise=1.0, clip=clip))
+    CHECKS["check_noise"](ClientPrivacy(noise=1.0, clip=clip))
 
 
 def test_a_defense_that_passes_everything_on_but_refuses_nothing_is_sound():

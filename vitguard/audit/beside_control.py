@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard.attacks.base import Attack, InputAttack
+from vitguard.audit.of_rounds import Rounds, audit_rounds
 from vitguard.audit.pipeline import CONTROL, Progress, findings, level_of
+from vitguard.audit.stated import adversary_of, facts_of
 from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining, Loss, Normalization
 from vitguard.defenses.base import Defense
@@ -22,18 +24,17 @@ from vitguard.guard import Stack, protect, stack_of
 from vitguard.models import check_finite, normalization_of
 from vitguard.registry import families_not_run, parse_attacks, stack_name
 from vitguard.report.audit_report import AuditReport
-from vitguard.report.finding import ModelFacts
-from vitguard.threats.curious_server import CuriousServer, Threat
+from vitguard.threats.curious_server import Threat
 from vitguard.vit import Anatomy
 
-__all__ = ["LocalTraining", "adversary_of", "audit", "facts_of"]
+__all__ = ["LocalTraining", "audit"]
 
 Stacks = Stack | Mapping[str, Stack]
 
 
 def audit(
-    model: nn.Module,
-    batch: tuple[Tensor, Tensor],
+    model: nn.Module | Rounds,
+    batch: tuple[Tensor, Tensor] | None = None,
     *,
     defenses: Stacks = (),
     attacks: str | Sequence[str | Attack | InputAttack] = "ladder",
@@ -56,7 +57,9 @@ def audit(
     The undefended control always runs. The model is copied; yours is not changed.
 
     Args:
-        model: The bare model, before `protect`.
+        model: The bare model, before `protect`. Or, alone, what was seen of federated rounds (see
+            `vitguard.federated.local`): each client's message, each sum, and the difference of two
+            sums where there is one are attacked, each beside a control of its own.
         batch: Pixels in [0, 1], shape (images, channels, height, width), and class indices:
             tensors, or what `torch.as_tensor` makes tensors of.
         defenses: One stack, exactly what `protect` takes (a list, one defense, or a spec such as
@@ -84,6 +87,18 @@ def audit(
         InputError: Pixels outside [0, 1], labels out of range, weights that are not finite, ...
         Incompatible: A stack that cannot work.
     """
+    if not isinstance(model, nn.Module):
+        given = (batch, defenses or None, batch_size, normalization, training, names)
+        if any(value is not None for value in given) or loss is not F.cross_entropy:
+            raise expected(
+                "nothing but rounds to audit", "a batch, defenses, names or training beside them",
+                "A round holds its own.",
+            )  # fmt: skip
+        return audit_rounds(
+            model, attacks=attacks, adversary=adversary_of(threat, withhold),
+            model_name=model_name, weights=weights, notes=notes, seed=seed, workers=workers,
+            progress=progress,
+        )  # fmt: skip
     pixels, labels = _check_batch(model, batch, batch_size)
     size = batch_size or len(pixels)
     normalization = normalization or normalization_of(model)
@@ -143,25 +158,8 @@ def _stacks(defenses: Stacks) -> dict[str, list[Defense]]:
     return stacks
 
 
-def adversary_of(threat: Threat | None, withhold: Sequence[str]) -> Threat:
-    """Return the threat that was given, or a curious server to which `withhold` is not sent.
-
-    Raises:
-        InputError: Both were given.
-    """
-    if threat is not None and withhold:
-        raise expected("a threat or withhold", "both", "CuriousServer(withhold=...) says both.")
-    return threat or CuriousServer(tuple(withhold))
-
-
-def facts_of(model: nn.Module, anatomy: Anatomy, name: str | None) -> ModelFacts:
-    """Return what a report says of a model."""
-    count = sum(p.numel() for p in model.parameters())
-    return ModelFacts(name or type(model).__name__, count, anatomy.patches, anatomy.width)
-
-
 def _check_batch(
-    model: nn.Module, batch: tuple[Tensor, Tensor], batch_size: int | None
+    model: nn.Module, batch: tuple[Tensor, Tensor] | None, batch_size: int | None
 ) -> tuple[Tensor, Tensor]:
     anatomy = Anatomy.of(model)
     pixels, labels = _tensors(batch)

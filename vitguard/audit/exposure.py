@@ -54,12 +54,19 @@ class Run(NamedTuple):
     """One configuration: a name and, for each of its batches, the facts and how it is exposed.
 
     `bound` maps the chance of a blind guess to the largest chance of any attack that the stack
-    guarantees; None where it guarantees none.
+    guarantees; None where it guarantees none. `exposure` names what left the machine where an audit
+    looks at several things: each of them has a control of its own.
     """
 
     name: str
     batches: tuple[tuple[Facts, Callable[[], Exposure]], ...]
     bound: Callable[[float], float | None] = lambda prior: None
+    exposure: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from the other runs of an audit."""
+        return self.exposure, self.name
 
 
 def bound_of(stack: Sequence[Defense], steps: int) -> Callable[[float], float | None]:

@@ -35,16 +35,17 @@ def findings(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> list[Finding]:
-    """Run all attacks on all batches of all runs, the control (`CONTROL`) first, and judge.
+    """Run all attacks on all batches of all runs; judge each beside the control of its exposure.
 
-    The row `none` is the control itself unless a run has that name: something is withheld there.
+    Every exposure has one run called `CONTROL`. The row `none` is the control itself unless a run
+    has that name: something is withheld there.
 
     A keyboard interrupt sets `stop`: what has not begun then is not run. With one worker it
     reaches the attack that is running; with several these come to their end first.
     """
     most = max(len(run.batches) for run in runs)
     jobs = [(run, b) for b in range(most) for run in runs if b < len(run.batches)]
-    _check_files(attacks, [(run.name, b) for run, b in jobs])
+    _check_files(attacks, [(_title(run), b) for run, b in jobs])
     done = 0
 
     def work(job: tuple[Run, int]) -> list[Attempt]:
@@ -53,7 +54,7 @@ def findings(
         attempts = _attempts(run, b, attacks, seed, stop)
         done += 1
         if progress is not None:
-            progress(done, len(jobs), run.name or "undefended control")
+            progress(done, len(jobs), _title(run) or "undefended control")
         return attempts
 
     if workers <= 1:  # threads get no interrupt
@@ -67,10 +68,20 @@ def findings(
                 except KeyboardInterrupt:  # a second one cannot hurry them either
                     stop.set()
             results = [one.result() for one in running]
-    tried: dict[str, list[list[Attempt]]] = {run.name: [] for run in runs}
+    tried: dict[tuple[str, str], list[list[Attempt]]] = {run.key: [] for run in runs}
     for (run, _), attempts in zip(jobs, results, strict=True):
-        tried[run.name].append(attempts)
-    return _judge(runs, attacks, tried, seed, stop)
+        tried[run.key].append(attempts)
+    found = []
+    for exposure in dict.fromkeys(run.exposure for run in runs):
+        own = [run for run in runs if run.exposure == exposure]
+        each = {run.name: tried[run.key] for run in own}
+        judged = _judge(own, attacks, each, seed, stop)
+        found += [replace(finding, exposure=exposure) for finding in judged]
+    return found
+
+
+def _title(run: Run) -> str:
+    return " ".join(part for part in (run.exposure, run.name) if part)
 
 
 def level_of(facts: Iterable[Facts]) -> Baseline:
@@ -101,7 +112,7 @@ def _attempts(
     for attack in attacks:
         made = skipped
         if not stop.is_set():
-            own = _with_own_file(attack, run.name, index)
+            own = _with_own_file(attack, _title(run), index)
             try:
                 made = attempt(own, facts, exposure, seed_of(seed, index, "attack"))
             except KeyboardInterrupt:

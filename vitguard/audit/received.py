@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard.attacks.base import Attack, InputAttack
-from vitguard.audit.beside_control import LocalTraining, adversary_of, facts_of
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
 from vitguard.audit.scale import Scale, decoys_for
+from vitguard.audit.stated import adversary_of, facts_of
 from vitguard.audit.victim import Victim
-from vitguard.core import Loss, Normalization, Update
+from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.errors import expected
 from vitguard.guard import Guard, Stack, protect, stack_of
 from vitguard.models import normalization_of
@@ -28,7 +28,7 @@ from vitguard.report.finding import Finding
 from vitguard.threats.curious_server import Threat
 from vitguard.vit import Anatomy
 
-__all__ = ["audit_update"]
+__all__ = ["CONTROL_NOTE", "OTHER_CONTROL", "audit_update", "sample_photos", "without_control"]
 
 CONTROL_NOTE = (
     "The row none is the control: the same attack on sample photos without a defense, trained as "
@@ -91,7 +91,7 @@ def audit_update(
         raise expected(f"the images behind the update, of shape {shape}", tuple(truth.shape))
     if labels is not None and (truth is None or len(labels) != update.batch_size):
         raise expected(f"{update.batch_size} labels beside the images", len(labels))
-    photos = _photos(shape)
+    photos = sample_photos(shape)
     control = Victim(
         model, normalization, training or LocalTraining(), loss, seed, photos,
         data.assign_labels(len(photos), anatomy.classes),
@@ -109,7 +109,7 @@ def audit_update(
     stop = threading.Event()
     found = findings(runs, chosen, seed=seed, stop=stop)
     if training is None:
-        found = [_without_control(f) for f in found]
+        found = [without_control(f) for f in found]
     found += [
         Finding(name, a.name, "not applicable", ON_INPUT, settings=a.settings())
         for a in asked
@@ -161,14 +161,14 @@ def _exposed(
     return Exposure(threat.view(guard, update, normalization, loss=loss))
 
 
-def _without_control(finding: Finding) -> Finding:
+def without_control(finding: Finding) -> Finding:
     """Take back a resistance that has no control of its own."""
     if finding.verdict != "resisted":
         return finding
     return replace(finding, verdict="inconclusive", reason=OTHER_CONTROL)
 
 
-def _photos(shape: tuple[int, int, int, int]) -> Tensor:
+def sample_photos(shape: tuple[int, int, int, int]) -> Tensor:
     """Return a batch of sample photos, again from the first where they do not suffice."""
     photos = data.sample_images((shape[2], shape[3])).pixels
     photos = data.with_channels(photos, shape[1])

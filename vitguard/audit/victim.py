@@ -15,7 +15,7 @@ from vitguard.attacks.base import InputAttack
 from vitguard.audit.attempts import INTERRUPTED, outcome_of, seed_of
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.scale import Scale, decoys_for
-from vitguard.core import LocalTraining, Loss, Normalization
+from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.defenses.base import Defense
 from vitguard.guard import Guard, protect
 from vitguard.randomness import seeded
@@ -75,6 +75,12 @@ class Victim:
 
     def expose(self, stack: Sequence[Defense], threat: Threat, index: int) -> Exposure:
         """Make the update of one batch under a stack; return what the adversary sees of it."""
+        guard, update = self.made(stack, index)
+        view = threat.view(guard, update, self.normalization, loss=self.loss)
+        return Exposure(view, guard.truth().get("shuffled"))
+
+    def made(self, stack: Sequence[Defense], index: int = 0) -> tuple[Guard, Update]:
+        """Make the update of one batch under a stack; the guard is as it was before the step."""
         part = self._part(index)
         like = next(self.model.parameters())
         guard = self._guard(stack, index)
@@ -86,8 +92,7 @@ class Victim:
                 loss=self.loss,
                 training=self.training,
             )
-        view = threat.view(guard, update, self.normalization, loss=self.loss)
-        return Exposure(view, guard.truth().get("shuffled"))
+        return guard, update
 
     def input_finding(
         self, name: str, stack: Sequence[Defense], attack: InputAttack, stop: threading.Event

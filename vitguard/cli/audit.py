@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 from vitguard.errors import expected
@@ -70,12 +71,18 @@ def _say_why(report: Any, options: argparse.Namespace) -> None:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    if options.update_file:
-        for name in ("num_images", "batch_size"):
-            if getattr(options, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise expected("--update-file, which says how many images are behind it", flag)
-    options.batch_size = 1 if options.batch_size is None else options.batch_size
+    if options.update_file and options.num_images is not None:
+        raise expected("--update-file with --batch-size, or none", "--num-images")
+    if options.before:
+        if not options.update_file:
+            raise expected("--before with --update-file", "it alone")
+        if options.checkpoint or options.pretrained:
+            raise expected(
+                "--before, which is the weights before the step",
+                "--checkpoint or --pretrained as well",
+            )  # fmt: skip
+    if not options.update_file:
+        options.batch_size = 1 if options.batch_size is None else options.batch_size
     for name in ("max_psnr", "max_gain"):
         if (limit := getattr(options, name)) is not None and not math.isfinite(limit):
             raise expected(f"--{name.replace('_', '-')} as a finite number of dB", limit)
@@ -85,12 +92,13 @@ def _check_options(options: argparse.Namespace) -> None:
             raise expected(f"--{name.replace('_', '-')} of at least 1", value)
     if options.update == "difference" and options.lr is None:
         raise expected("--lr with --update difference", "none")
-    if options.update == "gradient" and (options.lr is not None or options.local_steps > 1):
+    rate = options.lr is not None or (options.local_steps or 1) > 1
+    if options.update != "difference" and not options.update_file and rate:
         raise expected("--update difference with --lr or --local-steps", "--update gradient")
     if options.lr is not None and not 0 < options.lr < float("inf"):
         raise expected("--lr above 0", options.lr)
-    if options.optimizer not in ("sgd", "adamw"):
-        raise expected("--optimizer sgd or adamw", repr(options.optimizer))
+    if options.optimizer not in (None, "sgd", "adam", "adamw"):
+        raise expected("--optimizer sgd, adam or adamw", repr(options.optimizer))
     if bool(options.mean) != bool(options.std):
         raise expected("--mean and --std together", "one of them")
     if options.html and not options.html.endswith(".html"):
@@ -101,7 +109,6 @@ def _run_audit(options: argparse.Namespace) -> Any:
     from vitguard import data
     from vitguard.audit.beside_control import LocalTraining, audit
     from vitguard.audit.received import audit_update
-    from vitguard.core import Update
     from vitguard.models import (
         build_model,
         check_finite,
@@ -139,7 +146,9 @@ def _run_audit(options: argparse.Namespace) -> Any:
         "model_name": options.model, "weights": weights, "seed": options.seed,
     }  # fmt: skip
     if options.update_file:
-        update = Update.load(options.update_file)
+        update = _stored(options, model)
+        if options.before:
+            common["weights"] = f"checkpoint {options.before}"
         if len(stacks) > 1:
             raise expected("one --defense, what the client ran", f"{len(stacks)}")
         truth = names = None
@@ -160,13 +169,29 @@ def _run_audit(options: argparse.Namespace) -> Any:
         control_and_stacks = 1 + sum(map(bool, stacks.values())) + bool(options.withhold)
         common["attacks"], note = _budgeted(control_and_stacks * len(images) // options.batch_size)
         notes.append(note)
-    training = LocalTraining(options.lr, options.local_steps, options.optimizer)
+    training = LocalTraining(options.lr, options.local_steps or 1, options.optimizer or "sgd")
     with _Progress() as progress:
         return audit(
             model, (images.pixels, labels), defenses=stacks, batch_size=options.batch_size,
             training=training, names=images.names, notes=notes, workers=options.workers,
             progress=progress, **common,
         )  # fmt: skip
+
+
+def _stored(options: argparse.Namespace, model: Any) -> Any:
+    """Return the update in the file, by what the options say of it."""
+    from vitguard import data
+    from vitguard.audit.stored import stored_update
+    from vitguard.tensor_files import is_saved_update
+
+    count = options.batch_size
+    file = Path(options.update_file)
+    if count is None and options.images and file.is_file() and not is_saved_update(file):
+        count = data.count_images(options.images)
+    return stored_update(
+        file, model, before=options.before, kind=options.update, batch_size=count,
+        local_steps=options.local_steps, learning_rate=options.lr, optimizer=options.optimizer,
+    )  # fmt: skip
 
 
 def _attacks(options: argparse.Namespace) -> list[Any]:

@@ -22,7 +22,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"vitguard: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        said = " ".join(message.split())  # an argument may hold line breaks
+        print(f"vitguard: error: {said} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -124,13 +125,17 @@ def _add_audit(commands: Any) -> None:
     add("--seed", type=int, default=0, metavar="S")
     add("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps")
     add("--workers", type=int, default=1, metavar="W", help="threads over configurations")
-    add("--update", choices=("gradient", "difference"), default="gradient")
-    add("--local-steps", type=int, default=1, metavar="E")
+    add("--update", choices=("gradient", "difference"), help="what a client sends (gradient)")
+    add("--local-steps", type=int, metavar="E")
     add("--lr", type=float, metavar="LR", help="learning rate of a difference")
-    add("--optimizer", default="sgd", metavar="NAME", help="sgd or adamw")
+    add("--optimizer", metavar="NAME", help="sgd, adam or adamw")
     add(
-        "--update-file", metavar="FILE", help="audit a client's saved update; --images is its truth"
+        "--update-file",
+        metavar="FILE",
+        help="audit what was stored of a client: an update, weights after a step (with --before), "
+        "ciphertext; --images is its truth",
     )
+    add("--before", metavar="FILE", help="the weights before the step of --update-file")
     add("--json", metavar="FILE|-")
     add("--html", metavar="FILE", help=f"default without --json: {audit_command.DEFAULT_REPORT}")
     add("--tensorboard", metavar="DIR")

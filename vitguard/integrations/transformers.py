@@ -141,9 +141,11 @@ class GuardMixin:
         return total
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        made = super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
+        made = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs, *args, **kwargs
+        )
         if not model.training:
             return made
         auxiliary = self.guard.auxiliary_loss()

@@ -51,8 +51,8 @@ def print_to(report: AuditResults, console: Console) -> None:
     heading = f"  {'attack':<16}{'verdict':<15}{'matched dB':>10}{'gain':>8}{'PSNR':>8}"
     console.print(Text(heading + f"{'ident.':>8}{'seconds':>9}", "dim"), no_wrap=True, crop=False)
     said: set[tuple[str, str]] = set()
-    for defense, findings in report.configurations().items():
-        say(_heading(report, defense, findings), "bold")
+    for configuration, findings in report.configurations().items():
+        say(_heading(report, configuration, findings), "bold")
         for f in findings:
             name = Text(clean(f.attack))
             if name.cell_len > NAME:
@@ -70,11 +70,11 @@ def print_to(report: AuditResults, console: Console) -> None:
         say(f"Note: {note}", "dim")
 
 
-def _heading(report: AuditResults, defense: str, findings: Sequence[Finding]) -> str:
-    if defense != "none":
-        return defense
+def _heading(report: AuditResults, configuration: str, findings: Sequence[Finding]) -> str:
+    if findings[0].defended:
+        return configuration
     control = all(map(report.is_control, findings))
-    return "none (the undefended control)" if control else "none (tensors withheld)"
+    return f"{configuration} ({'the undefended control' if control else 'tensors withheld'})"
 
 
 def _row(report: AuditResults, f: Finding, name: Text) -> Text:

@@ -153,6 +153,8 @@ class Finding:
         seconds: Time of the attack alone, per batch.
         details: What the attack says of itself (rung, residual, rank); JSON values.
         clean_accuracy, robust_accuracy: Of `fgsm`, in [0, 1]; the second by epsilon.
+        exposure: What was attacked, where an audit looks at several things: a client's message, a
+            sum; "" where it looks at one.
         undecided: What keeps this finding from deciding a gate, "" where nothing does: an attack
             that failed, was cut by its budget, or does not apply though the control leaks to it.
         gain: dB of the worst image above its own no-information baseline; when None the report
@@ -181,6 +183,7 @@ class Finding:
     clean_accuracy: float | None = None
     robust_accuracy: Mapping[float | str, float] | None = None
     undecided: str = ""
+    exposure: str = ""
     gain: float | None = None
     images: Pictures | None = field(default=None, compare=False, repr=False)
     examples: tuple[Triptych, ...] = field(default=(), compare=False, repr=False)
@@ -192,6 +195,11 @@ class Finding:
     def defended(self) -> bool:
         """Whether any defense ran."""
         return self.defense != "none"
+
+    @property
+    def configuration(self) -> str:
+        """The defense, and what was attacked where there are several things."""
+        return f"{self.exposure}: {self.defense}" if self.exposure else self.defense
 
     @property
     def conclusive(self) -> bool:
@@ -232,6 +240,7 @@ class Finding:
                 "clean_accuracy": self.clean_accuracy,
                 "robust_accuracy": self.robust_accuracy,
                 "undecided": self.undecided,
+                "exposure": self.exposure,
             }
         )
 

@@ -37,8 +37,8 @@ def _places(findings: Sequence[Finding]) -> list[tuple[str, int]]:
     places = []
     for f in findings:
         name = _name(f)
-        places.append((name, seen[f.defense, name]))
-        seen[f.defense, name] += 1
+        places.append((name, seen[f.configuration, name]))
+        seen[f.configuration, name] += 1
     return places
 
 

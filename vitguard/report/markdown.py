@@ -35,7 +35,7 @@ def to_markdown(report: AuditResults) -> str:
         if f.control is not None:
             control = f"{f.control.verdict}, {decibels(f.control.psnr and f.control.psnr.max)} dB"
         cells = [
-            f.defense,
+            f.configuration,
             f.attack,
             f.verdict,
             decibels(f.patch_psnr and f.patch_psnr.max),
@@ -49,7 +49,7 @@ def to_markdown(report: AuditResults) -> str:
     lines += ["", "PSNR in dB, the worst image of each finding.", ""]
     for f in report.findings:
         for remark in remarks(f):
-            lines.append(f"- {escaped(f.defense)}, {escaped(f.attack)}: {escaped(remark)}")
+            lines.append(f"- {escaped(f.configuration)}, {escaped(f.attack)}: {escaped(remark)}")
     lines += ["", "## How to read this", "", escaped(baseline_text(report)), ""]
     lines += [f"- **{verdict}**: {meaning}" for verdict, meaning in MEANINGS.items()]
     lines += ["", escaped(threat_text(report.threat)), ""]

@@ -37,9 +37,10 @@ DASH = "\u2013"
 
 @dataclass(frozen=True)
 class Group:
-    """A configuration: its spec (see `_spec`) and what each attack gave."""
+    """A configuration: its spec (see `_spec`), what was attacked, and what each attack gave."""
 
     spec: list[str]
+    exposure: str
     cards: list[Card]
 
 
@@ -93,6 +94,7 @@ class Attacked:
     title: str
     spec: list[str]
     cells: list[tuple[str | None, str]]
+    exposure: str = ""
 
 
 def groups(report: AuditResults) -> list[Group]:
@@ -103,10 +105,11 @@ def groups(report: AuditResults) -> list[Group]:
     names = titles(report.findings)
     return [
         Group(
-            spec=_spec(defense),
+            spec=_spec(findings[0].defense),
+            exposure=findings[0].exposure,
             cards=[_card(report, f, names[id(f)], scale, limit) for f in findings],
         )
-        for defense, findings in report.configurations().items()
+        for findings in report.configurations().values()
     ]
 
 

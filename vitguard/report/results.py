@@ -52,14 +52,16 @@ class AuditResults:
         return not finding.defended and not self.threat.get("withheld")
 
     def configurations(self, *, defended: bool = False) -> dict[str, list[Finding]]:
-        """Return the findings by defense, in the order of the report; all but the control if asked.
+        """Return the findings by configuration, in the order of the report.
+
+        One is a defense, of one thing that was attacked. The control is left out if asked.
 
         Where something is withheld the row without a defense is a configuration like any other.
         """
         groups: dict[str, list[Finding]] = {}
         for finding in self.findings:
             if not (defended and self.is_control(finding)):
-                groups.setdefault(finding.defense, []).append(finding)
+                groups.setdefault(finding.configuration, []).append(finding)
         return groups
 
     def outcome(self) -> str:
@@ -77,9 +79,13 @@ class AuditResults:
                 resisting += 1
                 tried |= dict.fromkeys(resisted)
         verb = "leaks" if leaking == 1 else "leak"
-        parts = [f"{leaking} of {len(groups)} defended configurations {verb}"]
+        # what is seen of a round need not be defended
+        several = any(f.exposure for f in self.findings)
+        things = "messages and sums" if several else "defended configurations"
+        parts = [f"{leaking} of {len(groups)} {things} {verb}"]
         if len(groups) == 1:
-            parts = ["The defended configuration leaks" if leaking else "No leak was shown"]
+            one = "What was seen leaks" if several else "The defended configuration leaks"
+            parts = [one if leaking else "No leak was shown"]
         if resisting:
             parts.append(f"{resisting} resisted the attacks that were run ({', '.join(tried)})")
         if undecided := len(groups) - leaking - resisting:
@@ -184,7 +190,7 @@ class AuditResults:
             return math.inf if math.isnan(value) else value
 
         worst = max(findings, key=badness)
-        text = f"{worst.defense} under {worst.attack}: {worst.verdict}"
+        text = f"{worst.configuration} under {worst.attack}: {worst.verdict}"
         if worst.patch_psnr is not None:
             text += f", {worst.patch_psnr.max:.1f} dB matched-patch PSNR"
             text += f" where knowing nothing scores {self.baseline.patch_psnr:.1f} dB"

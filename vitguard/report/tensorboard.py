@@ -37,7 +37,7 @@ def write_report(writer: Any, report: AuditResults, step: int) -> None:
     writer.add_text(f"{ROOT}/report", to_markdown(report), step)
     used: Counter[str] = Counter()
     for finding in report.findings:
-        tag = f"{ROOT}/{clean(finding.defense)}/{clean(finding.attack)}"
+        tag = f"{ROOT}/{clean(finding.configuration)}/{clean(finding.attack)}"
         used[tag] += 1
         if used[tag] > 1:
             tag = f"{tag}-{used[tag]}"

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "Guarantee": "vitguard.testing.guarantees",
     "Inconclusive": "vitguard.errors",
     "assert_checkpoint_compatible": "vitguard.testing.assertions",
     "assert_epsilon_not_exceeded": "vitguard.testing.mechanisms",
@@ -20,6 +21,7 @@ _HOMES = {
     "assert_sealed": "vitguard.testing.mechanisms",
     "assert_sensitivity": "vitguard.testing.mechanisms",
     "check_defense": "vitguard.testing.defense_contracts",
+    "guarantees_of": "vitguard.testing.guarantees",
 }
 
 __all__ = sorted(_HOMES)

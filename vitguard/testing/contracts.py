@@ -97,7 +97,7 @@ def check_round_trip(cls: AnyType) -> None:
 def check_refuses_nan(cls: AnyType) -> None:
     """No number may be NaN: a comparison with it is always false and so never protects."""
     for item in _settable(cls):
-        if float not in _alternatives(_hints(cls)[item.name]):
+        if float not in alternatives(_hints(cls)[item.name]):
             continue
         try:
             cls(**{item.name: math.nan})
@@ -196,7 +196,7 @@ def _settable(cls: AnyType) -> list[Field[Any]]:
     return [
         f
         for f in fields(cls)  # type: ignore[arg-type]
-        if f.init and any(a in _PLAIN for a in _alternatives(_hints(cls)[f.name]))
+        if f.init and any(a in _PLAIN for a in alternatives(_hints(cls)[f.name]))
     ]
 
 
@@ -204,12 +204,12 @@ def _hints(cls: AnyType) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _alternatives(hint: Any) -> set[Any]:
+def alternatives(hint: Any) -> set[Any]:
     """Return the plain types that a hint allows: of unions, of tuples, of literals."""
     if get_origin(hint) is Literal:
         return {type(a) for a in get_args(hint)}
     if get_origin(hint) in (tuple, typing.Union, types.UnionType):
-        return set().union(*(_alternatives(a) for a in get_args(hint) if a is not Ellipsis))
+        return set().union(*(alternatives(a) for a in get_args(hint) if a is not Ellipsis))
     return {hint}
 
 
@@ -218,7 +218,7 @@ def _others(cls: AnyType, item: Field[Any]) -> list[Any]:
     hint = _hints(cls)[item.name]
     if get_origin(hint) is Literal:
         return list(get_args(hint))
-    allowed = _alternatives(hint)
+    allowed = alternatives(hint)
     values: list[Any] = []
     values += [True, False] if bool in allowed else []
     values += [1, 7] if int in allowed else []

@@ -157,7 +157,7 @@ def check_tokens(defense: Defense) -> None:
 
 
 def check_values(defense: Defense) -> None:
-    """Tensors that traits call exact are the plain gradient; zeros that are new are told."""
+    """Tensors are exact and of low rank where traits say so; zeros that are new are told."""
     if isinstance(defense, ModelDefense | BatchDefense):
         return
     for size in SIZES:
@@ -170,6 +170,13 @@ def check_values(defense: Defense) -> None:
                 assert off < 1e-4, (
                     f"{defense.name} is exact by its traits, yet {name} of a batch of {size} is "
                     f"off by {off:.3g} of its norm"
+                )
+            if traits.rank and tensor.dim() > 1:
+                values = torch.linalg.svdvals(tensor.double().flatten(1))
+                over = values[traits.rank :].sum() / values[:1].sum().clamp_min(1e-300)
+                assert len(tensor) == 1 or float(over) < 1e-4, (
+                    f"{defense.name} sends rank {traits.rank} by its traits, yet {name} of a batch "
+                    f"of {size} has more"
                 )
             if not traits.sparse:
                 new = int(((tensor == 0) & (truth != 0)).sum())

@@ -62,8 +62,10 @@ class _Collector:
             return  # the properties of the call come again with it
         for key, value in report.user_properties:
             if key == _KEY:
-                found = [{"test": report.nodeid, **note} for note in json.loads(str(value))]
-                self.rows += [row for row in found if row not in self.rows]
+                for note in json.loads(str(value)):  # an example each, where Hypothesis runs it
+                    row = {"test": report.nodeid, **note}
+                    if row not in self.rows:
+                        self.rows.append(row)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -3,29 +3,33 @@
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-import vitguard as vg
-from flower_cifar10.task import load_data, make_model, protected, train
-from vitguard.federated.flower import ProtectMod, attach, encryptor
+from flower_cifar10.task import accuracy, load_data, make_model, protected, train
+from vitguard.federated.flower import ProtectMod, attach, encryptor, masker
 
 app = ClientApp(mods=[ProtectMod()])
-
-
-def defense(config):
-    """Return what protects the update: client-level privacy, or encryption."""
-    if config["privacy"]:
-        return vg.ClientPrivacy(epsilon=8.0, rounds=int(config["num-server-rounds"]))
-    return vg.EncryptedGradients(encryptor=encryptor())
 
 
 @app.train()
 def train_model(message: Message, context: Context) -> Message:
     """Train on the client's own data; ProtectMod seals the reply."""
     model = make_model()
-    attach(protected(model, defense(context.run_config)))
+    sealing = masker if context.run_config["variant"] == "masks" else encryptor
+    guard = attach(protected(model, context.run_config, sealing))
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    loader = load_data(int(context.node_config["partition-id"]))
-    epochs, lr = context.run_config["local-epochs"], context.run_config["lr"]
-    loss = train(model, loader, int(epochs), float(lr))
-    metrics = MetricRecord({"loss": loss, "num-examples": len(loader.dataset)})
+    loader, _ = load_data(int(context.node_config["partition-id"]))
+    examples = len(loader.dataset)
+    loss = train(model, guard, loader, context.run_config)
+    metrics = MetricRecord({"loss": loss, "num-examples": examples})
     content = {"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}
     return Message(content=RecordDict(content), reply_to=message)
+
+
+@app.evaluate()
+def evaluate_model(message: Message, context: Context) -> Message:
+    """Evaluate the model on the client's own data."""
+    model = make_model()
+    protected(model, context.run_config)
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    _, loader = load_data(int(context.node_config["partition-id"]))
+    metrics = {"accuracy": accuracy(model, loader), "num-examples": len(loader.dataset)}
+    return Message(content=RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

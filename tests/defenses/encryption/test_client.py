@@ -158,6 +158,7 @@ def test_two_messages_of_one_update_share_no_ciphertext():
     encryptor = Encryptor(KEYS["quantised"], manifest, client_id="a", rounding="nearest")
     first, second = (encryptor.encrypt(tensors, round_id=0) for _ in range(2))
     assert first[200:400] != second[200:400]
+    assert first[106:122] != second[106:122]  # the nonces
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, 1.5, float("nan"), float("inf")])

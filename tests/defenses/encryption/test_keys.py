@@ -89,6 +89,15 @@ def test_saved_keys_load_again_under_the_passphrase(keys, signing, tmp_path):
     assert SigningKey.load(path, PASSPHRASE).public_bytes() == signing.public_bytes()
 
 
+def test_two_files_of_one_key_and_passphrase_share_nothing_that_was_drawn(keys, tmp_path, cheap):
+    stored = []
+    for name in ("one", "two"):
+        keys.save(tmp_path / name, PASSPHRASE)
+        stored.append(json.loads((tmp_path / name).read_text()))
+    for drawn in ("salt", "nonce", "secret"):
+        assert stored[0][drawn] != stored[1][drawn], drawn
+
+
 def test_key_files_of_the_version_before_still_load(tmp_path):
     path = tmp_path / "keys.json"
     path.write_bytes(OLD_FILE.read_bytes())

@@ -298,6 +298,23 @@ def test_a_server_and_threshold_less_one_clients_do_not_get_one_clients_values(m
         ) == "share"  # fmt: skip
 
 
+def test_self_mask_taken_off_the_masks_with_honest_peers_still_hide_the_values(make_run):
+    """A server takes the self-mask off every survivor: that is how it gets the sum."""
+    run, messages = make_run(5), {}
+    clients, _ = run.drive(until="values", change=lambda p, n, m: messages.setdefault((p, n), m))
+    binding, left = run.terms.binding(5, BASE), words(messages["values", "client-0"]).copy()
+    plain, now = run.update("client-0")["w"].numpy(), clients["client-0"]._round
+    secret_sharing.add_mask(left, secret_sharing.self_key(now.own, binding), -1)
+    for peer in run.names[1:]:  # those before the last one work with the server
+        guess = left.view(np.int32)[: len(plain)].astype(float)
+        assert abs(np.corrcoef(guess, plain)[0, 1]) < 6 / len(plain) ** 0.5
+        key = secret_sharing.pair_key(now.pairs, now.roster[peer]["pairs"], binding,
+                                      "pairwise mask")  # fmt: skip
+        secret_sharing.add_mask(left, key, -1)
+    guess = left.view(np.int32)[: len(plain)].astype(float)
+    assert np.corrcoef(guess, plain)[0, 1] > 0.999  # the yardstick: all masks off
+
+
 def test_all_other_clients_masks_known_the_self_mask_still_hides_a_late_message(make_run):
     """The server calls a client dropped, rebuilds its pairwise masks, then gets its values."""
     run, messages = make_run(5), {}

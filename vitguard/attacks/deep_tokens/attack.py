@@ -111,7 +111,7 @@ class DeepTokens(Attack):
                 f"no token of block {number} was found"
             )
         if _JACOBIANS * stem.jacobian_seconds > budget.left:
-            raise CutShort(f"inverting {number} blocks takes more than the budget")
+            raise CutShort(f"to invert all below the MLP of block {number} exceeds the budget")
         tokens, known, tell, whiten = _ordered(found @ problem.inner.T, natural)
         white = None
         for _ in range(_ORDERS):

@@ -15,6 +15,7 @@ from vitguard.attacks.equations.update_jacobian import Simulate, UpdateJacobian
 from vitguard.attacks.map_fit.likelihood import Likelihood, Misfit
 from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.core import View
+from vitguard.errors import NotApplicable
 
 __all__ = ["Fit", "normal_equations"]
 
@@ -67,6 +68,8 @@ class Fit:
             operator, right = normal_equations(
                 slope, self.prior, misfit, levels, self.white, self._count
             )
+            if not bool(right.isfinite().all()):
+                raise NotApplicable("the simulated update has no finite derivative")
             move = conjugate_gradients(
                 operator, right, iterations=min(inner, _FIRST + _MORE * self.steps),
                 tolerance=_LOOSE, budget=budget,

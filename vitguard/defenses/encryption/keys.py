@@ -229,6 +229,18 @@ class KeySet(_Named):
         """Return SEAL's secret key; for the encryptor and decryptor only."""
         return self.__secret
 
+    def derived(self, purpose: bytes) -> Secret[bytes]:
+        """Return 32 bytes that all clients of these keys derive alike and the server cannot.
+
+        Args:
+            purpose: What they are for; others give other bytes (HKDF-SHA256).
+        """
+        from cryptography.hazmat.primitives.hashes import SHA256
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+        secret = shared_engine(self.layout).secret_bytes(self.__secret)
+        return Secret(HKDF(SHA256(), 32, self.fingerprint, purpose).derive(secret.reveal()))
+
     def save(self, path: str | Path, passphrase: str, *, overwrite: bool = False) -> None:
         """Write the keys encrypted (scrypt, AES-256-GCM), mode 600, atomically.
 

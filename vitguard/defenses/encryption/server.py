@@ -76,11 +76,13 @@ class Aggregator:
         """The weight of each client in the sum; public, and proved by the client's key."""
         return dict(self._weights)
 
-    def add(self, data: bytes, *, sender: str | None = None) -> None:
+    def add(self, data: bytes, *, sender: str | None = None, weight: float | None = None) -> None:
         """Check one client's message and add it.
 
         Args:
             sender: The client that the transport says it came from; another's is refused.
+            weight: What the client claims beside the message, such as its number of examples; the
+                message must hold the same.
 
         Raises:
             Rejected: The message does not hold, its client was counted already, the sum is full
@@ -89,6 +91,8 @@ class Aggregator:
         header, ciphertexts = open_message(data, MESSAGE, self._context)
         if sender is not None and header.sender != sender:
             raise Rejected("sender", f"a message of {header.sender!r} from client {sender!r}")
+        if weight is not None and weight != header.weight:
+            raise Rejected("weight", f"a claimed weight of {weight}", f"{header.weight}, as sealed")
         with self._lock:
             self._check_open()
             if self._finished is not None:

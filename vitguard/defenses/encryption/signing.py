@@ -55,6 +55,13 @@ class SigningKey:
         """Return the signature of a sum's SHA-256, 64 bytes."""
         return self.__key.sign(_DOMAIN + digest)
 
+    def derived(self, purpose: bytes) -> Secret[bytes]:
+        """Return a symmetric key of 32 bytes that follows from the private half, by purpose."""
+        from cryptography.hazmat.primitives.hashes import SHA256
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+        return Secret(HKDF(SHA256(), 32, None, purpose).derive(self.__key.private_bytes_raw()))
+
     def save(self, path: str | Path, passphrase: str, *, overwrite: bool = False) -> None:
         """Write the key encrypted, as `KeySet.save` does."""
         hidden = Secret(passphrase)

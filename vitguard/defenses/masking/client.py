@@ -6,7 +6,7 @@ import json
 import secrets
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
 from torch import Tensor
@@ -17,28 +17,14 @@ from vitguard.defenses.encryption.secret import Secret
 from vitguard.defenses.encryption.signing import SigningKey
 from vitguard.defenses.masking import secret_sharing as sharing
 from vitguard.defenses.masking import wire
+from vitguard.defenses.masking.journal import Journal
+from vitguard.defenses.masking.resting import RoundState, read_state, write_state
 from vitguard.defenses.masking.terms import Terms
 from vitguard.defenses.masking.values import integers
 from vitguard.draws import Draws
 from vitguard.errors import Rejected, Unprotected, expected
 
 __all__ = ["MaskingClient", "read_keys"]
-
-
-@dataclass
-class _Round:
-    binding: bytes
-    weight: float
-    transport: Secret[bytes]  # seeds: of the key for shares, of the pairwise masks, of its own
-    pairs: Secret[bytes]
-    own: Secret[bytes]
-    keys: bytes = b""
-    phase: str = "keys"
-    roster: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    roster_digest: bytes = b""
-    kept: Secret[bytes] = field(default_factory=lambda: Secret(b""))
-    inbox: dict[str, bytes] = field(default_factory=dict)
-    survivors: tuple[str, ...] = ()
 
 
 class MaskingClient:
@@ -62,6 +48,8 @@ class MaskingClient:
             none. Save it as soon as `start_round` returned.
         outliers: What becomes of NaN, infinity and values beyond their bound: `refuse` raises,
             `clip` moves them to the bound (NaN to zero) and counts them in `clipped`.
+        journal: Where each answer is marked before it leaves; for a client whose state rests
+            between two messages, since several processes may go on from one state.
     """
 
     def __init__(
@@ -72,6 +60,7 @@ class MaskingClient:
         client_id: str,
         last: int = -1,
         outliers: Literal["refuse", "clip"] = "refuse",
+        journal: Journal | None = None,
     ) -> None:
         sharing.require_masking()
         if outliers not in ("refuse", "clip"):
@@ -83,8 +72,8 @@ class MaskingClient:
         self.terms, self.client_id = terms, client_id
         self.outliers: Literal["refuse", "clip"] = outliers
         self.clipped: dict[str, int] = {}
-        self._identity, self._last = identity, last
-        self._round: _Round | None = None
+        self._identity, self._last, self._journal = identity, last, journal
+        self._round: RoundState | None = None
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -101,8 +90,36 @@ class MaskingClient:
         """The last round that was started, -1 for none."""
         return self._last
 
-    def start_round(self, round_id: int, *, weight: float = 1.0, base: str = "") -> bytes:
+    def state_bytes(self) -> bytes:
+        """Return the last round and the one that is open, under a key of this client's identity.
+
+        For a client whose process ends between two messages. Whoever puts an old one back has the
+        client answer twice: keep it where only the client writes.
+        """
+        with self._lock:
+            return write_state(self._last, self._round, *self._resting())
+
+    def load_state_bytes(self, data: bytes) -> None:
+        """Go on from what `state_bytes` returned.
+
+        Raises:
+            Rejected: It was changed, is of another client or other terms, or of an earlier round.
+        """
+        with self._lock:
+            last, now = read_state(data, *self._resting())
+            if last < self._last:
+                raise Rejected("replay", f"the state of round {last} after round {self._last}")
+            self._last, self._round = last, now
+
+    def _resting(self) -> tuple[Secret[bytes], bytes]:
+        about = self.terms.binding(0, "state of " + self.client_id)
+        return self._identity.derived(b"vitguard masks, state"), about
+
+    def start_round(self, round_id: int, *, weight: float | None = 1.0, base: str = "") -> bytes:
         """Start a round and return this client's public keys for it.
+
+        Args:
+            weight: None if it is known later: `Guard.round` then names it when values are made.
 
         Raises:
             Rejected: The round, or a later one, was started before.
@@ -110,10 +127,10 @@ class MaskingClient:
         """
         with self._lock:
             binding = self.terms.binding(round_id, base)
-            weight = self.terms.check_weight(weight)
+            weight = None if weight is None else self.terms.check_weight(weight)
             if round_id <= self._last:
                 raise Rejected("replay", f"round {round_id} after round {self._last}")
-            now = _Round(binding, weight, _seed(), _seed(), _seed())
+            now = RoundState(binding, weight, _seed(), _seed(), _seed())
             self._last, self._round = round_id, now
             body = {
                 "transport": sharing.public_half(now.transport, binding).hex(),
@@ -159,6 +176,7 @@ class MaskingClient:
                 for peer in peers
                 if peer != self.client_id
             }
+            self._mark(now, "shares")
             message = self._message(wire.SHARES, json.dumps(sealed).encode())
             now.roster, now.kept = peers, shares[self.client_id]
             now.roster_digest = sharing.fingerprint([found[c] for c in sorted(found)])
@@ -196,20 +214,22 @@ class MaskingClient:
                     f"{'none' if now is None else f'one at the phase of {now.phase}'}. Call "
                     "start_round, share_keys and take_shares first; values leave once a round."
                 )
-            self._check_bound(now)
+            weight = self._weight(now)
             tensors = update.tensors if isinstance(update, Update) else tensors_by_name(update)
             masked, self.clipped = integers(
-                tensors, self.terms, now.weight, outliers=self.outliers, draws=Draws()
+                tensors, self.terms, weight, outliers=self.outliers, draws=Draws()
             )
             now.phase = "agreement"  # before anything can break off: values leave once
+            self._mark(now, "values")
             sharing.add_mask(masked, sharing.self_key(now.own, now.binding), 1)
             for peer in now.inbox:
                 key = sharing.pair_key(
                     now.pairs, now.roster[peer]["pairs"], now.binding, "pairwise mask"
                 )
                 sharing.add_mask(masked, key, 1 if self.client_id < peer else -1)
-            head = wire.MASKED_HEAD.pack(now.weight, sum(self.clipped.values()))
-            return self._message(wire.MASKED, head + masked.astype("<u4", copy=False).tobytes())
+            head = wire.MASKED_HEAD.pack(weight, sum(self.clipped.values()))
+            values = masked.astype("<u4", copy=False).data.cast("B")
+            return self._message(wire.MASKED, (head, values))
 
     def seal(self, update: Update) -> Update:
         """Return the update with the manifest's tensors sealed and the message as its payload."""
@@ -238,6 +258,7 @@ class MaskingClient:
             self._check_enough(names)
             if self.client_id not in names or not {*names} <= {self.client_id, *now.inbox}:
                 raise Rejected("client", "survivors without this client, or with a stranger")
+            self._mark(now, "agreement")
             now.survivors, now.phase = tuple(sorted(names)), "answer"
             return self._message(wire.AGREED, json.dumps({"set": self._set(now).hex()}).encode())
 
@@ -260,6 +281,7 @@ class MaskingClient:
                     raise Rejected("client", "an agreement of a client that is no survivor")
                 if wire.hexadecimal(wire.mapping(inner, {"set"})["set"], 32) != self._set(now):
                     raise Rejected("survivors", f"another set of survivors, which {client} signed")
+            self._mark(now, "answers")
             now.phase = "over"
             revealed: dict[str, dict[str, str]] = {"own": {}, "pairs": {}}
             for peer in sorted({self.client_id, *now.inbox}):
@@ -274,7 +296,7 @@ class MaskingClient:
             self._round = None
             return message
 
-    def _share_of(self, now: _Round, peer: str) -> Secret[bytes] | None:
+    def _share_of(self, now: RoundState, peer: str) -> Secret[bytes] | None:
         if peer == self.client_id:
             return now.kept
         try:
@@ -286,19 +308,26 @@ class MaskingClient:
         except Rejected:
             return None
 
-    def _check_bound(self, now: _Round) -> None:
-        """Refuse values that `Guard.round` binds to another round, base, weight or client."""
-        stated = rounds.current()
+    def _weight(self, now: RoundState) -> float:
+        """Return the weight of the values; `Guard.round` must not name another round or weight."""
+        stated, weight = rounds.current(), now.weight
+        if stated is None and weight is None:
+            raise Unprotected("Expected a weight of start_round or Guard.round, got none.")
         if stated is not None and (
             self.terms.binding(stated.number, stated.base) != now.binding
-            or stated.weight != now.weight
+            or weight not in (None, stated.weight)
             or stated.client not in ("", self.client_id)
         ):
             raise Rejected(
                 "round", f"{stated}", "the round, base, weight and client of start_round"
             )
+        return self.terms.check_weight(stated.weight if weight is None else weight)  # type: ignore[union-attr]
 
-    def _at(self, phase: str) -> _Round:
+    def _mark(self, now: RoundState, phase: str) -> None:
+        if self._journal is not None:
+            self._journal.mark(sharing.fingerprint([now.keys]), phase)
+
+    def _at(self, phase: str) -> RoundState:
         now = self._round
         if now is None or now.phase != phase:
             got = "none" if now is None else f"one at the phase of {now.phase}"
@@ -309,19 +338,19 @@ class MaskingClient:
         if len(clients) < self.terms.threshold:
             raise Rejected("clients", f"{len(clients)} clients, fewer than {self.terms.threshold}")
 
-    def _set(self, now: _Round) -> bytes:
+    def _set(self, now: RoundState) -> bytes:
         return sharing.fingerprint([now.roster_digest, *(n.encode() for n in now.survivors)])
 
     def _transport(
-        self, now: _Round, peer: Mapping[str, bytes], sender: str, receiver: str
+        self, now: RoundState, peer: Mapping[str, bytes], sender: str, receiver: str
     ) -> Secret[bytes]:
         purpose = f"share {sender!r} to {receiver!r}"
         return sharing.pair_key(now.transport, peer["transport"], now.binding, purpose)
 
-    def _about(self, now: _Round, sender: str, receiver: str) -> bytes:
+    def _about(self, now: RoundState, sender: str, receiver: str) -> bytes:
         return sharing.fingerprint([now.binding, sender.encode(), receiver.encode()])
 
-    def _message(self, kind: int, body: bytes) -> bytes:
+    def _message(self, kind: int, body: bytes | tuple[bytes | memoryview, ...]) -> bytes:
         binding = self._round.binding if self._round else b""
         return wire.write_message(kind, self.client_id, body, binding, self._identity)
 

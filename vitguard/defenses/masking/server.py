@@ -7,6 +7,7 @@ import threading
 from collections.abc import Collection
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vitguard.defenses.encryption.signing import SigningKey
@@ -54,6 +55,7 @@ class MaskingServer:
         self._weights: dict[str, float] = {}
         self._agreements: dict[str, bytes] = {}
         self._answers: dict[str, dict[str, dict[str, bytes]]] = {}
+        self._opened: tuple[NDArray[np.uint32], dict[str, Tensor]] | None = None
         self._finished: bytes | None = None
         self.clipped: dict[str, int] = {}
         self._lock = threading.RLock()
@@ -71,8 +73,8 @@ class MaskingServer:
         """The weight of each client in the sum."""
         return dict(self._weights)
 
-    def add_keys(self, message: bytes) -> None:
-        """Take a client's public keys.
+    def add_keys(self, message: bytes) -> str:
+        """Take a client's public keys; return its name.
 
         Raises:
             Rejected: The message does not hold, or is the client's second, or comes too late.
@@ -81,6 +83,7 @@ class MaskingServer:
             client, _ = self._open(message, wire.KEYS, 0, self.terms.clients, self._keys)
             read_keys(message, self.terms, self._binding, client)
             self._keys[client] = bytes(message)
+            return client
 
     def roster(self) -> bytes:
         """Close the phase of keys; return the list of them for all clients in it."""
@@ -89,10 +92,15 @@ class MaskingServer:
             body = {c: m.hex() for c, m in self._keys.items()}
             return self._message(wire.ROSTER, json.dumps(body).encode())
 
-    def add_shares(self, message: bytes) -> None:
-        """Take the encrypted shares of a client; raises as `add_keys` does."""
+    def add_shares(self, message: bytes, *, sender: str | None = None) -> None:
+        """Take the encrypted shares of a client; raises as `add_keys` does.
+
+        Args:
+            sender: The client that the transport says it came from; another's is refused. So for
+                all messages to come.
+        """
         with self._lock:
-            client, body = self._open(message, wire.SHARES, 1, self._keys, self._shares)
+            client, body = self._open(message, wire.SHARES, 1, self._keys, self._shares, sender)
             found = dict(wire.mapping(body))
             if found.keys() != self._keys.keys() - {client}:
                 raise Rejected("client", "shares for others than the clients in the list of keys")
@@ -109,21 +117,30 @@ class MaskingServer:
             body = {c: found[client] for c, found in self._shares.items() if c != client}
             return self._message(wire.INBOX, json.dumps(body).encode())
 
-    def add_masked(self, message: bytes) -> None:
-        """Add the masked values of a client; raises as `add_keys` does."""
+    def add_masked(
+        self, message: bytes, *, sender: str | None = None, weight: float | None = None
+    ) -> None:
+        """Add the masked values of a client; raises as `add_keys` does.
+
+        Args:
+            weight: What the client claims elsewhere, such as its number of examples; the signed
+                weight must be the same.
+        """
         with self._lock:
-            client, body = self._open(message, wire.MASKED, 2, self._shares, self._weights)
+            client, body = self._open(message, wire.MASKED, 2, self._shares, self._weights, sender)
             if len(body) != wire.MASKED_HEAD.size + 4 * len(self._total):
                 raise Rejected("counts", f"{len(body)} bytes of values where others were due")
-            weight, clipped = wire.MASKED_HEAD.unpack_from(body)
+            signed, clipped = wire.MASKED_HEAD.unpack_from(body)
             try:
-                self.terms.check_weight(weight)
+                self.terms.check_weight(signed)
             except InputError as error:
-                raise Rejected("weight", f"a weight of {weight}") from error
+                raise Rejected("weight", f"a weight of {signed}") from error
+            if weight is not None and weight != signed:
+                raise Rejected("weight", f"a claimed weight of {weight}", f"{signed}, as signed")
             if clipped > len(self._total):
                 raise Rejected("counts", "more values clipped than there are")
             values = np.frombuffer(body, "<u4", offset=wire.MASKED_HEAD.size)
-            self._weights[client], self.clipped[client] = weight, clipped
+            self._weights[client], self.clipped[client] = signed, clipped
             np.add(self._total, values, out=self._total)
 
     def survivors(self) -> bytes:
@@ -133,10 +150,12 @@ class MaskingServer:
             body = json.dumps({"survivors": list(self.clients)})
             return self._message(wire.SURVIVORS, body.encode())
 
-    def add_agreement(self, message: bytes) -> None:
+    def add_agreement(self, message: bytes, *, sender: str | None = None) -> None:
         """Take a client's signature of the survivors; raises as `add_keys` does."""
         with self._lock:
-            client, body = self._open(message, wire.AGREED, 3, self._weights, self._agreements)
+            client, body = self._open(
+                message, wire.AGREED, 3, self._weights, self._agreements, sender
+            )
             roster = sharing.fingerprint([self._keys[c] for c in sorted(self._keys)])
             due = sharing.fingerprint([roster, *(c.encode() for c in self.clients)])
             if wire.hexadecimal(wire.mapping(body, {"set"})["set"], 32) != due:
@@ -150,10 +169,12 @@ class MaskingServer:
             body = {c: m.hex() for c, m in self._agreements.items()}
             return self._message(wire.AGREEMENTS, json.dumps(body).encode())
 
-    def add_answer(self, message: bytes) -> None:
+    def add_answer(self, message: bytes, *, sender: str | None = None) -> None:
         """Take the shares that a client reveals; raises as `add_keys` does."""
         with self._lock:
-            client, body = self._open(message, wire.ANSWER, 4, self._agreements, self._answers)
+            client, body = self._open(
+                message, wire.ANSWER, 4, self._agreements, self._answers, sender
+            )
             stated = wire.mapping(body, {"own", "pairs"})
             due = {"own": {*self._weights}, "pairs": self._shares.keys() - self._weights.keys()}
             read: dict[str, dict[str, bytes]] = {}
@@ -172,14 +193,27 @@ class MaskingServer:
             Rejected: Too few answered, shares are false, or a value is beyond the bounds.
         """
         with self._lock:
-            if self._finished is not None:
-                return self._finished
+            if self._finished is None:
+                total, _ = self._unmask()
+                weight = sum(self._weights[c] for c in self.clients)
+                head = wire.SUM_HEAD.pack(weight, len(self._weights))
+                values = total.astype("<u4", copy=False).data.cast("B")
+                self._finished = self._message(wire.SUM, (head, values))
+            return self._finished
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the weighted average by name, which the server reads; raises as `finish` does."""
+        with self._lock:
+            return self._unmask()[1]
+
+    def _unmask(self) -> tuple[NDArray[np.uint32], dict[str, Tensor]]:
+        if self._opened is None:
             self._close(4, self._answers, stay=True)
             keys = {c: read_keys(m, self.terms, self._binding, c) for c, m in self._keys.items()}
             own = {c: self._seed(c, "own", keys[c]["own"]) for c in self.clients}
             gone = sorted(self._shares.keys() - self._weights.keys())
             lost = {c: self._seed(c, "pairs", keys[c]["pairs"]) for c in gone}
-            total = self._total.copy()
+            total = self._total.copy()  # a refusal below leaves the sum as it was
             for seed in own.values():
                 sharing.add_mask(total, sharing.self_key(seed, self._binding), -1)
             for client, seed in lost.items():
@@ -189,17 +223,9 @@ class MaskingServer:
                     )
                     sharing.add_mask(total, key, -1 if peer < client else 1)
             weight = sum(self._weights[c] for c in self.clients)
-            self._mean = average(total, self.terms, weight, len(self._weights))
-            head = wire.SUM_HEAD.pack(weight, len(self._weights))
-            body = head + total.astype("<u4", copy=False).tobytes()
-            self._finished = self._message(wire.SUM, body)
+            self._opened = total, average(total, self.terms, weight, len(self._weights))
             self._phase = 5
-            return self._finished
-
-    def mean(self) -> dict[str, Tensor]:
-        """Return the weighted average by name, which the server reads; after `finish`."""
-        self.finish()
-        return self._mean
+        return self._opened
 
     def _seed(self, client: str, kind: str, public: bytes):
         place = {c: n for n, c in enumerate(self.terms.clients, 1)}
@@ -212,9 +238,17 @@ class MaskingServer:
         return sharing.rebuild(shares, self.terms.threshold, public, self._binding, make)
 
     def _open(
-        self, message: bytes, kind: int, phase: int, allowed: Collection[str], had: Collection[str]
-    ) -> tuple[str, bytes]:
+        self,
+        message: bytes,
+        kind: int,
+        phase: int,
+        allowed: Collection[str],
+        had: Collection[str],
+        sender: str | None = None,
+    ) -> tuple[str, bytes | memoryview]:
         client, body = wire.open_message(message, kind, self.terms, self._binding)
+        if sender not in (None, client):
+            raise Rejected("client", f"a message of {client!r} from client {sender!r}")
         if self._phase != phase:
             raise Rejected("phase", f"a message of {client!r} in the phase of {self._name}")
         if client not in allowed:
@@ -241,5 +275,5 @@ class MaskingServer:
             )
         self._phase += not stay
 
-    def _message(self, kind: int, body: bytes) -> bytes:
+    def _message(self, kind: int, body: bytes | tuple[bytes | memoryview, ...]) -> bytes:
         return wire.write_message(kind, wire.SERVER, body, self._binding, self._signing)

@@ -11,7 +11,8 @@ from functools import cached_property
 from vitguard.defenses.encryption.manifest import Manifest
 from vitguard.defenses.encryption.signing import check_public
 from vitguard.defenses.encryption.wire import check_id
-from vitguard.errors import expected
+from vitguard.errors import InputError, expected
+from vitguard.files import parsed_json
 
 __all__ = ["Terms"]
 
@@ -82,6 +83,39 @@ class Terms:
     def colluding(self) -> int:
         """Clients that may work with a dishonest server before the guarantees fall."""
         return 2 * self.threshold - len(self.identities) - 1
+
+    def to_json(self) -> str:
+        """Return the terms as JSON; nothing in them is secret."""
+        return json.dumps(
+            {
+                "manifest": json.loads(self.manifest.to_json()),
+                "identities": {c: k.hex() for c, k in self.identities.items()},
+                "server": self.server.hex(),
+                "threshold": self.threshold,
+            }
+        )
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Terms:
+        """Read what `to_json` wrote.
+
+        Raises:
+            InputError: It is something else.
+        """
+        try:
+            stored = parsed_json(text)
+            if stored.keys() != {"manifest", "identities", "server", "threshold"}:
+                raise KeyError("fields")
+            return Terms(
+                Manifest.from_json(json.dumps(stored["manifest"])),
+                {c: bytes.fromhex(k) for c, k in stored["identities"].items()},
+                bytes.fromhex(stored["server"]),
+                stored["threshold"],
+            )
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise expected("terms of a masked run as JSON", type(error).__name__) from error
 
     @cached_property
     def _digest(self) -> bytes:

@@ -46,10 +46,16 @@ def integers(
             if count:
                 clipped[entry.name] = clipped.get(entry.name, 0) + count
             factor = share * terms.levels / entry.bound
-            whole = quantise(values, factor, terms.levels, draws.uniform(len(values)))
-            total[at : at + len(whole)] = whole.astype(np.int64).astype(np.uint32)
+            whole = quantise(values, factor, terms.levels, _uniform(draws, len(values)))
+            total[at : at + len(whole)].view(np.int32)[:] = whole  # within +-2^31
             at += len(whole)
     return total, clipped
+
+
+def _uniform(draws: Draws, count: int) -> NDArray[np.float64]:
+    """Return draws from [0, 1) in steps of 2^-32, which moves an expectation by 2^-33 levels."""
+    words = draws.words((count + 1) // 2).view(np.uint32)[:count]
+    return np.multiply(words, 2.0**-32, dtype=np.float64)
 
 
 def average(

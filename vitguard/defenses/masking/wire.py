@@ -47,16 +47,25 @@ SUM_HEAD = struct.Struct(">dH")  # weight, clients
 
 
 def write_message(
-    kind: int, sender: str, body: bytes, binding: bytes, signing: SigningKey
+    kind: int,
+    sender: str,
+    body: bytes | tuple[bytes | memoryview, ...],
+    binding: bytes,
+    signing: SigningKey,
 ) -> bytes:
-    """Return the bytes of a message, signed."""
-    name = check_id(sender)
-    content = b"".join((_HEAD.pack(MAGIC, VERSION, kind, binding, len(name)), name, body))
-    return content + signing.sign(hashlib.sha256(content).digest())
+    """Return the bytes of a message, signed. A body in parts is joined here, and copied once."""
+    name, parts = check_id(sender), body if isinstance(body, tuple) else (body,)
+    content = (_HEAD.pack(MAGIC, VERSION, kind, binding, len(name)), name, *parts)
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part)
+    return b"".join((*content, signing.sign(digest.digest())))
 
 
-def open_message(data: object, kind: int, terms: Terms, binding: bytes) -> tuple[str, bytes]:
-    """Check a message in full; return its sender and body.
+def open_message(
+    data: object, kind: int, terms: Terms, binding: bytes
+) -> tuple[str, bytes | memoryview]:
+    """Check a message in full; return its sender and body; values are not copied.
 
     Raises:
         Rejected: `cause` is one of type, oversize, truncated, magic, version, kind, round, client,
@@ -99,17 +108,18 @@ def open_message(data: object, kind: int, terms: Terms, binding: bytes) -> tuple
         verify(key, digest, data[end:])
     except Rejected as error:
         raise Rejected("signature", f"{_NAMES[kind]} that {sender} did not sign") from error
-    return sender, data[start:end]
+    values = memoryview(data)[start:end]
+    return sender, values if kind in (MASKED, SUM) else bytes(values)
 
 
-def mapping(body: bytes, keys: set[str] | None = None) -> Mapping[str, Any]:
+def mapping(body: bytes | memoryview, keys: set[str] | None = None) -> Mapping[str, Any]:
     """Read a JSON object, with exactly these keys where they are given.
 
     Raises:
         Rejected: It is something else.
     """
     try:
-        found = parsed_json(body)
+        found = parsed_json(bytes(body))
     except (ValueError, InputError) as error:
         raise Rejected("body", f"a body that is no JSON ({type(error).__name__})") from error
     if not isinstance(found, dict) or (keys is not None and found.keys() != keys):

@@ -12,6 +12,14 @@ if find_spec("flwr") is None:
 from vitguard.federated.flower.client import ProtectMod, attach, encryptor
 from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.keys import ClientKeys, Federation, make_keys
+from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
+from vitguard.federated.flower.masked_client import masker
+from vitguard.federated.flower.masked_keys import (
+    MaskedFederation,
+    MaskingIdentity,
+    write_masked_keys,
+)
+from vitguard.federated.flower.masked_server import MaskedFedAvg
 from vitguard.federated.flower.server import EncryptedFedAvg
 
 __all__ = [
@@ -19,8 +27,15 @@ __all__ = [
     "EncryptedFedAvg",
     "Federation",
     "InProcessGrid",
+    "LedgerGrid",
+    "Ledgers",
+    "MaskedFedAvg",
+    "MaskedFederation",
+    "MaskingIdentity",
     "ProtectMod",
     "attach",
     "encryptor",
     "make_keys",
+    "masker",
+    "write_masked_keys",
 ]

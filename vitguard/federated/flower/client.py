@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    RecordDict,
+)
 from flwr.common.serde import make_message
 from torch import Tensor
 
@@ -15,15 +26,22 @@ from vitguard.defenses.base import Ledgered
 from vitguard.defenses.encryption import Decryptor, Encryptor, model_version
 from vitguard.errors import Rejected, Unprotected, VitguardError, expected
 from vitguard.federated.flower.keys import ClientKeys
+from vitguard.federated.flower.ledgers import LEDGER
+from vitguard.federated.flower.masked_client import asked_now, masking
+from vitguard.federated.flower.masked_keys import MaskingIdentity
 from vitguard.federated.flower.records import (
     BASE,
     ROUND,
     SEALED,
+    SNAPSHOT,
+    VOUCH,
     History,
     from_arrays,
     sealed_array,
+    snapshot_array,
     to_arrays,
 )
+from vitguard.federated.flower.snapshots import Snapshot, vouch
 from vitguard.guard import Guard
 from vitguard.rounds import Progress
 
@@ -35,12 +53,23 @@ App = Callable[[Message, Context], Message]
 
 
 @dataclass
+class _Ledger:
+    """A client's privacy ledger as the server is told of it."""
+
+    name: str
+    releases: int
+
+
+@dataclass
 class _Exchange:
     """One message on its way through the app."""
 
     context: Context
     keys: Callable[[Context], ClientKeys]
     guards: list[Guard] = field(default_factory=list)
+    reminder: ConfigRecord | None = None  # of the ledger, by the server
+    ledger: _Ledger | None = None
+    beside: dict[str, Array] = field(default_factory=dict)  # of the model, for the server to keep
 
 
 _exchange: ContextVar[_Exchange | None] = ContextVar("vitguard_flower", default=None)
@@ -71,18 +100,44 @@ def attach(guard: Guard) -> Guard:
     ledger = kept.get("guard")
     if isinstance(ledger, bytes):
         guard.load_state_bytes(ledger)
+    if any(isinstance(d, Ledgered) for d in guard.defenses):
+        exchange.ledger = _ledger(kept, exchange.reminder)
     guard.will_seal()
     exchange.guards.append(guard)
     return guard
 
 
-def encryptor() -> Encryptor:
+def _ledger(kept: ConfigRecord, reminder: ConfigRecord | None) -> _Ledger:
+    """Return the client's ledger by name, and how many releases it has counted.
+
+    Raises:
+        Unprotected: The server was told of more.
+    """
+    name, releases = kept.get("ledger", secrets.token_hex(16)), kept.get("releases", 0)
+    if not isinstance(name, str) or not isinstance(releases, int):
+        raise expected("a ledger's name and releases in context.state", type(releases).__name__)
+    if reminder is not None:
+        told = reminder.get("releases")
+        if not (reminder.get("name") == name and isinstance(told, int) and told <= releases):
+            raise Unprotected(
+                f"Expected the privacy ledger that had counted {told} releases, got one of "
+                f"{releases}: context.state was lost or set back. Put the newest one back; "
+                "nothing is trained or sent until then."
+            )
+    return _Ledger(name, releases)
+
+
+def encryptor(*, outliers: Literal["refuse", "clip"] = "refuse") -> Encryptor:
     """Return the encryptor of the client that this message is for.
 
     For `EncryptedGradients(encryptor=encryptor())` in the train function.
+
+    Args:
+        outliers: What becomes of values beyond their bound, as in `Encryptor`. The server is told
+            how many were clipped, and refuses more than its `max_clipped`.
     """
     exchange = _now()
-    return exchange.keys(exchange.context).encryptor()
+    return exchange.keys(exchange.context).encryptor(outliers=outliers)
 
 
 class ProtectMod:
@@ -98,16 +153,23 @@ class ProtectMod:
 
     Args:
         keys: Where a client's keys come from; by default files that the environment names.
+        identity: The same for rounds of `MaskedFedAvg`.
     """
 
-    def __init__(self, keys: Callable[[Context], ClientKeys] = ClientKeys.from_environment) -> None:
-        self._keys = keys
+    def __init__(
+        self,
+        keys: Callable[[Context], ClientKeys] = ClientKeys.from_environment,
+        *,
+        identity: Callable[[Context], MaskingIdentity] = MaskingIdentity.from_environment,
+    ) -> None:
+        self._keys, self._identity = keys, identity
 
     def __call__(self, message: Message, context: Context, call_next: App) -> Message:
         exchange = _Exchange(context, self._keys)
         token = _exchange.set(exchange)
         try:
-            return _exchanged(message, exchange, call_next)
+            with masking(message, context, self._identity) as answer:
+                return answer or _exchanged(message, exchange, call_next)
         except Exception as error:  # noqa: BLE001 - whatever it was, nothing unsealed may leave
             # an error of the app may quote its data
             said = f": {error}"[:500] if isinstance(error, VitguardError) else " in the app"
@@ -119,7 +181,11 @@ class ProtectMod:
 def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message:
     name, received = _only(message.content.array_records, "ArrayRecord of weights")
     before, settings = _opened(message, received, exchange)
-    content = RecordDict({**message.content, name: to_arrays(before)})
+    plain = settings is None or asked_now() is not None  # then they are as they came
+    given = received if plain else to_arrays(before)
+    content = RecordDict({**message.content, name: given})
+    exchange.reminder = content.config_records.get(LEDGER)
+    content.pop(LEDGER, None)
     inner = make_message(message.metadata, content)
     reply = call_next(inner, exchange.context)
     if reply.has_error():
@@ -142,6 +208,8 @@ def _opened(
 
     Without a round the strategy is Flower's own and the weights are plain.
     """
+    if (masked := asked_now()) is not None:
+        return masked.weights(from_arrays(received)), masked.round
     config = {k: v for record in message.content.config_records.values() for k, v in record.items()}
     if ROUND not in config:
         return from_arrays(received), None
@@ -150,15 +218,23 @@ def _opened(
         raise Rejected("round", "a round without number or version", "EncryptedFedAvg's message")
     asked = Progress(number, base)
     history, state = History.of(received), exchange.context.state
+    keys = exchange.keys(exchange.context)
     if _MODEL in state.array_records:
         weights = from_arrays(state.array_records[_MODEL])
         progress = Progress.from_json(str(state.config_records[_KEPT]["progress"]))
     elif history.start:
         weights, progress = dict(history.start), Progress(-1, model_version(history.start))
     else:
+        weights, progress = {}, Progress()
+    whole = history.snapshot
+    if whole is not None and whole.number > progress.opened:
+        weights = whole.open(keys.keys, keys.manifest)
+        progress = progress.after(whole.number, whole.version)
+    if not weights:
         raise Rejected("base", "later steps alone, for a client that has no weights", "all of them")
-    keys = exchange.keys(exchange.context)
-    for step in history.since(progress.opened).steps:
+    for step in history.steps:
+        if step.number <= progress.opened:
+            continue
         opener = Decryptor(
             keys.keys, keys.manifest, min_clients=keys.min_clients, opened=progress.opened
         )
@@ -172,6 +248,12 @@ def _opened(
         raise Rejected("base", "steps that lead to another version of the model")
     state[_MODEL] = to_arrays(weights)
     _keep(exchange, progress=progress.to_json())
+    wanted = config.get(SNAPSHOT)
+    if wanted in ("vouch", "send"):
+        facts = keys.keys, keys.manifest, progress.opened, progress.base, weights
+        exchange.beside = {VOUCH: sealed_array(vouch(*facts))}
+        if wanted == "send":
+            exchange.beside |= snapshot_array(Snapshot.of(*facts))
     return weights, asked
 
 
@@ -202,12 +284,19 @@ def _sealed(
             sealed = guard.seal(update)
     finally:  # a release that was counted stays counted
         _keep(exchange, guard=guard.state_bytes(draws=False))
+        if exchange.ledger is not None:
+            exchange.ledger.releases += 1
+            _keep(exchange, ledger=exchange.ledger.name, releases=exchange.ledger.releases)
     if spent := [d.name for d in guard.defenses if isinstance(d, Ledgered)]:
         metrics["epsilon"] = max(float(guard.privacy_spent(n).epsilon) for n in spent)
     arrays = _leaving(sealed, before, secret=asked is not None)
     if asked is not None:
+        arrays = ArrayRecord({**arrays, **exchange.beside})
         metrics["vitguard-clipped"] = sum(sealed.clipped.values())
-    return Message(content=RecordDict({name: arrays, metrics_name: metrics}), reply_to=message)
+    content = RecordDict({name: arrays, metrics_name: metrics})
+    if exchange.ledger is not None:
+        content[LEDGER] = ConfigRecord(asdict(exchange.ledger))
+    return Message(content=content, reply_to=message)
 
 
 def _leaving(sealed: Update, before: Mapping[str, Tensor], *, secret: bool) -> ArrayRecord:
@@ -225,7 +314,7 @@ def _leaving(sealed: Update, before: Mapping[str, Tensor], *, secret: bool) -> A
     return ArrayRecord({SEALED: sealed_array(payload), **to_arrays(plain)})
 
 
-def _keep(exchange: _Exchange, **values: str | bytes) -> None:
+def _keep(exchange: _Exchange, **values: str | bytes | int) -> None:
     state = exchange.context.state
     state[_KEPT] = ConfigRecord({**state.config_records.get(_KEPT, {}), **values})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from flwr.app import Context, Error, Message, Metadata, RecordDict
@@ -22,7 +22,8 @@ class InProcessGrid(Grid):
     """Runs client apps one after the other; every message crosses Flower's own protocol buffers.
 
     What a node keeps in `context.state` lasts, an exception becomes an Error reply, and replies of
-    nodes in `late` are dropped, as a real grid does; nodes in `absent` are not there.
+    nodes in `late` are dropped, as a real grid does; nodes in `absent` are not there. An app runs
+    when its reply is taken, so that no more than one reply is held.
 
     Args:
         apps: The client app of each node, by node id.
@@ -76,10 +77,10 @@ class InProcessGrid(Grid):
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Let each node answer its message."""
-        replies = (self._answered(message) for message in messages)
-        return [r for r in replies if r.metadata.src_node_id not in self.late]
+    ) -> Iterator[Message]:
+        """Return an iterator over the replies; each node answers when it comes to its turn."""
+        replies = (self._answered(message) for message in list(messages))
+        return (r for r in replies if r.metadata.src_node_id not in self.late)
 
     def _answered(self, message: Message) -> Message:
         node = message.metadata.dst_node_id

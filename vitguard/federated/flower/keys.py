@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from flwr.app import Context
 from torch import Tensor
@@ -39,9 +40,9 @@ class ClientKeys:
     manifest: Manifest
     min_clients: int = 2
 
-    def encryptor(self) -> Encryptor:
+    def encryptor(self, *, outliers: Literal["refuse", "clip"] = "refuse") -> Encryptor:
         """Return the encryptor of this client; `guard.round` names the round."""
-        return Encryptor(self.keys, self.manifest, client_id=self.client)
+        return Encryptor(self.keys, self.manifest, client_id=self.client, outliers=outliers)
 
     @staticmethod
     def from_environment(context: Context) -> ClientKeys:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,13 +15,31 @@ from torch import Tensor
 
 from vitguard.defenses.encryption import model_version
 from vitguard.errors import Rejected
+from vitguard.federated.flower.snapshots import Snapshot
 from vitguard.rounds import next_version
 
-__all__ = ["BASE", "ROUND", "SEALED", "History", "Step", "from_arrays", "sealed_array", "to_arrays"]
+__all__ = [
+    "BASE",
+    "ROUND",
+    "SEALED",
+    "SNAPSHOT",
+    "VOUCH",
+    "History",
+    "Step",
+    "from_arrays",
+    "sealed_array",
+    "snapshot_array",
+    "take_snapshot",
+    "to_arrays",
+]
 
 ROUND, BASE = "vitguard-round", "vitguard-base"  # in the ConfigRecord of a message
+SNAPSHOT = "vitguard-snapshot"  # there too: "vouch" for the model, or "send" it
+VOUCH = "vitguard.vouch"
+"""Name of the array with a client's proof of the weights it has."""
 SEALED = "vitguard.sealed"
 """Name and type of the array that holds ciphertext; no weights can be made of it."""
+_WHOLE = re.compile(r"vitguard\.snapshot\.(\d{1,18})")
 _STEP = re.compile(r"vitguard\.step\.(\d{1,18})\.(sum|plain\.(.+))")
 
 
@@ -43,7 +62,8 @@ def from_arrays(record: Mapping[str, Array]) -> dict[str, Tensor]:
     tensors = {}
     for name, array in record.items():
         try:
-            tensors[name] = torch.from_numpy(np.array(array.numpy()))
+            found = array.numpy()  # NumPy reads into memory of its own
+            tensors[name] = torch.from_numpy(found if found.flags.writeable else found.copy())
         except Exception as error:  # foreign bytes: numpy and torch raise whatever they like
             raise Rejected("array", f"{name}, of type {array.stype[:40]!r}", "numbers") from error
     return tensors
@@ -69,33 +89,90 @@ class Step:
         return {f"{start}.sum": sealed_array(self.total), **plain}
 
 
+def snapshot_array(snapshot: Snapshot) -> dict[str, Array]:
+    """Return a sealed model as an array by name."""
+    return {f"vitguard.snapshot.{snapshot.number}": sealed_array(snapshot.to_bytes())}
+
+
+def take_snapshot(arrays: dict[str, Array]) -> Snapshot | None:
+    """Take the sealed model out of arrays by name; None where there is none.
+
+    Raises:
+        Rejected: There are several, or what is there is none.
+    """
+    found = [name for name in arrays if _WHOLE.fullmatch(name)]
+    if not found:
+        return None
+    if len(found) > 1 or arrays[found[0]].stype != SEALED:
+        raise Rejected("snapshot", "several sealed models, or one of another type", "one")
+    number = int(found[0].rpartition(".")[2])
+    return Snapshot.from_bytes(number, arrays.pop(found[0]).data)
+
+
 @dataclass(frozen=True)
 class History:
-    """A global model that the server cannot read: the weights it started from, and its steps."""
+    """A global model that the server cannot read: what it goes on from, and the steps since.
+
+    Args:
+        start: The weights of the first start; later on the server reads only their shapes.
+        steps: The rounds since the start, or since the snapshot where there is one.
+        snapshot: The model before the steps, sealed by a client; None at first.
+    """
 
     start: Mapping[str, Tensor]
     steps: tuple[Step, ...] = field(default=())
+    snapshot: Snapshot | None = None
 
     def version(self) -> str:
         """Return the version of the model after all steps."""
-        base = model_version(self.start)
+        return self._version
+
+    @cached_property
+    def _version(self) -> str:
+        base = self.snapshot.version if self.snapshot else model_version(self.start)
         for step in self.steps:
             base = step.version(base)
         return base
 
     @property
+    def last_round(self) -> int:
+        """The number of the last round in the model, 0 for none."""
+        if self.steps:
+            return self.steps[-1].number
+        return self.snapshot.number if self.snapshot else 0
+
+    @property
     def next_round(self) -> int:
         """The number of the round to come."""
-        return self.steps[-1].number + 1 if self.steps else 1
+        return self.last_round + 1
 
-    def since(self, number: int) -> History:
-        """Return what a client lacks that has everything up to a round."""
+    def after(self, step: Step, snapshot: Snapshot | None = None) -> History:
+        """Return the history with one more step; a snapshot stands for all before it."""
+        if snapshot is None:
+            history = replace(self, steps=(*self.steps, step))
+        else:
+            history = History(self.start, (step,), snapshot)
+        known = step.version(self.version())  # not by hashing all sums anew
+        history.__dict__["_version"] = known
+        return history
+
+    def since(self, number: int | None) -> History:
+        """Return what a client lacks that has everything up to a round, None for one with nothing.
+
+        Where a step before the snapshot is lacking it is the snapshot and the steps after it.
+        """
+        if self.snapshot is None:
+            steps = tuple(s for s in self.steps if s.number > (0 if number is None else number))
+            return History(self.start if number is None else {}, steps)
+        if number is None or number < self.snapshot.number:
+            return History({}, self.steps, self.snapshot)
         return History({}, tuple(s for s in self.steps if s.number > number))
 
     def record(self) -> ArrayRecord:
         """Return it as one record: what is sent, and what a server saves to go on later."""
+        whole = snapshot_array(self.snapshot) if self.snapshot else {}
         steps = [a for s in self.steps for a in s.arrays().items()]
-        return ArrayRecord({**to_arrays(self.start), **dict(steps)})
+        return ArrayRecord({**to_arrays(self.start), **whole, **dict(steps)})
 
     @staticmethod
     def of(record: ArrayRecord) -> History:
@@ -104,10 +181,12 @@ class History:
         Raises:
             Rejected: It holds something else.
         """
+        arrays = dict(record)
+        snapshot = take_snapshot(arrays)
         start: dict[str, Array] = {}
         totals: dict[int, bytes] = {}
         plain: dict[int, dict[str, Array]] = {}
-        for name, array in record.items():
+        for name, array in arrays.items():
             found = _STEP.fullmatch(name)
             if found is None:
                 start[name] = array
@@ -118,4 +197,4 @@ class History:
         if plain.keys() - totals.keys():
             raise Rejected("array", "a step without its sum", "steps as they were made")
         steps = (Step(n, totals[n], from_arrays(plain.get(n, {}))) for n in sorted(totals))
-        return History(from_arrays(start), tuple(steps))
+        return History(from_arrays(start), tuple(steps), snapshot)

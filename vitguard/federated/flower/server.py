@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from logging import WARNING
 from typing import Any
 
@@ -15,8 +17,22 @@ from torch import Tensor
 
 from vitguard.defenses.encryption import Aggregator
 from vitguard.errors import Incompatible, Rejected, VitguardError, expected
+from vitguard.federated.flower.arrivals import Arrivals
+from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.keys import Federation
-from vitguard.federated.flower.records import BASE, ROUND, SEALED, History, Step, from_arrays
+from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
+from vitguard.federated.flower.records import (
+    BASE,
+    ROUND,
+    SEALED,
+    SNAPSHOT,
+    VOUCH,
+    History,
+    Step,
+    from_arrays,
+    take_snapshot,
+)
+from vitguard.federated.flower.snapshots import Snapshot
 
 __all__ = ["EncryptedFedAvg"]
 
@@ -27,18 +43,25 @@ class EncryptedFedAvg(FedAvg):
     Guarantees:
         A reply that is refused leaves the sum as it was; `refused` says why, for each node.
         Fewer than `min_clients` good replies leave the model as it was, with one clear line.
-        A node gets the sums that it lacks, and all of them where it is not known what it has.
+        A node gets the sums that it lacks, or the model that a client sealed and the sums since.
+        Replies are added as they arrive and never kept, and no more than `catch_up` sums are, as
+        long as clients seal the model when they are asked.
+        A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
+        restarts save `ledgers`.
+        A sealed model is taken only where most clients of the round vouch for the same weights.
 
     Does not protect against:
         A server that works with a client: they share the key of the ciphertext.
 
-    The result's arrays are the starting weights and all sums since: save them, and give them as
-    `initial_arrays` to go on after a restart. Only clients can open them.
+    The result's arrays are the starting weights, the sealed model and the sums since: save them,
+    and give them as `initial_arrays` to go on after a restart. Only clients can open them.
 
     Args:
         federation: The server's keys, such as `Federation.from_environment()`.
         min_clients: The fewest clients of a sum, at least 2.
         max_clipped: The most values of a reply that were moved to their bound; None for any.
+        catch_up: Sums that are kept before a client is asked to seal the model, at least 1. It
+            sends 4 bytes a value, once in so many rounds; a sum has about 8.
         settings: Arguments of `FedAvg`.
     """
 
@@ -62,18 +85,23 @@ class EncryptedFedAvg(FedAvg):
         *,
         min_clients: int = 2,
         max_clipped: int | None = None,
+        catch_up: int = 4,
         **settings: Any,
     ) -> None:
         if type(min_clients) is not int or not 2 <= min_clients <= federation.keys.max_clients:
             raise expected(
                 f"min_clients from 2 to {federation.keys.max_clients}", repr(min_clients)
             )
+        if type(catch_up) is not int or catch_up < 1:
+            raise expected("catch_up, a whole number of sums, at least 1", repr(catch_up)[:80])
         super().__init__(**settings)
+        self._catch_up = catch_up
         self._federation, self.min_clients = federation, min_clients
         self._max_clipped = max_clipped
         self._history = History({})
         self._known: dict[int, int] = {}  # the last round that a node has opened
         self.refused: dict[int, dict[int, str]] = {}
+        self.ledgers = Ledgers()
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **named: Any) -> Result:
         """Run the rounds, as every strategy does; `evaluate_fn` cannot read the model."""
@@ -82,7 +110,9 @@ class EncryptedFedAvg(FedAvg):
                 "Expected evaluation by clients, got evaluate_fn: the server cannot read the model."
             )
         self._history, self._known = History.of(initial_arrays), {}
-        result = super().start(grid, initial_arrays, *args, **named)
+        single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
+        counting = LedgerGrid(single, self.ledgers)
+        result = super().start(counting, initial_arrays, *args, **named)
         result.arrays = self._history.record()
         return result
 
@@ -90,28 +120,51 @@ class EncryptedFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask nodes for sealed updates of the model's version; each is sent what it lacks."""
-        messages = super().configure_train(server_round, arrays, self._said(config), grid)
-        return [self._for_node(m) for m in messages]
+        said = self._said(config)
+        asked = len(self._history.steps) >= self._catch_up
+        if asked:
+            said[SNAPSHOT] = "vouch"
+        messages = list(super().configure_train(server_round, arrays, said, grid))
+        lacks = self._lacking(messages)
+        sender = messages[0].metadata.dst_node_id if asked and messages else None  # a random one
+        asks = ConfigRecord({**said, SNAPSHOT: "send"})
+        return [
+            self._with(m, lacks, asks if m.metadata.dst_node_id == sender else None)
+            for m in messages
+        ]
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let nodes evaluate the model, which they open themselves."""
-        messages = super().configure_evaluate(server_round, arrays, self._said(config), grid)
-        return [self._for_node(m) for m in messages]
+        said = self._said(config)
+        messages = list(super().configure_evaluate(server_round, arrays, said, grid))
+        lacks = self._lacking(messages)
+        return [self._with(m, lacks) for m in messages]
 
     def _said(self, config: ConfigRecord) -> ConfigRecord:
         return ConfigRecord(
             {**config, ROUND: self._history.next_round, BASE: self._history.version()}
         )
 
-    def _for_node(self, message: Message) -> Message:
-        known = self._known.get(message.metadata.dst_node_id)
-        lacks = self._history if known is None else self._history.since(known)
-        content = RecordDict({**message.content, self.arrayrecord_key: lacks.record()})
+    def _lacking(self, messages: Iterable[Message]) -> dict[int | None, ArrayRecord]:
+        """Return what nodes lack, once for all that know the same round: the bytes are shared."""
+        known = {self._known.get(m.metadata.dst_node_id) for m in messages}
+        return {number: self._history.since(number).record() for number in known}
+
+    def _with(
+        self,
+        message: Message,
+        lacks: dict[int | None, ArrayRecord],
+        config: ConfigRecord | None = None,
+    ) -> Message:
+        node = message.metadata.dst_node_id
+        content = {**message.content, self.arrayrecord_key: lacks[self._known.get(node)]}
+        if config is not None:
+            content[self.configrecord_key] = config
         return Message(
-            content=content,
-            dst_node_id=message.metadata.dst_node_id,
+            content=RecordDict(content),
+            dst_node_id=node,
             message_type=message.metadata.message_type,
         )
 
@@ -126,33 +179,36 @@ class EncryptedFedAvg(FedAvg):
         )  # fmt: skip
         plain: dict[str, Tensor] = {}
         good: list[MetricRecord] = []
+        models = Vouched(number - 1, self._history.version())
         refused = self.refused[server_round] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
             try:
-                self._add(reply, total, plain)
+                self._add(reply, total, plain, models)
             except VitguardError as refusal:
-                refused[node] = str(refusal)
+                refused[node] = said = str(refusal)  # the exception itself holds the reply
                 self._known.pop(node, None)  # whatever it has: it gets everything
-                log(WARNING, "Round %s: node %s refused: %s", server_round, node, refusal)
+                log(WARNING, "Round %s: node %s refused: %s", server_round, node, said)
             else:
                 (metrics,) = reply.content.metric_records.values()
                 good.append(metrics)
                 self._known[node] = number - 1
+            del reply  # its ciphertext goes before the next one comes
         try:
             summed = total.finish(min_clients=self.min_clients)
         except Rejected as refusal:
-            log(WARNING, "Round %s failed, the model is as it was: %s", server_round, refusal)
+            log(WARNING, "Round %s failed, the model is as it was: %s", server_round, str(refusal))
             return None, None
         weight = math.fsum(total.weights.values())
         means = {n: t / weight for n, t in plain.items()}
-        steps = (*self._history.steps, Step(number, summed, means))
-        self._history = History(self._history.start, steps)
+        self._history = self._history.after(Step(number, summed, means), models.agreed())
         return self._history.record(), self.train_metrics_aggr_fn(
             _with_common_names(good), self.weighted_by_key
         )
 
-    def _add(self, reply: Message, total: Aggregator, plain: dict[str, Tensor]) -> None:
+    def _add(
+        self, reply: Message, total: Aggregator, plain: dict[str, Tensor], models: Vouched
+    ) -> None:
         """Add a reply to the sum and to what is plain, or neither.
 
         Raises:
@@ -177,14 +233,16 @@ class EncryptedFedAvg(FedAvg):
             type(clipped) is int and 0 <= clipped <= self._max_clipped
         ):
             raise Rejected("clipped", f"{clipped} values beyond bounds", "fewer")
+        proof, snapshot = arrays.pop(VOUCH, None), take_snapshot(arrays)
         changes = from_arrays(arrays)
         self._check_plain(changes, plain)
         before = total.weights
-        total.add(sealed.data)
+        total.add(sealed.data, weight=weight)
         (proved,) = (w for c, w in total.weights.items() if c not in before)
         for name, change in changes.items():  # by the weight that the client's key proved
             share = change.double() * proved
             plain[name] = plain[name] + share if name in plain else share
+        models.add(b"" if proof is None else proof.data, snapshot)
 
     def _check_plain(self, changes: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
         start, sealed = self._history.start, self._federation.manifest.names
@@ -195,6 +253,36 @@ class EncryptedFedAvg(FedAvg):
                 raise Rejected("array", f"{name} with values that are not finite")
         if plain and plain.keys() != changes.keys():
             raise Rejected("array", "other plain tensors than the clients before it")
+
+
+@dataclass
+class Vouched:
+    """What the clients of a round say of the model that the round began with.
+
+    Args:
+        number, version: Of that model.
+    """
+
+    number: int
+    version: str
+    proofs: Counter[bytes] = field(default_factory=Counter)
+    snapshot: Snapshot | None = None
+
+    def add(self, proof: bytes, snapshot: Snapshot | None) -> None:
+        """Count one client's proof, and keep the model that it sealed, if it is the one meant."""
+        self.proofs[proof] += 1
+        if snapshot and (snapshot.number, snapshot.version) == (self.number, self.version):
+            self.snapshot = snapshot
+
+    def agreed(self) -> Snapshot | None:
+        """Return the model, if more than half of the clients have its weights; None otherwise."""
+        if self.snapshot is None:
+            return None
+        votes, clients = self.proofs[self.snapshot.proof], self.proofs.total()
+        if 2 * votes <= clients:
+            log(WARNING, "A sealed model is refused: %s of %s clients have it", votes, clients)
+            return None
+        return self.snapshot
 
 
 def _with_common_names(contents: list[MetricRecord]) -> list[RecordDict]:

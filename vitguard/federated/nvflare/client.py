@@ -41,7 +41,7 @@ from vitguard.federated.nvflare.models import build_model
 from vitguard.federated.nvflare.state import ClientState, passphrase_of, private_folder
 from vitguard.guard import Guard, protect
 from vitguard.registry import parse_stack
-from vitguard.rounds import next_version
+from vitguard.rounds import Progress, next_version
 
 __all__ = ["OpenFilter", "SealFilter"]
 
@@ -121,9 +121,9 @@ class OpenFilter(_ClientFilter):
         manifest.check(weights)
         refuse_tensors(weights)
         base = model_version(weights)
-        if state.opened >= 0 or state.base not in ("", base):
+        if state.progress.opened >= 0 or state.progress.base not in ("", base):
             raise Rejected("base", "a plain model in the middle of a run", "an encrypted sum")
-        state.base, state.weights = base, weights
+        state.progress, state.weights = Progress(-1, base), weights
 
     def _advance(
         self,
@@ -134,31 +134,33 @@ class OpenFilter(_ClientFilter):
         fl_ctx: FLContext,
     ) -> None:
         """Open the sums that this client has not opened yet, oldest first."""
-        if not state.base:
+        if not state.progress.base:
             raise Rejected("base", "a sum before the initial model: the state of this run is lost")
         if max(sums) >= number:
             raise Rejected("round", f"the sum of round {max(sums)} in a task of round {number}")
-        missed = {r: total for r, total in sums.items() if r > state.opened}
+        last = state.progress.opened
+        missed = {r: total for r, total in sums.items() if r > last}
         if not missed:
             newest = hashlib.sha256(sums[max(sums)]).hexdigest()
-            if max(sums) != state.opened or newest != state.total:
-                raise Rejected("replay", f"an old sum after round {state.opened} was opened")
+            if max(sums) != last or newest != state.total:
+                raise Rejected("replay", f"an old sum after round {last} was opened")
             return
         decryptor = Decryptor(
-            self._keys(fl_ctx), manifest, min_clients=self.min_clients, opened=state.opened
+            self._keys(fl_ctx), manifest, min_clients=self.min_clients, opened=last
         )
         file = self._state_file(fl_ctx)
         for opened, total in missed.items():
+            base = state.progress.base
             # marked on the disk first: a crash from here on leaves a round that is never opened
-            replace(state, opened=opened, total="").write(file)
+            replace(state, progress=state.progress.after(opened, base), total="").write(file)
             try:
-                mean = decryptor.decrypt(total, round_id=opened, base=state.base)
+                mean = decryptor.decrypt(total, round_id=opened, base=base)
             except Rejected:
                 if decryptor.opened < opened:  # not the server's: it uses no round up
                     state.write(file)
                 raise
-            state.opened, state.total = opened, hashlib.sha256(total).hexdigest()
-            state.base = next_version(state.base, total)
+            state.progress = state.progress.after(opened, next_version(base, total))
+            state.total = hashlib.sha256(total).hexdigest()
             state.weights |= {
                 name: state.weights[name] + change.to(state.weights[name])
                 for name, change in mean.items()
@@ -261,7 +263,9 @@ class SealFilter(_ClientFilter):
             client_id=_site(fl_ctx),
             outliers=self.outliers,  # type: ignore[arg-type]
         )
-        return encryptor.encrypt(tensors, round_id=state.training, weight=weight, base=state.base)
+        return encryptor.encrypt(
+            tensors, round_id=state.training, weight=weight, base=state.progress.base
+        )
 
     def _defended(
         self, tensors: dict[str, Tensor], state: ClientState, file: Path

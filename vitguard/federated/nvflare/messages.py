@@ -108,13 +108,22 @@ def weight_of(dxo: DXO) -> float:
     Raises:
         Unprotected: It states none, or no finite number above 0.
     """
-    weight: Any = dxo.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
-    if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
+    stated: Any = dxo.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
+    weight = _number(stated)
+    if weight is None or not (math.isfinite(weight) and weight > 0):
         raise Unprotected(
             f"Expected a weight above 0 in meta[{FLMetaKey.NUM_STEPS_CURRENT_ROUND!r}], "
-            f"got {weight!r}."
+            f"got {str(stated)[:80]!r}."
         )
-    return float(weight)
+    return weight
+
+
+def _number(value: Any) -> float | None:
+    """Return a number as float64; None for anything else, and for integers beyond it."""
+    try:
+        return float(value) if type(value) in (int, float) else None
+    except OverflowError:
+        return None
 
 
 def round_of(shareable: Shareable) -> int:
@@ -189,8 +198,9 @@ def metrics_of(dxo: DXO) -> dict[str, float]:
     Raises:
         Unprotected: A metric is anything but a number.
     """
-    metrics = dxo.meta.get(MetaKey.INITIAL_METRICS) or {}
-    if not isinstance(metrics, dict) or any(type(v) not in (int, float) for v in metrics.values()):
+    metrics = dxo.meta.get(MetaKey.INITIAL_METRICS)
+    metrics = {} if metrics is None else metrics  # an array has no truth value
+    if not isinstance(metrics, dict) or any(_number(v) is None for v in metrics.values()):
         raise Unprotected("Expected metrics that are numbers, got something else.")
     return {str(name): float(value) for name, value in metrics.items()}
 

@@ -15,7 +15,7 @@ from nvflare.client.config import ExchangeFormat, TransferType
 from vitguard.defenses.encryption import Manifest
 from vitguard.errors import expected
 from vitguard.federated.nvflare.client import OpenFilter, SealFilter
-from vitguard.federated.nvflare.server import EncryptedAggregator, SumPersistor
+from vitguard.federated.nvflare.server import EncryptedAggregator, ResumedFedAvg, SumPersistor
 
 __all__ = ["encrypted_fedavg"]
 
@@ -125,3 +125,18 @@ class _SealedRecipe(FedAvgRecipe):
         # NVFlare runs filters for the tasks they name alone, and "*" names none: a script that
         # answers any other task would answer it in the clear
         self._job.to_clients(self._create_client_runner({}), tasks=[_TASK])
+
+    def _create_controller(
+        self, persistor_id: str, model_params: Any, model_aggregator: Any
+    ) -> ResumedFedAvg:
+        # what else NVFlare's own gives its controller cannot work on ciphertext, see `_OWN`
+        return ResumedFedAvg(
+            num_clients=self.min_clients,
+            num_rounds=self.num_rounds,
+            persistor_id=persistor_id,
+            model=model_params,
+            aggregator=model_aggregator,
+            task_name=_TASK,
+            memory_gc_rounds=self.server_memory_gc_rounds,
+            **self._get_controller_kwargs(),
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvflare.apis.dxo import DataKind
+from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.abstract.model import (
@@ -18,6 +19,7 @@ from nvflare.app_common.abstract.model import (
 from nvflare.app_common.abstract.model_persistor import ModelPersistor
 from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 from torch import nn
@@ -30,13 +32,13 @@ from vitguard.defenses.encryption import (
     model_version,
 )
 from vitguard.errors import Rejected, expected
-from vitguard.federated.nvflare.messages import MESSAGE, sum_name
+from vitguard.federated.nvflare.messages import MESSAGE, SUM, sum_name
 from vitguard.federated.nvflare.models import build_model
 from vitguard.federated.nvflare.state import ServerState, passphrase_of, private_folder
 from vitguard.files import write_atomically
 from vitguard.rounds import next_version
 
-__all__ = ["EncryptedAggregator", "SumPersistor"]
+__all__ = ["EncryptedAggregator", "ResumedFedAvg", "SumPersistor"]
 
 
 def _folder(fl_ctx: FLContext) -> Path:
@@ -52,7 +54,8 @@ class EncryptedAggregator(ModelAggregator):
     """Adds the clients' sealed messages; a message that is refused leaves the sum as it was.
 
     Refused one by one, each with its reason in the log: whatever is not one sealed message, of
-    this round and of the model as it stands, from the client that NVFlare says it is from.
+    this round and of the model as it stands, from the client that NVFlare says it is from, with
+    the weight that NVFlare's log shows.
 
     Args:
         manifest: `Manifest.to_json()`.
@@ -103,7 +106,10 @@ class EncryptedAggregator(ModelAggregator):
         """
         client = str((model.meta or {}).get("client_name", ""))
         try:
-            self._open_sum().add(_message(model), sender=client)
+            weight = (model.meta or {}).get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
+            if type(weight) not in (int, float):
+                raise Rejected("weight", f"a weight of {weight!r:.80}", "that of the message")
+            self._open_sum().add(_message(model), sender=client, weight=weight)
         except Rejected as refusal:
             self.refused[client] = str(refusal)
             self.warning(f"Refused the result of {client or 'an unnamed client'}: {refusal}")
@@ -225,6 +231,24 @@ class SumPersistor(ModelPersistor):
             return load_file(self.initial)
         state = build_model(self.model).state_dict()
         return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+class ResumedFedAvg(FedAvg):
+    """NVFlare's FedAvg; after a restart it goes on with the round after the last sum that was kept.
+
+    Rounds are numbered from 0 to `num_rounds`, over all restarts together.
+    """
+
+    def load_model(self) -> FLModel | None:
+        """Return the initial model, or the sums; the next round is the one after them."""
+        model = super().load_model()
+        params = model.params if model is not None else None
+        kept = [n for n in params or () if isinstance(n, str) and n.startswith(SUM)]
+        if kept:
+            following = max(int(n.removeprefix(SUM)) for n in kept) + 1
+            self.num_rounds = max(0, self.start_round + self.num_rounds - following)
+            self.start_round = following
+        return model
 
 
 def _sum_file(fl_ctx: FLContext, number: int) -> Path:

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vitguard.errors import Rejected, expected
+from vitguard.errors import InputError, Rejected, expected
 from vitguard.files import parsed_json, write_atomically
+from vitguard.rounds import Progress
 
 __all__ = ["ClientState", "ServerState", "passphrase_of", "private_folder"]
 
@@ -34,9 +35,9 @@ class ClientState:
 
     Args:
         run: Digest of the manifest that it belongs to.
-        base: Version of the model that the client holds.
-        opened: Last round whose sum was opened, -1 for none. It is written before the sum is
-            opened: after a crash in between the client refuses rather than opens it twice.
+        progress: Version of the model that the client holds, and the last round whose sum was
+            opened. It is written before the sum is opened: after a crash in between the client
+            refuses rather than opens it twice.
         total: SHA-256 of that sum, in hexadecimal, once it is part of the model.
         training: Round that the client trains in, -1 for none.
         guard: What `Guard.state_dict` says of ledgers, as JSON.
@@ -44,8 +45,7 @@ class ClientState:
     """
 
     run: str
-    base: str = ""
-    opened: int = -1
+    progress: Progress = field(default_factory=Progress)
     total: str = ""
     training: int = -1
     guard: str = ""
@@ -53,7 +53,8 @@ class ClientState:
 
     def write(self, path: Path) -> None:
         """Replace the file by this state, mode 600."""
-        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weights"}
+        named = (f.name for f in fields(self) if f.name not in ("weights", "progress"))
+        facts = {n: getattr(self, n) for n in named} | {"progress": self.progress.to_json()}
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.items()}
         write_atomically(path, save(whole, {_KIND: json.dumps(facts)}), private=True)
 
@@ -70,8 +71,9 @@ class ClientState:
         try:
             size = int.from_bytes(data[:8], "little")
             facts = parsed_json(parsed_json(data[8 : 8 + size])["__metadata__"][_KIND])
-            state = ClientState(**facts, weights=load(data))
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            progress = Progress.from_json(facts.pop("progress"))
+            state = ClientState(**facts, progress=progress, weights=load(data))
+        except (InputError, KeyError, TypeError, ValueError, SafetensorError) as error:
             problem = type(error).__name__
             raise Rejected("state", f"{path} ({problem})", "the state of a client") from error
         _same_run(state.run, run, path)

@@ -1,0 +1,310 @@
+"""Containment: low-rank updates, each layer's rows inside the row space of its inputs."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import peft
+import pytest
+import torch
+
+from tests.conftest import CIFAR_NORMALIZATION
+from vitguard.analysis import released
+from vitguard.attacks.budget import CutShort, worked
+from vitguard.attacks.containment import Containment
+from vitguard.attacks.ladder import Ladder
+from vitguard.attacks.map_fit import MaximumAPosteriori
+from vitguard.attacks.span.attack import SpanInversion
+from vitguard.audit import audit
+from vitguard.core import LocalTraining
+from vitguard.defenses.base import UpdateDefense
+from vitguard.errors import Blocked, NotApplicable
+from vitguard.guard import protect
+from vitguard.metrics import psnr
+from vitguard.registry import parse_stack
+from vitguard.testing.defense_contracts import check_values
+
+
+@dataclass(frozen=True)
+class LowRankUpdate(UpdateDefense):
+    """A defense of a third party: each matrix cut to its strongest singular values."""
+
+    name: ClassVar[str] = "low-rank-of-a-test"
+    rank: int = 4
+
+    def traits(self, before, anatomy):
+        return replace(before, exact=False, rank=self.rank)
+
+    def seal(self, update, anatomy, draws):
+        return replace(update, tensors={n: self.cut(t) for n, t in update.tensors.items()})
+
+    def mimic(self, dummy, seen):
+        return {n: self.cut(t) for n, t in dummy.items()}
+
+    def cut(self, tensor):
+        if tensor.dim() < 2 or len(tensor) == 1:
+            return tensor
+        left, values, right = torch.linalg.svd(tensor.flatten(1), full_matrices=False)
+        r = self.rank
+        return ((left[:, :r] * values[:r]) @ right[:r]).view_as(tensor)
+
+
+@dataclass(frozen=True)
+class MoreThanItSays(LowRankUpdate):
+    """One whose traits claim a lower rank than it sends."""
+
+    def traits(self, before, anatomy):
+        return replace(before, exact=False, rank=self.rank - 1)
+
+
+SLOW = pytest.mark.slow
+
+
+def fixed(rank):
+    return [*parse_stack("positions:kind=frozen"), LowRankUpdate(rank)]
+
+
+def draw():
+    return torch.Generator().manual_seed(0)
+
+
+def crop(cifar, index, size=8):
+    edge = (32 - size) // 2 if size > 8 else 8
+    part = slice(edge, edge + size)
+    return cifar[0][index : index + 1, :, part, part], cifar[1][index : index + 1]
+
+
+def proved(guess):
+    return guess.verified is not None and bool(guess.verified.all())
+
+
+@pytest.fixture
+def narrow(small_vit):
+    """4 patches of 4 x 4 pixels: 192 unknowns, 5 tokens."""
+    return small_vit(img_size=8, depth=3, embed_dim=64)
+
+
+def lora(model, rank, *, stepped=True, targets=("qkv", "fc1")):
+    """Return a model of which only adapters and head are trained, B zero unless it has stepped."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=rank, target_modules=list(targets), modules_to_save=["head"])
+        adapted = peft.get_peft_model(copy.deepcopy(model), config)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name and stepped:
+                torch.nn.init.normal_(parameter, std=0.02)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    ("rank", "index"),
+    [(4, 1), pytest.param(2, 1, marks=SLOW), pytest.param(2, 21, marks=SLOW)],
+)  # fmt: skip
+def test_an_update_of_low_rank_gives_the_image_back(cifar, narrow, observe, rank, index):
+    pixels, labels = crop(cifar, index)
+    how = {"normalization": CIFAR_NORMALIZATION}
+    control = observe(narrow, pixels, labels, defenses="positions:kind=frozen", **how)
+    assert float(psnr(SpanInversion().run(control, draw()).images, pixels)) > 60
+    view = observe(narrow, pixels, labels, defenses=fixed(rank), **how)
+    guess = Containment().run(view, draw())
+    assert float(psnr(guess.images, pixels)) > 60, guess.details
+    assert proved(guess) and "unfinished" not in guess.details
+
+
+def noise(view):
+    made = draw()
+    return {n: torch.randn(t.shape, generator=made) for n, t in view.update.tensors.items()}
+
+
+def slightly_off(view):
+    made = draw()
+    return {
+        n: t + 1e-4 * t.std(correction=0) * torch.randn(t.shape, generator=made)
+        for n, t in view.update.tensors.items()
+    }
+
+
+@pytest.mark.parametrize("other", [noise, slightly_off])
+def test_nothing_is_proved_on_an_unrelated_update_and_it_is_not_finished(
+    cifar, narrow, observe, other
+):
+    pixels, labels = crop(cifar, 1)
+    view = observe(narrow, pixels, labels, defenses=fixed(4), normalization=CIFAR_NORMALIZATION)
+    view.update.tensors.update(other(view))
+    guess = Containment(seconds=0.4).run(view, draw())
+    assert guess.verified is not None and not bool(guess.verified.any())
+    assert guess.details["unfinished"]
+
+
+@SLOW
+def test_nothing_is_proved_where_layers_are_of_two_images(cifar, narrow, observe):
+    one, other = (
+        observe(narrow, *crop(cifar, i), defenses=fixed(4), normalization=CIFAR_NORMALIZATION)
+        for i in (1, 21)
+    )
+    for name in one.update.tensors:
+        if name.startswith("blocks.1."):
+            one.update.tensors[name] = other.update.tensors[name]
+    guess = Containment(seconds=0.4).run(one, draw())
+    assert guess.verified is not None and not bool(guess.verified.any())
+
+
+@SLOW
+def test_without_positions_the_order_of_patches_is_not_proved(cifar, narrow, observe):
+    pixels, labels = crop(cifar, 1)
+    stack = [*parse_stack("positions:kind=none"), LowRankUpdate(4)]
+    view = observe(narrow, pixels, labels, defenses=stack, normalization=CIFAR_NORMALIZATION)
+    guess = Containment(seconds=3).run(view, draw())
+    assert guess.verified is not None and not bool(guess.verified.any())
+    assert guess.details["unfinished"]
+
+
+@SLOW
+def test_where_equations_are_fewer_than_pixels_the_search_ends_and_proves_nothing(
+    cifar, small_vit, observe
+):
+    pixels, labels = crop(cifar, 1)
+    model = small_vit(img_size=8, depth=1, embed_dim=16, num_heads=2)
+    view = observe(model, pixels, labels, defenses=fixed(1), normalization=CIFAR_NORMALIZATION)
+    guess = Containment().run(view, draw())
+    assert guess.details["equations"] < guess.details["unknowns"] == 192
+    assert "unfinished" not in guess.details
+    assert guess.verified is not None and not bool(guess.verified.any())
+
+
+def test_without_low_rank_it_costs_the_ladder_nothing(cifar, narrow, observe):
+    pixels, labels = crop(cifar, 1)
+    for defenses in ("none", "positions:kind=frozen", "noise:scale=0.1"):
+        view = observe(narrow, pixels, labels, defenses=defenses)
+        assert Containment().share(view) == 0
+        with pytest.raises(NotApplicable, match="sent whole"):
+            Containment().run(view, draw())
+    assert "containment" in Ladder().parts()
+
+
+@pytest.mark.parametrize(
+    ("count", "stack", "training"),
+    [
+        (2, "none", None),
+        (1, "shuffle:ratio=0.5", None),
+        (1, "none", LocalTraining(steps=2, learning_rate=0.01)),
+        (1, "none", LocalTraining(steps=1, learning_rate=0.01, optimizer="adamw")),
+    ],
+)
+def test_what_nobody_has_tried_is_cut_short_and_never_refused(
+    photos, small_vit, observe, count, stack, training
+):
+    """A refusal could count as resistance; that nobody has tried it is no resistance."""
+    defenses = [*parse_stack(stack), LowRankUpdate(4)]
+    how = {} if training is None else {"training": training}
+    view = observe(small_vit(), photos[:count], defenses=defenses, **how)
+    with pytest.raises(CutShort, match="untried"):
+        Containment().run(view, draw())
+
+
+def test_its_budget_is_work_and_is_kept(cifar, narrow, observe):
+    pixels, labels = crop(cifar, 1)
+    view = observe(narrow, pixels, labels, defenses=fixed(2))
+    before = worked()
+    with pytest.raises(CutShort, match="budget"):
+        Containment(seconds=0.01).run(view, draw())
+    guess = Containment(seconds=0.1).run(view, draw())
+    assert 1e-9 * (worked() - before) < 0.3 and guess.details["unfinished"]
+
+
+def test_a_rank_that_traits_claim_is_checked_by_the_contracts():
+    check_values(LowRankUpdate(4))
+    with pytest.raises(AssertionError, match="rank"):
+        check_values(MoreThanItSays(4))
+
+
+@SLOW
+def test_the_ladder_climbs_to_it_for_a_defense_of_a_third_party_and_the_audit_leaks(cifar, narrow):
+    pixels, labels = crop(cifar, 1)
+    report = audit(
+        narrow, (pixels, labels), defenses={"low rank": fixed(2)}, attacks="ladder",
+        normalization=CIFAR_NORMALIZATION,
+    )  # fmt: skip
+    (finding,) = (f for f in report.findings if f.defended)
+    assert finding.control is not None and finding.control.verdict == "leaks"
+    assert finding.verdict == "leaks" and finding.psnr is not None, finding.reason
+    assert finding.details["rung"] == "containment", finding.details["rungs"]
+    assert finding.psnr.max > 60
+
+
+@SLOW
+def test_a_search_that_found_nothing_is_never_resistance(cifar, narrow):
+    pixels, labels = crop(cifar, 1)
+    report = audit(
+        narrow, (pixels, labels), defenses={"low rank": fixed(1)}, attacks="ladder:seconds=2",
+        normalization=CIFAR_NORMALIZATION,
+    )  # fmt: skip
+    (finding,) = (f for f in report.findings if f.defended)
+    assert finding.control is not None and finding.control.verdict == "leaks"
+    assert finding.verdict == "inconclusive" and "containment" in finding.reason
+
+
+@SLOW
+def test_map_says_that_a_cut_has_no_derivative_and_does_not_call_itself_finished(
+    cifar, narrow, observe
+):
+    pixels, labels = crop(cifar, 1)
+    view = observe(narrow, pixels, labels, defenses=fixed(2), normalization=CIFAR_NORMALIZATION)
+    with pytest.raises(NotApplicable, match="no finite derivative"):
+        MaximumAPosteriori(seconds=5).run(view, draw())
+
+
+@SLOW
+def test_adapters_that_have_stepped_give_the_image_away(cifar, narrow, observe):
+    pixels, labels = crop(cifar, 1)
+    view = observe(lora(narrow, 4), pixels, labels, normalization=CIFAR_NORMALIZATION)
+    assert all("lora" in n or "head" in n for n in view.update.tensors)
+    assert Containment().share(view) > 0
+    guess = Containment().run(view, draw())
+    assert proved(guess) and float(psnr(guess.images, pixels)) > 60, guess.details
+
+
+@SLOW
+def test_the_ladder_climbs_to_adapters(cifar, narrow, observe):
+    pixels, labels = crop(cifar, 1)
+    view = observe(lora(narrow, 4), pixels, labels, normalization=CIFAR_NORMALIZATION)
+    guess = Ladder().run(view, draw())
+    assert guess.details["rung"] == "containment", guess.details["rungs"]
+    assert proved(guess) and float(psnr(guess.images, pixels)) > 60
+
+
+def test_the_first_step_of_narrow_adapters_shows_no_rows_and_that_is_said(cifar, narrow, observe):
+    pixels, labels = crop(cifar, 1)
+    model = lora(narrow, 2, stepped=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name)
+    view = observe(model, pixels, labels, normalization=CIFAR_NORMALIZATION)
+    assert all(not bool(t.any()) for n, t in view.update.tensors.items() if "lora_A" in n)
+    with pytest.raises((NotApplicable, Blocked), match="before its first step"):
+        Containment().run(view, draw())
+
+
+@SLOW
+def test_the_first_step_of_adapters_wider_than_the_tokens_shows_the_rows_of_b(
+    cifar, narrow, observe
+):
+    """B's gradient is G^T X A^T: above T columns its rows lie in a span that tells."""
+    pixels, labels = crop(cifar, 1)
+    view = observe(
+        lora(narrow, 32, stepped=False), pixels, labels, normalization=CIFAR_NORMALIZATION
+    )
+    guess = Containment().run(view, draw())
+    assert proved(guess) and float(psnr(guess.images, pixels)) > 60, guess.details
+
+
+def test_plan_names_it_for_low_rank_and_for_adapters_and_for_nothing_else(narrow):
+    def said(model, stack):
+        guard = protect(copy.deepcopy(model), stack)
+        plain = released(guard.model, guard.anatomy, guard.traits)
+        return Containment().remains(plain)
+
+    assert said(narrow, parse_stack("positions:kind=frozen")) == ()
+    (low,) = said(narrow, fixed(2))
+    assert low.possible and not low.gives_away and "blocks.0.mlp.fc1.weight" in low.needs
+    (beside,) = said(lora(narrow, 2), [])
+    assert beside.possible and all("lora" in name for name in beside.needs)

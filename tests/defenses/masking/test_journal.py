@@ -1,0 +1,75 @@
+"""A client answers each phase once, also where its state was set back or is used twice at once."""
+
+import stat
+import threading
+
+import pytest
+
+from vitguard.defenses.masking import Journal
+from vitguard.errors import InputError, Rejected
+
+
+def twin(run, client, journal):
+    """A second process of the same client, from the same state."""
+    other = run.client(client.client_id, journal=journal)
+    other.load_state_bytes(client.state_bytes())
+    return other
+
+
+@pytest.mark.parametrize("phase", ["shares", "values", "agreement", "answers"])
+def test_two_processes_with_one_state_answer_a_phase_once(make_run, tmp_path, phase):
+    run, journal = make_run(4), Journal(tmp_path / "journal")
+    name = "client-0"
+    clients = {c: run.client(c, journal=journal if c == name else None) for c in run.names}
+    server = run.server()
+    asked = {}
+
+    def play(label, act, add):
+        if label == phase:
+            asked["twin"] = twin(run, clients[name], journal)
+        for c, client in clients.items():
+            add(act(c, client))
+        if label == phase:
+            with pytest.raises(Rejected) as caught:
+                act(name, asked["twin"])
+            assert caught.value.cause == "replay"
+
+    play("keys", lambda c, x: x.start_round(5, weight=run.weights[c], base="v1"), server.add_keys)
+    roster = server.roster()
+    play("shares", lambda _, x: x.share_keys(roster), server.add_shares)
+    for c, client in clients.items():
+        client.take_shares(server.inbox(c))
+    play("values", lambda c, x: x.mask(run.update(c)), server.add_masked)
+    survivors = server.survivors()
+    play("agreement", lambda _, x: x.agree(survivors), server.add_agreement)
+    agreements = server.agreements()
+    play("answers", lambda _, x: x.answer(agreements), server.add_answer)
+    assert asked and server.mean()
+
+
+def test_of_many_that_mark_at_once_one_goes_on(tmp_path):
+    journal, passed = Journal(tmp_path / "journal"), []
+
+    def mark():
+        try:
+            journal.mark(bytes(32), "values")
+        except Rejected:
+            return
+        passed.append(1)
+
+    threads = [threading.Thread(target=mark) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(passed) == 1
+    assert stat.S_IMODE((tmp_path / "journal").stat().st_mode) == 0o600
+
+
+def test_a_journal_that_cannot_be_written_lets_no_answer_out(make_run, tmp_path):
+    run = make_run(4)
+    clients, server = run.drive(until="keys")
+    other = run.client("client-0", journal=Journal(tmp_path / "no" / "journal"))
+    other.load_state_bytes(clients["client-0"].state_bytes())
+    with pytest.raises(InputError, match="journal"):
+        other.share_keys(server.roster())

@@ -1,0 +1,95 @@
+"""A curious server: what it kept of a run is attacked afterwards, from its files alone."""
+
+import copy
+
+import pytest
+import torch
+
+import vitguard as vg
+from vitguard import data
+from vitguard.errors import InputError
+from vitguard.federated.curious import Recording, update_of
+from vitguard.federated.local import LocalClient, LocalFederation
+
+RATE = 0.05
+
+
+@pytest.fixture
+def kept(small_vit, photos, tmp_path):
+    """A recording of one round of two clients under a stack."""
+
+    def recorded(defenses=(), **settings):
+        model = small_vit()
+        labels = data.assign_labels(2, 10)
+        clients = {
+            n: LocalClient(photos[i : i + 1], labels[i : i + 1])
+            for i, n in enumerate(("ana", "b/c"))
+        }
+        training = vg.LocalTraining(RATE)
+        one = LocalFederation(model, clients, defenses, training=training, bound=2.0, **settings)
+        seen = one.round()
+        recording = Recording(tmp_path / "kept")
+        for message in seen.messages:
+            (client,) = (s.client for s in message.shares)
+            recording.keep(1, client, message.update, seen.weights)
+        images = {n: (c.images, c.labels) for n, c in clients.items()}
+        return model, recording, images
+
+    return recorded
+
+
+def rows(report):
+    return {f.exposure: f for f in report.findings if f.defended}
+
+
+def test_a_recording_of_plain_updates_leaks_with_and_without_the_images(kept):
+    model, recording, images = kept()
+    strange = copy.deepcopy(model)
+    with torch.no_grad():
+        strange.head.bias += 1  # the recording holds the weights of its round
+    found = rows(vg.audit(recording.rounds(strange, images=images), attacks="position"))
+    assert found.keys() == {
+        "message of ana, round 1 (1 image)", "message of b/c, round 1 (1 image)",
+    }  # fmt: skip
+    for finding in found.values():
+        assert finding.verdict == "leaks" and finding.psnr.max > 60
+    wrong = {"ana": (images["b/c"][0].flip(3), images["ana"][1])}
+    lied = vg.audit(recording.rounds(model, images=wrong)[0].messages[0], attacks="position")
+    (finding,) = rows(lied).values()
+    assert finding.verdict == "leaks" and "none of the images" in finding.reason
+    blind = vg.audit(recording.rounds(model)[0].messages[0], attacks="position")
+    (finding,) = rows(blind).values()
+    assert finding.verdict == "leaks" and "reproduces the update" in finding.reason
+    assert finding.psnr is None
+
+
+def test_a_recording_of_ciphertext_is_blocked_beside_a_control_that_leaks(kept):
+    model, recording, images = kept("encryption")
+    seen = recording.rounds(model, "encryption", images=images, title="sealed")
+    report = vg.audit(seen, attacks="position")
+    for name, finding in rows(report).items():
+        assert name.startswith("sealed: message of")
+        assert finding.verdict == "blocked" and finding.control.verdict == "leaks"
+    assert not any("sum" in note for note in report.notes)
+
+
+def test_whole_weights_that_arrive_become_the_difference_and_bytes_stand_for_the_rest():
+    before = {"a": torch.ones(2), "b": torch.zeros(3), "count": torch.tensor(3)}
+    after = {"a": torch.full((2,), 3.0), "b": torch.zeros(3), "count": torch.tensor(4)}
+    update = update_of(after, before, whole=True, batch_size=2, learning_rate=RATE)
+    assert torch.equal(update.tensors["a"], torch.full((2,), 2.0)) and "count" not in update.tensors
+    assert (update.kind, update.batch_size) == ("difference", 2)
+    sealed = update_of({"vitguard.sealed": b"xyz", "a": torch.ones(2)}, before)
+    assert sealed.sealed.keys() == {"b", "count"} and sealed.payloads == {"vitguard.sealed": b"xyz"}
+    with pytest.raises(InputError, match="shape"):
+        update_of({"a": torch.ones(3)}, before, whole=True)
+    with pytest.raises(InputError, match="was sent"):
+        update_of({"c": torch.ones(3)}, before, whole=True)
+
+
+def test_an_empty_recording_or_other_images_are_one_clear_error(kept, tmp_path):
+    with pytest.raises(InputError, match="recorded rounds"):
+        Recording(tmp_path / "none").rounds(None)
+    model, recording, images = kept()
+    with pytest.raises(InputError, match="1 images of ana"):
+        recording.rounds(model, images=images | {"ana": (torch.rand(2, 3, 16, 16), None)})

@@ -1,0 +1,244 @@
+"""Privacy over rounds of Flower: what is counted is what was released, whatever restarts."""
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="needs vitguard[flower]")
+
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+import vitguard as vg
+from tests.federated.flower_rounds import NODES, tiny
+from tests.federated.test_flower import identity  # noqa: F401 - a fixture
+from tests.federated.test_flower_faults import before_each_round, through_bytes
+from vitguard.errors import InputError
+from vitguard.federated.flower import InProcessGrid, LedgerGrid, Ledgers, ProtectMod, attach
+
+ROUNDS = 50
+RECORDS, BATCH = 12, 4
+
+
+def app(small_vit, defense, counts=None):
+    """Train as the defense wants it; `counts` collects the steps of each message."""
+    app = ClientApp(mods=[ProtectMod()])
+
+    @app.train()
+    def train(message, context):
+        model = tiny(small_vit)
+        guard = attach(vg.protect(model, [defense]))
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        if isinstance(defense, vg.DifferentialPrivacy):
+            images, labels = torch.rand(RECORDS, 3, 8, 8), torch.arange(RECORDS) % 2
+            loader = torch.utils.data.DataLoader(
+                torch.utils.data.TensorDataset(images, labels), batch_size=BATCH
+            )
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizer, loader = guard.prepare(optimizer, loader)
+            for x, y in loader:
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                if counts is not None:
+                    counts.append(1)
+        state = {k: t.clone() for k, t in model.state_dict().items()}
+        metrics = MetricRecord({"num-examples": 1})
+        content = RecordDict({"arrays": ArrayRecord(state), "metrics": metrics})
+        return Message(content=content, reply_to=message)
+
+    return app
+
+
+class Rounds:
+    """Two nodes under a stock strategy and a LedgerGrid; both restart before every round."""
+
+    def __init__(self, small_vit, defense, nodes=NODES[:2]):
+        self.defense, self.small_vit, self.counts = defense, small_vit, []
+        self.start = ArrayRecord(tiny(small_vit).state_dict())
+        self.grid = InProcessGrid({n: None for n in nodes})
+        self.replies = []
+        self.counting = LedgerGrid(self.grid)
+        self.restart()
+
+    def restart(self):
+        for node in self.grid.apps:
+            self.grid.contexts[node] = through_bytes(self.grid.contexts[node])
+            self.grid.apps[node] = app(self.small_vit, self.defense, self.counts)
+
+    def run(self, rounds=1, grid=None):
+        strategy = FedAvg(fraction_evaluate=0.0)
+        inner = strategy.aggregate_train
+
+        def aggregate(number, replies):
+            self.restart()
+            self.replies.append(list(replies))
+            return inner(number, self.replies[-1])
+
+        strategy.aggregate_train = aggregate
+        return strategy.start(grid or self.counting, self.start, num_rounds=rounds)
+
+    def errors(self):
+        return [r.error.reason for r in self.replies[-1] if r.has_error()]
+
+
+def epsilon(noise, steps, delta, rate=1.0):
+    event = GaussianDpEvent(noise)
+    if rate < 1:
+        event = PoissonSampledDpEvent(rate, event)
+    accountant = PLDAccountant().compose(SelfComposedDpEvent(event, steps))
+    return accountant.get_epsilon(delta)
+
+
+@pytest.mark.parametrize("total", [3, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+def test_rounds_of_client_privacy_are_the_closed_accounting_over_restarts(small_vit, total):
+    defense = vg.ClientPrivacy(epsilon=8.0, rounds=total)
+    rounds = Rounds(small_vit, defense)
+    result = rounds.run(total)
+    said = [m["epsilon"] for _, m in sorted(result.train_metrics_clientapp.items())]
+    assert len(said) == total and said == sorted(said)
+    noise = defense.multiplier
+    for number in {1, min(10, total), total}:
+        assert said[number - 1] == pytest.approx(epsilon(noise, number, defense.delta), rel=0.02)
+    assert said[-1] <= 8.0
+    rounds.run(1)
+    assert len(rounds.errors()) == 2  # the target is used up
+
+
+@pytest.mark.slow
+def test_fifty_rounds_of_record_privacy_are_the_closed_accounting_over_restarts(small_vit):
+    defense = vg.DifferentialPrivacy(noise=2.0, delta=1e-3)
+    rounds = Rounds(small_vit, defense)
+    result = rounds.run(ROUNDS)
+    said = [m["epsilon"] for _, m in sorted(result.train_metrics_clientapp.items())]
+    steps = RECORDS // BATCH
+    assert len(rounds.counts) == 2 * ROUNDS * steps
+    for number in (1, 10, ROUNDS):
+        closed = epsilon(2.0, number * steps, 1e-3, BATCH / RECORDS)
+        assert said[number - 1] == pytest.approx(closed, rel=0.02)
+    one = epsilon(2.0, steps, 1e-3, BATCH / RECORDS)
+    assert said[-1] > 3 * one  # an accountant that starts afresh each round would say `one`
+
+
+@pytest.fixture
+def rounds(small_vit):
+    return Rounds(small_vit, vg.ClientPrivacy(epsilon=8.0, rounds=10))
+
+
+def test_a_state_that_was_set_back_is_refused_before_it_trains(rounds):
+    rounds.run(2)
+    old = through_bytes(rounds.grid.contexts[11])
+    rounds.run(2)
+    rounds.grid.contexts[11] = old
+    rounds.run(1)
+    (reason,) = rounds.errors()
+    assert "counted 4 releases, got one of 2" in reason
+    assert rounds.counting.ledgers.most.keys() == set(rounds.counting.ledgers.nodes.values())
+
+
+def test_a_state_that_was_lost_is_refused(rounds):
+    rounds.run(2)
+    rounds.grid.contexts[11].state = RecordDict()
+    rounds.run(1)
+    (reason,) = rounds.errors()
+    assert "lost or set back" in reason
+
+
+def test_a_state_that_is_put_back_in_time_goes_on(rounds):
+    rounds.run(2)
+    newest = through_bytes(rounds.grid.contexts[11])
+    rounds.grid.contexts[11].state = RecordDict()
+    rounds.run(1)
+    rounds.grid.contexts[11] = newest
+    rounds.run(1)
+    assert rounds.errors() == []
+
+
+def test_two_nodes_that_go_on_from_one_copy_are_noticed(rounds):
+    rounds.run(2)
+    copy = through_bytes(rounds.grid.contexts[11])
+    rounds.grid.apps[15] = rounds.grid.apps[11]
+    rounds.grid.contexts[15] = copy
+    rounds.run(1)
+    (reason,) = rounds.errors()  # whichever came second
+    assert "release 3 after release 3" in reason
+
+
+def test_a_server_without_the_reminder_still_refuses_what_went_back(rounds):
+    """The client cannot know then; the reply is kept out of the average."""
+    rounds.run(1)
+    old = through_bytes(rounds.grid.contexts[11])
+    rounds.run(1)
+    rounds.grid.contexts[11] = old
+    rounds.counting.ledgers.known = lambda node: None
+    rounds.run(1)
+    (reason,) = rounds.errors()
+    assert "release 2 after release 2" in reason
+
+
+def test_a_server_that_restarts_remembers_the_ledgers_that_it_saved(rounds):
+    rounds.run(2)
+    saved = rounds.counting.ledgers.to_json()
+    rounds.grid.contexts[11].state = RecordDict()
+    rounds.run(1, LedgerGrid(rounds.grid, Ledgers.from_json(saved)))
+    assert len(rounds.errors()) == 1
+    rounds.run(1, LedgerGrid(rounds.grid))  # one that remembers nothing notices nothing
+    assert rounds.errors() == []
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        None,
+        {"name": "x" * 32, "releases": 9},
+        {"name": "", "releases": 9},
+        {"name": "x" * 65, "releases": 9},
+        {"name": 3, "releases": 9},
+        {"releases": 9},
+        {"name": "known"},
+        {"name": "known", "releases": "9"},
+        {"name": "known", "releases": True},
+        {"name": "known", "releases": 3},
+        {"name": "known", "releases": -1},
+        {"name": "known", "releases": 9.0},
+    ],
+)
+def test_a_ledger_that_tells_nonsense_is_refused(told):
+    from flwr.app import ConfigRecord
+
+    ledgers = Ledgers({"known": 3}, {11: "known"})
+    with pytest.raises(InputError):
+        ledgers.count(11, None if told is None else ConfigRecord(told))
+    assert ledgers == Ledgers({"known": 3}, {11: "known"})
+    ledgers.count(11, ConfigRecord({"name": "known", "releases": 4}))
+    assert ledgers.most == {"known": 4}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", "{}", '{"most": {}, "nodes": {"1": "a"}}', '{"most": {"a": "x"}, "nodes": {}}'],
+)
+def test_ledgers_that_were_not_saved_here_are_refused(text):
+    with pytest.raises(InputError):
+        Ledgers.from_json(text)
+
+
+def test_a_stack_without_a_privacy_ledger_may_lose_its_state(small_vit):
+    rounds = Rounds(small_vit, vg.GradientNoise())
+    rounds.run(1)
+    rounds.grid.contexts[11].state = RecordDict()
+    rounds.run(1)
+    assert rounds.errors() == [] and rounds.counting.ledgers == Ledgers()
+
+
+def test_a_message_that_was_lost_stays_counted(rounds):
+    rounds.run(1)
+    before_each_round(rounds, lambda _: rounds.grid.late.add(11))
+    rounds.run(1)
+    rounds.grid.late.clear()
+    rounds.grid.send_and_receive = type(rounds.grid).send_and_receive.__get__(rounds.grid)
+    result = rounds.run(1)
+    assert rounds.errors() == []
+    assert result.train_metrics_clientapp[1]["epsilon"] > 0

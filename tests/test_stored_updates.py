@@ -1,0 +1,166 @@
+"""Files that federated frameworks store, taken in as updates: whole weights, arrays, ciphertext."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import vitguard as vg
+from vitguard.audit.stored import stored_update
+from vitguard.cli.main import main
+from vitguard.errors import InputError
+from vitguard.federated.local import LocalClient, LocalFederation
+from vitguard.models import build_model
+
+SMALL = (
+    "vit_tiny_patch16_224:img_size=16,patch_size=4,embed_dim=96,depth=2,num_heads=4,num_classes=10"
+)
+RATE = 0.05
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(SMALL)
+
+
+@pytest.fixture
+def trained(model, photo):
+    """The state dict of the model after one step on a photo, as a client has it."""
+    own = copy.deepcopy(model).train()
+    images = vg.Normalization().apply(photo)
+    update = vg.protect(own, []).update(images, torch.tensor([3]), learning_rate=RATE)
+    state = dict(model.state_dict())
+    return {k: v + update.tensors[k] if k in update.tensors else v for k, v in state.items()}
+
+
+def stored_as(kind, state, path):
+    arrays = {k: v.numpy() for k, v in state.items()}
+    if kind == "torch state dict":
+        torch.save(state, path)
+    elif kind == "NVFlare's global model":
+        torch.save({"model": state, "train_conf": {"train": {"model": "ViT"}}}, path)
+    elif kind == "arrays by name":
+        np.savez(path, **arrays)
+    elif kind == "a list of arrays":
+        np.savez(path, *arrays.values())
+    else:
+        torch.save({f"module.{k}": v for k, v in state.items()}, path)
+    return path
+
+
+KINDS = {
+    "torch state dict": "final_model.pt",
+    "NVFlare's global model": "FL_global_model.pt",
+    "arrays by name": "weights.npz",
+    "a list of arrays": "round-1-weights.npz",
+    "with a wrapper's prefix": "wrapped.pt",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_files_of_whole_weights_make_the_difference_between_them(
+    model, trained, kind, tmp_path
+):
+    before = stored_as(kind, model.state_dict(), tmp_path / f"before-{KINDS[kind]}")
+    after = stored_as(kind, trained, tmp_path / KINDS[kind])
+    own = copy.deepcopy(model)
+    with torch.no_grad():
+        own.head.bias += 1  # the file before says what the weights were
+    update = stored_update(after, own, before=before, batch_size=1, learning_rate=RATE)
+    assert update.kind == "difference" and update.learning_rate == RATE
+    for name, parameter in model.named_parameters():
+        assert torch.equal(update.tensors[name], trained[name] - parameter), name
+        assert torch.equal(own.state_dict()[name], parameter)
+
+
+def test_whole_weights_alone_are_no_update_and_the_message_says_what_to_give(
+    model, trained, tmp_path
+):
+    path = stored_as("torch state dict", trained, tmp_path / "m.pt")
+    with pytest.raises(InputError, match="--before"):
+        stored_update(path, model, batch_size=1)
+
+
+def test_a_file_of_a_difference_is_taken_where_its_kind_is_said(model, trained, tmp_path):
+    change = {k: trained[k] - v for k, v in model.state_dict().items()}
+    path = stored_as("torch state dict", change, tmp_path / "diff.pt")
+    update = stored_update(path, model, kind="difference", batch_size=1, learning_rate=RATE)
+    assert all(torch.equal(update.tensors[k], t) for k, t in change.items())
+    with pytest.raises(InputError, match="kind or the weights before"):
+        stored_update(path, model, kind="difference", before=path, batch_size=1)
+
+
+def test_a_head_that_differs_makes_no_difference(model, trained, tmp_path):
+    before = {k: v for k, v in model.state_dict().items() if not k.startswith("head")}
+    first = stored_as("torch state dict", before, tmp_path / "a.pt")
+    second = stored_as("torch state dict", trained, tmp_path / "b.pt")
+    with pytest.raises(InputError, match="the head was drawn at random"):
+        stored_update(second, model, before=first, batch_size=1)
+
+
+@pytest.mark.parametrize("spec", ["encryption", "masking"])
+def test_a_file_of_ciphertext_is_an_update_that_nobody_can_read(model, photos, spec, tmp_path):
+    clients = {n: LocalClient(photos[:1], torch.tensor([3])) for n in "abc"}
+    seen = LocalFederation(model, clients, spec, bound=2.0).round()
+    (payload,) = seen.messages[0].update.payloads.values()
+    for name, data in (("message.bin", payload), ("sum-0.bin", seen.sum_bytes[64:])):
+        (tmp_path / name).write_bytes(data)
+        update = stored_update(tmp_path / name, model, batch_size=1)
+        assert not update.tensors
+        assert update.sealed.keys() == dict(model.named_parameters()).keys()
+    with pytest.raises(InputError, match="ciphertext"):
+        stored_update(tmp_path / name, model, before=tmp_path / name, batch_size=1)
+
+
+def test_what_vitguard_saved_says_itself_how_it_was_made(model, tmp_path):
+    update = vg.Update({"head.bias": torch.ones(10)}, batch_size=3)
+    update.save(tmp_path / "u.safetensors")
+    assert stored_update(tmp_path / "u.safetensors", model).batch_size == 3
+    for facts in ({"batch_size": 2}, {"kind": "gradient"}, {"learning_rate": 0.1}):
+        with pytest.raises(InputError, match="says itself"):
+            stored_update(tmp_path / "u.safetensors", model, **facts)
+
+
+def test_what_cannot_be_an_update_is_one_clear_error(model, trained, tmp_path):
+    with pytest.raises(InputError, match="no file"):
+        stored_update(tmp_path / "gone.pt", model, batch_size=1)
+    (tmp_path / "noise.bin").write_bytes(b"nothing of the sort")
+    with pytest.raises(InputError, match=r"noise\.bin"):
+        stored_update(tmp_path / "noise.bin", model, kind="gradient", batch_size=1)
+    path = stored_as("torch state dict", trained, tmp_path / "m.pt")
+    with pytest.raises(InputError, match="how many images"):
+        stored_update(path, model, before=path)
+    few = dict(list(trained.items())[:-1])
+    short = stored_as("a list of arrays", few, tmp_path / "short.npz")
+    with pytest.raises(InputError, match="arrays"):
+        stored_update(short, model, before=path, batch_size=1)
+    np.savez_compressed(tmp_path / "packed.npz", a=np.zeros(10**6))
+    with pytest.raises(InputError, match="without compression"):
+        stored_update(tmp_path / "packed.npz", model, before=path, batch_size=1)
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
+    with pytest.raises(InputError, match=r"objects\.npz"):
+        stored_update(tmp_path / "objects.npz", model, before=path, batch_size=1)
+
+
+def test_the_command_line_audits_what_a_strategy_saved_before_and_after_a_client(
+    model, trained, photo, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    stored_as("torch state dict", model.state_dict(), tmp_path / "before.pt")
+    stored_as("a list of arrays", trained, tmp_path / "after.npz")
+    command = ["audit", "--model", SMALL, "--attack", "position", "--json", "-"]
+    asked = ["--update-file", "after.npz", "--before", "before.pt", "--lr", str(RATE)]
+    assert main([*command, *asked, "--batch-size", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (row,) = [f for f in report["findings"] if f["defense"] != "none"]
+    assert row["verdict"] == "leaks" and "reproduces the update" in row["reason"]
+    for wrong, said in (
+        (["--update-file", "after.npz", "--batch-size", "1"], "--before"),
+        (asked, "how many images"),
+        (["--before", "before.pt"], "--update-file"),
+        ([*asked, "--batch-size", "1", "--checkpoint", "before.pt"], "--checkpoint"),
+    ):
+        assert main([*command, *wrong]) == 2
+        assert said in capsys.readouterr().err

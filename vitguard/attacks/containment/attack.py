@@ -1,0 +1,181 @@
+"""Containment: the image whose layer inputs contain every row that a low-rank update sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vitguard.attacks.base import Attack, Rung
+from vitguard.attacks.budget import Budget, CutShort, worked
+from vitguard.attacks.containment.fit import Fit, proved
+from vitguard.attacks.containment.spaces import RowSpaces, adapters
+from vitguard.attacks.equations.rows import guess_from_patches
+from vitguard.attacks.evidence import check_seconds, require_finite
+from vitguard.attacks.labels import try_labels
+from vitguard.attacks.robust.attacks import RobustSpan
+from vitguard.attacks.robust.natural_images import NaturalImages
+from vitguard.core import Guess, View
+from vitguard.errors import Blocked, NotApplicable
+from vitguard.released import Released, Remaining
+from vitguard.vit import Anatomy
+
+__all__ = ["Containment"]
+
+_EQUATIONS = 16  # kept for each pixel at most
+_STARTS = 8
+_WIDE = 4096  # values of an image: above, the Jacobian does not fit
+
+
+@dataclass(frozen=True)
+class Containment(Attack):
+    """Fit an image so that the inputs of every layer span the rows that were sent.
+
+    A gradient dL/dW = sum_t d_t a_t^T cut to its r strongest singular values keeps rows V_r that
+    lie in the row space of the layer's inputs L(x). So V_r - V_r L(x)^+ L(x) = 0 in every linear
+    layer, the patch embedding and the head among them: r (width - tokens) equations a layer for the
+    pixels. An adapter of LoRA, y = (W + B A) x, sends rows of A that lie in the same span, from its
+    second step on (before, B is zero and so is dL/dA); those of B lie in that of A L(x)^T.
+    Levenberg-Marquardt in pixels, under a natural-image prior that gives way to the equations, from
+    the guess of another attack, the prior's mean, and images drawn from it.
+
+    Reads neither positions nor how strong the rows are.
+
+    Guarantees: a patch is marked `verified` only where the equations that were fitted outnumber the
+    pixels, every row lies in the inputs up to the rounding of the update, rows that were held out
+    of the fit among them, the patches in another order do not, and the covariance of the solution
+    bounds the error of the patch. Where the equations outnumber the pixels and it does not end in
+    such a proof, `details` say so in `unfinished`: the true image solves them, so the search has
+    failed, and a failed search is no protection.
+
+    Args:
+        seconds: Budget of work, in nominal seconds (`Budget`).
+        start: Guess of another attack to start from; None takes that of `span-robust`.
+
+    Raises:
+        NotApplicable: An update whose matrices are whole, or tokens that fill every layer.
+        CutShort: A case in which nobody has tried it: a batch, a shuffle, several local steps or
+            another optimizer than plain SGD, images of more than 4,096 values.
+        Blocked: No weight of a linear layer can be read.
+
+    References:
+        docs/methods.md 4.5.
+    """
+
+    name: ClassVar[str] = "containment"
+    family: ClassVar[str] = "ladder"
+    rung: ClassVar[Rung | None] = Rung(48, 42)
+    seconds: float = 60.0
+    start: Guess | None = field(default=None, repr=False, compare=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_seconds(self.seconds)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return {"seconds": self.seconds}
+
+    def share(self, view: View) -> float:
+        """Return the share of the ladder's work left; none where matrices are sent whole."""
+        return 0.8 if _low_rank(view) else 0.0
+
+    def remains(self, plain: Released) -> tuple[Remaining, ...]:
+        """Say that rows of low rank stay inside the inputs; how far that goes is measured."""
+        a = plain.anatomy
+        names = tuple(adapters(sorted(plain.plain), a))
+        if not plain.traits.rank and not names:
+            return ()
+        layers = (f"{layer}.weight" for b in a.blocks for layer in (b.fc1, b.fc2, b.proj))
+        names = names or tuple(name for name in layers if name in plain.plain)
+        if not names or a.tokens >= a.width:
+            why = "no layer is plain whose width exceeds its tokens"
+            return (Remaining(self.name, False, names, why),)
+        return (Remaining(self.name, True, names, "a search, no closed form: run it to know"),)
+
+    def run(self, view: View, generator: torch.Generator) -> Guess:
+        """Return one image."""
+        if not _low_rank(view):
+            raise NotApplicable("matrices are sent whole: other attacks read them")
+        budget, before = Budget.of(self.seconds), worked()
+        require_finite(view)
+        view = _tried(view)
+        anatomy = Anatomy.of(view.model)
+        anatomy.require_plain_embedding()
+        pixels = torch.Size(view.image_shape).numel()
+        spaces = RowSpaces(view, anatomy, view.traits.rank, _EQUATIONS * pixels, generator)
+        if spaces.jacobian_seconds > budget.left:
+            raise CutShort("one derivative of the layers takes more than the budget")
+        fit = Fit(spaces, NaturalImages.of(view, anatomy), budget)
+        white, missed, settled = self._search(fit, generator)
+        verified = proved(fit, white)
+        details: dict[str, Any] = {
+            "rank": max(len(rows) for rows in spaces.rows.values()),
+            "equations": spaces.total,
+            "unknowns": pixels,
+            "residual": missed,
+            "seconds": round(1e-9 * (worked() - before), 2),
+        }
+        if not settled:
+            details["unfinished"] = ["every start was tried (budget)"]
+        elif spaces.total > pixels and not bool(verified.all()):
+            details["unfinished"] = ["an image was found that the equations prove"]
+        return guess_from_patches(
+            view, anatomy, anatomy.patchify(fit.image(white)[None]),
+            labels=try_labels(view, generator), verified=verified[None], details=details,
+        )  # fmt: skip
+
+    def _search(self, fit: Fit, generator: torch.Generator) -> tuple[Tensor, float, bool]:
+        """Return the best end of all descents, what it misses, and whether none was cut."""
+        ends: list[tuple[float, Tensor]] = []
+        whole = True
+        for white in self._starts(fit, generator):
+            end, whole = fit.descend(white)
+            ends.append((fit.missed(end), end))
+            if fit.contained(end):
+                return end, ends[-1][0], True
+            if not whole:
+                break
+        missed, best = min(ends, key=lambda end: end[0])
+        return best, missed, whole
+
+    def _starts(self, fit: Fit, generator: torch.Generator) -> Iterator[Tensor]:
+        view, flat = fit.spaces.view, torch.zeros(fit.pixels).to(fit.prior.mean)
+        guess = self.start
+        if guess is None and view.traits.rank:
+            guess = _robust(view, 0.1 * fit.budget.left, generator)
+        if guess is not None and len(guess.images) == 1:
+            images = view.normalization.apply(guess.images.to(flat))
+            yield fit.prior.whiten(fit.spaces.anatomy.patchify(images))[0]
+        yield flat
+        for _ in range(_STARTS):
+            yield torch.randn(flat.shape, generator=generator, dtype=flat.dtype).to(flat)
+
+
+def _low_rank(view: View) -> bool:
+    return bool(view.traits.rank or adapters(view.update.tensors, Anatomy.of(view.model)))
+
+
+def _robust(view: View, seconds: float, generator: torch.Generator) -> Guess | None:
+    try:
+        return RobustSpan(seconds=max(seconds, 1e-3)).run(view, generator)
+    except (Blocked, NotApplicable):
+        return None
+
+
+def _tried(view: View) -> View:
+    """Return the view as one gradient, or say in what it differs from the cases that were tried."""
+    try:
+        single = view.gradient()
+    except NotApplicable as why:
+        raise CutShort(f"untried on such an update: {why}") from None
+    reasons = {
+        "a batch: rows of all images are mixed": view.update.batch_size > 1,
+        "a shuffle: the inputs cannot be computed": view.traits.shuffle is not None,
+        f"images of more than {_WIDE} values": torch.Size(view.image_shape).numel() > _WIDE,
+    }
+    if untried := [reason for reason, holds in reasons.items() if holds]:
+        raise CutShort(f"untried on {untried[0]}")
+    return single

@@ -1,0 +1,230 @@
+"""An audit of federated rounds: every message, every sum, and what two sums give away together."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitguard import data
+from vitguard.attacks.base import Attack, InputAttack
+from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
+from vitguard.audit.pipeline import CONTROL, Progress, findings, level_of
+from vitguard.audit.received import CONTROL_NOTE, OTHER_CONTROL, sample_photos, without_control
+from vitguard.audit.scale import Scale, decoys_for
+from vitguard.audit.seen import Seen, SeenRound, Share, mean_of
+from vitguard.audit.stated import facts_of
+from vitguard.audit.victim import Victim
+from vitguard.core import LocalTraining
+from vitguard.errors import NotApplicable, expected
+from vitguard.registry import families_not_run, parse_attacks
+from vitguard.report.audit_report import AuditReport
+from vitguard.report.finding import Finding
+from vitguard.threats.curious_server import Threat
+from vitguard.vit import Anatomy
+
+__all__ = ["Rounds", "audit_rounds"]
+
+Rounds = SeenRound | Seen | Sequence["SeenRound | Seen"]
+"""What an audit of rounds takes: rounds, and things seen of them."""
+
+PLAIN = "plain"
+"""The row of clients that run no defense, beside the control `none`."""
+
+
+def audit_rounds(
+    rounds: Rounds,
+    *,
+    attacks: str | Sequence[str | Attack | InputAttack] = "ladder",
+    adversary: Threat,
+    model_name: str | None = None,
+    weights: str = "as given",
+    notes: Sequence[str] = (),
+    seed: int = 0,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> AuditReport:
+    """Attack what was seen of rounds; see `vitguard.audit`.
+
+    Raises:
+        InputError: There is nothing to attack, or one thing twice.
+    """
+    things, said = _things(rounds)
+    first = things[0]
+    model = first.guard.public_model()
+    asked = parse_attacks(attacks, fast=next(model.parameters()).device.type == "cpu")
+    chosen = [a for a in asked if isinstance(a, Attack)]
+    known = [s.pixels for t in things for s in t.shares if s.pixels is not None]
+    decoys = decoys_for(torch.cat(known), seed) if known else None
+    looks = [_Look(thing, adversary, seed, decoys) for thing in things]
+    stop = threading.Event()
+    runs = [run for look in looks for run in look.runs()]
+    found = findings(
+        runs, chosen, seed=seed, stop=stop, workers=workers, progress=progress
+    )  # fmt: skip
+    alone = {look.thing.name for look in looks if look.training is None}
+    found = [without_control(f) if f.exposure in alone else f for f in found]
+    found += [
+        Finding(
+            t.defense or PLAIN,
+            a.name,
+            "not applicable",
+            ON_INPUT,
+            settings=a.settings(),
+            exposure=t.name,
+        )
+        for t in things
+        for a in asked
+        if not isinstance(a, Attack)
+    ]
+    if alone:
+        said.append(f"{OTHER_CONTROL} So it is of: {', '.join(sorted(alone))}.")
+    if any(look.pixels is None for look in looks):
+        said.append(CONTROL_NOTE)
+    for thing in things:
+        said.append(thing.note)
+        said += [d.audit_note() for d in thing.guard.defenses]
+    every = [facts for run in runs for facts, _ in run.batches]
+    trained = dict.fromkeys(str(look.training or "not known") for look in looks)
+    return AuditReport(
+        model=facts_of(model, Anatomy.of(model), model_name),
+        images=tuple(dict.fromkeys(n for t in things for s in t.shares for n in s.names)),
+        batch_size=min(t.update.batch_size for t in things),
+        baseline=level_of(every),
+        findings=tuple(found),
+        weights=weights,
+        update=f"{'; '.join(trained)}, of federated rounds",
+        seed=seed,
+        threat=adversary.describe(),
+        families_not_run=families_not_run(chosen),
+        notes=tuple(note for note in dict.fromkeys((*notes, *said)) if note),
+        interrupted=stop.is_set(),
+    )
+
+
+ON_INPUT = "an attack on the input needs a model to query, and not what leaves a round"
+
+
+def _things(rounds: Rounds) -> tuple[list[Seen], list[str]]:
+    """Return everything that is seen, differences of sums too, and why one does not exist."""
+    given = [rounds] if isinstance(rounds, SeenRound | Seen) else list(_iterable(rounds))
+    strangers = [g for g in given if not isinstance(g, SeenRound | Seen)]
+    if strangers or not given:
+        got = type(strangers[0]).__name__ if strangers else "none"
+        raise expected("a model and a batch, or rounds of a federation", got)
+    whole = [g for g in given if isinstance(g, SeenRound)]
+    things = [t for g in given for t in (g.seen() if isinstance(g, SeenRound) else (g,))]
+    notes = [
+        f"Round {r.number} has no sum: {r.failed}" if r.failed else
+        f"Round {r.number} refused {c}: {why}"
+        for r in whole
+        for c, why in (r.refused or {"": ""}).items()
+        if r.failed or c
+    ]  # fmt: skip
+    summed = [r for r in whole if r.total is not None]
+    for one, other in itertools.combinations(summed, 2):
+        pair = (one, other) if len(one.included) >= len(other.included) else (other, one)
+        try:
+            things.append(pair[0].minus(pair[1]))
+        except NotApplicable as error:
+            notes.append(f"No difference of sums: {error}.")
+    if not things:
+        why = "; ".join(filter(None, notes))
+        raise expected("rounds from which something left", f"none: {why}")
+    names = [t.name for t in things]
+    if twice := next((n for n in names if names.count(n) > 1), ""):
+        raise expected("each thing that was seen once", f"{twice} twice")
+    return things, notes
+
+
+def _iterable(rounds: object) -> Iterable[SeenRound | Seen]:
+    return rounds if isinstance(rounds, Iterable) else [rounds]  # type: ignore[list-item]
+
+
+@dataclass
+class _Look:
+    """One thing that was seen, and the undefended control beside it."""
+
+    thing: Seen
+    adversary: Threat
+    seed: int
+    decoys: Tensor | None
+
+    def __post_init__(self) -> None:
+        self.training = LocalTraining.of(self.thing.update)
+        pixels = [s.pixels for s in self.thing.shares]
+        known = [p for p in pixels if p is not None]
+        self.pixels = torch.cat(known) if known and len(known) == len(pixels) else None
+        self.model = self.thing.guard.public_model()
+        self.anatomy = Anatomy.of(self.model)
+
+    def runs(self) -> list[Run]:
+        """Return the control and the thing itself, beside each other."""
+        thing = self.thing
+        facts = self._facts()
+        seen = facts if self.pixels is not None else self._sample().facts()[0]
+        bound = bound_of(thing.guard.defenses, thing.update.local_steps)
+        return [
+            Run(CONTROL, ((seen, self._control),), exposure=thing.name),
+            Run(thing.defense or PLAIN, ((facts, self._exposed),), bound, thing.name),
+        ]
+
+    def _exposed(self) -> Exposure:
+        thing = self.thing
+        view = self.adversary.view(
+            thing.guard, thing.update, thing.normalization, loss=thing.loss
+        )  # fmt: skip
+        masks = [s.mask for s in thing.shares]
+        whole = [m for m in masks if m is not None]
+        return Exposure(view, torch.cat(whole) if whole and len(whole) == len(masks) else None)
+
+    def _facts(self) -> Facts:
+        shares, patch = self.thing.shares, self.anatomy.patch_size
+        names = tuple(n for s in shares for n in s.names)
+        if self.pixels is None or self.decoys is None:
+            told = names or tuple(f"image {i}" for i in range(self.thing.update.batch_size))
+            return Facts(told, patch, certain=False)
+        labels = [s.labels for s in shares if s.labels is not None]
+        return Facts(
+            names, patch, self.pixels,
+            torch.cat(labels) if len(labels) == len(shares) else None,
+            Scale.of(self.pixels, patch, self.decoys, self.seed),
+            certain=all(s.certain for s in shares),
+        )  # fmt: skip
+
+    def _control(self) -> Exposure:
+        """Make the same update, or sum of updates, without a defense."""
+        victims = (
+            [self._sample()]
+            if self.pixels is None
+            else [self._victim(s, s.pixels) for s in self.thing.shares if s.pixels is not None]
+        )
+        weights = [1.0] if self.pixels is None else [s.weight for s in self.thing.shares]
+        made = [v.made(()) for v in victims]
+        update = mean_of([u for _, u in made], weights)
+        view = self.adversary.control().view(
+            made[0][0], update, self.thing.normalization, loss=self.thing.loss
+        )
+        return Exposure(view)
+
+    def _victim(self, share: Share, pixels: Tensor) -> Victim:
+        labels = share.labels
+        if labels is None:
+            labels = data.assign_labels(share.count, self.anatomy.classes)
+        return self._undefended(pixels, labels, share.names)
+
+    def _sample(self) -> Victim:
+        a, size = self.anatomy, self.thing.update.batch_size
+        photos = sample_photos((size, a.channels, *a.image_size))
+        names = tuple(f"sample {i}" for i in range(size))
+        return self._undefended(photos, data.assign_labels(size, a.classes), names)
+
+    def _undefended(self, pixels: Tensor, labels: Tensor, names: tuple[str, ...]) -> Victim:
+        return Victim(
+            self.model, self.thing.normalization, self.training or LocalTraining(),
+            self.thing.loss, self.seed, pixels, labels, names, len(pixels),
+        )  # fmt: skip

@@ -1,0 +1,197 @@
+"""One masked round as the server sees it: who answered which phase, and what has been added."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from logging import WARNING
+
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from vitguard.defenses.masking import MaskingServer
+from vitguard.errors import Rejected, VitguardError
+from vitguard.federated.flower.masked_client import (
+    AGREEMENT,
+    ANSWERS,
+    BODY,
+    KEYS,
+    PHASE,
+    SHARES,
+    VALUES,
+)
+from vitguard.federated.flower.records import ROUND, SEALED, from_arrays
+
+__all__ = ["MaskedRound"]
+
+Take = Callable[[int, bytes], object]
+
+
+@dataclass
+class MaskedRound:
+    """Drives the phases of one round over a grid, and adds replies as they come.
+
+    Args:
+        server: The masked sum.
+        grid: Where nodes are asked.
+        said: The number of the round and the version of the model, for each message.
+        start: Weights before the round.
+        refused: Filled with a reason for each node that was left out.
+        weighted_by: The metric that must be the signed weight.
+        max_clipped: The most values of a client that were moved to their bound; None for any.
+        timeout: Seconds for each phase but training.
+    """
+
+    server: MaskingServer
+    grid: Grid
+    said: Mapping[str, int | str]
+    start: Mapping[str, Tensor]
+    refused: dict[int, str]
+    weighted_by: str
+    max_clipped: int | None
+    timeout: float
+    names: dict[int, str] = field(default_factory=dict)  # clients that answered the last phase
+    metrics: list[MetricRecord] = field(default_factory=list)
+    _plain: dict[str, Tensor] = field(default_factory=dict)
+
+    def begin(self, messages: Iterable[Message]) -> list[Message]:
+        """Exchange keys and shares; return the messages of training for who took part in both.
+
+        Raises:
+            Rejected: Too few did.
+        """
+        training = {m.metadata.dst_node_id: m for m in messages}
+        self._ask(KEYS, dict.fromkeys(training, b""), self._add_keys)
+        roster = self.server.roster()
+        self._ask(SHARES, dict.fromkeys(self.names, roster), self._add_shares)
+        return [
+            self._message(node, VALUES, self.server.inbox(name), training[node].content)
+            for node, name in self.names.items()
+        ]
+
+    def add(self, replies: Iterable[Message]) -> None:
+        """Add the masked values of each reply as it comes, or refuse it with its reason."""
+        asked, self.names = self.names, {}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            try:
+                if node not in asked:
+                    raise Rejected("client", "values of a node that was not asked")
+                self._add_values(reply, asked[node])
+                self.names[node] = asked[node]
+            except VitguardError as refusal:
+                self._refuse(node, str(refusal))
+            del reply  # its values go before the next ones come
+        self._note_silent(VALUES, asked)
+
+    def finish(self) -> dict[str, Tensor]:
+        """Have the masks taken off the sum; return the weights after the round.
+
+        Raises:
+            Rejected: Too few agreed or answered, or shares are false.
+        """
+        server = self.server
+        survivors = server.survivors()
+        weight = math.fsum(server.weights.values())
+        self._ask(
+            AGREEMENT,
+            dict.fromkeys(self.names, survivors),
+            lambda node, body: server.add_agreement(body, sender=self.names[node]),
+        )
+        agreements = server.agreements()
+        self._ask(
+            ANSWERS,
+            dict.fromkeys(self.names, agreements),
+            lambda node, body: server.add_answer(body, sender=self.names[node]),
+        )
+        changes = {**server.mean(), **{n: t / weight for n, t in self._plain.items()}}
+        return {n: t + changes[n].to(t.dtype) if n in changes else t for n, t in self.start.items()}
+
+    def _add_keys(self, node: int, body: bytes) -> None:
+        self.names[node] = self.server.add_keys(body)
+
+    def _add_shares(self, node: int, body: bytes) -> None:
+        self.server.add_shares(body, sender=self.names[node])
+
+    def _add_values(self, reply: Message, name: str) -> None:
+        content = _content(reply)
+        if len(content.array_records) != 1 or len(content.metric_records) != 1:
+            raise Rejected("records", "other records", "one of arrays and one of metrics")
+        arrays = dict(next(iter(content.array_records.values())))
+        metrics = next(iter(content.metric_records.values()))
+        masked = arrays.pop(SEALED, None)
+        if masked is None or masked.stype != SEALED:
+            raise Rejected("plain", "weights without masked values", "a reply through ProtectMod")
+        weight, clipped = metrics.get(self.weighted_by), metrics.get("vitguard-clipped", 0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise Rejected("weight", f"no {self.weighted_by} among the metrics", "a number")
+        if self.max_clipped is not None and not (
+            type(clipped) is int and 0 <= clipped <= self.max_clipped
+        ):
+            raise Rejected("clipped", f"{clipped} values beyond bounds", "fewer")
+        changes = from_arrays(arrays)
+        self._check_plain(changes)
+        self.server.add_masked(masked.data, sender=name, weight=weight)
+        for each, change in changes.items():
+            share = change.double() * weight
+            self._plain[each] = self._plain[each] + share if each in self._plain else share
+        self.metrics.append(metrics)
+
+    def _check_plain(self, changes: Mapping[str, Tensor]) -> None:
+        sealed = self.server.terms.manifest.names
+        for name, change in changes.items():
+            start = self.start.get(name)
+            if start is None or name in sealed or change.shape != start.shape:
+                raise Rejected("array", f"{name[:80]} of shape {tuple(change.shape)}")
+            if not (change.is_floating_point() and bool(change.isfinite().all())):
+                raise Rejected("array", f"{name} with values that are not finite")
+        if self.metrics and self._plain.keys() != changes.keys():
+            raise Rejected("array", "other plain tensors than the clients before it")
+
+    def _ask(self, phase: str, bodies: Mapping[int, bytes], take: Take) -> None:
+        """Send each node its message of a phase; keep in `names` those whose answer was taken."""
+        messages = [self._message(node, phase, body) for node, body in bodies.items()]
+        answered: set[int] = set()
+        for reply in self.grid.send_and_receive(messages, timeout=self.timeout):
+            node = reply.metadata.src_node_id
+            try:
+                if node not in bodies:
+                    raise Rejected("client", "an answer of a node that was not asked")
+                take(node, _body(reply))
+                answered.add(node)
+            except VitguardError as refusal:
+                self._refuse(node, str(refusal))
+        self.names = {node: name for node, name in self.names.items() if node in answered}
+        self._note_silent(phase, bodies)
+
+    def _message(
+        self, node: int, phase: str, body: bytes, content: RecordDict | None = None
+    ) -> Message:
+        asked = ConfigRecord({**self.said, PHASE: phase, BODY: body})
+        records = RecordDict({**(content or {}), "vitguard": asked})
+        return Message(content=records, dst_node_id=node, message_type=MessageType.TRAIN)
+
+    def _note_silent(self, phase: str, asked: Iterable[int]) -> None:
+        for node in asked:
+            if node not in self.names and node not in self.refused:
+                self._refuse(node, f"no answer in the phase of {phase}")
+
+    def _refuse(self, node: int, reason: str) -> None:
+        self.refused.setdefault(node, reason)
+        log(WARNING, "Round %s: node %s: %s", self.said[ROUND], node, reason)
+
+
+def _content(reply: Message) -> RecordDict:
+    if reply.has_error():
+        raise Rejected("error", (reply.error.reason or "an error")[:500], "an answer")
+    return reply.content
+
+
+def _body(reply: Message) -> bytes:
+    found = [r.get(BODY) for r in _content(reply).config_records.values()]
+    if len(found) != 1 or not isinstance(found[0], bytes):
+        raise Rejected("records", "an answer without a masking message", "one of ProtectMod")
+    return found[0]

@@ -1,0 +1,157 @@
+"""The server's side: federated averaging of updates under masks, which only their sum loses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from logging import WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
+
+from vitguard.defenses.encryption import model_version
+from vitguard.defenses.masking import MaskingServer
+from vitguard.errors import Incompatible, Rejected, expected
+from vitguard.federated.flower.arrivals import Arrivals
+from vitguard.federated.flower.grid import InProcessGrid
+from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
+from vitguard.federated.flower.masked_keys import MaskedFederation
+from vitguard.federated.flower.masked_round import MaskedRound
+from vitguard.federated.flower.records import BASE, ROUND, from_arrays, to_arrays
+from vitguard.federated.flower.server import _with_common_names
+
+__all__ = ["MaskedFedAvg"]
+
+
+class MaskedFedAvg(FedAvg):
+    """Federated averaging under masks: the server reads the average, and no single update.
+
+    Each round has five exchanges with the nodes: keys, shares, values (the training), agreement on
+    who is in the sum, answers. A node that is silent in one is left out of those after it.
+
+    Guarantees:
+        A reply that is refused leaves the sum as it was; `refused` says why, for each node.
+        Fewer clients than the threshold in a phase leave the model as it was, with one clear line.
+        Replies are added as they arrive and never kept.
+        A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
+        restarts save `ledgers`.
+        All clients of a sum trained the same model: each signs the version of the one it was sent.
+
+    Does not protect against:
+        What the sum tells, which the server reads; put `ClientPrivacy` before the masks.
+        More clients working with the server than `terms.colluding`.
+
+    Args:
+        federation: The server's key and the terms, such as `MaskedFederation.from_environment()`.
+        max_clipped: The most values of a reply that were moved to their bound; None for any.
+        first_round: Number of the first round; clients take part in each number once. After a
+            restart within one Flower run, give the `next_round` of the strategy before.
+        phase_timeout: Seconds that nodes have for each exchange but the training. A SuperNode may
+            start a process of the app for each, which takes seconds.
+        settings: Arguments of `FedAvg`; at least `threshold` nodes are waited for by default.
+    """
+
+    def __init_subclass__(cls) -> None:
+        strangers = [
+            base.__name__
+            for base in cls.__mro__
+            if issubclass(base, Strategy)
+            and not issubclass(base, MaskedFedAvg)
+            and base not in (FedAvg, Strategy)
+        ]
+        if strangers:
+            raise Incompatible(
+                f"Expected a strategy that averages, got {strangers[0]}, which must read each "
+                "update or replaces the average. Use MaskedFedAvg alone."
+            )
+
+    def __init__(
+        self,
+        federation: MaskedFederation,
+        *,
+        max_clipped: int | None = None,
+        first_round: int = 1,
+        phase_timeout: float = 300.0,
+        **settings: Any,
+    ) -> None:
+        if type(first_round) is not int or first_round < 0:
+            raise expected("first_round, a whole number of at least 0", repr(first_round)[:80])
+        least = federation.terms.threshold
+        for name in ("min_train_nodes", "min_available_nodes"):
+            settings.setdefault(name, least)
+        super().__init__(**settings)
+        self._federation, self._max_clipped = federation, max_clipped
+        self._phase_timeout = phase_timeout
+        self._now: MaskedRound | None = None
+        self._short: Grid | None = None  # for exchanges in which no ledger is told
+        self.next_round = first_round
+        self.refused: dict[int, dict[int, str]] = {}
+        self.ledgers = Ledgers()
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **named: Any) -> Result:
+        """Run the rounds, as every strategy does.
+
+        Raises:
+            InputError: The model lacks a tensor of the manifest, or has it in another shape.
+        """
+        for entry in self._federation.terms.manifest.entries:
+            array = initial_arrays.get(entry.name)
+            if array is None or tuple(array.shape) != entry.shape:
+                raise expected(
+                    f"a model with {entry.name} of shape {entry.shape}, as in the terms",
+                    "none" if array is None else f"one of shape {tuple(array.shape)}",
+                )
+        single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
+        self._short = single
+        return super().start(LedgerGrid(single, self.ledgers), initial_arrays, *args, **named)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Exchange keys and shares with the nodes; ask those that did both for masked updates."""
+        self._now = None
+        refused = self.refused[server_round] = {}
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        if not messages:
+            return []
+        start, number = from_arrays(arrays), self.next_round
+        self.next_round += 1
+        base, keys = model_version(start), self._federation
+        now = MaskedRound(
+            MaskingServer(keys.terms, signing=keys.signing, round_id=number, base=base),
+            self._short or grid,
+            {ROUND: number, BASE: base},
+            start,
+            refused,
+            self.weighted_by_key,
+            self._max_clipped,
+            self._phase_timeout,
+        )
+        try:
+            training = now.begin(messages)
+        except Rejected as refusal:
+            self._failed(server_round, refusal)
+            return []
+        self._now = now
+        return training
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Add the good replies and have the masks taken off their sum."""
+        now, self._now = self._now, None
+        if now is None:
+            return None, None
+        now.add(replies)
+        try:
+            weights = now.finish()
+        except Rejected as refusal:
+            self._failed(server_round, refusal)
+            return None, None
+        metrics = self.train_metrics_aggr_fn(_with_common_names(now.metrics), self.weighted_by_key)
+        return to_arrays(weights), metrics
+
+    def _failed(self, server_round: int, refusal: Rejected) -> None:
+        log(WARNING, "Round %s failed, the model is as it was: %s", server_round, refusal)

@@ -1,0 +1,124 @@
+"""What every attack must hold: knowing less never makes its verdict stronger.
+
+    from vitguard.testing.weakening import check_weaker
+
+    def test_contract():
+        check_weaker(MyAttack())
+
+`resisted` says that an attack which works came to its end and got nothing. An attack that misses a
+tensor or ran out of work has to say so: grey in silence would be called resistance.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import torch
+
+from vitguard import data
+from vitguard.attacks.base import Attack
+from vitguard.audit.attempts import Attempt, attempt
+from vitguard.audit.exposure import Exposure, Facts
+from vitguard.audit.scale import Scale, decoys_for
+from vitguard.audit.verdicts import Beside, finding_of
+from vitguard.core import Normalization, View
+from vitguard.defenses.noise import GradientNoise
+from vitguard.guard import Guard, protect
+from vitguard.report.finding import Finding
+from vitguard.threats.curious_server import CuriousServer
+
+__all__ = ["check_proofs", "check_weaker", "less_work"]
+
+ROLES = ("patch", "position", "attention", "mlp", "norm", "head")
+"""Parts of a ViT that are hidden one by one."""
+_LITTLE = 1e-3
+"""Nominal seconds of work in which no attack comes to its end."""
+
+
+def check_weaker(attack: Attack) -> None:
+    """Hiding a tensor, or cutting the work, turns no verdict into `resisted`.
+
+    The attack runs on one photo and a plain gradient of it. Where it works, the weaker runs must
+    leak, be blocked, not apply, or be inconclusive.
+    """
+    guard, facts, whole = _exposed()
+    beside = _control(attack, facts, whole)
+    for what, one, view in _weaker(attack, guard, whole):
+        found = finding_of(what, one, [_tried(one, facts, view)], beside)
+        assert found.verdict != "resisted", (
+            f"{attack.name} is said to have been resisted though {what}; with all it needs it "
+            f"{beside.finding.verdict}. It must raise Blocked or NotApplicable, or name what is "
+            f"unfinished in its details: {found.reason}"
+        )
+
+
+def check_proofs(attack: Attack) -> None:
+    """A patch that an attack calls proved is right, also where noise was added to the update."""
+    for scale in (0.0, 1e-6, 1e-3, 0.1):
+        _, facts, view = _exposed(GradientNoise(scale))
+        made = _tried(attack, facts, view)
+        if made.guess is None or made.guess.verified is None or made.scores is None:
+            continue
+        claimed, right = made.guess.verified, made.scores.recovered
+        wrong = int(claimed.sum()) - (0 if right is None else int(right.sum()))
+        assert wrong <= 0, (
+            f"{attack.name} calls {wrong} of {int(claimed.sum())} patches proved that are wrong, "
+            f"under noise of {scale:g}"
+        )
+
+
+def less_work(attack: Attack) -> Attack | None:
+    """Return the attack with a budget that cuts it; None where it has none (`seconds`).
+
+    A number of iterations is no budget: the control has the same one.
+    """
+    if all(f.name != "seconds" for f in fields(attack)):  # type: ignore[arg-type]
+        return None
+    return replace(attack, seconds=_LITTLE)  # type: ignore[call-arg]
+
+
+def _weaker(attack: Attack, guard: Guard, view: View) -> Iterator[tuple[str, Attack, View]]:
+    """Yield in words what is missing, and the attack and the view that miss it."""
+    for role in ROLES:
+        if guard.anatomy.select(role, view.update.tensors):
+            threat = CuriousServer((role,))
+            yield f"{role} is hidden", attack, threat.view(guard, view.update, view.normalization)
+    if (cut := less_work(attack)) is not None:
+        yield "its budget cut it", cut, view
+
+
+def _control(attack: Attack, facts: Facts, view: View) -> Beside:
+    def alone(part: str) -> Finding:
+        one = attack.parts()[part]
+        return finding_of("none", one, [_tried(one, facts, view)])
+
+    attempts = [_tried(attack, facts, view)]
+    return Beside(finding_of("none", attack, attempts), attempts, alone)
+
+
+def _tried(attack: Attack, facts: Facts, view: View) -> Attempt:
+    return attempt(attack, facts, Exposure(view), 0)
+
+
+def _exposed(*defenses: GradientNoise) -> tuple[Guard, Facts, View]:
+    """Return what an adversary sees of one photo's gradient on a small ViT."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VisionTransformer(
+            img_size=8, patch_size=4, embed_dim=64, depth=2, num_heads=2, num_classes=3
+        )
+    facts, normalization = _facts(), Normalization()
+    guard = protect(model.train(), defenses, generator=torch.Generator().manual_seed(0))
+    update = guard.update(normalization.apply(facts.truths), facts.labels)  # type: ignore[arg-type]
+    return guard, facts, CuriousServer().view(guard, update, normalization)
+
+
+@functools.cache
+def _facts() -> Facts:
+    photo, patch = data.sample_images((8, 8), count=1).pixels, (4, 4)
+    scale = Scale.of(photo, patch, decoys_for(photo, 0), 0)
+    return Facts(("photo",), patch, photo, torch.tensor([1]), scale)
