@@ -4,7 +4,6 @@ import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import peft
 import pytest
 import torch
 
@@ -91,6 +90,7 @@ def lora(model, rank, *, stepped=True, targets=("qkv", "fc1")):
     """Return a model of which only adapters and head are trained, B zero unless it has stepped."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=rank, target_modules=list(targets), modules_to_save=["head"])
         adapted = peft.get_peft_model(copy.deepcopy(model), config)
         for name, parameter in adapted.named_parameters():

@@ -5,6 +5,8 @@ import torch
 
 pytest.importorskip("flwr", reason="needs vitguard[flower]")
 
+pytest.importorskip("dp_accounting")
+
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
