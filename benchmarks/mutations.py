@@ -176,15 +176,27 @@ def without(tree: Path, mutations: list[Mutation]) -> dict[str, str]:
 
 
 def promised() -> list[Guarantee]:
-    """Return the guarantees of every class in the package, by file, whatever is installed."""
+    """Return the guarantees of every class in the package, by file, whatever is installed.
+
+    A class whose name another one has too is named with its file.
+    """
     from vitguard.testing.guarantees import guarantees_in  # of this tree; tests run on copies
 
-    found = []
-    for path in sorted((ROOT / "vitguard").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                found += guarantees_in(ast.get_docstring(node) or "", node.name)
-    return found
+    classes = [
+        (path.stem, node)
+        for path in sorted((ROOT / "vitguard").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and "Guarantees:" in (ast.get_docstring(node) or "")
+    ]
+    names = collections.Counter(node.name for _, node in classes)
+    return [
+        guarantee
+        for file, node in classes
+        for guarantee in guarantees_in(
+            ast.get_docstring(node) or "",
+            node.name if names[node.name] == 1 else f"{file}.{node.name}",
+        )
+    ]
 
 
 def row(mutation: Mutation, ended: str) -> str:
