@@ -164,6 +164,22 @@ def test_accumulation_is_refused_with_what_to_set():
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_what_a_defense_added_is_trained_where_the_modules_optimizer_leaves_it_out():
+    class Own(Lit):
+        def configure_optimizers(self):
+            of_the_model = build().state_dict()
+            own = [p for n, p in self.net.named_parameters() if n in of_the_model]
+            return torch.optim.SGD(own, lr=0.1)
+
+    module = type("Module", (GuardMixin, Own), {})(SHUFFLE)
+    known = build().state_dict()
+    added = {n: p.clone() for n, p in module.net.named_parameters() if n not in known}
+    fit(module, epochs=1)
+    trained = dict(module.net.named_parameters())
+    assert added and not any(torch.equal(p, trained[n]) for n, p in added.items())
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_accumulation_without_privacy_is_lightnings():
     assert fit(Guarded(SHUFFLE), accumulate_grad_batches=2).global_step == 4
 
