@@ -123,6 +123,7 @@ def test_ladder_is_one_attack_and_stands_for_the_closed_forms():
     ("read", "near"),
     [
         (lambda: registry.parse_stack("postions"), "Did you mean positions"),
+        (lambda: registry.parse_stack("withheld-positions"), "Did you mean withheld"),
         (lambda: registry.parse_stack("shuffle:ration=0.5"), "Did you mean ratio"),
         (lambda: registry.parse_attack("Spann"), "Did you mean span"),
     ],

@@ -443,7 +443,7 @@ class Guard:
         """Apply the defenses of the update to one that training made.
 
         What it returns counts as released: client-level privacy spends a round of its ledger. So
-        does what a gate refuses, since the refusal tells something.
+        does what a gate or a later defense refuses, since the refusal tells something.
 
         Args:
             batch: Images (model input) and labels behind the update, which a `LeakGate` needs; they
@@ -526,8 +526,8 @@ class Guard:
         reason = "frozen, so that there is nothing to send"
         held |= {n: reason for n in frozen if n in left_out}
         update = update.seal(held)
-        with self._released(acting):
-            for defense in acting:
+        for defense in acting:  # one by one: if the next refuses, what it says tells of this one
+            with self._released([defense]):
                 update = defense.seal(update, self.anatomy, self._draws)
         return self._past_gate(update, batch, made if trained else None)
 

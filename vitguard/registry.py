@@ -161,7 +161,9 @@ def _build(
 
 
 def _nearest(text: str, choices: Iterable[str]) -> str:
-    near = get_close_matches(text.lower(), choices, n=1)
+    text = text.lower()
+    begun = [c for c in choices if text.startswith(c)]  # withheld-positions: withheld
+    near = begun or get_close_matches(text, choices, n=1)
     return f"Did you mean {near[0]}?" if near else ""
 
 

@@ -32,6 +32,7 @@ from vitguard.federated.flower import (
     attach,
     make_keys,
 )
+from vitguard.federated.flower import client as client_module
 from vitguard.federated.flower.records import SEALED, History
 
 
@@ -218,6 +219,18 @@ def test_an_old_message_is_refused_in_a_later_round(federated):
     federated.grid.apps[12] = replay
     strategy, _ = federated.run(2)
     assert strategy.refused[1] == {} and list(strategy.refused[2]) == [12]
+
+
+def test_an_exception_of_the_app_is_in_its_own_log_and_its_text_is_in_no_message(
+    federated, monkeypatch
+):
+    logged = []
+    monkeypatch.setattr(client_module, "log", lambda *told, exc_info: logged.append(exc_info))
+    federated.spoil[12] = raises
+    federated.run(1)
+    (error,) = logged
+    assert "secret pixel" in str(error)
+    assert b"secret pixel" not in b"".join(federated.grid.sent)
 
 
 def test_too_few_clients_leave_the_model_as_it_was(federated):

@@ -179,12 +179,26 @@ def test_what_is_no_client_or_no_training_is_one_clear_error(model, clients):
         federation(model, {})
     with pytest.raises(InputError, match="LocalClient"):
         federation(model, {"ana": clients["ana"].images})
+    with pytest.raises(InputError, match="clients by name"):
+        federation(model, list(clients.values()))
+    with pytest.raises(InputError, match="labels as a tensor"):
+        LocalClient(clients["ana"].images, [1])
     with pytest.raises(InputError, match="learning rate"):
         federation(model, clients, training=vg.LocalTraining())
     with pytest.raises(InputError, match="one of encryption and masking"):
         federation(model, clients, "encryption+masking")
     with pytest.raises(InputError, match="names of clients"):
         federation(model, clients).round(["nobody"])
+
+
+def test_the_repr_of_a_client_and_of_a_round_shows_no_image(model, clients):
+    seen = federation(model, clients).round()
+    assert "tensor(" not in repr(seen) and "tensor(" not in repr(clients["ana"])
+
+
+def test_colluding_clients_in_a_list_are_one_clear_error(model, clients):
+    with pytest.raises(InputError, match="one by one"):
+        federation(model, clients).round().without(["ana"])
 
 
 def test_what_a_round_returns_holds_no_keys(model, clients):

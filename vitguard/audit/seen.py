@@ -37,9 +37,9 @@ class Share:
     weight: float
     count: int
     names: tuple[str, ...] = ()
-    pixels: Tensor | None = None
-    labels: Tensor | None = None
-    mask: Tensor | None = None
+    pixels: Tensor | None = field(default=None, repr=False)
+    labels: Tensor | None = field(default=None, repr=False)
+    mask: Tensor | None = field(default=None, repr=False)
     certain: bool = True
     own: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
@@ -113,6 +113,8 @@ class SeenRound:
             NotApplicable: There is no sum, or it is not known what they sent.
         """
         total = self._sum()
+        if not all(isinstance(c, str) for c in clients):
+            raise expected("names of clients", clients, 'Give them one by one: without("a", "b").')
         asked = set(clients)
         if not asked or not asked < set(self.included):
             raise expected(f"some names of clients in the sum, {self.included}", clients)

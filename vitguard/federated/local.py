@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,12 +42,17 @@ class LocalClient:
             control of an audit. None says that nobody can repeat it.
     """
 
-    images: Tensor
-    labels: Tensor
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
     weight: float | None = None
     defenses: Stack | None = None
     train: Callable[[Guard], object] | None = None
     training: LocalTraining | None = None
+
+    def __post_init__(self) -> None:
+        for what, given in (("images", self.images), ("labels", self.labels)):
+            if not isinstance(given, Tensor):
+                raise expected(f"{what} as a tensor", type(given).__name__)
 
 
 class LocalFederation:
@@ -85,6 +90,9 @@ class LocalFederation:
         normalization: Normalization | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        if not isinstance(clients, Mapping):
+            kind = type(clients).__name__
+            raise expected("clients by name", kind, 'Give {"ana": LocalClient(...)}.')
         if not clients:
             raise expected("clients by name", "none")
         for name, client in clients.items():

@@ -161,3 +161,22 @@ def test_whole_numbers_do_not_leave_around_the_noise():
     assert set(sealed.tensors) == {"a"} and not torch.equal(sealed.read("a"), numbers.read("a"))
     with pytest.raises(Blocked, match="an integer, which cannot be noised"):
         sealed.read("b")
+
+
+class _TooLarge(UpdateDefense):
+    """Refuses values that the noise made too large, as the bound of a secure sum does."""
+
+    name = "too-large"
+
+    def seal(self, update, anatomy, draws):
+        raise InputError("Expected values within a bound, got 9 others.")
+
+
+def test_an_update_that_a_later_defense_refuses_after_the_noise_is_a_round():
+    # the refusal says something of the noised values, and is sent
+    guard = guarded(ClientPrivacy(epsilon=8, rounds=1), _TooLarge())
+    with pytest.raises(InputError, match="9 others"):
+        released(guard, "update")
+    assert guard.privacy_spent().epsilon == pytest.approx(8, rel=0.01)
+    with pytest.raises(Unprotected, match="at most 1 updates"):
+        released(guard, "update")

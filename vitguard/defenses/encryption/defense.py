@@ -142,7 +142,8 @@ class EncryptedGradients(UpdateDefense):
 
 _MAKE = (
     "Protect a copy of the model with the same stack without an encryptor, and make the manifest "
-    "with Manifest.of(guard.encrypted(), bounds=...)."
+    "with Manifest.of(guard.encrypted(), bounds=...). "
+    "A server's starting model needs the same defenses of the model."
 )
 
 

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
+from logging import ERROR
 from typing import Literal
 
 from flwr.app import (
@@ -18,6 +19,7 @@ from flwr.app import (
     MessageType,
     RecordDict,
 )
+from flwr.common.logger import log
 from flwr.common.serde import make_message
 from torch import Tensor
 
@@ -79,8 +81,9 @@ def _now() -> _Exchange:
     found = _exchange.get()
     if found is None:
         raise Unprotected(
-            "Expected a ClientApp with ProtectMod, got one without: nothing would be protected. "
-            "Make it ClientApp(mods=[ProtectMod()]), first of all mods."
+            "Expected a message in a ClientApp with ProtectMod, got none: nothing would be "
+            "protected. Make the app ClientApp(mods=[ProtectMod()]), first of all mods. Outside of "
+            "an app, as for make_keys, leave the encryptor out of the stack."
         )
     return found
 
@@ -172,7 +175,10 @@ class ProtectMod:
                 return answer or _exchanged(message, exchange, call_next)
         except Exception as error:  # noqa: BLE001 - whatever it was, nothing unsealed may leave
             # an error of the app may quote its data
-            said = f": {error}"[:500] if isinstance(error, VitguardError) else " in the app"
+            told = isinstance(error, VitguardError)
+            said = f": {error}"[:500] if told else " in the app"
+            if not told:  # it stays in the client's own log, where Flower leaves it without the mod
+                log(ERROR, "The app raised an exception; no text of it is sent", exc_info=error)
             return Message(Error(_REFUSED, type(error).__name__ + said), reply_to=message)
         finally:
             _exchange.reset(token)

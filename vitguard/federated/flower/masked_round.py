@@ -186,7 +186,7 @@ class MaskedRound:
 
 def _content(reply: Message) -> RecordDict:
     if reply.has_error():
-        raise Rejected("error", (reply.error.reason or "an error")[:500], "an answer")
+        raise Rejected("error", (reply.error.reason or "an error")[:500].rstrip("."), "an answer")
     return reply.content
 
 

@@ -215,7 +215,7 @@ class EncryptedFedAvg(FedAvg):
             VitguardError: Why it was refused.
         """
         if (error := reply.error if reply.has_error() else None) is not None:
-            raise Rejected("error", (error.reason or "an error")[:500], "an update")
+            raise Rejected("error", (error.reason or "an error")[:500].rstrip("."), "an update")
         content = reply.content
         if len(content.array_records) != 1 or len(content.metric_records) != 1:
             raise Rejected("records", "other records", "one of arrays and one of metrics")
