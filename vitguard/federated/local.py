@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitguard.audit.seen import Seen, SeenRound, Share, mean_of, message_name, total_name
+from vitguard.audit.seen import Seen, SeenRound, Share, mean_of, message_name, total_name, under
 from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.defenses.base import Defense
 from vitguard.defenses.encryption import EncryptedGradients, Manifest, model_version
@@ -177,8 +177,8 @@ class LocalFederation:
         sealed = {n: why for n, why in mean.sealed.items() if n not in opened}
         update = replace(mean, tensors={**plain, **opened}, sealed=sealed)
         return replace(
-            messages[0], name=total_name(number, shares), update=update, shares=shares,
-            note=self._scheme.opened_by,
+            under(messages, messages[0]), name=total_name(number, shares), update=update,
+            shares=shares, note=self._scheme.opened_by,
         ), plain  # fmt: skip
 
     def _message(self, name: str, number: int) -> Seen:
