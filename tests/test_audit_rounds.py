@@ -48,7 +48,7 @@ class OnGradients(Attack):
 
 @dataclass(frozen=True)
 class OnControl(Attack):
-    """Finds the images where what it is shown is the plain mean of theirs, and nothing elsewhere."""
+    """Finds the images the first time, on the control, and nothing afterwards."""
 
     name: ClassVar[str] = "on-control"
     family: ClassVar[str] = "closed-form"

@@ -208,3 +208,12 @@ def test_a_replayed_round_is_refused_by_the_clients(model, clients):
     one.number = 0
     seen = one.round()
     assert seen.total is None and "round 0 after round 0" in seen.failed
+
+
+def test_a_callback_cannot_call_a_difference_a_gradient(model, clients):
+    said = LocalClient(
+        clients["ana"].images, clients["ana"].labels, train=lambda guard: None,
+        training=vg.LocalTraining(),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="learning rate"):
+        federation(model, {"ana": said})

@@ -28,7 +28,14 @@ from vitguard.report.finding import Finding
 from vitguard.threats.curious_server import Threat
 from vitguard.vit import Anatomy
 
-__all__ = ["CONTROL_NOTE", "OTHER_CONTROL", "audit_update", "check_names", "sample_photos", "without_control"]
+__all__ = [
+    "CONTROL_NOTE",
+    "OTHER_CONTROL",
+    "audit_update",
+    "check_names",
+    "sample_photos",
+    "without_control",
+]
 
 CONTROL_NOTE = (
     "The row none is the control: the same attack on sample photos without a defense, trained as "

@@ -128,10 +128,8 @@ class SeenRound:
             for name, t in total.update.tensors.items()
         }
         images = sum(s.count for s in left)
-        return _of(
-            self._under(total, left), f"{_sum_name(self.number)} less {', '.join(clients)} {_counts(images, left)}",
-            rest, left, images,
-        )  # fmt: skip
+        name = f"{_sum_name(self.number)} less {', '.join(clients)} {_counts(images, left)}"
+        return _of(self._under(total, left), name, rest, left, images)
 
     def minus(self, other: SeenRound) -> Seen:
         """Return what two sums give away of the one client that only this one includes.

@@ -90,6 +90,8 @@ class LocalFederation:
         for name, client in clients.items():
             if not isinstance(client, LocalClient):
                 raise expected(f"a LocalClient for {name}", type(client).__name__)
+            if client.training is not None and client.training.learning_rate is None:
+                raise expected(f"training of {name} with a learning rate", "a gradient")
         training = training or LocalTraining(0.01)
         if training.learning_rate is None:
             raise expected("local training with a learning rate", "a gradient")
