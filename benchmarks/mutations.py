@@ -2,7 +2,8 @@
 
     python benchmarks/mutations.py                  # all, in about 20 minutes of two cores
     python benchmarks/mutations.py mask ledger      # those whose name or file has one of the words
-    python benchmarks/mutations.py --docs docs      # writes the table of docs/mutations.md as well
+    python benchmarks/mutations.py --docs docs      # writes the table of docs/mutations.md as well;
+                                                    # with words, the lines of those that it runs
 
 The breakages stand in mutations.toml. Each one is a replacement of text in a copy of the package;
 the copy's own test is run on it, in a process that starts with torch loaded. It ends as
@@ -42,6 +43,7 @@ TABLE = Path(__file__).with_suffix(".toml")
 COPIED = ("vitguard", "tests", "docs", "benchmarks", "examples", "pyproject.toml", "README.md")
 LOADED = ["torch", "timm", "opacus", "tenseal", "hypothesis", "pytest", "skimage", "scipy.stats"]
 _LIMIT = 600  # seconds after which a process is called hung
+_QUIET = "HYPOTHESIS_NO_PLUGINS"  # set while modules are loaded before the copy is there
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,15 @@ def run_tests(folder: Path, tests: list[str], output: str) -> None:
         os.dup2(file.fileno(), 2)
     os.chdir(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    os.environ.pop(_QUIET)
     sys.path.insert(0, str(folder))
     import hypothesis
     import pytest
 
     import vitguard
+    from vitguard.testing.hypothesis_types import register
 
+    register()  # as Hypothesis's entry point does, which would have loaded the package elsewhere
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # that it fails is enough
     hypothesis.settings.register_profile(
         "breakages", deadline=None, database=None, derandomize=True, phases=phases
@@ -171,24 +176,48 @@ def without(tree: Path, mutations: list[Mutation]) -> dict[str, str]:
 
 
 def promised() -> list[Guarantee]:
-    """Return the guarantees of every class in the package, by file, whatever is installed."""
+    """Return the guarantees of every class in the package, by file, whatever is installed.
+
+    A class whose name another one has too is named with its file.
+    """
     from vitguard.testing.guarantees import guarantees_in  # of this tree; tests run on copies
 
-    found = []
-    for path in sorted((ROOT / "vitguard").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                found += guarantees_in(ast.get_docstring(node) or "", node.name)
-    return found
+    classes = [
+        (path.stem, node)
+        for path in sorted((ROOT / "vitguard").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and "Guarantees:" in (ast.get_docstring(node) or "")
+    ]
+    names = collections.Counter(node.name for _, node in classes)
+    return [
+        guarantee
+        for file, node in classes
+        for guarantee in guarantees_in(
+            ast.get_docstring(node) or "",
+            node.name if names[node.name] == 1 else f"{file}.{node.name}",
+        )
+    ]
 
 
-def mutations_table(results: list[tuple[Mutation, str, str]]) -> str:
-    """Return the table of docs/mutations.md."""
-    lines = ["| broken on purpose | in | caught by |", "|---|---|---|"]
-    for mutation, ended, _ in results:
-        caught = f"`{mutation.shown}`" + ("" if ended == "caught" else f" **{ended}**")
-        lines.append(f"| {mutation.name} | `{mutation.file}` | {caught} |")
-    return "\n".join(lines)
+def row(mutation: Mutation, ended: str) -> str:
+    """Return a line of the table of docs/mutations.md."""
+    caught = f"`{mutation.shown}`" + ("" if ended == "caught" else f" **{ended}**")
+    return f"| {mutation.name} | `{mutation.file}` | {caught} |"
+
+
+def mutations_table(ended: dict[str, str], page: str) -> str:
+    """Return the table of docs/mutations.md.
+
+    Args:
+        ended: How those ended that were run, by name. The others are as the page says, or not run.
+        page: The page as it stands.
+    """
+    every = {m: "caught" if row(m, "caught") in page else "not run" for m in Mutation.all()}
+    every |= {m: ended[m.name] for m in every if m.name in ended}
+    caught = sum(how == "caught" for how in every.values())
+    lines = [f"{caught} of {len(every)} caught.", ""]
+    lines += ["| broken on purpose | in | caught by |", "|---|---|---|"]
+    return "\n".join([*lines, *(row(m, how) for m, how in every.items())])
 
 
 def guarantees_table() -> str:
@@ -211,7 +240,7 @@ def write_table(path: Path, text: str) -> None:
 
 def main() -> None:
     """Run the mutations and print how each ended."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("words", nargs="*", help="only those whose name or file has one of them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--docs", type=Path, help="write the tables of the pages in this folder")
@@ -219,7 +248,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.pages:
         return write_table(options.pages / "guarantees.md", guarantees_table())
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", _QUIET: "1"}
     multiprocessing.get_context("forkserver").set_forkserver_preload(LOADED)
     mutations = [
         m
@@ -252,9 +281,10 @@ def main() -> None:
                     print(f"{'':10s} {mutation.file}, {mutation.test}: {why}", flush=True)
     seconds = time.monotonic() - start
     print(f"{ended['caught']} of {len(results)} caught, {seconds:.0f} s, {options.jobs} at a time")
-    if options.docs and not options.words:
-        head = f"{ended['caught']} of {len(results)} caught.\n\n"
-        write_table(options.docs / "mutations.md", head + mutations_table(results))
+    if options.docs:
+        page = options.docs / "mutations.md"
+        how = {m.name: outcome for m, outcome, _ in results}
+        write_table(page, mutations_table(how, page.read_text()))
         write_table(options.docs / "guarantees.md", guarantees_table())
     raise SystemExit(ended["caught"] != len(results))
 

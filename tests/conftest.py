@@ -98,9 +98,13 @@ def small_vit(name="vit_tiny_patch16_224", *, seed=0, **changes):
     import timm
 
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 2, "num_heads": 4}
+    biased = changes.pop("proj_bias", True)  # older releases of timm have no such argument
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = timm.create_model(name, **{**sizes, "num_classes": 10, **changes})
+        for block in () if biased else model.blocks:
+            for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                layer.register_parameter("bias", None)
         return moved(model)
 
 
@@ -146,20 +150,22 @@ def _observe():
 
 @pytest.fixture(scope="session")
 def attacked(observe):
-    """`attacked(labels, withhold=())`: a view of photos on a small untrained ViT, and the photos.
+    """`attacked(labels, withhold=(), pixels=None)`: a view of an update, and its photos.
 
-    What the matching attacks are tried on: 16 tokens of width 64, timm's own initialisation.
+    What the matching attacks are tried on: sample photos or `pixels` on an untrained ViT of 16
+    tokens of width 64, timm's own initialisation.
     """
     import timm
 
-    def make(labels, withhold=()):
+    def make(labels, withhold=(), pixels=None):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = timm.create_model(
                 "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=64, depth=2,
                 num_heads=2, num_classes=10,
             )  # fmt: skip
-        truth = data.sample_images((16, 16), count=len(labels)).pixels
+        samples = data.sample_images((16, 16), count=len(labels)).pixels
+        truth = samples if pixels is None else pixels
         return observe(model, truth, torch.tensor(labels), withhold=withhold), truth
 
     return make

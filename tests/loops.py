@@ -273,15 +273,13 @@ def trained_names(w: Weights, loop: Loop, column: Column) -> list[str]:
     ]
 
 
-def settings_of(name: str, w: Weights, loop: Loop, built: str) -> tuple[float, float]:
+def settings_of(name: str, w: Weights, loop: Loop) -> tuple[float, float]:
     """Factor on the rate, and weight decay, of one parameter."""
     if loop.layer_decay == 1:
         return 1.0, DECAY
     if name.startswith("vitguard"):
-        if built == "after protect":  # timm puts names it does not know into the last layer
-            return 1.0, 0.0 if w[name].dim() < 2 else DECAY
         like = "pos_embed" if name.endswith("unknown") else f"head.{name.rpartition('.')[2]}"
-        return settings_of(like, w, loop, built)
+        return settings_of(like, w, loop)
     layer = DEPTH + 1
     if name.startswith(("patch_embed", "cls_token", "pos_embed")):
         layer = 0
@@ -293,10 +291,10 @@ def settings_of(name: str, w: Weights, loop: Loop, built: str) -> tuple[float, f
     return loop.layer_decay ** (DEPTH + 1 - layer), 0.0 if plain else DECAY
 
 
-def _group_of(name: str, names: list[str], w: Weights, loop: Loop, built: str) -> int:
+def _group_of(name: str, names: list[str], w: Weights, loop: Loop) -> int:
     """The group of the optimizer that a parameter is in: they stand as they were met first."""
-    settings = [settings_of(n, w, loop, built) for n in names]
-    return settings.index(settings_of(name, w, loop, built))
+    settings = [settings_of(n, w, loop) for n in names]
+    return settings.index(settings_of(name, w, loop))
 
 
 # the reference
@@ -351,9 +349,7 @@ class Drawn:
         return made
 
 
-def reference(
-    loop: Loop, column: Column, *, built: str, extras: Weights, fault: str = ""
-) -> Result:
+def reference(loop: Loop, column: Column, *, extras: Weights, fault: str = "") -> Result:
     """Train by hand.
 
     Args:
@@ -399,7 +395,7 @@ def reference(
                     sums[n] += share * factor * g
         if column.clip:
             spent.append((column.noise, 1 / BATCHES, 1))
-            ordered = sorted(names, key=lambda n: _group_of(n, names, w, loop, built))
+            ordered = sorted(names, key=lambda n: _group_of(n, names, w, loop))
             sums = {n: BATCH * sums[n] for n in ordered}
             if fault != "no noise":
                 sums = drawn.noised(sums, column.noise * column.clip)
@@ -408,7 +404,7 @@ def reference(
         if fault == "the optimizer forgets" and k == loop.resume:
             buffers = {}
         for n in names:
-            factor, decay = settings_of(n, w, loop, built)
+            factor, decay = settings_of(n, w, loop)
             if fault == "all layers at one rate":
                 factor = 1.0
             step = sums[n] + decay * w[n]

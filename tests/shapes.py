@@ -6,6 +6,7 @@ its annotation then raises `jaxtyping.TypeCheckError`.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -43,8 +44,20 @@ class _Refused:
 
 _raises = pytest.raises
 
+UNCHECKED = {"vitguard", "vitguard.testing"} | {
+    f"vitguard.testing.{name}" for name in ("hypothesis_types", "noted", "plugin")
+}
+"""What pytest and Hypothesis load before any test. No annotation of a tensor stands there."""
+
 
 def install() -> None:
-    """Turn the check on; call it before vitguard is imported."""
+    """Turn the check on.
+
+    Raises:
+        pytest.UsageError: A module of vitguard was imported before, and would not be checked.
+    """
+    early = {name for name in sys.modules if name.partition(".")[0] == "vitguard"} - UNCHECKED
+    if early:
+        raise pytest.UsageError(f"Imported before VITGUARD_SHAPES could check it: {sorted(early)}")
     install_import_hook("vitguard", "tests.shapes.checked")
     pytest.raises = _Refused  # type: ignore[assignment]

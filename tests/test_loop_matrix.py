@@ -71,6 +71,7 @@ class Run:
         self.model.head.register_forward_hook(lambda m, a, out: self.kinds.add(out.dtype))
         generator = torch.Generator().manual_seed(draw_seed)
         self.guard = vg.protect(self.model, self._stack(), generator=generator)
+        self.guard.will_seal()
         self.extras = self.guard.extras()
         if not early:
             self.optimizer, self.scheduler = self._optimizer(self.model)
@@ -221,7 +222,7 @@ def distance(got, want, start) -> float:
 def compare(loop: Loop, column: Column, built: str) -> None:
     """Raise AssertionError where the run does not end where the loop by hand ends."""
     got, run = trained(loop, column, built)
-    want = loops.reference(loop, column, built=built, extras=run.extras)
+    want = loops.reference(loop, column, extras=run.extras)
     assert (torch.bfloat16 in run.kinds) == loop.autocast and run.kinds <= {
         torch.bfloat16, loop.dtype,
     }  # fmt: skip
@@ -356,9 +357,7 @@ FAULTS = [
 def test_a_fault_in_a_loop_is_further_away_than_the_tolerance(fault, loop, column):
     loop, column = named(loop, column)
     extras = Run(loop, column, BUILT[0]).extras
-    right, wrong = (
-        loops.reference(loop, column, built=BUILT[0], extras=extras, fault=f) for f in ("", fault)
-    )
+    right, wrong = (loops.reference(loop, column, extras=extras, fault=f) for f in ("", fault))
     apart = distance(wrong.weights, right.weights, right.start)
     if loop.ema:
         apart = distance(wrong.averaged, right.averaged, right.start)

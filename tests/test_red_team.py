@@ -335,8 +335,8 @@ def test_no_kind_of_min_clients_gives_a_sum_of_fewer_than_two(parties, fewest):
 def test_a_base_that_is_no_text_is_an_input_error(parties, base):
     _, keys, manifest = parties
     encryptor = Encryptor(keys, manifest, client_id="a")
-    encryptor.start_round(1, base=base)
     with pytest.raises(InputError, match="version of the public model"):
+        encryptor.start_round(1, base=base)
         encryptor.encrypt({"a": torch.zeros(3)})
 
 

@@ -340,7 +340,8 @@ class Guess:
     Args:
         images: Pixels in [0, 1], shape (guessed, channels, height, width). One image may stand
             for a whole batch; none (guessed = 0) says that only labels were recovered.
-        labels: Shape (batch,); of images where there are as many, as far as the attack knows.
+        labels: Shape (batch,). With one image per label they are in the order of the images, where
+            the attack can tell the order.
         verified: Shape (guessed, patches): patches that the attack itself proved to be right. Of
             an incomplete batch, right for one of its images at that position.
         shuffled: Shape (guessed, patches): positions the attack found to be shuffled.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitguard import rounds
+from vitguard import rounds, wrapping
 from vitguard.analysis import refuse_given_away
 from vitguard.core import Batch, LocalTraining, Loss, Traits, Update
 from vitguard.defenses.base import (
@@ -33,7 +33,7 @@ from vitguard.defenses.gate import LeakGate, Tally, Tried
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
 from vitguard.files import parsed_json
-from vitguard.joining import drop, join
+from vitguard.joining import drop, embeddings, frozen_by_peft, join
 from vitguard.registry import parse_stack
 from vitguard.self_attack import attack_own
 from vitguard.tensor_files import check_plain
@@ -77,7 +77,8 @@ def protect(
     """Fold defenses around a model, in place.
 
     Args:
-        model: A Vision Transformer that `Anatomy` recognises, not yet compiled or distributed.
+        model: A Vision Transformer that `Anatomy` recognises, not yet compiled or distributed. Of
+            a PEFT model the one inside it is protected.
         defenses: What to apply: a list, a single defense, or a spec such as
             `"positions:kind=frozen+shuffle"`. The place fixes the order (model, batch, step,
             update); inside a place the list does.
@@ -91,9 +92,9 @@ def protect(
         Incompatible: The defenses cannot work together or on this model; the model is unchanged.
         InputError: The model is wrapped or protected already, or something is no defense.
     """
-    _require_bare(model)
+    model = wrapping.bare(model)
     stack = stack_of(defenses)
-    anatomy = anatomy or Anatomy.of(model)
+    anatomy = anatomy or wrapping.anatomy_of(model)
     ordered = [d for place in _PLACES for d in stack if isinstance(d, place)]
     names = [d.name for d in ordered]
     if repeated := {n for n in names if names.count(n) > 1}:
@@ -101,7 +102,7 @@ def protect(
     if sum(isinstance(d, StepDefense) for d in ordered) > 1:
         raise Incompatible("Expected at most one defense of the step, got two. Drop one.")
     if any(isinstance(d, ModelDefense) for d in ordered):
-        _require_values(model)
+        wrapping.require_values(model)
     for defense in ordered:
         defense.check(model, anatomy, ordered)
     refuse_given_away(model, anatomy, ordered)
@@ -120,6 +121,7 @@ def protect(
     model.add_module("vitguard", protection.train(model.training))
     if any(isinstance(d, StepDefense) for d in ordered):
         protection.watch_training(model)
+    protection.watch_sending(model)
     return Guard(model)
 
 
@@ -191,6 +193,8 @@ class Guard:
         around it go on. Under differential privacy the returned optimizer and loader replace the
         old ones, whose next step raises.
 
+        Of a PEFT model, what a defense added is trained too, though PEFT froze it.
+
         Returns:
             The optimizer, or `(optimizer, loader)` when a loader is given.
 
@@ -198,15 +202,13 @@ class Guard:
             InputError: The model is frozen whole, or the optimizer cannot take in what was added.
         """
         self._trained()
+        for parameter in frozen_by_peft(self.model):
+            parameter.requires_grad_(True)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        added = {
-            name: p
-            for name, p in self._protection.named_parameters(prefix="vitguard")
-            if p.requires_grad and id(p) not in known
-        }
         if gone := [p for p in self._protection.taken if id(p) in known]:
             drop(optimizer, gone)
-        if added:
+        added = dict(self._protection.named_parameters(prefix="vitguard"))
+        if added := {name: p for name, p in added.items() if p.requires_grad}:
             join(optimizer, added, self.model, self.anatomy)
         step = self._step()
         if step is not None:
@@ -216,6 +218,15 @@ class Guard:
                 )
             self._protection.prepared = True
         return optimizer if loader is None else (optimizer, loader)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of embeddings of positions and tokens, which weight decay leaves out.
+
+        What timm's models return by this name, with what a defense added. For groups made by hand;
+        `prepare` puts what a defense added into the group of its like in any case.
+        """
+        own = getattr(self.model, "no_weight_decay", set)()
+        return {str(n) for n in own} | embeddings(self.model, self.anatomy)
 
     def privacy_spent(self, defense: str | None = None) -> Any:
         """Return the privacy ledger's statement.
@@ -266,6 +277,8 @@ class Guard:
             Unprotected: A defense would not act (a shuffle in eval mode, for instance).
             InputError: Images or labels that are no tensors or do not fit the model.
         """
+        self._require_sent()
+        wrapping.require_whole(self.model, "guard.update")
         self._check_batch(images, labels)
         batch = Batch(images, labels)
         for defense in self.defenses:
@@ -383,7 +396,8 @@ class Guard:
             for _ in range(training.steps):
                 for name, gradient in self._gradient(batch, loss).items():
                     parameters[name].grad = gradient
-                stepper.step()
+                with self.rehearsing():
+                    stepper.step()
             return {name: p.detach() - before[name] for name, p in parameters.items()}
         finally:
             with torch.no_grad():
@@ -392,17 +406,38 @@ class Guard:
                     p.grad = held[name]
 
     def release(self) -> None:
-        """Let every training pass through: for a model whose gradients never leave."""
-        self._protection.prepared = True
+        """Let every training pass through unprotected: for a copy whose gradients nobody sees.
 
-    @contextmanager
-    def rehearsing(self) -> Iterator[None]:
+        Not for training that ends in a model which leaves: see `keep_local`.
+        """
+        self._protection.prepared = self._protection.rehearsal = True
+
+    def rehearsing(self) -> AbstractContextManager[None]:
         """Let training passes through whose gradient is protected elsewhere, or never leaves."""
-        before, self._protection.prepared = self._protection.prepared, True
-        try:
-            yield
-        finally:
-            self._protection.prepared = before
+        return self._protection.allowed()
+
+    def keep_local(self) -> None:
+        """Say that no update of this model leaves the machine: defenses of the update stay idle.
+
+        `update` and `seal` refuse from now on. Defenses of the model and of the step act as before.
+        """
+        self._protection.destination = "local"
+
+    def will_seal(self) -> None:
+        """Say that training ends in an update which `seal` protects; `guard.round` says it too.
+
+        Without it a stack with defenses of the update warns at the first optimizer step, and the
+        trainers of `vitguard.integrations` refuse: they end in a checkpoint, on which these
+        defenses never act.
+        """
+        self._protection.destination = "sealed"
+
+    def _require_sent(self) -> None:
+        if self._protection.destination == "local":
+            raise Unprotected(
+                "Expected no update to leave, as guard.keep_local() said, got one. Leave that call "
+                "out where updates are sent."
+            )
 
     def seal(self, update: Update, *, batch: tuple[Tensor, Tensor] | None = None) -> Update:
         """Apply the defenses of the update to one that training made.
@@ -419,6 +454,7 @@ class Guard:
             Unprotected: A defense would not act, or the stack needs each example's own gradient,
                 which a finished update no longer has (`prepare` protects such training).
         """
+        self._require_sent()
         if any(isinstance(d, BatchDefense) for d in self.defenses):
             raise Unprotected(
                 "Expected an update that update() made: the batch was not transformed."
@@ -463,7 +499,10 @@ class Guard:
                 "an Update", type(update).__name__,
                 "Wrap the tensors: vg.Update(tensors, kind='difference', batch_size=8).",
             )  # fmt: skip
-        tensors = {canonical_name(name): t.detach() for name, t in update.tensors.items()}
+        tensors = {
+            canonical_name(name): wrapping.gathered(t.detach())
+            for name, t in update.tensors.items()
+        }
         known = {canonical_name(name) for name in self.model.state_dict()}
         if strangers := sorted(tensors.keys() - known):
             raise expected(
@@ -696,30 +735,3 @@ def _taken_back(model: nn.Module, update: Update) -> nn.Module:
             if name in update.tensors:
                 p -= update.tensors[name].to(p)
     return model
-
-
-def _require_values(model: nn.Module) -> None:
-    held = (*model.named_parameters(), *model.named_buffers())
-    if empty := next((name for name, t in held if t.is_meta), None):
-        raise Incompatible(
-            f"Expected a model with values, got {empty} on the meta device: a defense of the model "
-            "starts from them. Call to_empty and load_state_dict first, then protect."
-        )
-
-
-def _require_bare(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise expected("an nn.Module", type(model).__name__)
-    wrapped: Iterable[str] = ("_orig_mod", "module")
-    if any(isinstance(getattr(model, w, None), nn.Module) for w in wrapped):
-        raise InputError(
-            f"Expected the bare model, got {type(model).__name__} around it. Protect the model "
-            "first, then compile or distribute it."
-        )
-    if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
-        raise InputError(
-            "Expected a model that is not compiled, got one after compile(): hooks added now would "
-            "be ignored. Protect the model first, then compile it."
-        )
-    if Protection.of(model) is not None:
-        raise expected("a model that is not protected yet", "one that is", "Call guard.remove().")

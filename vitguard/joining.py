@@ -16,7 +16,7 @@ from torch import nn
 from vitguard.errors import expected
 from vitguard.vit import Anatomy
 
-__all__ = ["drop", "join"]
+__all__ = ["drop", "embeddings", "frozen_by_peft", "join"]
 
 
 def join(
@@ -28,20 +28,30 @@ def join(
     """Put each of `added`, by name, into the group of the parameter of the model most like it.
 
     An embedding goes to the positions, or what stands in for them, a head's weight or bias to those
-    of the classification head: with them it shares rate, layer decay and weight decay.
+    of the classification head: with them it shares rate, layer decay and weight decay. One that is
+    in a group already moves, since the library that made the groups did not know it; not out of a
+    group of added parameters alone, which somebody made for them, nor once it has been stepped.
 
     Raises:
         InputError: The optimizer made its state when it was built, so that nothing can join it.
     """
-    if isinstance(optimizer, torch.optim.Adagrad):
+    new = {name for name, p in added.items() if _holder(optimizer, p) is None}
+    if isinstance(optimizer, torch.optim.Adagrad) and new:
         raise expected(
-            f"an optimizer that takes in {', '.join(added)}",
+            f"an optimizer that takes in {', '.join(sorted(new))}",
             "Adagrad, which makes its state when it is built",
             "Build it after protect, of model.parameters().",
         )
     own = {k: p for k, p in model.named_parameters() if k not in added}
     for name, parameter in added.items():
         group = _group_of(optimizer, _alike(name, own, anatomy), own)
+        holder = _holder(optimizer, parameter)
+        if holder is not None:
+            ours = {id(p) for p in added.values()}
+            alone = all(id(p) in ours for p in holder["params"])
+            if alone or holder is group or parameter in optimizer.state:
+                continue
+            _leave(holder, {id(parameter)})
         group["params"].append(parameter)  # in place: LBFGS keeps this very list
         if isinstance(group.get("param_names"), list):
             group["param_names"].append(name)
@@ -53,20 +63,54 @@ def drop(optimizer: torch.optim.Optimizer, gone: Iterable[nn.Parameter]) -> None
     """Take parameters that are no longer the model's out of their groups, which stay."""
     strangers = {id(p) for p in gone}
     for group in optimizer.param_groups:
-        kept = [i for i, p in enumerate(group["params"]) if id(p) not in strangers]
-        if len(kept) < len(group["params"]):
-            for key in ("params", "param_names"):
-                if isinstance(group.get(key), list):
-                    group[key][:] = [group[key][i] for i in kept]  # in place, as in `join`
+        _leave(group, strangers)
     for parameter in [p for p in optimizer.state if id(p) in strangers]:
         del optimizer.state[parameter]
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer._numel_cache = None
 
 
+def embeddings(model: nn.Module, anatomy: Anatomy) -> set[str]:
+    """Return the names of the parameters that embed positions and tokens, added ones included."""
+    names = {n for n, _ in model.named_parameters()}
+    known = {n for n in (anatomy.positions, *anatomy.prefix) if n in names}
+    return known | {n for n in names if n.startswith("vitguard.") and not _of_head(n)}
+
+
+def frozen_by_peft(model: nn.Module) -> list[nn.Parameter]:
+    """Return what defenses added to a model that has PEFT's layers, and PEFT froze."""
+    layers = [m for m in model.modules() if type(m).__module__.startswith("peft.")]
+    if not layers:
+        return []
+    kept = {id(p) for layer in layers for p in layer.parameters()}
+    return [
+        p for n, p in model.named_parameters()
+        if n.startswith("vitguard.") and not p.requires_grad and id(p) not in kept
+    ]  # fmt: skip
+
+
+def _of_head(name: str) -> bool:
+    return ".head." in name
+
+
+def _holder(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
+    """Return the group that a parameter is in."""
+    groups = optimizer.param_groups
+    return next((g for g in groups if any(p is parameter for p in g["params"])), None)
+
+
+def _leave(group: dict[str, Any], gone: set[int]) -> None:
+    """Take parameters, by id, out of a group."""
+    kept = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
+    if len(kept) < len(group["params"]):
+        for key in ("params", "param_names"):
+            if isinstance(group.get(key), list):
+                group[key][:] = [group[key][i] for i in kept]  # in place, as in `join`
+
+
 def _alike(name: str, own: Mapping[str, nn.Parameter], anatomy: Anatomy) -> list[str]:
     """Return the model's parameters whose group fits, the best first."""
-    if ".head." in name:
+    if _of_head(name):
         ending = name.rpartition(".")[2]
         heads = tuple(f"{head}." for head in anatomy.head)
         return [k for k in own if k.startswith(heads) and k.endswith(f".{ending}")]

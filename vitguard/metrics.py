@@ -151,10 +151,10 @@ def lpips(guess: Images, truth: Images, model: Perceptual) -> PerImage:
 
 
 def best_assignment(quality: Float[Tensor, "guesses truths"]) -> Int[Tensor, " truths"]:
-    """Return for each truth the guess that stands for it, so that the summed quality is largest.
+    """Return the index of the guess assigned to each truth, with the largest summed quality.
 
-    One-to-one as far as the guesses last; with fewer guesses than truths, each truth left over
-    takes its best guess. With more, the rest stay unused.
+    One-to-one where there are enough guesses. With fewer guesses than truths, each remaining truth
+    takes its best guess; with more, some guesses stay unused.
     """
     rows, columns = linear_sum_assignment(quality.numpy(), maximize=True)
     chosen = quality.argmax(0)
@@ -167,12 +167,13 @@ def identification(
 ) -> Bool[Tensor, " batch"]:
     """Return whether each truth is more like the guesses than every decoy is.
 
-    Likeness is the Pearson correlation after the mean of each channel is removed, so a constant
-    guess identifies nothing. Of several guesses the one that says most counts, for the truth and
-    for each decoy alike: choosing a guess by the truth would lift noise above chance, which is
-    1 / (decoys + 1) where truth and decoys are of one kind.
+    Similarity is the Pearson correlation after the mean of each channel is removed, so a constant
+    guess identifies nothing. With several guesses the most similar one counts, for the truth and
+    for each decoy alike: choosing the guess by the truth would lift noise above chance. Chance is
+    1 / (decoys + 1) where truth and decoys have the same distribution.
 
-    They seldom are: a mean image or smooth noise picks some truths out of decoys that others took.
+    They seldom have: a mean image or smooth noise picks some truths out of decoys of another data
+    set.
     With `uninformed`, a truth must also stand out further than it does to any of `RIVALS` sets of
     such guesses, as many in a set as there are guesses: chance is then at most 1 / (RIVALS + 1).
 
@@ -181,7 +182,7 @@ def identification(
         truth: Pixels in [0, 1].
         decoys: Pixels in [0, 1]: other images. One that shows a truth (correlation above 0.9) does
             not stand beside it.
-        uninformed: Images made without the truth; those that equal a decoy have no say on it.
+        uninformed: Images made without the truth; one that equals a decoy is not compared with it.
     """
     guess, truth = _images(guess, "guess"), _images(truth, "truth", strict=True)
     _same_shape(guess, truth, "a guess")
@@ -248,7 +249,7 @@ def identification_p(hits: int, trials: int, decoys: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """What guesses score that no update was needed for, in dB per image.
+    """What guesses made without the update score, in dB per image.
 
     Args:
         psnr: The best of the guesses without information.

@@ -4,16 +4,17 @@ import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import peft
 import pytest
 import torch
 
 from tests.conftest import CIFAR_NORMALIZATION
 from vitguard.analysis import released
-from vitguard.attacks.budget import CutShort, worked
-from vitguard.attacks.containment import Containment
+from vitguard.attacks.budget import Budget, CutShort, worked
+from vitguard.attacks.containment import Containment, fit
+from vitguard.attacks.containment.spaces import RowSpaces
 from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.map_fit import MaximumAPosteriori
+from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.attacks.span.attack import SpanInversion
 from vitguard.audit import audit
 from vitguard.core import LocalTraining
@@ -23,6 +24,7 @@ from vitguard.guard import protect
 from vitguard.metrics import psnr
 from vitguard.registry import parse_stack
 from vitguard.testing.defense_contracts import check_values
+from vitguard.vit import Anatomy
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def lora(model, rank, *, stepped=True, targets=("qkv", "fc1")):
     """Return a model of which only adapters and head are trained, B zero unless it has stepped."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=rank, target_modules=list(targets), modules_to_save=["head"])
         adapted = peft.get_peft_model(copy.deepcopy(model), config)
         for name, parameter in adapted.named_parameters():
@@ -134,6 +137,23 @@ def test_nothing_is_proved_on_an_unrelated_update_and_it_is_not_finished(
     guess = Containment(seconds=0.4).run(view, draw())
     assert guess.verified is not None and not bool(guess.verified.any())
     assert guess.details["unfinished"]
+
+
+def test_nothing_is_proved_where_one_row_that_was_held_out_is_not_contained(cifar, narrow, observe):
+    pixels, labels = crop(cifar, 1)
+    view = observe(narrow, pixels, labels, defenses=fixed(4), normalization=CIFAR_NORMALIZATION)
+    view, anatomy = view.gradient(), Anatomy.of(view.model)
+    spaces = RowSpaces(view, anatomy, 4, 16 * pixels.numel(), draw())
+    at = fit.Fit(spaces, NaturalImages.of(view, anatomy), Budget.of(60.0))
+    patches = anatomy.patchify(CIFAR_NORMALIZATION.apply(pixels).double())
+    truth = at.prior.whiten(patches)[0]
+    assert bool(fit.proved(at, truth).all())
+    name, held = next(
+        (n, i) for n, rows in spaces.rows.items() for i in range(len(rows))
+        if i not in spaces.picks.get(n, torch.empty(0)).tolist()
+    )  # fmt: skip
+    spaces.rows[name][held] = spaces.rows[name][held].roll(1)
+    assert not bool(fit.proved(at, truth).any())
 
 
 @SLOW

@@ -5,6 +5,7 @@ import torch
 
 from tests.conftest import CIFAR_NORMALIZATION
 from vitguard.attacks.deep_tokens import DeepTokens
+from vitguard.attacks.deep_tokens import attack as deep
 from vitguard.attacks.ladder import Ladder
 from vitguard.core import Normalization
 from vitguard.errors import Blocked, NotApplicable
@@ -42,6 +43,23 @@ def test_what_is_found_is_not_verified_on_an_unrelated_gradient(cifar, narrow, o
         view.update.tensors[name] = torch.randn(tensor.shape, generator=draw) * tensor.std()
     with pytest.raises(NotApplicable, match="no token"):
         DeepTokens(seconds=5.0).run(view, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("what", ["a token is missing", "the image makes others"])
+def test_nothing_is_verified_where_a_token_is_missing_or_the_image_makes_others(
+    cifar, narrow, observe, monkeypatch, what
+):
+    search, invert = deep._search, deep.Stem.invert
+    if what == "a token is missing":
+        monkeypatch.setattr(deep, "_search", lambda *given: search(*given)[:-1])
+    else:
+        monkeypatch.setattr(
+            deep.Stem, "invert", lambda *given, **named: 0.9 * invert(*given, **named)
+        )
+    pixels, labels = crop(cifar, 1)
+    view = observe(narrow, pixels, labels, withhold=STEM, normalization=CIFAR_NORMALIZATION)
+    guess = DeepTokens().run(view, torch.Generator().manual_seed(0))
+    assert guess.verified is not None and not bool(guess.verified.any())
 
 
 def test_it_says_what_it_cannot_do(cifar, small_vit, narrow, observe, photos):

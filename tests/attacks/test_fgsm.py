@@ -122,33 +122,35 @@ def test_triptychs_at_the_largest_epsilon_hold_classes_and_confidences(victim, e
         assert example.perturbation.abs().max() > 0.19
 
 
-def test_a_surrogate_trained_on_answers_transfers(victim):
+def test_surrogates_trained_on_answers_transfer_and_untrained_ones_less(victim):
+    """Of five, in the mean: what one alone does depends on its initial weights."""
+    images, labels = colours(64)
+    own, _ = colours(96, seed=5)
     queries: list[int] = []
 
     def answer(pixels):
         queries.append(len(pixels))
         return victim(NORMALIZATION.apply(pixels)).argmax(-1)
 
-    own, _ = colours(96, seed=5)
-    surrogate = train_surrogate(
-        answer,
-        make_model(seed=7),
-        own,
-        normalization=NORMALIZATION,
-        epochs=8,
-        batch_size=16,
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert sum(queries) == len(own)
-    images, labels = colours(64)
-    box = FGSM(0.15, surrogate=surrogate).evaluate(
-        victim, images, labels, normalization=NORMALIZATION
-    )
-    noise = FGSM(0.15, surrogate=make_model(seed=9)).evaluate(
-        victim, images, labels, normalization=NORMALIZATION
-    )
-    assert box.details["threat"] == "transfer"
-    assert box.robust_accuracy[0.15] < noise.robust_accuracy[0.15] - 0.2
+    def robust(surrogate):
+        result = FGSM(0.15, surrogate=surrogate).evaluate(
+            victim, images, labels, normalization=NORMALIZATION
+        )
+        assert result.details["threat"] == "transfer"
+        return result.robust_accuracy[0.15]
+
+    drops = []
+    for seed in range(7, 12):
+        surrogate = make_model(seed=seed)
+        untrained = robust(surrogate)
+        queries.clear()
+        train_surrogate(
+            answer, surrogate, own, normalization=NORMALIZATION, epochs=16, batch_size=16,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        assert sum(queries) == len(own)
+        drops.append(untrained - robust(surrogate))
+    assert sum(drops) / len(drops) > 0.2, drops
 
 
 class Breaks(nn.Module):

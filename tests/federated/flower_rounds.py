@@ -28,8 +28,8 @@ def tiny(small_vit):
 class Federated:
     """Four nodes, their keys, and what each does to its weights: every node adds a constant."""
 
-    def __init__(self, small_vit, select="all"):
-        self.small_vit, self.select = small_vit, select
+    def __init__(self, small_vit, select="all", private=()):
+        self.small_vit, self.select, self.private = small_vit, select, private
         self.signing = SigningKey.generate()
         self.keys = KeySet.generate(server=self.signing.public_bytes())
         rehearsal = vg.protect(tiny(small_vit), self.stack(), generator=torch.Generator())
@@ -48,6 +48,7 @@ class Federated:
         force = self.select != "all"
         return [
             positions,
+            *self.private,
             vg.EncryptedGradients(select=self.select, force=force, encryptor=sealing),
         ]
 

@@ -19,6 +19,7 @@ from vitguard.errors import InputError, Rejected
 from vitguard.federated.flower import EncryptedFedAvg, InProcessGrid, snapshots
 from vitguard.federated.flower.arrivals import Arrivals
 from vitguard.federated.flower.records import History, sealed_array
+from vitguard.federated.flower.server import Vouched
 from vitguard.federated.flower.snapshots import Snapshot, vouch
 
 
@@ -139,6 +140,16 @@ def test_a_model_that_others_do_not_vouch_for_is_not_kept(federated, first):
     _, result = federated.run(2, federated.strategy(catch_up=1))
     history = History.of(result.arrays)
     assert history.snapshot is None and len(history.steps) == 2
+
+
+@pytest.mark.parametrize(("votes", "taken"), [(1, False), (2, False), (3, True), (4, True)])
+def test_a_sealed_model_is_taken_where_more_than_half_vouch_for_its_weights(sealed, votes, taken):
+    snapshot = sealed[3]
+    said = Vouched(snapshot.number, snapshot.version)
+    said.add(snapshot.proof, snapshot)
+    for client in range(1, 4):
+        said.add(snapshot.proof if client < votes else bytes(32), None)
+    assert said.agreed() is (snapshot if taken else None)
 
 
 def replying(federated, node, change):

@@ -5,6 +5,8 @@ import torch
 
 pytest.importorskip("flwr", reason="needs vitguard[flower]")
 
+pytest.importorskip("dp_accounting")
+
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -12,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 import vitguard as vg
-from tests.federated.flower_rounds import NODES, tiny
+from tests.federated.flower_rounds import NODES, Federated, tiny
 from tests.federated.test_flower import identity  # noqa: F401 - a fixture
 from tests.federated.test_flower_faults import before_each_round, through_bytes
 from vitguard.errors import InputError
@@ -198,6 +200,20 @@ def test_a_server_that_restarts_remembers_the_ledgers_that_it_saved(rounds):
     assert len(rounds.errors()) == 1
     rounds.run(1, LedgerGrid(rounds.grid))  # one that remembers nothing notices nothing
     assert rounds.errors() == []
+
+
+def test_a_ledger_that_went_back_is_refused_under_encryption_also_by_a_server_that_restarted(
+    small_vit,
+):
+    federated = Federated(small_vit, private=[vg.ClientPrivacy(noise=1.0)])
+    federated.outliers, federated.grid.absent = dict.fromkeys(NODES, "clip"), {13, 14}
+    strategy, result = federated.run(1)
+    assert strategy.refused[1] == {} and set(strategy.ledgers.most.values()) == {1}
+    federated.grid.contexts[12].state = RecordDict()
+    again = federated.strategy()
+    again.ledgers = Ledgers.from_json(strategy.ledgers.to_json())
+    federated.run(1, again, result.arrays)
+    assert list(again.refused[1]) == [12] and "set back" in again.refused[1][12]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ from vitguard.testing import check_defense
 from vitguard.testing.defense_contracts import CHECKS
 
 ROOT = Path(__file__).parents[2]
+TYPES = defense_types()
+COSTLY = {"privacy": 0, "gate": 1}
+NAMES = sorted(TYPES, key=lambda name: COSTLY.get(name, 2))
 
 BUGS = '''
 import torch
@@ -119,11 +122,29 @@ def said(tmp_path):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", defense_types())
+@pytest.mark.parametrize("name", NAMES)
 def test_an_installed_defense_does_what_its_traits_say(name):
-    check_defense(defense_types()[name]())
+    """Beside those that are listed before it: each pair once, in either order."""
+    check_defense(TYPES[name](), [TYPES[n]() for n in NAMES[: NAMES.index(name)]])
 
 
+@pytest.mark.parametrize(
+    ("kind", "check", "why"),
+    [
+        ("BatchNoise", "check_noise", "on a batch of 3"),
+        ("TokenShuffle", "check_tokens", "class token"),
+    ],
+)
+def test_a_bug_of_a_third_party_is_found_and_the_same_defense_without_it_is_sound(kind, check, why):
+    buggy, sound = {}, {}
+    exec(MODULES["buggy"], buggy)
+    exec(MODULES["sound"], sound)
+    CHECKS[check](sound[kind]())
+    with pytest.raises(AssertionError, match=why):
+        CHECKS[check](buggy[kind]())
+
+
+@pytest.mark.slow
 def test_two_bugs_of_a_third_party_are_found_without_a_line_of_test_code(said):
     """The same defenses without the bugs, of the same package, pass."""
     failed = {line.split("::")[1].split(" ")[0] for line in said.splitlines() if "FAILED" in line}

@@ -38,6 +38,15 @@ def test_every_class_of_the_package_is_read():
     assert len(PROMISED) >= 45
 
 
+def test_no_docstring_promises_anything_in_a_form_that_is_not_read():
+    for path in sorted((ROOT / "vitguard").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module):
+                text = ast.get_docstring(node) or ""
+                read = isinstance(node, ast.ClassDef) and "\nGuarantees:\n    " in text
+                assert text.count("Guarantees:") == int(read), f"{path}: {text[:60]}"
+
+
 @pytest.mark.parametrize("guarantee", PROMISED, ids=lambda g: str(g)[:60])
 def test_every_guarantee_has_a_property_and_a_breakage_that_it_finds(guarantee):
     assert any(guarantee.begins(words) for m in MUTATIONS for words in m.guarantees), (

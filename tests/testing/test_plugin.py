@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 TESTS = """
@@ -32,6 +34,31 @@ def test_guarded(guarded, photos):
     assert os.environ["VITGUARD_BUDGET"] == "full"
 """
 
+SMALL = """
+import pytest
+from vitguard.testing.noted import budget, noted
+
+pytestmark = pytest.mark.vitguard
+
+class Inconclusive(Exception):
+    pass
+
+@noted
+def assert_it(error=None):
+    if error is not None:
+        raise error
+
+def test_green():
+    assert budget() == "full"
+    assert_it()
+
+def test_red():
+    assert_it(AssertionError("it leaks"))
+
+def test_unknown():
+    assert_it(Inconclusive("nobody knows"))
+"""
+
 
 def pytest_in(folder, *arguments):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -43,6 +70,18 @@ def pytest_in(folder, *arguments):
     )  # fmt: skip
 
 
+def test_a_run_counts_what_held_failed_and_was_inconclusive_and_writes_it_down(tmp_path):
+    (tmp_path / "test_it.py").write_text(SMALL)
+    done = pytest_in(tmp_path, "--vitguard-budget=full", "--vitguard-report=found.json")
+    assert "2 failed, 1 passed" in done.stdout, done.stdout
+    assert "1 holds, 1 fails, 1 inconclusive" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())["properties"]
+    assert [(r["outcome"], r["message"]) for r in found] == [
+        ("holds", ""), ("fails", "it leaks"), ("inconclusive", "nobody knows"),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_a_project_sees_green_red_and_inconclusive_with_a_picture_and_a_report(tmp_path):
     (tmp_path / "test_it.py").write_text(TESTS)
     done = pytest_in(tmp_path, "--vitguard-budget=full", "--vitguard-report=found.json")

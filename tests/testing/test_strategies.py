@@ -37,17 +37,21 @@ def smallest(strategy, condition=lambda value: True):
     return find(strategy, condition, settings=shrinking)
 
 
-@settings(few, max_examples=5)
-@given(st.data())
-def test_every_model_takes_every_stack_and_batch_that_are_drawn_for_it(data):
-    model = data.draw(strategies.vits())
-    stack = data.draw(strategies.stacks(model))
-    batch = data.draw(strategies.batches(model))
-    guard = protect(model, stack, generator=torch.Generator().manual_seed(0))
-    assert batch.images.min() >= -1 and batch.images.max() <= 1
-    with guard.ungated():
-        update = guard.update(batch.images, batch.labels)
-    assert update.batch_size == len(batch.labels) and parse_stack(stack_name(stack)) == stack
+@pytest.mark.parametrize("examples", [3, pytest.param(25, marks=pytest.mark.slow)])
+def test_every_model_takes_every_stack_and_batch_that_are_drawn_for_it(examples):
+    @settings(few, max_examples=examples)
+    @given(st.data())
+    def takes(data):
+        model = data.draw(strategies.vits())
+        stack = data.draw(strategies.stacks(model))
+        batch = data.draw(strategies.batches(model))
+        guard = protect(model, stack, generator=torch.Generator().manual_seed(0))
+        assert batch.images.min() >= -1 and batch.images.max() <= 1
+        with guard.ungated():
+            update = guard.update(batch.images, batch.labels)
+        assert update.batch_size == len(batch.labels) and parse_stack(stack_name(stack)) == stack
+
+    takes()
 
 
 def test_models_are_built_once_for_a_shape_and_never_shared():
@@ -180,11 +184,13 @@ def test_types_are_known_whether_they_were_imported_before_or_after():
     assert isinstance(from_class, UpdateDefense)
 
 
-SCRIPT = """
+START = """
 import sys
 import hypothesis
 from hypothesis import strategies as st
 assert not {"torch", "numpy", "vitguard.core", "vitguard.registry"} & set(sys.modules), "start"
+"""
+SCRIPT = """
 import vitguard as vg
 from vitguard.core import Batch
 settings = hypothesis.settings(max_examples=5, deadline=None, database=None)
@@ -203,7 +209,14 @@ print("done")
 """
 
 
-def test_the_entry_point_loads_no_torch_and_makes_from_type_work(tmp_path):
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(START + 'print("done")', id="loads no torch"),
+        pytest.param(START + SCRIPT, id="makes from_type work", marks=pytest.mark.slow),
+    ],
+)
+def test_the_entry_point_loads_no_torch_and_makes_from_type_work(tmp_path, script):
     info = tmp_path / "vitguardtypes-0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vitguardtypes\nVersion: 0.1\n")
@@ -212,7 +225,7 @@ def test_the_entry_point_loads_no_torch_and_makes_from_type_work(tmp_path):
     (info / "entry_points.txt").write_text("[hypothesis]\n" + section.replace('"', "") + "\n")
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-W", "error::hypothesis.errors.HypothesisWarning", "-c", SCRIPT],
+        [sys.executable, "-W", "error::hypothesis.errors.HypothesisWarning", "-c", script],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout == "done\n", done.stderr

@@ -18,13 +18,13 @@ __all__ = ["Attack", "InputAttack", "InputResult", "Rung", "Triptych"]
 
 @dataclass(frozen=True)
 class Rung:
-    """How the ladder climbs an attack: the cheapest and surest first.
+    """Where an attack stands on the ladder, which tries the cheapest and surest first.
 
     Args:
         exact: Place among the rungs on an exact update.
         damaged: Place on a damaged one (noise, pruning, rounding, several local steps).
-        instead_of: Rungs that need an exact update and for which this one stands in on a damaged
-            one: that they refuse it leaves nothing untried where this one ran to its end.
+        instead_of: Rungs that need an exact update and that this one replaces on a damaged one.
+            Where this one ran to its end, their refusal leaves nothing untried.
     """
 
     exact: int
@@ -54,7 +54,7 @@ class Attack(ABC):
         """
 
     def remains(self, plain: Released) -> tuple[Remaining, ...]:
-        """Say what an update that can be read in part still lets the attack do, under its name.
+        """Say what the attack can still do with an update of which some tensors cannot be read.
 
         What `vitguard plan` prints, and what `protect` refuses a selection for. Nothing by default:
         the attack makes no statement before it runs.

@@ -44,7 +44,7 @@ def surprise(view: View, guess: Guess) -> float | None:
     unknown size of its own and the update one unknown scale (clipping): sum of n_t log |c g'_t -
     g_t|^2 over tensors t of n_t entries. Where many entries are zero (pruning) their true values
     lie below the smallest one kept, and only the excess counts. It tells damaged candidates apart
-    that `mismatch`, for which a small noisy tensor counts like a large clear one, does not. None as
+    that `mismatch` does not, because it weighs a small noisy tensor like a large clear one. None as
     for `mismatch`.
     """
     parts = [_Part.of(made, seen) for _, made, seen in _simulated(view, guess)]

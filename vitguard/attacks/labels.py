@@ -134,7 +134,7 @@ def pair_labels(
     images: Float[Tensor, "images channels height width"],
     labels: Int[Tensor, " labels"],
 ) -> Int[Tensor, " labels"]:
-    """Return the labels in the order of the images, as far as the head's gradient tells.
+    """Return the labels in the order of the images, where the head's gradient tells it.
 
     Its rows are sum_b p_bc f_b - sum_{y_b = c} f_b over the batch: mostly the right pairs (b, c)
     make the sum of row_c f_b smallest. Where the head cannot be read or no order is better, the

@@ -49,9 +49,9 @@ class Outcome(Generic[Result]):
 def outcome_of(run: Callable[[], Result]) -> Outcome[Result]:
     """Run an attack, on an update or on an input, under one rule for what goes wrong.
 
-    A failed attack is no evidence: its own errors, torch's and refused settings alike, become the
-    state `failed`, and end neither the audit nor a verdict. A defense that would not act is no
-    failure of the attack, and is raised.
+    A failed attack is no evidence of protection. Every error in it, torch's and refused settings
+    included, becomes the state `failed`; the audit goes on. `Unprotected` is raised: there the
+    defense did not act, which is no failure of the attack.
     """
     started = time.perf_counter()
     try:
@@ -78,7 +78,8 @@ class Attempt:
         facts: What the audit knows of the batch.
         scores: None where there is no image to compare, or nothing to compare it with.
         labels_correct: Share of labels recovered, in [0, 1].
-        error: Relative error of what the guess would send; of facts that are not certain alone.
+        error: Relative error of the update that the guess would make; only where the facts are
+            not certain.
     """
 
     facts: Facts

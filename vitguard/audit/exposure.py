@@ -23,10 +23,10 @@ class Facts:
         names: Names of the images.
         patch_size: (height, width) of a patch in pixels.
         truths: The images, pixels in [0, 1]; None where nobody knows them.
-        labels: Their classes, as far as they are known.
+        labels: Their classes; None where they are not known.
         scale: What scores are compared with; None without `truths`.
-        certain: Whether the audit made the update of these very images. Where somebody only says
-            so, a guess that explains the update leaks whatever the images are said to be.
+        certain: Whether the audit itself made the update from these images. Where the caller only
+            states them, a guess that reproduces the update is a leak, whichever images were stated.
     """
 
     names: tuple[str, ...]

@@ -47,7 +47,7 @@ def measurements(guessed: Sequence[Attempt]) -> dict[str, Any]:
 
 
 def unmeasured(guessed: Sequence[Attempt]) -> dict[str, Any]:
-    """Return what can be said of guesses whose truth nobody knows."""
+    """Return the fields of a finding whose true images are not known."""
     first = guessed[0]
     assert first.guess is not None
     details = {**first.guess.details, "update_error": first.error}
@@ -102,6 +102,6 @@ def pictures(guessed: Sequence[Attempt], controls: Sequence[Attempt]) -> Picture
 
 
 def guesses(guessed: Sequence[Attempt]) -> Pictures:
-    """Return the reconstructions alone, where nobody knows the truth."""
+    """Return the reconstructions alone, where the true images are not known."""
     images = [a.guess.images for a in guessed if a.guess is not None]
     return Pictures(reconstruction=pictured(torch.cat(images).float())[:_PICTURES])

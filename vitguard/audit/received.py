@@ -67,11 +67,12 @@ def audit_update(
 ) -> AuditReport:
     """Audit a client's update on its own.
 
-    A guess leaks if it reproduces the update (relative error of the simulated update and of its
-    patch embedding at most 5 %) or proves patches, whatever the truth is said to be; one that was
-    fitted to the update (gradient matching) cannot show it that way. With `truth` guesses are
-    scored against it as well. Without, any other is inconclusive: nobody can say that it is wrong.
-    The control is the same attack on the same model with sample photos and no defense.
+    A guess is a leak if it reproduces the update (relative error of the simulated update, and of
+    its patch embedding, at most 5 %) or if its patches are proved, whichever `truth` was given.
+    Reproducing the update proves nothing where the guess was fitted to it (gradient matching).
+    With `truth`, guesses are scored against it as well. Without it, every other guess is
+    inconclusive, because nothing shows whether it is wrong. The control is the same attack on the
+    same model with sample photos and no defense.
 
     Args:
         model: The public model the update refers to.
@@ -153,7 +154,7 @@ def _facts(
     anatomy: Anatomy,
     seed: int,
 ) -> Facts:
-    """Return what is said of the batch behind the update; nobody vouches for it."""
+    """Return what the caller states about the batch behind the update; it is not verified."""
     told = tuple(names or (f"image {i}" for i in range(update.batch_size)))
     patch = anatomy.patch_size
     if truth is None:
@@ -169,7 +170,7 @@ def _exposed(
 
 
 def without_control(finding: Finding, reason: str = OTHER_CONTROL) -> Finding:
-    """Take back a resistance that has no control of its own."""
+    """Turn `resisted` into `inconclusive` where no control was made like the update."""
     if finding.verdict != "resisted":
         return finding
     return replace(finding, verdict="inconclusive", reason=reason)

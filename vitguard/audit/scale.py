@@ -37,7 +37,7 @@ class Scale:
 
     Args:
         decoys: Images that are not in the batch, pixels in [0, 1], as `line_up` reduces them.
-        baseline: What no update was needed for, on each image.
+        baseline: What guesses made without the update score on each image.
         uninformed: Guesses without information, of the decoys' size.
     """
 
@@ -83,7 +83,7 @@ def decoys_for(truth: Tensor, seed: int, count: int = DECOYS) -> Tensor:
 
 
 def uninformed(decoys: Tensor, seed: int) -> Tensor:
-    """Return guesses that nobody needs an update for, shaped like the decoys.
+    """Return guesses made without the update, shaped like the decoys.
 
     The mean of the decoys; then in turn a decoy, a blurred decoy, and noise around the mean colour
     whose spectrum falls as that of photos does, or faster; last broad patterns of light.

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vitguard.defenses.base import Defense, Draws, Installed, Ledgered, watch_gradients
-from vitguard.defenses.gate import Tally
+from vitguard import rounds
+from vitguard.defenses.base import (
+    Defense,
+    Draws,
+    Installed,
+    Ledgered,
+    UpdateDefense,
+    watch_gradients,
+)
+from vitguard.defenses.gate import LeakGate, Tally
+from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Unprotected
 from vitguard.vit import Anatomy
 
@@ -31,6 +41,10 @@ class Protection(nn.Module):
         """Hooks that tell of training before `prepare`, where the stack protects each step."""
         self.exposed = False
         """Whether a plain gradient reached a parameter before `prepare`, since the last load."""
+        self.destination: Literal["", "warned", "sealed", "local"] = ""
+        """What was said of the update that training ends in: sealed and sent, or kept."""
+        self.rehearsal = False
+        """Whether optimizer steps are those of `Guard.update`, or of a model that nobody sends."""
         self.taken: Iterable[nn.Parameter] = ()
         """Parameters that the defenses took out of the model and something still holds."""
         self.brought: set[str] = set()
@@ -75,14 +89,45 @@ class Protection(nn.Module):
             handle.remove()
         self.watches = []
 
+    def idle(self) -> str:
+        """Return the line that says which defenses training does not set off, "" where all is well.
+
+        Defenses of the update act in `Guard.update` and `Guard.seal` alone.
+        """
+        acting = [d.name for d in self.defenses if isinstance(d, UpdateDefense | LeakGate)]
+        if not acting or self.destination in ("sealed", "local") or rounds.current() is not None:
+            return ""
+        return (
+            "Expected training whose update guard.seal sends, got training that says nothing of "
+            f"it: {', '.join(acting)} would not act on the weights. Train inside guard.round(...) "
+            "or call guard.will_seal(), and seal the difference; where no update leaves this "
+            "machine call guard.keep_local(), or leave these defenses out."
+        )
+
+    def watch_sending(self, model: nn.Module) -> None:
+        """Warn at the first optimizer step of `model` where `idle` has something to say."""
+        if self.idle():
+            watch_steps(self, model)
+
+    def stepped(self) -> None:
+        """Note that an optimizer is about to step the model."""
+        if not (self.destination or self.rehearsal) and (line := self.idle()):
+            self.destination = "warned"
+            warnings.warn(line, stacklevel=2)
+
+    def left_out(self) -> bool:
+        """Whether an optimizer that leaves out what a defense added is refused here: pieces do."""
+        return False
+
     @contextmanager
     def allowed(self) -> Iterator[None]:
         """Let passes through that are protected in another way, such as those of Guard.update."""
-        before, self.prepared = self.prepared, True
+        before = self.prepared, self.rehearsal
+        self.prepared = self.rehearsal = True
         try:
             yield
         finally:
-            self.prepared = before
+            self.prepared, self.rehearsal = before
 
     def installed(self) -> list[Installed]:
         """Return the installed pieces, in order."""

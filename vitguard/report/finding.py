@@ -107,7 +107,7 @@ class Pictures:
     They are the first images of the finding, in the order of its `psnr.per_image`.
 
     Args:
-        original: What the adversary wanted; None where nobody knows it.
+        original: The true images; None where they are not known.
         control: What the attack got without the defense.
         reconstruction: What the attack got with it.
         names: One name per image.
@@ -257,7 +257,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Baseline:
-    """dB that need no reconstruction: the highest over the images of a report.
+    """What guesses made without the update score, in dB: the highest over the images of a report.
 
     Args:
         psnr, patch_psnr: The luckiest guess without information: one public colour, the mean image

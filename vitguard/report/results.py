@@ -1,7 +1,7 @@
 """What an audit found, in one sentence and as a gate; it knows no file format.
 
-Verdicts come from the audit; this file keeps them honest on the way out. A resistance is always
-named together with the attacks that were run, and a gate that could not be decided does not open.
+Verdicts come from the audit. Here `resisted` is always reported together with the attacks that were
+run, and an undecided gate never passes.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class AuditResults:
         return [f for f in self.findings if not self.is_control(f) and exceeds(f)]
 
     def _undecided(self) -> list[str]:
-        """Return the configurations that nobody can say anything of, each with the reason."""
+        """Return the configurations that no attack decided, each with the reason."""
         if self.interrupted:
             return ["the whole audit: it was interrupted"]
         groups = self.configurations(defended=True)

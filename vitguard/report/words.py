@@ -114,7 +114,7 @@ def remarks(finding: Finding) -> list[str]:
 
 
 def caution(finding: Finding) -> str:
-    """Return what keeps a reader from trusting the verdict too far, "" where nothing does."""
+    """Return a warning against reading more into the verdict than it says; "" without one."""
     exact = finding.details.get("exact")
     if isinstance(exact, str) and exact.startswith("no exact"):
         return f"{exact} for this batch and width; that is not protection"

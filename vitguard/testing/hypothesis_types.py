@@ -63,7 +63,7 @@ class _Watch(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
-                if module.__name__ == name:  # pytest loads many modules by one loader
+                if module.__name__ == name:  # pytest loads all that it rewrites by one loader
                     _register(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]

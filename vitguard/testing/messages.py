@@ -18,16 +18,20 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn, SearchStrategy
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from vitguard.defenses.encryption import Aggregator, Encryptor, KeySet, Manifest, SigningKey
 from vitguard.defenses.encryption import wire as _wire
 
 __all__ = ["EncryptedMessage", "encrypted", "forged", "mutated"]
+
+Draw = Callable[..., Any]
+"""Hypothesis's `DrawFn`, which cannot be checked while a program runs."""
 
 _CLIENTS = ("a", "b", "c")
 _PROOF = 32  # bytes of a client's authentication code
@@ -71,7 +75,7 @@ def _run() -> tuple[KeySet, Manifest, SigningKey]:
 
 
 @st.composite
-def encrypted(draw: DrawFn) -> EncryptedMessage:
+def encrypted(draw: Draw) -> EncryptedMessage:
     """Honest messages of two small tensors, by three clients, in rounds 0 to 3."""
     keys, manifest, signing = _run()
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn, SearchStrategy
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 
 from vitguard import data
@@ -32,6 +32,7 @@ from vitguard.errors import Incompatible, InputError, Unprotected
 from vitguard.guard import protect
 from vitguard.registry import defense_types, stack_name
 from vitguard.testing.contracts import alternatives
+from vitguard.testing.messages import Draw
 from vitguard.vit import Anatomy, canonical_parameters
 
 __all__ = [
@@ -113,7 +114,7 @@ def _built(shape: ViTShape) -> nn.Module:
 
 @st.composite
 def images(
-    draw: DrawFn, size: tuple[int, int] = (8, 8), *, most: int = 4, channels: int = 3
+    draw: Draw, size: tuple[int, int] = (8, 8), *, most: int = 4, channels: int = 3
 ) -> Tensor:
     """Crops of photos, pixels in [0, 1], shape (1 to `most`, channels, height, width)."""
     chosen = draw(st.lists(st.integers(0, _POOL - 1), min_size=1, max_size=most))
@@ -121,14 +122,14 @@ def images(
 
 
 @st.composite
-def labels(draw: DrawFn, count: int, classes: int = 10) -> Tensor:
+def labels(draw: Draw, count: int, classes: int = 10) -> Tensor:
     """Class indices, shape (count,), int64."""
     chosen = st.lists(st.integers(0, classes - 1), min_size=count, max_size=count)
     return torch.tensor(draw(chosen), dtype=torch.int64)
 
 
 @st.composite
-def batches(draw: DrawFn, model: nn.Module | None = None, *, most: int = 4) -> Batch:
+def batches(draw: Draw, model: nn.Module | None = None, *, most: int = 4) -> Batch:
     """Batches as a model takes them (normalised to mean 0.5, deviation 0.5), with labels."""
     size, channels, classes = (8, 8), 3, 3
     if model is not None:
@@ -140,16 +141,15 @@ def batches(draw: DrawFn, model: nn.Module | None = None, *, most: int = 4) -> B
 
 @st.composite
 def tensors(
-    draw: DrawFn,
+    draw: Draw,
     shape: Sequence[int] | None = None,
     *,
     kinds: Sequence[torch.dtype] = KINDS,
 ) -> Tensor:
     """Finite tensors, scalars and empty ones among them; zeros, tiny, usual or large values."""
-    if shape is None:
-        shape = draw(st.lists(st.sampled_from((1, 2, 3, 7, 0)), max_size=3))
+    size = draw(st.lists(st.sampled_from((1, 2, 3, 7, 0)), max_size=3)) if shape is None else shape
     kind, seed = draw(st.sampled_from(kinds)), draw(_SEEDS)
-    values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    values = torch.randn(tuple(size), generator=torch.Generator().manual_seed(seed))
     if kind.is_floating_point:
         return (draw(st.sampled_from((1.0, 0.0, 1e-4, 1e3))) * values).to(kind)
     return (values > 0) if kind == torch.bool else (100 * values).to(kind)
@@ -163,7 +163,7 @@ def state_dicts(*, kinds: Sequence[torch.dtype] = KINDS) -> SearchStrategy[dict[
 
 
 @st.composite
-def local_training(draw: DrawFn) -> LocalTraining:
+def local_training(draw: Draw) -> LocalTraining:
     """One gradient, or a difference of up to three local steps."""
     if draw(st.booleans()):
         optimizer = draw(st.sampled_from(("sgd", "adam", "adamw")))
@@ -174,7 +174,7 @@ def local_training(draw: DrawFn) -> LocalTraining:
 
 
 @st.composite
-def updates(draw: DrawFn) -> Update:
+def updates(draw: Draw) -> Update:
     """Updates of any tensors: readable and sealed, of a gradient or a difference, payloads."""
     made = draw(state_dicts())
     sealed = draw(st.sets(st.sampled_from(sorted(made)))) if made else set()
@@ -188,7 +188,7 @@ def updates(draw: DrawFn) -> Update:
 
 
 @st.composite
-def gradients(draw: DrawFn, model: nn.Module | None = None) -> Update:
+def gradients(draw: Draw, model: nn.Module | None = None) -> Update:
     """Gradients by the names and shapes of a model: random numbers, some tensors zero or large."""
     names = canonical_parameters(model if model is not None else _built(ViTShape()))
     seed, scale = draw(_SEEDS), draw(st.sampled_from((1.0, 1e-4, 1e3)))
@@ -211,7 +211,7 @@ def normalizations(channels: int = 3) -> SearchStrategy[Normalization]:
 
 
 @st.composite
-def defenses(draw: DrawFn, *kinds: type[Defense]) -> Defense:
+def defenses(draw: Draw, *kinds: type[Defense]) -> Defense:
     """Installed defenses, third parties' too: their defaults, or up to two settings changed.
 
     Args:

@@ -30,12 +30,12 @@ __all__ = ["Simulation"]
 
 @dataclass(eq=False)
 class Simulation:
-    """Acts as the victim would, on the public model and without its secrets.
+    """Makes the update that the victim would make of dummy images, without its secrets.
 
-    Defenses of the model run on a twin, each example is clipped where the victim's was, and what
-    was done to the finished update is done to the dummy (`mimic`). Noise has mean zero, so none is
-    added. Draws, those of dropout too, come from the generator given to each call: the global one
-    is left as it was, and an equal generator gives an equal update, bit for bit.
+    The defenses run on a copy of the public model. Each example is clipped where the victim's was.
+    What was done to the finished update is done to the dummy update (`mimic`); noise has mean zero,
+    so none is added. Random draws, those of dropout too, come from the generator of each call. The
+    global generator stays as it was. An equal generator gives an equal update, bit for bit.
 
     Args:
         model: The public model; it is copied.

@@ -52,7 +52,7 @@ def test_packing_is_undone_by_unpacking(name):
     layout = PRESETS[name].layout(3)
     rng = np.random.default_rng(0)
     for count in (0, 1, layout.values - 1, layout.values):
-        integers = rng.integers(-layout.levels, layout.levels + 1, count)
+        integers = rng.integers(-layout.levels, layout.levels + 1, count).astype(float)
         back, mark, distance = unpack(pack(integers, layout, 3 - 4j), layout)
         assert np.array_equal(back[:count], integers) and not back[count:].any()
         assert mark == 3 - 4j and distance == 0

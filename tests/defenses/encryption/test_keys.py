@@ -289,12 +289,16 @@ def test_a_secret_key_with_false_inner_sizes_never_reaches_seal(keys):
 
 
 def frames(error):
-    """All that a traceback with locals would show of frames outside this file."""
+    """All that a traceback with locals would show of frames outside this file.
+
+    Frames of jaxtyping stand there only while VITGUARD_SHAPES checks annotations.
+    """
     waiting = [traceback.TracebackException.from_exception(error, capture_locals=True)]
     shown = [repr(error), repr(error.args)]
     while waiting:
         seen = waiting.pop()
-        shown += [str(seen), *(str(f.locals) for f in seen.stack if f.filename != __file__)]
+        stack = [f for f in seen.stack if f.filename != __file__ and "jaxtyping" not in f.filename]
+        shown += [str(seen), *(str(f.locals) for f in stack)]
         waiting += [e for e in (seen.__cause__, seen.__context__) if e is not None]
     return "\n".join(shown)
 

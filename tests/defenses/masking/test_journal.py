@@ -1,5 +1,7 @@
 """A client answers each phase once, also where its state was set back or is used twice at once."""
 
+import fcntl
+import os
 import stat
 import threading
 
@@ -64,6 +66,29 @@ def test_of_many_that_mark_at_once_one_goes_on(tmp_path):
         thread.join()
     assert len(passed) == 1
     assert stat.S_IMODE((tmp_path / "journal").stat().st_mode) == 0o600
+
+
+def test_a_process_that_waits_while_another_marks_sees_the_mark_and_is_refused(
+    tmp_path, monkeypatch
+):
+    """The other one comes first to the lock, and holds it until its mark is on the disk."""
+    journal, lock, sync, held = Journal(tmp_path / "journal"), fcntl.flock, os.fsync, []
+
+    def waiting(file, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        journal.mark(bytes(32), "values")
+        lock(file, how)
+
+    def written(number):
+        with open(journal.path) as other, pytest.raises(BlockingIOError):
+            lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(sync(number))
+
+    monkeypatch.setattr(fcntl, "flock", waiting)
+    monkeypatch.setattr(os, "fsync", written)
+    with pytest.raises(Rejected) as caught:
+        journal.mark(bytes(32), "values")
+    assert caught.value.cause == "replay" and len(held) == 1
 
 
 def test_a_journal_that_cannot_be_written_lets_no_answer_out(make_run, tmp_path):

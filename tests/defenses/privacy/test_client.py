@@ -15,8 +15,10 @@ from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
 from vitguard.defenses.privacy.accounting import gaussian_epsilon
 from vitguard.errors import Blocked, Incompatible, InputError, Unprotected
 from vitguard.guard import Guard, protect
+from vitguard.vit import Anatomy
 
-ANY = None
+ANY_MODEL = build("vit")
+ANY = Anatomy.of(ANY_MODEL)
 
 
 def update(scale=10.0):
@@ -59,8 +61,8 @@ def test_what_seals_before_client_privacy_is_refused_whatever_its_name():
 
     defense = ClientPrivacy()
     with pytest.raises(Incompatible, match="before of-a-third-party"):
-        defense.check(None, ANY, [Sealing(), defense])
-    defense.check(None, ANY, [defense, Sealing()])
+        defense.check(ANY_MODEL, ANY, [Sealing(), defense])
+    defense.check(ANY_MODEL, ANY, [defense, Sealing()])
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class Setup:
 _SETUPS = {}
 
 
-def setup(model, stack):
+def prepared(model, stack):
     if (model, stack) not in _SETUPS:
         _SETUPS[model, stack] = Setup(model, stack)
     return _SETUPS[model, stack]
@@ -114,7 +114,7 @@ def setup(model, stack):
 def test_sum_of_clipped_gradients_moves_by_at_most_clip_when_one_example_leaves(
     model, stack, criterion, count, scale, seed
 ):
-    ready = setup(model, stack)
+    ready = prepared(model, stack)
     torch.manual_seed(seed)
     dtype = next(ready.model.parameters()).dtype
     images = scale * torch.randn(count, 3, 32, 32, dtype=dtype)
@@ -133,7 +133,7 @@ def test_sum_of_clipped_gradients_moves_by_at_most_clip_when_one_example_leaves(
 
 
 def test_an_example_with_a_large_gradient_moves_the_sum_by_exactly_clip():
-    ready = setup("vit", "plain")
+    ready = prepared("vit", "plain")
     torch.manual_seed(1)
     images, labels = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2, 3])
     keys = torch.arange(3)
@@ -144,7 +144,7 @@ def test_an_example_with_a_large_gradient_moves_the_sum_by_exactly_clip():
 
 
 def test_an_example_whose_gradient_overflows_contributes_nothing():
-    ready = setup("vit", "plain")
+    ready = prepared("vit", "plain")
     torch.manual_seed(1)
     images, labels = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2, 3])
     images[1] = float("inf")

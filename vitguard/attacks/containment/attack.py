@@ -44,12 +44,14 @@ class Containment(Attack):
 
     Reads neither positions nor how strong the rows are.
 
-    Guarantees: a patch is marked `verified` only where the equations that were fitted outnumber the
-    pixels, every row lies in the inputs up to the rounding of the update, rows that were held out
-    of the fit among them, the patches in another order do not, and the covariance of the solution
-    bounds the error of the patch. Where the equations outnumber the pixels and it does not end in
-    such a proof, `details` say so in `unfinished`: the true image solves them, so the search has
-    failed, and a failed search is no protection.
+    Guarantees:
+        A patch is marked `verified` only where the equations that were fitted outnumber the pixels,
+        every row lies in the inputs up to the rounding of the update, rows that were held out of
+        the fit among them, the patches in another order do not, and the covariance of the solution
+        bounds the error of the patch.
+        Where the equations outnumber the pixels and it does not end in such a proof, `details` say
+        so in `unfinished`: the true image solves them, so the search has failed, and a failed
+        search is no protection.
 
     Args:
         seconds: Budget of work, in nominal seconds (`Budget`).

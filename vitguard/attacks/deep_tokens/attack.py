@@ -48,8 +48,9 @@ class DeepTokens(Attack):
     Reads the two MLP layers of one block and nothing else: no patch embedding, position or
     attention gradient.
 
-    Guarantees: all patches are marked `verified` where every token was found to below `accept` and
-    the image makes every one of them to 1e-3; else none is.
+    Guarantees:
+        All patches are marked `verified` where every token was found to below `accept` and the
+        image makes every one of them to 1e-3; else none is.
 
     Args:
         seconds: Budget of work, in nominal seconds (`Budget`).

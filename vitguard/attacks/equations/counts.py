@@ -112,7 +112,7 @@ def span_remains(plain: Released) -> Remaining:
 
 
 def chain_remains(plain: Released) -> Remaining:
-    """The same equations one norm after the other, as far as plain projections and fc2 lead.
+    """The same equations, norm by norm, up to the first projection or fc2 that is not plain.
 
     Each step adds the T directions of its layer's inputs to the unknowns. Norms cannot be pooled:
     what one leaves open is a mixture of tokens, and mixtures fit at every later norm as well. So

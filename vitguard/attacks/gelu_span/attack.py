@@ -51,8 +51,10 @@ class GeluSpan(Attack):
     of the summed gradient span the tokens of every step, and those of the first belong to the
     public weights. They prove themselves to the same `accept`.
 
-    Guarantees: a patch marked `verified` satisfies hidden - T equations to below `accept`, or, of
-    the last image of a batch, those of the attention.
+    Guarantees:
+        A patch marked `verified` satisfies hidden - T equations to below `accept`, or, of the last
+        image of a batch, those of the attention.
+
     Under a shuffle, and without positions, what is verified is the content of a patch; its place is
     a guess by seams, and so is its image in a batch.
 

@@ -3,8 +3,8 @@
 Each round gives every unfinished position a few starts (`_starts`); one that ends below `accept` is
 a token: local minima mostly end a hundred times above. What is found is taken out of the gradient
 (`_tokens`), which leaves fewer directions free and little that later starts could find again. The
-equations of the whole gradient have the last word on every token, and are searched too where the
-rest brings nothing more: each token taken out leaves its rounding behind.
+equations of the whole gradient decide on every token: each token taken out leaves its rounding
+error behind. They are searched directly where the remainder brings no more tokens.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Search:
         return some.patch @ self.frame.embedding.weight.T + self.frame.offset[some.position]
 
     def groups(self, some: Found, images: int) -> Int[Tensor, " tokens"]:
-        """Return which of so many images each token is of, as far as attention tells."""
+        """Return which of so many images each token is of, where attention tells."""
         draws = None
         if self.attention is not None:
             prefix, patches = self.frame.embedding.prefix, self.anatomy.patches

@@ -269,7 +269,7 @@ def _begins(start: Sequence[Entry], run: Sequence[Entry]) -> bool:
     )
 
 
-def _digest(run: Sequence[Entry]) -> str:
+def _digest(run: Sequence[Sequence[float]]) -> str:
     return hashlib.sha256(json.dumps(run).encode()).hexdigest()[:16]
 
 

@@ -7,12 +7,13 @@ from torch import nn
 
 from vitguard.errors import Incompatible
 
-__all__ = ["check_model"]
+__all__ = ["check_model", "refuse_sharded"]
 
 
 def check_model(model: nn.Module) -> None:
     """Raise Incompatible for layers and settings under which no example has its own gradient."""
     _refuse_wrappers(model)
+    refuse_sharded(model)
     for name, module in model.named_modules():
         where = f"{type(module).__name__} at {name or 'the root'}"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -65,4 +66,15 @@ def _refuse_wrappers(model: nn.Module) -> None:
         raise Incompatible(
             f"Expected the bare model, got {type(model).__name__} around it. The private optimizer "
             "adds up over processes by itself; do not compile the model."
+        )
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise Incompatible where FSDP spreads parameters over processes, in a pass or out of one."""
+    kinds = {c.__name__ for kind in {type(m) for m in model.modules()} for c in kind.__mro__}
+    if "FSDPModule" in kinds or any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise Incompatible(
+            "Expected whole parameters under differential privacy, got a model spread over "
+            "processes by FSDP: an example's gradient is clipped over all of them. Use "
+            "DistributedDataParallel, or plain copies of the model in a process group."
         )

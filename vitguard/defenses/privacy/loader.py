@@ -66,6 +66,7 @@ class PoissonLoader:
         self.ends_step = True
         """Whether the optimizer's step on the batch handed out last is a full step."""
         self.dataset = loader.dataset
+        self.drawn_from = records
         self.first = records[0]
         self.records = len(records)
         """How many records may be drawn, over all processes."""
@@ -105,7 +106,40 @@ class PoissonLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
+        return self.drawn()
+
+    def drawn(self) -> _Batches:
+        """Start a new pass."""
         return _Batches(self)
+
+    def announced(self, batch: Any, settings: dict[str, Any]) -> Any:
+        """Return a piece as the training pass will know it: the one that comes next."""
+        return _mark(batch, self.training.announce(**settings))
+
+    def cut(
+        self, real: int, batch: Any, physical: int | None
+    ) -> Iterator[tuple[dict[str, Any], Any]]:
+        """Yield the pieces of a batch, each with what to announce.
+
+        Args:
+            real: How many of the examples count; the batch holds a blank one where none does.
+            physical: Most examples in a piece.
+        """
+        size = max(real, 1)
+        step = min(physical or size, size)
+        starts = range(0, size, step)
+        key = self.draws.key()
+        for piece, start in enumerate(starts):
+            stop = min(start + step, size)
+            settings = {
+                "size": stop - start,
+                "real": min(real, stop) - start,
+                "piece": piece,
+                "last": stop == size,
+                "rate": self.rate,
+                "key": key if len(starts) > 1 else None,
+            }
+            yield settings, batch if len(starts) == 1 else _rows(batch, start, stop, size)
 
     def one(self) -> Any:
         """Return a batch of the first record, to see what batches look like."""
@@ -133,34 +167,27 @@ class _Batches:
         return self
 
     def __next__(self) -> Any:
-        training = self._loader.training
-        training.turn(self)
-        piece = None if training.skipped else next(self._pieces, None)
+        loader = self._loader
+        self.take_turn()
+        piece = None if loader.training.skipped else next(self._pieces, None)
         if piece is None:
-            self._pieces = self._cut(*next(self._batches))
+            self._pieces = loader.cut(*self.draw(), loader.physical)
             piece = next(self._pieces)
         settings, batch = piece
-        self._loader.ends_step = settings["last"]
-        return _mark(batch, training.announce(**settings))
+        loader.ends_step = settings["last"]
+        return loader.announced(batch, settings)
 
-    def _cut(self, real: int, batch: Any) -> Iterator[tuple[dict[str, Any], Any]]:
-        """Yield the pieces of a batch, each with what to announce."""
-        loader = self._loader
-        size = max(real, 1)
-        step = min(loader.physical or size, size)
-        starts = range(0, size, step)
-        key = loader.draws.key()
-        for piece, start in enumerate(starts):
-            stop = min(start + step, size)
-            settings = {
-                "size": stop - start,
-                "real": min(real, stop) - start,
-                "piece": piece,
-                "last": stop == size,
-                "rate": loader.rate,
-                "key": key if len(starts) > 1 else None,
-            }
-            yield settings, batch if len(starts) == 1 else _rows(batch, start, stop, size)
+    def take_turn(self) -> None:
+        """Raise Unprotected unless the next batch may be handed out now."""
+        self._loader.training.turn(self)
+
+    def draw(self) -> tuple[int, Any]:
+        """Return the next batch and how many of its examples are real."""
+        return next(self._batches)
+
+    def announce_whole(self, real: int) -> None:
+        """Say that a whole batch was handed out; its pieces are announced one by one."""
+        self._loader.training.announce(max(real, 1), real, rate=self._loader.rate)
 
 
 def _rows(batch: Any, start: int, stop: int, size: int) -> Any:

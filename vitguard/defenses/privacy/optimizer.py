@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +16,16 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from vitguard.defenses.base import Draws
+from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.engine import clipped_sum
 from vitguard.defenses.privacy.samplers import place
 from vitguard.defenses.privacy.training import Due, PrivateTraining
-from vitguard.errors import Incompatible, Unprotected
+from vitguard.errors import Incompatible, Unprotected, expected
 
 __all__ = ["BookKeepingOptimizer", "refuse_optimizer"]
 
 Spend = Callable[[float, float], None]
+_LEDGER = "vitguard"  # the ledger's place in the optimizer's state
 
 
 class BookKeepingOptimizer(DPOptimizer):
@@ -36,7 +39,7 @@ class BookKeepingOptimizer(DPOptimizer):
     draw of noise to the whole sum and sends the result.
 
     Args:
-        spend: Writes noise multiplier and rate of a release into the ledger, or raises Unprotected.
+        spend: Writes noise multiplier and rate of a release into `ledger`, or raises Unprotected.
         settings: Opacus's.
     """
 
@@ -47,25 +50,43 @@ class BookKeepingOptimizer(DPOptimizer):
         training: PrivateTraining,
         *,
         draws: Draws,
+        ledger: Ledger,
         spend: Spend,
         **settings: Any,
     ) -> None:
         super().__init__(optimizer, **settings)
-        self._training, self._draws, self._spend = training, draws, spend
+        self._training, self._draws, self._spend, self._ledger = training, draws, spend, ledger
         self._names = {p: n for n, p in model.named_parameters()}
         self._place = place()
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._next: tuple[int, int] | None = None  # batch and piece that would continue the sums
         self._clip = self._rate = 0.0  # of the batch in the sums
-        self._open = False
-        self._handle = optimizer.register_step_pre_hook(self._refuse_others)
+        self.left_out = 0
+        """Examples so far whose gradient was not finite; for this machine alone."""
+        self._handle = optimizer.register_step_pre_hook(lambda *_: training.refuse_others())
 
-    def _refuse_others(self, *_: Any) -> None:
-        if not self._open and self._training.live:
-            raise Unprotected(
-                "Expected a step of the private optimizer, got one of the optimizer it replaced. "
-                "Use the optimizer that guard.prepare returned."
-            )
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer, and the ledger: tools that save optimizers save both.
+
+        The ledger holds no secret.
+        """
+        return {**self.original_optimizer.state_dict(), _LEDGER: self._ledger.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where a `state_dict` left off; the ledger never goes back.
+
+        Raises:
+            InputError: The state has no ledger, or an older one; nothing is loaded.
+        """
+        state = dict(state_dict)
+        if _LEDGER not in state:
+            raise expected(
+                "the state of a private optimizer", "one without a ledger",
+                "What was spent before would not count. Load weights alone, or a state that the "
+                "private optimizer saved.",
+            )  # fmt: skip
+        self._ledger.load_state_dict(state.pop(_LEDGER))
+        self.original_optimizer.load_state_dict(state)
 
     @property
     def accumulated_iterations(self) -> int:
@@ -110,11 +131,8 @@ class BookKeepingOptimizer(DPOptimizer):
             with torch.enable_grad():
                 value = closure()
         if self.pre_step():
-            self._open = True
-            try:
+            with self._training.stepping():
                 self.original_optimizer.step()
-            finally:
-                self._open = False
         return value
 
     def pre_step(self, closure: Any = None) -> bool:
@@ -150,7 +168,9 @@ class BookKeepingOptimizer(DPOptimizer):
                 f"Expected every piece of a batch to be stepped on, got piece {due.piece + 1} "
                 "without those before it. Call optimizer.step() after each piece, or loader.skip()."
             )
-        sums = clipped_sum(tape, self._clip, scale=tape.batch, real=due.real).sums
+        clipped = clipped_sum(tape, self._clip, scale=tape.batch, real=due.real)
+        sums = clipped.sums
+        self._note_left_out(clipped.norms[: due.real])
         if stray := self._stray():
             raise _around(stray)
         if not sums:
@@ -164,6 +184,18 @@ class BookKeepingOptimizer(DPOptimizer):
             self._sums[p] = self._sums[p] + total if p in self._sums else total
         self._next = (due.batch, due.piece + 1)
         return due
+
+    def _note_left_out(self, norms: Tensor) -> None:
+        """Warn, once, that examples without a finite gradient were left out; count them all."""
+        lost = int((~torch.isfinite(norms)).sum())
+        if lost and not self.left_out:
+            warnings.warn(
+                f"Expected finite gradients, got {lost} of {len(norms)} examples whose gradient is "
+                "not: they were left out of this step, which is noise alone where all are. Look "
+                "for NaN in the images and the loss, or a learning rate that is too large.",
+                stacklevel=2,
+            )
+        self.left_out += lost
 
     def _stray(self) -> str | None:
         """Return a parameter with a gradient that the optimizer would step on, if any."""

@@ -15,7 +15,9 @@ from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.loader import PoissonLoader
+from vitguard.defenses.privacy.mixing import refuse_mixing_collate
 from vitguard.defenses.privacy.probe import probe
+from vitguard.defenses.privacy.samplers import place
 from vitguard.defenses.privacy.training import PrivateTraining
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, UnsupportedModel, expected, missing_extra
@@ -52,6 +54,7 @@ def prepare_training(
     engine = defense._engine()
     training = PrivateTraining(engine, probe)
     poisson = PoissonLoader(loader, training, draws, defense.physical_batch)
+    refuse_mixing_collate(loader.collate_fn, loader.dataset, poisson.drawn_from)
     if defense.delta >= 1 / poisson.records:
         raise expected(f"delta below 1 / {poisson.records} records", defense.delta)
     if defense.epsilon is not None and defense.epochs is None:
@@ -68,6 +71,7 @@ def prepare_training(
             void=draws.void,
         )
 
+    _start_together(model)
     with _replaced(model, training):
         _try_out(model, training, _examples(poisson, model))
         private = BookKeepingOptimizer(
@@ -75,6 +79,7 @@ def prepare_training(
             model,
             training,
             draws=draws,
+            ledger=ledger,
             spend=spend,
             noise_multiplier=noise,
             max_grad_norm=defense.clip,
@@ -83,6 +88,19 @@ def prepare_training(
     for p in model.parameters():
         p.grad = None
     return private, poisson
+
+
+def _start_together(model: nn.Module) -> None:
+    """Let every process start from the weights of the first, as DistributedDataParallel does.
+
+    What a defense added starts from a draw of each process, and replicas would stay apart.
+    """
+    if place()[1] > 1:
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                whole = tensor.detach().contiguous()
+                torch.distributed.broadcast(whole, 0)
+                tensor.copy_(whole)
 
 
 def _try_out(model: nn.Module, training: PrivateTraining, images: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -11,10 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vitguard.defenses.base import Installed, watch_gradients
+from vitguard.defenses.privacy.checks import refuse_sharded
 from vitguard.defenses.privacy.engine import Engine, Watch
+from vitguard.defenses.privacy.mixing import refuse_mixed_targets
 from vitguard.defenses.privacy.tape import Tape
 from vitguard.defenses.protection import Protection
-from vitguard.errors import Unprotected
+from vitguard.defenses.steps import watch_steps
+from vitguard.errors import Incompatible, InputError, Unprotected
+from vitguard.vit import logits_of
 
 __all__ = ["Due", "PrivateTraining", "paused"]
 
@@ -44,6 +50,26 @@ class Due(NamedTuple):
     piece: int = 0
     batch: int = 0
     rate: float = 1.0
+
+
+def refuse_compiled() -> None:
+    """Raise Incompatible under torch.compile, which would trace the record of one batch.
+
+    While dynamo traces, looking at the stack makes it give up on the model's frame; the pass then
+    runs as it is, below a frame of dynamo's.
+    """
+    line = (
+        "Expected a model that is not compiled under differential privacy, got a training pass "
+        "under torch.compile: each example's gradient is recorded as Python runs. Train the model "
+        "itself; a copy may be compiled to evaluate it."
+    )
+    if torch.compiler.is_compiling():
+        raise Incompatible(line)
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_qualname.startswith("_TorchDynamoContext.__call__"):
+            raise Incompatible(line)
+        frame = frame.f_back
 
 
 def _start_afresh(training: PrivateTraining, _: Any) -> None:
@@ -88,6 +114,7 @@ class PrivateTraining(Installed):
         self.engine = engine
         self.probe = probe
         self.live = True
+        self._open = False
         self.due: Due | None = None
         self.tape: Tape | None = None
         self._watch: Watch | None = None
@@ -104,7 +131,13 @@ class PrivateTraining(Installed):
 
     def __getstate__(self) -> dict[str, Any]:
         transient = dict.fromkeys(("due", "tape", "_watch", "_key", "_reader"))
-        return {**self.__dict__, **transient, "live": False, "_parameter_handles": []}
+        return {
+            **self.__dict__,
+            **transient,
+            "live": False,
+            "_open": False,
+            "_parameter_handles": [],
+        }
 
     def install(self, model: nn.Module) -> None:
         """Start watching `model`."""
@@ -112,6 +145,7 @@ class PrivateTraining(Installed):
         after = model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
         self._handles = [before, after]
         self._parameter_handles = watch_gradients(model.parameters(), self._expose)
+        watch_steps(self, model)
         self.live = True
 
     def uninstall(self, model: nn.Module) -> None:
@@ -119,6 +153,28 @@ class PrivateTraining(Installed):
             handle.remove()
         self._handles, self._parameter_handles = [], []
         self.live = False
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Let the optimizer step in the block: it is the private one's."""
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def stepped(self) -> None:
+        if self.due is not None:  # else it trains on something else, of which `settle` tells
+            self.refuse_others()
+
+    def refuse_others(self) -> None:
+        """Raise Unprotected for a step that is not the private optimizer's."""
+        if self.live and not self._open:
+            raise Unprotected(
+                "Expected a step of the private optimizer, got one of another optimizer of the "
+                "model's parameters: it would be neither noised nor counted. Use the optimizer "
+                "that guard.prepare returned."
+            )
 
     def settle(self) -> None:
         if self.exposed:
@@ -205,6 +261,8 @@ class PrivateTraining(Installed):
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not (self.live and model.training and torch.is_grad_enabled()):
             return
+        refuse_compiled()
+        refuse_sharded(model)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._check_due(tensors)
         self.engine.close()
@@ -259,4 +317,15 @@ class PrivateTraining(Installed):
         self.tape = None  # a pass that broke off or is refused may be run again
         if output is not None and tape is not None:
             self.engine.verify(model, tape, output)
+            _watch_targets(output)
             self.tape = tape
+
+
+def _watch_targets(output: Any) -> None:
+    """Look, in the backward pass, at the gradient of class scores."""
+    try:
+        scores = logits_of(output)
+    except InputError:
+        return  # no classes, or known to the training script alone
+    if scores.requires_grad:
+        scores.register_hook(functools.partial(refuse_mixed_targets, scores.detach()))

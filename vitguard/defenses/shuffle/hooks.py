@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vitguard.defenses.shuffle.steps import watch_steps
+from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Unprotected
 from vitguard.vit import Anatomy
 

@@ -102,6 +102,7 @@ def attach(guard: Guard) -> Guard:
         guard.load_state_bytes(ledger)
     if any(isinstance(d, Ledgered) for d in guard.defenses):
         exchange.ledger = _ledger(kept, exchange.reminder)
+    guard.will_seal()
     exchange.guards.append(guard)
     return guard
 

@@ -1,26 +1,27 @@
-"""Watching attacks and training runs: TensorBoard, and a progress bar with the current estimate."""
+"""A running attack, a training run and its audits as TensorBoard events."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vitguard.core import Normalization
 from vitguard.errors import InputError, expected
-from vitguard.metrics import Scores, score
 from vitguard.report.tensorboard import open_writer, write_report, writer_type
+from vitguard.tracking.pictures import beside, shuffled_at, what_the_model_saw
+from vitguard.tracking.truth import check_same, check_truth, scored
 
 if TYPE_CHECKING:
     from vitguard.attacks.matching.run import Progress
     from vitguard.guard import Guard
     from vitguard.report.audit_report import AuditReport
 
-__all__ = ["ProgressBar", "TensorBoard", "check_writable_folder"]
+__all__ = ["TensorBoard", "check_writable_folder"]
 
 
 class TensorBoard:
@@ -56,7 +57,7 @@ class TensorBoard:
     ) -> None:
         if every < 1:
             raise expected("every of at least 1", every)
-        _check_truth(truth)
+        check_truth(truth)
         check_writable_folder(folder)
         self._writer = open_writer(folder)
         self._truth = truth
@@ -78,7 +79,7 @@ class TensorBoard:
             rows = "\n".join(f"| {k} | {v} |" for k, v in progress.settings.items())
             self._writer.add_text(f"{name}/settings", f"| setting | value |\n|---|---|\n{rows}")
             if self._truth is not None:
-                _check_same(progress.estimate(), self._truth)
+                check_same(progress.estimate(), self._truth)
                 self._writer.add_images(f"{name}/truth", self._truth.clamp(0, 1), 0)
         for term, value in progress.terms.items():
             self._writer.add_scalar(f"{name}/{term}", value, step)
@@ -88,7 +89,7 @@ class TensorBoard:
         self._writer.add_images(f"{name}/estimate", images, step)
         if self._truth is not None:
             patch = self._patch or (1, 1)
-            got = _scored(images, self._truth, self._patch)
+            got = scored(images, self._truth, self._patch)
             self._writer.add_scalar(f"{name}/psnr", got.psnr.mean().item(), step)
             if patch != (1, 1):
                 self._writer.add_scalar(f"{name}/patch psnr", got.patch_psnr.mean().item(), step)
@@ -130,7 +131,7 @@ class TensorBoard:
             self._writer.add_scalar(f"training/epsilon{of}", epsilon, step)
         if images is not None:
             seen = what_the_model_saw(guard, images)
-            pairs = _beside(images[:most], seen[:most], normalization)
+            pairs = beside(images[:most], seen[:most], normalization)
             self._writer.add_image("training/what the model saw", pairs, step)
 
     def shuffle_figure(
@@ -157,7 +158,7 @@ class TensorBoard:
             most: Images shown.
         """
         shuffled = shuffled_at(guard, images[:most], ratio, generator=generator)
-        pairs = _beside(images[:most], shuffled, normalization)
+        pairs = beside(images[:most], shuffled, normalization)
         self._writer.add_image(f"training/shuffled at {100 * ratio:.0f} %", pairs, step)
 
     def audit(self, report: AuditReport, *, step: int) -> None:
@@ -192,72 +193,6 @@ def check_writable_folder(folder: str | Path) -> None:
         raise expected("a folder for TensorBoard", f"{folder} ({error.strerror})") from error
 
 
-def _check_truth(truth: Tensor | None) -> None:
-    if truth is None:
-        return
-    shaped = truth.dim() == 4 and truth.shape[1] in (1, 3) and truth.numel()
-    if not shaped or not truth.is_floating_point():
-        raise expected(
-            "truth as floating pixels of shape (batch, 1 or 3, height, width)",
-            f"{truth.dtype} of shape {tuple(truth.shape)}",
-        )
-    low, high = (float(value) for value in truth.detach().aminmax())
-    if not (low > -0.01 and high < 1.01):  # resizing oversteps a little; normalised input by far
-        raise expected("truth as pixels in [0, 1]", f"[{low:.3g}, {high:.3g}]")
-
-
-def _check_same(images: Tensor, truth: Tensor) -> None:
-    if images.shape != truth.shape:
-        raise expected(
-            f"truth of the images that are attacked, shape {tuple(images.shape)}",
-            tuple(truth.shape),
-        )
-
-
-def _scored(images: Tensor, truth: Tensor, patch_size: tuple[int, int] | None) -> Scores:
-    _check_same(images, truth)
-    height, width = images.shape[-2:]
-    return score(images, truth, patch_size or (height, width))
-
-
-def what_the_model_saw(guard: Guard, images: Tensor) -> Tensor:
-    """Return the images with patches where the last draw of a shuffle moved them.
-
-    As they are if the model is not training: nothing is shuffled then.
-    """
-    source = guard.truth().get("source") if guard.model.training else None
-    if source is None or source.shape[0] != len(images):
-        return images.detach()
-    patches = guard.anatomy.patchify(images.detach())
-    source = source.to(patches.device)[..., None].expand_as(patches)
-    return guard.anatomy.unpatchify(patches.gather(1, source))
-
-
-def shuffled_at(
-    guard: Guard, images: Tensor, ratio: float, *, generator: torch.Generator | None = None
-) -> Tensor:
-    """Return the images with a share of their patches permuted by a draw of its own."""
-    from vitguard.defenses.shuffle import masks
-    from vitguard.draws import Draws
-
-    if not 0 <= ratio <= 1:
-        raise expected("ratio in [0, 1]", ratio)
-    anatomy = guard.anatomy
-    draws = Draws(generator or torch.Generator().manual_seed(0))
-    keys = draws.keys(len(images))
-    mask = masks.uniform_masks(draws, keys, anatomy.patches, int(ratio * anatomy.patches + 1e-9))
-    source = masks.permute_inside(draws, keys, mask).to(images.device)
-    patches = anatomy.patchify(images.detach())
-    return anatomy.unpatchify(patches.gather(1, source[..., None].expand_as(patches)))
-
-
-def _beside(left: Tensor, right: Tensor, normalization: Normalization | None) -> Tensor:
-    """Return one picture, a row for each image: it, and the other version of it."""
-    pairs = torch.cat(list(torch.cat([left.detach(), right], dim=-1)), dim=-2)
-    pixels = normalization.invert(pairs) if normalization is not None else pairs
-    return pixels.clamp(0, 1).cpu()
-
-
 def _epsilons(guard: Guard) -> dict[str, float]:
     """Return what each defense that gives a privacy guarantee has spent, by its name."""
     spent = {}
@@ -267,90 +202,3 @@ def _epsilons(guard: Guard) -> dict[str, float]:
         except InputError:  # this one gives none
             continue
     return spent
-
-
-class ProgressBar:
-    """A bar in the terminal with loss, time left, and a thumbnail of the current estimate.
-
-    Give it to an attack as `watch`. It is a context manager, which leaves the terminal clean.
-
-    Args:
-        truth: The images an attack is after, pixels in [0, 1] of shape (batch, channels, height,
-            width); with it the PSNR is shown.
-        every: Iterations between thumbnails; 0 shows none.
-        console: A rich console; standard error by default.
-
-    Raises:
-        InputError: `truth` is no such batch of images.
-    """
-
-    def __init__(
-        self, *, truth: Tensor | None = None, every: int = 10, console: Any = None
-    ) -> None:
-        from rich.console import Console
-        from rich.live import Live
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        _check_truth(truth)
-        self._truth, self._every = truth, every
-        console = console or Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self._bar = Progress(*columns, console=console)
-        self._live = Live(self._bar, console=console, refresh_per_second=4)
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> ProgressBar:
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        """Take one iteration of an attack."""
-        from rich.console import Group
-
-        name = progress.attack
-        if name not in self._tasks:
-            self._tasks[name] = self._bar.add_task(name, total=progress.iterations, note="")
-        note = f"distance {progress.terms.get('distance', float('nan')):.4g}"
-        if self._every and (progress.iteration % self._every == 0 or progress.iteration == 1):
-            images = progress.estimate()
-            if self._truth is not None:
-                got = _scored(images, self._truth, None)
-                note += f", PSNR {got.psnr.mean():.1f} dB"
-            self._live.update(Group(self._bar, thumbnail(images[0])))
-        self._bar.update(self._tasks[name], completed=progress.iteration, note=note)
-
-
-def thumbnail(image: Tensor, columns: int = 32) -> Any:
-    """Return an image as coloured half blocks, two pixels a character, for a rich console.
-
-    Args:
-        image: Pixels in [0, 1], shape (1 or 3, height, width).
-        columns: Characters across.
-    """
-    from rich.text import Text
-
-    height, width = image.shape[-2:]
-    rows = max(2, round(columns * height / width / 2) * 2)
-    small = torch.nn.functional.interpolate(
-        image[None].detach().float().cpu(), (rows, columns), mode="area"
-    )[0]
-    values = (small.expand(3, -1, -1).clamp(0, 1) * 255).round().int().permute(1, 2, 0).tolist()
-    text = Text()
-    for upper, lower in zip(values[::2], values[1::2], strict=True):
-        for top, bottom in zip(upper, lower, strict=True):
-            text.append("▀", style=f"rgb({_rgb(top)}) on rgb({_rgb(bottom)})")
-        text.append("\n")
-    return text
-
-
-def _rgb(pixel: list[int]) -> str:
-    return ",".join(map(str, pixel))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from vitguard.errors import Unprotected
+from vitguard.joining import frozen_by_peft
 
 __all__ = ["watch_steps"]
 
@@ -43,6 +44,9 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _check(piece: Any, model: nn.Module, held: set[int]) -> None:
+    frozen = {id(p) for p in frozen_by_peft(model)}
+    if any(id(p) in frozen for p in piece.parameters()):
+        raise _left_out(piece, "one of a PEFT model that froze it")
     added = [id(p) for p in piece.parameters() if p.requires_grad]
     known = set(added)
     base = [id(p) for p in model.parameters() if p.requires_grad and id(p) not in known]
@@ -51,8 +55,12 @@ def _check(piece: Any, model: nn.Module, held: set[int]) -> None:
     if all(i in held for i in added):
         piece.stepped()
     elif all(i in held for i in base) or piece.left_out():
-        raise Unprotected(
-            "Expected an optimizer that trains what the defense added to the model "
-            f"({', '.join(n for n, _ in piece.named_parameters())}), got one that was built "
-            "without it. Call guard.prepare(optimizer)."
-        )
+        raise _left_out(piece, "one that was built without it")
+
+
+def _left_out(piece: nn.Module, got: str) -> Unprotected:
+    return Unprotected(
+        "Expected an optimizer that trains what the defense added to the model "
+        f"({', '.join(n for n, _ in piece.named_parameters())}), got {got}. Call "
+        "guard.prepare(optimizer)."
+    )

@@ -1,0 +1,182 @@
+"""Mixup and CutMix in a collate function or in the loop, of any library, are refused under DP."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.mixup import FastCollateMixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+import vitguard as vg
+from vitguard.errors import Incompatible, Unprotected
+
+pytest.importorskip("opacus")
+STACK = "privacy:noise=1,clip=1,delta=0.01,accountant=rdp"
+DATA = TensorDataset(
+    torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10
+)
+
+
+def prepared(model, **loader):
+    guard = vg.protect(model, STACK)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return guard.prepare(optimizer, DataLoader(DATA, 12, **loader))
+
+
+def torchvision_mix(kind):
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    return getattr(v2, kind)(alpha=9.0, num_classes=10)
+
+
+def half_the_time(mix):
+    def collate(examples):
+        batch = default_collate(examples)
+        return mix(*batch) if torch.rand(()) < 0.5 else batch
+
+    return collate
+
+
+def erased(examples):
+    """One example at a time, at random: allowed."""
+    images, labels = default_collate(examples)
+    images[torch.rand(images.shape) < 0.5] = 0
+    return {"pixel_values": images, "labels": labels}
+
+
+COLLATES = {
+    "torchvision's CutMix": lambda: lambda e: torchvision_mix("CutMix")(*default_collate(e)),
+    "torchvision's MixUp, half the time": lambda: half_the_time(torchvision_mix("MixUp")),
+    "timm's Mixup": lambda: lambda e: Mixup(num_classes=10)(*default_collate(e)),
+    "the mean image taken off": lambda: lambda e: (
+        (b := default_collate(e))[0] - b[0].mean(0), b[1]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COLLATES)
+def test_a_collate_function_that_mixes_records_is_refused_by_prepare(small_vit, kind):
+    with pytest.raises(Incompatible, match="mixes examples"):
+        prepared(small_vit(depth=1), collate_fn=COLLATES[kind]())
+
+
+def test_timms_collate_with_mixup_is_refused(small_vit):
+    images = [((DATA[i][0].numpy() * 10).astype("uint8"), int(DATA[i][1])) for i in range(24)]
+    model = small_vit(depth=1)
+    guard = vg.protect(model, STACK)
+    loader = DataLoader(images, 12, collate_fn=FastCollateMixup(num_classes=10))
+    with pytest.raises(Incompatible, match="mixes examples"):
+        guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1), loader)
+
+
+def test_trying_a_collate_function_out_leaves_the_seeds_of_the_process_as_they_were(small_vit):
+    import random
+
+    import numpy as np
+
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)  # noqa: NPY002
+    model = small_vit(depth=1)
+    guard = vg.protect(model, STACK)
+    wanted = torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)  # noqa: NPY002
+    guard.prepare(
+        torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(DATA, 12, collate_fn=erased)
+    )
+    assert (torch.rand(1), np.random.rand(), random.random()) == wanted  # noqa: NPY002
+
+
+def weighted(outputs, one, other, share):
+    return share * F.cross_entropy(outputs, one) + (1 - share) * F.cross_entropy(outputs, other)
+
+
+def soft(mix):
+    return lambda m, x, y: F.cross_entropy(m((b := mix(x, y))[0]), b[1])
+
+
+MIXED = {
+    "two criteria, weighted": lambda m, x, y: weighted(
+        m(0.7 * x + 0.3 * x.flip(0)), y, y.flip(0), 0.7
+    ),
+    "timm's Mixup and soft targets": lambda m, x, y: SoftTargetCrossEntropy()(
+        m((b := Mixup(num_classes=10, mixup_alpha=9.0)(x, y))[0]), b[1]
+    ),
+    "timm's Mixup and binary cross-entropy": lambda m, x, y: BinaryCrossEntropy()(
+        m((b := Mixup(num_classes=10, mixup_alpha=9.0, label_smoothing=0.1)(x, y))[0]), b[1]
+    ),
+    "torchvision's CutMix": lambda m, x, y: soft(torchvision_mix("CutMix"))(m, x, y),
+    "a sum in place of a mean": lambda m, x, y: F.cross_entropy(
+        m(x), 0.6 * F.one_hot(y, 10).float() + 0.4 * F.one_hot(y.roll(1), 10), reduction="sum"
+    ),
+    "a scaled loss": lambda m, x, y: 0.37 * weighted(m(x), y, y.roll(1), 0.6),
+}  # fmt: skip
+
+
+def step(model, loss_of):
+    """Step on the first batch whose pairs differ: timm mixes an even number of images."""
+    optimizer, loader = prepared(model)
+    while True:
+        for images, labels in loader:
+            if len(labels) % 2 or len(labels.unique()) < 4:
+                loader.skip()
+                continue
+            loss_of(model, images, labels).backward()
+            optimizer.step()
+            return
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_mixing_in_the_loop_is_refused_before_the_first_step(small_vit, kind):
+    model = small_vit(depth=1)
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    with pytest.raises(Unprotected, match="mix two"):
+        step(model, MIXED[kind])
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def teacher(m, x, y):
+    return F.cross_entropy(m(x), torch.randn(len(x), 10).mul(2).softmax(1))
+
+
+ALONE = {
+    "labels": lambda m, x, y: F.cross_entropy(m(x), y),
+    "smoothed labels": lambda m, x, y: F.cross_entropy(m(x), y, label_smoothing=0.1),
+    "timm's smoothed labels": lambda m, x, y: LabelSmoothingCrossEntropy(0.2)(m(x), y),
+    "one-hot labels": lambda m, x, y: F.cross_entropy(m(x), F.one_hot(y, 10).float()),
+    "binary cross-entropy": lambda m, x, y: BinaryCrossEntropy(0.1)(m(x), y),
+    "a teacher's chances": teacher,
+    "a margin": lambda m, x, y: F.multi_margin_loss(m(x), y),
+    "a squared error": lambda m, x, y: F.mse_loss(m(x), F.one_hot(y, 10).float()),
+    "a focal loss": lambda m, x, y: (
+        (1 - F.cross_entropy(m(x), y, reduction="none").neg().exp()) ** 2
+    ).mean(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_criteria_of_single_labels_pass(small_vit, kind):
+    model = small_vit(depth=1)
+    for p in model.head.parameters():
+        p.data.mul_(20)
+    for _ in range(2):
+        vg.protect(model, STACK)
+        optimizer, loader = vg.Guard.of(model).prepare(
+            torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(DATA, 12)
+        )
+        for images, labels in loader:
+            ALONE[kind](model, images, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        vg.Guard.of(model).remove()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_labels_of_few_classes_pass_smoothed_or_not(small_vit, classes, autocast):
+    model = small_vit(depth=1, num_classes=classes)
+    optimizer, loader = prepared(model)
+    for images, labels in loader:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = model(images)
+        F.cross_entropy(outputs.float(), labels % classes, label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,122 @@
+"""accelerate: what a loop by hand gives, private or not, and resumes that count."""
+
+import os
+import stat
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import vitguard as vg
+from vitguard.errors import Incompatible, InputError, Unprotected
+
+accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("opacus")
+from vitguard.integrations.accelerate import prepare  # noqa: E402
+
+SHUFFLE = "shuffle:ratio=0.5,mask=uniform,dal=tokens,dal_weight=0.5"
+PRIVATE = "privacy:noise=0.5,clip=1,delta=0.01,accountant=rdp"
+DATA = TensorDataset(
+    torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 10
+)
+
+
+def guarded(small_vit, stack, seed=3):
+    model = small_vit(depth=1)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return model, vg.protect(model, stack, generator=generator)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def train(accelerator, model, optimizer, loader, guard, epochs=2):
+    for _ in range(epochs):
+        for images, labels in loader:
+            model.train()
+            loss = F.cross_entropy(model(images), labels) + guard.auxiliary_loss()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class ByHand:
+    """Stands for an accelerator."""
+
+    def backward(self, loss):
+        loss.backward()
+
+
+@pytest.mark.parametrize("stack", [SHUFFLE, PRIVATE, f"{SHUFFLE}+{PRIVATE},physical_batch=2"])
+def test_training_ends_at_the_weights_of_a_loop_by_hand(small_vit, stack):
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, guard = guarded(small_vit, stack)
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    made, optimizer, loader, _ = prepare(
+        accelerator, model, optimizer, DataLoader(DATA, 4), scheduler
+    )
+    train(accelerator, made, optimizer, loader, guard)
+    reference, counted = guarded(small_vit, stack)
+    given = DataLoader(DATA, 4)
+    optimizer, loader = counted.prepare(sgd(reference), given)
+    train(ByHand(), reference, optimizer, loader, counted)
+    other = reference.state_dict()
+    gap = max(float((t - other[n]).abs().max()) for n, t in model.state_dict().items())
+    assert gap < 1e-6
+    assert not torch.equal(model.head.weight, small_vit(depth=1).head.weight)
+    assert counted.state_dict()["ledger"].keys() == guard.state_dict()["ledger"].keys()
+
+
+def test_epsilon_after_a_resume_is_that_of_one_run_and_a_plain_model_loads_the_weights(
+    small_vit, tmp_path
+):
+    def run(epochs, load=None, save=None):
+        accelerator = accelerate.Accelerator(cpu=True)
+        model, guard = guarded(small_vit, f"{SHUFFLE}+{PRIVATE}", seed=None)
+        parts = prepare(accelerator, model, sgd(model), DataLoader(DATA, 4))
+        if load:
+            accelerator.load_state(load)
+        train(accelerator, *parts, guard, epochs)
+        if save:
+            accelerator.save_state(save)
+        return guard
+
+    whole = run(4)
+    half = run(2, save=tmp_path / "half")
+    resumed = run(2, load=tmp_path / "half")
+    assert resumed.privacy_spent() == whole.privacy_spent()
+    assert resumed._ledgers["privacy"].steps == 16
+    assert stat.S_IMODE(os.stat(tmp_path / "half" / "vitguard.json").st_mode) == 0o600
+    plain = small_vit(depth=1)
+    plain.load_state_dict(half.export(), strict=True)
+    (tmp_path / "half" / "vitguard.json").unlink()
+    with pytest.raises(InputError, match="What was spent before would not count"):
+        run(1, load=tmp_path / "half")
+
+
+def test_what_accelerate_prepared_before_is_told_the_order(small_vit):
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, _ = guarded(small_vit, SHUFFLE)
+    optimizer, loader = accelerator.prepare(sgd(model), DataLoader(DATA, 4))
+    with pytest.raises(Incompatible, match=r"integrations\.accelerate\.prepare"):
+        prepare(accelerator, model, optimizer, loader)
+
+
+@pytest.mark.parametrize("stack", ["noise:scale=0.1", "client-privacy", "encryption"])
+def test_defenses_of_the_update_alone_are_refused(small_vit, stack):
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, guard = guarded(small_vit, stack)
+    with pytest.raises(Unprotected, match="would not act on the weights"):
+        prepare(accelerator, model, sgd(model), DataLoader(DATA, 4))
+    guard.will_seal()
+    prepare(accelerator, model, sgd(model), DataLoader(DATA, 4))
+
+
+def test_accumulation_is_refused_with_what_to_set(small_vit):
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model, _ = guarded(small_vit, PRIVATE)
+    with pytest.raises(Incompatible, match="set physical_batch"):
+        prepare(accelerator, model, sgd(model), DataLoader(DATA, 4))

@@ -1,0 +1,252 @@
+"""Lightning: what a loop by hand gives, private or not, and resumes that count."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import vitguard as vg
+from vitguard.errors import Incompatible, InputError, Unprotected
+
+L = pytest.importorskip("lightning")
+pytest.importorskip("opacus")
+from vitguard.integrations.lightning import GuardCallback, GuardMixin  # noqa: E402
+
+SHUFFLE = "shuffle:ratio=0.5,mask=uniform,dal=tokens,dal_weight=0.5"
+PRIVATE = "privacy:noise=0.5,clip=1,delta=0.01,accountant=rdp"
+DATA = TensorDataset(
+    torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 10
+)
+
+
+def build():
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, depth=1, num_classes=10, embed_dim=16,
+        num_heads=2,
+    )  # fmt: skip
+
+
+class Lit(L.LightningModule):
+    """As people write it, but for the one line that protects."""
+
+    def __init__(self, stack="none", seed=None):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = build()
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        vg.protect(self.net, stack, generator=generator)
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        loss = F.cross_entropy(self.net(images), labels)
+        self.log("loss", loss)
+        return loss
+
+    def train_dataloader(self):
+        return DataLoader(DATA, 4, shuffle="privacy" in str(self.hparams.stack))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+class Guarded(GuardMixin, Lit):
+    pass
+
+
+def fit(module, *args, folder=None, epochs=2, **settings):
+    path = settings.pop("ckpt_path", None)
+    trainer = L.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder, **settings,
+    )  # fmt: skip
+    trainer.fit(module, *args, ckpt_path=path)
+    return trainer
+
+
+def by_hand(stack, epochs=2):
+    model = build()
+    guard = vg.protect(model, stack, generator=torch.Generator().manual_seed(3))
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(plain, 1, 0.5)
+    optimizer, loader = guard.prepare(plain, DataLoader(DATA, 4))
+    for _ in range(epochs):
+        for images, labels in loader:
+            model.train()
+            (F.cross_entropy(model(images), labels) + guard.auxiliary_loss()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+    return model, guard
+
+
+def gap(one, other):
+    other = other.state_dict()
+    return max(float((t - other[n]).abs().max()) for n, t in one.state_dict().items())
+
+
+STACKS = [SHUFFLE, PRIVATE, f"positions:kind=sincos+{SHUFFLE}+{PRIVATE},physical_batch=2"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stack", STACKS)
+def test_training_ends_at_the_weights_of_a_loop_by_hand(stack):
+    module = Guarded(stack, 3)
+    start = {n: t.clone() for n, t in module.net.state_dict().items()}
+    trainer = fit(module)
+    reference, counted = by_hand(stack)
+    assert gap(module.net, reference) < 1e-6
+    assert not torch.equal(start["head.weight"], module.net.head.weight)
+    assert trainer.global_step == 8
+    if PRIVATE[:7] in stack:
+        spent = module.guard._ledgers["privacy"]
+        assert spent.history == counted._ledgers["privacy"].history and spent.steps == 8
+        assert "epsilon" in trainer.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_epsilon_after_a_resume_is_that_of_one_run_and_a_plain_model_loads_the_weights(tmp_path):
+    whole = Guarded(PRIVATE)
+    fit(whole, epochs=4)
+    first = Guarded(PRIVATE)
+    path = tmp_path / "half.ckpt"
+    fit(first, epochs=2).save_checkpoint(path)
+    second = Guarded(PRIVATE)
+    trainer = fit(second, epochs=4, ckpt_path=path)
+    assert trainer.global_step == 16 == second.guard._ledgers["privacy"].steps
+    assert second.guard.privacy_spent() == whole.guard.privacy_spent()
+    loaded = Guarded.load_from_checkpoint(path)
+    assert gap(loaded.net, first.net) == 0
+    state = torch.load(path, weights_only=False)["state_dict"]
+    plain = {n.removeprefix("net."): t for n, t in state.items() if ".vitguard." not in n}
+    build().load_state_dict(plain, strict=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_without_the_guards_state_is_refused(tmp_path):
+    path = tmp_path / "half.ckpt"
+    fit(Guarded(PRIVATE), epochs=1).save_checkpoint(path)
+    state = torch.load(path, weights_only=False)
+    del state["vitguard"]
+    torch.save(state, path)
+    with pytest.raises(InputError, match="What was spent before would not count"):
+        fit(Guarded(PRIVATE), ckpt_path=path)
+
+
+class Photos(L.LightningDataModule):
+    def train_dataloader(self):
+        return self.trainer.lightning_module.private(DataLoader(DATA, 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["fit", "data module"])
+def test_a_loader_from_elsewhere_is_made_private_by_the_module(how):
+    module = Guarded(PRIVATE, 3)
+    fit(module, module.private(DataLoader(DATA, 4)) if how == "fit" else Photos())
+    assert gap(module.net, by_hand(PRIVATE)[0]) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_plain_loader_is_refused_before_the_first_step():
+    module = Guarded(PRIVATE, 3)
+    before = {n: t.clone() for n, t in module.net.state_dict().items()}
+    with pytest.raises(Unprotected, match=r"module\.private\(loader\)"):
+        fit(module, DataLoader(DATA, 4))
+    assert all(torch.equal(t, before[n]) for n, t in module.net.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accumulation_is_refused_with_what_to_set():
+    with pytest.raises(Incompatible, match="set physical_batch"):
+        fit(Guarded(PRIVATE), accumulate_grad_batches=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_defense_added_is_trained_where_the_modules_optimizer_leaves_it_out():
+    class Own(Lit):
+        def configure_optimizers(self):
+            of_the_model = build().state_dict()
+            own = [p for n, p in self.net.named_parameters() if n in of_the_model]
+            return torch.optim.SGD(own, lr=0.1)
+
+    module = type("Module", (GuardMixin, Own), {})(SHUFFLE)
+    known = build().state_dict()
+    added = {n: p.clone() for n, p in module.net.named_parameters() if n not in known}
+    fit(module, epochs=1)
+    trained = dict(module.net.named_parameters())
+    assert added and not any(torch.equal(p, trained[n]) for n, p in added.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accumulation_without_privacy_is_lightnings():
+    assert fit(Guarded(SHUFFLE), accumulate_grad_batches=2).global_step == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stack", ["noise:scale=0.1", "client-privacy", "encryption"])
+def test_defenses_of_the_update_alone_are_refused_before_the_first_step(stack):
+    module = Guarded(stack)
+    with pytest.raises(Unprotected, match="would not act on the weights"):
+        fit(module)
+    module.guard.keep_local()
+    fit(module, epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_callback_alone_counts_for_a_module_that_prepares_by_itself(tmp_path):
+    class Own(Lit):
+        def configure_optimizers(self):
+            guard = vg.Guard.of(self.net)
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            optimizer, self.loader = guard.prepare(optimizer, DataLoader(DATA, 4))
+            return optimizer
+
+        def train_dataloader(self):
+            return self.loader
+
+    module = Own(PRIVATE)
+    trainer = fit(module, epochs=1, callbacks=[GuardCallback()])
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    again = Own(PRIVATE)
+    fit(again, epochs=2, callbacks=[GuardCallback()], ckpt_path=tmp_path / "one.ckpt")
+    assert vg.Guard.of(again.net)._ledgers["privacy"].steps == 8
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_that_steps_by_itself_is_told_what_to_call():
+    class Manual(GuardMixin, Lit):
+        automatic_optimization = False
+
+    with pytest.raises(Incompatible, match=r"guard\.prepare and guard\.auxiliary_loss"):
+        fit(Manual(SHUFFLE))
+
+
+def forms(kind):
+    class Formed(Lit):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            return {
+                "alone": optimizer,
+                "a list": [optimizer],
+                "a dictionary": {"optimizer": optimizer, "lr_scheduler": scheduler},
+                "nested": {
+                    "optimizer": optimizer,
+                    "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+                },
+            }[kind]
+
+    class Both(GuardMixin, Formed):
+        pass
+
+    return Both(PRIVATE)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["alone", "a list", "a dictionary", "nested"])
+def test_an_optimizer_is_found_in_every_form_that_lightning_takes(kind):
+    module = forms(kind)
+    fit(module, epochs=1)
+    assert module.guard._ledgers["privacy"].steps == 4

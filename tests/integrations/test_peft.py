@@ -1,0 +1,175 @@
+"""PEFT before protect and after it: what is trained, private over the adapters, and sealed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import vitguard as vg
+from vitguard.errors import Unprotected
+
+peft = pytest.importorskip("peft")
+
+SHUFFLE = "shuffle:ratio=0.5,mask=uniform"
+PRIVATE = "privacy:noise=0.5,clip=1,delta=0.01,accountant=rdp"
+DATA = TensorDataset(
+    torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 10
+)
+KINDS = {
+    "LoRA": lambda: peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"]),
+    "IA3": lambda: peft.IA3Config(target_modules=["qkv", "fc2"], feedforward_modules=["fc2"]),
+}
+ORDERS = ["protect first", "PEFT first"]
+
+
+def adapted(small_vit, order, stack=SHUFFLE, kind="LoRA", seed=3):
+    torch.manual_seed(0)
+    model = small_vit(depth=1)
+    generator = torch.Generator().manual_seed(seed)
+    if order == "protect first":
+        guard = vg.protect(model, stack, generator=generator)
+        return peft.get_peft_model(model, KINDS[kind]()), guard
+    wrapped = peft.get_peft_model(model, KINDS[kind]())
+    return wrapped, vg.protect(wrapped, stack, generator=generator)
+
+
+def sgd(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+
+
+def step(model, guard, optimizer):
+    images, labels = DATA.tensors
+    (F.cross_entropy(model(images), labels) + guard.auxiliary_loss()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def moved(model, before):
+    return {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+
+
+def kept(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_adapters_and_what_a_defense_added_are_trained_and_nothing_else(small_vit, order, kind):
+    model, guard = adapted(small_vit, order, kind=kind)
+    optimizer = guard.prepare(sgd(model))
+    before = kept(model)
+    for _ in range(2):
+        step(model.train(), guard, optimizer)
+    names = moved(model, before)
+    assert any(n.endswith("vitguard.shuffle.unknown") for n in names)
+    own = ("lora_", "ia3_", "modules_to_save", "vitguard.")
+    assert names and all(any(part in n for part in own) for n in names)
+    assert any("lora_B" in n or "ia3_" in n for n in names)
+
+
+def test_both_orders_train_to_the_same_weights(small_vit):
+    ends = []
+    for order in ORDERS:
+        model, guard = adapted(small_vit, order)
+        for name, p in model.named_parameters():
+            if "lora_A" in name:
+                p.data.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
+        optimizer = guard.prepare(sgd(model))
+        for _ in range(2):
+            step(model.train(), guard, optimizer)
+        ends.append(dict(guard.model.named_parameters()))
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.allclose(p, ends[1][n], atol=1e-6) for n, p in ends[0].items())
+
+
+def test_without_prepare_a_frozen_embedding_is_told_at_the_first_step(small_vit):
+    model, guard = adapted(small_vit, "protect first")
+    optimizer = sgd(model)
+    with pytest.raises(Unprotected, match=r"guard\.prepare\(optimizer\)"):
+        step(model.train(), guard, optimizer)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("stack", [PRIVATE, f"{SHUFFLE}+{PRIVATE}"])
+def test_privacy_clips_over_the_adapters_alone(small_vit, order, stack):
+    pytest.importorskip("opacus")
+    quiet = stack.replace("noise=0.5", "noise=0")
+    model, guard = adapted(small_vit, order, quiet)
+    optimizer, loader = guard.prepare(sgd(model), DataLoader(DATA, 8))
+    before = kept(model)
+    model.train()
+    for images, labels in loader:
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    after = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert moved(model, before) <= trained
+    # a mean of 8 clipped gradients, times the learning rate
+    norm = float(torch.stack([d.norm() for d in after.values()]).norm())
+    assert 0 < norm <= 0.5 * (1 + 1e-5)
+    assert guard._ledgers["privacy"].steps == 1
+    assert all("lora" in n or "modules_to_save" in n or "vitguard" in n for n in trained)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_update_of_adapters_is_sealed_by_the_names_of_the_wrapped_model(small_vit, order):
+    model, guard = adapted(small_vit, order, "client-privacy:noise=0,clip=0.01")
+    guard.will_seal()
+    optimizer = guard.prepare(sgd(model))
+    before = kept(model)
+    step(model.train(), guard, optimizer)
+    difference = {n: p.detach() - before[n] for n, p in model.named_parameters() if p.requires_grad}
+    sealed = guard.seal(vg.Update(difference, kind="difference", batch_size=8))
+    assert len(sealed.tensors) == len(difference)
+    norm = float(torch.stack([t.norm() for t in sealed.tensors.values()]).norm())
+    assert norm == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_guard_update_holds_the_adapters_alone(small_vit, order):
+    model, guard = adapted(small_vit, order, "noise:scale=0")
+    model.train()
+    update = guard.update(*DATA.tensors)
+    assert any("lora_A" in n for n in update.tensors)
+    assert "patch_embed.proj.weight" not in update.tensors
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_model_of_transformers_with_adapters_is_protected_too(order):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=1, num_labels=10,
+            num_attention_heads=2, intermediate_size=32,
+        )
+    )  # fmt: skip
+    modules = {n.rpartition(".")[2] for n, _ in model.named_modules()}
+    config = peft.LoraConfig(
+        r=2, target_modules=[n for n in ("q_proj", "query") if n in modules],
+        modules_to_save=["classifier"],
+    )  # fmt: skip
+    if order == "PEFT first":
+        model = peft.get_peft_model(model, config)
+    guard = vg.protect(model, SHUFFLE)
+    if order == "protect first":
+        model = peft.get_peft_model(model, config)
+    optimizer = guard.prepare(sgd(model))
+    before = kept(model)
+    images, labels = DATA.tensors
+    for _ in range(2):
+        model.train()(pixel_values=images, labels=labels).loss.backward()
+        optimizer.step()
+    names = moved(model, before)
+    assert any("unknown" in n for n in names) and any("lora_B" in n for n in names)
+
+
+def test_merged_adapters_load_into_a_plain_model(small_vit):
+    model, guard = adapted(small_vit, "protect first")
+    optimizer = guard.prepare(sgd(model))
+    step(model.train(), guard, optimizer)
+    merged = model.merge_and_unload()
+    plain = small_vit(depth=1)
+    plain.load_state_dict(vg.Guard.of(merged).export(), strict=True)
+    images = DATA.tensors[0]
+    assert torch.allclose(plain.eval()(images), merged.eval()(images), atol=1e-5)

@@ -1,0 +1,125 @@
+"""Mixup, CutMix and their like, which put two records into one example: refused.
+
+Clipping bounds what one example adds, so an example of two records voids the bound. A collate
+function is tried out on a few records. Mixing that happens later shows in the targets: the gradient
+at the class scores tells them, whatever the criterion looks like.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from vitguard.errors import Incompatible, Unprotected
+
+__all__ = ["refuse_mixed_targets", "refuse_mixing_collate"]
+
+_TRIES = 16  # a mixing that happens in one of five batches goes unseen in 3 of 100 trials
+_FEW = 4  # classes below which smoothed labels and mixed ones look alike
+_REMEDY = "Leave mixup and CutMix out: what changes one image alone (crop, flip, erase) may stay."
+
+
+def refuse_mixing_collate(collate: Callable[[list[Any]], Any], dataset: Any, records: Any) -> None:
+    """Raise Incompatible if the first example of a batch depends on the others in it.
+
+    Args:
+        records: Indices of `dataset` that are trained on.
+    """
+    if len(records) < 3:
+        return
+    chosen = [dataset[records[i * (len(records) - 1) // 6]] for i in range(7)]
+    together, others = chosen[:4], [chosen[0], *chosen[4:]]
+    for seed in range(_TRIES):
+        first, second = (_first_rows(collate, batch, seed) for batch in (together, others))
+        if len(first) != len(second) or not all(map(_same, first, second)):
+            raise Incompatible(
+                "Expected a collate function that keeps each example to itself, got one that mixes "
+                f"examples: clipping would bound what two records add together. {_REMEDY}"
+            )
+
+
+def _first_rows(collate: Any, batch: Sequence[Any], seed: int) -> list[Tensor]:
+    with _seeded(seed):
+        made = collate(list(batch))
+    return [t[0] for t in tree_leaves(made) if isinstance(t, Tensor) and t.dim()]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Let a collate function of any library draw from this seed, and leave no trace of it."""
+    numpy, python = np.random.get_state(), random.getstate()  # noqa: NPY002 - what collates use
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy)  # noqa: NPY002
+            random.setstate(python)
+
+
+def refuse_mixed_targets(scores: Tensor, gradient: Tensor) -> None:
+    """Raise Unprotected if a gradient at class scores is that of targets with two classes.
+
+    Cross-entropy against targets t has the gradient w (softmax(scores) - t), its binary form
+    w (sigmoid(scores) - t), whether t is one soft target or two criteria were weighted. A target
+    is mixed if exactly two classes stand out above a flat rest; a smoothed label has one. Of two or
+    three classes nothing is told.
+
+    Args:
+        scores: Shape (batch, classes).
+        gradient: Of the loss, as large.
+    """
+    if scores.dim() != 2 or scores.shape[1] < _FEW or not bool(gradient.any()):
+        return
+    z, g = scores.detach().double(), gradient.double()
+    rounding = 2e-5 if gradient.dtype in (torch.float32, torch.float64) else 1e-2
+    for chances, sizes in ((z.softmax(1), (len(z), 1)), (z.sigmoid(), (z.numel(), len(z), 1))):
+        for size in (*sizes, _ratio(chances, g)):
+            if _mixed(chances, chances - g * size, rounding):
+                raise Unprotected(
+                    "Expected a label of one class for each example, got targets that mix two "
+                    f"(mixup, CutMix): an example would hold two records. {_REMEDY}"
+                )
+
+
+def _ratio(chances: Tensor, gradient: Tensor) -> float:
+    """Return chances over gradient, as most classes have it: those that the target leaves out."""
+    known = gradient != 0
+    return float((chances[known] / gradient[known]).median())
+
+
+def _targets(values: Tensor, rounding: float) -> Tensor:
+    """Return which rows are shares that add up to 1, shape (batch,)."""
+    inside = ((values > -rounding) & (values < 1 + rounding)).all(1)
+    return inside & ((values.sum(1) - 1).abs() < rounding * values.shape[1])
+
+
+def _mixed(chances: Tensor, values: Tensor, rounding: float) -> bool:
+    """Whether some row of `values` is a target with two classes above the rest, and no chance."""
+    order = values.argsort(1, descending=True)
+    ordered, before = values.gather(1, order), chances.gather(1, order)
+    rest, rest_before = ordered[:, 2:], before[:, 2:]
+    flat = _spread(rest) < rounding
+    # a rest that is flat by itself, in a model that is sure already, proves nothing
+    unsure = chances.amax(1) < 3 / chances.shape[1]
+    proven = (_spread(rest_before) > 10 * rounding) | unsure
+    stand_out = ordered[:, 1] - rest[:, 0] > 0.01
+    moved = ((ordered - before)[:, :2].abs() > 0.01).all(1)
+    return bool((_targets(values, rounding) & flat & proven & stand_out & moved).any())
+
+
+def _spread(values: Tensor) -> Tensor:
+    return values.amax(1) - values.amin(1)

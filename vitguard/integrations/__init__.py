@@ -1,0 +1,1 @@
+"""The trainers that people use, each a module of its own: transformers, Lightning, accelerate."""

@@ -1,0 +1,121 @@
+"""accelerate with a protected model: `prepare` in the right order, checkpoints that count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vitguard.defenses.privacy.loader import PoissonLoader
+from vitguard.errors import Incompatible, missing_extra
+from vitguard.guard import Guard
+from vitguard.integrations.found import (
+    guard_inside,
+    is_private,
+    load_state,
+    refuse_idle,
+    require_state,
+    save_state,
+)
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import send_to_device
+except ImportError as error:
+    raise missing_extra("vitguard.integrations.accelerate", "accelerate", "hf") from error
+
+__all__ = ["PlacedBatches", "prepare", "register"]
+
+
+def prepare(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, loader: Any, *others: Any
+) -> tuple[Any, ...]:
+    """Return what `accelerator.prepare` returns, for a protected model.
+
+    Under differential privacy the optimizer adds up over processes by itself, so the model is not
+    wrapped for it, and the loader is a Poisson loader whose batches come on the right device; the
+    batch size that it was made with is that of all processes together.
+
+    Args:
+        model: Protected, not prepared by accelerate.
+        optimizer, loader: Of torch, not prepared by accelerate.
+        others: Schedulers and other loaders.
+
+    Raises:
+        Unprotected: The stack's defenses act on updates alone; see `Guard.will_seal`.
+        Incompatible: What was given is prepared already, or privacy cannot have it.
+    """
+    if any(type(given).__module__.startswith("accelerate.") for given in (optimizer, loader)):
+        raise Incompatible(
+            "Expected an optimizer and a loader of torch, got what accelerator.prepare made. Give "
+            "them to vitguard.integrations.accelerate.prepare in its place."
+        )
+    guard = guard_inside(model)
+    refuse_idle(guard)
+    register(accelerator, guard)
+    if not is_private(guard):
+        optimizer = guard.prepare(optimizer)
+        return accelerator.prepare(model, optimizer, loader, *others)
+    _refuse(accelerator)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    optimizer, loader = guard.prepare(optimizer, loader)
+    prepared = accelerator.prepare(optimizer, *others)
+    optimizer, *others_prepared = prepared if others else (prepared,)
+    return model, optimizer, PlacedBatches(loader, accelerator.device), *others_prepared
+
+
+def register(accelerator: Accelerator, guard: Guard) -> None:
+    """Let `save_state` write the guard's state, mode 600, and `load_state` refuse to go on without.
+
+    For a loop that calls `guard.prepare` and then `accelerator.prepare` itself.
+    """
+
+    def save(models: Any, weights: Any, folder: str) -> None:
+        if accelerator.is_main_process:
+            save_state(guard, folder)
+
+    def load(models: Any, folder: str) -> None:
+        require_state(guard, folder)
+        load_state(guard, folder)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _refuse(accelerator: Accelerator) -> None:
+    if accelerator.gradient_accumulation_steps != 1:
+        raise Incompatible(
+            "Expected gradient_accumulation_steps=1 under differential privacy, got "
+            f"{accelerator.gradient_accumulation_steps}. Make the loader's batch_size that much "
+            "larger and set physical_batch to what fits the memory."
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise Incompatible(
+            "Expected bf16 or full precision under differential privacy, got fp16: its scaler "
+            "would change what is clipped. Use mixed_precision='bf16'."
+        )
+
+
+class PlacedBatches:
+    """A Poisson loader whose batches come on a device."""
+
+    def __init__(self, loader: PoissonLoader, device: torch.device) -> None:
+        self.loader, self.device = loader, device
+        self.dataset = loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield batch if self.device.type == "cpu" else send_to_device(batch, self.device)
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the step on the batch handed out last is a full step (`physical_batch`)."""
+        return self.loader.ends_step
+
+    def skip(self) -> None:
+        """Leave the batch handed out last out of training, as `PoissonLoader.skip` does."""
+        self.loader.skip()

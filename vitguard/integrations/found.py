@@ -1,0 +1,88 @@
+"""What the integrations share: the guard inside a trainer's model, and its state in a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from vitguard.defenses.base import Ledgered, StepDefense
+from vitguard.defenses.protection import Protection
+from vitguard.errors import Incompatible, Unprotected, expected
+from vitguard.files import write_atomically
+from vitguard.guard import Guard
+
+__all__ = [
+    "STATE_FILE", "epsilons", "guard_inside", "is_private", "load_state", "refuse_idle",
+    "require_state", "save_state",
+]  # fmt: skip
+
+STATE_FILE = "vitguard.json"
+"""The guard's state in a checkpoint folder, readable by its owner alone."""
+
+
+def guard_inside(model: nn.Module) -> Guard:
+    """Return the guard of a protected model, or of the one that is a part of `model`.
+
+    Raises:
+        InputError: No part is protected, or several are.
+    """
+    owners = [m for m in model.modules() if isinstance(m._modules.get("vitguard"), Protection)]
+    if len(owners) != 1:
+        raise expected(
+            "one protected model in the trainer", f"{len(owners)} in {type(model).__name__}",
+            "Call vg.protect(model, defenses) before the trainer is made.",
+        )  # fmt: skip
+    return Guard.of(owners[0])
+
+
+def refuse_idle(guard: Guard) -> None:
+    """Raise Unprotected where defenses of the update would not act on a trainer's checkpoint."""
+    if line := guard._protection.idle():
+        raise Unprotected(line)
+
+
+def is_private(guard: Guard) -> bool:
+    """Whether training needs a private loader and optimizer.
+
+    Raises:
+        Incompatible: A defense of the step acts in `Guard.update` alone.
+    """
+    steps = [d for d in guard.defenses if isinstance(d, StepDefense)]
+    if strangers := [d.name for d in steps if not isinstance(d, Ledgered)]:
+        raise Incompatible(
+            f"Expected a defense that can guard a training loop, got {strangers[0]}. Take its "
+            "gradients from guard.update."
+        )
+    return bool(steps)
+
+
+def epsilons(guard: Guard) -> dict[str, float]:
+    """Return what was spent, by the name of the metric: `epsilon`, or one for each defense."""
+    names = [d.name for d in guard.defenses if isinstance(d, Ledgered)]
+    spent = {name: float(guard.privacy_spent(name).epsilon) for name in names}
+    return {"epsilon" if len(spent) == 1 else f"epsilon_{n}": e for n, e in spent.items()}
+
+
+def save_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
+    """Write the guard's state into a checkpoint folder, mode 600."""
+    write_atomically(Path(folder) / STATE_FILE, guard.state_bytes(), private=True)
+
+
+def require_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
+    """Raise InputError if a checkpoint of a stack that counts has no state of the guard."""
+    if guard._ledgers and not (Path(folder) / STATE_FILE).is_file():
+        raise expected(
+            f"{STATE_FILE} in the checkpoint {folder}", "none",
+            "What was spent before would not count: resume from a checkpoint that this trainer "
+            "wrote, or load the weights alone into a new model.",
+        )  # fmt: skip
+
+
+def load_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
+    """Go on from the guard's state in a checkpoint folder."""
+    require_state(guard, folder)
+    path = Path(folder) / STATE_FILE
+    if path.is_file():
+        guard.load_state_bytes(path.read_bytes())

@@ -1,0 +1,206 @@
+"""Lightning with a protected model: a mixin for the module, and the callback that it brings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vitguard.defenses.privacy.whole import WholeBatches
+from vitguard.errors import Incompatible, Unprotected, expected, missing_extra
+from vitguard.guard import Guard
+from vitguard.integrations.found import epsilons, guard_inside, is_private, refuse_idle
+
+try:
+    from lightning.pytorch import Callback
+except ImportError as error:
+    raise missing_extra("vitguard.integrations.lightning", "lightning", "lightning") from error
+
+__all__ = ["GuardCallback", "GuardMixin", "PrivateBatches"]
+
+_STATE = "vitguard"
+
+
+class GuardCallback(Callback):
+    """Keep the guard's state in the checkpoint, log `epsilon`, refuse defenses that would be idle.
+
+    For a module that calls `guard.prepare` and `guard.auxiliary_loss` itself; `GuardMixin` brings
+    it along.
+
+    Guarantees:
+        A checkpoint holds the ledger, which holds no secret; resuming without it is refused.
+        Training whose defenses act on updates alone is refused, unless it is inside `guard.round`,
+        or `guard.will_seal` or `guard.keep_local` was called.
+    """
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        refuse_idle(guard_inside(pl_module))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        for name, value in epsilons(guard_inside(pl_module)).items():
+            pl_module.log(name, value)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_STATE] = guard_inside(pl_module).state_bytes(draws=False).decode()
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        guard = guard_inside(pl_module)
+        if _STATE in checkpoint:
+            guard.load_state_bytes(str(checkpoint[_STATE]).encode())
+        elif guard._ledgers:
+            raise expected(
+                "a checkpoint with the guard's state", "one without",
+                "What was spent before would not count: resume from a checkpoint that "
+                "GuardCallback or GuardMixin wrote, or load the weights alone into a new module.",
+            )  # fmt: skip
+
+
+class PrivateBatches:
+    """What a loader becomes when the optimizer is known: Poisson batches, each in one.
+
+    Args:
+        source: The plain loader.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.batches: WholeBatches | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.batches is None:
+            raise Unprotected("Expected training by a Trainer, got a pass over its loader before.")
+        yield from self.batches
+
+
+class GuardMixin:
+    """Put it before the module: `class T(GuardMixin, Lit)`. A part of the module is protected.
+
+    Protect it in `__init__` or `configure_model`.
+
+    Guarantees:
+        What defenses added is trained, and their auxiliary loss is part of the loss.
+        Under differential privacy every step is private, on Poisson batches; `physical_batch` cuts
+        them inside `training_step`, so that a step is a step.
+        What `GuardCallback` says.
+
+    Under differential privacy a loader that is no `train_dataloader` of the module is given as
+    `trainer.fit(module, module.private(loader))`; a data module returns
+    `self.trainer.lightning_module.private(loader)`. Lightning's gradient clipping does nothing
+    then, and the loader's batch size is that of all processes together.
+    """
+
+    _loader: PrivateBatches | None = None
+    _optimizer: Any = None
+
+    @property
+    def guard(self) -> Guard:
+        """The guard of the protected part."""
+        return guard_inside(self)  # type: ignore[arg-type]
+
+    def private(self, loader: Any) -> PrivateBatches:
+        """Return the private stand-in of a loader, for `trainer.fit` or a data module."""
+        self._loader = PrivateBatches(loader)
+        return self._loader
+
+    def configure_callbacks(self) -> list[Any]:
+        made = super().configure_callbacks()  # type: ignore[misc]
+        return [*(made if isinstance(made, list | tuple) else [made]), GuardCallback()]
+
+    def train_dataloader(self) -> Any:
+        loader = super().train_dataloader()  # type: ignore[misc]
+        return self.private(loader) if is_private(self.guard) else loader
+
+    def configure_optimizers(self) -> Any:
+        if not self.automatic_optimization:  # type: ignore[attr-defined]
+            raise Incompatible(
+                "Expected automatic optimization with GuardMixin, got a module that steps by "
+                "itself. Call guard.prepare and guard.auxiliary_loss there, and add GuardCallback."
+            )
+        made = super().configure_optimizers()  # type: ignore[misc]
+        plain = _the_optimizer(made)
+        self._optimizer = self._prepared(plain) if is_private(self.guard) else plain
+        if self._optimizer is plain:
+            self.guard.prepare(plain)
+        return _replaced(made, plain, self._optimizer)
+
+    def _prepared(self, optimizer: Any) -> Any:
+        trainer = self.trainer  # type: ignore[attr-defined]
+        if trainer.accumulate_grad_batches != 1:
+            raise Incompatible(
+                "Expected accumulate_grad_batches=1 under differential privacy, got "
+                f"{trainer.accumulate_grad_batches}. Make the loader's batch_size that much larger "
+                "and set physical_batch to what fits the memory."
+            )
+        _ = trainer.estimated_stepping_batches  # asks for the loaders
+        used = trainer.train_dataloader
+        if self._loader is None or used is not self._loader:
+            raise Unprotected(
+                "Expected a private training loader, got a plain one given to fit or by a data "
+                "module. Give module.private(loader) in its place."
+            )
+        optimizer, poisson = self.guard.prepare(optimizer, self._loader.source)
+        self._loader.batches = WholeBatches(poisson)
+        return optimizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self._loader is None or self._loader.batches is None:
+            return self._one_step(batch, batch_idx)
+        self._optimizer.zero_grad()  # Lightning does so only before the last piece
+        for piece, _, last in self._loader.batches.pieces(batch):
+            made = self._one_step(piece, batch_idx)
+            if last:
+                return made
+            (made["loss"] if isinstance(made, dict) else made).backward()
+            self._optimizer.step()
+        return None
+
+    def _one_step(self, batch: Any, batch_idx: int) -> Any:
+        step = super().training_step  # type: ignore[misc]
+        takes_index = len(inspect.signature(step).parameters) > 1
+        made = step(batch, batch_idx) if takes_index else step(batch)
+        if made is None:
+            return made
+        auxiliary = self.guard.auxiliary_loss()
+        if isinstance(made, dict):
+            return {**made, "loss": made["loss"] + auxiliary}
+        return made + auxiliary
+
+
+def _the_optimizer(made: Any) -> torch.optim.Optimizer:
+    """Return the one optimizer in what `configure_optimizers` returned."""
+    found = _optimizers_in(made)
+    if len(found) != 1:
+        raise Incompatible(
+            f"Expected one optimizer from configure_optimizers, got {len(found)}. With several, "
+            "call guard.prepare there yourself and add GuardCallback."
+        )
+    return found[0]
+
+
+def _optimizers_in(made: Any) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of any form: alone, in lists beside schedulers, in dictionaries."""
+    if isinstance(made, torch.optim.Optimizer):
+        return [made]
+    if isinstance(made, dict):
+        return _optimizers_in(made.get("optimizer"))
+    if isinstance(made, list | tuple):
+        return [optimizer for part in made for optimizer in _optimizers_in(part)]
+    return []
+
+
+def _replaced(made: Any, plain: Any, private: Any) -> Any:
+    """Return what `configure_optimizers` returned with the private optimizer in it."""
+    if made is plain:
+        return private
+    if isinstance(made, dict):
+        return {key: _replaced(value, plain, private) for key, value in made.items()}
+    if isinstance(made, list | tuple):
+        return type(made)(_replaced(value, plain, private) for value in made)
+    if getattr(made, "optimizer", None) is plain:  # a scheduler: Lightning looks whose it is
+        made.optimizer = private
+    return made

@@ -1,0 +1,183 @@
+"""Hugging Face's Trainer with a protected model: loader, optimizer, loss, checkpoint, logs."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from vitguard.defenses.privacy.whole import WholeBatches
+from vitguard.errors import Incompatible, missing_extra
+from vitguard.integrations.found import (
+    epsilons,
+    guard_inside,
+    is_private,
+    load_state,
+    refuse_idle,
+    require_state,
+    save_state,
+)
+
+try:
+    from transformers import Trainer
+except ImportError as error:
+    raise missing_extra("vitguard.integrations.transformers", "transformers", "hf") from error
+
+__all__ = ["GuardMixin", "GuardedTrainer"]
+
+
+class GuardMixin:
+    """Put it before `Trainer`: `class T(GuardMixin, Trainer)`. The model must be protected.
+
+    Guarantees:
+        What defenses added is trained, and their auxiliary loss is part of the loss.
+        Under differential privacy every step is private; batches are Poisson samples of as many
+        images, on average, as one step of the Trainer has (device batch times accumulation times
+        processes), and pass through the model in pieces of one device batch. A step is a step.
+        Each checkpoint holds `vitguard.json` (mode 600); resuming goes on from its ledger, and is
+        refused without it.
+        Training whose defenses act on updates alone is refused, unless it is inside `guard.round`,
+        or `guard.will_seal` or `guard.keep_local` was called.
+
+    Logs `epsilon`, what was spent so far, and `auxiliary_loss`.
+
+    Examples:
+        ```python
+        guard = vg.protect(model, "shuffle:ratio=0.5,dal=tokens+privacy:epsilon=8,epochs=3")
+        GuardedTrainer(model=model, args=args, train_dataset=dataset).train()
+        ```
+    """
+
+    # of Trainer
+    model: Any
+    args: Any
+    accelerator: Any
+    optimizer: Any
+    state: Any
+    _prepare_inputs: Any
+    _get_output_dir: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._private: WholeBatches | None = None
+        self._piece: int | None = None
+        self._auxiliary: list[Tensor] = []
+        super().__init__(*args, **kwargs)
+        self.guard = guard_inside(self.model)
+        if is_private(self.guard):
+            self._plan()
+
+    def _plan(self) -> None:
+        """Turn accumulation into pieces of one batch, and refuse what privacy cannot have."""
+        self.args = given = copy.copy(self.args)
+        if given.fp16:
+            raise Incompatible(
+                "Expected bf16 or full precision under differential privacy, got fp16=True: its "
+                "scaler would change what is clipped. Set bf16=True."
+            )
+        if given.torch_compile:
+            raise Incompatible(
+                "Expected a model that is not compiled under differential privacy, got "
+                "torch_compile=True. Leave it out."
+            )
+        if given.n_gpu > 1:
+            raise Incompatible(
+                f"Expected one device for each process under differential privacy, got "
+                f"{given.n_gpu} in one. Start a process for each with torchrun."
+            )
+        accumulated = given.gradient_accumulation_steps
+        self._piece = given.per_device_train_batch_size if accumulated > 1 else None
+        given.per_device_train_batch_size *= accumulated
+        self._train_batch_size = given.train_batch_size
+        given.gradient_accumulation_steps = self.accelerator.gradient_accumulation_steps = 1
+        given.ignore_data_skip = True  # every draw is fresh
+
+    @contextmanager
+    def _planned(self) -> Iterator[None]:
+        """Make loaders plain, of the batch of all processes: the private one shares them out."""
+        size, prepare = self._train_batch_size, self.accelerator.prepare
+        self._train_batch_size = size * self.args.world_size
+        self.accelerator.prepare = lambda loader: loader
+        try:
+            yield
+        finally:
+            self._train_batch_size, self.accelerator.prepare = size, prepare
+
+    def get_train_dataloader(self) -> Any:
+        if not is_private(self.guard):
+            return super().get_train_dataloader()  # type: ignore[misc]
+        with self._planned():
+            loader = super().get_train_dataloader()  # type: ignore[misc]
+        made = super().create_optimizer()  # type: ignore[misc]
+        made = getattr(made, "optimizer", made)  # of accelerate, after an earlier train()
+        self.optimizer, poisson = self.guard.prepare(made, loader)
+        self._private = WholeBatches(poisson, self._piece)
+        return self._private
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self._private is None:
+            super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+            self.optimizer = self.guard.prepare(self.optimizer)
+        return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_idle(self.guard)
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None, *args: Any
+    ) -> Tensor:
+        step = super().training_step  # type: ignore[misc]
+        if self._private is None:
+            return step(model, inputs, num_items_in_batch, *args)
+        total: Any = 0
+        for piece, share, last in self._private.pieces(self._prepare_inputs(inputs)):
+            total = total + share * step(model, piece, None, *args)
+            if not last:
+                self.optimizer.step()
+        return total
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        made = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs, *args, **kwargs
+        )
+        if not model.training:
+            return made
+        auxiliary = self.guard.auxiliary_loss()
+        if auxiliary.requires_grad:
+            self._auxiliary.append(auxiliary.detach())
+        if return_outputs:
+            return made[0] + auxiliary, made[1]
+        return made + auxiliary
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs or "train_loss" in logs:
+            logs |= epsilons(self.guard)
+        if "loss" in logs and self._auxiliary:
+            logs["auxiliary_loss"] = float(sum(self._auxiliary)) / len(self._auxiliary)
+            self._auxiliary.clear()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+        if self.args.should_save:
+            folder = f"checkpoint-{self.state.global_step}"
+            save_state(self.guard, os.path.join(self._get_output_dir(trial=trial), folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        require_state(self.guard, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_state(self.guard, checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+
+class GuardedTrainer(GuardMixin, Trainer):
+    """`Trainer` for a protected model; see `GuardMixin`."""

@@ -1,0 +1,60 @@
+"""A pass through the model: its class scores, and attention that can be derived twice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.backends import cuda as backends
+
+from vitguard.errors import expected
+
+__all__ = ["logits_of", "math_attention"]
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the class scores of a model's output: a tensor, or an object with `.logits`."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise expected("a model that returns class scores", type(output).__name__)
+
+
+_MATH_LOCK = threading.Lock()
+_math_users = 0
+_kernels: dict[Callable[[bool], None], bool] = {}
+
+
+@contextmanager
+def math_attention() -> Iterator[None]:
+    """Use the attention kernel that has a second derivative, inside the block only.
+
+    The switch is one for the whole process, so threads share it: the first to enter turns it, the
+    last to leave puts it back.
+    """
+    global _math_users, _kernels
+    with _MATH_LOCK:
+        if _math_users == 0:
+            _kernels = {
+                backends.enable_flash_sdp: backends.flash_sdp_enabled(),
+                backends.enable_mem_efficient_sdp: backends.mem_efficient_sdp_enabled(),
+                backends.enable_cudnn_sdp: backends.cudnn_sdp_enabled(),
+                backends.enable_math_sdp: backends.math_sdp_enabled(),
+            }
+            for enable in _kernels:
+                enable(enable is backends.enable_math_sdp)
+        _math_users += 1
+    try:
+        yield
+    finally:
+        with _MATH_LOCK:
+            _math_users -= 1
+            if _math_users == 0:
+                for enable, before in _kernels.items():
+                    enable(before)
