@@ -6,8 +6,6 @@ update that was seen.
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -71,14 +69,15 @@ def norms(model, photos, observe):
 @pytest.mark.parametrize("row", STACKS)
 def test_the_true_images_explain_the_update(row, model, photos, observe, norms):
     stack, how = STACKS[row]
-    stack = stack.format(between=math.sqrt(norms[0] * norms[1]))
+    stack = stack.format(between=0.9 * min(norms) + 0.1 * max(norms))
     view = observe(model, photos[:2], LABELS, defenses=stack, **how)
     assert relative_gap(view, photos[:2], LABELS) < 2e-3
     view.simulate(Normalization().apply(photos[:2]), LABELS, None)  # from fresh entropy
 
 
 def test_the_two_examples_of_the_table_can_be_told_apart_by_a_clip_between_them(norms):
-    assert max(norms) > 1.02 * min(norms)
+    """Ignored, such a clip would show: 0.9 % of one of two gradients, where 0.2 % is asked."""
+    assert max(norms) > 1.01 * min(norms)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def test_the_choice_is_near_the_best_candidate_the_plain_attack_among_them(
     view = DAMAGES[damage](observe(small_vit(), photo, defenses=stack))
     chosen, offered = chosen_and_offered(strong, view, photo, monkeypatch)
     assert min(abs(v - float(psnr(run(plain, view).images, photo))) for v in offered) < 0.01
-    assert len(offered) > 5 and chosen > max(offered) - 3
+    # above that, images make the same float32 update, and nothing tells them apart
+    assert len(offered) > 5 and chosen > min(max(offered), 120) - 3
 
 
 MISSED = pytest.mark.xfail(reason="pruned positions: the choice is 3 to 4 dB below the best")

@@ -87,7 +87,7 @@ def audit(
         InputError: Pixels outside [0, 1], labels out of range, weights that are not finite, ...
         Incompatible: A stack that cannot work.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module | str):
         given = (batch, defenses or None, batch_size, normalization, training, names)
         if any(value is not None for value in given) or loss is not F.cross_entropy:
             raise expected(
