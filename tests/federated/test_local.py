@@ -217,3 +217,13 @@ def test_a_callback_cannot_call_a_difference_a_gradient(model, clients):
     )  # fmt: skip
     with pytest.raises(InputError, match="learning rate"):
         federation(model, {"ana": said})
+
+
+def test_what_a_client_knows_that_it_sent_is_what_left_where_noise_comes_after_the_masks(
+    model, clients
+):
+    seen = federation(model, clients, "masking:select=head,force=true+noise:scale=1").round()
+    left, message = seen.without("ana", "bea"), seen.messages[2]
+    assert message.update.tensors
+    for name, sent in message.update.tensors.items():
+        assert (left.update.tensors[name] - sent).abs().max() <= 1e-6, name

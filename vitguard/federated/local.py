@@ -199,7 +199,7 @@ class LocalFederation:
             client.images, client.labels,
             mask if mask is not None and len(mask) == len(client.images) else None,
             certain=client.train is None,
-            own=dict(self._kept[name]) or dict(update.tensors),
+            own={**self._kept[name], **update.tensors},  # sealed, and as it left
         )  # fmt: skip
         stack = self._stacks[name]
         return Seen(
