@@ -1,11 +1,13 @@
 """An audit of federated rounds: each message, each sum, and what two sums give away together."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
 from vitguard import data
@@ -44,14 +46,31 @@ class OnGradients(Attack):
         return Guess(self.images if found else torch.zeros_like(self.images))
 
 
+@dataclass(frozen=True)
+class OnControl(Attack):
+    """Finds the images the first time, on the control, and nothing afterwards."""
+
+    name: ClassVar[str] = "on-control"
+    family: ClassVar[str] = "closed-form"
+    images: torch.Tensor = field(compare=False, default=None)
+    shown: list = field(default_factory=list, compare=False)
+
+    def run(self, view, generator):
+        self.shown.append(view)
+        first = len(self.shown) == 1  # the control is run first
+        return Guess(self.images if first else torch.zeros_like(self.images))
+
+
 @pytest.fixture
 def federation(small_vit, photos):
     """Three clients with a photo each."""
     labels = data.assign_labels(len(photos), 10)
 
-    def made(defenses=(), names=NAMES, **settings):
+    def made(defenses=(), names=NAMES, stacks=None, **settings):
         clients = {
-            n: LocalClient(photos[i : i + 1], labels[i : i + 1], **settings)
+            n: LocalClient(
+                photos[i : i + 1], labels[i : i + 1], defenses=(stacks or {}).get(n), **settings
+            )
             for i, n in enumerate(names)
         }
         seeded = torch.Generator().manual_seed(0)
@@ -220,3 +239,73 @@ def test_the_gate_of_an_audit_of_rounds_falls_by_one_leaking_message(federation)
     assert report.gate(max_gain=6.0) == 1
     masked = vg.audit(federation("masking").round().messages[:1], attacks="position")
     assert masked.gate(max_gain=6.0) == 3  # blocked messages decide nothing
+
+
+def test_a_sum_of_unlike_stacks_is_said_to_be_one_and_nothing_in_it_has_resisted(
+    federation, photos
+):
+    seen = _unlike(federation)
+    report = vg.audit(seen.total, attacks=[OnControl(photos[:2])])
+    finding = rows(report)["sum of round 0 (2 images of 2 clients)"]
+    assert finding.defense == "ana: client-privacy:noise=5.0; bea: plain"
+    assert finding.verdict == "inconclusive" and "different defenses" in finding.reason
+    assert "reconstruction_bound" not in finding.details
+
+
+def test_what_is_left_of_a_sum_has_the_defense_of_whom_it_is_left_of(federation):
+    """The bound of the one who is taken out says nothing of the other."""
+    seen = _unlike(federation)
+    left = seen.without("ana")
+    assert left.defense == "" and left.guard.defenses == ()
+    finding = rows(vg.audit(left, attacks="position"))[left.name]
+    assert finding.defense == "plain" and "reconstruction_bound" not in finding.details
+    other = seen.without("bea")
+    assert other.defense == "client-privacy:noise=5.0"
+    assert [d.name for d in other.guard.defenses] == ["client-privacy"]
+
+
+def test_a_difference_of_sums_has_the_defense_of_the_client_that_it_is_of(federation):
+    one = federation(stacks={"bea": [], "ana": "client-privacy:noise=5"}, names=("bea", "ana"))
+    first = one.round(advance=False)
+    alone = first.minus(one.round(["bea"]))
+    assert alone.defense == "client-privacy:noise=5.0"
+    assert [d.name for d in alone.guard.defenses] == ["client-privacy"]
+
+
+@pytest.mark.parametrize("training", [None, vg.LocalTraining(0.05, 1)])
+def test_the_bound_of_private_steps_is_not_said_of_training_that_was_not_made_here(
+    federation, photos, training
+):
+    """A callback may take any number of steps, with the noise of its loader."""
+
+    def train(guard):
+        loader = DataLoader(TensorDataset(photos[:1], torch.zeros(1).long()), batch_size=1)
+        optimizer = torch.optim.SGD(guard.model.parameters(), lr=0.05)
+        optimizer, loader = guard.prepare(optimizer, loader)
+        for _ in range(3):
+            for images, labels in loader:
+                F.cross_entropy(guard.model(images), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    made = federation("privacy:noise=1", names=("ana",), train=train, training=training)
+    (finding,) = rows(vg.audit(made.round().messages, attacks=[Watching()])).values()
+    assert finding.identified is not None and "reconstruction_bound" not in finding.details
+    here = federation("privacy:noise=1", names=("ana",)).round().messages
+    (finding,) = rows(vg.audit(here, attacks=[Watching()])).values()
+    assert finding.details["reconstruction_bound"] < 1
+
+
+def test_names_that_the_model_lacks_are_one_error_and_not_a_blocked_attack(federation):
+    (message,) = federation(names=("ana",)).round().messages
+    strange = {f"module.{n}": t for n, t in message.update.tensors.items()}
+    wrapped = replace(message, update=replace(message.update, tensors=strange))
+    with pytest.raises(InputError, match=r"module\."):
+        vg.audit(wrapped, attacks="position")
+    cut = {n: t[:1] for n, t in message.update.tensors.items()}
+    with pytest.raises(InputError, match="shape"):
+        vg.audit(replace(message, update=replace(message.update, tensors=cut)), attacks="position")
+
+
+def _unlike(federation):
+    return federation(stacks={"ana": "client-privacy:noise=5", "bea": []}, names=NAMES[:2]).round()

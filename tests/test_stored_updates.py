@@ -105,7 +105,8 @@ def test_a_file_of_ciphertext_is_an_update_that_nobody_can_read(model, photos, s
     clients = {n: LocalClient(photos[:1], torch.tensor([3])) for n in "abc"}
     seen = LocalFederation(model, clients, spec, bound=2.0).round()
     (payload,) = seen.messages[0].update.payloads.values()
-    for name, data in (("message.bin", payload), ("sum-0.bin", seen.sum_bytes[64:])):
+    total = seen.sum_bytes[64:]
+    for name, data in [("message.bin", payload)] + [("sum-0.bin", total)] * (spec == "encryption"):
         (tmp_path / name).write_bytes(data)
         update = stored_update(tmp_path / name, model, batch_size=1)
         assert not update.tensors
@@ -164,3 +165,22 @@ def test_the_command_line_audits_what_a_strategy_saved_before_and_after_a_client
     ):
         assert main([*command, *wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_masked_sum_is_not_called_ciphertext_and_half_a_model_is_not_called_all(model, tmp_path):
+    """The server reads a masked sum; masked values of a part say nothing of what stands beside."""
+    images, labels = torch.rand(3, 3, 16, 16), torch.arange(3)
+    clients = {n: LocalClient(images[i : i + 1], labels[i : i + 1]) for i, n in enumerate("abc")}
+    one = LocalFederation(model, clients, "masking", bound=2.0)
+    seen = one.round()
+    total = tmp_path / "sum"
+    total.write_bytes(seen.sum_bytes[64:])
+    with pytest.raises(InputError, match="sum"):
+        stored_update(total, model, batch_size=3)
+    part = LocalFederation(model, clients, "masking:select=head,force=true", bound=2.0)
+    (message, *_) = part.round().messages
+    (data,) = message.update.payloads.values()
+    file = tmp_path / "part"
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="values"):
+        stored_update(file, model, batch_size=1)

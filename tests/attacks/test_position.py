@@ -142,3 +142,14 @@ def test_trained_cifar_vit_one_step_difference(cifar_vit, cifar, observe, genera
         for image, label in zip(*(x[:10, None] for x in cifar), strict=True)
     ]
     assert torch.cat(found).median() >= 55
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9, 0.99])
+def test_a_pruned_update_is_not_called_that_of_an_image_file(small_vit, observe, photo, keep):
+    """Zeros where the update lacks values are on the grid as well, and are nobody's pixels."""
+    page = (photo > 0.9).float()  # black and white
+    model, zero_one = small_vit(), Normalization((0.0,) * 3, (1.0,) * 3)
+    view = observe(model, page, defenses=f"pruning:keep={keep}", normalization=zero_one)
+    guess = PositionInversion().run(view, torch.Generator().manual_seed(0))
+    assert not (guess.images * 255).round().equal(page * 255)
+    assert "grid" not in guess.details

@@ -93,3 +93,41 @@ def test_an_empty_recording_or_other_images_are_one_clear_error(kept, tmp_path):
     model, recording, images = kept()
     with pytest.raises(InputError, match="1 images of ana"):
         recording.rounds(model, images=images | {"ana": (torch.rand(2, 3, 16, 16), None)})
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_hides_nothing(kept):
+    """The first run's weights before a round beside the second one's updates would be nonsense."""
+    model, recording, _ = kept()
+    (one, _) = recording.rounds(model)[0].messages
+    before = recording.rounds(model)[0].weights
+    with pytest.raises(InputError, match="another folder"):
+        recording.keep(1, "ana", one.update, before)
+    other = {n: t + 1 for n, t in before.items()}
+    with pytest.raises(InputError, match="another folder"):
+        recording.keep(1, "cleo", one.update, other)
+    assert len(recording.rounds(model)[0].messages) == 2
+
+
+@pytest.mark.parametrize("change", [lambda n: f"net.{n}", lambda n: n.replace("blocks", "layers")])
+def test_weights_before_a_round_that_are_of_another_model_are_refused(kept, tmp_path, change):
+    model, recording, _ = kept()
+    seen = recording.rounds(model)[0]
+    strange = Recording(tmp_path / "strange")
+    renamed = {change(n): t for n, t in seen.weights.items()}
+    strange.keep(1, "ana", seen.messages[0].update, renamed)
+    with pytest.raises(InputError, match="weights of the model"):
+        strange.rounds(model)
+
+
+def test_weights_before_a_round_must_hold_what_its_updates_change(kept, tmp_path):
+    model, recording, _ = kept()
+    seen = recording.rounds(model)[0]
+    part = Recording(tmp_path / "part")
+    lacking = {n: t for n, t in seen.weights.items() if "head" not in n}
+    part.keep(1, "ana", seen.messages[0].update, lacking)
+    with pytest.raises(InputError, match=r"head\."):
+        part.rounds(model)
+    cut = Recording(tmp_path / "cut")
+    cut.keep(1, "ana", seen.messages[0].update, {n: t[:1] for n, t in seen.weights.items()})
+    with pytest.raises(InputError, match="shape"):
+        cut.rounds(model)

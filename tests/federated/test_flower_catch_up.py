@@ -202,6 +202,22 @@ def test_a_sealed_model_that_is_none_is_not_kept(federated, first, fault):
     federated.check(federated.seen[11][-1], NODES, NODES if fault in BROKEN else (11, 13, 14))
 
 
+def test_a_sealed_model_of_a_node_that_was_not_asked_is_refused(federated, first):
+    """Whoever has the keys could put another in its place, which later nodes could not open."""
+    first(12)
+    strategy, taken = federated.strategy(catch_up=1), []
+
+    def act(number):
+        if number == 2:
+            replying(federated, 12, lambda a: taken.append((only(a), a[only(a)])) or a)
+            replying(federated, 13, lambda a: {**a, taken[0][0]: taken[0][1]})
+
+    before_each_round(federated, act)
+    _, result = federated.run(2, strategy)
+    assert list(strategy.refused[2]) == [13] and "not asked" in strategy.refused[2][13]
+    assert History.of(result.arrays).snapshot is not None
+
+
 @pytest.fixture(scope="module")
 def sealed():
     keys = KeySet.generate(server=SigningKey.generate().public_bytes())

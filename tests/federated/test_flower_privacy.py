@@ -168,6 +168,18 @@ def test_two_nodes_that_go_on_from_one_copy_are_noticed(rounds):
     assert "release 3 after release 3" in reason
 
 
+def test_a_ledger_that_two_nodes_went_on_from_is_refused_from_then_on(rounds):
+    """Either goes on counting for itself: what both count is less than what was released."""
+    rounds.run(2)
+    rounds.grid.contexts[15] = through_bytes(rounds.grid.contexts[11])
+    rounds.grid.apps[15] = rounds.grid.apps[11]
+    rounds.run(1)
+    saved = Ledgers.from_json(rounds.counting.ledgers.to_json())
+    assert saved == rounds.counting.ledgers
+    rounds.run(1, LedgerGrid(rounds.grid, saved))
+    assert len(rounds.errors()) == 2 and all("two nodes" in r for r in rounds.errors())
+
+
 def test_a_server_without_the_reminder_still_refuses_what_went_back(rounds):
     """The client cannot know then; the reply is kept out of the average."""
     rounds.run(1)
@@ -234,7 +246,14 @@ def test_a_ledger_that_tells_nonsense_is_refused(told):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "3", "{}", '{"most": {}, "nodes": {"1": "a"}}', '{"most": {"a": "x"}, "nodes": {}}'],
+    [
+        "",
+        "3",
+        "{}",
+        '{"most": {}, "nodes": {}, "copied": [3]}',
+        '{"most": {}, "nodes": {"1": "a"}}',
+        '{"most": {"a": "x"}, "nodes": {}}',
+    ],
 )
 def test_ledgers_that_were_not_saved_here_are_refused(text):
     with pytest.raises(InputError):

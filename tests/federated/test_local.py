@@ -222,3 +222,22 @@ def test_a_replayed_round_is_refused_by_the_clients(model, clients):
     one.number = 0
     seen = one.round()
     assert seen.total is None and "round 0 after round 0" in seen.failed
+
+
+def test_a_callback_cannot_call_a_difference_a_gradient(model, clients):
+    said = LocalClient(
+        clients["ana"].images, clients["ana"].labels, train=lambda guard: None,
+        training=vg.LocalTraining(),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="learning rate"):
+        federation(model, {"ana": said})
+
+
+def test_what_a_client_knows_that_it_sent_is_what_left_where_noise_comes_after_the_masks(
+    model, clients
+):
+    seen = federation(model, clients, "masking:select=head,force=true+noise:scale=1").round()
+    left, message = seen.without("ana", "bea"), seen.messages[2]
+    assert message.update.tensors
+    for name, sent in message.update.tensors.items():
+        assert (left.update.tensors[name] - sent).abs().max() <= 1e-6, name

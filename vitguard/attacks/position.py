@@ -30,7 +30,7 @@ class PositionInversion(Attack):
     dL/dW = sum_i G_i x_i^T. At batch size 1 this is a linear system for all patches at once; it is
     solved by least squares in float64, unique where rank(G) = N <= D and minimum norm otherwise.
     No assumption on attention, norms or depth. Pixels that come near the grid of 8-bit image files
-    are set to it where the system holds as well with them: the image is then exact. In a batch the
+    are set to it where the system, of true gradients, holds as well with them. In a batch the
     solution is a mixture in which one dominant image may still stand out. Positions that a shuffle
     replaced get no gradient: their rows of zeros in G tell its mask (in a batch, the positions
     replaced in every image).
@@ -131,6 +131,8 @@ class _System:
 
 def _on_grid(view: View, anatomy: Anatomy, found: _System) -> Tensor | None:
     """Return the patches of an 8-bit image that explain the update as well as the solution does."""
+    if not view.traits.exact or view.traits.sparse:  # zeros that were put there are on the grid too
+        return None
     pixels = anatomy.patchify(view.normalization.invert(anatomy.unpatchify(found.solution[None])))
     near, away = nearest_levels(pixels[0])
     if not bool((away < ON_GRID).all()):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitguard.audit.scale import Scale
 from vitguard.core import View
-from vitguard.defenses.base import Defense
+from vitguard.defenses.base import Defense, UpdateDefense
 
 __all__ = ["Exposure", "Facts", "Run", "bound_of"]
 
@@ -69,11 +69,15 @@ class Run(NamedTuple):
         return self.exposure, self.name
 
 
-def bound_of(stack: Sequence[Defense], steps: int) -> Callable[[float], float | None]:
-    """Return the guarantee of a stack for one update of so many local steps, as in `Run`."""
+def bound_of(stack: Sequence[Defense], steps: int | None) -> Callable[[float], float | None]:
+    """Return the guarantee of a stack for one update of so many local steps, as in `Run`.
+
+    Where nobody knows the steps, it is that of the defenses that act on the update as a whole.
+    """
+    holding = [d for d in stack if steps is not None or isinstance(d, UpdateDefense)]
 
     def bound(prior: float) -> float | None:
-        held = [d.reconstruction_bound(prior, steps) for d in stack]
+        held = [d.reconstruction_bound(prior, steps or 1) for d in holding]
         return min((b for b in held if b is not None), default=None)
 
     return bound

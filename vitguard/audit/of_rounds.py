@@ -14,7 +14,13 @@ from vitguard import data
 from vitguard.attacks.base import Attack, InputAttack
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, Progress, findings, level_of
-from vitguard.audit.received import CONTROL_NOTE, OTHER_CONTROL, sample_photos, without_control
+from vitguard.audit.received import (
+    CONTROL_NOTE,
+    OTHER_CONTROL,
+    check_names,
+    sample_photos,
+    without_control,
+)
 from vitguard.audit.scale import Scale, decoys_for
 from vitguard.audit.seen import Seen, SeenRound, Share, mean_of
 from vitguard.audit.stated import facts_of
@@ -25,7 +31,7 @@ from vitguard.registry import families_not_run, parse_attacks
 from vitguard.report.audit_report import AuditReport
 from vitguard.report.finding import Finding
 from vitguard.threats.curious_server import Threat
-from vitguard.vit import Anatomy
+from vitguard.vit import Anatomy, canonical_name
 
 __all__ = ["Rounds", "audit_rounds"]
 
@@ -68,6 +74,8 @@ def audit_rounds(
     )  # fmt: skip
     alone = {look.thing.name for look in looks if look.training is None}
     found = [without_control(f) if f.exposure in alone else f for f in found]
+    unlike = {t.name for t in things if not t.alike}
+    found = [without_control(f, UNLIKE) if f.exposure in unlike else f for f in found]
     found += [
         Finding(
             t.defense or PLAIN,
@@ -83,6 +91,8 @@ def audit_rounds(
     ]
     if alone:
         said.append(f"{OTHER_CONTROL} So it is of: {', '.join(sorted(alone))}.")
+    if unlike:
+        said.append(f"{UNLIKE} So it is of: {', '.join(sorted(unlike))}.")
     if any(look.pixels is None for look in looks):
         said.append(CONTROL_NOTE)
     for thing in things:
@@ -106,6 +116,10 @@ def audit_rounds(
     )
 
 
+UNLIKE = (
+    "Its clients ran different defenses, and no adversary here is told of all: nothing in it has "
+    "resisted."
+)
 ON_INPUT = "an attack on the input needs a model to query, and not what leaves a round"
 
 
@@ -161,13 +175,17 @@ class _Look:
         self.pixels = torch.cat(known) if known and len(known) == len(pixels) else None
         self.model = self.thing.guard.public_model()
         self.anatomy = Anatomy.of(self.model)
+        own = {canonical_name(n): t for n, t in self.model.state_dict().items()}
+        check_names(own, self.thing.update)
 
     def runs(self) -> list[Run]:
         """Return the control and the thing itself, beside each other."""
         thing = self.thing
         facts = self._facts()
         seen = facts if self.pixels is not None else self._sample().facts()[0]
-        bound = bound_of(thing.guard.defenses, thing.update.local_steps)
+        made_here = self.training is not None and all(s.certain for s in thing.shares)
+        steps = thing.update.local_steps if made_here else None
+        bound = bound_of(thing.guard.defenses, steps)
         return [
             Run(CONTROL, ((seen, self._control),), exposure=thing.name),
             Run(thing.defense or PLAIN, ((facts, self._exposed),), bound, thing.name),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -28,7 +28,14 @@ from vitguard.report.finding import Finding
 from vitguard.threats.curious_server import Threat
 from vitguard.vit import Anatomy
 
-__all__ = ["CONTROL_NOTE", "OTHER_CONTROL", "audit_update", "sample_photos", "without_control"]
+__all__ = [
+    "CONTROL_NOTE",
+    "OTHER_CONTROL",
+    "audit_update",
+    "check_names",
+    "sample_photos",
+    "without_control",
+]
 
 CONTROL_NOTE = (
     "The row none is the control: the same attack on sample photos without a defense, trained as "
@@ -105,7 +112,7 @@ def audit_update(
     expose = partial(_exposed, adversary, guard, update, normalization, loss)
     runs = [
         control.run(CONTROL, (), adversary.control(), seen),
-        Run(name, ((facts, expose),), bound_of(stack, update.local_steps)),
+        Run(name, ((facts, expose),), bound_of(stack, training and training.steps)),
     ]
     stop = threading.Event()
     found = findings(runs, chosen, seed=seed, stop=stop)
@@ -162,11 +169,11 @@ def _exposed(
     return Exposure(threat.view(guard, update, normalization, loss=loss))
 
 
-def without_control(finding: Finding) -> Finding:
-    """Turn `resisted` into `inconclusive` where no control was trained like the update."""
+def without_control(finding: Finding, reason: str = OTHER_CONTROL) -> Finding:
+    """Turn `resisted` into `inconclusive` where no control was made like the update."""
     if finding.verdict != "resisted":
         return finding
-    return replace(finding, verdict="inconclusive", reason=OTHER_CONTROL)
+    return replace(finding, verdict="inconclusive", reason=reason)
 
 
 def sample_photos(shape: tuple[int, int, int, int]) -> Tensor:
@@ -187,18 +194,23 @@ def _taken_in(model: nn.Module, update: Update) -> Update:
     device = next(model.parameters()).device
     tensors = {k: t.to(device) for k, t in update.tensors.items() if k not in buffers}
     update = replace(update, tensors=tensors)
-    _check_update(model, update)
+    check_names(dict(model.named_parameters()), update)
+    for name, tensor in update.tensors.items():
+        if not name.startswith("vitguard.") and not bool(tensor.isfinite().all()):
+            raise expected("a finite update", f"NaN or infinity in {name}")
     return update
 
 
-def _check_update(model: nn.Module, update: Update) -> None:
-    shapes = {k: p.shape for k, p in model.named_parameters()}
+def check_names(own: Mapping[str, Tensor], update: Update) -> None:
+    """Refuse an update of another model: attacks would be blocked by nothing but its names.
+
+    Args:
+        own: The model's tensors by name.
+    """
     for name, tensor in update.tensors.items():
         if name.startswith("vitguard."):
             continue
-        if name not in shapes:
+        if name not in own:
             raise expected("an update of this model", f"the unknown parameter {name}")
-        if tensor.shape != shapes[name]:
-            raise expected(f"{name} of shape {tuple(shapes[name])}", f"{tuple(tensor.shape)}")
-        if not bool(tensor.isfinite().all()):
-            raise expected("a finite update", f"NaN or infinity in {name}")
+        if tensor.shape != own[name].shape:
+            raise expected(f"{name} of shape {tuple(own[name].shape)}", f"{tuple(tensor.shape)}")

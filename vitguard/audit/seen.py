@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.errors import NotApplicable, expected
-from vitguard.guard import Guard
+from vitguard.guard import Guard, protect
 
-__all__ = ["Seen", "SeenRound", "Share", "mean_of"]
+__all__ = ["Seen", "SeenRound", "Share", "mean_of", "under"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +53,11 @@ class Seen:
         update: What can be read of it, and its public facts.
         guard: The protected model before the step. An audit reads what is public of it.
         shares: The clients behind it.
-        defense: The spec of the clients' stack, "" for none.
+        defense: The spec of the clients' stack, "" for none; each client's where they differ.
         normalization, loss: As of the clients.
         note: What a reader must know of it, such as who can read a sum.
+        alike: Whether all shares were made under the stack of `guard`. If not, no adversary here
+            knows what to expect, and an audit calls nothing of it resisted.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Seen:
     normalization: Normalization = field(default_factory=Normalization)
     loss: Loss = F.cross_entropy
     note: str = ""
+    alike: bool = True
 
     @property
     def weight(self) -> float:
@@ -127,10 +130,8 @@ class SeenRound:
             for name, t in total.update.tensors.items()
         }
         images = sum(s.count for s in left)
-        return _of(
-            total, f"{_sum_name(self.number)} less {', '.join(clients)} {_counts(images, left)}",
-            rest, left, images,
-        )  # fmt: skip
+        name = f"{_sum_name(self.number)} less {', '.join(clients)} {_counts(images, left)}"
+        return _of(self._under(total, left), name, rest, left, images)
 
     def minus(self, other: SeenRound) -> Seen:
         """Return what two sums give away of the one client that only this one includes.
@@ -165,12 +166,28 @@ class SeenRound:
             f"{_sum_name(self.number)} less {_sum_name(other.number)}: {one.client} "
             f"({_images(one.count)})"
         )
-        return _of(first, name, rest, (one,), one.count)
+        return _of(self._under(first, alone), name, rest, (one,), one.count)
+
+    def _under(self, total: Seen, shares: Sequence[Share]) -> Seen:
+        """Return the sum with the stack of the clients that are left in it."""
+        of = {s.client: m for m in self.messages for s in m.shares}
+        known = [of[s.client] for s in shares if s.client in of]
+        return under(known, total) if len(known) == len(shares) else total
 
     def _sum(self) -> Seen:
         if self.total is None:
             raise NotApplicable(f"round {self.number} has no sum ({self.failed})")
         return self.total
+
+
+def under(messages: Sequence[Seen], total: Seen) -> Seen:
+    """Return what is made of messages with their stack, or without any where they differ."""
+    first = messages[0]
+    if len({m.defense for m in messages}) == 1:
+        return replace(total, guard=first.guard, defense=first.defense, alike=True)
+    each = "; ".join(f"{s.client}: {m.defense or 'plain'}" for m in messages for s in m.shares)
+    bare = protect(first.guard.public_model(), ())
+    return replace(total, guard=bare, defense=each, alike=False)
 
 
 def _of(

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from vitguard.core import Update
 from vitguard.defenses.encryption.wire import MAGIC as ENCRYPTED
+from vitguard.defenses.encryption.wire import count_values as encrypted_values
 from vitguard.defenses.masking.wire import MAGIC as MASKED
+from vitguard.defenses.masking.wire import count_values as masked_values
 from vitguard.errors import InputError, expected
 from vitguard.models import load_checkpoint
 from vitguard.tensor_files import is_saved_update, read_checkpoint
-from vitguard.vit import canonical_name
+from vitguard.vit import Anatomy, canonical_name
 
 __all__ = ["stored_update"]
 
@@ -37,8 +39,8 @@ def stored_update(
     Taken are what `Update.save` wrote, which says all else itself; whole weights after a step, with
     those `before` it (a torch state dict, NVFlare's `FL_global_model.pt`, safetensors, a NumPy
     archive with names, or without them in the order of the state dict, as Flower lists arrays); a
-    gradient or difference in such a file, where its `kind` is said; and a message or sum of
-    vitguard's, of which nothing can be read.
+    gradient or difference in such a file, where its `kind` is said; and an encrypted message or
+    sum, or a client's masked values, of the whole model, of which nothing can be read.
 
     Args:
         model: The model it belongs to; with `before` it is loaded with these weights.
@@ -72,6 +74,7 @@ def stored_update(
     if scheme is not None:
         if before is not None:
             raise expected("whole weights beside those before", f"ciphertext in {path}")
+        _check_whole(file, scheme, model)
         names = [canonical_name(n) for n, _ in model.named_parameters()]
         reason = f"ciphertext ({scheme})"
         return Update({}, **said, sealed=dict.fromkeys(names, reason))
@@ -87,6 +90,25 @@ def stored_update(
             "a difference, say so: --update gradient or difference.",
         )  # fmt: skip
     return Update({n: t for n, t in tensors.items() if isinstance(t, Tensor)}, **said)
+
+
+def _check_whole(file: Path, scheme: str, model: nn.Module) -> None:
+    """Refuse a message that others can read, and one of a part: the rest was sent beside it."""
+    data = file.read_bytes()
+    count = (masked_values if scheme == "masking" else encrypted_values)(data)
+    if count is None:
+        raise expected(
+            "masked values of a client, or an encrypted message", f"another message in {file}",
+            "A masked sum is read by the server: save what it opened, by Update.save.",
+        )  # fmt: skip
+    positions = Anatomy.of(model).positions  # which may be fixed, and then do not leave
+    sizes = {canonical_name(n): p.numel() for n, p in model.named_parameters()}
+    least = sum(size for name, size in sizes.items() if name != positions)
+    if count < least:
+        raise expected(
+            f"ciphertext of the whole model, {least} values", f"{count} values in {file}",
+            "What was sent beside it is not in the file: keep the whole update, by Update.save.",
+        )  # fmt: skip
 
 
 def _difference(after: Path, before: str | Path, model: nn.Module) -> dict[str, Tensor]:

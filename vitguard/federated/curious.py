@@ -73,7 +73,7 @@ class Recording:
         """Write a client's update of a round; weights before it are written once.
 
         Raises:
-            InputError: The files cannot be written.
+            InputError: The files cannot be written, or hold what another run left.
         """
         from safetensors.torch import save
 
@@ -81,10 +81,17 @@ class Recording:
 
         place = Path(self.folder) / f"round-{number}"
         place.mkdir(parents=True, exist_ok=True)
-        if not (start := place / _BEFORE).exists():
-            whole = {n: t.detach().cpu().clone().contiguous() for n, t in before.items()}
-            write_atomically(start, save(whole))
-        update.save(place / f"update-{quote(client, safe='')}.safetensors")
+        whole = save({n: t.detach().cpu().clone().contiguous() for n, t in before.items()})
+        start = place / _BEFORE
+        file = place / f"update-{quote(client, safe='')}.safetensors"
+        if file.exists() or (start.exists() and start.read_bytes() != whole):
+            raise expected(
+                f"one update of {client} in round {number}, from the weights of its round",
+                "a second one, or other weights", "Record another run in another folder.",
+            )  # fmt: skip
+        if not start.exists():
+            write_atomically(start, whole)
+        update.save(file)
 
     def rounds(
         self,
@@ -132,6 +139,9 @@ def _round(
     messages = []
     for file in sorted(place.glob("update-*.safetensors")):
         client, update = unquote(file.stem.removeprefix("update-")), Update.load(file)
+        told = {canonical_name(n) for n in before}
+        if lacking := [n for n in update.tensors if n not in told and n[:9] != "vitguard."]:
+            raise expected(f"weights before each tensor of {client}'s update", f"no {lacking[0]}")
         count = update.batch_size
         pixels, labels = images.get(client, (None, None))
         if pixels is not None and len(pixels) != count:
@@ -146,6 +156,12 @@ def _round(
 def _loaded(guard: Guard, before: Mapping[str, Tensor]) -> Guard:
     own = guard.model.state_dict()
     named = {canonical_name(n): t for n, t in before.items()}
+    shapes = {canonical_name(k): t.shape for k, t in own.items() if isinstance(t, Tensor)}
+    for name, tensor in named.items():
+        if name not in shapes:
+            raise expected("weights of the model before each round", f"the unknown {name}")
+        if tensor.shape != shapes[name]:
+            raise expected(f"{name} of shape {tuple(shapes[name])}", tuple(tensor.shape))
     guard.model.load_state_dict(
         {k: named.get(canonical_name(k), t) if isinstance(t, Tensor) else t for k, t in own.items()}
     )

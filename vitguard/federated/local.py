@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitguard.audit.seen import Seen, SeenRound, Share, mean_of, message_name, total_name
+from vitguard.audit.seen import Seen, SeenRound, Share, mean_of, message_name, total_name, under
 from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.defenses.base import Defense
 from vitguard.defenses.encryption import EncryptedGradients, Manifest, model_version
@@ -98,6 +98,8 @@ class LocalFederation:
         for name, client in clients.items():
             if not isinstance(client, LocalClient):
                 raise expected(f"a LocalClient for {name}", type(client).__name__)
+            if client.training is not None and client.training.learning_rate is None:
+                raise expected(f"training of {name} with a learning rate", "a gradient")
         training = training or LocalTraining(0.01)
         if training.learning_rate is None:
             raise expected("local training with a learning rate", "a gradient")
@@ -185,8 +187,8 @@ class LocalFederation:
         sealed = {n: why for n, why in mean.sealed.items() if n not in opened}
         update = replace(mean, tensors={**plain, **opened}, sealed=sealed)
         return replace(
-            messages[0], name=total_name(number, shares), update=update, shares=shares,
-            note=self._scheme.opened_by,
+            under(messages, messages[0]), name=total_name(number, shares), update=update,
+            shares=shares, note=self._scheme.opened_by,
         ), plain  # fmt: skip
 
     def _message(self, name: str, number: int) -> Seen:
@@ -205,7 +207,7 @@ class LocalFederation:
             client.images, client.labels,
             mask if mask is not None and len(mask) == len(client.images) else None,
             certain=client.train is None,
-            own=dict(self._kept[name]) or dict(update.tensors),
+            own={**self._kept[name], **update.tensors},  # sealed, and as it left
         )  # fmt: skip
         stack = self._stacks[name]
         return Seen(

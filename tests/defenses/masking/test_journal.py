@@ -98,3 +98,12 @@ def test_a_journal_that_cannot_be_written_lets_no_answer_out(make_run, tmp_path)
     other.load_state_bytes(clients["client-0"].state_bytes())
     with pytest.raises(InputError, match="journal"):
         other.share_keys(server.roster())
+
+
+def test_a_mark_behind_half_a_line_is_found_again(tmp_path):
+    """As a full disk or a power cut leaves it: what is written next must stand on its own."""
+    path = tmp_path / "journal"
+    path.write_bytes(b"ab12 shar")
+    Journal(path).mark(32 * b"a", "shares")
+    with pytest.raises(Rejected, match="second time"):
+        Journal(path).mark(32 * b"a", "shares")

@@ -29,7 +29,16 @@ from vitguard.defenses.encryption.manifest import LIGHTEST, Manifest
 from vitguard.defenses.encryption.signing import verify
 from vitguard.errors import Rejected, expected
 
-__all__ = ["MESSAGE", "SUM", "Context", "Header", "check_id", "open_message", "write_message"]
+__all__ = [
+    "MESSAGE",
+    "SUM",
+    "Context",
+    "Header",
+    "check_id",
+    "count_values",
+    "open_message",
+    "write_message",
+]
 
 MAGIC = b"VGHE"
 VERSION = 2
@@ -130,6 +139,11 @@ def write_message(
     for part in parts:
         digest.update(part)
     return b"".join((*parts, prove(digest.digest())))
+
+
+def count_values(data: bytes) -> int | None:
+    """Return how many values a message says that it holds, unchecked; None where it is none."""
+    return _FIXED.unpack_from(data)[12] if len(data) >= _FIXED.size else None
 
 
 def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list[memoryview]]:

@@ -15,7 +15,10 @@ class Journal:
 
     Guarantees:
         Of several processes that mark the same at once, one goes on and the others are refused;
-        so is a client whose state was set back, as long as this file was not.
+        so is a client whose state was set back within a round, as long as this file was not.
+
+    Does not protect against:
+        A state from before a round began: the round can then be begun once more, with new keys.
 
     Args:
         path: The file; it is made where it is not there, readable by its owner alone.
@@ -44,9 +47,11 @@ class Journal:
             number = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             with os.fdopen(number, "rb+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if line in file.read().splitlines(keepends=True):
+                marks = file.read()
+                if line in marks.splitlines(keepends=True):
                     raise Rejected("replay", f"the phase of {phase} a second time in one round")
-                file.write(line)
+                whole = not marks or marks.endswith(b"\n")  # a full disk leaves half a line
+                file.write(line if whole else b"\n" + line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

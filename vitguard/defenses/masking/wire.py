@@ -26,8 +26,8 @@ from vitguard.files import parsed_json
 
 __all__ = [
     "KEYS", "ROSTER", "SHARES", "INBOX", "MASKED", "SURVIVORS", "AGREED", "AGREEMENTS",
-    "ANSWER", "SUM", "MASKED_HEAD", "SUM_HEAD", "hexadecimal", "mapping", "open_message",
-    "write_message",
+    "ANSWER", "SUM", "MASKED_HEAD", "SUM_HEAD", "count_values", "hexadecimal", "mapping",
+    "open_message", "write_message",
 ]  # fmt: skip
 
 KEYS, ROSTER, SHARES, INBOX, MASKED, SURVIVORS, AGREED, AGREEMENTS, ANSWER, SUM = range(1, 11)
@@ -60,6 +60,18 @@ def write_message(
     for part in content:
         digest.update(part)
     return b"".join((*content, signing.sign(digest.digest())))
+
+
+def count_values(data: bytes) -> int | None:
+    """Return how many masked values a message holds, unchecked; None where it is of another kind.
+
+    A sum is of another kind: its values are plain.
+    """
+    if len(data) < _HEAD.size:
+        return None
+    _, _, kind, _, size = _HEAD.unpack_from(data)
+    rest = len(data) - _HEAD.size - size - MASKED_HEAD.size - _PROOF
+    return rest // 4 if kind == MASKED and rest >= 0 else None
 
 
 def open_message(

@@ -30,6 +30,8 @@ class Ledgers:
     Guarantees:
         A ledger that comes back with no more releases than before is refused: it was set back, or
         two nodes go on from one copy. So is a node that comes with another ledger, or with none.
+        A ledger that two nodes were seen to go on from is refused from then on: what it counts is
+        less than what was released.
 
     Does not protect against:
         A state that was set back and forward again before the server saw it, and a client that
@@ -38,6 +40,7 @@ class Ledgers:
 
     most: dict[str, int] = field(default_factory=dict)
     nodes: dict[int, str] = field(default_factory=dict)
+    copied: list[str] = field(default_factory=list)
 
     def known(self, node: int) -> ConfigRecord | None:
         """Return what a node is reminded of, None where nothing is known."""
@@ -60,7 +63,11 @@ class Ledgers:
             raise Rejected("ledger", "another record than a name and a number", "a ledger")
         if before not in (None, name):
             raise Rejected("ledger", "another ledger than the node had before", "its own")
+        if name in self.copied:
+            raise Rejected("ledger", "one that two nodes went on from", "a ledger of one node")
         if releases <= self.most.get(name, 0):
+            if any(own == name for other, own in self.nodes.items() if other != node):
+                self.copied.append(name)
             raise Rejected(
                 "ledger", f"release {releases} after release {self.most[name]}: a state that was "
                 "set back or copied", "a ledger that grew",
@@ -82,9 +89,10 @@ class Ledgers:
             stored = parsed_json(text)
             most = {str(n): int(r) for n, r in stored["most"].items()}
             nodes = {int(n): str(name) for n, name in stored["nodes"].items()}
-            if not set(nodes.values()) <= most.keys():
+            copied = list(stored.get("copied", ()))
+            if not {*nodes.values(), *copied} <= most.keys():
                 raise KeyError("a ledger that was never counted")
-            return Ledgers(most, nodes)
+            return Ledgers(most, nodes, copied)
         except InputError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -52,6 +52,8 @@ class EncryptedFedAvg(FedAvg):
 
     Does not protect against:
         A server that works with a client: they share the key of the ciphertext.
+        A client that is asked to seal the model and seals another: no node takes it for the model,
+        but those that lack sums before it are refused until the next one is sealed.
 
     The result's arrays are the starting weights, the sealed model and the sums since: save them,
     and give them as `initial_arrays` to go on after a restart. Only clients can open them.
@@ -100,6 +102,7 @@ class EncryptedFedAvg(FedAvg):
         self._max_clipped = max_clipped
         self._history = History({})
         self._known: dict[int, int] = {}  # the last round that a node has opened
+        self._sender: int | None = None  # the node that is asked to seal the model
         self.refused: dict[int, dict[int, str]] = {}
         self.ledgers = Ledgers()
 
@@ -127,6 +130,7 @@ class EncryptedFedAvg(FedAvg):
         messages = list(super().configure_train(server_round, arrays, said, grid))
         lacks = self._lacking(messages)
         sender = messages[0].metadata.dst_node_id if asked and messages else None  # a random one
+        self._sender = sender
         asks = ConfigRecord({**said, SNAPSHOT: "send"})
         return [
             self._with(m, lacks, asks if m.metadata.dst_node_id == sender else None)
@@ -234,6 +238,8 @@ class EncryptedFedAvg(FedAvg):
         ):
             raise Rejected("clipped", f"{clipped} values beyond bounds", "fewer")
         proof, snapshot = arrays.pop(VOUCH, None), take_snapshot(arrays)
+        if snapshot is not None and reply.metadata.src_node_id != self._sender:
+            raise Rejected("snapshot", "a sealed model of a node that was not asked for one")
         changes = from_arrays(arrays)
         self._check_plain(changes, plain)
         before = total.weights
