@@ -244,7 +244,9 @@ class WithheldPositions(ModelDefense):
 
     Does not protect against:
         Span inversion with the public initial positions. The client's positions drift away from
-        them slowly: after 100 local steps the image still comes back (docs/methods.md 4.5).
+        them slowly: after 100 local steps the image still comes back (docs/methods.md 4.5). The
+        row of the class token has the gradient of that token, and the rows of the patches add up to
+        that of the patch embedding's bias: both are sent.
 
     The position embedding is no part of what the client shares, so the server must not average it.
     """
