@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from flower_cifar10.task import make_model, protected, train
+import torch.nn.functional as F
+from flower_cifar10.task import make_model, protected
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
@@ -32,6 +33,7 @@ from vitguard.federated.flower.records import SEALED
 
 NODES = {1: "node 1", 2: "node 2", 3: "node 3"}
 RATE = 0.05
+CONFIG = {"variant": "encrypted", "num-server-rounds": 1, "local-epochs": 1}
 DEFENSES = "positions:kind=sincos+shuffle:ratio=0.5+encryption"
 
 
@@ -49,6 +51,8 @@ class Curious:
         """Keep what comes back."""
         replies = list(replies)
         for reply in replies:
+            if reply.has_error():
+                sys.exit(f"node {reply.metadata.src_node_id}: {reply.error.reason}")
             (arrays,) = reply.content.array_records.values()
             arrived = {
                 n: a.data if a.stype == SEALED else torch.from_numpy(a.numpy().copy())
@@ -85,15 +89,18 @@ def client(node, keys=None):
 
     @app.train()
     def train_model(message: Message, context) -> Message:
-        model = make_model()
-        if keys:
-            attach(protected(model, vg.EncryptedGradients(encryptor=encryptor())))
+        model = make_model().train()
+        guard = attach(protected(model, CONFIG, encryptor)) if keys else None
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        images = vg.Normalization().apply(pixels)
-        loss = train(model, [(images, labels)], epochs=1, lr=RATE)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        if guard is not None:
+            optimizer = guard.prepare(optimizer)
+        loss = F.cross_entropy(model(vg.Normalization().apply(pixels)), labels)
+        loss.backward()
+        optimizer.step()
         content = {
             "arrays": ArrayRecord(model.state_dict()),
-            "metrics": MetricRecord({"loss": loss, "num-examples": len(labels)}),
+            "metrics": MetricRecord({"loss": loss.item(), "num-examples": len(labels)}),
         }
         return Message(content=RecordDict(content), reply_to=message)
 

@@ -9,6 +9,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import vitguard as vg
+from vitguard.defenses.privacy.mixing import refuse_mixed_targets
 from vitguard.errors import Incompatible, Unprotected
 
 pytest.importorskip("opacus")
@@ -180,3 +181,28 @@ def test_labels_of_few_classes_pass_smoothed_or_not(small_vit, classes, autocast
         F.cross_entropy(outputs.float(), labels % classes, label_smoothing=0.1).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def told(scores, targets, dtype):
+    """Whether the gradient of the mean cross-entropy in this precision is refused."""
+    scores = scores.to(dtype, copy=True).requires_grad_()
+    F.cross_entropy(scores, targets.to(dtype)).backward()
+    try:
+        refuse_mixed_targets(scores, scores.grad)
+    except Unprotected:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [0.01, 0.3, 3.0])
+def test_targets_of_one_class_pass_in_any_precision_and_halves_of_two_do_not(dtype, spread):
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 2, 3, 8) * 10:
+        scores = spread * torch.randn(batch, 10, generator=generator)
+        one = torch.eye(10)[torch.randint(10, (batch,), generator=generator)]
+        smooth = 0.9 * one + 0.01
+        assert not told(scores, one, dtype) and not told(scores, smooth, dtype)
+        mixed = 0.5 * one + 0.5 * one.roll(1, 1)
+        if spread < 1:  # of a model that is sure already nothing is told
+            assert told(scores, mixed, dtype)

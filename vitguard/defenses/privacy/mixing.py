@@ -76,7 +76,8 @@ def refuse_mixed_targets(scores: Tensor, gradient: Tensor) -> None:
     Cross-entropy against targets t has the gradient w (softmax(scores) - t), its binary form
     w (sigmoid(scores) - t), whether t is one soft target or two criteria were weighted. A target
     is mixed if exactly two classes stand out above a flat rest; a smoothed label has one. Of two or
-    three classes nothing is told.
+    three classes nothing is told. Gradients in half precision are too coarse to try weights on:
+    there only the mean of cross-entropy is looked at, with second shares of more than a tenth.
 
     Args:
         scores: Shape (batch, classes).
@@ -85,14 +86,19 @@ def refuse_mixed_targets(scores: Tensor, gradient: Tensor) -> None:
     if scores.dim() != 2 or scores.shape[1] < _FEW or not bool(gradient.any()):
         return
     z, g = scores.detach().double(), gradient.double()
-    rounding = 2e-5 if gradient.dtype in (torch.float32, torch.float64) else 1e-2
-    for chances, sizes in ((z.softmax(1), (len(z), 1)), (z.sigmoid(), (z.numel(), len(z), 1))):
-        for size in (*sizes, _ratio(chances, g)):
-            if _mixed(chances, chances - g * size, rounding):
-                raise Unprotected(
-                    "Expected a label of one class for each example, got targets that mix two "
-                    f"(mixup, CutMix): an example would hold two records. {_REMEDY}"
-                )
+    fine = gradient.dtype in (torch.float32, torch.float64)
+    rounding, least = (2e-5, 0.01) if fine else (1e-2, 0.1)
+    soft, binary = z.softmax(1), z.sigmoid()
+    tried = [(soft, float(len(z)))]
+    if fine:
+        tried += [(soft, 1.0), (soft, _ratio(soft, g))]
+        tried += [(binary, size) for size in (z.numel(), len(z), 1.0, _ratio(binary, g))]
+    for chances, size in tried:
+        if _mixed(chances, chances - g * size, rounding, least):
+            raise Unprotected(
+                "Expected a label of one class for each example, got targets that mix two "
+                f"(mixup, CutMix): an example would hold two records. {_REMEDY}"
+            )
 
 
 def _ratio(chances: Tensor, gradient: Tensor) -> float:
@@ -107,8 +113,12 @@ def _targets(values: Tensor, rounding: float) -> Tensor:
     return inside & ((values.sum(1) - 1).abs() < rounding * values.shape[1])
 
 
-def _mixed(chances: Tensor, values: Tensor, rounding: float) -> bool:
-    """Whether some row of `values` is a target with two classes above the rest, and no chance."""
+def _mixed(chances: Tensor, values: Tensor, rounding: float, least: float) -> bool:
+    """Whether some row of `values` is a target with two classes above the rest, and no chance.
+
+    Args:
+        least: How far the second class stands out.
+    """
     order = values.argsort(1, descending=True)
     ordered, before = values.gather(1, order), chances.gather(1, order)
     rest, rest_before = ordered[:, 2:], before[:, 2:]
@@ -116,7 +126,7 @@ def _mixed(chances: Tensor, values: Tensor, rounding: float) -> bool:
     # a rest that is flat by itself, in a model that is sure already, proves nothing
     unsure = chances.amax(1) < 3 / chances.shape[1]
     proven = (_spread(rest_before) > 10 * rounding) | unsure
-    stand_out = ordered[:, 1] - rest[:, 0] > 0.01
+    stand_out = ordered[:, 1] - rest[:, 0] > least
     moved = ((ordered - before)[:, :2].abs() > 0.01).all(1)
     return bool((_targets(values, rounding) & flat & proven & stand_out & moved).any())
 
