@@ -9,18 +9,18 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Result
 
 from vitguard.defenses.encryption import model_version
 from vitguard.defenses.masking import MaskingServer
-from vitguard.errors import Incompatible, Rejected, expected
+from vitguard.errors import Rejected, expected
+from vitguard.federated.flower.adding import refuse_other_strategies, with_common_names
 from vitguard.federated.flower.arrivals import Arrivals
 from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
 from vitguard.federated.flower.masked_keys import MaskedFederation
 from vitguard.federated.flower.masked_round import MaskedRound
 from vitguard.federated.flower.records import BASE, ROUND, from_arrays, to_arrays
-from vitguard.federated.flower.server import _with_common_names
 
 __all__ = ["MaskedFedAvg"]
 
@@ -54,18 +54,7 @@ class MaskedFedAvg(FedAvg):
     """
 
     def __init_subclass__(cls) -> None:
-        strangers = [
-            base.__name__
-            for base in cls.__mro__
-            if issubclass(base, Strategy)
-            and not issubclass(base, MaskedFedAvg)
-            and base not in (FedAvg, Strategy)
-        ]
-        if strangers:
-            raise Incompatible(
-                f"Expected a strategy that averages, got {strangers[0]}, which must read each "
-                "update or replaces the average. Use MaskedFedAvg alone."
-            )
+        refuse_other_strategies(cls, MaskedFedAvg)
 
     def __init__(
         self,
@@ -150,7 +139,7 @@ class MaskedFedAvg(FedAvg):
         except Rejected as refusal:
             self._failed(server_round, refusal)
             return None, None
-        metrics = self.train_metrics_aggr_fn(_with_common_names(now.metrics), self.weighted_by_key)
+        metrics = self.train_metrics_aggr_fn(with_common_names(now.metrics), self.weighted_by_key)
         return to_arrays(weights), metrics
 
     def _failed(self, server_round: int, refusal: Rejected) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from vitguard.defenses.encryption import Aggregator
 from vitguard.errors import Incompatible, Rejected, VitguardError, expected
+from vitguard.federated.flower.adding import refuse_other_strategies, with_common_names
 from vitguard.federated.flower.arrivals import Arrivals
 from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.keys import Federation
@@ -68,18 +69,7 @@ class EncryptedFedAvg(FedAvg):
     """
 
     def __init_subclass__(cls) -> None:
-        strangers = [
-            base.__name__
-            for base in cls.__mro__
-            if issubclass(base, Strategy)
-            and not issubclass(base, EncryptedFedAvg)
-            and base not in (FedAvg, Strategy)
-        ]
-        if strangers:
-            raise Incompatible(
-                f"Expected a strategy that adds updates, got {strangers[0]}, which must read them. "
-                "Use EncryptedFedAvg alone."
-            )
+        refuse_other_strategies(cls, EncryptedFedAvg)
 
     def __init__(
         self,
@@ -207,7 +197,7 @@ class EncryptedFedAvg(FedAvg):
         means = {n: t / weight for n, t in plain.items()}
         self._history = self._history.after(Step(number, summed, means), models.agreed())
         return self._history.record(), self.train_metrics_aggr_fn(
-            _with_common_names(good), self.weighted_by_key
+            with_common_names(good), self.weighted_by_key
         )
 
     def _add(
@@ -289,11 +279,3 @@ class Vouched:
             log(WARNING, "A sealed model is refused: %s of %s clients have it", votes, clients)
             return None
         return self.snapshot
-
-
-def _with_common_names(contents: list[MetricRecord]) -> list[RecordDict]:
-    """Return metrics of several clients with the names that all have: others cannot be averaged."""
-    names = set.intersection(*(set(c) for c in contents))
-    return [
-        RecordDict({"metrics": MetricRecord({n: c[n] for n in c if n in names})}) for c in contents
-    ]
