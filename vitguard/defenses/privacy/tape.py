@@ -163,6 +163,8 @@ class Tape:
         """Whether the step was taken: a backward pass from now on would be lost."""
         self.thin = True
         """Whether every layer so far had a gradient at few positions only."""
+        self.low = False
+        """Whether operations of the pass ran under autocast, which may begin inside the model."""
         self.signature: set[tuple[str, str]] = set()
         self._parameters = {id(p): (name, p) for name, p in parameters.items()}
         self._computed: dict[int, Tensor] = {}
