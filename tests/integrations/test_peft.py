@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
 from vitguard.errors import Unprotected
+from vitguard.vit import Anatomy
 
 peft = pytest.importorskip("peft")
 
@@ -162,6 +163,15 @@ def test_a_model_of_transformers_with_adapters_is_protected_too(order):
         optimizer.step()
     names = moved(model, before)
     assert any("unknown" in n for n in names) and any("lora_B" in n for n in names)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_adapters_has_the_parts_that_it_has_without(small_vit, order, kind):
+    plain = Anatomy.of(small_vit(depth=1))
+    _, guard = adapted(small_vit, order, kind=kind)
+    assert guard.anatomy == plain == Anatomy.of(guard.model)
+    assert plain.blocks[0].qkv
 
 
 def test_merged_adapters_load_into_a_plain_model(small_vit):

@@ -1,0 +1,189 @@
+"""What an update of adapters, the head, the last block or everything gives away, beside the plan.
+
+    python benchmarks/peft_table.py --out rows.jsonl [--only WORD] [--seconds S] [--matching]
+    python benchmarks/peft_table.py --out rows.jsonl --table
+
+Each cell is one audit without defenses: the ladder of exact attacks within a budget of work, and
+with `--matching` also gradient matching on a CPU's budget. A run goes on where the file ends. The
+trained models and the images are those of the folder that VITGUARD_DATA names; ViT-B/16 has random
+weights. Adapters are as after some steps: before the first one, B of LoRA and the last layer of a
+bottleneck are zero, and most of the update with them. The head is trained in every cell, as it is
+for new classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from red_team import CIFAR, MODELS, Case, batch_of
+from red_team import model_of as built
+from torch import Tensor, nn
+
+from vitguard.attacks.ladder import Ladder
+from vitguard.audit import audit
+from vitguard.models import build_model, normalization_of
+from vitguard.plan import plan_report
+from vitguard.registry import parse_attack
+from vitguard.vit import Anatomy
+
+TRAINED = {
+    "LoRA r=4 on qkv": "lora:r=4/head",
+    "LoRA r=16 on qkv": "lora:r=16/head",
+    "adapters": "adapters:r=16/head",
+    "head": "head",
+    "last block": "last-block/head",
+    "all": "all",
+}
+NAMES = {"cifar a": "CIFAR ViT, trained", "DINOv2-small": "DINOv2-small, 112 px",
+         "ViT-B/16": "ViT-B/16, random, 224 px"}  # fmt: skip
+VIT_B = "vit_base_patch16_224:num_classes=10"
+MODELS["ViT-B/16"] = ("", VIT_B, 224)
+
+
+class Bottleneck(nn.Module):
+    """An adapter: down to `rank`, GELU, up again."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(torch.nn.functional.gelu(self.down(x)))
+
+
+def beside(module: Any, _: Any, output: Tensor) -> Tensor:
+    """Add the adapter of an MLP to what it gives."""
+    return output + module.adapter(output)
+
+
+def prepared(model: nn.Module, what: str) -> nn.Module:
+    """Return the model with adapters, and only what is trained asking for a gradient."""
+    anatomy = Anatomy.of(model)
+    kind, _, rank = what.partition("/")[0].partition(":r=")
+    torch.manual_seed(0)
+    if kind == "lora":
+        config = peft.LoraConfig(r=int(rank), target_modules=["qkv"], modules_to_save=["head"])
+        model = peft.get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+        return model
+    chosen = {"last-block": anatomy.blocks[-1].name + ".", "head": "head.", "all": ""}.get(kind)
+    for name, parameter in model.named_parameters():
+        head = name.startswith("head.")
+        parameter.requires_grad_(head or (chosen is not None and name.startswith(chosen)))
+    if kind == "adapters":
+        for block in anatomy.blocks:
+            mlp: Any = model.get_submodule(block.mlp)
+            mlp.adapter = Bottleneck(anatomy.width, int(rank))
+            nn.init.normal_(mlp.adapter.up.weight, std=0.02)
+            mlp.register_forward_hook(beside)
+    return model
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the table."""
+
+    model: str
+    trained: str
+    batch: int
+
+    @property
+    def key(self) -> str:
+        """What names it in the file."""
+        return f"{self.model} | {self.trained} | {self.batch}"
+
+
+def grid() -> Iterator[Cell]:
+    """Yield every cell, the cheap models first."""
+    for model in NAMES:
+        for batch in (1, 4):
+            for trained in TRAINED:
+                yield Cell(model, trained, batch)
+
+
+def measured(cell: Cell, attack: Any) -> dict[str, Any]:
+    """Return what one attack got of one update."""
+    model = prepared(built(cell.model), TRAINED[cell.trained])
+    normalization = CIFAR if "cifar" in cell.model else normalization_of(build_model(VIT_B))
+    if cell.model == "DINOv2-small":
+        normalization = normalization_of(built(cell.model))
+    started = time.process_time()
+    report = audit(
+        model, batch_of(Case(cell.model, batch=cell.batch)), attacks=[attack],
+        normalization=normalization,
+    )  # fmt: skip
+    (found,), floor = report.findings, report.to_json()["baseline"]
+    return {
+        "key": cell.key,
+        "attack": found.attack,
+        "verdict": found.verdict,
+        "reason": found.reason,
+        "raw": found.psnr and found.psnr.max,
+        "matched": found.patch_psnr and found.patch_psnr.max,
+        "gain": report.gain(found),
+        "floor": floor,
+        "labels": found.labels_correct,
+        "rung": found.details.get("rung"),
+        "verified": found.details.get("verified"),
+        "undecided": found.undecided,
+        "seconds": round(time.process_time() - started, 1),
+    }
+
+
+def attacks(cell: Cell, seconds: float, *, matching: bool) -> list[Any]:
+    """Return what is run on a cell."""
+    every: list[Any] = [Ladder(seconds=seconds)]
+    if matching:
+        every.append(parse_attack("inverting", fast=True))
+    return every
+
+
+def planned(cell: Cell) -> str:
+    """Return the exact attacks that `vitguard plan --train` says remain."""
+    spec = VIT_B if cell.model == "ViT-B/16" else MODELS[cell.model][1]
+    report = plan_report(spec, (), train=TRAINED[cell.trained])
+    return ", ".join(name for name in report.remaining() if name != "matching") or "none"
+
+
+def main() -> None:
+    """Run the cells that the file lacks, or print its table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="part of a key")
+    parser.add_argument("--seconds", type=float, default=30.0, help="nominal, of the ladder")
+    parser.add_argument("--matching", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    lines = []
+    if options.out.exists():
+        lines = [json.loads(text) for text in options.out.read_text().splitlines()]
+    if options.table:
+        print(table(lines))
+        return
+    known = {(line["key"], line["attack"]) for line in lines}
+    for cell in grid():
+        if options.only not in cell.key:
+            continue
+        for attack in attacks(cell, options.seconds, matching=options.matching):
+            if (cell.key, attack.name) in known:
+                continue
+            line = measured(cell, attack)
+            with options.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(line["key"], line["attack"], line["verdict"], line["matched"], line["reason"],
+                  line["seconds"], flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
