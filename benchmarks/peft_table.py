@@ -4,7 +4,7 @@
     python benchmarks/peft_table.py --out rows.jsonl --table
 
 Each cell is one audit without defenses: the ladder of exact attacks within a budget of work, and
-with `--matching` also gradient matching on a CPU's budget. A run goes on where the file ends. The
+for models that `--matching` names also gradient matching on a CPU's budget. A run goes on where the file ends. The
 trained models and the images are those of the folder that VITGUARD_DATA names; ViT-B/16 has random
 weights. Adapters are as after some steps: before the first one, B of LoRA and the last layer of a
 bottleneck are zero, and most of the update with them. The head is trained in every cell, as it is
@@ -15,22 +15,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
+import red_team
 import torch
-from red_team import CIFAR, MODELS, Case, batch_of
-from red_team import model_of as built
+from red_team import CIFAR, MODELS
 from torch import Tensor, nn
 
 from vitguard.attacks.ladder import Ladder
 from vitguard.audit import audit
-from vitguard.models import build_model, normalization_of
+from vitguard.models import normalization_of
 from vitguard.plan import plan_report
 from vitguard.registry import parse_attack
 from vitguard.vit import Anatomy
@@ -43,10 +42,14 @@ TRAINED = {
     "last block": "last-block/head",
     "all": "all",
 }
-NAMES = {"cifar a": "CIFAR ViT, trained", "DINOv2-small": "DINOv2-small, 112 px",
-         "ViT-B/16": "ViT-B/16, random, 224 px"}  # fmt: skip
-VIT_B = "vit_base_patch16_224:num_classes=10"
-MODELS["ViT-B/16"] = ("", VIT_B, 224)
+MODELS["ViT-B/16"] = ("", "vit_base_patch16_224:num_classes=10", 224)
+CROP = "cifar a, crop 16"
+NAMES = {
+    CROP: "CIFAR ViT, trained, crops of 16 px",
+    "cifar a": "CIFAR ViT, trained, 32 px",
+    "DINOv2-small": "DINOv2-small, 112 px",
+    "ViT-B/16": "ViT-B/16, random, 224 px",
+}
 
 
 class Bottleneck(nn.Module):
@@ -112,15 +115,29 @@ def grid() -> Iterator[Cell]:
                 yield Cell(model, trained, batch)
 
 
+def network(name: str) -> nn.Module:
+    """Return a model of the table without adapters."""
+    if name != CROP:
+        return red_team.model_of(name)
+    model: Any = red_team.model_of("cifar a")
+    model.set_input_size(img_size=16)
+    return model
+
+
+def images(cell: Cell) -> tuple[Tensor, Tensor]:
+    """Return the batch: CIFAR-10 test images, or photos."""
+    case = red_team.Case("cifar a" if cell.model == CROP else cell.model, batch=cell.batch)
+    pixels, labels = red_team.batch_of(case)
+    return (pixels[..., 8:24, 8:24] if cell.model == CROP else pixels), labels
+
+
 def measured(cell: Cell, attack: Any) -> dict[str, Any]:
     """Return what one attack got of one update."""
-    model = prepared(built(cell.model), TRAINED[cell.trained])
-    normalization = CIFAR if "cifar" in cell.model else normalization_of(build_model(VIT_B))
-    if cell.model == "DINOv2-small":
-        normalization = normalization_of(built(cell.model))
+    plain = network(cell.model)
+    normalization = CIFAR if "cifar" in cell.model else normalization_of(plain)
     started = time.process_time()
     report = audit(
-        model, batch_of(Case(cell.model, batch=cell.batch)), attacks=[attack],
+        prepared(plain, TRAINED[cell.trained]), images(cell), attacks=[attack],
         normalization=normalization,
     )  # fmt: skip
     (found,), floor = report.findings, report.to_json()["baseline"]
@@ -137,11 +154,12 @@ def measured(cell: Cell, attack: Any) -> dict[str, Any]:
         "rung": found.details.get("rung"),
         "verified": found.details.get("verified"),
         "undecided": found.undecided,
+        "settings": found.to_json()["settings"],
         "seconds": round(time.process_time() - started, 1),
     }
 
 
-def attacks(cell: Cell, seconds: float, *, matching: bool) -> list[Any]:
+def attacks(seconds: float, *, matching: bool) -> list[Any]:
     """Return what is run on a cell."""
     every: list[Any] = [Ladder(seconds=seconds)]
     if matching:
@@ -151,9 +169,40 @@ def attacks(cell: Cell, seconds: float, *, matching: bool) -> list[Any]:
 
 def planned(cell: Cell) -> str:
     """Return the exact attacks that `vitguard plan --train` says remain."""
-    spec = VIT_B if cell.model == "ViT-B/16" else MODELS[cell.model][1]
+    spec = MODELS["cifar a" if cell.model == CROP else cell.model][1]
+    spec = spec.replace("img_size=32", "img_size=16") if cell.model == CROP else spec
     report = plan_report(spec, (), train=TRAINED[cell.trained])
     return ", ".join(name for name in report.remaining() if name != "matching") or "none"
+
+
+def shown(line: dict[str, Any] | None) -> str:
+    """Return a cell: the best image in dB, its gain over guesses without information, the rung."""
+    if line is None:
+        return "not run"
+    labels = "" if line["labels"] is None else f"; labels {line['labels']:.0%}"
+    if line["matched"] is None:
+        return f"no image{labels}"
+    rung = f" by `{line['rung']}`" if line["rung"] else ""
+    return f"{line['matched']:.1f} dB ({line['gain']:+.1f}){rung}{labels}"
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Return the results as Markdown, one row for each cell."""
+    found = {(line["key"], line["attack"]): line for line in lines}
+    rows = [
+        "| model, batch | trained | `plan --train` says | ladder | `inverting` | floors |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in grid():
+        ladder, matching = (found.get((cell.key, name)) for name in ("ladder", "inverting"))
+        some = ladder or matching
+        floors = "" if some is None else "{patch_psnr:.1f}, {thumbnail:.1f}".format(**some["floor"])
+        parts = (
+            f"{NAMES[cell.model]}, B = {cell.batch}", cell.trained, planned(cell), shown(ladder),
+            shown(matching), floors,
+        )  # fmt: skip
+        rows.append(f"| {' | '.join(parts)} |")
+    return "\n".join(rows)
 
 
 def main() -> None:
@@ -162,7 +211,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="part of a key")
     parser.add_argument("--seconds", type=float, default=30.0, help="nominal, of the ladder")
-    parser.add_argument("--matching", action="store_true")
+    parser.add_argument("--matching", nargs="*", default=[], metavar="MODEL", help="parts of keys")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     lines = []
@@ -175,7 +224,8 @@ def main() -> None:
     for cell in grid():
         if options.only not in cell.key:
             continue
-        for attack in attacks(cell, options.seconds, matching=options.matching):
+        also = any(word in cell.key for word in options.matching)
+        for attack in attacks(options.seconds, matching=also):
             if (cell.key, attack.name) in known:
                 continue
             line = measured(cell, attack)

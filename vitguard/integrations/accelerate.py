@@ -15,6 +15,7 @@ from vitguard.integrations.found import (
     is_private,
     load_state,
     refuse_idle,
+    refuse_spread,
     require_state,
     save_state,
 )
@@ -84,6 +85,7 @@ def register(accelerator: Accelerator, guard: Guard) -> None:
 
 
 def _refuse(accelerator: Accelerator) -> None:
+    refuse_spread(accelerator.distributed_type.value)
     if accelerator.gradient_accumulation_steps != 1:
         raise Incompatible(
             "Expected gradient_accumulation_steps=1 under differential privacy, got "

@@ -15,7 +15,7 @@ from vitguard.guard import Guard
 
 __all__ = [
     "STATE_FILE", "epsilons", "guard_inside", "is_private", "load_state", "refuse_idle",
-    "require_state", "save_state",
+    "refuse_spread", "require_state", "save_state",
 ]  # fmt: skip
 
 STATE_FILE = "vitguard.json"
@@ -41,6 +41,15 @@ def refuse_idle(guard: Guard) -> None:
     """Raise Unprotected where defenses of the update would not act on a trainer's checkpoint."""
     if line := guard._protection.idle():
         raise Unprotected(line)
+
+
+def refuse_spread(kind: str) -> None:
+    """Raise Incompatible where a kind of accelerate's spreads one model over processes."""
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise Incompatible(
+            "Expected one process, or a copy of the model in each, under differential privacy, got "
+            f"{kind}: an example's gradient is clipped over all of the model. Leave it out."
+        )
 
 
 def is_private(guard: Guard) -> bool:

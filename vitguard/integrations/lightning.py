@@ -130,6 +130,11 @@ class GuardMixin:
 
     def _prepared(self, optimizer: Any) -> Any:
         trainer = self.trainer  # type: ignore[attr-defined]
+        if getattr(self, "_compiler_ctx", None) is not None:
+            raise Incompatible(
+                "Expected a module that is not compiled under differential privacy, got one from "
+                "torch.compile. Give the module itself to fit."
+            )
         if trainer.accumulate_grad_batches != 1:
             raise Incompatible(
                 "Expected accumulate_grad_batches=1 under differential privacy, got "

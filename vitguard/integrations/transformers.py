@@ -18,6 +18,7 @@ from vitguard.integrations.found import (
     is_private,
     load_state,
     refuse_idle,
+    refuse_spread,
     require_state,
     save_state,
 )
@@ -83,6 +84,9 @@ class GuardMixin:
                 "Expected a model that is not compiled under differential privacy, got "
                 "torch_compile=True. Leave it out."
             )
+        asked = ["FSDP"] * bool(given.fsdp) + ["DEEPSPEED"] * bool(given.deepspeed)
+        for kind in (*asked, self.accelerator.distributed_type.value):
+            refuse_spread(kind)
         if given.n_gpu > 1:
             raise Incompatible(
                 f"Expected one device for each process under differential privacy, got "

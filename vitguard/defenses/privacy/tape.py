@@ -176,6 +176,10 @@ class Tape:
         """Where the parameters are."""
         return next((p.device for _, p in self._parameters.values()), torch.device("cpu"))
 
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the trainable parameters of the pass with their names."""
+        yield from self._parameters.values()
+
     def is_root(self, tensor: Tensor) -> bool:
         """Whether `tensor` is a trainable parameter or was computed from such alone."""
         key = id(tensor)
