@@ -1,14 +1,14 @@
 """What an update of adapters, the head, the last block or everything gives away, beside the plan.
 
-    python benchmarks/peft_table.py --out rows.jsonl [--only WORD] [--seconds S] [--matching]
+    python benchmarks/peft_table.py --out rows.jsonl [--only WORD] [--seconds S] [--matching WORD]
     python benchmarks/peft_table.py --out rows.jsonl --table
 
 Each cell is one audit without defenses: the ladder of exact attacks within a budget of work, and
-for models that `--matching` names also gradient matching on a CPU's budget. A run goes on where the file ends. The
-trained models and the images are those of the folder that VITGUARD_DATA names; ViT-B/16 has random
-weights. Adapters are as after some steps: before the first one, B of LoRA and the last layer of a
-bottleneck are zero, and most of the update with them. The head is trained in every cell, as it is
-for new classes.
+for keys that hold a word of `--matching` also gradient matching on a CPU's budget. A run goes on
+where the file ends. The trained models and the images are those of the folder that VITGUARD_DATA
+names; ViT-B/16 has random weights. Adapters are as after some steps: before the first one, B of
+LoRA and the last layer of a bottleneck are zero, and most of the update with them. The head is
+trained in every cell, as it is for new classes. A B = 4 row counts the best of its images.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ class Cell:
 
 
 def grid() -> Iterator[Cell]:
-    """Yield every cell, the cheap models first."""
-    for model in NAMES:
-        for batch in (1, 4):
+    """Yield every cell, single images first."""
+    for batch in (1, 4):
+        for model in NAMES:
             for trained in TRAINED:
                 yield Cell(model, trained, batch)
 
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="part of a key")
     parser.add_argument("--seconds", type=float, default=30.0, help="nominal, of the ladder")
-    parser.add_argument("--matching", nargs="*", default=[], metavar="MODEL", help="parts of keys")
+    parser.add_argument("--matching", nargs="*", default=[], metavar="WORD", help="parts of keys")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     lines = []

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
 from vitguard.errors import Unprotected
+from vitguard.trained import trained_sizes
 from vitguard.vit import Anatomy
 
 peft = pytest.importorskip("peft")
@@ -133,6 +134,16 @@ def test_guard_update_holds_the_adapters_alone(small_vit, order):
     update = guard.update(*DATA.tensors)
     assert any("lora_A" in n for n in update.tensors)
     assert "patch_embed.proj.weight" not in update.tensors
+
+
+def test_an_update_of_lora_holds_what_the_plan_says_that_it_does(small_vit):
+    model, guard = adapted(small_vit, "PEFT first", "none")
+    model.train()
+    update = guard.update(*DATA.tensors)
+    plain = small_vit(depth=1)
+    planned = trained_sizes(plain, Anatomy.of(plain), "lora:r=2/head")
+    held = {n.replace(".modules_to_save.default", ""): t for n, t in update.tensors.items()}
+    assert {n: t.numel() for n, t in held.items()} == planned
 
 
 @pytest.mark.parametrize("order", ORDERS)
