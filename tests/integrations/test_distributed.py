@@ -52,6 +52,26 @@ def with_plain_ddp(stack, folder):
     return outcome(model, guard, 4)
 
 
+def with_peft(stack, folder):
+    import peft
+
+    from tests.integrations.test_accelerate import DATA
+
+    torch.distributed.init_process_group("gloo")
+    model = small_vit(depth=1)
+    guard = vg.protect(model, stack)
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"])
+    model = peft.get_peft_model(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, loader = guard.prepare(torch.optim.SGD(trained, lr=0.1), DataLoader(DATA, 8))
+    for _ in range(2):
+        for images, labels in loader:
+            (F.cross_entropy(model.train()(images), labels) + guard.auxiliary_loss()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return outcome(model, guard, 4)
+
+
 def with_transformers(stack, folder):
     from tests.integrations import test_transformers as one
 
@@ -93,7 +113,7 @@ def with_lightning(stack, folder):
 
 TRAINERS = {
     "plain": with_plain_ddp, "transformers": with_transformers, "accelerate": with_accelerate,
-    "lightning": with_lightning,
+    "lightning": with_lightning, "peft": with_peft,
 }  # fmt: skip
 
 

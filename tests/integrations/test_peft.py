@@ -113,6 +113,22 @@ def test_privacy_clips_over_the_adapters_alone(small_vit, order, stack):
     assert all("lora" in n or "modules_to_save" in n or "vitguard" in n for n in trained)
 
 
+def test_physical_batch_changes_neither_the_steps_nor_the_adapters(small_vit):
+    pytest.importorskip("opacus")
+    ends = []
+    for pieces in ("", ",physical_batch=2"):
+        quiet = f"{PRIVATE}{pieces}".replace("noise=0.5", "noise=0")
+        model, guard = adapted(small_vit, "PEFT first", quiet)
+        optimizer, loader = guard.prepare(sgd(model), DataLoader(DATA, 4))
+        for images, labels in loader:
+            F.cross_entropy(model.train()(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert guard._ledgers["privacy"].steps == 2
+        ends.append([p.detach() for p in model.parameters() if p.requires_grad])
+    assert ends[0] and all(map(lambda a, b: torch.allclose(a, b, atol=1e-6), *ends))
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_an_update_of_adapters_is_sealed_by_the_names_of_the_wrapped_model(small_vit, order):
     model, guard = adapted(small_vit, order, "client-privacy:noise=0,clip=0.01")

@@ -3,7 +3,6 @@
 One line of an error, before any weight has moved.
 """
 
-import copy
 import os
 
 import pytest
@@ -236,7 +235,8 @@ CELLS = [(train, how) for train, cells in REFUSED.items() for how in cells]
 
 @pytest.fixture
 def group(tmp_path):
-    """A function that makes a process group of one, for FSDP; the group of a trainer goes too."""
+    """A function that makes a process group of one, for FSDP; what a trainer made goes too."""
+    before = dict(os.environ)
 
     def make():
         if not torch.distributed.is_gloo_available():
@@ -247,16 +247,17 @@ def group(tmp_path):
     yield make
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("train, how", CELLS, ids=[f"{t.__name__}-{h}" for t, h in CELLS])
 def test_what_privacy_cannot_have_is_refused_in_one_line_before_a_weight_moves(
-    train, how, tmp_path, group, monkeypatch
+    train, how, tmp_path, group
 ):
     if how == "fsdp" and train in (by_timm, by_peft):
         group()
-    monkeypatch.setattr(os, "environ", copy.copy(os.environ))
     torch._dynamo.reset()
     if train is by_transformers:
         model = pytest.importorskip("tests.integrations.test_transformers").build()
