@@ -3,8 +3,6 @@
 One line of an error, before any weight has moved.
 """
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +30,6 @@ def mixed(images, labels):
 
 def by_transformers(model, how, folder):
     one = pytest.importorskip("tests.integrations.test_transformers")
-    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
     class Spread(one.Trainer):  # without a GPU the arguments themselves refuse fsdp
@@ -50,12 +47,7 @@ def by_transformers(model, how, folder):
     made = one.arguments(folder, per_device_train_batch_size=8)
     for name in {"fp16", "torch_compile"} & {how}:
         setattr(made, name, True)  # as on a GPU: without one the arguments themselves refuse fp16
-    try:
-        kind(
-            model=model, args=made, train_dataset=one.Photos(), data_collator=one.collate_fn
-        ).train()
-    finally:
-        AcceleratorState._reset_state(True)
+    kind(model=model, args=made, train_dataset=one.Photos(), data_collator=one.collate_fn).train()
 
 
 def by_lightning(model, how, folder):
@@ -105,13 +97,10 @@ def by_lightning(model, how, folder):
 
 def by_accelerate(model, how, folder):
     accelerate = pytest.importorskip("accelerate")
-    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedType
 
     from vitguard.integrations.accelerate import prepare
 
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
     accelerator = accelerate.Accelerator(
         cpu=True, mixed_precision="fp16" if how == "fp16" else None,
         dynamo_backend="eager" if how == "torch_compile" else None,
@@ -121,24 +110,20 @@ def by_accelerate(model, how, folder):
         accelerator.state.distributed_type = DistributedType.FSDP
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(DATA, 8)
-    try:
-        if how == "prepared before":
-            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-            optimizer, loader = vg.Guard.of(model).prepare(optimizer, loader)
-        elif how == "accumulation by hand":
-            optimizer, loader = vg.Guard.of(model).prepare(optimizer, loader)
-            model, optimizer = accelerator.prepare(model, optimizer)
-        else:
-            model, optimizer, loader = prepare(accelerator, model, optimizer, loader)
-        for batch in loader:
-            with accelerator.accumulate(model):
-                images, labels = mixed(*batch) if how == "mixing" else batch
-                accelerator.backward(F.cross_entropy(model.train()(images), labels))
-                optimizer.step()
-                optimizer.zero_grad()
-    finally:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+    if how == "prepared before":
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        optimizer, loader = vg.Guard.of(model).prepare(optimizer, loader)
+    elif how == "accumulation by hand":
+        optimizer, loader = vg.Guard.of(model).prepare(optimizer, loader)
+        model, optimizer = accelerator.prepare(model, optimizer)
+    else:
+        model, optimizer, loader = prepare(accelerator, model, optimizer, loader)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            images, labels = mixed(*batch) if how == "mixing" else batch
+            accelerator.backward(F.cross_entropy(model.train()(images), labels))
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def in_a_loop(model, how, folder, scale=None):
@@ -231,24 +216,6 @@ REFUSED = {
     },
 }  # fmt: skip
 CELLS = [(train, how) for train, cells in REFUSED.items() for how in cells]
-
-
-@pytest.fixture
-def group(tmp_path):
-    """A function that makes a process group of one, for FSDP; what a trainer made goes too."""
-    before = dict(os.environ)
-
-    def make():
-        if not torch.distributed.is_gloo_available():
-            pytest.skip("torch without gloo")
-        file = f"file://{tmp_path}/group"
-        torch.distributed.init_process_group("gloo", init_method=file, rank=0, world_size=1)
-
-    yield make
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.filterwarnings("ignore")
