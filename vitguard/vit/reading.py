@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vitguard.vit.names import canonical_name
+from vitguard.core.parameters import canonical_name
 
 __all__ = [
     "centres",
