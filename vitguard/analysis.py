@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -17,13 +17,27 @@ from vitguard.vit import Anatomy, canonical_parameters
 __all__ = ["refuse_given_away", "released", "remaining"]
 
 
-def released(model: nn.Module, anatomy: Anatomy, traits: Traits) -> Released:
-    """Return which tensors of an update of `model` are plain under a stack with these traits."""
-    sizes = {n: p.numel() for n, p in canonical_parameters(model).items()}
+def released(
+    model: nn.Module,
+    anatomy: Anatomy,
+    traits: Traits,
+    *,
+    sent: Mapping[str, int] | None = None,
+    batch_size: int = 1,
+) -> Released:
+    """Return which tensors of an update of `model` are plain under a stack with these traits.
+
+    Args:
+        sent: Names and sizes of what is trained and sent; by default all that requires a gradient.
+        batch_size: Images behind the update.
+    """
+    if sent is None:
+        sent = {n: p.numel() for n, p in canonical_parameters(model).items()}
+    sizes = {n: count for n, count in sent.items() if not traits.freezes(n)}
     if traits.positions != "learnable":
         sizes.pop(anatomy.positions or "", None)
     chosen = {n for select in traits.sealed for n in anatomy.select(select, sizes)}
-    return Released(anatomy, sizes, frozenset(sizes) - chosen, traits)
+    return Released(anatomy, sizes, frozenset(sizes) - chosen, traits, batch_size)
 
 
 def remaining(plain: Released) -> tuple[Remaining, ...]:

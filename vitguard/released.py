@@ -1,6 +1,7 @@
 """What an update lets an attack read, and what that decides about one attack.
 
-Counts are of docs/methods.md 2.1 to 2.5b, at batch size 1, where exact attacks are strongest.
+Counts are of docs/methods.md 2.1 to 2.5b, at batch size 1 unless a larger one is given: exact attacks
+are strongest there.
 """
 
 from __future__ import annotations
@@ -44,25 +45,40 @@ class Released:
         sizes: Number of values of each tensor that is released, plain or encrypted.
         plain: Those of them that can be read.
         traits: What the defenses make true of the update.
+        batch_size: Images behind the update.
     """
 
     anatomy: Anatomy
     sizes: dict[str, int]
     plain: frozenset[str]
     traits: Traits
+    batch_size: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all images together, T."""
+        return self.batch_size * self.anatomy.tokens
 
     @property
     def patch_rank(self) -> int:
         """Unknowns of a patch: the rank of the patches' span, or all pixels where it is hidden."""
         a = self.anatomy
         if a.patch_weight in self.plain:
-            return min(a.patches, a.patch_pixels, a.width)
+            return min(self.batch_size * a.patches, a.patch_pixels, a.width)
         return a.patch_pixels
 
     @property
     def equations(self) -> int:
         """Equations that one norm's plain rows give: D - T."""
-        return self.anatomy.width - self.anatomy.tokens
+        return self.anatomy.width - self.tokens
+
+    @property
+    def saturated(self) -> str:
+        """Why no equation is left: the tokens fill the width; empty where some are."""
+        if self.equations > 0:
+            return ""
+        whose = "" if self.batch_size == 1 else f" of {self.batch_size} images"
+        return f"{self.tokens} tokens{whose} fill the {self.anatomy.width} dimensions"
 
     @property
     def low_rank(self) -> str:
