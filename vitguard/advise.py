@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from vitguard.analysis import released, remaining
 from vitguard.core import Traits
-from vitguard.defenses.base import Defense, traits_of
+from vitguard.defenses.base import traits_of
 from vitguard.errors import InputError, UnsupportedModel, VitguardError, expected
 from vitguard.evidence import Evidence, Stack, evidence
 from vitguard.models import build_model
@@ -301,9 +301,7 @@ class _Counts:
 
     def at(self, batch_size: int, traits: Traits | None = None) -> dict[str, Remaining]:
         traits = traits_of([], self.anatomy) if traits is None else traits
-        plain = released(
-            self.model, self.anatomy, traits, sent=self.sent, batch_size=batch_size
-        )
+        plain = released(self.model, self.anatomy, traits, sent=self.sent, batch_size=batch_size)
         return {one.attack: one for one in remaining(plain)}
 
     @cached_property
@@ -347,9 +345,7 @@ class _Counts:
             low, high = (middle, high) if holds(middle) else (low, middle)
         return low
 
-    def options(
-        self, name: str, batch_size: int, see: See, stood: list[Stack]
-    ) -> Iterator[Option]:
+    def options(self, name: str, batch_size: int, see: See, stood: list[Stack]) -> Iterator[Option]:
         for stack in stood:
             try:
                 defenses = parse_stack(stack.spec)

@@ -33,6 +33,7 @@ class Cell:
         above: dB of that above the thumbnail.
         verdict: The audit's; "" where it was not run.
         proved: Share of patches that the attack proved, in [0, 1].
+        cut: Attacks that their budget ended, by name.
         note: The audit's reason, or why the cell was not run.
     """
 
@@ -46,12 +47,13 @@ class Cell:
     above: float | None = None
     verdict: str = ""
     proved: float = 0.0
+    cut: str = ""
     note: str = ""
 
     @property
     def run(self) -> bool:
-        """Whether the cell was measured to its end: a cut attack decides nothing."""
-        return bool(self.verdict) and "allow more" not in self.note
+        """Whether it was measured; `cut` says what did not come to its end."""
+        return bool(self.verdict)
 
     @property
     def leaked(self) -> bool:
@@ -96,23 +98,26 @@ class Stack:
 
     @property
     def measured(self) -> tuple[Cell, ...]:
-        """The cells that were run to their end."""
+        """The cells that were run."""
         return tuple(c for c in self.cells if c.run)
 
     @property
     def stood(self) -> bool:
         """Whether it was attacked, and fell in no cell."""
-        return bool(self.measured) and not any(c.leaked for c in self.cells if c.verdict)
+        return bool(self.measured) and not any(c.leaked for c in self.measured)
 
     def said(self) -> str:
         """Say how it fared and what it costs, in one line."""
         measured, models = self.measured, dict.fromkeys(c.model for c in self.measured)
         attacks = dict.fromkeys(c.attack.partition(":")[0] for c in measured)
+        cut = sum(bool(c.cut) for c in measured)
         above = max((c.above for c in measured if c.above is not None), default=None)
         words = [
             f"stood in {len(measured)} of {len(self.cells)} cells ({', '.join(attacks)}; "
             f"{', '.join(models)})"
         ]
+        if cut:
+            words.append(f"in {cut} of them an attack ended with its budget")
         if above is not None:
             words.append(f"worst {above:+.1f} dB from the thumbnail")
         for cost in self.costs:

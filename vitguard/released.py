@@ -1,7 +1,6 @@
 """What an update lets an attack read, and what that decides about one attack.
 
-Counts are of docs/methods.md 2.1 to 2.5b, at batch size 1 unless a larger one is given: exact attacks
-are strongest there.
+Counts are of docs/methods.md 2.1 to 2.5b, at batch size 1 unless a larger one is given.
 """
 
 from __future__ import annotations

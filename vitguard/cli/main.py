@@ -1,4 +1,4 @@
-"""The command line: `vitguard audit | plan | advise | list`. It imports nothing heavy before it must."""
+"""The command line: `vitguard audit | plan | advise | list`. It imports heavy things late."""
 
 from __future__ import annotations
 

@@ -181,7 +181,6 @@ def token_search_remains(plain: Released) -> Remaining:
     Every block that it could read has full rank, see `Released.spanning`: at depth 2 true tokens
     lie within 4e-5 of both spans of block 0, at depth 3 within 9e-5 of those of block 1.
     """
-    a = plain.anatomy
     if plain.saturated:
         why = f"{plain.saturated}: the spans saturate"
         return Remaining("token-search", False, (), why)
