@@ -4,12 +4,12 @@
     python benchmarks/evidence.py rows.jsonl --only cifar  # cells whose model has the word
     python benchmarks/evidence.py rows.jsonl --make        # writes vitguard/evidence.json, figure
 
-Rows are written one by one: a run that is ended goes on where it was. A cell that is not in the file
-is `not run`, with the reason. The data folder is VITGUARD_DATA; photos are scikit-image's.
+Rows are written one by one: a run that is ended goes on where it was. A cell that is not in the
+file is `not run`, with the reason. The data folder is VITGUARD_DATA; photos are scikit-image's.
 
 Each setting has its own stacks. A stack is attacked with the smallest batch that it lets leave, in
-two cases: `natural`, the first images of the data; and `dominant`, where one image has a wrong label
-and so outweighs its batch (trained models only). Costs are of training by the updates that leave:
+two cases: `natural`, the first images of the data; and `dominant`, where one image has a wrong
+label among those the model is surest of, and so outweighs its batch (trained models only). Costs are of training by the updates that leave:
 a server's Adam (rate 1e-3) on one client's gradient a step, on the trained CIFAR ViT with a fresh
 head (`finetune`), or from random weights (`scratch`); accuracy on 1,000 test images.
 """
@@ -46,7 +46,8 @@ from vitguard.vit import Anatomy
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "vitguard" / "evidence.json"
 FIGURE = ROOT / "docs" / "images" / "evidence.svg"
-SECONDS = 30  # nominal, of the ladder on one update
+ATTACKS = ("ladder:seconds=30", "position", "map:seconds=30")
+"""The ladder hands back one guess, so what it passes over is also run alone."""
 FLOOR = "positions:kind=frozen+batch-floor+sample-normalisation"
 STEM = "frozen-stem+batch-floor+sample-normalisation"
 STACKS = {
@@ -120,14 +121,15 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("trained cifar vit (128 wide, 65 tokens)", "finetune", CIFAR, "cifar10_vit_a.safetensors"),
-    Subject("random cifar vit (128 wide, 65 tokens)", "scratch", CIFAR),
-    Subject("dinov2-small, 112 px (384 wide, 65 tokens)", "finetune", SMALL,
-            "dinov2_small_timm_fp16.safetensors"),
-    Subject("vit-s/16 random (384 wide, 197 tokens)", "scratch", "vit_small_patch16_224:num_classes=10"),
-    Subject("vit-b/32 random (768 wide, 50 tokens)", "scratch", "vit_base_patch32_224:num_classes=10"),
-    Subject("vit-b/16 random (768 wide, 197 tokens)", "scratch", "vit_base_patch16_224:num_classes=10"),
-)  # fmt: skip
+    Subject("trained cifar vit, 128 wide", "finetune", CIFAR, "cifar10_vit_a.safetensors"),
+    Subject("random cifar vit, 128 wide", "scratch", CIFAR),
+    Subject(
+        "dinov2-small at 112 px, 384 wide", "finetune", SMALL, "dinov2_small_timm_fp16.safetensors"
+    ),
+    Subject("random vit-s/16, 384 wide", "scratch", "vit_small_patch16_224:num_classes=10"),
+    Subject("random vit-b/32, 768 wide", "scratch", "vit_base_patch32_224:num_classes=10"),
+    Subject("random vit-b/16, 768 wide", "scratch", "vit_base_patch16_224:num_classes=10"),
+)
 
 
 def folder() -> Path:
@@ -144,19 +146,18 @@ def cifar(split: str) -> tuple[Tensor, Tensor]:
     return pixels, torch.as_tensor(labels[:4000]).long()
 
 
-def cells() -> Iterator[tuple[Subject, Cell]]:
-    """Every cell of the table, small models first."""
+def cells() -> Iterator[tuple[Subject, list[Cell]]]:
+    """Every cell of the table, small models first; those of one update together."""
     for subject in SUBJECTS:
         anatomy = Anatomy.of(build_model(subject.spec))
         for stack in STACKS[subject.setting]:
             batch = max([1, *(d.least_batch(anatomy) for d in parse_stack(stack))])
             batches = sorted({1, *floors(anatomy)}) if stack == "none" else [batch]
             for size in batches:
-                for case in (
-                    ("natural", "dominant") if subject.weights and size > 1 else ("natural",)
-                ):
-                    attack = f"ladder:seconds={SECONDS}"
-                    yield subject, Cell(stack, subject.name, subject.setting, size, case, attack)
+                both = bool(subject.weights) and size > 1
+                for case in ("natural", "dominant") if both else ("natural",):
+                    one = Cell(stack, subject.name, subject.setting, size, case, "")
+                    yield subject, [replace(one, attack=a) for a in ATTACKS]
 
 
 def floors(anatomy: Anatomy) -> Iterator[int]:
@@ -164,32 +165,38 @@ def floors(anatomy: Anatomy) -> Iterator[int]:
         yield parse_stack(f"batch-floor:multiple={multiple}")[0].least_batch(anatomy)
 
 
-def measured(subject: Subject, cell: Cell) -> Cell:
-    """Attack one stack beside its control."""
-    model = subject.model()
+def measured(subject: Subject, asked: list[Cell]) -> list[Cell]:
+    """Attack one update of a stack beside its control, with every attack."""
+    cell, model = asked[0], subject.model()
     normalization = subject.normalization(model)
-    pixels, labels = subject.images(cell.batch, Anatomy.of(model).image_size)
-    if cell.case == "dominant":
-        labels = labels.clone()
+    size = Anatomy.of(model).image_size
+    pixels, labels = subject.images(cell.batch, size)
+    if cell.case == "dominant":  # one wrong label among those that the model is surest of
+        pixels, _ = subject.images(max(40, cell.batch), size)
         with torch.no_grad():
-            likely = model(normalization.apply(pixels)).argmax(-1)
-        labels = likely.clone()
-        labels[0] = (likely[0] + 1) % 10
+            sure, named = model.eval()(normalization.apply(pixels)).softmax(-1).max(-1)
+        best = sure.argsort(descending=True)[: cell.batch]
+        pixels, labels = pixels[best], named[best].clone()
+        labels[0] = (labels[0] + 1) % 10
     stacks = {} if cell.stack == "none" else {cell.stack: parse_stack(cell.stack)}
     report = audit(
-        model, (pixels, labels), defenses=stacks, attacks=cell.attack, batch_size=cell.batch,
-        normalization=normalization,
+        model, (pixels, labels), defenses=stacks, attacks=[c.attack for c in asked],
+        batch_size=cell.batch, normalization=normalization,
     )  # fmt: skip
-    finding = report.findings[-1]
+    return [
+        _found(c, report, f) for c, f in zip(asked, report.findings[-len(asked) :], strict=True)
+    ]
+
+
+def _found(cell: Cell, report: Any, finding: Any) -> Cell:
     psnr = finding.patch_psnr.max if finding.patch_psnr else None
-    floor = report.baseline.thumbnail
-    above = psnr - floor if psnr is not None and floor is not None else None
-    outcomes = finding.details.get("outcomes", {})
-    proved = finding.details.get("verified", 0.0)
+    floor, details = report.baseline.thumbnail, finding.details
+    cut = [n for n, o in details.get("outcomes", {}).items() if o == "cut"]
+    proved = details.get("verified", 0.0)
     return replace(
-        cell, psnr=psnr, above=above, verdict=finding.verdict,
-        proved=proved if isinstance(proved, float) else 0.0,
-        cut=", ".join(n for n, o in outcomes.items() if o == "cut"), note=finding.reason,
+        cell, psnr=psnr, above=None if psnr is None or floor is None else psnr - floor,
+        verdict=finding.verdict, proved=proved if isinstance(proved, float) else 0.0,
+        cut=", ".join(cut or details.get("unfinished", ())), note=finding.reason[:160],
     )  # fmt: skip
 
 
@@ -198,9 +205,8 @@ def sent_bytes(tensors: dict[str, Tensor], stack: str) -> float:
     total = 0.0
     rank = traits_of(parse_stack(stack), Anatomy.of(build_model(CIFAR))).rank
     for tensor in tensors.values():
-        matrix = (
-            tensor.flatten(1) if tensor.dim() > 1 and len(tensor) > 1 else tensor.reshape(1, -1)
-        )
+        matrix = tensor.flatten(1) if len(tensor) > 1 else tensor.reshape(-1, tensor.shape[-1])
+        matrix = matrix if tensor.dim() > 1 else tensor[None]
         bits = 32.0
         if "sign-update" in stack:
             bits = 1.0
@@ -275,15 +281,17 @@ def main() -> None:
 
         if not options.costs:
             done = {key(r) for r in rows if r["kind"] == "cell"}
-            for subject, cell in cells():
-                if options.only in subject.name and key(asdict(cell)) not in done:
-                    began = time.time()
-                    try:
-                        found = measured(subject, cell)
-                    except VitguardError as error:
-                        found = replace(cell, note=f"not run: {error}")
-                    keep("cell", found)
-                    print(f"{time.time() - began:5.0f} s  {found}", flush=True)
+            for subject, asked in cells():
+                if options.only not in subject.name or key(asdict(asked[0])) in done:
+                    continue
+                began = time.time()
+                try:
+                    found = measured(subject, asked)
+                except VitguardError as error:
+                    found = [replace(c, note=f"not run: {error}") for c in asked]
+                for cell in found:
+                    keep("cell", cell)
+                    print(f"{time.time() - began:5.0f} s  {cell}", flush=True)
             return
         known = {(r["stack"], r["setting"]): r for r in rows if r["kind"] == "cost"}
         for setting, stacks in STACKS.items():
@@ -298,16 +306,15 @@ def main() -> None:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[k] for k in ("stack", "model", "setting", "batch", "case"))
+    return tuple(row[k] for k in ("stack", "model", "setting", "batch", "case", "attack"))
 
 
 def make(rows: list[dict[str, Any]]) -> None:
     """Write the table, every cell that was not run with its reason, and the figure."""
-    stored = {
-        key(r): {k: v for k, v in r.items() if k != "kind"} for r in rows if r["kind"] == "cell"
-    }
+    found = [{k: v for k, v in r.items() if k != "kind"} for r in rows if r["kind"] == "cell"]
+    stored = {key(r): r for r in found}
     table = []
-    for _, cell in cells():
+    for cell in (c for _, asked in cells() for c in asked):
         missing = asdict(replace(cell, note="not run: no time for this model and batch so far"))
         table.append(_short(stored.get(key(asdict(cell)), missing)))
     costs = [
