@@ -161,16 +161,18 @@ class AdviceReport:
         )
         for note in self.notes:
             say(f"Note: {note}")
-        table = Table("attack", "applies", "exact up to batch", "ends at batch", "why")
+        table = Table("attack", "applies", "exact up to batch", "ends at batch")
         for a in self.attacks:
             table.add_row(
                 a.attack,
                 "[red]exactly[/]" if a.exact else "[yellow]yes[/]" if a.applies else "no",
                 str(a.exact_until or "-"),
                 str(a.ends_at or "none"),
-                escape(a.reason),
             )
         console.print(table)
+        for a in self.attacks:
+            if a.exact:
+                say(f"  {a.attack}: {a.reason}", "dim")
         say("Stacks that stood where they were measured, the cheapest first:", "bold")
         for option in self.options[:_NAMED]:
             say(f"  {option.stack}", "bold")
