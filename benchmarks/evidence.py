@@ -2,7 +2,8 @@
 
     python benchmarks/evidence.py rows.jsonl               # measures what is not in the file yet
     python benchmarks/evidence.py rows.jsonl --only cifar  # cells whose model has the word
-    python benchmarks/evidence.py rows.jsonl --make        # writes vitguard/evidence.json, figure
+    python benchmarks/evidence.py rows.jsonl --costs       # trains under each stack
+    python benchmarks/evidence.py rows.jsonl --make        # writes what vitguard carries, and docs
 
 Rows are written one by one: a run that is ended goes on where it was. A cell that is not in the
 file is `not run`, with the reason. The data folder is VITGUARD_DATA; photos are scikit-image's.
@@ -39,7 +40,7 @@ from vitguard.audit import audit
 from vitguard.core import Normalization
 from vitguard.defenses.base import traits_of
 from vitguard.errors import VitguardError
-from vitguard.evidence import Cell, Cost, read_evidence
+from vitguard.evidence import WITHIN, Cell, Cost, Evidence, read_evidence
 from vitguard.guard import protect
 from vitguard.models import build_model, load_checkpoint, normalization_of
 from vitguard.registry import parse_stack
@@ -47,7 +48,8 @@ from vitguard.vit import Anatomy
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "vitguard" / "evidence.json"
-FIGURE = ROOT / "docs" / "images" / "evidence.svg"
+PAGE = ROOT / "docs" / "advise.md"
+FIGURE = ROOT / "docs" / "images" / "evidence.png"
 ATTACKS = ("ladder:seconds=10", "position", "map:seconds=10")
 """The ladder hands back one guess, so what it passes over is also run alone."""
 FLOOR = "positions:kind=frozen+batch-floor+sample-normalisation"
@@ -333,8 +335,70 @@ def make(rows: list[dict[str, Any]]) -> None:
         "cells": table,
         "costs": costs,
     }
-    read_evidence(made)
+    evidence = read_evidence(made)
     TABLE.write_text(json.dumps(made, indent=1) + "\n")
+    before, _, rest = PAGE.read_text().partition("<!-- table -->\n")
+    after = rest.partition("<!-- end of table -->")[2]
+    PAGE.write_text(f"{before}<!-- table -->\n{page(evidence)}\n<!-- end of table -->{after}")
+    draw(evidence)
+
+
+def page(evidence: Evidence) -> str:
+    """Return the table of docs/advise.md: one line for each stack and model."""
+    head = "| setting | model | stack | images | worst, dB from the thumbnail | cells run | cost |"
+    lines = [f"Made on {evidence.date}.", "", head, "|---|---|---|---:|---:|---|---|"]
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for c in evidence.cells:
+        groups.setdefault((c.setting, c.model, c.stack), []).append(c)
+    prices = {(c.setting, c.model, c.stack): c for c in evidence.costs}
+    for (setting, model, stack), each in groups.items():
+        run = [c for c in each if c.run]
+        if not run:
+            lines.append(f"| {setting} | {model} | `{stack}` | | | not run: no time so far | |")
+            continue
+        worst = max((c.above for c in run if c.above is not None), default=None)
+        fell = "**fell**, " if any(c.leaked for c in run) else ""
+        cut = sum(bool(c.cut) for c in run)
+        sizes = "/".join(str(n) for n in sorted({c.batch for c in each}))
+        price = prices.get((setting, model, stack))
+        said = "" if price is None or price.accuracy is None else (
+            f"accuracy {price.accuracy:.1%} (undefended {price.plain or 0:.1%}), time x "
+            f"{price.time:.1f}, bytes x {price.bytes:.2g}"
+        )  # fmt: skip
+        above = "nothing to read" if worst is None else f"{worst:+.1f}"
+        count = f"{len(run)} of {len(each)}" + (f", {cut} cut" if cut else "")
+        lines.append(
+            f"| {setting} | {model} | `{stack}` | {sizes} | {fell}{above} | {count} | {said} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(evidence: Evidence) -> None:
+    """Draw leak against cost: the worst dB from the thumbnail over the accuracy lost."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    marks = {"finetune": "o", "scratch": "s"}
+    for setting, mark in marks.items():
+        for stack in evidence.stacks(setting):
+            above = [c.above for c in stack.measured if c.above is not None]
+            lost = [100 * ((c.plain or 0) - (c.accuracy or 0)) for c in stack.costs]
+            if not stack.measured or not lost:
+                continue
+            colour = "#1b7f5c" if stack.stood else "#c0392b"
+            at = max(lost), min(max(above, default=-15.0), 60.0)
+            axes.plot(*at, mark, color=colour, markersize=8)
+            short = stack.spec.replace("batch-floor+sample-normalisation", "floor+norm")
+            axes.annotate(short, at, xytext=(6, 3), textcoords="offset points", fontsize=7)
+    axes.axhline(WITHIN, color="#888", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("accuracy lost, points (60 steps, trained CIFAR ViT)")
+    axes.set_ylabel("worst image, dB above the thumbnail (60 and more at 60)")
+    title = "Leak against cost: green stood, red fell; round fine-tuning, square from scratch"
+    axes.set_title(title, fontsize=9)
+    figure.savefig(FIGURE, dpi=110)
 
 
 def _version(name: str) -> str:

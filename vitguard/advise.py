@@ -68,7 +68,7 @@ class Option:
         stack: Its spec, with what this model needs.
         batch: The smallest batch whose update it lets leave, on this model.
         evidence: How it fared and what it costs, in words.
-        left: Exact attacks whose count still holds under it at that batch.
+        left: Exact attacks whose count still holds under it at that batch, damage aside.
         hides_from: `server`, or `server and clients`.
         verify: The command that attacks it on this model.
     """
@@ -356,18 +356,18 @@ class _Counts:
                 traits = traits_of(defenses, self.anatomy)
             except VitguardError:
                 continue  # it does not go with this model
-            keyed = bool(traits.sealed)
-            if keyed and see != "server" and math.isinf(traits.information):
+            keyed, proven = bool(traits.sealed), math.isfinite(traits.information)
+            if keyed and see != "server" and not proven:
                 continue
             batch = max(batch_size, *(d.least_batch(self.anatomy) for d in defenses))
             left = tuple(a.attack for a in self.at(batch, traits).values() if a.gives_away)
-            if left:
+            if left and traits.exact:
                 continue  # it stood elsewhere; here a count says that it would not
             yield Option(
                 stack.spec,
                 batch,
                 stack.said(),
-                left,
+                () if proven else left,
                 "server" if keyed else "server and clients",
                 _command(name, batch, stack.spec, stack.measured[0].attack),
             )

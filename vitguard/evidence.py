@@ -12,7 +12,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-__all__ = ["Cell", "Cost", "Evidence", "Stack", "evidence"]
+__all__ = ["WITHIN", "Cell", "Cost", "Evidence", "Stack", "evidence", "read_evidence"]
 
 WITHIN = 2.0
 """dB above the thumbnail (every patch flat in its own colour) within which a stack has stood."""
