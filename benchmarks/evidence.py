@@ -50,7 +50,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "vitguard" / "evidence.json"
 PAGE = ROOT / "docs" / "advise.md"
 FIGURE = ROOT / "docs" / "images" / "evidence.png"
-ATTACKS = ("ladder:seconds=10", "position", "map:seconds=10")
+ATTACKS = ("ladder:seconds=4", "position", "map:seconds=4")
 """The ladder hands back one guess, so what it passes over is also run alone."""
 FLOOR = "positions:kind=frozen+batch-floor+sample-normalisation"
 STEM = "frozen-stem+batch-floor+sample-normalisation"
@@ -159,7 +159,7 @@ def cells() -> Iterator[tuple[Subject, list[Cell]]]:
             if stack != "none":
                 least = max([1, *(d.least_batch(anatomy) for d in parse_stack(stack))])
                 groups[least].append(stack)
-        for size, stacks in groups.items():
+        for size, stacks in reversed(groups.items()):
             both = bool(subject.weights) and size > 1
             for case in ("natural", "dominant") if both else ("natural",):
                 one = Cell("", subject.name, subject.setting, size, case, "")
