@@ -252,6 +252,17 @@ def test_the_ladder_takes_it_as_a_rung_for_damaged_updates_only(small_vit, obser
     assert "map" not in clean.details["rungs"]
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_steps_of_adamw_are_simulated_by_the_ladder_and_have_not_resisted(
+    small_vit, observe, photo, steps
+):
+    training = LocalTraining(1e-3, steps, "adamw")
+    view = observe(small_vit(), photo, LABEL, defenses=FROZEN, training=training)
+    guess = Ladder(seconds=0.5).run(view, seeded())
+    assert guess.details["rung"] == "map" and guess.details["outcomes"]["map"] == "cut"
+    assert guess.details["unfinished"] == ["map"]
+
+
 @pytest.mark.parametrize(
     "how",
     [
