@@ -153,7 +153,8 @@ def cifar(split: str) -> tuple[Tensor, Tensor]:
 def cells() -> Iterator[tuple[Subject, list[Cell]]]:
     """Every cell of the table, small models first; those of one batch together."""
     for subject in SUBJECTS:
-        anatomy = Anatomy.of(build_model(subject.spec))
+        with torch.device("meta"):  # sizes are enough
+            anatomy = Anatomy.of(build_model(subject.spec))
         groups: dict[int, list[str]] = {size: ["none"] for size in (1, *floors(anatomy))}
         for stack in STACKS[subject.setting]:
             if stack != "none":
@@ -320,7 +321,7 @@ def make(rows: list[dict[str, Any]]) -> None:
     stored = {key(r): r for r in found}
     table = []
     for cell in (c for _, asked in cells() for c in asked):
-        missing = asdict(replace(cell, note="not run: no time for this model and batch so far"))
+        missing = asdict(replace(cell, note="not run: no processor time so far"))
         table.append(_short(stored.get(key(asdict(cell)), missing)))
     costs = [
         _short({k: v for k, v in r.items() if k not in ("kind", "runs")})

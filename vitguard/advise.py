@@ -25,7 +25,7 @@ from vitguard.evidence import Evidence, Stack, evidence
 from vitguard.models import build_model
 from vitguard.registry import parse_stack
 from vitguard.released import Remaining
-from vitguard.trained import sent_sizes
+from vitguard.trained import trained_sizes
 from vitguard.vit import Anatomy
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def advise_report(
         model: A model, or its name as in `build_model`; of a name only sizes are built.
         batch_size: Images behind one update, at least 1.
         setting: `finetune` (weights that somebody trained) or `scratch`.
-        train: What is trained and sent, see `sent_sizes`.
+        train: What is trained and sent, see `trained_sizes`.
         see: Who must not learn the images: the `server`, the other `clients` (who see the model
             and so the sum of updates), or `both`.
         anatomy: For a model that is not recognised.
@@ -299,11 +299,11 @@ class _Counts:
 
     @cached_property
     def sent(self) -> dict[str, int]:
-        return sent_sizes(self.model, self.anatomy, self.train)
+        return trained_sizes(self.model, self.anatomy, self.train)
 
     def at(self, batch_size: int, traits: Traits | None = None) -> dict[str, Remaining]:
         traits = traits_of([], self.anatomy) if traits is None else traits
-        plain = released(self.model, self.anatomy, traits, sent=self.sent, batch_size=batch_size)
+        plain = released(self.model, self.anatomy, traits, trained=self.sent, batch_size=batch_size)
         return {one.attack: one for one in remaining(plain)}
 
     @cached_property

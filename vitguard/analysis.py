@@ -12,7 +12,7 @@ from vitguard.defenses.base import Defense, traits_of
 from vitguard.errors import Incompatible
 from vitguard.registry import attack_types
 from vitguard.released import Released, Remaining
-from vitguard.vit import Anatomy, canonical_parameters
+from vitguard.vit import Anatomy, canonical_name, canonical_parameters
 
 __all__ = ["refuse_given_away", "released", "remaining"]
 
@@ -22,22 +22,23 @@ def released(
     anatomy: Anatomy,
     traits: Traits,
     *,
-    sent: Mapping[str, int] | None = None,
+    trained: Mapping[str, int] | None = None,
     batch_size: int = 1,
 ) -> Released:
     """Return which tensors of an update of `model` are plain under a stack with these traits.
 
     Args:
-        sent: Names and sizes of what is trained and sent; by default all that requires a gradient.
+        trained: Number of values of each parameter that is trained, where `model` does not say it.
         batch_size: Images behind the update.
     """
-    if sent is None:
-        sent = {n: p.numel() for n, p in canonical_parameters(model).items()}
-    sizes = {n: count for n, count in sent.items() if not traits.freezes(n)}
+    every = {canonical_name(n): p.numel() for n, p in model.named_parameters()}
+    own = {n: p.numel() for n, p in canonical_parameters(model).items()}
+    sizes = dict(own if trained is None else trained)
+    sizes = {n: count for n, count in sizes.items() if not traits.freezes(n)}
     if traits.positions != "learnable":
         sizes.pop(anatomy.positions or "", None)
     chosen = {n for select in traits.sealed for n in anatomy.select(select, sizes)}
-    return Released(anatomy, sizes, frozenset(sizes) - chosen, traits, batch_size)
+    return Released(anatomy, sizes, frozenset(sizes) - chosen, traits, every, batch_size)
 
 
 def remaining(plain: Released) -> tuple[Remaining, ...]:
