@@ -125,8 +125,9 @@ class _Writer:
         if a.patch_bias not in self.state:
             raise NotApplicable("the patch embedding has no bias to hold a constant")
         rows = (
-            self.state[a.positions][0] if a.positions else torch.zeros(a.tokens, a.width).double()
+            self.state[a.positions][0] if a.positions else torch.zeros(a.tokens, a.width, dtype=torch.float64)
         )
+        rows = self.state[a.positions][0] if a.positions else none
         prefix = a.position_prefix if a.positions else a.prefix_tokens
         self.positions, self.prefix_positions = rows[prefix:], rows[:prefix]
         if len(self.positions) != a.patches:
@@ -137,7 +138,7 @@ class _Writer:
         self.gates = Gates.of(spread, self.channels) if craft.gated else None
         self.constant = size if size > 1e-3 else 1.0
         # pixels in model-input units are about 1 in size
-        room = self.gates.distance if self.gates else self.constant
+        room = self.gates.distance if self.gates else _apart(spread, self.constant)
         self.gain = 0.3 * room / a.patch_pixels**0.5
 
     def written(self) -> dict[str, Tensor]:
@@ -269,6 +270,12 @@ class _Writer:
         for head in a.head:
             self.state[f"{head}.weight"].copy_(worth[:, None] * c.signal)
             self._set(f"{head}.bias", 0.0)
+
+
+def _apart(positions: Tensor, size: float) -> float:
+    """Return half the smallest distance of two positions, `size` where some are the same."""
+    least = float(torch.pdist(positions).min()) / 2 if len(positions) > 1 else 0.0
+    return least if least > 1e-3 * size else size
 
 
 def class_worth(classes: int) -> Float[Tensor, " classes"]:
