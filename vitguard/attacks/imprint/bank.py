@@ -229,7 +229,7 @@ def _known(single: Single, found: Sequence[Single]) -> bool:
     if not alike:
         return False
     apart = (torch.stack(alike) - single.token).square().sum(1)
-    return bool((apart < 1e-8 * single.token.square().sum()).any())
+    return bool((apart < 1e-7 * single.token.square().sum()).any())
 
 
 def _take_out(single: Single, bank: Bank, group: int, open_: Tensor, *, whole: bool) -> None:

@@ -20,7 +20,7 @@ from vitguard.vit import Anatomy, Block
 __all__ = ["Imprint"]
 
 _STEEP = 1000.0  # width of a typical bin, in inputs of the activation
-_FAINT = 1e-3  # size of what the bins add to a token, relative to the token
+_FAINT = 1e-6  # size of what the bins add to a token, relative to the token
 
 
 @dataclass(frozen=True)
