@@ -12,7 +12,7 @@ from torch import Tensor
 from vitguard.attacks.budget import charge
 from vitguard.core import Bins, View
 from vitguard.errors import NotApplicable
-from vitguard.vit import Anatomy, Block
+from vitguard.vit import Anatomy
 
 __all__ = ["Bank", "Single", "Tokens", "banks_of", "peeled"]
 
@@ -169,23 +169,22 @@ def peeled(
         least: Weight below which a bin is empty.
     """
     place = group if gated else None
-    own = [bank.bins[group] for bank in banks]
-    open_ = [torch.ones(len(b), dtype=torch.bool, device=b.device) for b in own]
+    open_ = [torch.ones_like(bank.bias[group], dtype=torch.bool) for bank in banks]
     found: list[Single] = []
-    for _ in range(2 + sum(map(len, own))):
+    for _ in range(2 + sum(map(len, open_))):
         fresh = [
-            (single, i)
-            for i, bank in enumerate(banks)
-            for single in _singles(bank, group, open_[i], tokens, place, allowed, least)
+            single
+            for bank, at in zip(banks, open_, strict=True)
+            for single in _singles(bank, group, at, tokens, place, allowed, least)
         ]
         taken = 0
-        for single, i in sorted(fresh, key=lambda one: (not one[0].whole, one[0].doubt)):
+        for single in sorted(fresh, key=lambda one: (not one.whole, one.doubt)):
             if _known(single, found):
                 continue
             found.append(single)
             taken += 1
-            for j, bank in enumerate(banks):
-                _take_out(single, bank, group, open_[j], whole=single.whole)
+            for bank, at in zip(banks, open_, strict=True):
+                _take_out(single, bank, group, at)
         if not taken:
             break
     return found
@@ -213,9 +212,7 @@ def _singles(
     for j in (doubt <= allowed).nonzero()[:, 0].tolist():
         around = bank.inputs(mean[j], group, slice(int(at[j]), int(at[j]) + 2))
         whole = bool((around.abs() >= _NEAR).all())
-        made.append(
-            Single(mean[j], int(places[j]), float(bins[at[j], -1]), float(doubt[j]), whole)
-        )
+        made.append(Single(mean[j], int(places[j]), float(bins[at[j], -1]), float(doubt[j]), whole))
     return made
 
 
@@ -232,7 +229,7 @@ def _known(single: Single, found: Sequence[Single]) -> bool:
     return bool((apart < 1e-7 * single.token.square().sum()).any())
 
 
-def _take_out(single: Single, bank: Bank, group: int, open_: Tensor, *, whole: bool) -> None:
+def _take_out(single: Single, bank: Bank, group: int, open_: Tensor) -> None:
     """Subtract a token from the bin that it lies in, or close the bins that hold a part of it."""
     charge(products=2.0 * bank.rows[group].numel(), calls=6)
     inputs = bank.inputs(single.token, group)
@@ -242,7 +239,7 @@ def _take_out(single: Single, bank: Bank, group: int, open_: Tensor, *, whole: b
     k = int((inputs > 0).sum()) - 1
     if k < 0 or near:
         return
-    if not whole:
+    if not single.whole:
         open_[k] = False
         return
     bins = bank.bins[group]
