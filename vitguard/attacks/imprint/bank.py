@@ -89,6 +89,11 @@ class Tokens:
     eps: float
     rank: int
 
+    @property
+    def alike(self) -> bool:
+        """Whether all positions are the same, so that no token tells its own."""
+        return len(self.still) > 1 and bool((self.still == self.still[0]).all())
+
     @staticmethod
     def of(
         weight: Float[Tensor, "width pixels"], offset: Float[Tensor, "positions width"], eps: float
