@@ -104,7 +104,7 @@ class MaliciousServer(Threat):
 
         The defenses and their settings are public, so that the server knows fixed positions, say.
         """
-        return self.made.weights(guard.public_model())
+        return self.made.under(guard.traits).weights(guard.public_model())
 
     def view(
         self,
@@ -116,4 +116,4 @@ class MaliciousServer(Threat):
     ) -> View:
         """Return what a curious server sees, and what this one wrote."""
         seen = CuriousServer(self.withhold).view(guard, update, normalization, loss=loss)
-        return replace(seen, crafted=self.made.crafted(seen.model))
+        return replace(seen, crafted=self.made.under(guard.traits).crafted(seen.model))

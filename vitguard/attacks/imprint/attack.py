@@ -11,11 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitguard.attacks.base import Attack, Rung
+from vitguard.attacks.budget import charge_update
 from vitguard.attacks.equations.rows import Embedding, guess_from_patches
 from vitguard.attacks.imprint.bank import Bank, Single, Tokens, banks_of, peeled
+from vitguard.attacks.labels import labels_from_counts
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable
-from vitguard.vit import Anatomy
+from vitguard.vit import Anatomy, logits_of
 
 __all__ = ["ImprintReading"]
 
@@ -60,7 +62,11 @@ class ImprintReading(Attack):
         anatomy.require_plain_embedding()
         summed = view.gradient(steps=True)
         embedding = Embedding.of(view, anatomy)
-        tokens = Tokens.of(embedding.weight, embedding.offset, _eps(view.model, anatomy))
+        offset = embedding.offset
+        if view.unknown is not None:  # moved patches have one embedding for their position
+            moved = view.unknown.to(offset).reshape(1, -1)
+            offset = torch.cat([offset, moved + view.bias(anatomy.patch)])
+        tokens = Tokens.of(embedding.weight, offset, _eps(view.model, anatomy))
         banks = banks_of(summed, anatomy, view.crafted.bins)
         size = sum(view.normalization.std) / len(view.normalization.std)
         allowed = _WRONG / size * anatomy.patch_pixels**0.5 / _gain(tokens)
@@ -75,9 +81,24 @@ class ImprintReading(Attack):
             view,
             anatomy,
             patches,
+            labels=_labels(view, anatomy, patches) if bool(there.all()) else None,
             verified=there if whole and view.traits.exact else torch.zeros_like(there),
             details=details,
         )
+
+
+def _labels(view: View, anatomy: Anatomy, patches: Tensor) -> Tensor | None:
+    """Return the labels in ascending order: what the head's bias lacks of the images' scores."""
+    name = f"{anatomy.head[0]}.bias"
+    if not view.update.can_read(name):
+        return None
+    like = next(view.model.parameters())
+    images = anatomy.unpatchify(patches).to(like)
+    with torch.no_grad():
+        said = torch.cat([logits_of(view.model(part)) for part in images.split(8)])
+    charge_update(view, times=0.3)
+    counts = said.double().softmax(-1).sum(0) - len(images) * view.gradient().read(name)
+    return labels_from_counts(counts, len(images))
 
 
 def _eps(model: nn.Module, anatomy: Anatomy) -> float:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitguard.core import Crafted
+from vitguard.core import Crafted, Traits
 
 __all__ = ["Craft"]
 
@@ -36,6 +36,10 @@ class Craft(ABC):
         Raises:
             NotApplicable: The architecture leaves no place for the craft.
         """
+
+    def under(self, traits: Traits) -> Craft:
+        """Return what the server writes for clients whose defenses make `traits` true."""
+        return self
 
     def crafted(self, model: nn.Module) -> Crafted:
         """Return what the server knows of the weights that it wrote, for `View.crafted`."""

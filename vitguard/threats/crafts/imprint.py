@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitguard.core import Bins, Crafted
+from vitguard.core import Bins, Crafted, Traits
 from vitguard.errors import NotApplicable, expected
 from vitguard.models import normalization_of
 from vitguard.threats.crafts.base import Craft
@@ -68,6 +68,12 @@ class Imprint(Craft):
         """Return the crafted state dict; see `Craft.weights`."""
         generator = generator or torch.Generator().manual_seed(0)
         return _Writer(self, model, generator).written()
+
+    def under(self, traits: Traits) -> Imprint:
+        """Let every row see all tokens where moved patches have no position of their own."""
+        if traits.shuffle is None or self.gated is not None:
+            return self
+        return replace(self, gated=False)
 
     def crafted(self, model: nn.Module) -> Crafted:
         """Return which rows are bins, and along which direction."""
