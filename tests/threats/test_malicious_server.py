@@ -21,7 +21,9 @@ from vitguard.models import build_model
 from vitguard.registry import parse_stack
 from vitguard.threats import CuriousServer, MaliciousServer, parse_threat
 from vitguard.threats.crafts.base import Craft
+from vitguard.threats.crafts.fishing import Fishing
 from vitguard.threats.crafts.imprint import Imprint
+from vitguard.threats.crafts.suppression import Suppression
 from vitguard.threats.malicious_server import craft_types
 from vitguard.vit import Anatomy
 
@@ -267,3 +269,47 @@ def test_crafted_weights_give_every_class_a_gradient(model):
         made.zero_grad()
         F.cross_entropy(made(torch.rand(1, 3, 32, 32)), torch.tensor([label])).backward()
         assert made.get_parameter("blocks.0.mlp.fc1.weight").grad.any()
+
+
+def gradient(model, pixels, labels):
+    """Return the gradient of the mean loss by name, in float64: nothing of the package."""
+    own = build_model(SPEC).double()
+    own.load_state_dict(model)
+    F.cross_entropy(own(PLAIN.apply(pixels.double())), labels).backward()
+    return {n: p.grad for n, p in own.named_parameters()}
+
+
+def test_fishing_leaves_below_the_head_the_gradient_of_one_class_alone(model, photos):
+    made = Fishing(label=3).weights(model)
+    labels = torch.tensor([1, 3, 0, 1])
+    whole, alone = gradient(made, photos, labels), gradient(made, photos[1:2], labels[1:2])
+    for name in whole:
+        if not name.startswith("head."):
+            assert torch.allclose(4 * whole[name], alone[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_a_fished_image_is_read_out_of_its_batch(model, photos):
+    labels = torch.tensor([1, 3, 0, 1])
+    report = vg.audit(
+        model, (photos, labels), attacks="position", threat=MaliciousServer("fishing:label=3")
+    )
+    (finding,) = report.findings
+    assert finding.verdict == "leaks"
+    honest = vg.audit(model, (photos, labels), attacks="position")
+    assert finding.psnr.max > honest.findings[0].psnr.max + 30
+
+
+def test_a_class_that_the_head_does_not_have_is_refused(model):
+    with pytest.raises(NotApplicable, match="no class 10"):
+        Fishing(label=10).weights(model)
+    with pytest.raises(InputError, match="at least 0"):
+        Fishing(label=-1)
+
+
+def test_suppressed_clients_leave_one_client_alone_in_a_sum(model, photos):
+    dead, labels = Suppression().weights(model), torch.arange(4)
+    others = gradient(dead, photos[1:], labels[1:])
+    assert {n for n, t in others.items() if t.any()} == {"head.bias"}
+    honest = gradient(model.state_dict(), photos[:1], labels[:1])
+    total = {n: (honest[n] + others[n]) / 2 for n in honest}
+    assert all(torch.equal(2 * total[n], honest[n]) for n in total if n != "head.bias")

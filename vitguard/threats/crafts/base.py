@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitguard.core import Crafted, Traits
+from vitguard.core import Crafted, Traits, Update
 
 __all__ = ["Craft"]
 
@@ -44,6 +44,10 @@ class Craft(ABC):
     def crafted(self, model: nn.Module) -> Crafted:
         """Return what the server knows of the weights that it wrote, for `View.crafted`."""
         return Crafted(self.name, self.settings())
+
+    def seen(self, update: Update, model: nn.Module) -> Update:
+        """Return an update as the server reads it, who knows which images gave a gradient."""
+        return update
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, for the report."""
