@@ -38,6 +38,7 @@ _HOMES = {
     "Guard": "vitguard.guard",
     "LocalTraining": "vitguard.audit",
     "LowRankUpdate": "vitguard.defenses.low_rank",
+    "MaliciousServer": "vitguard.threats",
     "MaskedAggregation": "vitguard.defenses.masking",
     "Normalization": "vitguard.core",
     "PatchShuffle": "vitguard.defenses.shuffle",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from vitguard.guard import protect as protect
     from vitguard.report import AuditReport as AuditReport
     from vitguard.threats import CuriousServer as CuriousServer
+    from vitguard.threats import MaliciousServer as MaliciousServer
     from vitguard.vit import Anatomy as Anatomy
 
 
