@@ -32,6 +32,7 @@ _HOMES = {
     "FixedPositions": "vitguard.defenses.positions",
     "GradientNoise": "vitguard.defenses.noise",
     "GradientPruning": "vitguard.defenses.pruning",
+    "InspectWeights": "vitguard.defenses.inspecting",
     "LeakGate": "vitguard.defenses.gate",
     "Guard": "vitguard.guard",
     "LocalTraining": "vitguard.audit",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from vitguard.core import Update as Update
     from vitguard.defenses.encryption import EncryptedGradients as EncryptedGradients
     from vitguard.defenses.gate import LeakGate as LeakGate
+    from vitguard.defenses.inspecting import InspectWeights as InspectWeights
     from vitguard.defenses.masking import MaskedAggregation as MaskedAggregation
     from vitguard.defenses.noise import GradientNoise as GradientNoise
     from vitguard.defenses.positions import FixedPositions as FixedPositions

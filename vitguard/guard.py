@@ -33,6 +33,7 @@ from vitguard.defenses.gate import LeakGate, Tally, Tried
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError, expected
 from vitguard.files import parsed_json
+from vitguard.inspection import Inspection, Memory, inspect_model, load_exactly
 from vitguard.joining import drop, embeddings, frozen_by_peft, join
 from vitguard.registry import parse_stack
 from vitguard.self_attack import attack_own
@@ -300,6 +301,43 @@ class Guard:
         update = Update(tensors=tensors, batch_size=len(labels), **training.facts())
         return self._seal(update, Batch(images, labels))
 
+    def inspect(
+        self,
+        weights: Mapping[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        *,
+        loss: Loss = F.cross_entropy,
+        limit: float = 1.0,
+    ) -> Inspection:
+        """Look for signs of a craft in weights that a server sent, with the client's own images.
+
+        The gradient of the batch is taken on a copy of the public model and dropped: nothing is
+        changed, and nothing leaves. `InspectWeights` does it in the round's own pass.
+
+        Args:
+            weights: Tensors by the model's names, such as a state dict; what is missing is taken
+                from the model.
+            images, labels: A batch, as `update` takes it.
+            limit: Factor on the limits of all signs.
+
+        Raises:
+            InputError: Names, shapes or types that the model does not have.
+        """
+        self._check_batch(images, labels)
+        model = self.public_model()
+        load_exactly(model, weights)
+        memory = self._protection.memory
+        return inspect_model(model, self.anatomy, images, labels, memory, loss=loss, limit=limit)
+
+    def accept(self, weights: Mapping[str, Tensor]) -> None:
+        """Remember weights as accepted, for the next `inspect`. `InspectWeights` does it by itself.
+
+        A random projection of them is kept, with the ledgers in `state_dict`.
+        """
+        memory = self._protection.memory
+        memory.accept(memory.traces({canonical_name(n): t for n, t in weights.items()}))
+
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
         channels, classes = self.anatomy.channels, self.anatomy.classes
         if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
@@ -514,6 +552,7 @@ class Guard:
         made = update = replace(update, tensors=tensors)
         held: dict[str, str] = {}
         for piece in self._protection.installed():
+            piece.releasing(self.model)
             held |= {n: r for n, r in piece.withheld().items() if n in tensors}
         acting = [d for d in self.defenses if isinstance(d, UpdateDefense)]
         frozen = self._frozen(tensors)
@@ -668,6 +707,8 @@ class Guard:
         """
         state: dict[str, Any] = {"version": 2}
         state["ledger"] = {name: ledger.state_dict() for name, ledger in self._ledgers.items()}
+        if self._protection.memory.rounds:
+            state["inspection"] = self._protection.memory.state_dict()
         if self._draws.seeded is not None:
             state["draws"] = self._draws.seeded.get_state()
         return state
@@ -719,6 +760,9 @@ class Guard:
             )
         for name, ledger in spent.items():  # a state that is refused changes nothing
             copy.deepcopy(self._ledgers[name]).load_state_dict(ledger)
+        memory = Memory()
+        if "inspection" in state:
+            memory.load_state_dict(state["inspection"])
         if self._draws.seeded is not None and "draws" in state:
             try:
                 self._draws.seeded.set_state(state["draws"])
@@ -726,6 +770,8 @@ class Guard:
                 raise expected("a state from Guard.state_dict", repr(error)) from error
         for name, ledger in spent.items():
             self._ledgers[name].load_state_dict(ledger)
+        if memory.rounds:
+            self._protection.memory.load_state_dict(memory.state_dict())
 
 
 def _taken_back(model: nn.Module, update: Update) -> nn.Module:

@@ -1,6 +1,6 @@
 """Noticing weights that a server crafted: what a client can see before anything leaves."""
 
-from vitguard.inspection.look import inspect_model, inspect_weights, weights_of
+from vitguard.inspection.look import inspect_model, inspect_weights, load_exactly, weights_of
 from vitguard.inspection.memory import Memory
 from vitguard.inspection.recorder import Recorder
 from vitguard.inspection.signs import SIGNS
@@ -14,5 +14,6 @@ __all__ = [
     "Sign",
     "inspect_model",
     "inspect_weights",
+    "load_exactly",
     "weights_of",
 ]

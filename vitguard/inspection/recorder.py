@@ -14,7 +14,7 @@ from vitguard.inspection.signs import largest
 from vitguard.inspection.verdict import Sign
 from vitguard.vit import Anatomy
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "gated_layers"]
 
 _STEEP = 6.0
 """Beyond it GELU is a step: 0 or the identity."""
@@ -31,6 +31,8 @@ class Recorder:
     armed: bool = False
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
     """Values of signs by module name."""
+    finished: bool = False
+    """Whether a gradient came back to a gated layer since the recorder was armed."""
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> list[Any]:
         """Watch the gated layers and heads of a model; returns the handles that end it."""
@@ -38,13 +40,18 @@ class Recorder:
         for name, module in model.named_modules():
             if name in anatomy.head:
                 handles.append(module.register_forward_hook(_Watch(self, name, head=True)))
-            elif gated(name, module, anatomy):
+            elif _gated(name, module, anatomy):
                 handles.append(module.register_forward_hook(_Watch(self, name)))
         return handles
 
     def arm(self) -> None:
         """Read the next pass, and forget the last one."""
-        self.armed, self.numbers = True, {}
+        self.drop()
+        self.armed = True
+
+    def drop(self) -> None:
+        """Read nothing, and forget what was read."""
+        self.armed, self.finished, self.numbers = False, False, {}
 
     def signs(self) -> list[Sign]:
         """Return the signs of the pass that was read; none where none was."""
@@ -80,6 +87,7 @@ class Recorder:
                 if inputs.dim() == 2:
                     numbers["lone sample"] = separation(gram_of_samples(inputs, gradient))
                 return
+            self.finished = True
             shares = token_shares(inputs, gradient, self.prefix, fresh_generator())
             if len(shares.rows):
                 numbers["lone token"] = float(shares.rows.max())
@@ -90,11 +98,17 @@ class Recorder:
             numbers["lone sample"] = separation(gram_of_samples(bias.new_ones(len(bias), 1), bias))
 
 
-def gated(name: str, module: nn.Module, anatomy: Anatomy) -> bool:
-    """Whether a module is a trained layer that a gate follows: fc1, or one of an adapter."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.requires_grad:
-        return False
+def gated_layers(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Return the names of the trained layers that a gate follows."""
+    return [
+        n
+        for n, m in model.named_modules()
+        if _gated(n, m, anatomy) and m.get_parameter("weight").requires_grad
+    ]
+
+
+def _gated(name: str, module: nn.Module, anatomy: Anatomy) -> bool:
+    """Whether a gate follows a layer: fc1 of a block, or one of an adapter in it."""
     apart = {m for b in anatomy.blocks for m in (b.proj, b.fc2)}
     apart |= {n.removesuffix(".weight") for b in anatomy.blocks for n in b.qkv}
     inside = any(name.startswith(f"{b.name}.") for b in anatomy.blocks)
@@ -108,7 +122,7 @@ class _Watch:
         self.recorder, self.name, self.head = recorder, name, head
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.recorder.armed and torch.is_grad_enabled():
+        if self.recorder.armed and torch.is_grad_enabled() and module.weight.requires_grad:
             self._read(args, output)
 
     @torch.compiler.disable

@@ -17,6 +17,7 @@ SIGNS: dict[str, tuple[float, str]] = {
     "parallel rows": (0.05, "share of rows of a gated layer that are parallel to another one"),
     "ordered biases": (4.0, "how much more evenly biases follow each other than by chance"),
     "muted branch": (100.0, "how many times a branch of a block makes a unit input shorter"),
+    "shut units": (0.5, "share of hidden units that hardly any input sets off"),
     "scaled row": (10.0, "length of the longest row of a layer over the usual one"),
     "head bias": (10.0, "largest distance of a class's bias from the usual one"),
     "scaled norm": (50.0, "largest scale of a norm over the usual one"),

@@ -37,6 +37,7 @@ def structure_signs(
             "parallel rows": _parallel(weights, anatomy, generator),
             "ordered biases": _ordered(weights, anatomy),
             "muted branch": _muted(weights, anatomy),
+            "shut units": _shut(weights, anatomy),
             "scaled row": _scaled(weights, anatomy),
             "head bias": _head_bias(weights, anatomy),
             "scaled norm": _norms(weights, anatomy),
@@ -79,6 +80,19 @@ def _muted(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
             if weight is not None and weight.dim() == 2:
                 gain = float(weight.float().square().sum(1).mean().sqrt())  # of a unit input
                 yield f"{module}.weight", 1 / max(gain, 1e-30)
+
+
+def _shut(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
+    """Share of hidden units that normalised inputs set off at four standard deviations only."""
+    for block in anatomy.blocks:
+        parts = (f"{block.fc1}.weight", f"{block.fc1}.bias", f"{block.norm2}.weight")
+        rows, bias, scale = (weights.get(n) for n in parts)
+        if rows is None or bias is None or scale is None or scale.shape != rows.shape[1:]:
+            continue
+        shift = weights.get(f"{block.norm2}.bias", torch.zeros_like(scale))
+        usual = bias.float() + rows.float() @ shift.float()
+        spread = (rows.float() * scale.float()).norm(dim=1)
+        yield parts[1], float((usual < -4 * spread).float().mean())
 
 
 def _scaled(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
