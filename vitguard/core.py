@@ -20,7 +20,9 @@ from vitguard.tensor_files import read_update, write_update
 __all__ = [
     "AffineSpace",
     "Batch",
+    "Bins",
     "Blocked",
+    "Crafted",
     "Guess",
     "LocalTraining",
     "Loss",
@@ -428,6 +430,40 @@ class Traits:
     accepted: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """Rows of a linear layer whose thresholds a server put in order along one direction.
+
+    The gradients of neighbouring rows differ by the tokens between their thresholds.
+
+    Args:
+        layer: Module name of the linear layer.
+        rows: Its rows by ascending threshold, shape (groups, bins). With one group for each patch
+            position, a group sees the tokens of its position only; one group alone sees all.
+        direction: Rows of several layers that measure along the same direction have the same
+            number.
+    """
+
+    layer: str
+    rows: Int[Tensor, "groups bins"]
+    direction: int
+
+
+@dataclass(frozen=True)
+class Crafted:
+    """What a malicious server knows of the weights that it wrote, beside the weights themselves.
+
+    Args:
+        craft: Name of the craft.
+        settings: Its settings, for the report.
+        bins: Where it made rows that tell single tokens apart.
+    """
+
+    craft: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    bins: tuple[Bins, ...] = ()
+
+
 @dataclass(frozen=True)
 class View:
     """What one threat grants an attack (Kerckhoffs: everything but draws and keys).
@@ -453,6 +489,7 @@ class View:
             but that gradient.
         random: `() -> bool`: whether the model itself draws while it trains (dropout, drop path),
             so that `simulate` is random whatever the defenses do.
+        crafted: What the server wrote into the weights; None where they are honest.
     """
 
     model: nn.Module
@@ -466,6 +503,7 @@ class View:
     objective: Objective | None = None
     random: Callable[[], bool] = lambda: False
     traits: Traits = Traits()
+    crafted: Crafted | None = None
 
     @property
     def unknown(self) -> Tensor | None:
