@@ -336,7 +336,8 @@ class Guard:
         A random projection of them is kept, with the ledgers in `state_dict`.
         """
         memory = self._protection.memory
-        memory.accept(memory.traces({canonical_name(n): t for n, t in weights.items()}))
+        named = {canonical_name(n): t for n, t in weights.items()}
+        memory.accept(memory.traces(named, self.anatomy))
 
     def _check_batch(self, images: Tensor, labels: Tensor) -> None:
         channels, classes = self.anatomy.channels, self.anatomy.classes

@@ -20,6 +20,7 @@ import vitguard as vg
 from vitguard.federated.local import LocalClient, LocalFederation
 from vitguard.inspection import Memory, weights_of
 from vitguard.models import load_checkpoint
+from vitguard.vit import Anatomy
 
 __all__ = ["Checkpoint", "cifar", "checkpoints", "dinov2", "photos", "tiny", "trained"]
 
@@ -97,14 +98,19 @@ def dinov2(size: int, seed: int) -> nn.Module:
     return model
 
 
-def checkpoints() -> Iterator[Checkpoint]:
-    """Yield every honest checkpoint; the model of one may be the next one's, moved on."""
-    yield from _random()
-    yield from _training_runs()
-    yield from _pretrained()
-    yield from _dino()
-    yield from _private()
-    yield from _federated()
+def checkpoints(half: int = 0) -> Iterator[Checkpoint]:
+    """Yield every honest checkpoint; the model of one may be the next one's, moved on.
+
+    Args:
+        half: 0 for those that limits are chosen on, 1 for those that judge them: other draws of the
+            weights, other images, other runs.
+    """
+    yield from _random(half)
+    yield from _training_runs(half)
+    yield from _pretrained(half)
+    yield from _dino(half)
+    yield from _private(half)
+    yield from _federated(half)
 
 
 def _draw(images: Tensor, labels: Tensor, seed: int, size: int | None = None) -> tuple:
@@ -114,12 +120,12 @@ def _draw(images: Tensor, labels: Tensor, seed: int, size: int | None = None) ->
     return images[chosen], labels[chosen]
 
 
-def _random() -> Iterator[Checkpoint]:
+def _random(half: int) -> Iterator[Checkpoint]:
     for i, (name, make, size) in enumerate(_architectures()):
-        for seed in range(6):
-            torch.manual_seed(100 * i + seed)
+        for seed in range(8):
+            torch.manual_seed(7000 * half + 100 * i + seed)
             count = SIZES[(i + seed) % len(SIZES)] if size <= 112 else 1
-            images = photos(count, size, seed)
+            images = photos(count, size, seed + 40 * half)
             labels = torch.arange(count) % 10
             yield Checkpoint(f"random {name}", seed, make(), images, labels, Memory())
 
@@ -181,60 +187,66 @@ def _steps(
         optimizer.step()
 
 
-def _training_runs() -> Iterator[Checkpoint]:
+def _accept(memory: Memory, model: nn.Module) -> None:
+    memory.accept(memory.traces(weights_of(model), Anatomy.of(model)))
+
+
+def _training_runs(half: int) -> Iterator[Checkpoint]:
     """Runs from scratch: a checkpoint every few steps, the last of one of them overfitted."""
-    data = cifar()
-    for run in range(4):
-        few = (data[0][:64], data[1][:64]) if run >= 2 else data
-        model, memory = tiny(run, global_pool="avg" if run % 2 else "token"), Memory()
+    data = cifar(start=12000 * half)
+    for run in range(6):
+        few = (data[0][:64], data[1][:64]) if run in (2, 3) else data
+        model, memory = tiny(run + 70 * half, global_pool="avg" if run % 2 else "token"), Memory()
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         if run == 3:
             optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
         for epoch in range(30):
-            kind = "overfitted" if run >= 2 else "trained from scratch"
+            kind = "overfitted" if run in (2, 3) else "trained from scratch"
             yield Checkpoint(kind, run, model, *_draw(*data, 31 * run + epoch), memory)
-            memory.accept(memory.traces(weights_of(model)))
-            _steps(model, few, optimizer, 12, 32, 100 * run + epoch)
+            _accept(memory, model)
+            _steps(model, few, optimizer, (12, 1)[run > 3], 32, 100 * run + epoch + 50 * half)
 
 
-def _pretrained() -> Iterator[Checkpoint]:
-    data = cifar(start=2000)
+def _pretrained(half: int) -> Iterator[Checkpoint]:
+    data = cifar(start=2000 + 12000 * half)
     for run, name in enumerate(("a", "b", "a", "b")):
         model, memory = trained(name), Memory()
         rate = 1e-3 if run < 2 else 1e-4
         optimizer = torch.optim.AdamW(model.parameters(), rate)
         for epoch in range(14):
             yield Checkpoint(f"CIFAR ViT {name}", run, model, *_draw(*data, run + epoch), memory)
-            memory.accept(memory.traces(weights_of(model)))
-            _steps(model, data, optimizer, 4, 16, 200 + 10 * run + epoch)
+            _accept(memory, model)
+            _steps(model, data, optimizer, 4, 16, 200 + 10 * run + epoch + 500 * half)
 
 
-def _dino() -> Iterator[Checkpoint]:
+def _dino(half: int) -> Iterator[Checkpoint]:
     for run in range(4):
         size = (112, 56)[run % 2]
-        model, memory = dinov2(size, run), Memory()
+        model, memory = dinov2(size, run + 70 * half), Memory()
         if run >= 2:  # rounded to half precision, as it was stored
             model = model.half().float()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
         for epoch in range(6):
             count = (4, 1, 2, 8, 3, 4)[epoch]
-            images, labels = photos(count, size, 10 * run + epoch), torch.arange(count)
+            images, labels = photos(count, size, 10 * run + epoch + 400 * half), torch.arange(count)
             yield Checkpoint("DINOv2-small", run, model, images, labels, memory)
-            memory.accept(memory.traces(weights_of(model)))
-            _steps(model, (photos(4, size, run), torch.arange(4)), optimizer, 2, 4, epoch)
+            _accept(memory, model)
+            _steps(
+                model, (photos(4, size, run + 400 * half), torch.arange(4)), optimizer, 2, 4, epoch
+            )
 
 
-def _private() -> Iterator[Checkpoint]:
+def _private(half: int) -> Iterator[Checkpoint]:
     """Rounds whose updates carry the noise of client-level privacy."""
-    data = cifar(start=4000)
+    data = cifar(start=4000 + 12000 * half)
     for run in range(3):
-        model = trained("ab"[run % 2]) if run < 2 else tiny(40 + run)
+        model = trained("ab"[run % 2]) if run < 2 else tiny(40 + run + 70 * half)
         memory = Memory()
         noise = vg.ClientPrivacy(clip=1.0, noise=(0.3, 1.0, 0.6)[run])
         guard = vg.protect(copy.deepcopy(model), [noise])
         for number in range(20):
             yield Checkpoint("after DP rounds", run, model, *_draw(*data, run + number), memory)
-            memory.accept(memory.traces(weights_of(model)))
+            _accept(memory, model)
             guard.model.load_state_dict(model.state_dict(), strict=False)
             updates = [
                 guard.update(*_draw(*data, 7 * number + k, 16), learning_rate=0.05, local_steps=2)
@@ -245,9 +257,9 @@ def _private() -> Iterator[Checkpoint]:
                     p += sum(u.tensors[name] for u in updates) / (2 * 20)  # of many more clients
 
 
-def _federated() -> Iterator[Checkpoint]:
+def _federated(half: int) -> Iterator[Checkpoint]:
     """FedAvg of three clients with other classes each."""
-    images, labels = cifar(start=6000)
+    images, labels = cifar(start=6000 + 12000 * half)
     training = vg.LocalTraining
     for run in range(3):
         clients = {}
@@ -255,7 +267,7 @@ def _federated() -> Iterator[Checkpoint]:
             mine = (labels % 3 == k).nonzero()[:16, 0]
             pixels = (images[mine] * 0.25 + 0.48).clamp(0, 1)
             clients[f"client {k}"] = LocalClient(pixels, labels[mine])
-        model, memory = tiny(50 + run), Memory()
+        model, memory = tiny(50 + run + 70 * half), Memory()
         how = training(1e-3, 3, "adamw") if run < 2 else training(0.1, 3, momentum=0.9)
         federation = LocalFederation(model, clients, training=how)
         for number in range(25):
@@ -263,5 +275,5 @@ def _federated() -> Iterator[Checkpoint]:
             model.load_state_dict({**state, **federation.weights})
             batch = _draw(images, labels, run + number)
             yield Checkpoint("after FedAvg rounds", run, model, *batch, memory)
-            memory.accept(memory.traces(weights_of(model)))
+            _accept(memory, model)
             federation.round()

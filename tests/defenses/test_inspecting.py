@@ -208,9 +208,7 @@ def test_the_shares_of_samples_are_those_of_the_book_keeping_engine():
     assert recorder.numbers["head"]["lone sample"] == pytest.approx(
         separation(own @ own.T), rel=1e-4
     )
-    slow = max(
-        float(own[i].norm() / (own.sum(0) - own[i]).norm()) for i in range(len(images))
-    )
+    slow = max(float(own[i].norm() / (own.sum(0) - own[i]).norm()) for i in range(len(images)))
     assert separation(own @ own.T) == pytest.approx(slow, rel=1e-6)
     for handle in handles:
         handle.remove()

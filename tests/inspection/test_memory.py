@@ -9,6 +9,7 @@ from tests.inspection.test_look import batch, make
 from vitguard.errors import InputError
 from vitguard.guard import protect
 from vitguard.inspection import Memory, weights_of
+from vitguard.vit import Anatomy
 
 
 def moved(model, size, seed=1):
@@ -22,10 +23,10 @@ def moved(model, size, seed=1):
 def test_the_move_is_that_of_the_weights_within_the_projection():
     model, memory = make(), Memory()
     weights = weights_of(model)
-    memory.accept(memory.traces(weights))
+    memory.accept(memory.traces(weights, Anatomy.of(model)))
     for size in (0.1, 0.5):
         new = moved(model, size)
-        moves = memory.moves(memory.traces(new))
+        moves = memory.moves(memory.traces(new, Anatomy.of(model)))
         for name, move in moves.items():
             true = (new[name] - weights[name]).norm() / max(new[name].norm(), weights[name].norm())
             assert 0.4 * true < move < 1.9 * true, name
@@ -86,6 +87,6 @@ def test_a_state_that_is_something_else_is_refused_and_changes_nothing(wrong):
 
 
 def test_two_clients_project_differently_so_that_no_server_can_hide_a_move():
-    weights = weights_of(make())
-    first, second = Memory().traces(weights), Memory().traces(weights)
+    weights, anatomy = weights_of(make()), Anatomy.of(make())
+    first, second = (Memory().traces(weights, anatomy) for _ in range(2))
     assert not any(torch.equal(first[n], second[n]) for n in first)

@@ -56,7 +56,7 @@ def inspect_weights(
     found = Inspection(tuple(signs), limit=limit)
     if found.suspicious and "not finite" in {s.name for s in found.worst}:
         return found
-    return found.and_also(*memory.compare(weights))
+    return found.and_also(*memory.compare(weights, anatomy))
 
 
 def inspect_model(

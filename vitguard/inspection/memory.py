@@ -13,12 +13,14 @@ from torch import Tensor
 from vitguard.errors import expected
 from vitguard.inspection.signs import largest
 from vitguard.inspection.verdict import Sign
+from vitguard.vit import Anatomy
 
 __all__ = ["FIRST_ROUND", "Memory", "Traces"]
 
 FIRST_ROUND = "first round: there are no accepted weights to compare with"
 _SIDE = 8
 _VERSION = 1
+_ROLES = ("patch", "attention", "mlp")
 
 Traces = dict[str, Tensor]
 """Projection of each matrix to `_SIDE` x `_SIDE` numbers, by name."""
@@ -39,20 +41,28 @@ class Memory:
         self.farthest = 0.0
         """The largest move of an accepted round, relative as `compare` measures it."""
 
-    def traces(self, weights: Mapping[str, Tensor]) -> Traces:
-        """Return the projections of the matrices among weights."""
+    def traces(self, weights: Mapping[str, Tensor], anatomy: Anatomy) -> Traces:
+        """Return the projections of the matrices of the patch embedding and of the blocks.
+
+        Not of the head: a fresh one moves by more than its size in an honest round.
+        """
         signs = _Signs(self.key)
         return {
             n: signs.project(t.detach())
             for n, t in weights.items()
-            if t.is_floating_point() and t.dim() >= 2 and min(t.flatten(1).shape) >= _SIDE
+            if t.is_floating_point()
+            and t.dim() >= 2
+            and min(t.flatten(1).shape) >= _SIDE
+            and anatomy.role(n) in _ROLES
         }
 
-    def compare(self, weights: Mapping[str, Tensor]) -> tuple[list[Sign], list[str]]:
+    def compare(
+        self, weights: Mapping[str, Tensor], anatomy: Anatomy
+    ) -> tuple[list[Sign], list[str]]:
         """Return the signs of weights that are far from the accepted ones, and what is missing."""
         if not self.last:
             return [], [FIRST_ROUND]
-        moves = self.moves(self.traces(weights))
+        moves = self.moves(self.traces(weights, anatomy))
         signs = largest("moved", moves.items())
         if self.rounds > 3 and self.farthest > 0:
             signs += largest("jumped", ((n, m / self.farthest) for n, m in moves.items()))

@@ -95,4 +95,4 @@ def separation(gram: Tensor) -> float:
     if len(own) < 2 or not bool(own.any()):
         return 0.0
     others = gram.sum() - 2 * gram.sum(1) + own
-    return float((own / others.clamp_min(1e-24 * own.max())).max().sqrt())
+    return float((own / others.clamp_min(1e-18 * own.max())).max().sqrt())

@@ -15,6 +15,7 @@ from vitguard.vit import Anatomy
 __all__ = ["structure_signs"]
 
 Place = tuple[str, float]
+_LEAST = 1e-6  # what is shorter counts as so long: a muted branch is no infinity
 
 
 def structure_signs(
@@ -78,8 +79,8 @@ def _muted(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
         for module in (block.proj, block.fc2):
             weight = weights.get(f"{module}.weight")
             if weight is not None and weight.dim() == 2:
-                gain = float(weight.float().square().sum(1).mean().sqrt())  # of a unit input
-                yield f"{module}.weight", 1 / max(gain, 1e-30)
+                gain = float(weight.float().square().sum(1).mean().sqrt())
+                yield f"{module}.weight", 1 / max(gain, _LEAST)
 
 
 def _shut(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
@@ -104,7 +105,7 @@ def _scaled(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
             continue
         lengths = rows.float().norm(dim=1)
         if bool(lengths.any()):
-            yield name, float(lengths.max() / lengths.median().clamp_min(1e-30))
+            yield name, float(lengths.max() / lengths.median().clamp_min(_LEAST * lengths.max()))
 
 
 def _head_bias(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
@@ -119,6 +120,4 @@ def _norms(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
         if name.endswith(".weight") and tensor.dim() == 1 and anatomy.role(name) == "norm":
             sizes = tensor.float().abs()
             if bool(sizes.any()):
-                yield name, float(sizes.max() / sizes.median().clamp_min(1e-30))
-
-
+                yield name, float(sizes.max() / sizes.median().clamp_min(_LEAST * sizes.max()))
