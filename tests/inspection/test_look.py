@@ -96,3 +96,35 @@ def test_a_larger_limit_lets_more_pass():
     guard = protect(make(), [])
     found = guard.inspect(imprint(make()), *batch(), limit=1e40)
     assert not found.suspicious and found.score > 1
+
+
+def of_torchvision():
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=96,
+        num_classes=10,
+    )  # fmt: skip
+
+
+def of_transformers():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
+        image_size=32, patch_size=8, num_labels=10,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+@pytest.mark.parametrize("build", [of_torchvision, of_transformers])
+def test_models_of_other_libraries_are_inspected(build):
+    torch.manual_seed(0)
+    model = build()
+    guard = protect(model, [])
+    honest = guard.inspect({}, *batch())
+    assert not honest.suspicious
+    crafted = guard.inspect(imprint(model), *batch())
+    assert crafted.suspicious
+    assert {"parallel rows", "steep units"} <= {s.name for s in crafted.worst}
+    assert {s.name for s in honest.signs} >= {"logit spread", "steep units", "lone sample"}

@@ -16,6 +16,8 @@ from vitguard.vit import Anatomy
 
 __all__ = ["Recorder", "gated_layers"]
 
+_FEWEST = 16
+"""Patches of a batch below which the shares of single ones say nothing."""
 _STEEP = 6.0
 """Beyond it GELU is a step: 0 or the identity."""
 
@@ -64,7 +66,7 @@ class Recorder:
 
     def forward(self, name: str, inputs: Tensor, output: Tensor, head: bool) -> None:
         """Note what the forward pass shows of a layer, and wait for its gradient."""
-        if inputs.dim() < 2 or not output.requires_grad:
+        if inputs.dim() < 2 or not inputs.numel() or not output.requires_grad:
             return
         kept = inputs.detach()
         self.numbers[name] = {}
@@ -88,14 +90,16 @@ class Recorder:
                     numbers["lone sample"] = separation(gram_of_samples(inputs, gradient))
                 return
             self.finished = True
+            bias = gradient.float().sum(1)
+            numbers["lone sample"] = separation(gram_of_samples(bias.new_ones(len(bias), 1), bias))
+            if inputs.shape[0] * (inputs.shape[1] - self.prefix) < _FEWEST:
+                return  # among so few patches one stands out in honest gradients as well
             shares = token_shares(inputs, gradient, self.prefix, fresh_generator())
             if len(shares.rows):
                 numbers["lone token"] = float(shares.rows.max())
                 numbers["lone tokens"] = float((shares.rows > 0.5).float().mean())
             if len(shares.pairs):
                 numbers["lone token in pairs"] = float((shares.pairs > 0.5).float().mean())
-            bias = gradient.float().sum(1)
-            numbers["lone sample"] = separation(gram_of_samples(bias.new_ones(len(bias), 1), bias))
 
 
 def gated_layers(model: nn.Module, anatomy: Anatomy) -> list[str]:
@@ -122,11 +126,13 @@ class _Watch:
         self.recorder, self.name, self.head = recorder, name, head
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.recorder.armed and torch.is_grad_enabled() and module.weight.requires_grad:
-            self._read(args, output)
+        if self.recorder.armed and torch.is_grad_enabled():
+            self._read(module, args, output)
 
     @torch.compiler.disable
-    def _read(self, args: Any, output: Any) -> None:
+    def _read(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not any(p.requires_grad for p in module.parameters()):
+            return
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             self.recorder.forward(self.name, args[0], output, self.head)
 

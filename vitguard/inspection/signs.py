@@ -28,7 +28,7 @@ SIGNS: dict[str, tuple[float, str]] = {
     "lone token": (1.0, "largest share of one patch in a row of the gradient"),
     "lone tokens": (0.5, "share of rows of the gradient that one patch makes more than half of"),
     "lone token in pairs": (0.1, "the same for differences of two rows, as bins are read"),
-    "moved": (0.95, "relative change of a matrix since the last accepted weights"),
+    "moved": (1.25, "relative change of a matrix since the last accepted weights"),
     "jumped": (10.0, "that change over the largest one of earlier rounds"),
 }
 """Name of each sign: its limit, and what its number is."""
