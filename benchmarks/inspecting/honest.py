@@ -22,7 +22,7 @@ from vitguard.inspection import Memory, weights_of
 from vitguard.models import load_checkpoint
 from vitguard.vit import Anatomy
 
-__all__ = ["Checkpoint", "cifar", "checkpoints", "dinov2", "photos", "tiny", "trained"]
+__all__ = ["Checkpoint", "cifar", "checkpoints", "photos", "tiny", "victims"]
 
 SIZES = (1, 2, 4, 8, 16)
 
@@ -111,6 +111,20 @@ def checkpoints(half: int = 0) -> Iterator[Checkpoint]:
     yield from _dino(half)
     yield from _private(half)
     yield from _federated(half)
+
+
+def victims() -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
+    """Yield models that a server may craft, each in training mode with four images."""
+    for name, make, size in _architectures():
+        torch.manual_seed(11)
+        yield f"random {name}", make().train(), photos(4, size, 5), torch.arange(4)
+    data = cifar(start=30000)
+    for name in "ab":
+        yield f"CIFAR ViT {name}", trained(name).train(), *_draw(*data, 0, 4)
+    model = tiny(91)
+    _steps(model, data, torch.optim.AdamW(model.parameters(), 1e-3), 60, 32, 91)
+    yield "trained from scratch", model, *_draw(*data, 1, 4)
+    yield "DINOv2-small", dinov2(56, 91).train(), photos(4, 56, 9), torch.arange(4)
 
 
 def _draw(images: Tensor, labels: Tensor, seed: int, size: int | None = None) -> tuple:
