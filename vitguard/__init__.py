@@ -36,6 +36,7 @@ _HOMES = {
     "LeakGate": "vitguard.defenses.gate",
     "Guard": "vitguard.guard",
     "LocalTraining": "vitguard.audit",
+    "MaliciousServer": "vitguard.threats",
     "MaskedAggregation": "vitguard.defenses.masking",
     "Normalization": "vitguard.core",
     "PatchShuffle": "vitguard.defenses.shuffle",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from vitguard.guard import protect as protect
     from vitguard.report import AuditReport as AuditReport
     from vitguard.threats import CuriousServer as CuriousServer
+    from vitguard.threats import MaliciousServer as MaliciousServer
     from vitguard.vit import Anatomy as Anatomy
 
 

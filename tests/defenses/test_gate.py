@@ -78,7 +78,7 @@ def test_every_third_update_is_looked_at_and_the_first_always(
 ) -> None:
     looked = []
     monkeypatch.setattr(
-        "vitguard.guard.attack_own",
+        "vitguard.guard.leaving.attack_own",
         lambda *a, **k: looked.append(guard.tally.updates) or [vg_ran()],
     )
     net = model()
@@ -98,7 +98,7 @@ def test_a_gate_whose_attacks_said_nothing_is_not_decided_and_refuses(
     state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = [self_attack.Tried("one", state, "why")]  # type: ignore[arg-type]
-    monkeypatch.setattr("vitguard.guard.attack_own", lambda *a, **k: said)
+    monkeypatch.setattr("vitguard.guard.leaving.attack_own", lambda *a, **k: said)
     net = model()
     guard = vg.protect(net, LeakGate())
     with pytest.raises(GateClosed, match="not decided"):
@@ -145,7 +145,7 @@ def test_a_refusal_leaves_the_weights_and_counts_in_the_ledger(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     leak = self_attack.Tried("one", "ran", gain=30.0, psnr=40.0)
-    monkeypatch.setattr("vitguard.guard.attack_own", lambda *a, **k: [leak])
+    monkeypatch.setattr("vitguard.guard.leaving.attack_own", lambda *a, **k: [leak])
     net = model()
     private = vg.DifferentialPrivacy(noise=0.75)
     guard = vg.protect(net, [private, LeakGate()])

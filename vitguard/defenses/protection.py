@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from vitguard.defenses.base import (
     Draws,
     Installed,
     Ledgered,
+    StepDefense,
     UpdateDefense,
     watch_gradients,
 )
@@ -74,6 +75,27 @@ class Protection(nn.Module):
         """Return the protection of a model, None where there is none."""
         found = getattr(model, "vitguard", None)
         return found if isinstance(found, Protection) else None
+
+    @property
+    def step(self) -> StepDefense | None:
+        """The defense of the step, where the stack has one."""
+        return next((d for d in self.defenses if isinstance(d, StepDefense)), None)
+
+    @contextmanager
+    def counted(self, defenses: Sequence[Defense]) -> Iterator[None]:
+        """Count what the block makes before it leaves; what cannot be afforded is not made."""
+        ledgered = [d for d in defenses if isinstance(d, Ledgered)]
+        for defense in ledgered:
+            defense.admit(self.ledgers[defense.name])
+        yield
+        for defense in ledgered:  # refuses once more: another thread may have spent the rest
+            defense.record(self.ledgers[defense.name], void=self.draws.void)
+
+    def auxiliary_loss(self, model: nn.Module) -> Tensor:
+        """Return the sum of the pieces' losses of the last training forward of `model`."""
+        losses = [piece.auxiliary_loss() for piece in self.installed()]
+        total = next(model.parameters()).new_zeros(())
+        return sum((x for x in losses if x is not None), start=total)
 
     def watch_training(self, model: nn.Module) -> None:
         """Refuse training passes that nothing prepared, and note gradients around the model."""

@@ -23,7 +23,8 @@ from vitguard.federated.flower.masked_client import (
     SHARES,
     VALUES,
 )
-from vitguard.federated.flower.records import ROUND, SEALED, from_arrays
+from vitguard.federated.flower.records import ROUND, from_arrays
+from vitguard.federated.flower.replies import PlainSum, Reply, content_of
 
 __all__ = ["MaskedRound"]
 
@@ -55,7 +56,9 @@ class MaskedRound:
     timeout: float
     names: dict[int, str] = field(default_factory=dict)  # clients that answered the last phase
     metrics: list[MetricRecord] = field(default_factory=list)
-    _plain: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._plain = PlainSum(self.start, self.server.terms.manifest.names)
 
     def begin(self, messages: Iterable[Message]) -> list[Message]:
         """Exchange keys and shares; return the messages of training for who took part in both.
@@ -107,7 +110,7 @@ class MaskedRound:
             dict.fromkeys(self.names, agreements),
             lambda node, body: server.add_answer(body, sender=self.names[node]),
         )
-        changes = {**server.mean(), **{n: t / weight for n, t in self._plain.items()}}
+        changes = {**server.mean(), **self._plain.mean(weight)}
         return {n: t + changes[n].to(t.dtype) if n in changes else t for n, t in self.start.items()}
 
     def _add_keys(self, node: int, body: bytes) -> None:
@@ -116,40 +119,13 @@ class MaskedRound:
     def _add_shares(self, node: int, body: bytes) -> None:
         self.server.add_shares(body, sender=self.names[node])
 
-    def _add_values(self, reply: Message, name: str) -> None:
-        content = _content(reply)
-        if len(content.array_records) != 1 or len(content.metric_records) != 1:
-            raise Rejected("records", "other records", "one of arrays and one of metrics")
-        arrays = dict(next(iter(content.array_records.values())))
-        metrics = next(iter(content.metric_records.values()))
-        masked = arrays.pop(SEALED, None)
-        if masked is None or masked.stype != SEALED:
-            raise Rejected("plain", "weights without masked values", "a reply through ProtectMod")
-        weight, clipped = metrics.get(self.weighted_by), metrics.get("vitguard-clipped", 0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise Rejected("weight", f"no {self.weighted_by} among the metrics", "a number")
-        if self.max_clipped is not None and not (
-            type(clipped) is int and 0 <= clipped <= self.max_clipped
-        ):
-            raise Rejected("clipped", f"{clipped} values beyond bounds", "fewer")
-        changes = from_arrays(arrays)
-        self._check_plain(changes)
-        self.server.add_masked(masked.data, sender=name, weight=weight)
-        for each, change in changes.items():
-            share = change.double() * weight
-            self._plain[each] = self._plain[each] + share if each in self._plain else share
-        self.metrics.append(metrics)
-
-    def _check_plain(self, changes: Mapping[str, Tensor]) -> None:
-        sealed = self.server.terms.manifest.names
-        for name, change in changes.items():
-            start = self.start.get(name)
-            if start is None or name in sealed or change.shape != start.shape:
-                raise Rejected("array", f"{name[:80]} of shape {tuple(change.shape)}")
-            if not (change.is_floating_point() and bool(change.isfinite().all())):
-                raise Rejected("array", f"{name} with values that are not finite")
-        if self.metrics and self._plain.keys() != changes.keys():
-            raise Rejected("array", "other plain tensors than the clients before it")
+    def _add_values(self, message: Message, name: str) -> None:
+        reply = Reply.of(message, weighted_by=self.weighted_by, max_clipped=self.max_clipped)
+        changes = from_arrays(reply.arrays)
+        self._plain.check(changes)
+        self.server.add_masked(reply.sealed, sender=name, weight=reply.weight)
+        self._plain.add(changes, reply.weight)
+        self.metrics.append(reply.metrics)
 
     def _ask(self, phase: str, bodies: Mapping[int, bytes], take: Take) -> None:
         """Send each node its message of a phase; keep in `names` those whose answer was taken."""
@@ -184,14 +160,8 @@ class MaskedRound:
         log(WARNING, "Round %s: node %s: %s", self.said[ROUND], node, reason)
 
 
-def _content(reply: Message) -> RecordDict:
-    if reply.has_error():
-        raise Rejected("error", (reply.error.reason or "an error")[:500].rstrip("."), "an answer")
-    return reply.content
-
-
 def _body(reply: Message) -> bytes:
-    found = [r.get(BODY) for r in _content(reply).config_records.values()]
+    found = [r.get(BODY) for r in content_of(reply).config_records.values()]
     if len(found) != 1 or not isinstance(found[0], bytes):
         raise Rejected("records", "an answer without a masking message", "one of ProtectMod")
     return found[0]

@@ -13,7 +13,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
-from torch import Tensor
 
 from vitguard.defenses.encryption import Aggregator
 from vitguard.errors import Incompatible, Rejected, VitguardError, expected
@@ -25,7 +24,6 @@ from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
 from vitguard.federated.flower.records import (
     BASE,
     ROUND,
-    SEALED,
     SNAPSHOT,
     VOUCH,
     History,
@@ -33,6 +31,7 @@ from vitguard.federated.flower.records import (
     from_arrays,
     take_snapshot,
 )
+from vitguard.federated.flower.replies import PlainSum, Reply
 from vitguard.federated.flower.snapshots import Snapshot
 
 __all__ = ["EncryptedFedAvg"]
@@ -171,7 +170,7 @@ class EncryptedFedAvg(FedAvg):
             keys.keys, keys.manifest, signing=keys.signing,
             round_id=number, base=self._history.version(),
         )  # fmt: skip
-        plain: dict[str, Tensor] = {}
+        plain = PlainSum(self._history.start, keys.manifest.names)
         good: list[MetricRecord] = []
         models = Vouched(number - 1, self._history.version())
         refused = self.refused[server_round] = {}
@@ -194,61 +193,31 @@ class EncryptedFedAvg(FedAvg):
             log(WARNING, "Round %s failed, the model is as it was: %s", server_round, str(refusal))
             return None, None
         weight = math.fsum(total.weights.values())
-        means = {n: t / weight for n, t in plain.items()}
-        self._history = self._history.after(Step(number, summed, means), models.agreed())
+        step = Step(number, summed, plain.mean(weight))
+        self._history = self._history.after(step, models.agreed())
         return self._history.record(), self.train_metrics_aggr_fn(
             with_common_names(good), self.weighted_by_key
         )
 
-    def _add(
-        self, reply: Message, total: Aggregator, plain: dict[str, Tensor], models: Vouched
-    ) -> None:
+    def _add(self, message: Message, total: Aggregator, plain: PlainSum, models: Vouched) -> None:
         """Add a reply to the sum and to what is plain, or neither.
 
         Raises:
             VitguardError: Why it was refused.
         """
-        if (error := reply.error if reply.has_error() else None) is not None:
-            raise Rejected("error", (error.reason or "an error")[:500].rstrip("."), "an update")
-        content = reply.content
-        if len(content.array_records) != 1 or len(content.metric_records) != 1:
-            raise Rejected("records", "other records", "one of arrays and one of metrics")
-        arrays = dict(next(iter(content.array_records.values())))
-        metrics = next(iter(content.metric_records.values()))
-        sealed = arrays.pop(SEALED, None)
-        if sealed is None or sealed.stype != SEALED:
-            raise Rejected("plain", "weights without ciphertext", "a reply through ProtectMod")
-        weight, clipped = metrics.get(self.weighted_by_key), metrics.get("vitguard-clipped", 0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise Rejected("weight", f"no {self.weighted_by_key} among the metrics", "a number")
-        if not 0 < weight <= self._federation.manifest.max_weight:
-            raise Rejected("weight", f"a weight of {weight}", "one that the manifest allows")
-        if self._max_clipped is not None and not (
-            type(clipped) is int and 0 <= clipped <= self._max_clipped
-        ):
-            raise Rejected("clipped", f"{clipped} values beyond bounds", "fewer")
-        proof, snapshot = arrays.pop(VOUCH, None), take_snapshot(arrays)
-        if snapshot is not None and reply.metadata.src_node_id != self._sender:
+        reply = Reply.of(message, weighted_by=self.weighted_by_key, max_clipped=self._max_clipped)
+        if not 0 < reply.weight <= self._federation.manifest.max_weight:
+            raise Rejected("weight", f"a weight of {reply.weight}", "one that the manifest allows")
+        proof, snapshot = reply.arrays.pop(VOUCH, None), take_snapshot(reply.arrays)
+        if snapshot is not None and message.metadata.src_node_id != self._sender:
             raise Rejected("snapshot", "a sealed model of a node that was not asked for one")
-        changes = from_arrays(arrays)
-        self._check_plain(changes, plain)
+        changes = from_arrays(reply.arrays)
+        plain.check(changes)
         before = total.weights
-        total.add(sealed.data, weight=weight)
+        total.add(reply.sealed, weight=reply.weight)
         (proved,) = (w for c, w in total.weights.items() if c not in before)
-        for name, change in changes.items():  # by the weight that the client's key proved
-            share = change.double() * proved
-            plain[name] = plain[name] + share if name in plain else share
+        plain.add(changes, proved)  # by the weight that the client's key proved
         models.add(b"" if proof is None else proof.data, snapshot)
-
-    def _check_plain(self, changes: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
-        start, sealed = self._history.start, self._federation.manifest.names
-        for name, change in changes.items():
-            if name not in start or name in sealed or change.shape != start[name].shape:
-                raise Rejected("array", f"{name[:80]} of shape {tuple(change.shape)}")
-            if not (change.is_floating_point() and bool(change.isfinite().all())):
-                raise Rejected("array", f"{name} with values that are not finite")
-        if plain and plain.keys() != changes.keys():
-            raise Rejected("array", "other plain tensors than the clients before it")
 
 
 @dataclass

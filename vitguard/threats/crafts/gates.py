@@ -9,9 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitguard.errors import NotApplicable
-from vitguard.threats.crafts.channels import Channels
 
-__all__ = ["Gates"]
+__all__ = ["Gates", "told_apart"]
 
 _RIDGES = (1e-6, 1e-4, 1e-2, 1.0, 1e2)
 _LEAST = 1e-4  # distance of a position from the others, relative to their size
@@ -32,22 +31,22 @@ class Gates:
     distance: float
 
     @staticmethod
-    def of(positions: Float[Tensor, "positions width"], channels: Channels) -> Gates:
+    def of(positions: Float[Tensor, "positions width"], *kept: Tensor) -> Gates:
         """Return the gates of positions (each with mean zero over its channels).
+
+        Args:
+            kept: Orthonormal directions of the token that no gate may look at, shape (width,).
 
         Raises:
             NotApplicable: No linear direction tells some position from the others.
         """
-        kept = [channels.scale, channels.signal]
         centred = positions - positions.mean(0)
-        if len(positions) == 1:
-            raise NotApplicable("one position needs no gates: gated=false")
         gram = centred @ centred.T
         size = float(gram.diagonal().mean())
         best: Gates | None = None
-        for ridge in _RIDGES:
+        for ridge in _RIDGES if size > 0 and len(positions) > 1 else ():
             eye = ridge * size * torch.eye(len(gram), dtype=gram.dtype)
-            rows = torch.linalg.solve(gram + eye, centred) if size > 0 else centred
+            rows = torch.linalg.solve(gram + eye, centred)
             for direction in kept:
                 rows = rows - (rows @ direction)[:, None] * direction
             rows = torch.nn.functional.normalize(rows)
@@ -56,8 +55,17 @@ class Gates:
             found.fill_diagonal_(-torch.inf)
             ahead = own - found.max(1).values
             distance = float(ahead.min())
-            if distance > (best.distance if best else _LEAST * max(size, 1e-12) ** 0.5):
+            if distance > (best.distance if best else _LEAST * size**0.5):
                 best = Gates(rows / ahead[:, None], own / ahead, distance)
         if best is None:
             raise NotApplicable("the positions are too alike to tell them apart: gated=false")
         return best
+
+
+def told_apart(positions: Float[Tensor, "positions width"]) -> bool:
+    """Whether a linear direction tells each position from the others."""
+    try:
+        Gates.of(positions)
+    except NotApplicable:
+        return False
+    return True

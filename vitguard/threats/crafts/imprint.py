@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,13 +15,13 @@ from vitguard.errors import NotApplicable, expected
 from vitguard.models import normalization_of
 from vitguard.threats.crafts.base import Craft
 from vitguard.threats.crafts.channels import Channels, natural_patches
-from vitguard.threats.crafts.gates import Gates
+from vitguard.threats.crafts.gates import Gates, told_apart
 from vitguard.vit import Anatomy, Block
 
 __all__ = ["Imprint"]
 
 _STEEP = 1000.0  # width of a typical bin, in inputs of the activation
-_FAINT = 1e-3  # size of what the bins add to a token, relative to the token
+_FAINT = 1e-6  # size of what the bins add to a token, relative to the token
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Imprint(Craft):
     Args:
         blocks: Blocks whose MLP holds bins, the first ones; None for all that can.
         gated: Whether each row sees the tokens of one position only, which keeps sums small and
-            tells positions. False as in the paper, and where positions are too alike.
+            tells positions; None where positions can be told apart. False as in the paper.
         thresholds: `bias` as in the paper: along the direction after LayerNorm. `channel` sets
             them through the reserved channel: along the direction before it, and all biases zero.
         directions: Directions to measure along at most; a token that shares its bin along one of
@@ -50,7 +51,7 @@ class Imprint(Craft):
 
     name: ClassVar[str] = "imprint"
     blocks: int | None = None
-    gated: bool = True
+    gated: bool | None = None
     thresholds: Literal["bias", "channel"] = "channel"
     directions: int = 3
 
@@ -77,7 +78,9 @@ class Imprint(Craft):
         blocks = usable_blocks(anatomy)
         blocks = blocks if self.blocks is None else blocks[: self.blocks]
         sizes = {n: len(p) for n, p in model.named_parameters()}
-        groups = anatomy.patches if self.gated else 1
+        positions = _positions(model.state_dict(), anatomy)[0]
+        gated = told_apart(_centred(positions)) if self.gated is None else self.gated
+        groups = anatomy.patches if gated else 1
         many = min(self.directions, len(blocks))
         made = []
         for i, block in enumerate(blocks):
@@ -124,20 +127,16 @@ class _Writer:
         }
         if a.patch_bias not in self.state:
             raise NotApplicable("the patch embedding has no bias to hold a constant")
-        rows = (
-            self.state[a.positions][0] if a.positions else torch.zeros(a.tokens, a.width).double()
-        )
-        prefix = a.position_prefix if a.positions else a.prefix_tokens
-        self.positions, self.prefix_positions = rows[prefix:], rows[:prefix]
-        if len(self.positions) != a.patches:
-            raise NotApplicable("positions are resampled in the forward pass")
+        self.positions, self.prefix_positions = _positions(self.state, a)
         self.channels = Channels.of(a, self.positions, generator)
-        spread = self.positions - self.positions.mean(1, keepdim=True)
+        spread = _centred(self.positions)
         size = float(spread.norm(dim=1).square().mean().sqrt())
-        self.gates = Gates.of(spread, self.channels) if craft.gated else None
+        gated = len(self.bins[0].rows) > 1
+        kept = (self.channels.scale, self.channels.signal)
+        self.gates = Gates.of(spread, *kept) if gated else None
         self.constant = size if size > 1e-3 else 1.0
         # pixels in model-input units are about 1 in size
-        room = self.gates.distance if self.gates else self.constant
+        room = self.gates.distance if self.gates else _apart(spread, self.constant)
         self.gain = 0.3 * room / a.patch_pixels**0.5
 
     def written(self) -> dict[str, Tensor]:
@@ -246,7 +245,7 @@ class _Writer:
     def _sizes(self, groups: int) -> Float[Tensor, "samples groups"]:
         """Return the standard deviation of each sample's token at each position."""
         c, a = self.channels, self.anatomy
-        still = self.positions - self.positions.mean(1, keepdim=True) + self.constant * c.scale
+        still = _centred(self.positions) + self.constant * c.scale
         if groups == 1:
             still = still[torch.randint(a.patches, (len(self.waves),), generator=self.generator)]
             square = (self.waves @ c.data.T + still).square().sum(1, keepdim=True)
@@ -269,6 +268,28 @@ class _Writer:
         for head in a.head:
             self.state[f"{head}.weight"].copy_(worth[:, None] * c.signal)
             self._set(f"{head}.bias", 0.0)
+
+
+def _positions(state: Mapping[str, Tensor], anatomy: Anatomy) -> tuple[Tensor, Tensor]:
+    """Return the position embedding of patches and of prefix tokens in float64; zeros without."""
+    if anatomy.positions is None:
+        none = torch.zeros(anatomy.tokens, anatomy.width, dtype=torch.float64)
+        return none[anatomy.prefix_tokens :], none[:0]
+    rows = state[anatomy.positions][0].detach().cpu().double()
+    prefix = anatomy.position_prefix
+    if len(rows) - prefix != anatomy.patches:
+        raise NotApplicable("positions are resampled in the forward pass")
+    return rows[prefix:], rows[:prefix]
+
+
+def _centred(positions: Tensor) -> Tensor:
+    return positions - positions.mean(1, keepdim=True)
+
+
+def _apart(positions: Tensor, size: float) -> float:
+    """Return half the smallest distance of two positions, `size` where some are the same."""
+    least = float(torch.pdist(positions).min()) / 2 if len(positions) > 1 else 0.0
+    return least if least > 1e-3 * size else size
 
 
 def class_worth(classes: int) -> Float[Tensor, " classes"]:

@@ -1,7 +1,7 @@
 """Every training loop with every kind of defense: the weights of a loop by hand, or one clear line.
 
 The whole matrix is marked slow; some cells of it are not. `tests/loops.py` holds the loops by hand,
-docs/training-loops.md the table, which `python -m tests.test_loop_matrix` writes.
+docs/training-loops.md the table, which `python -m tests.guard.test_loop_matrix` writes.
 """
 
 import copy
@@ -35,7 +35,7 @@ from vitguard.defenses.encryption import (
 from vitguard.errors import VitguardError
 
 pytest.importorskip("opacus")
-PAGE = Path(__file__).parent.parent / "docs" / "training-loops.md"
+PAGE = Path(__file__).parents[2] / "docs" / "training-loops.md"
 BUILT = ("before protect", "after protect")
 BOUND = 2.0  # of encrypted values, whose steps are then far below 1e-5
 

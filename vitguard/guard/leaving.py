@@ -1,0 +1,163 @@
+"""What an update passes before it leaves the client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from vitguard import wrapping
+from vitguard.core import Batch, Update
+from vitguard.defenses.base import Ledgered, UpdateDefense, traits_of
+from vitguard.defenses.gate import LeakGate, Tried
+from vitguard.defenses.protection import Protection
+from vitguard.errors import Unprotected, expected
+from vitguard.guard.public import extras_of, public_copy
+from vitguard.self_attack import attack_own
+from vitguard.tensor_files import check_plain
+from vitguard.vit import canonical_name, canonical_parameters
+
+__all__ = ["require_released", "require_sent", "sealed"]
+
+
+def require_sent(protection: Protection) -> None:
+    """Raise Unprotected where the training said that nothing leaves this machine."""
+    if protection.destination == "local":
+        raise Unprotected(
+            "Expected no update to leave, as guard.keep_local() said, got one. Leave that call "
+            "out where updates are sent."
+        )
+
+
+def require_released(protection: Protection, update: Update) -> None:
+    """Raise Unprotected if an update says something that no private step released."""
+    step = protection.step
+    if protection.exposed:
+        raise Unprotected(
+            "Expected gradients of the private loop only, got a plain one (of a pass in eval "
+            "mode, or around the model's own forward) between protect and prepare. Load the "
+            "weights from before it, then train on what prepare returned."
+        )
+    if not isinstance(step, Ledgered) or not isinstance(update, Update):
+        return
+    if not protection.ledgers[step.name].steps and any(
+        bool(t.any()) for t in update.tensors.values()
+    ):
+        raise Unprotected(
+            f"Expected an update that private steps made, got one while the ledger of "
+            f"{step.name} counts none. Train on the optimizer and loader that prepare "
+            "returned; after a restart call guard.load_state_dict with what the guard saved."
+        )
+
+
+def sealed(
+    model: nn.Module,
+    protection: Protection,
+    update: Update,
+    batch: Batch | None,
+    *,
+    trained: bool = False,
+) -> Update:
+    """Return an update after every defense of the update, and past the gate.
+
+    Args:
+        batch: What is behind it, for a gate.
+        trained: Whether training made it, which may have moved the model.
+    """
+    if not isinstance(update, Update):
+        raise expected(
+            "an Update", type(update).__name__,
+            "Wrap the tensors: vg.Update(tensors, kind='difference', batch_size=8).",
+        )  # fmt: skip
+    tensors = {
+        canonical_name(name): wrapping.gathered(t.detach()) for name, t in update.tensors.items()
+    }
+    known = {canonical_name(name) for name in model.state_dict()}
+    if strangers := sorted(tensors.keys() - known):
+        raise expected(
+            "an update by the model's parameter names", strangers[0],
+            "A name that no defense knows would leave unprotected.",
+        )  # fmt: skip
+    for name, tensor in tensors.items():
+        check_plain(name, tensor, "the update")
+    made = update = replace(update, tensors=tensors)
+    held: dict[str, str] = {}
+    for piece in protection.installed():
+        piece.releasing(model)
+        held |= {n: r for n, r in piece.withheld().items() if n in tensors}
+    acting = [d for d in protection.defenses if isinstance(d, UpdateDefense)]
+    frozen = _frozen(model, tensors)
+    left_out = {n for d in acting for n in d.leaves_out(frozen)}
+    if moved := next((n for n in frozen if n in left_out and bool(tensors[n].any())), None):
+        raise expected(
+            f"no change of {moved}, which is frozen", "one",
+            "Unfreeze it before seal: what was trained must be protected.",
+        )  # fmt: skip
+    reason = "frozen, so that there is nothing to send"
+    held |= {n: reason for n in frozen if n in left_out}
+    update = update.seal(held)
+    for defense in acting:  # one by one: if the next refuses, what it says tells of this one
+        with protection.counted([defense]):
+            update = defense.seal(update, protection.anatomy.with_head_of(model), protection.draws)
+    return _past_gate(model, protection, update, batch, made if trained else None)
+
+
+def _frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the frozen parameters in a difference of whole state dicts; they are public."""
+    weights = {canonical_name(n): p for n, p in model.named_parameters()}
+    return [n for n in tensors if n in weights and not weights[n].requires_grad]
+
+
+def _past_gate(
+    model: nn.Module,
+    protection: Protection,
+    update: Update,
+    batch: Batch | None,
+    trained: Update | None,
+) -> Update:
+    """Return what may leave; refused where a gate is to look and has no images to look with.
+
+    `trained` is what the training made, if it may have moved the model: the adversary knows the
+    weights before it, so these are looked from as well.
+    """
+    gate = next((d for d in protection.defenses if isinstance(d, LeakGate)), None)
+    if gate is None or protection.ungated:
+        return update
+    if not gate.due(protection.tally):
+        gate.skip(protection.tally)
+        return update
+    if batch is None or len(batch.images) != update.batch_size:
+        raise Unprotected(
+            f"Expected the {update.batch_size} images behind the update for the gate, got "
+            f"{0 if batch is None else len(batch.images)}. Call guard.seal(update, "
+            "batch=(images, labels))."
+        )
+    models = [public_copy(model)]
+    if trained is not None and trained.kind == "difference":
+        models.append(_taken_back(public_copy(model), trained))
+
+    defenses, extras = protection.defenses, extras_of(protection)
+    traits = traits_of(defenses, protection.anatomy.with_head_of(model))
+
+    def attack(seen: Update) -> list[Tried]:
+        return [
+            tried
+            for before in models
+            for tried in attack_own(
+                before, seen, batch, defenses=defenses, traits=traits, extras=extras,
+                work=gate.work / len(models),
+            )
+        ]  # fmt: skip
+
+    return gate.passage(update, attack, protection.tally)
+
+
+def _taken_back(model: nn.Module, update: Update) -> nn.Module:
+    """Return the model with a difference subtracted, in place."""
+    with torch.no_grad():
+        for name, p in canonical_parameters(model).items():
+            if name in update.tensors:
+                p -= update.tensors[name].to(p)
+    return model

@@ -1,0 +1,117 @@
+"""What one local step makes of a batch: a gradient, or the weight difference of several."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitguard.core import Batch, LocalTraining, Loss
+from vitguard.defenses.protection import Protection
+from vitguard.errors import InputError, VitguardError, expected
+from vitguard.vit import Anatomy, canonical_parameters, logits_of
+
+__all__ = ["check_batch", "difference_of", "gradient_of", "trained"]
+
+
+def check_batch(anatomy: Anatomy, images: Tensor, labels: Tensor) -> None:
+    """Raise InputError where images or labels cannot be a batch of the model."""
+    channels, classes = anatomy.channels, anatomy.classes
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        got = f"{type(images).__name__} and {type(labels).__name__}"
+        raise expected("images and labels as tensors", got, "torch.as_tensor makes them.")
+    if images.is_meta or labels.is_meta:
+        raise expected("images and labels with values", "some on the meta device")
+    if images.dim() != 4 or images.shape[1] != channels or not images.is_floating_point():
+        raise expected(
+            f"floating-point images of shape (batch, {channels}, height, width)",
+            f"{images.dtype} of shape {tuple(images.shape)}",
+        )
+    if len(labels) != len(images) or not len(images):
+        raise expected(f"one label for each of {len(images)} images", len(labels))
+    indices = not labels.is_floating_point()
+    if indices and classes and not bool(((labels >= 0) & (labels < classes)).all()):
+        raise expected(f"labels from 0 to {classes - 1}", labels.tolist())
+
+
+def trained(model: nn.Module, protection: Protection) -> dict[str, nn.Parameter]:
+    """Return the parameters that training moves, by the base model's names."""
+    parameters = canonical_parameters(model)
+    added = {id(p) for p in protection.parameters()}
+    if all(id(p) in added for p in parameters.values()):
+        raise expected(
+            "a model with a parameter to train", "one that is frozen whole",
+            "Unfreeze what the client trains: parameter.requires_grad_(True).",
+        )  # fmt: skip
+    return parameters
+
+
+def gradient_of(
+    model: nn.Module, protection: Protection, batch: Batch, loss: Loss
+) -> dict[str, Tensor]:
+    """Return the gradient that the stack allows, by the base model's names."""
+    try:
+        return _backward(model, protection, batch, loss)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if isinstance(error, VitguardError):
+            raise
+        # only some models take images of another size, type or device, and each refuses them
+        # in its own way
+        misfit = _misfit(model, protection.anatomy, batch)
+        if misfit is None:
+            raise
+        raise misfit from error
+
+
+def difference_of(
+    model: nn.Module, protection: Protection, batch: Batch, loss: Loss, training: LocalTraining
+) -> dict[str, Tensor]:
+    """Return how far the training moves each weight; the model is as it was afterwards."""
+    parameters = trained(model, protection)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    stepper = training.stepper(parameters.values())
+    held = {name: p.grad for name, p in parameters.items()}
+    try:
+        for _ in range(training.steps):
+            for name, gradient in gradient_of(model, protection, batch, loss).items():
+                parameters[name].grad = gradient
+            with protection.allowed():
+                stepper.step()
+        return {name: p.detach() - before[name] for name, p in parameters.items()}
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(before[name])
+                p.grad = held[name]
+
+
+def _misfit(model: nn.Module, anatomy: Anatomy, batch: Batch) -> InputError | None:
+    """Return what of a batch is not as the model is: size, type or device."""
+    own, given = anatomy.image_size, tuple(batch.images.shape[2:])
+    if own != given:
+        return expected(
+            f"images of {own[0]} x {own[1]} pixels", f"{given[0]} x {given[1]}",
+            "Resize them, or build the model for their size.",
+        )  # fmt: skip
+    weight = model.get_parameter(anatomy.patch_weight)
+    images, labels = batch.images, batch.labels
+    if (images.device, images.dtype) != (weight.device, weight.dtype):
+        return expected(
+            f"images in {weight.dtype} on {weight.device}, as the model is",
+            f"{images.dtype} on {images.device}",
+            "Use images.to(parameter), with a parameter of the model.",
+        )
+    if labels.device != images.device:
+        return expected(f"labels on {images.device}, as the images are", labels.device)
+    return None
+
+
+def _backward(
+    model: nn.Module, protection: Protection, batch: Batch, loss: Loss
+) -> dict[str, Tensor]:
+    parameters, step = trained(model, protection), protection.step
+    if step is not None:
+        with protection.counted([step]), protection.allowed():
+            return dict(step.gradient(model, loss, batch, protection.draws))
+    total = loss(logits_of(model(batch.images)), batch.labels) + protection.auxiliary_loss(model)
+    gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
+    return dict(zip(parameters, gradients, strict=True))

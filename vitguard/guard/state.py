@@ -1,0 +1,81 @@
+"""What a guard saves and takes up again: ledgers, accepted weights, draws that a test has seeded."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vitguard.defenses.protection import Protection
+from vitguard.errors import expected
+from vitguard.files import parsed_json
+from vitguard.inspection import Memory
+
+__all__ = ["from_bytes", "load_state", "state_of", "to_bytes"]
+
+
+def state_of(protection: Protection) -> dict[str, Any]:
+    """Return what a protected model has spent, and the draws of a generator given to it."""
+    state: dict[str, Any] = {"version": 2}
+    state["ledger"] = {name: ledger.state_dict() for name, ledger in protection.ledgers.items()}
+    if protection.memory.rounds:
+        state["inspection"] = protection.memory.state_dict()
+    if protection.draws.seeded is not None:
+        state["draws"] = protection.draws.seeded.get_state()
+    return state
+
+
+def to_bytes(state: Mapping[str, Any], *, draws: bool) -> bytes:
+    """Return the state as JSON; without `draws` the ledgers alone, which hold no secret."""
+    state = dict(state)
+    generator = state.pop("draws", None)
+    if draws and generator is not None:
+        state["draws"] = generator.numpy().tobytes().hex()
+    try:
+        return json.dumps(state, sort_keys=True, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise expected("ledgers that JSON can hold", str(error)) from error
+
+
+def from_bytes(data: bytes) -> dict[str, Any]:
+    """Return the state that `to_bytes` wrote, or raise InputError."""
+    try:
+        state = dict(parsed_json(data))
+        if "draws" in state:
+            raw = bytearray.fromhex(state["draws"])
+            state["draws"] = torch.frombuffer(raw, dtype=torch.uint8)
+    except (TypeError, ValueError) as error:
+        raise expected("bytes from Guard.state_bytes", type(error).__name__) from error
+    return state
+
+
+def load_state(protection: Protection, state: Mapping[str, Any]) -> None:
+    """Join what a state has spent to the ledgers; a state that is refused changes nothing.
+
+    Raises:
+        InputError: The state is something else, of another stack, or older than the ledger.
+    """
+    try:
+        spent = dict(state["ledger"] or {})
+    except (KeyError, TypeError, ValueError) as error:
+        raise expected("a state from Guard.state_dict", repr(error)) from error
+    if strangers := sorted(spent.keys() - protection.ledgers.keys()):
+        raise expected(
+            "a ledger of this stack's defenses", strangers[0], "Protect with it, as before."
+        )
+    for name, ledger in spent.items():
+        copy.deepcopy(protection.ledgers[name]).load_state_dict(ledger)
+    if "inspection" in state:
+        Memory().load_state_dict(state["inspection"])
+    if protection.draws.seeded is not None and "draws" in state:
+        try:
+            protection.draws.seeded.set_state(state["draws"])
+        except (TypeError, RuntimeError) as error:
+            raise expected("a state from Guard.state_dict", repr(error)) from error
+    for name, ledger in spent.items():
+        protection.ledgers[name].load_state_dict(ledger)
+    if "inspection" in state:
+        protection.memory.load_state_dict(state["inspection"])
