@@ -43,7 +43,7 @@ def test_clients_of_the_example_refuse_crafted_weights_in_one_line(example, monk
     from flower_cifar10 import task
     from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 
-    server_app, grid = example
+    _, grid = example
     config = {"num-server-rounds": 1, "local-epochs": 1, "lr": 0.01, "variant": "plain"}
     for node in grid.contexts.values():
         node.run_config.update(config)

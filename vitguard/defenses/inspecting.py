@@ -29,9 +29,10 @@ class InspectWeights(ModelDefense):
     judged before an update leaves. Every loaded state dict and every update begins a new round.
 
     Guarantees:
-        Suspicious weights train no step, and no update of a round whose gradient is suspicious
-        leaves. What was not inspected does not leave either.
-        The model computes as it does without it, in training and in eval mode.
+        No training pass runs on weights that are suspicious by themselves, and nothing leaves.
+        No update leaves of a round whose first gradient is suspicious.
+        What was not inspected does not leave.
+        The model computes as it does without it, and evaluation is never refused.
 
     Does not protect against:
         Crafts that stay below the limits, as docs/inspection.md measures. What the first passes

@@ -1,4 +1,4 @@
-"""What a guard saves and takes up again: ledgers, accepted weights, draws that a test has seeded."""
+"""What a guard saves and takes up again: ledgers, accepted weights, draws of a test."""
 
 from __future__ import annotations
 
