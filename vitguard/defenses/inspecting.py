@@ -200,7 +200,7 @@ class _Before:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if module.training and torch.is_grad_enabled():
-            self._begin(module)
+            self._begin(module)  # pyright: ignore[reportCallIssue]
 
     @torch.compiler.disable
     def _begin(self, module: nn.Module) -> None:

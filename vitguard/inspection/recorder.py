@@ -127,7 +127,7 @@ class _Watch:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.recorder.armed and torch.is_grad_enabled():
-            self._read(module, args, output)
+            self._read(module, args, output)  # pyright: ignore[reportCallIssue]
 
     @torch.compiler.disable
     def _read(self, module: nn.Module, args: Any, output: Any) -> None:
