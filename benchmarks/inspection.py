@@ -108,7 +108,7 @@ def crafts(out: Path) -> None:
             print(kind, flush=True)
 
 
-def cost(repeats: int = 7) -> None:
+def cost(repeats: int = 5) -> None:
     """Print processor time of a plain step and of an inspected one, interleaved."""
     sizes = [
         ("vit_tiny_patch16_224", 224, 16), ("vit_small_patch16_224", 224, 8),
@@ -140,20 +140,22 @@ def tiny_cifar() -> torch.nn.Module:
 
 def known_to_adversary() -> Iterator[tuple[str, dict]]:
     """Yield what an adversary that knows the detector tries, by what it gives up."""
+    yield "as published", {}
+    # no muted branch, columns behind the bins of honest size and of any sign, thresholds that jump
     quiet = {"mute": 1.0, "output": 0.02, "varied": True, "jitter": 1.0}
-    for noise in (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5):
-        yield "noise on the rows", {"noise": noise}
-    for directions in (1, 4, 16, 64, 192):
-        yield "spread directions", {"directions": directions}
-    for steepness in (50.0, 20.0, 10.0, 5.0, 2.0, 1.0):
-        yield "milder steps", {"steepness": steepness}
-    for share in (1.0, 0.5, 0.2, 0.1, 0.05, 0.02):
-        yield "fewer bins", {"share": share}
-    for share in (1.0, 0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02):
-        for noise, steepness in ((0.0, 10.0), (0.2, 10.0), (0.5, 10.0), (0.5, 3.0), (0.0, 3.0)):
-            yield "all at once", {
-                **quiet, "share": share, "noise": noise, "steepness": steepness,
-            }  # fmt: skip
+    yield "nothing muted, uneven thresholds", quiet
+    for noise in (0.1, 0.2, 0.35, 0.5, 0.7, 1.0):
+        yield "and noise on the rows", {**quiet, "noise": noise}
+    for directions in (4, 16, 64, 192):
+        yield "and spread directions", {**quiet, "directions": directions}
+    for steepness in (20.0, 10.0, 5.0, 2.0):
+        yield "and milder steps", {**quiet, "steepness": steepness}
+    for share in (0.5, 0.2, 0.1, 0.05, 0.02):
+        yield "and fewer bins", {**quiet, "share": share}
+    for share in (0.2, 0.1, 0.05, 0.02):
+        for steepness in (50.0, 12.0):
+            mild = {"share": share, "noise": 0.5, "directions": 4, "steepness": steepness}
+            yield "all at once", {**quiet, **mild}
 
 
 def adaptive_curve(out: Path) -> None:
@@ -175,7 +177,7 @@ def adaptive_curve(out: Path) -> None:
             }  # fmt: skip
             file.write(json.dumps(line) + "\n")
             worst = max(found.signs, key=lambda s: s.excess)
-            print(f"{family} {settings}: leak {leak:.2f}, score {found.score:.3g} ({worst.name})")
+            print(f"{family} {settings}: {leak:.2f}, {found.score:.3g} ({worst.name})", flush=True)
 
 
 def draw(lines: list[dict], figure: Path) -> None:

@@ -7,6 +7,7 @@ import timm
 import torch
 
 from tests.inspection.crafts import PUBLISHED, imprint
+from vitguard.defenses.inspecting import InspectWeights
 from vitguard.errors import InputError
 from vitguard.guard import protect
 from vitguard.inspection import SIGNS, Memory, inspect_model
@@ -128,3 +129,14 @@ def test_models_of_other_libraries_are_inspected(build):
     assert crafted.suspicious
     assert {"parallel rows", "steep units"} <= {s.name for s in crafted.worst}
     assert {s.name for s in honest.signs} >= {"logit spread", "steep units", "lone sample"}
+
+
+def test_fine_tuning_by_low_rank_matrices_is_not_suspicious():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["qkv", "fc1"], modules_to_save=["head"])
+    model = peft.get_peft_model(make(), config)
+    guard = protect(model, [InspectWeights()])
+    found = guard.inspect({}, *batch())
+    assert not found.suspicious, found
+    guard.model.train()
+    guard.update(*batch())

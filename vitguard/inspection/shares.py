@@ -25,8 +25,8 @@ class Shares:
 
     Args:
         rows: In the gradient of a row.
-        pairs: In the difference of a row and the one whose gradient is nearest to it, each scaled
-            to the same length: what a craft with bins reads single tokens from.
+        pairs: Of a sample of rows, in the difference of a row and the one whose gradient is nearest
+            to it, each scaled to the same length: what a craft with bins reads single tokens from.
         left: Length of that difference, in [0, sqrt 2]: small where the rows cancel.
     """
 
@@ -45,29 +45,29 @@ def token_shares(
         outputs: Gradient at its output, shape (batch, tokens, rows).
         prefix: Leading tokens that are no patches; they count in the sums alone.
     """
-    sizes = inputs.float().norm(dim=2, keepdim=True)
-    parts = outputs.float() * sizes
-    count = parts.shape[2]
-    patches = torch.zeros(parts.shape[:2], dtype=torch.bool, device=parts.device)
-    patches[:, prefix:] = True
-    flat, mine = parts.reshape(-1, count), patches.reshape(-1)
-    lengths = flat.norm(dim=0)
+    weighted = outputs.float() * inputs.float().norm(dim=2, keepdim=True)
+    mine = torch.zeros(weighted.shape[:2], dtype=torch.bool, device=weighted.device)
+    mine[:, prefix:] = True
+    mine = mine.reshape(-1)
+    rows = weighted.flatten(0, 1).T.contiguous()  # of each row of the gradient its tokens
+    lengths = rows.norm(dim=1)
     live = lengths > 1e-6 * lengths.median()
-    flat = flat[:, live] / lengths[live]
-    if flat.shape[1] < 2:
-        none = flat.new_zeros(0)
+    if int(live.sum()) < 2:
+        none = rows.new_zeros(0)
         return Shares(none, none, none)
-    other = nearest(flat.T, generator)
-    sign = (flat * flat[:, other]).sum(0).sign()
-    difference = flat - flat[:, other] * sign
-    left = difference.norm(dim=0)
+    rows = rows[live] / lengths[live, None]
+    drawn, other = nearest(rows, generator)
+    one, two = rows[drawn], rows[other]
+    difference = one - two * (one * two).sum(1, keepdim=True).sign()
+    left = difference.norm(dim=1)
     kept = left > _ROUNDING
-    return Shares(_strongest(flat, mine), _strongest(difference[:, kept], mine), left[kept])
+    return Shares(_strongest(rows, mine), _strongest(difference[kept], mine), left[kept])
 
 
-def _strongest(parts: Tensor, patches: Tensor) -> Tensor:
-    sizes = parts.abs()
-    return sizes[patches].amax(0) / sizes.sum(0).clamp_min(1e-30)
+def _strongest(rows: Tensor, patches: Tensor) -> Tensor:
+    sizes = rows.abs()
+    most = torch.where(patches, sizes, torch.zeros_like(sizes)).amax(1)
+    return most / sizes.sum(1).clamp_min(1e-30)
 
 
 def gram_of_samples(inputs: Tensor, outputs: Tensor) -> Tensor:
