@@ -34,6 +34,7 @@ _HOMES = {
     "FrozenStem": "vitguard.defenses.frozen_stem",
     "GradientNoise": "vitguard.defenses.noise",
     "GradientPruning": "vitguard.defenses.pruning",
+    "InspectWeights": "vitguard.defenses.inspecting",
     "LeakGate": "vitguard.defenses.gate",
     "Guard": "vitguard.guard",
     "LocalTraining": "vitguard.audit",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from vitguard.defenses.encryption import EncryptedGradients as EncryptedGradients
     from vitguard.defenses.frozen_stem import FrozenStem as FrozenStem
     from vitguard.defenses.gate import LeakGate as LeakGate
+    from vitguard.defenses.inspecting import InspectWeights as InspectWeights
     from vitguard.defenses.low_rank import LowRankUpdate as LowRankUpdate
     from vitguard.defenses.masking import MaskedAggregation as MaskedAggregation
     from vitguard.defenses.noise import GradientNoise as GradientNoise
