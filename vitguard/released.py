@@ -5,7 +5,8 @@ Counts are of docs/methods.md 2.1 to 2.5b, at batch size 1, where exact attacks 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from vitguard.core import Traits
 from vitguard.vit import Anatomy, Block
@@ -44,12 +45,15 @@ class Released:
         sizes: Number of values of each tensor that is released, plain or encrypted.
         plain: Those of them that can be read.
         traits: What the defenses make true of the update.
+        every: Number of values of every parameter of the model, frozen ones too; empty where only
+            the update is known.
     """
 
     anatomy: Anatomy
     sizes: dict[str, int]
     plain: frozenset[str]
     traits: Traits
+    every: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def patch_rank(self) -> int:
@@ -77,7 +81,8 @@ class Released:
         mean of the patches (one block: `span` 118 dB, where ViT's 4 heads end at rank 9).
         """
         a = self.anatomy
-        head = [size for name, size in self.sizes.items() if a.role(name) == "head"]
+        known = self.every or self.sizes
+        head = [size for name, size in known.items() if a.role(name) == "head"]
         return a.pooling == "token" and max(head, default=0) <= a.classes * a.width
 
     @property

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from vitguard import __version__
 from vitguard.cli import audit as audit_command
-from vitguard.errors import VitguardError
+from vitguard.errors import InputError, VitguardError
 
 __all__ = ["main"]
 
@@ -153,13 +153,22 @@ def _add_audit(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
-        "plan", help="which closed forms remain if only some parameters are encrypted, and the cost"
+        "plan",
+        help="which closed forms remain if only some parameters are trained or encrypted, and the "
+        "cost",
     )
     plan.add_argument("--model", default="vit_base_patch16_224", metavar="NAME[:key=value,...]")
     plan.add_argument(
+        "--train",
+        action="append",
+        metavar="WHAT",
+        help="what is trained: all, head, last-block, lora:r=4 (on query, key, value), "
+        "adapters:r=16 (beside each MLP), or a selection as of --encrypt; may be repeated, or "
+        "joined by /",
+    )
+    plan.add_argument(
         "--encrypt",
         action="append",
-        required=True,
         metavar="SELECT",
         help="attention, mlp, patch, position, embedding, head, all, plan (the least that ends the "
         "known attacks) or a regular expression; may be repeated",
@@ -188,9 +197,12 @@ def _plan(options: argparse.Namespace) -> int:
 
     if options.json and options.json != "-":
         check_writable(options.json)
+    if not (options.encrypt or options.train):
+        raise InputError("Expected --encrypt SELECT or --train WHAT, got neither.")
     report = plan_report(
-        options.model, options.encrypt, preset=options.preset, positions=options.positions
-    )
+        options.model, options.encrypt or (), train=options.train, preset=options.preset,
+        positions=options.positions,
+    )  # fmt: skip
     if options.json:
         write_text(json.dumps(report.to_json(), indent=2, allow_nan=False), options.json)
     if options.json != "-":

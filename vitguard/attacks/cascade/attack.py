@@ -197,5 +197,8 @@ def _labels(plain: Released) -> Remaining:
     names = [n for n in plain.sizes if plain.anatomy.role(n) == "head"]
     readable = tuple(n for n in names if n in plain.plain)
     if readable:
-        return Remaining("labels", True, readable, "the head's gradient tells the labels")
+        why = "the head's gradient tells the labels"
+        if plain.anatomy.pooling == "token" and any(n.endswith("weight") for n in readable):
+            why += ", and of one image the class token's features"
+        return Remaining("labels", True, readable, why)
     return Remaining("labels", False, tuple(names), "the head has no plain gradient")
