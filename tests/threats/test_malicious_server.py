@@ -313,3 +313,20 @@ def test_suppressed_clients_leave_one_client_alone_in_a_sum(model, photos):
     honest = gradient(model.state_dict(), photos[:1], labels[:1])
     total = {n: (honest[n] + others[n]) / 2 for n in honest}
     assert all(torch.equal(2 * total[n], honest[n]) for n in total if n != "head.bias")
+
+
+def test_a_proof_of_honest_weights_is_none_on_crafted_ones_and_the_ladder_reads_the_bins(
+    model, photos
+):
+    """On crafted weights wrong patches solve the equations of `gelu-span`: it called all proved."""
+    report = vg.audit(
+        model, (photos[:2], torch.tensor([1, 2])), defenses={"shuffle": "shuffle:ratio=0.5"},
+        threat=MaliciousServer(), attacks=["gelu-span:seconds=1", "imprint", "ladder:seconds=2"],
+    )  # fmt: skip
+    found = {(f.configuration, f.attack): f for f in report.findings}
+    for stack in ("none", "shuffle"):
+        wrong = found[stack, "gelu-span"]
+        assert wrong.patch_psnr.mean < 20 and not wrong.details.get("verified")
+        assert found[stack, "imprint"].verdict == found[stack, "ladder"].verdict == "leaks"
+        assert found[stack, "ladder"].patch_psnr.mean > 40
+    assert "one craft: imprint" in report.headline()
