@@ -22,7 +22,7 @@ from vitguard.defenses.base import Defense
 from vitguard.errors import expected
 from vitguard.guard import Stack, protect, stack_of
 from vitguard.models import check_finite, normalization_of
-from vitguard.registry import families_not_run, parse_attacks, stack_name
+from vitguard.registry import AnyAttack, families_not_run, parse_attacks, stack_name
 from vitguard.report.audit_report import AuditReport
 from vitguard.threats.curious_server import Threat
 from vitguard.vit import Anatomy
@@ -37,7 +37,7 @@ def audit(
     batch: Sequence[Any] | None = None,
     *,
     defenses: Stacks = (),
-    attacks: str | Sequence[str | Attack | InputAttack] = "ladder",
+    attacks: str | AnyAttack | Sequence[str | AnyAttack] = "ladder",
     batch_size: int | None = None,
     normalization: Normalization | None = None,
     withhold: Sequence[str] = (),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitguard import data
-from vitguard.attacks.base import Attack, InputAttack
+from vitguard.attacks.base import Attack
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, Progress, findings, level_of
 from vitguard.audit.received import (
@@ -27,7 +27,7 @@ from vitguard.audit.stated import facts_of
 from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining
 from vitguard.errors import NotApplicable, expected
-from vitguard.registry import families_not_run, parse_attacks
+from vitguard.registry import AnyAttack, families_not_run, parse_attacks
 from vitguard.report.audit_report import AuditReport
 from vitguard.report.finding import Finding
 from vitguard.threats.curious_server import Threat
@@ -45,7 +45,7 @@ PLAIN = "plain"
 def audit_rounds(
     rounds: Rounds,
     *,
-    attacks: str | Sequence[str | Attack | InputAttack] = "ladder",
+    attacks: str | AnyAttack | Sequence[str | AnyAttack] = "ladder",
     adversary: Threat,
     model_name: str | None = None,
     weights: str = "as given",

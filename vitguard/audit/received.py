@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitguard import data
-from vitguard.attacks.base import Attack, InputAttack
+from vitguard.attacks.base import Attack
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
 from vitguard.audit.scale import Scale, decoys_for
@@ -22,7 +22,7 @@ from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.errors import expected
 from vitguard.guard import Guard, Stack, protect, stack_of
 from vitguard.models import normalization_of
-from vitguard.registry import families_not_run, parse_attacks, stack_name
+from vitguard.registry import AnyAttack, families_not_run, parse_attacks, stack_name
 from vitguard.report.audit_report import AuditReport
 from vitguard.report.finding import Finding
 from vitguard.threats.curious_server import Threat
@@ -53,7 +53,7 @@ def audit_update(
     update: Update,
     *,
     defenses: Stack = (),
-    attacks: str | Sequence[str | Attack | InputAttack] = "ladder",
+    attacks: str | AnyAttack | Sequence[str | AnyAttack] = "ladder",
     truth: Tensor | None = None,
     labels: Tensor | None = None,
     normalization: Normalization | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,11 @@ from vitguard.tensor_files import read_update, write_update
 __all__ = ["LocalTraining", "Update"]
 
 _OPTIMIZERS = ("sgd", "adam", "adamw")
+
+if TYPE_CHECKING:  # what an update holds; it takes arrays in as well
+    TakenIn = Mapping[str, Tensor]
+else:
+    TakenIn = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Update:
             included. A fact about the message; a saved update does not keep it.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: TakenIn
     kind: Literal["gradient", "difference"] = "gradient"
     batch_size: int = 1
     local_steps: int = 1
