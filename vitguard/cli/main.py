@@ -197,7 +197,7 @@ def _add_advise(commands: Any) -> None:
         "--train",
         default="all",
         metavar="PART",
-        help="what is trained and sent, as for plan: all, head, last-block/head, lora:r=4/head, ...",
+        help="what is trained and sent, as for plan: all, head, last-block/head, lora:r=4/head",
     )
     add(
         "--see",
