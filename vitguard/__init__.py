@@ -34,10 +34,12 @@ _HOMES = {
     "FrozenStem": "vitguard.defenses.frozen_stem",
     "GradientNoise": "vitguard.defenses.noise",
     "GradientPruning": "vitguard.defenses.pruning",
+    "InspectWeights": "vitguard.defenses.inspecting",
     "LeakGate": "vitguard.defenses.gate",
     "Guard": "vitguard.guard",
     "LocalTraining": "vitguard.audit",
     "LowRankUpdate": "vitguard.defenses.low_rank",
+    "MaliciousServer": "vitguard.threats",
     "MaskedAggregation": "vitguard.defenses.masking",
     "Normalization": "vitguard.core",
     "PatchShuffle": "vitguard.defenses.shuffle",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from vitguard.defenses.encryption import EncryptedGradients as EncryptedGradients
     from vitguard.defenses.frozen_stem import FrozenStem as FrozenStem
     from vitguard.defenses.gate import LeakGate as LeakGate
+    from vitguard.defenses.inspecting import InspectWeights as InspectWeights
     from vitguard.defenses.low_rank import LowRankUpdate as LowRankUpdate
     from vitguard.defenses.masking import MaskedAggregation as MaskedAggregation
     from vitguard.defenses.noise import GradientNoise as GradientNoise
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
     from vitguard.guard import protect as protect
     from vitguard.report import AuditReport as AuditReport
     from vitguard.threats import CuriousServer as CuriousServer
+    from vitguard.threats import MaliciousServer as MaliciousServer
     from vitguard.vit import Anatomy as Anatomy
 
 

@@ -130,6 +130,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
         normalization_of,
     )
     from vitguard.registry import parse_stack
+    from vitguard.threats import parse_threat
     from vitguard.vit import Anatomy
 
     specs = options.defense or (() if options.update_file else DEFAULT_DEFENSES)
@@ -155,7 +156,8 @@ def _run_audit(options: argparse.Namespace) -> Any:
         anatomy.select(selector, [n for n, _ in model.named_parameters()])
     model = model.to(find_device(options.device))
     common: dict[str, Any] = {
-        "attacks": attacks, "normalization": normalization, "withhold": options.withhold,
+        "attacks": attacks, "normalization": normalization,
+        "threat": parse_threat(options.threat, options.withhold),
         "model_name": options.model, "weights": weights, "seed": options.seed,
     }  # fmt: skip
     if options.update_file:

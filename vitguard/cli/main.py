@@ -122,6 +122,13 @@ def _add_audit(commands: Any) -> None:
         metavar="SELECT",
         help="parameters that are never sent: a role, plan, a regex, a/b; may be repeated",
     )
+    add(
+        "--threat",
+        default="curious",
+        metavar="NAME",
+        help="curious (honest weights), or malicious[:craft=NAME[:key=value,...]]: the server "
+        "writes the weights that clients train on",
+    )
     add("--iterations", type=int, metavar="N", help="iterations of iterative attacks")
     add("--seed", type=int, default=0, metavar="S")
     add("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps")
@@ -251,6 +258,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     from vitguard.registry import attack_types, defense_types
+    from vitguard.threats.malicious_server import craft_types
 
     def describe(cls: Any) -> dict[str, Any]:
         settings = {
@@ -262,15 +270,13 @@ def _list(options: argparse.Namespace) -> int:
 
     defenses = [describe(cls) for cls in defense_types().values()]
     attacks = [{**describe(cls), "family": cls.family} for cls in attack_types().values()]
+    crafts = [describe(cls) for cls in craft_types().values()]
     if options.json:
-        print(
-            json.dumps(
-                {"schema": 1, "defenses": defenses, "attacks": attacks}, indent=2, default=str
-            )
-        )
+        said = {"schema": 1, "defenses": defenses, "attacks": attacks, "crafts": crafts}
+        print(json.dumps(said, indent=2, default=str))
         return 0
     width = min(shutil.get_terminal_size().columns, 100)
-    for title, entries in (("Defenses", defenses), ("Attacks", attacks)):
+    for title, entries in (("Defenses", defenses), ("Attacks", attacks), ("Crafts", crafts)):
         print(title)
         for entry in entries:
             family = f" ({entry['family']})" if "family" in entry else ""

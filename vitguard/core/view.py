@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.core.batch import Normalization
+from vitguard.core.crafted import Crafted
 from vitguard.core.parameters import canonical_tensors
 from vitguard.core.update import Update
 
@@ -117,6 +118,7 @@ class View:
             but that gradient.
         random: `() -> bool`: whether the model itself draws while it trains (dropout, drop path),
             so that `simulate` is random whatever the defenses do.
+        crafted: What the server wrote into the weights; None where they are honest.
     """
 
     model: nn.Module
@@ -130,6 +132,7 @@ class View:
     objective: Objective | None = None
     random: Callable[[], bool] = lambda: False
     traits: Traits = Traits()
+    crafted: Crafted | None = None
 
     @property
     def unknown(self) -> Tensor | None:

@@ -180,6 +180,12 @@ class Installed(nn.Module):
         """
         self.verify(model)
 
+    def releasing(self, model: nn.Module) -> None:
+        """Raise Unprotected if no update of the model may leave; asked of each one that is sealed.
+
+        Asked before the defenses of the update act.
+        """
+
     def settle(self) -> None:
         """Raise Unprotected if a gradient was taken without the defense since the weights came."""
 
