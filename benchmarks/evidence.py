@@ -50,7 +50,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "vitguard" / "evidence.json"
 PAGE = ROOT / "docs" / "advise.md"
 FIGURE = ROOT / "docs" / "images" / "evidence.png"
-ATTACKS = ("ladder:seconds=4", "position", "map:seconds=4")
+ATTACKS = ("ladder:seconds=30", "position", "map:seconds=30")
 """The ladder hands back one guess, so what it passes over is also run alone."""
 FLOOR = "positions:kind=frozen+batch-floor+sample-normalisation"
 STEM = "frozen-stem+batch-floor+sample-normalisation"
@@ -288,14 +288,16 @@ def main() -> None:
         if not options.costs:
             done = {key(r) for r in rows if r["kind"] == "cell"}
             for subject, asked in cells():
-                if options.only not in subject.name or key(asdict(asked[0])) in done:
+                missing = dict.fromkeys(c.stack for c in asked if key(asdict(c)) not in done)
+                if options.only not in subject.name or not missing:
                     continue
+                asked = [c for c in asked if c.stack in ("none", *missing)]
                 began = time.time()
                 try:
                     found = measured(subject, asked)
                 except VitguardError as error:
                     found = [replace(c, note=f"not run: {error}") for c in asked]
-                for cell in found:
+                for cell in (c for c in found if key(asdict(c)) not in done):
                     keep("cell", cell)
                     print(f"{time.time() - began:5.0f} s  {cell}", flush=True)
             return
@@ -341,13 +343,16 @@ def make(rows: list[dict[str, Any]]) -> None:
     before, _, rest = PAGE.read_text().partition("<!-- table -->\n")
     after = rest.partition("<!-- end of table -->")[2]
     PAGE.write_text(f"{before}<!-- table -->\n{page(evidence)}\n<!-- end of table -->{after}")
-    draw(evidence)
+    if evidence.costs:
+        draw(evidence)
 
 
 def page(evidence: Evidence) -> str:
     """Return the table of docs/advise.md: one line for each stack and model."""
     head = "| setting | model | stack | images | worst, dB from the thumbnail | cells run | cost |"
-    lines = [f"Made on {evidence.date}.", "", head, "|---|---|---|---:|---:|---|---|"]
+    figure = "![Leak against cost of each stack.](images/evidence.png)"
+    shown = [figure, ""] if evidence.costs else []
+    lines = [*shown, f"Made on {evidence.date}.", "", head, "|---|---|---|---:|---:|---|---|"]
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for c in evidence.cells:
         groups.setdefault((c.setting, c.model, c.stack), []).append(c)
@@ -355,7 +360,7 @@ def page(evidence: Evidence) -> str:
     for (setting, model, stack), each in groups.items():
         run = [c for c in each if c.run]
         if not run:
-            lines.append(f"| {setting} | {model} | `{stack}` | | | not run: no time so far | |")
+            lines.append(f"| {setting} | {model} | `{stack}` | | | not run: no processor time | |")
             continue
         worst = max((c.above for c in run if c.above is not None), default=None)
         fell = "**fell**, " if any(c.leaked for c in run) else ""

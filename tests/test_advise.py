@@ -194,3 +194,16 @@ def test_the_command_prints_and_writes_it(tmp_path, capsys):
                   ["--train", "legs"]):  # fmt: skip
         assert main(["advise", "--model", tiny, *wrong]) == 2
         assert capsys.readouterr().err.startswith("vitguard: error: Expected")
+
+
+def test_an_audit_ends_with_the_sentence_in_every_form(tmp_path, capsys):
+    tiny = "vit_tiny_patch16_224:img_size=32,patch_size=8,embed_dim=96,depth=2,num_classes=10"
+    page, file = tmp_path / "report.html", tmp_path / "report.json"
+    given = ["--model", tiny, "--num-images", "1", "--attack", "position"]
+    forms = ["--defense", "positions:kind=frozen", "--html", str(page), "--json", str(file)]
+    assert main(["audit", *given, *forms]) == 0
+    said = advise_report(tiny).sentence()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.endswith(f"What to use: {said}")
+    assert json.loads(file.read_text())["advice"] == said
+    assert "What to use" in page.read_text()

@@ -130,8 +130,8 @@ class AdviceReport:
             what = f"no exact attack's count holds {here}, which protects no image that dominates"
         if not self.options:
             return (
-                f"{what}; no stack without keys or noise stood where it was measured for this "
-                "setting: encrypt, mask or add noise, and audit it."
+                f"{what}; no stack that was measured in full for this setting and fits this model "
+                "has stood: encrypt, mask or add noise, and audit it."
             )
         best = self.options[0]
         return (
@@ -184,7 +184,7 @@ class AdviceReport:
             )
             say(f"    try it: {option.verify}")
         if not self.options:
-            say("  none in this setting")
+            say("  none that was measured in full in this setting and fits this model")
         if self.fallen:
             say(f"Fell: {', '.join(self.fallen)}")
         say("What no known attack or proof covers:", "bold")
@@ -254,7 +254,7 @@ def advise_report(
         width=anatomy.width,
         attacks=attacks,
         options=options,
-        fallen=tuple(s.spec for s in measured if not s.stood and s.measured),
+        fallen=tuple(s.spec for s in measured if s.fell),
         uncovered=tuple(_uncovered(attacks, see)),
         measured=_when(table),
     )

@@ -103,8 +103,21 @@ class Stack:
 
     @property
     def stood(self) -> bool:
-        """Whether it was attacked, and fell in no cell."""
-        return bool(self.measured) and not any(c.leaked for c in self.measured)
+        """Whether every attack was run on one model and batch at least, and it fell nowhere."""
+        return self.complete and not any(c.leaked for c in self.measured)
+
+    @property
+    def fell(self) -> bool:
+        """Whether it fell in a cell."""
+        return any(c.leaked for c in self.measured)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every attack was run on one model and batch at least."""
+        groups: dict[tuple[str, int, str], list[bool]] = {}
+        for c in self.cells:
+            groups.setdefault((c.model, c.batch, c.case), []).append(c.run)
+        return any(all(runs) for runs in groups.values())
 
     def said(self) -> str:
         """Say how it fared and what it costs, in one line."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.conftest import drawn
 from vitguard.attacks.budget import ENDLESS
 from vitguard.attacks.equations.update_jacobian import UpdateJacobian
 from vitguard.attacks.evidence import mismatch
@@ -174,10 +175,14 @@ def test_the_level_of_the_noise_defense_is_public(small_vit, observe, photo):
 def test_noise_falls_further_to_the_whole_update_than_to_the_first_block(
     small_vit, observe, photo, stack, start
 ):
-    view = observe(small_vit(), photo, LABEL, defenses=stack + "noise:scale=0.003")
-    best = start.run(view, seeded())
-    guess = MaximumAPosteriori(seconds=4, start=best).run(view, seeded())
-    assert float(psnr(guess.images, photo)) > float(psnr(best.images, photo)) + 2
+    gains = []
+    for seed in range(3):  # how much the first block tells depends on its weights
+        model = drawn(small_vit(), seed)
+        view = observe(model, photo, LABEL, defenses=stack + "noise:scale=0.003")
+        best = start.run(view, seeded())
+        guess = MaximumAPosteriori(seconds=4, start=best).run(view, seeded())
+        gains.append(float(psnr(guess.images, photo)) - float(psnr(best.images, photo)))
+    assert sorted(gains)[1] > 2, gains
 
 
 @pytest.mark.parametrize("steps", [1, 40])

@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 import vitguard as vg
-from tests.conftest import CIFAR_NORMALIZATION, moved
+from tests.conftest import CIFAR_NORMALIZATION, drawn, moved
 from vitguard.attacks.equations.places import crowds
 from vitguard.attacks.gelu_span import GeluSpan
 from vitguard.attacks.gelu_span.seams import place_by_seams
@@ -84,7 +84,7 @@ def test_a_shuffle_adds_nothing_where_there_are_no_positions(cifar, small_vit, o
 
 def test_both_images_of_a_batch_without_positions_are_found(cifar, small_vit, observe):
     pixels, labels = cropped(cifar, 16, count=2)
-    guess = check(small_vit(), observe, pixels, labels, NONE)
+    guess = check(drawn(small_vit()), observe, pixels, labels, NONE)
     assert guess.details["told_apart"] == 0  # which patch is whose is not proved
 
 
