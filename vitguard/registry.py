@@ -21,6 +21,7 @@ __all__ = [
     "families_not_run",
     "parse_attack",
     "parse_attacks",
+    "parse_one",
     "parse_stack",
     "parse_value",
     "stack_name",
@@ -61,6 +62,11 @@ def parse_stack(spec: str) -> list[Defense]:
 def stack_name(stack: Sequence[Defense]) -> str:
     """Return the spec of a stack, `none` for an empty one."""
     return "+".join(defense.spec() for defense in stack) or "none"
+
+
+def parse_one(spec: str, known: dict[str, type[Kind]], kind: str) -> Kind:
+    """Read `name[:key=value,...]` as one of the `known` classes; `kind` is what a message says."""
+    return _build(spec, known, kind, ())
 
 
 def parse_attack(spec: str, *, fast: bool = False) -> AnyAttack:

@@ -96,6 +96,7 @@ def test_paint_and_unpaint_are_adjoint_and_paint_inverts_whiten(small_vit, obser
     assert torch.allclose(prior.whiten(prior.colour(one)), one)
 
 
+@pytest.mark.slow
 def test_a_linear_update_gives_the_closed_form_posterior_mean(tiny, observe, photo, monkeypatch):
     monkeypatch.setattr(newton, "_LOOSE", 1e-12)
     monkeypatch.setattr(newton, "_SETTLED", 1e-13)

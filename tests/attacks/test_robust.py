@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.fast import fast_for
 from vitguard.attacks.budget import Budget
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.equations.linear import conjugate_gradients
@@ -78,7 +79,7 @@ def chosen_and_offered(attack, view, truth, monkeypatch):
     return float(psnr(run(attack, view).images, truth)), offered
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", fast_for(DAMAGES, fast=["noise", "pruning"]))
 @pytest.mark.parametrize("which", [0, 1], ids=["position", "span"])
 def test_the_choice_is_near_the_best_candidate_the_plain_attack_among_them(
     small_vit, observe, photo, monkeypatch, damage, which

@@ -75,15 +75,23 @@ class Victim:
 
     def expose(self, stack: Sequence[Defense], threat: Threat, index: int) -> Exposure:
         """Make the update of one batch under a stack; return what the adversary sees of it."""
-        guard, update = self.made(stack, index)
+        guard, update = self.made(stack, index, threat)
         view = threat.view(guard, update, self.normalization, loss=self.loss)
         return Exposure(view, guard.truth().get("shuffled"))
 
-    def made(self, stack: Sequence[Defense], index: int = 0) -> tuple[Guard, Update]:
-        """Make the update of one batch under a stack; the guard is as it was before the step."""
+    def made(
+        self, stack: Sequence[Defense], index: int = 0, threat: Threat | None = None
+    ) -> tuple[Guard, Update]:
+        """Make the update of one batch under a stack; the guard is as it was before the step.
+
+        Args:
+            threat: Who may write the weights that the victim trains on; None for nobody.
+        """
         part = self._part(index)
         like = next(self.model.parameters())
         guard = self._guard(stack, index)
+        if threat is not None and (written := threat.hand_out(guard)) is not None:
+            guard.model.load_state_dict({**guard.model.state_dict(), **written})
         victim = seeded(seed_of(self.seed, index, "victim"), guard.model)  # its dropout
         with victim, guard.ungated(), guard.rewound():  # the adversary starts from the step before
             update = guard.update(

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         from vitguard.tracking import check_writable_folder
 
         check_writable_folder(options.tensorboard)
-    report = _run_audit(options)
+    report = _advised(_run_audit(options), options)
     _print_report(report, to_error=options.json == "-")
     if options.json:
         write_text(report.to_json_text(), options.json)
@@ -58,6 +58,19 @@ def run(options: argparse.Namespace) -> int:
     if code := report.gate(options.max_psnr, options.max_gain):
         _say_why(report, options)
     return code
+
+
+def _advised(report: Any, options: argparse.Namespace) -> Any:
+    """Add the one sentence of `vitguard advise`, for the model and batch that were audited."""
+    from vitguard.advise import advise_report
+
+    trained = options.pretrained or options.checkpoint or options.before
+    said = advise_report(
+        options.model,
+        batch_size=report.batch_size,
+        setting="finetune" if trained else "scratch",
+    )
+    return dataclasses.replace(report, advice=said.sentence())
 
 
 def _say_why(report: Any, options: argparse.Namespace) -> None:
@@ -117,6 +130,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
         normalization_of,
     )
     from vitguard.registry import parse_stack
+    from vitguard.threats import parse_threat
     from vitguard.vit import Anatomy
 
     specs = options.defense or (() if options.update_file else DEFAULT_DEFENSES)
@@ -142,7 +156,8 @@ def _run_audit(options: argparse.Namespace) -> Any:
         anatomy.select(selector, [n for n, _ in model.named_parameters()])
     model = model.to(find_device(options.device))
     common: dict[str, Any] = {
-        "attacks": attacks, "normalization": normalization, "withhold": options.withhold,
+        "attacks": attacks, "normalization": normalization,
+        "threat": parse_threat(options.threat, options.withhold),
         "model_name": options.model, "weights": weights, "seed": options.seed,
     }  # fmt: skip
     if options.update_file:

@@ -1,6 +1,7 @@
 """The nouns that defenses, attacks and the audit share: Batch, Update, View, Guess."""
 
 from vitguard.core.batch import Batch, Loss, Normalization
+from vitguard.core.crafted import Bins, Crafted
 from vitguard.core.guess import AffineSpace, Guess
 from vitguard.core.names import tensors_by_name
 from vitguard.core.update import LocalTraining, Update
@@ -10,7 +11,9 @@ from vitguard.errors import Blocked
 __all__ = [
     "AffineSpace",
     "Batch",
+    "Bins",
     "Blocked",
+    "Crafted",
     "Guess",
     "LocalTraining",
     "Loss",

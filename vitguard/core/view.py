@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.core.batch import Normalization
+from vitguard.core.crafted import Crafted
 from vitguard.core.parameters import canonical_tensors
 from vitguard.core.update import Update
 
@@ -71,6 +72,8 @@ class Traits:
         sealed: Selections of tensors that exist but cannot be read, as `EncryptedGradients` takes
             them.
         accepted: Whether the user accepts what the analysis of the sealed tensors says remains.
+        frozen: Parameters that are not trained, so that no update contains them: names, or their
+            beginnings up to a dot.
     """
 
     positions: Literal["learnable", "fixed", "withheld", "none"] = "learnable"
@@ -83,6 +86,11 @@ class Traits:
     shuffle: Shuffle | None = None
     sealed: tuple[str, ...] = ()
     accepted: bool = False
+    frozen: tuple[str, ...] = ()
+
+    def freezes(self, name: str) -> bool:
+        """Whether a parameter is among `frozen`."""
+        return any(name.startswith(f) if f.endswith(".") else name == f for f in self.frozen)
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ class View:
             but that gradient.
         random: `() -> bool`: whether the model itself draws while it trains (dropout, drop path),
             so that `simulate` is random whatever the defenses do.
+        crafted: What the server wrote into the weights; None where they are honest.
     """
 
     model: nn.Module
@@ -123,6 +132,7 @@ class View:
     objective: Objective | None = None
     random: Callable[[], bool] = lambda: False
     traits: Traits = Traits()
+    crafted: Crafted | None = None
 
     @property
     def unknown(self) -> Tensor | None:

@@ -57,6 +57,8 @@ def threat_text(threat: Mapping[str, Any]) -> str:
         "the loss, the normalisation, the batch size and which defenses run with which settings; "
         "it does not know random draws or keys."
     )
+    if "craft" in threat:
+        text += " It wrote the weights that the client trained on, of the control too."
     for key, value in threat.items():
         items = (
             [clean(v) for v in value] if isinstance(value, list | tuple | set) else [clean(value)]

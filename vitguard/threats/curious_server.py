@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vitguard.core import Loss, Normalization, Update, View
 from vitguard.errors import expected
@@ -31,6 +33,14 @@ class Threat(ABC):
         loss: Loss = F.cross_entropy,
     ) -> View:
         """Return what this adversary sees of `update`, made under `guard`."""
+
+    def hand_out(self, guard: Guard) -> Mapping[str, Tensor] | None:
+        """Return the weights that the client trains on, by name; None for the model's own.
+
+        Args:
+            guard: The model as the client protects it.
+        """
+        return None
 
     @abstractmethod
     def control(self) -> Threat:

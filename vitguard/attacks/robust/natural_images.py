@@ -53,15 +53,25 @@ class NaturalImages:
     @staticmethod
     def of(view: View, anatomy: Anatomy) -> NaturalImages:
         """Return the prior for the images of this view, in float64 on the model's device."""
-        channels, height, width = view.image_shape
         device = next(view.model.parameters()).device
-        norm: Normalization = view.normalization
+        return NaturalImages.shaped(anatomy, view.image_shape, view.normalization, device)
+
+    @staticmethod
+    def shaped(
+        anatomy: Anatomy,
+        shape: tuple[int, int, int],
+        norm: Normalization,
+        device: torch.device | str = "cpu",
+    ) -> NaturalImages:
+        """Return the prior for images of `shape`, (channels, height, width), in float64."""
+        channels, height, width = shape
+        device = torch.device(device)
         rows = torch.arange(height, dtype=torch.float64, device=device)[:, None] / height
         columns = torch.arange(width, dtype=torch.float64, device=device)[None] / width
         power = 1 / (_KNEE**2 + (rows.square() + columns.square()) * max(height, width) ** 2)
         power = power * (height * width / power.sum())
         scale = torch.tensor(norm.std, dtype=torch.float64, device=device)
-        grey = torch.full(view.image_shape, _MEAN, dtype=torch.float64, device=device)
+        grey = torch.full(shape, _MEAN, dtype=torch.float64, device=device)
         return NaturalImages(
             anatomy,
             anatomy.patchify(norm.apply(grey)),

@@ -1,0 +1,190 @@
+"""Imprint reading: what a server that wrote the weights reads from the gradients of its bins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vitguard.attacks.base import Attack, Rung
+from vitguard.attacks.budget import charge_update
+from vitguard.attacks.equations.rows import Embedding, guess_from_patches
+from vitguard.attacks.imprint.bank import Bank, Single, Tokens, banks_of, peeled
+from vitguard.attacks.labels import labels_from_counts
+from vitguard.core import Guess, View
+from vitguard.errors import NotApplicable
+from vitguard.vit import Anatomy, logits_of
+
+__all__ = ["ImprintReading"]
+
+_WRONG = 0.01  # root mean square error, in pixels of [0, 1], that a verified patch has at most
+_HIDDEN = 0.01  # share of a patch's directions that the token may lack
+_EMPTY = 1e-3  # weight of a token that is none, relative to the largest in the update
+_APART = 1e-4  # relative difference of two images' weights at least
+
+
+@dataclass(frozen=True)
+class ImprintReading(Attack):
+    """Read single tokens from neighbouring rows of a malicious server's bins, then their patches.
+
+    A row of fc1 sums the tokens above its threshold, so that neighbouring rows differ by the tokens
+    between their thresholds. One token alone is told from a mixture by its length, which LayerNorm
+    makes the same for all; a known token is taken out of its bins along other directions, where it
+    may leave another one alone. The constant that the server added gives its scale back, the
+    pseudo-inverse of the patch weight its patch. A sum of several clients is read like a batch.
+    Patches that the token keeps up to one in a hundred of their directions can be verified.
+
+    Guarantees:
+        A patch is marked `verified` only where its token has the length of a single one, up to a
+        difference that 40 dB allow.
+
+    Raises:
+        NotApplicable: The server did not write such bins, or no token stands alone.
+        Blocked: The gradient of fc1 cannot be read.
+
+    References:
+        arXiv 2110.13057, docs/methods.md 2.7.
+    """
+
+    name: ClassVar[str] = "imprint"
+    family: ClassVar[str] = "closed-form"
+    rung: ClassVar[Rung | None] = Rung(5, 5)
+    proves_crafted: ClassVar[bool] = True
+
+    def share(self, view: View) -> float:
+        """Skip the rung where the weights are honest."""
+        return float(view.crafted is not None and bool(view.crafted.bins))
+
+    def run(self, view: View, generator: torch.Generator) -> Guess:
+        """Return as many images as are behind the update; patches that were not found are flat."""
+        if view.crafted is None or not view.crafted.bins:
+            raise NotApplicable("the server wrote no bins into the weights")
+        anatomy = Anatomy.of(view.model)
+        anatomy.require_plain_embedding()
+        summed = view.gradient(steps=True)
+        embedding = Embedding.of(view, anatomy)
+        offset = embedding.offset
+        if view.unknown is not None:  # moved patches have one embedding for their position
+            moved = view.unknown.to(offset).reshape(1, -1)
+            offset = torch.cat([offset, moved + view.bias(anatomy.patch)])
+        tokens = Tokens.of(embedding.weight, offset, _eps(view.model, anatomy))
+        banks = banks_of(summed, anatomy, view.crafted.bins)
+        size = sum(view.normalization.std) / len(view.normalization.std)
+        allowed = _WRONG / size * anatomy.patch_pixels**0.5 / _gain(tokens)
+        found = _found(banks, tokens, anatomy.patches, allowed)
+        if not found:
+            raise NotApplicable("no bin holds a single token")
+        batch = view.update.batch_size
+        patches, there = _images(found, tokens, batch, anatomy.patches)
+        whole = anatomy.patch_pixels - tokens.rank <= _HIDDEN * anatomy.patch_pixels
+        details = {"found": len(found), "tokens": batch * anatomy.patches}
+        return guess_from_patches(
+            view,
+            anatomy,
+            patches,
+            labels=_labels(view, anatomy, patches) if bool(there.all()) else None,
+            verified=there if whole and view.traits.exact else torch.zeros_like(there),
+            details=details,
+        )
+
+
+def _labels(view: View, anatomy: Anatomy, patches: Tensor) -> Tensor | None:
+    """Return the labels in ascending order: what the head's bias lacks of the images' scores."""
+    name = f"{anatomy.head[0]}.bias"
+    if not view.update.can_read(name):
+        return None
+    like = next(view.model.parameters())
+    images = anatomy.unpatchify(patches).to(like)
+    with torch.no_grad():
+        said = torch.cat([logits_of(view.model(part)) for part in images.split(8)])
+    charge_update(view, times=0.3)
+    counts = said.double().softmax(-1).sum(0) - len(images) * view.gradient().read(name)
+    return labels_from_counts(counts, len(images))
+
+
+def _eps(model: nn.Module, anatomy: Anatomy) -> float:
+    modules = dict(model.named_modules())
+    return float(getattr(modules.get(anatomy.blocks[0].norm2), "eps", 0.0))
+
+
+def _gain(tokens: Tokens) -> float:
+    """Return the size of the largest patch that a token of size 1 makes, per its own size."""
+    return float(torch.linalg.matrix_norm(tokens.back, 2))
+
+
+def _found(banks: Sequence[Bank], tokens: Tokens, places: int, allowed: float) -> list[Single]:
+    groups = len(banks[0].bins)
+    least = _EMPTY * max(float(bank.bins[..., -1].abs().max()) for bank in banks)
+    gated = groups == places and groups > 1
+    return [
+        single
+        for group in range(groups)
+        for single in peeled(banks, group, tokens, gated=gated, allowed=allowed, least=least)
+    ]
+
+
+def _images(
+    found: Sequence[Single], tokens: Tokens, batch: int, places: int
+) -> tuple[Float[Tensor, "batch patches pixels"], Bool[Tensor, "batch patches"]]:
+    """Return the images that the patches make, and where a patch was found.
+
+    All tokens of one image have the same weight up to their scale; another image with another
+    label, or of another brightness, has another one. A patch without a position of its own goes
+    where there is room.
+    """
+    seen = torch.stack([single.token for single in found])
+    at = torch.tensor([single.place for single in found])
+    patches = tokens.patches(seen, at.to(seen.device))
+    marks = tokens.scales(seen, at.to(seen.device)) * seen.new_tensor([s.weight for s in found])
+    images = patches.new_zeros(batch, places, patches.shape[1])
+    there = torch.zeros(batch, places, dtype=torch.bool)
+    left: list[tuple[int, int | None]] = []
+    lost = tokens.alike or len(tokens.still) > places
+    for n, image in _sorted_in(marks.cpu(), [single.whole for single in found], batch):
+        place = found[n].place
+        placed = place < places and not tokens.alike
+        if image is None or not placed or there[image, place]:
+            left.append((n, image))
+        else:
+            images[image, place], there[image, place] = patches[n], True
+    for n, image in left:
+        place = found[n].place
+        free = (~there).nonzero()
+        if place < places and not tokens.alike:
+            free = free[free[:, 1] == place]
+        elif image is not None and bool((free[:, 0] == image).any()):
+            free = free[free[:, 0] == image]
+        if len(free) and (lost or place < places):
+            images[tuple(free[0])], there[tuple(free[0])] = patches[n], True
+    flat = images.sum(1) / there.sum(1, keepdim=True).clamp_min(1).to(images)
+    return torch.where(there[..., None].to(images.device), images, flat[:, None]), there
+
+
+def _sorted_in(
+    marks: Float[Tensor, " found"], whole: Sequence[bool], batch: int
+) -> list[tuple[int, int | None]]:
+    """Return each token's number with its image, None where its mark tells none; clear ones first.
+
+    Marks of one image lie closer together than those of two. Where a part of a token's weight is
+    elsewhere its mark is wrong.
+    """
+    order = marks.argsort().tolist()
+    size = float(marks.abs().median())
+    clusters: list[list[int]] = []
+    last: float | None = None
+    for n in order:
+        if not whole[n]:
+            continue
+        mark = float(marks[n])
+        if last is None or mark - last > _APART * size:
+            clusters.append([])
+        clusters[-1].append(n)
+        last = mark
+    clusters.sort(key=len, reverse=True)
+    image = {n: i for i, cluster in enumerate(clusters[:batch]) for n in cluster}
+    ranked = [(n, image.get(n)) for n in order]
+    return sorted(ranked, key=lambda one: one[1] is None)

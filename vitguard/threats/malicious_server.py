@@ -1,0 +1,121 @@
+"""A server that writes the weights before clients train on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitguard.core import Loss, Normalization, Update, View
+from vitguard.defenses.base import written
+from vitguard.discovery import discover
+from vitguard.errors import expected
+from vitguard.guard import Guard
+from vitguard.registry import parse_one
+from vitguard.threats.crafts.base import Craft
+from vitguard.threats.curious_server import CuriousServer, Threat
+
+__all__ = ["MaliciousServer", "craft_types", "parse_craft", "parse_threat"]
+
+
+@cache
+def craft_types() -> dict[str, type[Craft]]:
+    """Return every craft by name, in alphabetical order."""
+    return discover("vitguard.threats.crafts", Craft)
+
+
+def parse_craft(spec: str) -> Craft:
+    """Read one craft such as `imprint:blocks=2`.
+
+    Raises:
+        InputError: An unknown name or key, or a value that the craft refuses.
+    """
+    return parse_one(spec, craft_types(), "craft")
+
+
+def parse_threat(spec: str, withhold: Sequence[str] = ()) -> Threat:
+    """Read `curious`, `malicious` or `malicious:craft=NAME[:key=value,...]`.
+
+    Args:
+        withhold: Selectors of parameters that the client does not send.
+
+    Raises:
+        InputError: Another threat, or a craft that is refused.
+    """
+    kind, _, rest = spec.strip().partition(":")
+    key, _, craft = rest.partition("=")
+    if kind == "curious" and not rest:
+        return CuriousServer(tuple(withhold))
+    if kind == "malicious" and not rest:
+        return MaliciousServer(withhold=tuple(withhold))
+    if kind == "malicious" and key == "craft":
+        return MaliciousServer(parse_craft(craft), withhold=tuple(withhold))
+    raise expected("curious, malicious or malicious:craft=NAME[:key=value,...]", repr(spec))
+
+
+@dataclass(frozen=True)
+class MaliciousServer(Threat):
+    """A server that hands out weights of its own making, and reads the updates that they give.
+
+    The architecture, the names, the shapes and the dtypes stay as they are. The victim trains on
+    these weights under its defenses. The server knows what a curious server knows, and what it
+    wrote. The undefended control trains on the same crafted weights.
+
+    Args:
+        craft: What it writes, or its name with settings (`"imprint:blocks=2"`).
+        withhold: As for `CuriousServer`.
+
+    Raises:
+        InputError: No such craft.
+    """
+
+    craft: Craft | str = "imprint"
+    withhold: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.craft, str):
+            object.__setattr__(self, "craft", parse_craft(self.craft))
+        elif not isinstance(self.craft, Craft):
+            raise expected("a craft, or its name", repr(self.craft))
+
+    @property
+    def made(self) -> Craft:
+        """The craft."""
+        assert isinstance(self.craft, Craft)
+        return self.craft
+
+    def control(self) -> MaliciousServer:
+        """Return the same server where everything is sent."""
+        return replace(self, withhold=())
+
+    def describe(self) -> dict[str, Any]:
+        """Return the adversary, its craft, and the selectors that are not sent."""
+        settings = [f"{key}={written(value)}" for key, value in self.made.settings().items()]
+        craft = ":".join(part for part in (self.made.name, ",".join(settings)) if part)
+        held = list(self.withhold)
+        return {"adversary": "malicious server", "craft": craft, "withheld": held}
+
+    def hand_out(self, guard: Guard) -> dict[str, Tensor]:
+        """Return crafted weights for the model as the client protects it.
+
+        The defenses and their settings are public, so that the server knows fixed positions, say.
+        """
+        return self.made.under(guard.traits).weights(guard.public_model())
+
+    def view(
+        self,
+        guard: Guard,
+        update: Update,
+        normalization: Normalization,
+        *,
+        loss: Loss = F.cross_entropy,
+    ) -> View:
+        """Return what a curious server sees, and what this one wrote."""
+        craft, model = self.made.under(guard.traits), guard.public_model()
+        update = craft.seen(update, model)
+        seen = CuriousServer(self.withhold).view(guard, update, normalization, loss=loss)
+        return replace(seen, crafted=craft.crafted(model))
