@@ -91,7 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     if not os.environ.get("VITGUARD_DATA"):
         sys.exit("Expected VITGUARD_DATA to name the folder with CIFAR-10 and the trained ViTs.")
-    cases = list(load_cases(options.first, options.images, options.crop))
+    cases = list(load_cases(options.first, options.images, options.crop)) if options.images else []
     if options.map is not None:
         wanted = [d for d in DEFENSES if not options.only or any(w in d for w in options.only)]
         with options.map.open("a") as rows:

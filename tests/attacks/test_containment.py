@@ -157,6 +157,28 @@ def test_nothing_is_proved_where_one_row_that_was_held_out_is_not_contained(cifa
     assert not bool(fit.proved(at, truth).any())
 
 
+@pytest.mark.parametrize("ring", [(3, 7), (3, 7, 11)])
+def test_the_natural_order_of_patches_at_each_others_places_is_among_the_first_tried(
+    cifar, small_vit, observe, ring
+):
+    """A descent at 16 px ended with the patches 3, 7 and 11 at each other's places."""
+    pixels, labels = crop(cifar, 1, 16)
+    view = observe(
+        small_vit(depth=1), pixels, labels, defenses=fixed(2), normalization=CIFAR_NORMALIZATION
+    ).gradient()
+    anatomy = Anatomy.of(view.model)
+    spaces = RowSpaces(view, anatomy, 2, pixels.numel(), draw())
+    at = fit.Fit(spaces, NaturalImages.of(view, anatomy), Budget.of(60.0))
+    true = anatomy.patchify(CIFAR_NORMALIZATION.apply(pixels).double())[0]
+    wrong = true.clone()
+    wrong[list(ring)] = true[[*ring[1:], ring[0]]]
+    tried = at.reordered(at.prior.whiten(wrong[None])[0], 12)
+    made = [anatomy.patchify(at.image(white)[None])[0] for white in tried]
+    assert len(tried) == 12 and min(float((m - true).abs().max()) for m in made) < 1e-6
+    orders = fit._moves(5)
+    assert len(orders) == len({tuple(o) for o in orders.tolist()}) == 10 + 2 * 10
+
+
 @SLOW
 def test_nothing_is_proved_where_layers_are_of_two_images(cifar, narrow, observe):
     one, other = (
