@@ -2,7 +2,7 @@
 
     python benchmarks/damage.py [--images N] [--first K] [--only WORD ...] [--more] [--figure FILE]
     python benchmarks/damage.py --map ROWS [--images N] [--first K] [--only WORD ...] [--seconds S]
-        [--crop PIXELS] [--no-matching] [--figure FILE]
+        [--crop PIXELS] [--figure FILE]
 
 Each of N CIFAR-10 test images goes through each of the two ViTs that others trained (in the folder
 that VITGUARD_DATA names); figures are medians of PSNR over these 2 N cases, float32, batch size 1.
@@ -15,9 +15,10 @@ it; `gap` is the largest distance of the choice to it in one case. Floors: one p
 and under matching flat patches. `--more` adds the points of the figure's curves.
 
 `--map` draws noise and pruning as the defenses `noise` and `pruning` add them (relative to each
-tensor), learnable and frozen positions: the better robust form, `map` from there, and gradient
-matching (`inverting`, its preset for a CPU). Each case adds a line to the file ROWS as it is done,
-and the figure is of the medians of all lines there. `--crop 16` takes the middle of images and
+tensor), learnable and frozen positions: what one ladder of S nominal seconds hands back, and of its
+rungs the better robust form (by the truth) and `map`; and gradient matching (`inverting`, 200
+iterations). Each case adds a line to the file ROWS as it is done, and the figure is of the medians
+of all lines there; `--images 0` draws what is there. `--crop 16` takes the middle of images and
 position grid: a quarter of the tokens.
 """
 
@@ -27,7 +28,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,13 +35,13 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.attacks.base import Attack
-from vitguard.attacks.evidence import likeliest
-from vitguard.attacks.map_fit import MaximumAPosteriori
+from vitguard.attacks.ladder import Ladder
+from vitguard.attacks.ladder import attack as ladder
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.robust import attacks as robust
 from vitguard.attacks.span import SpanInversion
-from vitguard.core import Normalization, View
+from vitguard.core import Guess, Normalization, View
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.guard import protect
 from vitguard.metrics import baseline, psnr
@@ -59,10 +59,11 @@ TABLE = ("noise 1e-6", "noise 1e-4", "noise 1e-3", "noise 1e-2", "noise 1e-1", "
          "bfloat16", "keep 10 %", "clipping", "5 local steps")  # fmt: skip
 MORE = ("noise 1e-5", "keep 50 %", "keep 20 %", "keep 2 %", "1 local steps", "2 local steps",
         "10 local steps")  # fmt: skip
-DEFENSES = ("noise:scale=0.001", "noise:scale=0.01", "noise:scale=0.1", "noise:scale=1",
-            "pruning:keep=0.5", "pruning:keep=0.2", "pruning:keep=0.1", "pruning:keep=0.05",
-            "pruning:keep=0.02")  # fmt: skip
+DEFENSES = (*(f"noise:scale={s}" for s in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)),
+            *(f"pruning:keep={k}" for k in (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)))  # fmt: skip
 POSITIONS = {"learnable": "", "frozen": "positions:kind=frozen+"}
+ATTACKS = {"ladder": ("#2b2b2b", "--"), "robust": ("#1f5f99", "-"), "map": ("#b9510d", "-"),
+           "matching": ("#7a7a7a", "-")}  # fmt: skip
 COLUMNS = ("position", "position-robust", "best", "gap", "span", "span-robust", "best", "gap")
 
 
@@ -87,24 +88,23 @@ def main() -> None:
     parser.add_argument("--map", type=Path)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--crop", type=int, default=32)
-    parser.add_argument("--no-matching", action="store_true")
     options = parser.parse_args()
     if not os.environ.get("VITGUARD_DATA"):
         sys.exit("Expected VITGUARD_DATA to name the folder with CIFAR-10 and the trained ViTs.")
     cases = list(load_cases(options.first, options.images, options.crop))
+    if options.map is not None:
+        wanted = [d for d in DEFENSES if not options.only or any(w in d for w in options.only)]
+        with options.map.open("a") as rows:
+            for row in map_rows(cases, wanted, options.seconds):
+                print(*row, sep="\t", file=rows, flush=True)
+        if options.figure is not None:
+            draw_map(options.figure, options.map)
+        return
     floors = [baseline(case.pixels, (4, 4)) for case in cases]
     low, high = (
         float(torch.cat([getattr(f, k) for f in floors]).median()) for k in ("psnr", "thumbnail")
     )
     print(f"{len(cases)} cases, floors {low:.1f} dB one public colour, {high:.1f} dB flat patches")
-    if options.map is not None:
-        wanted = [d for d in DEFENSES if not options.only or any(w in d for w in options.only)]
-        with options.map.open("a") as rows:
-            for row in map_rows(cases, wanted, options.seconds, not options.no_matching):
-                print(*row, sep="\t", file=rows, flush=True)
-        if options.figure is not None:
-            draw_map(options.figure, options.map)
-        return
     print(f"| damage | {' | '.join(COLUMNS)} |\n|---{'|---' * len(COLUMNS)}|", flush=True)
     table: dict[str, Tensor] = {}
     for damage in TABLE + (MORE if options.more else ()):
@@ -237,41 +237,53 @@ def observe(case: Case, damage: str, stack: str) -> View:
 
 
 def map_rows(
-    cases: list[Case], defenses: list[str], seconds: float, matching: bool
+    cases: list[Case], defenses: list[str], seconds: float
 ) -> Iterator[tuple[object, ...]]:
-    """Yield positions, defense, image, floor, PSNR of robust, map and matching, what map says."""
+    """Yield positions, defense, image, both floors, PSNR by `ATTACKS`, what became of the rungs."""
     for case in cases:
-        floor = float(baseline(case.pixels, (4, 4)).psnr)
+        floor = baseline(case.pixels, (4, 4))
         for defense in defenses:
             for positions, before in POSITIONS.items():
                 view = observe(case, "none 0", before + defense)
-                generator = torch.Generator().manual_seed(0)
-                guesses = {}
-                for attack in (RobustPosition(seconds=10), RobustSpan(seconds=10)):
-                    with suppress(NotApplicable, Blocked):
-                        guesses[attack.name] = attack.run(view, generator)
-                start = guesses.get(likeliest(view, guesses) or "", next(iter(guesses.values())))
-                guess = MaximumAPosteriori(seconds=seconds, start=start).run(view, generator)
-                matched = float("nan")
-                if matching:
-                    matched = quality(parse_attack("inverting", fast=True), view, case.pixels)
-                figures = [float(psnr(g.images.cpu(), case.pixels)) for g in (start, guess)]
-                told = ("steps", "products", "misfit", "finished")
-                said = ", ".join(f"{k} {guess.details[k]}" for k in told)
-                yield (positions, defense, case.seed, f"{floor:.2f}",
-                       *(f"{v:.2f}" for v in [*figures, matched]), said)  # fmt: skip
+                guess, rungs = climbed(Ladder(seconds=seconds), view)
+                made = {n: float(psnr(g.images.cpu(), case.pixels)) for n, g in rungs.items()}
+                robust = max(made[n] for n in ("position-robust", "span-robust") if n in made)
+                matched = quality(parse_attack("inverting", fast=True), view, case.pixels)
+                figures = (float(psnr(guess.images.cpu(), case.pixels)),
+                           robust, made.get("map", float("nan")), matched)  # fmt: skip
+                told = ", ".join(f"{n} {said}" for n, said in guess.details["outcomes"].items())
+                yield (positions, defense, case.seed, f"{float(floor.psnr):.2f}",
+                       f"{float(floor.thumbnail):.2f}", *(f"{v:.2f}" for v in figures),
+                       f"{guess.details['rung']}; {told}")  # fmt: skip
+
+
+def climbed(attack: Ladder, view: View) -> tuple[Guess, dict[str, Guess]]:
+    """Return what the ladder hands back, and the guesses of its rungs."""
+    rungs: dict[str, Guess] = {}
+    best = ladder._Climb.best
+
+    def kept(climb: ladder._Climb) -> Guess:
+        rungs.update(climb.guesses)
+        return best(climb)
+
+    ladder._Climb.best = kept  # type: ignore[method-assign]
+    try:
+        return attack.run(view, torch.Generator().manual_seed(0)), rungs
+    finally:
+        ladder._Climb.best = best  # type: ignore[method-assign]
 
 
 def draw_map(path: Path, rows: Path) -> None:
-    """Draw noise and pruning, learnable and frozen positions side by side."""
+    """Draw noise and pruning, learnable and frozen positions side by side; print the medians."""
     lines = [line.split("\t") for line in rows.read_text().splitlines()]
-    floor = float(torch.tensor([float(line[3]) for line in lines]).median())
+    floors = torch.tensor([[float(v) for v in line[3:5]] for line in lines]).median(0).values
     table: dict[tuple[str, str], Tensor] = {}
-    for key in {(line[0], line[1]) for line in lines}:
-        found = [[float(v) for v in line[4:7]] for line in lines if (line[0], line[1]) == key]
-        table[key] = torch.tensor(found).nanquantile(0.5, dim=0)
-    for (positions, defense), values in sorted(table.items()):
-        print(f"| {positions} | {defense} | {' | '.join(map(cell, values.tolist()))} |")
+    for key in sorted({(line[0], line[1]) for line in lines}):
+        found = [[float(v) for v in line[5:9]] for line in lines if (line[0], line[1]) == key]
+        table[key] = values = torch.tensor(found).nanquantile(0.5, dim=0)
+        more = torch.tensor([row[2] - row[1] for row in found]).nanquantile(0.5)
+        print(f"| {' | '.join(key)} | {' | '.join(map(cell, [*values.tolist(), float(more)]))} |"
+              f" {len(found)} cases")  # fmt: skip
     import matplotlib
 
     matplotlib.use("Agg")
@@ -284,23 +296,22 @@ def draw_map(path: Path, rows: Path) -> None:
         points = sorted((float(d.split("=")[1]), d) for p, d in table if p == positions
                         and d.startswith(word))  # fmt: skip
         ticks = [x for x, _ in points]
-        for index, (name, colour) in enumerate(
-            (("robust", "#1f5f99"), ("map", "#b9510d"), ("matching", "#7a7a7a"))
-        ):
+        for index, (name, (colour, style)) in enumerate(ATTACKS.items()):
             values = [float(table[positions, d][index]) for _, d in points]
-            axis.plot(ticks, values, "o-", color=colour, markersize=3.5, label=name)
-        axis.axhline(floor, color="0.5", linewidth=0.8, linestyle=":", label="one public colour")
+            axis.plot(ticks, values, f"o{style}", color=colour, markersize=3.5, label=name)
+        for floor, style, name in zip(floors, ":-", ("public colour", "thumbnail"), strict=True):
+            axis.axhline(float(floor), color="0.5", linewidth=0.8, linestyle=style, label=name)
         axis.set_xscale("log")
-        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=7)
         axis.minorticks_off()
         axis.set_xlabel(title)
         axis.set_title(f"{positions} positions", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("PSNR in dB, median")
-    axes[-1].legend(frameon=False, fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def draw(path: Path, table: dict[str, Tensor], floor: float) -> None:

@@ -165,7 +165,7 @@ def throughput(name: str, images: int, rounds: int, repetitions: int) -> None:
 
 def memory(name: str, nodes: int, plain: bool, rounds: int) -> None:
     """Print the highest resident set of a server that hears from so many nodes in a round."""
-    own = parties(timm.create_model(name), 100, "many")
+    own = parties(timm.create_model(name), max(nodes, 100), "many" if nodes <= 100 else "precise")
     update = {e.name: torch.rand(e.shape) * 0.01 for e in own.manifest.entries}
     message = Encryptor(own.keys, own.manifest, client_id="c").encrypt(update, round_id=1)
     context = wire.Context(own.keys, own.manifest, 1, "")

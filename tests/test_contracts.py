@@ -14,7 +14,15 @@ from vitguard.registry import attack_types, defense_types
 from vitguard.testing import contracts
 
 ALL = {**defense_types(), **attack_types()}
-LONG = {"map", "april-opt", "idlg"}  # seconds of processor time each
+LONG = {
+    "map",
+    "april-opt",
+    "idlg",
+    "dlg",
+    "deep-tokens",
+    "span-robust",
+    "position-robust",
+}  # seconds of processor time each
 
 
 @pytest.mark.parametrize("name", ALL)

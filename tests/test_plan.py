@@ -131,6 +131,7 @@ def test_no_part_of_the_minimal_plan_can_be_dropped(drop):
     assert set(plan_report(model, pattern).remaining()) & set(CLOSED)
 
 
+@pytest.mark.slow
 def test_the_shares_of_vit_base_are_those_of_the_full_model():
     found = plan_report("vit_base_patch16_224", "attention")
     assert abs(found.encrypted.share - 0.33) < 0.01

@@ -33,6 +33,7 @@ def test_importing_vitguard_loads_nothing_else_not_even_torch():
     }
 
 
+@pytest.mark.slow
 def test_using_the_spine_loads_no_optional_dependency():
     names = (
         "Anatomy, FixedPositions, Guard, Normalization, Update, WithheldPositions, audit, protect"

@@ -45,6 +45,7 @@ def _asked_by_the_test_above():
 
 
 @pytest.mark.parametrize(("exported", "threads"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 2)])
+@pytest.mark.slow
 def test_threads_are_set_before_torch_and_a_value_of_your_own_wins(exported, threads):
     code = (
         "import tests.conftest as c, torch\n"

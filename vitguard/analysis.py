@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -12,18 +12,33 @@ from vitguard.defenses.base import Defense, traits_of
 from vitguard.errors import Incompatible
 from vitguard.registry import attack_types
 from vitguard.released import Released, Remaining
-from vitguard.vit import Anatomy, canonical_parameters
+from vitguard.vit import Anatomy, canonical_name, canonical_parameters
 
 __all__ = ["refuse_given_away", "released", "remaining"]
 
 
-def released(model: nn.Module, anatomy: Anatomy, traits: Traits) -> Released:
-    """Return which tensors of an update of `model` are plain under a stack with these traits."""
-    sizes = {n: p.numel() for n, p in canonical_parameters(model).items()}
+def released(
+    model: nn.Module,
+    anatomy: Anatomy,
+    traits: Traits,
+    *,
+    trained: Mapping[str, int] | None = None,
+    batch_size: int = 1,
+) -> Released:
+    """Return which tensors of an update of `model` are plain under a stack with these traits.
+
+    Args:
+        trained: Number of values of each parameter that is trained, where `model` does not say it.
+        batch_size: Images behind the update.
+    """
+    every = {canonical_name(n): p.numel() for n, p in model.named_parameters()}
+    own = {n: p.numel() for n, p in canonical_parameters(model).items()}
+    sizes = dict(own if trained is None else trained)
+    sizes = {n: count for n, count in sizes.items() if not traits.freezes(n)}
     if traits.positions != "learnable":
         sizes.pop(anatomy.positions or "", None)
     chosen = {n for select in traits.sealed for n in anatomy.select(select, sizes)}
-    return Released(anatomy, sizes, frozenset(sizes) - chosen, traits)
+    return Released(anatomy, sizes, frozenset(sizes) - chosen, traits, every, batch_size)
 
 
 def remaining(plain: Released) -> tuple[Remaining, ...]:

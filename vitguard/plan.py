@@ -1,4 +1,4 @@
-"""What remains if only these tensors are encrypted: `vitguard plan`.
+"""What remains if only these tensors are trained, or encrypted: `vitguard plan`.
 
 Every statement is about what is plain, at batch size 1 where the exact attacks are strongest. It
 counts equations and unknowns of docs/methods.md 2.1 to 2.5b; `audit` is what confirms it on images.
@@ -21,6 +21,7 @@ from vitguard.errors import expected
 from vitguard.models import build_model
 from vitguard.released import Remaining
 from vitguard.selectors import minimal_names, require_all_match
+from vitguard.trained import trained_sizes
 from vitguard.vit import Anatomy, canonical_parameters
 
 if TYPE_CHECKING:
@@ -47,14 +48,24 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """Parameters that are trained and so are in the update, and their share of the model's own."""
+
+    parameters: int
+    share: float
+
+
+@dataclass(frozen=True)
 class PlanReport:
     """What a selection costs and leaves.
 
     Args:
-        model, select, preset, positions: What was asked.
+        model, select, preset, positions, train: What was asked; `select` is "" where nothing is
+            encrypted.
         encrypted: Cost of the selection.
         minimal: Cost of `plan`, the smallest set by role that ends the closed forms.
         attacks: What remains, closed forms first.
+        trained: What the update holds.
     """
 
     model: str
@@ -64,6 +75,8 @@ class PlanReport:
     encrypted: Cost
     minimal: Cost
     attacks: tuple[Remaining, ...]
+    train: str = "all"
+    trained: Trained | None = None
 
     def remaining(self) -> tuple[str, ...]:
         """Names of the attacks that remain."""
@@ -86,10 +99,15 @@ class PlanReport:
         from rich.table import Table
 
         console.print(
-            f"{escape(self.model)}, encrypted: [bold]{escape(self.select)}[/], "
+            f"{escape(self.model)}, encrypted: [bold]{escape(self.select or 'nothing')}[/], "
             f"positions {self.positions}, preset {self.preset}"
         )
-        costs = {self.select: self.encrypted, "plan": self.minimal}
+        if self.trained is not None:
+            console.print(
+                f"  trained: [bold]{escape(self.train)}[/], {self.trained.parameters:,} parameters "
+                f"({self.trained.share:.1%} of the model)"
+            )
+        costs = {self.select: self.encrypted, "plan": self.minimal} if self.select else {}
         for name, cost in costs.items():
             console.print(
                 f"  {escape(name)}: {cost.parameters:,} parameters ({cost.share:.1%}), "
@@ -105,15 +123,18 @@ def plan_report(
     model: str | nn.Module,
     select: str | Sequence[str] = "all",
     *,
+    train: str | Sequence[str] | None = None,
     preset: str = "quantised",
     positions: Positions = "learnable",
     anatomy: Anatomy | None = None,
 ) -> PlanReport:
-    """Say which attacks remain if only `select` is encrypted, and what that costs.
+    """Say which attacks remain if `train` is trained and `select` encrypted, and what that costs.
 
     Args:
         model: A model, or its name as in `build_model`.
-        select: A selection as in `EncryptedGradients`, or several.
+        select: A selection as in `EncryptedGradients`, or several; `()` encrypts nothing.
+        train: What is trained, see `trained_sizes`, or several; None takes the parameters of the
+            model that ask for a gradient.
         preset: Name of the encryption preset, for the bytes.
         positions: How positions are trained: `learnable`, or what a defense makes of them.
         anatomy: For a model that is not recognised.
@@ -128,17 +149,25 @@ def plan_report(
     """
     if positions not in get_args(Positions):
         raise expected(f"positions among {', '.join(get_args(Positions))}", repr(positions))
+    nothing = not isinstance(select, str) and not select
     select = select if isinstance(select, str) else "/".join(select)
     name = model if isinstance(model, str) else type(model).__name__
     network = build_model(model) if isinstance(model, str) else model
     anatomy = anatomy or Anatomy.of(network)
-    every = {n: p.numel() for n, p in canonical_parameters(network).items()}
-    require_all_match(anatomy, select, every)
-    traits = replace(traits_of(_DEFENSES[positions], anatomy), sealed=(select,))
-    plain = released(network, anatomy, traits)
+    trained = None
+    if train is not None:
+        train = train if isinstance(train, str) else "/".join(train)
+        trained = trained_sizes(network, anatomy, train)
+    own = sum(p.numel() for p in network.parameters())
+    if not nothing:
+        every = trained or {n: p.numel() for n, p in canonical_parameters(network).items()}
+        require_all_match(anatomy, select, every)
+    traits = replace(traits_of(_DEFENSES[positions], anatomy), sealed=() if nothing else (select,))
+    plain = released(network, anatomy, traits, trained=trained)
     chosen = plain.sizes.keys() - plain.plain
-    if not chosen:
+    if not chosen and not nothing:
         raise expected("a selection that names a parameter", repr(select))
+    held = sum(plain.sizes.values())
     return PlanReport(
         model=name,
         select=select,
@@ -147,6 +176,8 @@ def plan_report(
         encrypted=_cost(chosen, plain.sizes, preset),
         minimal=_cost(minimal_names(anatomy, plain.sizes), plain.sizes, preset),
         attacks=remaining(plain),
+        train="all" if train is None else train,
+        trained=Trained(held, held / own),
     )
 
 

@@ -55,6 +55,7 @@ def test_a_clock_that_jumps_changes_no_guess(
     assert before.details == after.details
 
 
+@pytest.mark.slow
 def test_an_audit_beside_two_busy_processes_gives_the_same_decibels(small_vit, photos):
     how = {"defenses": NOISY, "attacks": "ladder:seconds=0.3"}
     batch = photos[:2], torch.arange(2)
@@ -146,6 +147,7 @@ def test_threads_do_not_spend_each_other_s_budgets():
     assert worked() == before
 
 
+@pytest.mark.slow
 def test_more_budget_is_never_less_work(small_vit, observe, photos):
     view = observe(small_vit(), photos[:1], defenses=NOISY)
     spent = []

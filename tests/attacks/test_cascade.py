@@ -58,6 +58,7 @@ def test_samples_are_the_inputs_and_gradients_of_each_image(small_vit, observe, 
     torch.testing.assert_close(samples.gradients, gradients, rtol=1e-2, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_trained_models_two_to_thirty_two_images(cifar_vit, cifar, observe):
     pixels, labels = cifar
     for batch in (2, 5, 16, 32):

@@ -12,6 +12,7 @@ from vitguard.analysis import released
 from vitguard.attacks.budget import Budget, CutShort, worked
 from vitguard.attacks.containment import Containment, fit
 from vitguard.attacks.containment.spaces import RowSpaces
+from vitguard.attacks.equations.rows import Embedding
 from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.map_fit import MaximumAPosteriori
 from vitguard.attacks.robust.natural_images import NaturalImages
@@ -291,6 +292,28 @@ def test_the_ladder_climbs_to_adapters(cifar, narrow, observe):
     guess = Ladder().run(view, draw())
     assert guess.details["rung"] == "containment", guess.details["rungs"]
     assert proved(guess) and float(psnr(guess.images, pixels)) > 60
+
+
+def test_weights_of_an_adapted_model_are_read_by_the_names_of_the_base_model(
+    narrow, observe, cifar
+):
+    """Those of a PeftModel have wrappers in their names; its update's names have none."""
+    pixels, labels = crop(cifar, 1)
+    training = LocalTraining(0.01, weight_decay=0.1)
+    view = observe(lora(narrow, 4), pixels, labels, training=training)
+    plain = dict(narrow.named_parameters())
+    for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight"):
+        assert torch.equal(view.weight(name), plain[name].detach().double())
+    assert torch.equal(
+        view.bias("blocks.0.mlp.fc1"), plain["blocks.0.mlp.fc1.bias"].detach().double()
+    )
+    assert torch.equal(
+        Embedding.of(view, Anatomy.of(view.model)).offset,
+        Embedding.of(observe(narrow, pixels, labels), Anatomy.of(narrow)).offset,
+    )
+    gradient, bare = view.gradient(), observe(lora(narrow, 4), pixels, labels)
+    for name, tensor in bare.update.tensors.items():
+        assert float((gradient.update.tensors[name] - tensor).abs().max()) < 1e-4, name
 
 
 def test_the_first_step_of_narrow_adapters_shows_no_rows_and_that_is_said(cifar, narrow, observe):

@@ -122,6 +122,7 @@ def test_triptychs_at_the_largest_epsilon_hold_classes_and_confidences(victim, e
         assert example.perturbation.abs().max() > 0.19
 
 
+@pytest.mark.slow
 def test_surrogates_trained_on_answers_transfer_and_untrained_ones_less(victim):
     """Of five, in the mean: what one alone does depends on its initial weights."""
     images, labels = colours(64)

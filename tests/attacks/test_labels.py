@@ -175,6 +175,7 @@ def test_what_the_cascade_misses_is_filled_up_from_the_bias(
         assert infer_labels(view, generator).tolist() == [2, 5, 5, 7, 9]
 
 
+@pytest.mark.slow
 def test_solutions_that_are_no_image_give_no_label(cifar, cifar_vit, observe, generator):
     """A random model hardly tells 32 images apart: what solves the equations need not be one."""
     from tests.conftest import CIFAR_NORMALIZATION

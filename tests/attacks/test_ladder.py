@@ -76,6 +76,7 @@ def test_the_space_that_span_leaves_is_handed_on_and_holds_the_truth(small_vit, 
 
 
 @pytest.mark.parametrize("defense", ["noise", "shuffle:ratio=0.3,mask=uniform"])
+@pytest.mark.slow
 def test_no_space_is_handed_on_where_it_is_not_exact(small_vit, observe, photos, defense):
     view = observe(small_vit(), photos[:2], defenses=f"{FROZEN}+{defense}")
     guess = run(Ladder(seconds=2), view)
@@ -108,7 +109,7 @@ def test_the_mismatch_is_small_for_the_truth_only(small_vit, observe, photos):
     assert mismatch(replace(view, update=replace(view.update, tensors=scaled)), true) < 1e-4
 
 
-@pytest.mark.parametrize("relative", [1e-3, 1e-2])
+@pytest.mark.parametrize("relative", [1e-3, pytest.param(1e-2, marks=pytest.mark.slow)])
 def test_robust_forms_are_no_worse_than_the_exact_ones_under_noise(
     small_vit, observe, photo, relative
 ):

@@ -7,6 +7,7 @@ from scipy.optimize import linear_sum_assignment
 
 import vitguard as vg
 from tests.conftest import CIFAR_NORMALIZATION
+from tests.fast import fast_for
 from vitguard.attacks.budget import Budget
 from vitguard.attacks.equations.family import Frame, Solver
 from vitguard.attacks.equations.mlp import Mlp
@@ -56,7 +57,7 @@ def proved(view, guess, pixels):
     return -10 * (gap[rows, columns] / made.shape[1]).clamp_min(1e-20).log10()
 
 
-@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize("steps", fast_for([2, 5], fast=[2]))
 @pytest.mark.parametrize("stack", CASES)
 def test_the_patches_behind_local_steps_are_found(cifar, trained, observe, stack, steps):
     pixels, labels = cropped(cifar, 1)
@@ -96,7 +97,7 @@ def test_several_steps_with_weight_decay_are_refused(cifar, small_vit, observe):
         attack(view)
 
 
-@pytest.mark.parametrize("stack", CASES)
+@pytest.mark.parametrize("stack", fast_for(CASES, fast=CASES[:1]))
 def test_wrong_candidates_are_not_verified_under_local_steps(cifar, trained, observe, stack):
     """Against another model's positions no token is a member: what is verified is a false proof."""
     pixels, labels = cropped(cifar, 1)

@@ -96,6 +96,7 @@ def test_paint_and_unpaint_are_adjoint_and_paint_inverts_whiten(small_vit, obser
     assert torch.allclose(prior.whiten(prior.colour(one)), one)
 
 
+@pytest.mark.slow
 def test_a_linear_update_gives_the_closed_form_posterior_mean(tiny, observe, photo, monkeypatch):
     monkeypatch.setattr(newton, "_LOOSE", 1e-12)
     monkeypatch.setattr(newton, "_SETTLED", 1e-13)
@@ -249,6 +250,17 @@ def test_the_ladder_takes_it_as_a_rung_for_damaged_updates_only(small_vit, obser
     assert "map" in guess.details["rungs"] and guess.details["rung"] == "map"
     clean = Ladder(seconds=15).run(observe(small_vit(), photo, LABEL), seeded())
     assert "map" not in clean.details["rungs"]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_steps_of_adamw_are_simulated_by_the_ladder_and_have_not_resisted(
+    small_vit, observe, photo, steps
+):
+    training = LocalTraining(1e-3, steps, "adamw")
+    view = observe(small_vit(), photo, LABEL, defenses=FROZEN, training=training)
+    guess = Ladder(seconds=0.5).run(view, seeded())
+    assert guess.details["rung"] == "map" and guess.details["outcomes"]["map"] == "cut"
+    assert guess.details["unfinished"] == ["map"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Positions that coincide hide the order of patches, and not what they show."""
 
+import pytest
 import timm
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -107,6 +108,7 @@ def test_equal_offsets_form_crowds_and_near_ones_do_not():
     assert [c.tolist() for c in crowds(offset)] == [[1, 3]]
 
 
+@pytest.mark.slow
 def test_plan_and_audit_agree_about_no_positions(cifar, small_vit):
     model, (pixels, labels) = small_vit(), cropped(cifar, 18)
     report = vg.audit(

@@ -1,8 +1,10 @@
 """Position inversion: exact from learnable positions, and blocked without their gradient."""
 
 import pytest
+import timm
 import torch
 
+from vitguard import data
 from vitguard.attacks.position import PositionInversion
 from vitguard.core import Normalization
 from vitguard.errors import Blocked, NotApplicable
@@ -128,6 +130,23 @@ def test_trained_cifar_vit_median_over_40_images(cifar_vit, cifar, observe, gene
         right += guess.labels.tolist() == label.tolist()
     assert torch.tensor(found).median() >= 120
     assert right == 40
+
+
+@pytest.mark.slow
+def test_every_one_of_twenty_photos_comes_back_at_95_decibels_from_a_vit_base(
+    data_folder, observe, moved
+):
+    """By the equations alone: pixels lie between the levels of image files."""
+    torch.manual_seed(0)
+    model = moved(timm.create_model("vit_base_patch16_224", depth=2, num_classes=10))
+    files = sorted((data_folder / "photos").glob("*.jpg"))[40:60]
+    found = []
+    for photo in data.load_images(files, (224, 224)).pixels.split(1):
+        between = 0.97 * photo + 0.013
+        guess = PositionInversion().run(observe(model, between), torch.Generator().manual_seed(0))
+        assert "grid" not in guess.details
+        found.append(float(psnr(guess.images, between)))
+    assert len(found) == 20 and min(found) >= 95, sorted(found)[:5]
 
 
 def test_trained_cifar_vit_one_step_difference(cifar_vit, cifar, observe, generator):

@@ -275,6 +275,7 @@ def test_moved_patches_are_a_leak(small_vit, photo):
     assert finding.verdict == "leaks" and finding.psnr.max < 20 < 90 < finding.patch_psnr.max
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_report_for_any_number_of_workers(small_vit, photos):
     model = small_vit(proj_drop_rate=0.3)
     stacks = {"noise": [GradientNoise(0.01)], "random": [FixedPositions("random")]}

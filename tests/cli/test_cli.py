@@ -79,6 +79,7 @@ def test_defaults_write_the_report_and_no_json():
     assert Path("vitguard-report.html").read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_the_defense_is_named_as_it_was_written():
     names = {f["defense"] for f in report("--defense", "positions:kind=sincos")["findings"]}
     assert names == {"none", "positions:kind=sincos"}
@@ -194,6 +195,7 @@ def test_parameters_and_iterations_reach_the_attacks(capsys):
         assert option[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_of_which_not_all_is_audited_says_so(photo):
     Path("folder").mkdir()
     for i in range(6):
@@ -305,6 +307,7 @@ def test_help_and_import_load_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_using_vitguard_loads_no_optional_package():
     code = (
         "import sys, vitguard as vg; [getattr(vg, n) for n in vg.__all__]; "

@@ -332,7 +332,8 @@ def test_truths_are_identified_among_decoys_and_mirror_images_are_not_the_truth(
     assert metrics.identification(images.pixels, images.pixels, found).all()
 
 
-@pytest.mark.parametrize("size", [(8, 8), pytest.param((24, 24), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(8, 8), (24, 24)])
 def test_smooth_guesses_without_information_are_rarely_nearest(size):
     images = data.sample_images(size)
     generator = torch.Generator().manual_seed(0)

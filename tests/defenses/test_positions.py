@@ -161,6 +161,7 @@ def test_a_copy_is_protected_loads_and_unprotects_on_its_own(small_vit, how):
     assert torch.equal(model.pos_embed, fixed)
 
 
+@pytest.mark.slow
 def test_compile_fullgraph(small_vit):
     model = small_vit().eval()
     protect(model, [FixedPositions("sincos")])

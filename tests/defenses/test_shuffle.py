@@ -543,6 +543,7 @@ def test_mixed_precision(dtype):
     assert guard.auxiliary_loss().dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_compiled_model_shuffles_and_takes_the_same_gradient():
     torch._dynamo.reset()
     backend = "aot_eager"  # inductor needs a C++ compiler

@@ -66,6 +66,7 @@ def test_the_span_residual_tells_the_mask_and_the_truth_lies_in_the_space(
         assert outside_space(guard, guess, pixels, CIFAR) > 60
 
 
+@pytest.mark.slow
 def test_float32_gradients_tell_the_mask_too(cifar, cifar_vit):
     right = told = there = 0
     spaces = []
@@ -96,10 +97,11 @@ def test_learnable_positions_tell_the_mask_by_rows_of_zeros(cifar, cifar_vit):
 @pytest.mark.parametrize(
     "positions, attacks",
     [
-        pytest.param("learnable", ("position", "span"), marks=pytest.mark.slow),
+        ("learnable", ("position", "span")),
         ("frozen", ("span",)),
     ],
 )
+@pytest.mark.slow
 def test_the_audit_reports_precision_and_recall_of_the_mask(positions, attacks):
     """Zero rows of learnable positions tell it, and the residual of span whatever they are."""
     torch.manual_seed(0)

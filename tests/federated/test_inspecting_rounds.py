@@ -50,9 +50,7 @@ def test_honest_training_is_never_refused_in_fifty_rounds(model, clients, stack,
     )
     for seen in federation.run(rounds):
         assert seen.refused == {} and not seen.failed
-    assert all(
-        g.state_dict()["inspection"]["rounds"] == rounds for g in federation.guards.values()
-    )
+    assert all(g.state_dict()["inspection"]["rounds"] == rounds for g in federation.guards.values())
 
 
 @pytest.mark.parametrize("craft", PUBLISHED)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
+from tests.fast import fast_for
 from vitguard.errors import Unprotected
 
 pytest.importorskip("opacus")
@@ -110,7 +111,7 @@ PLAIN = {
 
 @pytest.mark.parametrize("when", ["before prepare", "before the private steps", "after them"])
 @pytest.mark.parametrize("plain", PLAIN)
-@pytest.mark.parametrize("stack", PRIVATE_STACKS)
+@pytest.mark.parametrize("stack", fast_for(PRIVATE_STACKS, fast=PRIVATE_STACKS[:1]))
 def test_a_plain_step_beside_the_private_ones_keeps_the_difference_from_seal(stack, plain, when):
     if "shuffle" in stack and plain == "a part of the model":
         pytest.skip("the shuffle refuses a part of the model itself")

@@ -70,6 +70,34 @@ def test_training_ends_at_the_weights_of_a_loop_by_hand(small_vit, stack):
     assert counted.state_dict()["ledger"].keys() == guard.state_dict()["ledger"].keys()
 
 
+def test_bfloat16_is_that_of_a_loop_under_autocast(small_vit):
+    """accelerate puts autocast around the model's own forward, where a hook does not see it."""
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model, guard = guarded(small_vit, PRIVATE)
+    parts = prepare(accelerator, model, sgd(model), DataLoader(DATA, 4))
+    train(accelerator, *parts, guard)
+    reference, counted = guarded(small_vit, PRIVATE)
+    optimizer, loader = counted.prepare(sgd(reference), DataLoader(DATA, 4))
+    for _ in range(2):
+        for images, labels in loader:
+            with torch.autocast("cpu", torch.bfloat16):
+                scores = reference.train()(images).float()
+            F.cross_entropy(scores, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    other = reference.state_dict()
+    assert max(float((t - other[n]).abs().max()) for n, t in model.state_dict().items()) < 1e-6
+    assert guard._ledgers["privacy"].history == counted._ledgers["privacy"].history
+
+
+def test_float16_that_begins_inside_the_model_is_refused_too(small_vit):
+    model, guard = guarded(small_vit, PRIVATE)
+    _, loader = guard.prepare(sgd(model), DataLoader(DATA, 4))
+    model.forward = torch.autocast("cpu", torch.float16)(model.forward)
+    with pytest.raises(Incompatible, match="bfloat16"):
+        model.train()(next(iter(loader))[0])
+
+
 def test_epsilon_after_a_resume_is_that_of_one_run_and_a_plain_model_loads_the_weights(
     small_vit, tmp_path
 ):

@@ -1,4 +1,4 @@
-"""Two processes: equal weights and one ledger, whatever the trainer."""
+"""Two processes: equal weights and one ledger, whatever the trainer; without privacy as one."""
 
 import os
 
@@ -14,7 +14,7 @@ from tests.defenses.privacy.test_distributed import run
 pytest.importorskip("opacus")
 PRIVATE = "privacy:noise=0.5,clip=1,delta=0.01,accountant=rdp"
 SHUFFLE = "shuffle:ratio=0.5,dal=tokens,dal_weight=0.5"
-STACKS = [SHUFFLE, PRIVATE, f"{SHUFFLE}+{PRIVATE},physical_batch=2"]
+STACKS = [PRIVATE, f"{SHUFFLE}+{PRIVATE},physical_batch=2"]
 
 
 def elastic(rank, world, port):
@@ -47,6 +47,26 @@ def with_plain_ddp(stack, folder):
     for _ in range(2):
         for images, labels in loader:
             (F.cross_entropy(wrapped(images), labels) + guard.auxiliary_loss()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return outcome(model, guard, 4)
+
+
+def with_peft(stack, folder):
+    import peft
+
+    from tests.integrations.test_accelerate import DATA
+
+    torch.distributed.init_process_group("gloo")
+    model = small_vit(depth=1)
+    guard = vg.protect(model, stack)
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"])
+    model = peft.get_peft_model(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, loader = guard.prepare(torch.optim.SGD(trained, lr=0.1), DataLoader(DATA, 8))
+    for _ in range(2):
+        for images, labels in loader:
+            (F.cross_entropy(model.train()(images), labels) + guard.auxiliary_loss()).backward()
             optimizer.step()
             optimizer.zero_grad()
     return outcome(model, guard, 4)
@@ -93,7 +113,7 @@ def with_lightning(stack, folder):
 
 TRAINERS = {
     "plain": with_plain_ddp, "transformers": with_transformers, "accelerate": with_accelerate,
-    "lightning": with_lightning,
+    "lightning": with_lightning, "peft": with_peft,
 }  # fmt: skip
 
 
@@ -110,11 +130,151 @@ def work(rank, world, ports, found, kind, stack, folder):
 def test_two_processes_end_at_equal_weights_and_count_each_step_once(kind, stack, tmp_path):
     if kind != "plain":
         pytest.importorskip(kind)
-    if (kind, stack) == ("transformers", SHUFFLE):
-        pytest.xfail("the Trainer's DDP takes the DAL head for an unused parameter")
     found = run(work, 2, kind, stack, str(tmp_path))
     (first, history, steps), (second, *others) = found[0], found[1]
     assert torch.equal(first, second) and others == [history, steps]
     assert steps == 4
     if "privacy" in stack:
         assert history == [(0.5, 0.5, 4)]
+
+
+# without privacy: the masks are those of the images, whichever process has them
+
+
+class Keys:
+    """Draw each image's mask from the image, so that one process and two draw the same."""
+
+    def __init__(self, piece):
+        self.piece = piece
+
+    def __call__(self, model, args, kwargs):
+        images = args[0] if args else kwargs["pixel_values"]
+        self.piece.key_examples((1e6 * images[:, 0, 0, 0]).long())
+
+
+def shuffled(model):
+    guard = vg.protect(model, SHUFFLE, generator=torch.Generator().manual_seed(3))
+    model.register_forward_pre_hook(Keys(model.vitguard.shuffle), with_kwargs=True)
+    return guard
+
+
+def dal_by_plain_ddp(folder, unused):
+    from tests.integrations.test_accelerate import DATA
+
+    torch.distributed.init_process_group("gloo")
+    model, rank = small_vit(depth=1), torch.distributed.get_rank()
+    guard = shuffled(model)
+    optimizer = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    images, labels = (t[8 * rank : 8 * rank + 8] for t in DATA.tensors)
+    for _ in range(2):
+        (F.cross_entropy(wrapped(images), labels) + guard.auxiliary_loss()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def dal_by_transformers(folder, unused):
+    from tests.integrations import test_transformers as one
+
+    model = one.build()
+    shuffled(model)
+    one.trainer(
+        model, folder, per_device_train_batch_size=8, ddp_backend="gloo",
+        ddp_find_unused_parameters=unused,
+    ).train()  # fmt: skip
+    return model
+
+
+def dal_by_accelerate(folder, unused):
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    from tests.integrations import test_accelerate as one
+
+    given = [DistributedDataParallelKwargs(find_unused_parameters=unused)]
+    accelerator = one.accelerate.Accelerator(cpu=True, kwargs_handlers=given)
+    model = small_vit(depth=1)
+    guard = shuffled(model)
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    parts = one.prepare(accelerator, model, plain, DataLoader(one.DATA, 8))
+    one.train(accelerator, *parts, guard)
+    return model
+
+
+def dal_by_lightning(folder, unused):
+    from tests.integrations import test_lightning as one
+
+    class Lit(one.L.LightningModule):
+        training_step = one.Lit.training_step
+
+        def __init__(self):
+            super().__init__()
+            self.net = one.build()
+            shuffled(self.net)
+
+        def train_dataloader(self):
+            return DataLoader(one.DATA, 8)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Guarded(one.GuardMixin, Lit):
+        pass
+
+    module = Guarded()
+    strategy = "ddp_find_unused_parameters_true" if unused else "ddp"
+    one.fit(module, folder=folder, strategy=strategy, devices=2)
+    return module.net
+
+
+DAL = {
+    "plain": dal_by_plain_ddp, "transformers": dal_by_transformers,
+    "accelerate": dal_by_accelerate, "lightning": dal_by_lightning,
+}  # fmt: skip
+
+
+def dal_work(rank, world, ports, found, kind, unused, folder):
+    elastic(rank, world, ports[0])
+    model = DAL[kind](folder, unused)
+    found[rank] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def in_one_process(kind):
+    """Two steps on all 16 images."""
+    if kind == "transformers":
+        from tests.integrations.test_transformers import IMAGES, build
+
+        model, images, labels = build(), IMAGES, torch.arange(16) % 10
+    else:
+        from tests.integrations import test_accelerate, test_lightning
+
+        model = test_lightning.build() if kind == "lightning" else small_vit(depth=1)
+        images, labels = test_accelerate.DATA.tensors
+    guard = shuffled(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        made = model.train()(images)
+        scores = made.logits if kind == "transformers" else made
+        (F.cross_entropy(scores, labels) + guard.auxiliary_loss()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return before, {n: p.detach() for n, p in model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unused", [False, True], ids=["all used", "unused ones looked for"])
+@pytest.mark.parametrize("kind", DAL)
+def test_two_processes_train_with_dal_to_the_weights_of_one(kind, unused, tmp_path):
+    if kind != "plain":
+        pytest.importorskip(kind)
+    found = run(dal_work, 2, kind, unused, str(tmp_path))
+    before, alone = in_one_process(kind)
+    assert found[0].keys() == found[1].keys() == alone.keys()
+    assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
+    gap = max(float((t - alone[n]).abs().max()) for n, t in found[0].items())
+    assert gap < 1e-6
+    added = [n for n in alone if n.startswith("vitguard.")]
+    assert len(added) > 1 and not any(torch.equal(alone[n], before[n]) for n in added)

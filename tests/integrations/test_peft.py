@@ -7,6 +7,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
 from vitguard.errors import Unprotected
+from vitguard.trained import trained_sizes
+from vitguard.vit import Anatomy
 
 peft = pytest.importorskip("peft")
 
@@ -111,6 +113,22 @@ def test_privacy_clips_over_the_adapters_alone(small_vit, order, stack):
     assert all("lora" in n or "modules_to_save" in n or "vitguard" in n for n in trained)
 
 
+def test_physical_batch_changes_neither_the_steps_nor_the_adapters(small_vit):
+    pytest.importorskip("opacus")
+    ends = []
+    for pieces in ("", ",physical_batch=2"):
+        quiet = f"{PRIVATE}{pieces}".replace("noise=0.5", "noise=0")
+        model, guard = adapted(small_vit, "PEFT first", quiet)
+        optimizer, loader = guard.prepare(sgd(model), DataLoader(DATA, 4))
+        for images, labels in loader:
+            F.cross_entropy(model.train()(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert guard._ledgers["privacy"].steps == 2
+        ends.append([p.detach() for p in model.parameters() if p.requires_grad])
+    assert ends[0] and all(map(lambda a, b: torch.allclose(a, b, atol=1e-6), *ends))
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_an_update_of_adapters_is_sealed_by_the_names_of_the_wrapped_model(small_vit, order):
     model, guard = adapted(small_vit, order, "client-privacy:noise=0,clip=0.01")
@@ -132,6 +150,16 @@ def test_guard_update_holds_the_adapters_alone(small_vit, order):
     update = guard.update(*DATA.tensors)
     assert any("lora_A" in n for n in update.tensors)
     assert "patch_embed.proj.weight" not in update.tensors
+
+
+def test_an_update_of_lora_holds_what_the_plan_says_that_it_does(small_vit):
+    model, guard = adapted(small_vit, "PEFT first", "none")
+    model.train()
+    update = guard.update(*DATA.tensors)
+    plain = small_vit(depth=1)
+    planned = trained_sizes(plain, Anatomy.of(plain), "lora:r=2/head")
+    held = {n.replace(".modules_to_save.default", ""): t for n, t in update.tensors.items()}
+    assert {n: t.numel() for n, t in held.items()} == planned
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -162,6 +190,15 @@ def test_a_model_of_transformers_with_adapters_is_protected_too(order):
         optimizer.step()
     names = moved(model, before)
     assert any("unknown" in n for n in names) and any("lora_B" in n for n in names)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_adapters_has_the_parts_that_it_has_without(small_vit, order, kind):
+    plain = Anatomy.of(small_vit(depth=1))
+    _, guard = adapted(small_vit, order, kind=kind)
+    assert guard.anatomy == plain == Anatomy.of(guard.model)
+    assert plain.blocks[0].qkv
 
 
 def test_merged_adapters_load_into_a_plain_model(small_vit):

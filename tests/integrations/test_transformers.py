@@ -137,6 +137,13 @@ def test_the_unknown_embedding_shares_the_group_of_the_positions(tmp_path):
     assert group("vitguard.shuffle.unknown") is group("vit.embeddings.position_embeddings")
 
 
+def test_bfloat16_trains_privately_close_to_full_precision(tmp_path):
+    model, guard = guarded(PRIVATE)
+    trainer(model, tmp_path, bf16=True).train()
+    assert guard._ledgers["privacy"].steps == 8
+    assert 0 < gap(model, by_hand(PRIVATE)[0]) < 0.01
+
+
 @pytest.mark.parametrize("accumulated", [1, 4])
 def test_accumulation_is_one_private_step_on_one_batch_of_that_many_images(tmp_path, accumulated):
     model, guard = guarded(PRIVATE)

@@ -534,6 +534,7 @@ class TestTensorboard:
             full_report().to_tensorboard(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_importing_the_report_loads_no_optional_dependency() -> None:
     import subprocess
     import sys

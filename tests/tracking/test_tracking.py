@@ -263,6 +263,7 @@ def test_a_thumbnail_keeps_colours():
     assert "rgb(255,0,0)" in str(text.spans[0].style)
 
 
+@pytest.mark.slow
 def test_importing_the_module_loads_no_tensorboard():
     code = "import sys, vitguard.tracking; assert 'tensorboard' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

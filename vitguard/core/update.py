@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.core.names import tensors_by_name
+from vitguard.core.parameters import canonical_tensors
 from vitguard.errors import Blocked, InputError, NotApplicable, expected
 from vitguard.tensor_files import FACTS as _FACTS
 from vitguard.tensor_files import read_update, write_update
@@ -195,7 +196,7 @@ class Update:
             raise NotApplicable(f"needs one gradient, got {self.local_steps} local steps")
         if self.local_steps > 1 and self.weight_decay:
             raise NotApplicable("several local steps with weight decay do not sum to gradients")
-        weights = dict(model.named_parameters())
+        weights = canonical_tensors(model)
         tensors = {}
         for name, delta in self.tensors.items():
             gradient = delta / -self.learning_rate

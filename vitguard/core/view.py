@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitguard.core.batch import Normalization
 from vitguard.core.crafted import Crafted
+from vitguard.core.parameters import canonical_tensors
 from vitguard.core.update import Update
 
 __all__ = ["Objective", "Shuffle", "Traits", "View"]
@@ -71,6 +72,8 @@ class Traits:
         sealed: Selections of tensors that exist but cannot be read, as `EncryptedGradients` takes
             them.
         accepted: Whether the user accepts what the analysis of the sealed tensors says remains.
+        frozen: Parameters that are not trained, so that no update contains them: names, or their
+            beginnings up to a dot.
     """
 
     positions: Literal["learnable", "fixed", "withheld", "none"] = "learnable"
@@ -83,6 +86,11 @@ class Traits:
     shuffle: Shuffle | None = None
     sealed: tuple[str, ...] = ()
     accepted: bool = False
+    frozen: tuple[str, ...] = ()
+
+    def freezes(self, name: str) -> bool:
+        """Whether a parameter is among `frozen`."""
+        return any(name.startswith(f) if f.endswith(".") else name == f for f in self.frozen)
 
 
 @dataclass(frozen=True)
@@ -137,17 +145,18 @@ class View:
         return self.update.read(name).detach().to(torch.float64)
 
     def weight(self, name: str) -> Tensor:
-        """Return the public model's parameter or buffer `name` in float64."""
-        for store in (self.model.named_parameters(), self.model.named_buffers()):
-            for key, value in store:
-                if key == name:
-                    return value.detach().to(torch.float64)
-        raise KeyError(name)
+        """Return the public model's parameter or buffer `name` in float64.
+
+        Args:
+            name: Of the base model, as in the update, whatever wraps the model (PEFT, DDP).
+        """
+        return canonical_tensors(self.model)[name].detach().to(torch.float64)
 
     def bias(self, layer: str) -> Tensor:
         """Return the public bias of a layer in float64: zeros where it has none."""
-        if any(name == f"{layer}.bias" for name, _ in self.model.named_parameters()):
-            return self.weight(f"{layer}.bias")
+        known = canonical_tensors(self.model)
+        if (bias := known.get(f"{layer}.bias")) is not None:
+            return bias.detach().to(torch.float64)
         weight = self.weight(f"{layer}.weight")
         return weight.new_zeros(len(weight))
 

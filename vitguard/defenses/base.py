@@ -78,6 +78,10 @@ class Defense(ABC):
         """
         return None
 
+    def least_batch(self, anatomy: Anatomy) -> int:
+        """Return the images behind the smallest update of a model that the defense lets leave."""
+        return 1
+
     def audit_note(self) -> str:
         """Return what a reader of an audit must know of these settings, "" where nothing."""
         return ""

@@ -14,7 +14,10 @@ from vitguard.integrations.found import (
     guard_inside,
     is_private,
     load_state,
+    refuse_accumulation,
+    refuse_float16,
     refuse_idle,
+    refuse_spread,
     require_state,
     save_state,
 )
@@ -84,17 +87,10 @@ def register(accelerator: Accelerator, guard: Guard) -> None:
 
 
 def _refuse(accelerator: Accelerator) -> None:
-    if accelerator.gradient_accumulation_steps != 1:
-        raise Incompatible(
-            "Expected gradient_accumulation_steps=1 under differential privacy, got "
-            f"{accelerator.gradient_accumulation_steps}. Make the loader's batch_size that much "
-            "larger and set physical_batch to what fits the memory."
-        )
-    if accelerator.mixed_precision == "fp16":
-        raise Incompatible(
-            "Expected bf16 or full precision under differential privacy, got fp16: its scaler "
-            "would change what is clipped. Use mixed_precision='bf16'."
-        )
+    refuse_spread(accelerator.distributed_type.value)
+    refuse_accumulation("gradient_accumulation_steps", accelerator.gradient_accumulation_steps)
+    half = accelerator.mixed_precision == "fp16"
+    refuse_float16("fp16", half, "Use mixed_precision='bf16'")
 
 
 class PlacedBatches:

@@ -14,8 +14,8 @@ from vitguard.files import write_atomically
 from vitguard.guard import Guard
 
 __all__ = [
-    "STATE_FILE", "epsilons", "guard_inside", "is_private", "load_state", "refuse_idle",
-    "require_state", "save_state",
+    "STATE_FILE", "epsilons", "guard_inside", "is_private", "load_state", "refuse_accumulation",
+    "refuse_float16", "refuse_idle", "refuse_spread", "require_state", "save_state",
 ]  # fmt: skip
 
 STATE_FILE = "vitguard.json"
@@ -41,6 +41,33 @@ def refuse_idle(guard: Guard) -> None:
     """Raise Unprotected where defenses of the update would not act on a trainer's checkpoint."""
     if line := guard._protection.idle():
         raise Unprotected(line)
+
+
+def refuse_accumulation(setting: str, steps: int) -> None:
+    """Raise Incompatible where a trainer steps once in several batches: each is a release."""
+    if steps != 1:
+        raise Incompatible(
+            f"Expected {setting}=1 under differential privacy, got {steps}. Make the loader's "
+            "batch_size that much larger and set physical_batch to what fits the memory."
+        )
+
+
+def refuse_float16(setting: str, asked: bool, remedy: str) -> None:
+    """Raise Incompatible where a trainer scales the loss for float16."""
+    if asked:
+        raise Incompatible(
+            f"Expected bf16 or full precision under differential privacy, got {setting}: its "
+            f"scaler would change what is clipped. {remedy}."
+        )
+
+
+def refuse_spread(kind: str) -> None:
+    """Raise Incompatible where a kind of accelerate's spreads one model over processes."""
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise Incompatible(
+            "Expected one process, or a copy of the model in each, under differential privacy, got "
+            f"{kind}: an example's gradient is clipped over all of the model. Leave it out."
+        )
 
 
 def is_private(guard: Guard) -> bool:

@@ -11,7 +11,13 @@ import torch
 from vitguard.defenses.privacy.whole import WholeBatches
 from vitguard.errors import Incompatible, Unprotected, expected, missing_extra
 from vitguard.guard import Guard
-from vitguard.integrations.found import epsilons, guard_inside, is_private, refuse_idle
+from vitguard.integrations.found import (
+    epsilons,
+    guard_inside,
+    is_private,
+    refuse_accumulation,
+    refuse_idle,
+)
 
 try:
     from lightning.pytorch import Callback
@@ -130,12 +136,12 @@ class GuardMixin:
 
     def _prepared(self, optimizer: Any) -> Any:
         trainer = self.trainer  # type: ignore[attr-defined]
-        if trainer.accumulate_grad_batches != 1:
+        if getattr(self, "_compiler_ctx", None) is not None:
             raise Incompatible(
-                "Expected accumulate_grad_batches=1 under differential privacy, got "
-                f"{trainer.accumulate_grad_batches}. Make the loader's batch_size that much larger "
-                "and set physical_batch to what fits the memory."
+                "Expected a module that is not compiled under differential privacy, got one from "
+                "torch.compile. Give the module itself to fit."
             )
+        refuse_accumulation("accumulate_grad_batches", trainer.accumulate_grad_batches)
         _ = trainer.estimated_stepping_batches  # asks for the loaders
         used = trainer.train_dataloader
         if self._loader is None or used is not self._loader:

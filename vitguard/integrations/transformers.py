@@ -17,7 +17,9 @@ from vitguard.integrations.found import (
     guard_inside,
     is_private,
     load_state,
+    refuse_float16,
     refuse_idle,
+    refuse_spread,
     require_state,
     save_state,
 )
@@ -73,16 +75,15 @@ class GuardMixin:
     def _plan(self) -> None:
         """Turn accumulation into pieces of one batch, and refuse what privacy cannot have."""
         self.args = given = copy.copy(self.args)
-        if given.fp16:
-            raise Incompatible(
-                "Expected bf16 or full precision under differential privacy, got fp16=True: its "
-                "scaler would change what is clipped. Set bf16=True."
-            )
+        refuse_float16("fp16=True", given.fp16, "Set bf16=True")
         if given.torch_compile:
             raise Incompatible(
                 "Expected a model that is not compiled under differential privacy, got "
                 "torch_compile=True. Leave it out."
             )
+        asked = ["FSDP"] * bool(given.fsdp) + ["DEEPSPEED"] * bool(given.deepspeed)
+        for kind in (*asked, self.accelerator.distributed_type.value):
+            refuse_spread(kind)
         if given.n_gpu > 1:
             raise Incompatible(
                 f"Expected one device for each process under differential privacy, got "

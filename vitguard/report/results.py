@@ -37,6 +37,7 @@ class AuditResults:
     families_not_run: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     interrupted: bool = False
+    advice: str = ""
     version: str = field(default_factory=lambda: _version())
 
     def gain(self, finding: Finding) -> float | None:

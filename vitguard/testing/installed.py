@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vitguard.errors import Inconclusive
 from vitguard.registry import attack_types, defense_types
 from vitguard.testing import contracts, defense_contracts, weakening
 
@@ -29,5 +30,8 @@ def test_settings(name: str) -> None:
 def test_attack(name: str) -> None:
     """What one exact attack says of itself where it knows less; matching takes too long here."""
     attack: Any = attack_types()[name]()
-    weakening.check_weaker(attack)
     weakening.check_proofs(attack)
+    try:
+        weakening.check_weaker(attack)
+    except Inconclusive as nothing:
+        pytest.skip(str(nothing))

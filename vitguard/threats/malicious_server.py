@@ -104,7 +104,7 @@ class MaliciousServer(Threat):
 
         The defenses and their settings are public, so that the server knows fixed positions, say.
         """
-        return self.made.weights(guard.public_model())
+        return self.made.under(guard.traits).weights(guard.public_model())
 
     def view(
         self,
@@ -115,5 +115,7 @@ class MaliciousServer(Threat):
         loss: Loss = F.cross_entropy,
     ) -> View:
         """Return what a curious server sees, and what this one wrote."""
+        craft, model = self.made.under(guard.traits), guard.public_model()
+        update = craft.seen(update, model)
         seen = CuriousServer(self.withhold).view(guard, update, normalization, loss=loss)
-        return replace(seen, crafted=self.made.crafted(seen.model))
+        return replace(seen, crafted=craft.crafted(model))

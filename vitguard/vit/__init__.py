@@ -4,9 +4,9 @@ The only folder that knows the attribute names of timm, transformers and torchvi
 each. Everything else asks an `Anatomy`, which names parameters and modules by role.
 """
 
+from vitguard.core.parameters import canonical_name, canonical_parameters
 from vitguard.vit import huggingface, timm, torchvision
 from vitguard.vit.anatomy import READERS, Anatomy, Block
-from vitguard.vit.names import canonical_name, canonical_parameters
 from vitguard.vit.passes import logits_of, math_attention
 
 __all__ = [

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from vitguard.core.parameters import canonical_name
+
 __all__ = [
     "centres",
     "classes_of",
@@ -45,5 +47,7 @@ def convolution_obstacles(convolution: nn.Conv2d) -> list[str]:
 
 
 def present(model: nn.Module, *names: str) -> tuple[str, ...]:
-    known = {n for n, _ in model.named_parameters()} | {n for n, _ in model.named_buffers()}
+    """Return those of `names` that a model has, also beneath an adapter of PEFT."""
+    held = (*model.named_parameters(), *model.named_buffers())
+    known = {canonical_name(n) for n, _ in held}
     return tuple(n for n in names if n in known)

@@ -81,15 +81,21 @@ def test_sums_of_quantised_values_are_exact(preset):
     assert torch.equal((mean * levels * 10).round().long(), sum(integers))
 
 
-def test_100_clients_of_preset_many_sum_exactly():
-    keys = KeySet.generate(preset="many", max_clients=100, server=SERVER)
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [("many", 100), ("precise", 1000)],
+)
+def test_as_many_clients_as_a_preset_takes_sum_exactly(preset, count):
+    keys = KeySet.generate(preset=preset, max_clients=count, server=SERVER)
     levels = keys.layout.levels
     rng = np.random.default_rng(1)
-    integers = [torch.from_numpy(rng.integers(-levels, levels + 1, 500)) for _ in range(100)]
+    integers = [torch.from_numpy(rng.integers(-levels, levels + 1, 500)) for _ in range(count)]
+    for each in integers:
+        each[:3] = torch.tensor([levels, -levels, 0])  # all clients at their bounds
     clients = [{"w": i.double() / levels} for i in integers]
     manifest = Manifest.of(clients[0], bounds=1.0)
-    mean = average(keys, manifest, clients, [1.0] * 100, rounding="nearest")["w"]
-    assert torch.equal((mean * levels * 100).round().long(), sum(integers))
+    mean = average(keys, manifest, clients, [1.0] * count, rounding="nearest")["w"]
+    assert torch.equal((mean * levels * count).round().long(), sum(integers))
 
 
 shapes = st.lists(st.integers(0, 7), min_size=0, max_size=4).map(tuple)

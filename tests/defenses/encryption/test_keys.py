@@ -459,7 +459,7 @@ def test_rotation_makes_new_keys_of_the_same_settings(keys):
 
 
 def test_more_clients_than_the_preset_takes_are_refused():
-    for preset, clients in (("quantised", 11), ("many", 101), ("quantised", 0)):
+    for preset, clients in (("quantised", 11), ("many", 101), ("precise", 1001), ("quantised", 0)):
         with pytest.raises(InputError, match="clients for preset"):
             KeySet.generate(preset=preset, max_clients=clients)
     with pytest.raises(InputError, match="as the preset"):

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
+from tests.fast import fast_for
 from vitguard.errors import Incompatible
 
 pytest.importorskip("opacus")
@@ -108,7 +109,7 @@ def test_a_private_run_is_the_same_whether_the_optimizer_is_older_than_the_prote
     assert all(id(p) in known for group in holds.param_groups for p in group["params"])
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", fast_for(MODELS, fast=["timm", "registers"]))
 def test_positions_leave_the_optimizer_of_every_family(kind):
     sgd = OPTIMIZERS["SGD"]
     for stack in (f"{POSITIONS[0]}+{PRIVATE}", f"{POSITIONS[0]}+shuffle:ratio=0.5+{PRIVATE}"):

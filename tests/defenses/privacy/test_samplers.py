@@ -336,6 +336,7 @@ def test_batches_as_dictionaries_and_pieces_of_them_work():
         loader.skip()
 
 
+@pytest.mark.slow
 def test_a_prepared_loader_can_be_prepared_again():
     _, guard, optimizer, loader = prepared(DataLoader(Numbered(), batch_size=4))
     _, again = guard.prepare(optimizer, loader)

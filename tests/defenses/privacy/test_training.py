@@ -208,6 +208,7 @@ def test_target_epsilon_is_spent_after_the_epochs_and_not_exceeded():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_target_epsilon_holds_over_rounds_of_any_data():
     model, guard, optimizer, loader = protected(seed=None, noise=None, epsilon=3.0, epochs=2)
     private, poisson = guard.prepare(optimizer, loader)
@@ -441,6 +442,7 @@ def test_settings_out_of_range_raise(settings):
         DifferentialPrivacy(**settings)
 
 
+@pytest.mark.slow
 def test_importing_does_not_import_opacus():
     code = "import vitguard.defenses.privacy, sys; assert 'opacus' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

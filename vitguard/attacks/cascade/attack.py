@@ -108,7 +108,7 @@ class Cascade(Attack):
         found = plain.verdict(
             self.name,
             (f"{last.fc1}.weight", f"{last.fc2}.weight"),
-            "the MLP multiplies two branches" if last.gated else "",
+            "the MLP multiplies two branches" if last.gated else _filled(plain),
             "labels and features of each image in a batch, but no images",
         )
         return replace(found, exact=False)
@@ -193,9 +193,18 @@ def _explain_the_head(view: View, found: Separated) -> bool:
     return bool((made - seen).norm() < _EXPLAINED * seen.norm() and (found.weights > 0).all())
 
 
+def _filled(plain: Released) -> str:
+    """Say that the images' own rows leave no complement; empty where they do."""
+    batch, width = plain.batch_size, plain.anatomy.width
+    return f"{batch} images fill the {width} dimensions" if batch >= width else ""
+
+
 def _labels(plain: Released) -> Remaining:
     names = [n for n in plain.sizes if plain.anatomy.role(n) == "head"]
     readable = tuple(n for n in names if n in plain.plain)
     if readable:
-        return Remaining("labels", True, readable, "the head's gradient tells the labels")
+        why = "the head's gradient tells the labels"
+        if plain.anatomy.pooling == "token" and any(n.endswith("weight") for n in readable):
+            why += ", and of one image the class token's features"
+        return Remaining("labels", True, readable, why)
     return Remaining("labels", False, tuple(names), "the head has no plain gradient")

@@ -27,6 +27,10 @@ __all__ = ["Containment"]
 
 _EQUATIONS = 16  # kept for each pixel at most
 _STARTS = 8
+_CLOSE = 0.2  # missed, root mean square over rows, below which patches may only be out of order
+_ORDERS = 12  # tried from there
+_LOOK = 2  # steps of each, before the best go on
+_LIGHT = 1e-3  # weight of the prior on the way from there
 _WIDE = 4096  # values of an image: above, the Jacobian does not fit
 
 
@@ -92,7 +96,7 @@ class Containment(Attack):
             return ()
         layers = (f"{layer}.weight" for b in a.blocks for layer in (b.fc1, b.fc2, b.proj))
         names = names or tuple(name for name in layers if name in plain.plain)
-        if not names or a.tokens >= a.width:
+        if not names or plain.tokens >= a.width:
             why = "no layer is plain whose width exceeds its tokens"
             return (Remaining(self.name, False, names, why),)
         return (Remaining(self.name, True, names, "a search, no closed form: run it to know"),)
@@ -132,16 +136,29 @@ class Containment(Attack):
     def _search(self, fit: Fit, generator: torch.Generator) -> tuple[Tensor, float, bool]:
         """Return the best end of all descents, what it misses, and whether none was cut."""
         ends: list[tuple[float, Tensor]] = []
-        whole = True
         for white in self._starts(fit, generator):
-            end, whole = fit.descend(white)
-            ends.append((fit.missed(end), end))
-            if fit.contained(end):
-                return end, ends[-1][0], True
-            if not whole:
-                break
+            for end, whole in self._ends(fit, white):
+                ends.append((fit.missed(end), end))
+                if (found := fit.contained(end)) or not whole:
+                    missed, best = min(ends, key=lambda end: end[0])
+                    return best, missed, found
         missed, best = min(ends, key=lambda end: end[0])
-        return best, missed, whole
+        return best, missed, True
+
+    def _ends(self, fit: Fit, white: Tensor) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the end of a descent, and of those with patches moved that go on falling."""
+        end, whole = fit.descend(white)
+        yield end, whole
+        missed = fit.missed(end)
+        if not whole or missed > _CLOSE:
+            return
+        for moved in fit.reordered(end, _ORDERS):
+            trial, whole = fit.descend(moved, weight=_LIGHT, steps=_LOOK)
+            if whole and fit.missed(trial) < missed:
+                trial, whole = fit.descend(trial, weight=_LIGHT)
+            yield trial, whole
+            if not whole:
+                return
 
     def _starts(self, fit: Fit, generator: torch.Generator) -> Iterator[Tensor]:
         view, flat = fit.spaces.view, torch.zeros(fit.pixels).to(fit.prior.mean)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vitguard.attacks.budget import Budget, charge
@@ -21,6 +21,7 @@ _NEAR = 2e-2  # missed, root mean square over rows, below which it goes at once
 _GAIN = 0.03  # share of the cost that a step takes away, below which it goes no further
 _STEPS = 100  # of a descent at most
 _STUCK = 1e9  # damping
+_AT_ONCE = 1024  # orders of the patches
 _UNSURE = 1e-2  # error of a pixel (model-input units) up to which a patch counts as proved
 
 
@@ -52,14 +53,21 @@ class Fit:
         """Say whether all rows lie in the inputs up to the rounding of the update."""
         return self.spaces.contained(self.image(white))
 
-    def descend(self, white: Float[Tensor, "c h w"]) -> tuple[Tensor, bool]:
-        """Return where a descent ends, and whether it came to its end within the budget.
+    def descend(
+        self, white: Float[Tensor, "c h w"], *, weight: float = _HEAVY, steps: int = _STEPS
+    ) -> tuple[Tensor, bool]:
+        """Return where a descent ends, and whether it came there within the budget.
 
         The prior gives way step by step, so that an unnatural image which fits the rows as well is
         not the first to be met, and at once where nearly nothing is missed.
+
+        Args:
+            white: Where it begins.
+            weight: Of the prior at the beginning.
+            steps: At most.
         """
-        weight, damping, sharp = _HEAVY, 1e-3, False
-        for _ in range(_STEPS):
+        damping, sharp = 1e-3, False
+        for _ in range(steps):
             if self.spaces.jacobian_seconds > self.budget.left:
                 return white, False
             white, damping, gain = self._step(white, weight, damping, sharp=sharp)
@@ -68,6 +76,23 @@ class Fit:
                 break
             weight = max(weight * (1e-2 if sharp else _FACTOR), 0.01 * _NONE)
         return white, True
+
+    def reordered(self, white: Float[Tensor, "c h w"], count: int) -> list[Float[Tensor, "c h w"]]:
+        """Return the image with two or three patches moved, the most natural ways first.
+
+        The rows of a layer do not tell the order of its inputs, and positions weigh little beside
+        the pixels: a descent may end with the right patches at each other's places.
+        """
+        patches = self.spaces.anatomy.patchify(self.image(white)[None])[0]
+        orders = _moves(len(patches))
+        work = len(orders) * white.numel()
+        charge(products=2.0 * work * sum(white.shape[1:]), elements=0.1 * work)
+        energy = [
+            self.prior.whiten(patches[some]).flatten(1).square().sum(1)
+            for some in orders.split(_AT_ONCE)
+        ]
+        best = torch.cat(energy).topk(min(count, len(orders)), largest=False).indices
+        return list(self.prior.whiten(patches[orders[best.cpu()]]))
 
     def _step(
         self, white: Tensor, weight: float, damping: float, *, sharp: bool
@@ -89,6 +114,17 @@ class Fit:
                 return trial, max(0.2 * damping, 1e-14), gain
             damping *= 8
         return white, 1e-3, 0.0
+
+
+def _moves(count: int) -> Int[Tensor, "orders patches"]:
+    """Return every order in which two patches, or three in a ring, have changed places."""
+    made = []
+    for size in (2, 3):
+        places = torch.combinations(torch.arange(count), size)
+        for turn in range(1, size):
+            order = torch.arange(count).repeat(len(places), 1)
+            made.append(order.scatter(1, places, places.roll(turn, 1)))
+    return torch.cat(made)
 
 
 def proved(fit: Fit, white: Float[Tensor, "c h w"]) -> Bool[Tensor, " patches"]:

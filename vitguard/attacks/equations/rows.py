@@ -54,8 +54,7 @@ class Embedding:
     def of(view: View, anatomy: Anatomy) -> Embedding:
         """Read the embedding from the public model."""
         weight = view.weight(anatomy.patch_weight).flatten(1)
-        names = dict(view.model.named_parameters())
-        bias = view.weight(anatomy.patch_bias) if anatomy.patch_bias in names else 0.0
+        bias = view.bias(anatomy.patch_weight.rpartition(".")[0])
         tokens = [view.weight(name)[0] for name in anatomy.prefix] if anatomy.prefix_tokens else []
         prefix = torch.cat(tokens) if tokens else weight.new_zeros(0, weight.shape[0])
         offset = weight.new_zeros(anatomy.patches, weight.shape[0]) + bias

@@ -11,18 +11,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitguard.attacks.base import Attack, Rung
+from vitguard.attacks.budget import charge_update
 from vitguard.attacks.equations.rows import Embedding, guess_from_patches
 from vitguard.attacks.imprint.bank import Bank, Single, Tokens, banks_of, peeled
+from vitguard.attacks.labels import labels_from_counts
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable
-from vitguard.vit import Anatomy
+from vitguard.vit import Anatomy, logits_of
 
 __all__ = ["ImprintReading"]
 
 _WRONG = 0.01  # root mean square error, in pixels of [0, 1], that a verified patch has at most
 _HIDDEN = 0.01  # share of a patch's directions that the token may lack
 _EMPTY = 1e-3  # weight of a token that is none, relative to the largest in the update
-_APART = 1e-3  # relative difference of two images' weights
+_APART = 1e-4  # relative difference of two images' weights at least
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,11 @@ class ImprintReading(Attack):
         anatomy.require_plain_embedding()
         summed = view.gradient(steps=True)
         embedding = Embedding.of(view, anatomy)
-        tokens = Tokens.of(embedding.weight, embedding.offset, _eps(view.model, anatomy))
+        offset = embedding.offset
+        if view.unknown is not None:  # moved patches have one embedding for their position
+            moved = view.unknown.to(offset).reshape(1, -1)
+            offset = torch.cat([offset, moved + view.bias(anatomy.patch)])
+        tokens = Tokens.of(embedding.weight, offset, _eps(view.model, anatomy))
         banks = banks_of(summed, anatomy, view.crafted.bins)
         size = sum(view.normalization.std) / len(view.normalization.std)
         allowed = _WRONG / size * anatomy.patch_pixels**0.5 / _gain(tokens)
@@ -75,9 +81,24 @@ class ImprintReading(Attack):
             view,
             anatomy,
             patches,
+            labels=_labels(view, anatomy, patches) if bool(there.all()) else None,
             verified=there if whole and view.traits.exact else torch.zeros_like(there),
             details=details,
         )
+
+
+def _labels(view: View, anatomy: Anatomy, patches: Tensor) -> Tensor | None:
+    """Return the labels in ascending order: what the head's bias lacks of the images' scores."""
+    name = f"{anatomy.head[0]}.bias"
+    if not view.update.can_read(name):
+        return None
+    like = next(view.model.parameters())
+    images = anatomy.unpatchify(patches).to(like)
+    with torch.no_grad():
+        said = torch.cat([logits_of(view.model(part)) for part in images.split(8)])
+    charge_update(view, times=0.3)
+    counts = said.double().softmax(-1).sum(0) - len(images) * view.gradient().read(name)
+    return labels_from_counts(counts, len(images))
 
 
 def _eps(model: nn.Module, anatomy: Anatomy) -> float:
@@ -107,36 +128,58 @@ def _images(
     """Return the images that the patches make, and where a patch was found.
 
     All tokens of one image have the same weight up to their scale; another image with another
-    label, or of another brightness, has another one.
+    label, or of another brightness, has another one. A patch without a position of its own goes
+    where there is room.
     """
     seen = torch.stack([single.token for single in found])
     at = torch.tensor([single.place for single in found])
-    patches = tokens.patches(seen, at)
-    marks = tokens.scales(seen, at) * seen.new_tensor([single.weight for single in found])
+    patches = tokens.patches(seen, at.to(seen.device))
+    marks = tokens.scales(seen, at.to(seen.device)) * seen.new_tensor([s.weight for s in found])
     images = patches.new_zeros(batch, places, patches.shape[1])
     there = torch.zeros(batch, places, dtype=torch.bool)
-    left = []
-    for n, image in enumerate(_clusters(marks, batch)):
-        if there[image, at[n]]:
-            left.append(n)
+    left: list[tuple[int, int | None]] = []
+    lost = tokens.alike or len(tokens.still) > places
+    for n, image in _sorted_in(marks.cpu(), [single.whole for single in found], batch):
+        place = found[n].place
+        placed = place < places and not tokens.alike
+        if image is None or not placed or there[image, place]:
+            left.append((n, image))
         else:
-            images[image, at[n]], there[image, at[n]] = patches[n], True
-    for n in left:  # two images of one mark: put it where there is room
-        free = (~there[:, at[n]]).nonzero()[:, 0]
-        if len(free):
-            images[free[0], at[n]], there[free[0], at[n]] = patches[n], True
-    flat = images.sum(1) / there.sum(1, keepdim=True).clamp_min(1)
+            images[image, place], there[image, place] = patches[n], True
+    for n, image in left:
+        place = found[n].place
+        free = (~there).nonzero()
+        if place < places and not tokens.alike:
+            free = free[free[:, 1] == place]
+        elif image is not None and bool((free[:, 0] == image).any()):
+            free = free[free[:, 0] == image]
+        if len(free) and (lost or place < places):
+            images[tuple(free[0])], there[tuple(free[0])] = patches[n], True
+    flat = images.sum(1) / there.sum(1, keepdim=True).clamp_min(1).to(images)
     return torch.where(there[..., None].to(images.device), images, flat[:, None]), there
 
 
-def _clusters(marks: Float[Tensor, " found"], batch: int) -> list[int]:
-    """Return the image of each mark: marks in order are cut at their widest gaps."""
-    ordered, order = marks.sort()
-    gaps = ordered.diff() / ordered.abs().max()
-    widest = gaps.argsort(descending=True)[: batch - 1]
-    cuts = set(widest[gaps[widest] > 1e-6].tolist())
-    image, images = 0, [0] * len(marks)
-    for k, n in enumerate(order.tolist()):
-        images[n] = image
-        image += k in cuts
-    return images
+def _sorted_in(
+    marks: Float[Tensor, " found"], whole: Sequence[bool], batch: int
+) -> list[tuple[int, int | None]]:
+    """Return each token's number with its image, None where its mark tells none; clear ones first.
+
+    Marks of one image lie closer together than those of two. Where a part of a token's weight is
+    elsewhere its mark is wrong.
+    """
+    order = marks.argsort().tolist()
+    size = float(marks.abs().median())
+    clusters: list[list[int]] = []
+    last: float | None = None
+    for n in order:
+        if not whole[n]:
+            continue
+        mark = float(marks[n])
+        if last is None or mark - last > _APART * size:
+            clusters.append([])
+        clusters[-1].append(n)
+        last = mark
+    clusters.sort(key=len, reverse=True)
+    image = {n: i for i, cluster in enumerate(clusters[:batch]) for n in cluster}
+    ranked = [(n, image.get(n)) for n in order]
+    return sorted(ranked, key=lambda one: one[1] is None)

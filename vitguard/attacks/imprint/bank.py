@@ -16,6 +16,7 @@ from vitguard.vit import Anatomy
 
 __all__ = ["Bank", "Single", "Tokens", "banks_of", "peeled"]
 
+_ROUNDS = 64  # of peeling; photos take a handful
 _NEAR = 8.0  # inputs of the activation within which a row is neither off nor wholly on
 
 
@@ -88,6 +89,11 @@ class Tokens:
     beside: Float[Tensor, "width few"]
     eps: float
     rank: int
+
+    @property
+    def alike(self) -> bool:
+        """Whether all positions are the same, so that no token tells its own."""
+        return len(self.still) > 1 and bool((self.still == self.still[0]).all())
 
     @staticmethod
     def of(
@@ -171,7 +177,7 @@ def peeled(
     place = group if gated else None
     open_ = [torch.ones_like(bank.bias[group], dtype=torch.bool) for bank in banks]
     found: list[Single] = []
-    for _ in range(2 + sum(map(len, open_))):
+    for _ in range(_ROUNDS):
         fresh = [
             single
             for bank, at in zip(banks, open_, strict=True)
@@ -217,11 +223,11 @@ def _singles(
 
 
 def _known(single: Single, found: Sequence[Single]) -> bool:
-    """Whether it is the same token again, seen along another direction or in part."""
+    """Whether it is the same token again: along another direction, in part, or taken out twice."""
     alike = [
         f.token
         for f in found
-        if not single.whole or abs(f.weight - single.weight) < 1e-3 * abs(f.weight)
+        if not single.whole or abs(abs(f.weight) - abs(single.weight)) < 1e-3 * abs(f.weight)
     ]
     if not alike:
         return False

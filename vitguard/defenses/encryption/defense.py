@@ -38,7 +38,7 @@ class EncryptedGradients(UpdateDefense):
         select: `attention`, `embedding`, `all`, `plan` (the smallest set that ends the closed
             forms), another role, a regular expression, or several joined by `/`.
         preset: `quantised` (3.8 bytes a value, 10 clients), `many` (4.0, 100 clients), `precise`
-            (7.6, 10 clients) or `compact` (2.7, coarse).
+            (7.6, 1,000 clients) or `compact` (2.7, coarse).
         force: Accept a selection under which an attack that gives the image back remains, by the
             analysis of `vitguard plan`: at batch size 1 and by the positions of the stack; its
             other defenses are not counted.

@@ -96,7 +96,7 @@ class Preset:
             raise expected(
                 f"1 to {self.client_limit} clients for preset {self.name!r}",
                 max_clients,
-                "Preset 'many' takes up to 100.",
+                "Preset 'many' takes up to 100, 'precise' up to 1000.",
             )
         noise = _NOISE * math.sqrt(self.degree / 2) * math.sqrt(max_clients)
         scale_bits = math.ceil(math.log2(_MARGIN * noise))
@@ -114,7 +114,7 @@ PRESETS: dict[str, Preset] = {
     for p in (
         Preset("quantised", 4096, (54, 20), 2, 10, 3.785, 7.54),
         Preset("many", 8192, (60, 20), 2, 100, 4.015, 8.02),
-        Preset("precise", 4096, (54, 20), 1, 10, 7.57, 15.08),
+        Preset("precise", 4096, (54, 20), 1, 1000, 7.57, 15.08),
         Preset("compact", 8192, (60, 20), 3, 10, 2.677, 5.345),
     )
 }

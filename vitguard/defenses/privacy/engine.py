@@ -48,6 +48,8 @@ class Watch(TorchFunctionMode):
         given = list(tensors_in(args))
         if kwargs:
             given += tensors_in(kwargs.values())
+        if not tape.low and given and _autocast(given[0].device.type):
+            tape.low = True
         roots = [t for t in given if tape.is_root(t)]
         if not roots:
             out = func(*args, **kwargs)
@@ -137,12 +139,19 @@ def _clipped_sum(tape: Tape, clip: float, scale: float, real: int | None) -> Cli
 
 def refuse_float16(model: nn.Module) -> None:
     """Raise Incompatible under float16 autocast, which needs a scaled loss."""
-    kind = next((p.device.type for p in model.parameters()), "cpu")
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+    _autocast(next((p.device.type for p in model.parameters()), "cpu"))
+
+
+def _autocast(kind: str) -> bool:
+    """Whether operations on a kind of device run in lower precision here; refuse float16."""
+    if not torch.is_autocast_enabled(kind):
+        return False
+    if torch.get_autocast_dtype(kind) == torch.float16:
         raise Incompatible(
             "Expected float32 or bfloat16 autocast, got float16: its gradients need a GradScaler, "
             "whose scale would change what is clipped. Use torch.autocast(device, torch.bfloat16)."
         )
+    return True
 
 
 Kind = tuple[int, frozenset[tuple[str, str]]]
@@ -237,8 +246,7 @@ def _compare(tape: Tape, outputs: Any, images: Tensor | None) -> None:
     leaves = [r.leaf for r in roots]
     torch.autograd.grad(values.sum(), leaves, retain_graph=True, allow_unused=True)
     exact = values.dtype == torch.float64
-    low = torch.is_autocast_enabled(values.device.type)
-    tolerance = 3e-2 if low else 1e-9 if exact else 1e-3
+    tolerance = 3e-2 if tape.low else 1e-9 if exact else 1e-3
     with full_precision(tape.device):
         _agree(tape, expected_gradients, values, tolerance)
 

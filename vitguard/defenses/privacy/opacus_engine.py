@@ -7,7 +7,7 @@ layers with buffers work. This file imports opacus; it is loaded for `engine="op
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from opacus.grad_sample import GradSampleModule
@@ -78,6 +78,10 @@ class _OpacusTape(Tape):
         super().__init__(bare, batch, constants)
         self._sampled = sampled
         self._hooks = _Hooks(model, loss_reduction="sum")
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from super().parameters()
+        yield from self._sampled.items()
 
     def collect(self) -> dict[str, Samples | Products]:
         found = super().collect()

@@ -19,6 +19,7 @@ from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.engine import clipped_sum
 from vitguard.defenses.privacy.samplers import place
+from vitguard.defenses.privacy.tape import Tape
 from vitguard.defenses.privacy.training import Due, PrivateTraining
 from vitguard.errors import Incompatible, Unprotected, expected
 
@@ -161,6 +162,7 @@ class BookKeepingOptimizer(DPOptimizer):
         self._check_group()
         if leaked := tape.leak():
             raise _around(leaked)
+        self._refuse_replaced(tape)
         if due.piece == 0:  # what an unfinished batch left goes
             self._sums, self._clip, self._rate = {}, clip, due.rate
         elif self._next != (due.batch, due.piece):
@@ -184,6 +186,21 @@ class BookKeepingOptimizer(DPOptimizer):
             self._sums[p] = self._sums[p] + total if p in self._sums else total
         self._next = (due.batch, due.piece + 1)
         return due
+
+    def _refuse_replaced(self, tape: Tape) -> None:
+        """Raise Unprotected if the pass went through parameters that the optimizer does not hold.
+
+        Those of its own would be moved by noise alone, and the pass would train nothing.
+        """
+        known = set(self._names.values())
+        replaced = (n for n, p in tape.parameters() if n in known and p not in self._names)
+        if name := next(replaced, None):
+            raise Unprotected(
+                f"Expected the parameters that the model had when it was prepared, got another "
+                f"{name} in its place: something replaced them since (FSDP spreads them over "
+                "processes, others convert them). Call guard.prepare again, and under "
+                "differential privacy use DistributedDataParallel in place of FSDP."
+            )
 
     def _note_left_out(self, norms: Tensor) -> None:
         """Warn, once, that examples without a finite gradient were left out; count them all."""
@@ -323,6 +340,12 @@ def refuse_optimizer(optimizer: Any) -> None:
     """Raise Incompatible for an optimizer that asks for several passes over a batch."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise Incompatible(f"Expected a torch optimizer, got {type(optimizer).__name__}.")
+    if type(optimizer).__module__.startswith("accelerate."):
+        raise Incompatible(
+            "Expected an optimizer of torch under differential privacy, got what "
+            "accelerator.prepare made of one. Call vitguard.integrations.accelerate.prepare("
+            "accelerator, model, optimizer, loader) in its place, or guard.prepare before it."
+        )
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise Incompatible(
             f"Expected a plain torch optimizer, got {type(optimizer).__name__} around one: its "

@@ -193,7 +193,7 @@ class _Trial:
             outputs = self._forward(inputs, watched=tape)
             everything = (outputs, auxiliary_losses(self.model, _BATCH))
             values = pseudo_losses(everything, _BATCH)
-            self._low = torch.is_autocast_enabled(values.device.type)
+            self._low = tape.low
             values.sum().backward()
         with full_precision(tape.device):
             uses = tape.collect()

@@ -163,6 +163,8 @@ class Tape:
         """Whether the step was taken: a backward pass from now on would be lost."""
         self.thin = True
         """Whether every layer so far had a gradient at few positions only."""
+        self.low = False
+        """Whether operations of the pass ran under autocast, which may begin inside the model."""
         self.signature: set[tuple[str, str]] = set()
         self._parameters = {id(p): (name, p) for name, p in parameters.items()}
         self._computed: dict[int, Tensor] = {}
@@ -173,6 +175,10 @@ class Tape:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next((p.device for _, p in self._parameters.values()), torch.device("cpu"))
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the trainable parameters of the pass with their names."""
+        yield from self._parameters.values()
 
     def is_root(self, tensor: Tensor) -> bool:
         """Whether `tensor` is a trainable parameter or was computed from such alone."""

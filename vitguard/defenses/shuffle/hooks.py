@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Unprotected
@@ -121,8 +122,41 @@ class _Outputs(_Hook):
 
 class _Finish(_Hook):
     @torch.compiler.disable
-    def act(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.piece.finish()
+    def act(self, module: nn.Module, args: Any, output: Any) -> Any:
+        losses = self.piece.finish()
+        if losses is None or not (distributed.is_available() and distributed.is_initialized()):
+            return None
+        return _reaching(output, losses)
+
+
+def _reaching(output: Any, losses: Tensor) -> Any:
+    """Return the same output, from which a search of its graph comes upon `losses` too.
+
+    DistributedDataParallel with `find_unused_parameters` takes what that search does not meet for
+    unused. The head of DAL is met by the loss alone, outside of the model's output.
+    """
+    leaves, tree = tree_flatten(output)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaves[i] = _Reaching.apply(leaf, losses)
+            break
+    return tree_unflatten(leaves, tree)
+
+
+class _Reaching(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(output: Tensor, losses: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def _as_sequence(output: Any, anatomy: Anatomy) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -138,10 +138,10 @@ class InstalledShuffle(Installed):
         losses, self._losses, self._unread = self._losses, None, False
         return losses
 
-    def finish(self) -> None:
-        """Compute the DAL losses once the forward has left what they need."""
+    def finish(self) -> Tensor | None:
+        """Compute and return the DAL losses once the forward has left what they need."""
         if not self._unread or self._losses is not None or self._mask is None:
-            return
+            return self._losses
         vectors = self._localized()
         if vectors is None:
             raise Unprotected(
@@ -152,6 +152,7 @@ class InstalledShuffle(Installed):
         vectors = vectors.expand(len(self._mask), -1, -1)
         losses = localization_loss(vectors, ~self._mask, self._grid, self.head)
         self._losses = self._weight() * losses
+        return self._losses
 
     def _localized(self) -> Tensor | None:
         """Return one vector for each patch of the last forward: position rows or output tokens.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitguard.core import Crafted
+from vitguard.core import Crafted, Traits, Update
 
 __all__ = ["Craft"]
 
@@ -37,9 +37,17 @@ class Craft(ABC):
             NotApplicable: The architecture leaves no place for the craft.
         """
 
+    def under(self, traits: Traits) -> Craft:
+        """Return what the server writes for clients whose defenses make `traits` true."""
+        return self
+
     def crafted(self, model: nn.Module) -> Crafted:
         """Return what the server knows of the weights that it wrote, for `View.crafted`."""
         return Crafted(self.name, self.settings())
+
+    def seen(self, update: Update, model: nn.Module) -> Update:
+        """Return an update as the server reads it, who knows which images gave a gradient."""
+        return update
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, for the report."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitguard.core import Bins, Crafted
+from vitguard.core import Bins, Crafted, Traits
 from vitguard.errors import NotApplicable, expected
 from vitguard.models import normalization_of
 from vitguard.threats.crafts.base import Craft
@@ -21,6 +21,7 @@ from vitguard.vit import Anatomy, Block
 __all__ = ["Imprint"]
 
 _STEEP = 1000.0  # width of a typical bin, in inputs of the activation
+_BESIDE = 0.1  # what a patch adds to a gate at most, relative to the step between positions
 _FAINT = 1e-6  # size of what the bins add to a token, relative to the token
 
 
@@ -67,6 +68,12 @@ class Imprint(Craft):
         """Return the crafted state dict; see `Craft.weights`."""
         generator = generator or torch.Generator().manual_seed(0)
         return _Writer(self, model, generator).written()
+
+    def under(self, traits: Traits) -> Imprint:
+        """Let every row see all tokens where moved patches have no position of their own."""
+        if traits.shuffle is None or self.gated is not None:
+            return self
+        return replace(self, gated=False)
 
     def crafted(self, model: nn.Module) -> Crafted:
         """Return which rows are bins, and along which direction."""
@@ -135,9 +142,7 @@ class _Writer:
         kept = (self.channels.scale, self.channels.signal)
         self.gates = Gates.of(spread, *kept) if gated else None
         self.constant = size if size > 1e-3 else 1.0
-        # pixels in model-input units are about 1 in size
-        room = self.gates.distance if self.gates else _apart(spread, self.constant)
-        self.gain = 0.3 * room / a.patch_pixels**0.5
+        self.spread = spread
 
     def written(self) -> dict[str, Tensor]:
         """Return the state dict in the dtypes of the model's own."""
@@ -146,7 +151,10 @@ class _Writer:
         for bins in self.bins:
             self._fill(bins)
         self._read_out()
-        return {k: t.to(self.own[k]) for k, t in self.state.items()}
+        made = {k: t.to(self.own[k]) for k, t in self.state.items()}
+        if large := [k for k, t in made.items() if not bool(t.isfinite().all())]:
+            raise NotApplicable(f"{large[0]} holds no number of the size it would take")
+        return made
 
     def _mute(self) -> None:
         """Make every block the identity, and every norm a plain LayerNorm."""
@@ -169,19 +177,29 @@ class _Writer:
     def _embed(self) -> None:
         """Lay patches out in their tokens; drop prefix tokens below every threshold."""
         a, c = self.anatomy, self.channels
-        weight = self.gain * c.data @ c.patches.T
+        waves = natural_patches(a, normalization_of(self.model), self.generator) @ c.patches
+        gain = self._gain(waves)
+        weight = gain * c.data @ c.patches.T
         self.state[a.patch_weight].copy_(weight.view_as(self.state[a.patch_weight]))
         self.state[a.patch_bias].copy_(self.constant * c.scale)
-        waves = natural_patches(a, normalization_of(self.model), self.generator) @ c.patches
-        self.waves = self.gain * waves  # along `data`
+        self.waves = gain * waves  # along `data`
         self.lines = self._lines()
         self.reach = 4 * float((self.waves @ self.lines.T).abs().max())
         low = -2 * self.reach * torch.linalg.pinv(self.lines) @ torch.ones(len(self.lines)).double()
         low = c.data @ low
+        self.low = float(low.norm()) / a.width**0.5
         for name in a.prefix:
             self.state[name].copy_(low.expand_as(self.state[name]))
         for row, name in enumerate(a.prefix[: len(self.prefix_positions)]):
             self.state[name] -= self.prefix_positions[row]
+
+    def _gain(self, waves: Float[Tensor, "samples waves"]) -> float:
+        """Return the factor of pixels: patches stay small beside what tells positions apart."""
+        most = self.constant / self.anatomy.patch_pixels**0.5  # a pixel is about 1 in size
+        if self.gates is None:
+            return 0.3 * min(most, _apart(self.spread, self.constant) * most / self.constant)
+        beside = waves @ (self.gates.rows @ self.channels.data).T
+        return min(most, _BESIDE / max(float(beside.abs().max()), 1e-12))
 
     def _lines(self) -> Float[Tensor, "directions waves"]:
         """Return directions to measure along: brightness, then mixtures of the strongest waves."""
@@ -225,22 +243,32 @@ class _Writer:
         if bias is None:
             raise NotApplicable(f"{bins.layer} has no bias")
         bias.fill_(-1.0)  # rows that are not used stay off
-        flat = bins.rows.flatten()
-        full = rows[:, None].expand(-1, each, -1)
-        if self.craft.thresholds == "channel":
-            full = full - cuts[..., None] / self.constant * c.scale
-            bias[flat] = 0.0
-        else:
-            bias[flat] = -steep * cuts.flatten()
-        weight[flat] = full.flatten(0, 1)
-        self.state[f"{block.norm2}.weight"].fill_(steep)
         # so little that a token stays what it is in the next block
         most = steep / (size if self.craft.thresholds == "channel" else 1.0)
         most *= float((measured.max(0).values - cuts[:, 0]).max()) * each
         faint = _FAINT * size * self.anatomy.width**0.5 / (most * len(self.bins))
-        self.state[f"{block.fc2}.weight"].copy_(
-            (faint * c.signal)[:, None].expand_as(self.state[f"{block.fc2}.weight"])
-        )
+        fc2 = self.state[f"{block.fc2}.weight"]
+        fc2.copy_((faint * c.signal)[:, None].expand_as(fc2))
+        flat = bins.rows.flatten()
+        full = rows[:, None].expand(-1, each, -1)
+        share = 1.0
+        if self.craft.thresholds == "channel":
+            full = full - cuts[..., None] / self.constant * c.scale
+            bias[flat] = 0.0
+            share = self._share(faint * steep / size, float(rows.norm(dim=1).median()))
+        else:
+            bias[flat] = -steep * cuts.flatten()
+        weight[flat] = full.flatten(0, 1) / share
+        self.state[f"{block.norm2}.weight"].fill_(steep * share)
+
+    def _share(self, slope: float, size: float) -> float:
+        """Return the factor that goes from the rows into the norm before them.
+
+        The rows' product with it stays. Their gradient becomes as large as they are, so that the
+        difference of two weights keeps its digits.
+        """
+        gradient = slope / self.anatomy.tokens / self.low * self.anatomy.width**0.5
+        return (size / gradient) ** 0.5
 
     def _sizes(self, groups: int) -> Float[Tensor, "samples groups"]:
         """Return the standard deviation of each sample's token at each position."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["canonical_name", "canonical_parameters"]
+__all__ = ["canonical_name", "canonical_parameters", "canonical_tensors"]
 
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "_module.")
 
@@ -21,3 +21,9 @@ def canonical_name(name: str) -> str:
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters of a model, wrapped or not, by canonical name."""
     return {canonical_name(k): p for k, p in model.named_parameters() if p.requires_grad}
+
+
+def canonical_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers of a model, wrapped or not, by canonical name."""
+    stores = (model.named_buffers(), model.named_parameters())
+    return {canonical_name(k): t for store in stores for k, t in store}

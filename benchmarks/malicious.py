@@ -1,0 +1,184 @@
+"""What a malicious server reads: share of patches and seconds, one row for each batch or sum.
+
+    python benchmarks/malicious.py [--images DIR] [--craft SPEC] [--only ROW ...] [--picture FILE]
+
+ViT-B/16 with random weights as the server found them, photos, float32. A row is the images of one
+client, or `clients x images` for the plain average of several clients' gradients. A patch counts
+where a guessed patch at its position comes within 40 or 60 dB. `multiples` are the CPU seconds of
+reading the gradient over those of one forward and backward pass of the same images. `honest` is
+what `ladder` verifies of the same batch with honest weights (`--ladder`; minutes a row).
+With `--defenses` each defense is audited instead, on a ViT-B/16 of four blocks and four photos of
+64 x 64 pixels, two to a batch: the share of patches that the attack proved and that are right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vitguard as vg
+from vitguard import data
+from vitguard.attacks.imprint import ImprintReading
+from vitguard.attacks.ladder import Ladder
+from vitguard.core import Guess, Normalization, Update
+from vitguard.errors import VitguardError
+from vitguard.guard import protect
+from vitguard.models import build_model, normalization_of
+from vitguard.registry import parse_stack
+from vitguard.threats import CuriousServer, MaliciousServer, Threat
+from vitguard.vit import Anatomy
+
+ROWS = ("1", "4", "16", "64", "4x4", "16x4")
+DEFENSES = (
+    "positions:kind=frozen", "positions:kind=sincos", "positions:kind=none", "withheld",
+    "shuffle:ratio=0.5", "positions:kind=sincos+shuffle:ratio=0.9", "noise:scale=0.001",
+    "noise:scale=0.01", "pruning:keep=0.1", "privacy:epsilon=8.0,epochs=3",
+    "encryption:select=plan", "encryption:select=all",
+)  # fmt: skip
+_AT_ONCE = 4  # images of a pass: what memory allows
+
+
+def main() -> None:
+    """Print the table."""
+    options = _options()
+    if options.defenses:
+        return _defended(options)
+    print("| images | patches >= 40 dB | >= 60 dB | median dB | multiples | honest ladder |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for row in options.only or ROWS:
+        clients, _, images = row.rpartition("x")
+        print(_row(options, int(clients or 1), int(images)), flush=True)
+
+
+def _defended(options: argparse.Namespace) -> None:
+    model = build_model("vit_base_patch16_224:img_size=64,depth=4,num_classes=100")
+    pixels = data.load_images(options.images, (64, 64), count=4).pixels
+    stacks = {spec: parse_stack(spec) for spec in DEFENSES}
+    report = vg.audit(
+        model, (pixels, torch.arange(4)), defenses=stacks, attacks="imprint", batch_size=2,
+        threat=MaliciousServer(options.craft),
+    )  # fmt: skip
+    print("| defense | verdict | patches proved and right | worst image, dB |")
+    print("|---|---|---|---|")
+    for found in report.findings:
+        share = found.details.get("recovered")
+        worst = "" if found.psnr is None else f"{found.psnr.max:.1f}"
+        told = "" if share is None else f"{100 * share:.1f} %"
+        print(f"| `{found.defense}` | {found.verdict} | {told} | {worst} |")
+
+
+def _row(options: argparse.Namespace, clients: int, images: int) -> str:
+    model = build_model(options.model)
+    anatomy, normalization = Anatomy.of(model), normalization_of(model)
+    found = data.load_images(
+        options.images, anatomy.image_size, count=clients * images, classes=anatomy.classes
+    )
+    pixels, labels = _enough(found.pixels, clients * images), torch.arange(clients * images)
+    labels = labels % anatomy.classes
+    honest = "not run"
+    if options.ladder:
+        guess = _attacked(CuriousServer(), model, pixels, labels, normalization, clients)[0]
+        honest = "nothing" if guess is None or guess.verified is None else (
+            f"{100 * float(guess.verified.double().mean()):.1f} %"
+        )  # fmt: skip
+    threat = MaliciousServer(options.craft)
+    model.load_state_dict(threat.hand_out(protect(build_model(options.model), ())))
+    guess, trained, read = _attacked(threat, model, pixels, labels, normalization, clients)
+    if guess is None:
+        return f"| {clients} x {images} | 0 | 0 | | {read / trained:.2f} | {honest} |"
+    quality = _quality(anatomy, pixels, guess)
+    if options.picture:
+        _picture(options.picture, pixels, guess)
+    return (
+        f"| {clients} x {images} | {_share(quality >= 40)} | {_share(quality >= 60)} "
+        f"| {float(quality.median()):.1f} | {read / trained:.2f} | {honest} |"
+    )
+
+
+def _attacked(
+    threat: Threat,
+    model: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    normalization: Normalization,
+    clients: int,
+) -> tuple[Guess | None, float, float]:
+    """Return the guess, the CPU seconds of the passes, and those of the attack."""
+    guard = protect(model, ())
+    begun = time.process_time()
+    total: dict[str, Tensor] = {}
+    for client in torch.arange(len(pixels)).chunk(clients):  # each rounds its own gradient
+        model.zero_grad()
+        for part in client.split(_AT_ONCE):
+            output = model(normalization.apply(pixels[part]))
+            loss = F.cross_entropy(output, labels[part], reduction="sum") / len(client)
+            loss.backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                total[name] = total.get(name, 0) + p.grad / clients
+    model.zero_grad()
+    trained = time.process_time() - begun
+    update = Update(total, batch_size=len(pixels))
+    view = threat.view(guard, update, normalization)
+    begun = time.process_time()
+    try:
+        attack = ImprintReading() if isinstance(threat, MaliciousServer) else Ladder()
+        return attack.run(view, torch.Generator()), trained, time.process_time() - begun
+    except VitguardError:
+        return None, trained, time.process_time() - begun
+
+
+def _quality(anatomy: Anatomy, pixels: Tensor, guess: Guess) -> Tensor:
+    """Return for each true patch the PSNR of the nearest guessed patch at its position, in dB."""
+    truth = anatomy.patchify(pixels.double())
+    guessed = anatomy.patchify(guess.images.double())
+    near = [(guessed - one).square().mean(-1).min(0).values for one in truth]
+    return -10 * torch.stack(near).clamp_min(1e-20).log10()
+
+
+def _enough(pixels: Tensor, count: int) -> Tensor:
+    """Return as many images: where there are too few, mirrored ones, then turned ones."""
+    made = torch.cat([pixels, pixels.flip(-1), pixels.flip(-2)])
+    if len(made) < count:
+        raise SystemExit(f"Expected {-(-count // 3)} images at least, got {len(pixels)}.")
+    return made[:count]
+
+
+def _share(right: Tensor) -> str:
+    return f"{100 * float(right.double().mean()):.1f} %"
+
+
+def _picture(path: str, pixels: Tensor, guess: Guess) -> None:
+    from PIL import Image
+
+    shown = min(len(pixels), 4)
+    truth, images = pixels[:shown], guess.images
+    near = [images[(images - one).square().mean((1, 2, 3)).argmin()] for one in truth.double()]
+    rows = [torch.cat([*truth.double()], -1), torch.cat(near, -1)]
+    grid = (torch.cat(rows, -2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    image = Image.fromarray(grid.numpy())
+    image.resize((image.width // 2, image.height // 2)).save(path, quality=85)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    folder = os.environ.get("VITGUARD_DATA", "")
+    photos = str(Path(folder) / "photos") if folder else None
+    parser.add_argument("--images", default=photos, required=photos is None)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--craft", default="imprint")
+    parser.add_argument("--only", nargs="+", choices=ROWS)
+    parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--defenses", action="store_true")
+    parser.add_argument("--picture")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

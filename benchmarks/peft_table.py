@@ -1,0 +1,239 @@
+"""What an update of adapters, the head, the last block or everything gives away, beside the plan.
+
+    python benchmarks/peft_table.py --out rows.jsonl [--only WORD] [--seconds S] [--matching WORD]
+    python benchmarks/peft_table.py --out rows.jsonl --table
+
+Each cell is one audit without defenses: the ladder of exact attacks within a budget of work, and
+for keys that hold a word of `--matching` also gradient matching on a CPU's budget. A run goes on
+where the file ends. The trained models and the images are those of the folder that VITGUARD_DATA
+names; ViT-B/16 has random weights. Adapters are as after some steps: before the first one, B of
+LoRA and the last layer of a bottleneck are zero, and most of the update with them. The head is
+trained in every cell, as it is for new classes. A B = 4 row counts the best of its images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import red_team
+import torch
+from red_team import CIFAR, MODELS
+from torch import Tensor, nn
+
+from vitguard.attacks.ladder import Ladder
+from vitguard.audit import audit
+from vitguard.models import normalization_of
+from vitguard.plan import plan_report
+from vitguard.registry import parse_attack
+from vitguard.vit import Anatomy
+
+TRAINED = {
+    "LoRA r=4 on qkv": "lora:r=4/head",
+    "LoRA r=16 on qkv": "lora:r=16/head",
+    "adapters": "adapters:r=16/head",
+    "head": "head",
+    "last block": "last-block/head",
+    "all": "all",
+}
+MODELS["ViT-B/16"] = ("", "vit_base_patch16_224:num_classes=10", 224)
+CROP = "cifar a, crop 16"
+NAMES = {
+    CROP: "CIFAR ViT, trained, crops of 16 px",
+    "cifar a": "CIFAR ViT, trained, 32 px",
+    "DINOv2-small": "DINOv2-small, 112 px",
+    "ViT-B/16": "ViT-B/16, random, 224 px",
+}
+
+
+class Bottleneck(nn.Module):
+    """An adapter: down to `rank`, GELU, up again."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(torch.nn.functional.gelu(self.down(x)))
+
+
+def beside(module: Any, _: Any, output: Tensor) -> Tensor:
+    """Add the adapter of an MLP to what it gives."""
+    return output + module.adapter(output)
+
+
+def prepared(model: nn.Module, what: str) -> nn.Module:
+    """Return the model with adapters, and only what is trained asking for a gradient."""
+    anatomy = Anatomy.of(model)
+    kind, _, rank = what.partition("/")[0].partition(":r=")
+    torch.manual_seed(0)
+    if kind == "lora":
+        config = peft.LoraConfig(r=int(rank), target_modules=["qkv"], modules_to_save=["head"])
+        model = peft.get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+        return model
+    chosen = {"last-block": anatomy.blocks[-1].name + ".", "head": "head.", "all": ""}.get(kind)
+    for name, parameter in model.named_parameters():
+        head = name.startswith("head.")
+        parameter.requires_grad_(head or (chosen is not None and name.startswith(chosen)))
+    if kind == "adapters":
+        for block in anatomy.blocks:
+            mlp: Any = model.get_submodule(block.mlp)
+            mlp.adapter = Bottleneck(anatomy.width, int(rank))
+            nn.init.normal_(mlp.adapter.up.weight, std=0.02)
+            mlp.register_forward_hook(beside)
+    return model
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the table."""
+
+    model: str
+    trained: str
+    batch: int
+
+    @property
+    def key(self) -> str:
+        """What names it in the file."""
+        return f"{self.model} | {self.trained} | {self.batch}"
+
+
+def grid() -> Iterator[Cell]:
+    """Yield every cell, single images first."""
+    for batch in (1, 4):
+        for model in NAMES:
+            for trained in TRAINED:
+                yield Cell(model, trained, batch)
+
+
+def network(name: str) -> nn.Module:
+    """Return a model of the table without adapters."""
+    if name != CROP:
+        return red_team.model_of(name)
+    model: Any = red_team.model_of("cifar a")
+    model.set_input_size(img_size=16)
+    return model
+
+
+def images(cell: Cell) -> tuple[Tensor, Tensor]:
+    """Return the batch: CIFAR-10 test images, or photos."""
+    case = red_team.Case("cifar a" if cell.model == CROP else cell.model, batch=cell.batch)
+    pixels, labels = red_team.batch_of(case)
+    return (pixels[..., 8:24, 8:24] if cell.model == CROP else pixels), labels
+
+
+def measured(cell: Cell, attack: Any) -> dict[str, Any]:
+    """Return what one attack got of one update."""
+    plain = network(cell.model)
+    normalization = CIFAR if "cifar" in cell.model else normalization_of(plain)
+    started = time.process_time()
+    report = audit(
+        prepared(plain, TRAINED[cell.trained]), images(cell), attacks=[attack],
+        normalization=normalization,
+    )  # fmt: skip
+    (found,), floor = report.findings, report.to_json()["baseline"]
+    return {
+        "key": cell.key,
+        "attack": found.attack,
+        "verdict": found.verdict,
+        "reason": found.reason,
+        "raw": found.psnr and found.psnr.max,
+        "matched": found.patch_psnr and found.patch_psnr.max,
+        "gain": report.gain(found),
+        "floor": floor,
+        "labels": found.labels_correct,
+        "rung": found.details.get("rung"),
+        "verified": found.details.get("verified"),
+        "undecided": found.undecided,
+        "settings": found.to_json()["settings"],
+        "seconds": round(time.process_time() - started, 1),
+    }
+
+
+def attacks(seconds: float, *, matching: bool) -> list[Any]:
+    """Return what is run on a cell."""
+    every: list[Any] = [Ladder(seconds=seconds)]
+    if matching:
+        every.append(parse_attack("inverting", fast=True))
+    return every
+
+
+def planned(cell: Cell) -> str:
+    """Return the exact attacks that `vitguard plan --train` says remain."""
+    spec = MODELS["cifar a" if cell.model == CROP else cell.model][1]
+    spec = spec.replace("img_size=32", "img_size=16") if cell.model == CROP else spec
+    report = plan_report(spec, (), train=TRAINED[cell.trained])
+    return ", ".join(name for name in report.remaining() if name != "matching") or "none"
+
+
+def shown(line: dict[str, Any] | None) -> str:
+    """Return a cell: the best image in dB, its gain over guesses without information, the rung."""
+    if line is None:
+        return "not run"
+    labels = "" if line["labels"] is None else f"; labels {line['labels']:.0%}"
+    if line["matched"] is None:
+        return f"no image{labels}"
+    rung = f" by `{line['rung']}`" if line["rung"] else ""
+    return f"{line['matched']:.1f} dB ({line['gain']:+.1f}){rung}{labels}"
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Return the results as Markdown, one row for each cell."""
+    found = {(line["key"], line["attack"]): line for line in lines}
+    rows = [
+        "| model, batch | trained | `plan --train` says | ladder | `inverting` | floors |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in grid():
+        ladder, matching = (found.get((cell.key, name)) for name in ("ladder", "inverting"))
+        some = ladder or matching
+        floors = "" if some is None else "{patch_psnr:.1f}, {thumbnail:.1f}".format(**some["floor"])
+        parts = (
+            f"{NAMES[cell.model]}, B = {cell.batch}", cell.trained, planned(cell), shown(ladder),
+            shown(matching), floors,
+        )  # fmt: skip
+        rows.append(f"| {' | '.join(parts)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Run the cells that the file lacks, or print its table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="part of a key")
+    parser.add_argument("--seconds", type=float, default=30.0, help="nominal, of the ladder")
+    parser.add_argument("--matching", nargs="*", default=[], metavar="WORD", help="parts of keys")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    lines = []
+    if options.out.exists():
+        lines = [json.loads(text) for text in options.out.read_text().splitlines()]
+    if options.table:
+        print(table(lines))
+        return
+    known = {(line["key"], line["attack"]) for line in lines}
+    for cell in grid():
+        if options.only not in cell.key:
+            continue
+        also = any(word in cell.key for word in options.matching)
+        for attack in attacks(options.seconds, matching=also):
+            if (cell.key, attack.name) in known:
+                continue
+            line = measured(cell, attack)
+            with options.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(line["key"], line["attack"], line["verdict"], line["matched"], line["reason"],
+                  line["seconds"], flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""A server that writes the weights: what it may change, what it reads, and what stops it."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vitguard as vg
+from vitguard import data
+from vitguard.attacks.equations.rows import Embedding
+from vitguard.attacks.imprint import ImprintReading
+from vitguard.attacks.ladder import Ladder
+from vitguard.cli.main import main
+from vitguard.core import LocalTraining, Normalization
+from vitguard.errors import Blocked, InputError, NotApplicable
+from vitguard.federated.local import LocalClient, LocalFederation
+from vitguard.guard import protect
+from vitguard.metrics import recovered
+from vitguard.models import build_model
+from vitguard.registry import parse_stack
+from vitguard.threats import CuriousServer, MaliciousServer, parse_threat
+from vitguard.threats.crafts.base import Craft
+from vitguard.threats.crafts.fishing import Fishing
+from vitguard.threats.crafts.imprint import Imprint
+from vitguard.threats.crafts.suppression import Suppression
+from vitguard.threats.malicious_server import craft_types
+from vitguard.vit import Anatomy
+
+SPEC = (
+    "vit_tiny_patch16_224:img_size=32,patch_size=8,embed_dim=216,depth=3,num_heads=4,mlp_ratio=2,"
+    "num_classes=10"
+)
+PLAIN = Normalization()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(SPEC)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return data.sample_images((32, 32), count=4, classes=10).pixels
+
+
+def exposed(model, pixels, threat, defenses="none", **how):
+    """Return what the server sees of a client that loads its weights and trains."""
+    secret = torch.Generator().manual_seed(1)
+    guard = protect(build_model(SPEC).train(), parse_stack(defenses), generator=secret)
+    guard.model.load_state_dict({**guard.model.state_dict(), **model.state_dict()})
+    guard.model.load_state_dict({**guard.model.state_dict(), **(threat.hand_out(guard) or {})})
+    with guard.rewound():
+        update = guard.update(PLAIN.apply(pixels), torch.arange(len(pixels)) % 10, **how)
+    return threat.view(guard, update, PLAIN)
+
+
+def share(guess, pixels):
+    return float(recovered(guess.images, guess.verified, pixels, (8, 8)).double().mean())
+
+
+@pytest.mark.parametrize("spec", sorted(craft_types()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_craft_changes_neither_keys_shapes_nor_dtypes(model, spec, dtype):
+    own = build_model(SPEC).to(dtype)
+    before = {k: t.clone() for k, t in own.state_dict().items()}
+    made = craft_types()[spec]().weights(own)
+    assert {k: (t.shape, t.dtype) for k, t in made.items()} == {
+        k: (t.shape, t.dtype) for k, t in before.items()
+    }
+    assert list(made) == list(before)
+    assert all(torch.equal(t, before[k]) for k, t in own.state_dict().items())
+    assert any(not torch.equal(t, before[k]) for k, t in made.items())
+    own.load_state_dict(made)
+    again = craft_types()[spec]().weights(own)
+    assert all(torch.equal(t, made[k]) for k, t in again.items()), "crafting twice changes nothing"
+
+
+def test_a_batch_is_read_patch_by_patch(model, photos):
+    view = exposed(model, photos[:2], MaliciousServer())
+    guess = ImprintReading().run(view, torch.Generator())
+    assert share(guess, photos[:2]) >= 0.9
+    alike = (guess.images[:, None] - photos[None, :2].double()).square().mean((-1, -2, -3))
+    assert alike.min(1).values.max() < 1e-3, "each image holds its own patches"
+
+
+def test_a_sum_of_clients_is_read_like_a_batch(model, photos):
+    views = [exposed(model, photos[i : i + 1], MaliciousServer()) for i in range(4)]
+    tensors = {
+        n: sum(v.update.tensors[n] for v in views) / 4 for n in views[0].update.tensors
+    }  # fmt: skip
+    update = vg.Update(tensors, batch_size=4)
+    guard = protect(build_model(SPEC), ())
+    guard.model.load_state_dict({**guard.model.state_dict(), **MaliciousServer().hand_out(guard)})
+    guess = ImprintReading().run(MaliciousServer().view(guard, update, PLAIN), torch.Generator())
+    assert share(guess, photos) >= 0.75
+
+
+def test_the_slow_obvious_reading_finds_the_same_patches(model, photos):
+    """Every row against the next, one token each: no banks, no peeling, no bookkeeping."""
+    view = exposed(model, photos[:2], MaliciousServer(Imprint(blocks=1, directions=1)))
+    guess = ImprintReading().run(view, torch.Generator())
+    anatomy = Anatomy.of(view.model)
+    (bins,) = view.crafted.bins
+    weight, bias = view.read(f"{bins.layer}.weight"), view.read(f"{bins.layer}.bias")
+    scale = view.weight("blocks.0.norm2.weight")
+    embedding = Embedding.of(view, anatomy)
+    largest = bias.abs().max()
+    slow = []
+    for place, rows in enumerate(bins.rows):
+        for k, row in enumerate(rows):
+            total, count = weight[row].clone(), bias[row].clone()
+            if k + 1 < len(rows):
+                total -= weight[rows[k + 1]]
+                count -= bias[rows[k + 1]]
+            if count.abs() < 1e-3 * largest:
+                continue
+            token = total / scale / count
+            # z = size * token + mean: solve for the patch and the size together
+            still = embedding.offset[place] - embedding.offset[place].mean()
+            system = torch.cat([embedding.weight, -token[:, None]], 1)
+            solved = torch.linalg.lstsq(system, -still).solution
+            if abs(float(token.square().mean()) - 1 + 1e-6 / float(solved[-1]) ** 2) < 1e-5:
+                slow.append(solved[:-1])
+    fast = anatomy.patchify(PLAIN.apply(guess.images))[guess.verified]
+    assert len(slow) == len(fast) > 16
+    apart = torch.cdist(torch.stack(slow), fast).min(1).values
+    assert apart.max() < 0.05 * fast.norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("spec", ["imprint", "imprint:gated=false,thresholds=bias,directions=1"])
+def test_a_verified_patch_is_right_where_bins_hold_mixtures(model, photos, spec):
+    pixels = torch.cat([photos, photos.flip(-1), photos.flip(-2)])  # 192 tokens, few bins
+    guess = ImprintReading().run(exposed(model, pixels, MaliciousServer(spec)), torch.Generator())
+    anatomy = Anatomy.of(model)
+    claimed = anatomy.patchify(guess.images)[guess.verified]
+    truth = anatomy.patchify(pixels.double()).flatten(0, 1)
+    error = torch.cdist(claimed, truth).min(1).values.square() / truth.shape[1]
+    assert len(claimed) and error.max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "defense", ["positions:kind=sincos", "positions:kind=none", "positions:kind=frozen", "withheld"]
+)
+def test_positions_that_are_fixed_or_local_do_not_stop_it(model, photos, defense):
+    view = exposed(model, photos[:2], MaliciousServer(), defense)
+    assert share(ImprintReading().run(view, torch.Generator()), photos[:2]) >= 0.75
+
+
+def test_a_shuffle_keeps_the_order_and_nothing_else(model, photos):
+    view = exposed(model, photos[:1], MaliciousServer(), "shuffle:ratio=0.5")
+    assert share(ImprintReading().run(view, torch.Generator()), photos[:1]) >= 0.75
+
+
+def test_the_difference_of_one_step_is_read(model, photos):
+    training = LocalTraining(0.01)
+    view = exposed(model, photos[:2], MaliciousServer(), training=training)
+    assert view.update.kind == "difference"
+    assert share(ImprintReading().run(view, torch.Generator()), photos[:2]) >= 0.9
+
+
+def test_noise_leaves_nothing_verified(model, photos):
+    view = exposed(model, photos[:2], MaliciousServer(), "noise:scale=0.1")
+    try:
+        guess = ImprintReading().run(view, torch.Generator())
+    except NotApplicable:
+        return
+    assert not guess.verified.any()
+
+
+def test_without_the_gradient_of_fc1_nothing_is_read(model, photos):
+    view = exposed(model, photos[:1], MaliciousServer(withhold=("mlp",)))
+    with pytest.raises(Blocked):
+        ImprintReading().run(view, torch.Generator())
+
+
+def test_honest_weights_have_no_bins_and_the_ladder_does_not_try(model, photos):
+    view = exposed(model, photos[:1], CuriousServer())
+    assert view.crafted is None
+    with pytest.raises(NotApplicable):
+        ImprintReading().run(view, torch.Generator())
+    guess = Ladder(seconds=1.0).run(view, torch.Generator().manual_seed(0))
+    assert "imprint" not in guess.details["outcomes"]
+
+
+def test_an_audit_names_the_threat_and_its_control_trains_on_the_same_weights(model, photos):
+    labels = torch.arange(2)
+    report = vg.audit(
+        model, (photos[:2], labels), defenses="encryption:select=all", attacks="imprint",
+        threat=MaliciousServer("imprint:blocks=2"),
+    )  # fmt: skip
+    assert report.threat["adversary"] == "malicious server"
+    assert report.threat["craft"].startswith("imprint:blocks=2")
+    verdicts = {f.defense: f.verdict for f in report.findings}
+    assert verdicts.pop("none") == "leaks"
+    assert set(verdicts.values()) == {"blocked"}
+    assert "wrote the weights" in report.to_markdown()
+
+
+def test_rounds_of_a_federation_that_started_from_crafted_weights_leak(model, photos):
+    threat = MaliciousServer()
+    shared = build_model(SPEC)
+    shared.load_state_dict(threat.hand_out(protect(build_model(SPEC), ())))
+    clients = {
+        name: LocalClient(photos[i : i + 1], torch.tensor([i])) for i, name in enumerate("ab")
+    }
+    seen = LocalFederation(shared, clients, training=LocalTraining(0.01)).round()
+    report = vg.audit([seen.total], attacks="imprint", threat=threat)
+    assert {f.verdict for f in report.findings} == {"leaks"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        ("curious", CuriousServer),
+        ("malicious", MaliciousServer),
+        ("malicious:craft=imprint:blocks=1,gated=false", MaliciousServer),
+    ],
+)
+def test_a_threat_is_read_from_text(spec, kind):
+    threat = parse_threat(spec, ("attention",))
+    assert type(threat) is kind and threat.withhold == ("attention",)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["", "evil", "curious:x", "malicious:imprint", "malicious:craft=none", "malicious:craft="],
+)
+def test_another_threat_is_refused(spec):
+    with pytest.raises(InputError, match="Expected"):
+        parse_threat(spec)
+
+
+@pytest.mark.parametrize("setting", [{"blocks": 0}, {"directions": 0}])
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(InputError, match="at least 1"):
+        Imprint(**setting)
+
+
+def test_an_architecture_without_room_is_refused():
+    with pytest.raises(NotApplicable, match="two blocks"):
+        Imprint().weights(build_model(SPEC.replace("depth=3", "depth=1")))
+
+
+def test_the_command_line_audits_a_malicious_server(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    code = main(
+        ["audit", "--model", SPEC, "--num-images", "1", "--attack", "imprint", "--defense", "none",
+         "--threat", "malicious:craft=imprint:blocks=2", "--json", str(path)]
+    )  # fmt: skip
+    report = json.loads(path.read_text())
+    assert code == 0
+    assert report["threat"]["adversary"] == "malicious server"
+    assert report["findings"][0]["verdict"] == "leaks"
+    assert main(["audit", "--threat", "malicious:craft=nothing"]) == 2
+
+
+def test_crafts_are_listed(capsys):
+    assert main(["list", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert "imprint" in {craft["name"] for craft in said["crafts"]}
+    assert all(issubclass(kind, Craft) for kind in craft_types().values())
+
+
+def test_crafted_weights_give_every_class_a_gradient(model):
+    made = build_model(SPEC)
+    made.load_state_dict(Imprint().weights(made))
+    for label in range(10):
+        made.zero_grad()
+        F.cross_entropy(made(torch.rand(1, 3, 32, 32)), torch.tensor([label])).backward()
+        assert made.get_parameter("blocks.0.mlp.fc1.weight").grad.any()
+
+
+def gradient(model, pixels, labels):
+    """Return the gradient of the mean loss by name, in float64: nothing of the package."""
+    own = build_model(SPEC).double()
+    own.load_state_dict(model)
+    F.cross_entropy(own(PLAIN.apply(pixels.double())), labels).backward()
+    return {n: p.grad for n, p in own.named_parameters()}
+
+
+def test_fishing_leaves_below_the_head_the_gradient_of_one_class_alone(model, photos):
+    made = Fishing(label=3).weights(model)
+    labels = torch.tensor([1, 3, 0, 1])
+    whole, alone = gradient(made, photos, labels), gradient(made, photos[1:2], labels[1:2])
+    for name in whole:
+        if not name.startswith("head."):
+            assert torch.allclose(4 * whole[name], alone[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_a_fished_image_is_read_out_of_its_batch(model, photos):
+    labels = torch.tensor([1, 3, 0, 1])
+    report = vg.audit(
+        model, (photos, labels), attacks="position", threat=MaliciousServer("fishing:label=3")
+    )
+    (finding,) = report.findings
+    assert finding.verdict == "leaks"
+    honest = vg.audit(model, (photos, labels), attacks="position")
+    assert finding.psnr.max > honest.findings[0].psnr.max + 30
+
+
+def test_a_class_that_the_head_does_not_have_is_refused(model):
+    with pytest.raises(NotApplicable, match="no class 10"):
+        Fishing(label=10).weights(model)
+    with pytest.raises(InputError, match="at least 0"):
+        Fishing(label=-1)
+
+
+def test_suppressed_clients_leave_one_client_alone_in_a_sum(model, photos):
+    dead, labels = Suppression().weights(model), torch.arange(4)
+    others = gradient(dead, photos[1:], labels[1:])
+    assert {n for n, t in others.items() if t.any()} == {"head.bias"}
+    honest = gradient(model.state_dict(), photos[:1], labels[:1])
+    total = {n: (honest[n] + others[n]) / 2 for n in honest}
+    assert all(torch.equal(2 * total[n], honest[n]) for n in total if n != "head.bias")
