@@ -1,6 +1,7 @@
 """Crafted weights are noticed, honest ones are not."""
 
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -140,3 +141,10 @@ def test_fine_tuning_by_low_rank_matrices_is_not_suspicious():
     assert not found.suspicious, found
     guard.model.train()
     guard.update(*batch())
+
+
+def test_the_page_lists_every_sign_with_its_limit():
+    page = (Path(__file__).parents[2] / "docs" / "inspection.md").read_text()
+    for name, (limit, meaning) in SIGNS.items():
+        shown = "none" if math.isinf(limit) else f"{limit:g}"
+        assert f"| {name} | {meaning} | {shown} |" in page

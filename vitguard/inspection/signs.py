@@ -1,11 +1,13 @@
 """The signs, their limits and what they mean.
 
 The limits stand well above what one half of the honest models of `benchmarks/inspection.py` shows,
-which judges them on the other half: other draws, other images, other runs.
+which judges them on the other half: other draws, other images, other runs. Two signs have none: they
+are told, and honest models that fit their data have them as large as crafted ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from vitguard.inspection.verdict import Sign
@@ -24,8 +26,8 @@ SIGNS: dict[str, tuple[float, str]] = {
     "steep units": (0.5, "share of hidden values at which the activation is a step"),
     "silent units": (0.5, "share of hidden units that no token of the batch sets off"),
     "logit spread": (60.0, "largest distance between the scores of one image's classes"),
-    "lone sample": (1e6, "gradient of one image over that of all others (D-SNR)"),
-    "lone token": (1.0, "largest share of one patch in a row of the gradient"),
+    "lone sample": (math.inf, "gradient of one image over that of all others (D-SNR)"),
+    "lone token": (math.inf, "largest share of one patch in a row of the gradient"),
     "lone tokens": (0.5, "share of rows of the gradient that one patch makes more than half of"),
     "lone token in pairs": (0.1, "the same for differences of two rows, as bins are read"),
     "moved": (1.25, "relative change of a matrix since the last accepted weights"),
