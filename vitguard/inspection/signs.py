@@ -16,7 +16,7 @@ __all__ = ["SIGNS", "largest"]
 
 SIGNS: dict[str, tuple[float, str]] = {
     "not finite": (0.5, "values that are no numbers"),
-    "parallel rows": (0.1, "share of rows of a gated layer that are parallel to another one"),
+    "parallel rows": (0.05, "share of rows of a gated layer that are parallel to another one"),
     "ordered biases": (5.0, "how much more evenly biases follow each other than by chance"),
     "muted branch": (30.0, "how many times a branch of a block makes a unit input shorter"),
     "shut units": (0.2, "share of hidden units that hardly any input sets off"),
@@ -29,7 +29,7 @@ SIGNS: dict[str, tuple[float, str]] = {
     "lone sample": (math.inf, "gradient of one image over that of all others (D-SNR)"),
     "lone token": (math.inf, "largest share of one patch in a row of the gradient"),
     "lone tokens": (0.5, "share of rows of the gradient that one patch makes more than half of"),
-    "lone token in pairs": (0.1, "the same for differences of two rows, as bins are read"),
+    "lone token in pairs": (0.06, "the same for differences of two rows, as bins are read"),
     "moved": (1.25, "relative change of a matrix since the last accepted weights"),
     "jumped": (10.0, "that change over the largest one of earlier rounds"),
 }
