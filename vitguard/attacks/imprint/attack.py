@@ -36,7 +36,11 @@ class ImprintReading(Attack):
     makes the same for all; a known token is taken out of its bins along other directions, where it
     may leave another one alone. The constant that the server added gives its scale back, the
     pseudo-inverse of the patch weight its patch. A sum of several clients is read like a batch.
-    `verified` patches are right to 40 dB, up to the few directions for which the token has no room.
+    Patches that the token keeps up to one in a hundred of their directions can be verified.
+
+    Guarantees:
+        A patch is marked `verified` only where its token has the length of a single one, up to a
+        difference that 40 dB allow.
 
     Raises:
         NotApplicable: The server did not write such bins, or no token stands alone.
@@ -49,6 +53,7 @@ class ImprintReading(Attack):
     name: ClassVar[str] = "imprint"
     family: ClassVar[str] = "closed-form"
     rung: ClassVar[Rung | None] = Rung(5, 5)
+    proves_crafted: ClassVar[bool] = True
 
     def share(self, view: View) -> float:
         """Skip the rung where the weights are honest."""
