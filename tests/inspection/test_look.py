@@ -11,7 +11,8 @@ from tests.inspection.crafts import PUBLISHED, imprint
 from vitguard.defenses.inspecting import InspectWeights
 from vitguard.errors import InputError
 from vitguard.guard import protect
-from vitguard.inspection import SIGNS, Memory, inspect_model
+from vitguard.inspection import SIGNS, Memory, inspect_model, inspect_weights
+from vitguard.threats.malicious_server import craft_types
 from vitguard.vit import Anatomy
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -41,6 +42,14 @@ def test_published_crafts_are_suspicious_and_the_reason_names_where(craft, size)
     assert found.suspicious
     assert found.score > 1
     assert found.worst[0].where in found.reason and found.worst[0].name in found.reason
+
+
+@pytest.mark.parametrize("craft", craft_types())
+def test_every_craft_of_the_package_is_suspicious_by_its_weights_alone(craft):
+    model = make(patch_size=4)
+    weights = craft_types()[craft]().weights(model)
+    found = inspect_weights(weights, Anatomy.of(model), Memory())
+    assert found.suspicious and found.score > 4, found
 
 
 @pytest.mark.parametrize("size", [1, 4])

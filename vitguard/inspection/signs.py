@@ -1,8 +1,8 @@
 """The signs, their limits and what they mean.
 
 The limits stand well above what one half of the honest models of `benchmarks/inspection.py` shows,
-which judges them on the other half: other draws, other images, other runs. Two signs have none: they
-are told, and honest models that fit their data have them as large as crafted ones.
+which judges them on the other half: other draws, other images, other runs. Two signs have none:
+honest models that fit their data have them as large as crafted ones.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ SIGNS: dict[str, tuple[float, str]] = {
     "scaled row": (15.0, "length of the longest row of a layer over the usual one"),
     "head bias": (10.0, "largest distance of a class's bias from the usual one"),
     "scaled norm": (50.0, "largest scale of a norm over the usual one"),
+    "muted norm": (30.0, "how many times the scales of a norm are smaller than one"),
     "steep units": (0.5, "share of hidden values at which the activation is a step"),
     "silent units": (0.5, "share of hidden units that no token of the batch sets off"),
     "logit spread": (60.0, "largest distance between the scores of one image's classes"),

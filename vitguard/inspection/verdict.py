@@ -22,8 +22,8 @@ class Sign:
         name: Of the sign, as in `vitguard.inspection.SIGNS`.
         where: The parameter or module with the largest value.
         value: At least 0; honest weights have small ones.
-        limit: Above it the weights are suspicious; above 0, inf where no limit tells crafted weights
-            from honest ones.
+        limit: Above it the weights are suspicious; above 0, inf where no limit tells crafted
+            weights from honest ones.
         meaning: What the number is.
     """
 
