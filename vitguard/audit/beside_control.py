@@ -34,7 +34,7 @@ Stacks = Stack | Mapping[str, Stack]
 
 def audit(
     model: nn.Module | Rounds,
-    batch: tuple[Tensor, Tensor] | None = None,
+    batch: Sequence[Any] | None = None,
     *,
     defenses: Stacks = (),
     attacks: str | Sequence[str | Attack | InputAttack] = "ladder",
@@ -159,7 +159,7 @@ def _stacks(defenses: Stacks) -> dict[str, list[Defense]]:
 
 
 def _check_batch(
-    model: nn.Module, batch: tuple[Tensor, Tensor] | None, batch_size: int | None
+    model: nn.Module, batch: Sequence[Any] | None, batch_size: int | None
 ) -> tuple[Tensor, Tensor]:
     anatomy = Anatomy.of(model)
     pixels, labels = _tensors(batch)

@@ -142,14 +142,16 @@ class Tokens:
 
         Tokens after LayerNorm have one length, and a mixture of two is shorter (longer, where
         their weights have opposite signs): what the square of its length lacks bounds how far it
-        is from the nearer one. Infinite for what has another length altogether: however small the
-        size that undoes LayerNorm, it is no token.
+        is from the nearer one. Where no patch reaches, a token is what its position adds; how far
+        it is from that counts as well. Infinite for what has another length altogether: however
+        small the size that undoes LayerNorm, it is no token.
         """
         scales = self.scales(tokens, places)
         length = tokens.shape[1] * (1 - self.eps / scales.square().clamp_min(self.eps))
         lacks = (tokens.square().sum(1) - length).abs()
-        none = (lacks > 0.5 * length) | (scales <= 0)
-        return (scales * lacks.sqrt()).masked_fill(none, torch.inf)
+        beside = scales[:, None] * (tokens @ self.beside) - self.still[places] @ self.beside
+        doubt = (scales.square() * lacks + beside.square().sum(1)).sqrt()
+        return doubt.masked_fill((lacks > 0.1 * length) | (scales <= 0), torch.inf)
 
 
 @dataclass(frozen=True, eq=False)

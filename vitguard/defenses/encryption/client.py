@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, SupportsFloat
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ def worst_error(
 @dataclass
 class _Round:
     round_id: int
-    weight: float
+    weight: Any  # one number, however it is held
     base: str
 
 
@@ -106,7 +106,7 @@ class Encryptor:
     def __deepcopy__(self, memo: dict[int, Any]) -> Encryptor:
         return self
 
-    def start_round(self, round_id: int, *, weight: float = 1.0, base: str = "") -> None:
+    def start_round(self, round_id: int, *, weight: SupportsFloat = 1.0, base: str = "") -> None:
         """Name the round that `encrypt` without arguments belongs to, for good.
 
         `Guard.round` names it for the messages of one block, which is harder to get wrong.
@@ -115,10 +115,10 @@ class Encryptor:
 
     def encrypt(
         self,
-        update: Update | Mapping[str, Tensor],
+        update: Update | Mapping[str, Any],
         *,
         round_id: int | None = None,
-        weight: float | None = None,
+        weight: SupportsFloat | None = None,
         base: str | None = None,
     ) -> bytes:
         """Return the encrypted message for the server.
@@ -159,7 +159,7 @@ class Encryptor:
         update: Update,
         *,
         round_id: int | None = None,
-        weight: float | None = None,
+        weight: SupportsFloat | None = None,
         base: str | None = None,
     ) -> Update:
         """Return the update with the manifest's tensors sealed and the message as its payload."""
@@ -171,7 +171,9 @@ class Encryptor:
             clipped={**sealed.clipped, **self.clipped},
         )
 
-    def _settled(self, round_id: int | None, weight: float | None, base: str | None) -> _Round:
+    def _settled(
+        self, round_id: int | None, weight: SupportsFloat | None, base: str | None
+    ) -> _Round:
         started = self._started() if round_id is None else None
         default = started or _Round(round_id or 0, 1.0, "")
         return _Round(

@@ -101,7 +101,7 @@ class Manifest:
 
     @staticmethod
     def of(
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Any],
         names: Iterable[str] | None = None,
         *,
         bounds: float | Mapping[str, float],
