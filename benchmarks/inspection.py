@@ -27,7 +27,7 @@ from pathlib import Path
 import timm
 import torch
 from inspecting.crafts import adaptive, published, tokens_told_apart
-from inspecting.honest import checkpoints, photos, tiny, victims
+from inspecting.honest import KINDS, checkpoints, photos, tiny, victims
 
 import vitguard as vg
 from vitguard.errors import NotApplicable
@@ -35,10 +35,10 @@ from vitguard.inspection import SIGNS, Memory, inspect_model, load_exactly
 from vitguard.vit import Anatomy
 
 
-def honest(out: Path, half: int) -> None:
-    """Write a line for each honest checkpoint."""
-    with out.open("w") as file:
-        for number, c in enumerate(checkpoints(half)):
+def honest(out: Path, half: int, kind: str) -> None:
+    """Append a line for each honest checkpoint."""
+    with out.open("a") as file:
+        for number, c in enumerate(checkpoints(half, kind)):
             c.model.train()
             anatomy = Anatomy.of(c.model)
             found = inspect_model(c.model, anatomy, c.images, c.labels, c.memory)
@@ -152,10 +152,11 @@ def known_to_adversary() -> Iterator[tuple[str, dict]]:
         yield "and milder steps", {**quiet, "steepness": steepness}
     for share in (0.5, 0.2, 0.1, 0.05, 0.02):
         yield "and fewer bins", {**quiet, "share": share}
-    for share in (0.2, 0.1, 0.05, 0.02):
-        for steepness in (50.0, 12.0):
-            mild = {"share": share, "noise": 0.5, "directions": 4, "steepness": steepness}
-            yield "all at once", {**quiet, **mild}
+    for share in (0.2, 0.09, 0.045):  # all rows longer, so that those of the bins are not
+        for norm in (5.0, 10.0, 20.0):
+            for noise in (0.0, 0.5):
+                mild = {"share": share, "noise": noise, "norm": norm, "steepness": 3.2 * norm}
+                yield "all at once", {**quiet, **mild}
 
 
 def adaptive_curve(out: Path) -> None:
@@ -203,13 +204,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["honest", "crafts", "judge", "cost", "adaptive"])
     parser.add_argument("--half", type=int, choices=[0, 1], default=1)
+    parser.add_argument("--kind", choices=["", *KINDS], default="")
     parser.add_argument("--out", type=Path, default=Path("inspected.jsonl"))
     parser.add_argument("--honest", type=Path, default=Path("judged.jsonl"))
     parser.add_argument("--crafts", type=Path, default=Path("crafts.jsonl"))
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     if options.what == "honest":
-        honest(options.out, options.half)
+        honest(options.out, options.half, options.kind)
     elif options.what == "crafts":
         crafts(options.out)
     elif options.what == "judge":

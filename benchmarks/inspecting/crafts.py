@@ -61,6 +61,7 @@ def adaptive(
     output: float = 1e-3,
     varied: bool = False,
     jitter: float = 0.0,
+    norm: float = 1.0,
     public: Tensor | None = None,
     seed: int = 0,
 ) -> Weights:
@@ -75,6 +76,7 @@ def adaptive(
         output: Size of the columns of fc2, which are equal.
         varied: Whether these columns have another length and sign each, as the server knows.
         jitter: Of the thresholds, in bins.
+        norm: Factor on the scale of the norm before the layer, for all rows of it.
         public: Images of the server's own, whose tokens give the quantiles; normal ones without.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -82,6 +84,7 @@ def adaptive(
     parts = Anatomy.of(model).blocks[block]
     for name in (f"{parts.proj}.weight", f"{parts.proj}.bias"):
         weights[name] *= mute
+    weights[f"{parts.norm2}.weight"] *= norm
     rows, bias = weights[f"{parts.fc1}.weight"], weights[f"{parts.fc1}.bias"]
     count, width = rows.shape
     bins = max(2, int(share * count))

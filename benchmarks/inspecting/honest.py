@@ -22,7 +22,7 @@ from vitguard.inspection import Memory, weights_of
 from vitguard.models import load_checkpoint
 from vitguard.vit import Anatomy
 
-__all__ = ["Checkpoint", "cifar", "checkpoints", "photos", "tiny", "victims"]
+__all__ = ["KINDS", "Checkpoint", "cifar", "checkpoints", "photos", "tiny", "victims"]
 
 SIZES = (1, 2, 4, 8, 16)
 
@@ -98,19 +98,17 @@ def dinov2(size: int, seed: int) -> nn.Module:
     return model
 
 
-def checkpoints(half: int = 0) -> Iterator[Checkpoint]:
-    """Yield every honest checkpoint; the model of one may be the next one's, moved on.
+def checkpoints(half: int = 0, kind: str = "") -> Iterator[Checkpoint]:
+    """Yield honest checkpoints; the model of one may be the next one's, moved on.
 
     Args:
         half: 0 for those that limits are chosen on, 1 for those that judge them: other draws of the
             weights, other images, other runs.
+        kind: One of `KINDS`; all by default.
     """
-    yield from _random(half)
-    yield from _training_runs(half)
-    yield from _pretrained(half)
-    yield from _dino(half)
-    yield from _private(half)
-    yield from _federated(half)
+    for name, yielding in KINDS.items():
+        if kind in ("", name):
+            yield from yielding(half)
 
 
 def victims() -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
@@ -291,3 +289,10 @@ def _federated(half: int) -> Iterator[Checkpoint]:
             yield Checkpoint("after FedAvg rounds", run, model, *batch, memory)
             _accept(memory, model)
             federation.round()
+
+
+KINDS = {
+    "random": _random, "scratch": _training_runs, "pretrained": _pretrained, "dino": _dino,
+    "private": _private, "federated": _federated,
+}  # fmt: skip
+"""What makes honest checkpoints, by name."""

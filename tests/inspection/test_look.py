@@ -1,6 +1,7 @@
 """Crafted weights are noticed, honest ones are not."""
 
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,7 +11,8 @@ from tests.inspection.crafts import PUBLISHED, imprint
 from vitguard.defenses.inspecting import InspectWeights
 from vitguard.errors import InputError
 from vitguard.guard import protect
-from vitguard.inspection import SIGNS, Memory, inspect_model
+from vitguard.inspection import SIGNS, Memory, inspect_model, inspect_weights
+from vitguard.threats.malicious_server import craft_types
 from vitguard.vit import Anatomy
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -42,6 +44,14 @@ def test_published_crafts_are_suspicious_and_the_reason_names_where(craft, size)
     assert found.worst[0].where in found.reason and found.worst[0].name in found.reason
 
 
+@pytest.mark.parametrize("craft", craft_types())
+def test_every_craft_of_the_package_is_suspicious_by_its_weights_alone(craft):
+    model = make(patch_size=4)
+    weights = craft_types()[craft]().weights(model)
+    found = inspect_weights(weights, Anatomy.of(model), Memory())
+    assert found.suspicious and found.score > 4, found
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_honest_weights_are_not_suspicious_and_nothing_says_that_they_are_safe(size):
     found = protect(make(), []).inspect({}, *batch(size))
@@ -58,7 +68,7 @@ def test_the_gradient_alone_tells_an_imprint(size):
     model = make()
     model.load_state_dict(imprint(model))
     found = inspect_model(model, Anatomy.of(model), *batch(size), Memory())
-    assert {"lone token in pairs", "steep units"} & {s.name for s in found.worst}
+    assert {"lone token in pairs", "steep units"} <= {s.name for s in found.worst}
 
 
 def test_weights_that_are_no_numbers_are_suspicious():
@@ -140,3 +150,10 @@ def test_fine_tuning_by_low_rank_matrices_is_not_suspicious():
     assert not found.suspicious, found
     guard.model.train()
     guard.update(*batch())
+
+
+def test_the_page_lists_every_sign_with_its_limit():
+    page = (Path(__file__).parents[2] / "docs" / "inspection.md").read_text()
+    for name, (limit, meaning) in SIGNS.items():
+        shown = "none" if math.isinf(limit) else f"{limit:g}"
+        assert f"| {name} | {meaning} | {shown} |" in page

@@ -41,7 +41,8 @@ def structure_signs(
             "shut units": _shut(weights, anatomy),
             "scaled row": _scaled(weights, anatomy),
             "head bias": _head_bias(weights, anatomy),
-            "scaled norm": _norms(weights, anatomy),
+            "scaled norm": _scaled_norms(weights, anatomy),
+            "muted norm": _muted_norms(weights, anatomy),
         }
         return signs + [s for name, places in named.items() for s in largest(name, places)]
 
@@ -115,9 +116,18 @@ def _head_bias(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Plac
             yield f"{head}.bias", float((bias.float() - bias.float().median()).abs().max())
 
 
-def _norms(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
+def _scaled_norms(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
+    for name, scales in _norms(weights, anatomy):
+        if bool(scales.any()):
+            yield name, float(scales.max() / scales.median().clamp_min(_LEAST * scales.max()))
+
+
+def _muted_norms(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
+    for name, scales in _norms(weights, anatomy):
+        yield name, 1 / max(float(scales.square().mean().sqrt()), _LEAST)
+
+
+def _norms(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in weights.items():
         if name.endswith(".weight") and tensor.dim() == 1 and anatomy.role(name) == "norm":
-            sizes = tensor.float().abs()
-            if bool(sizes.any()):
-                yield name, float(sizes.max() / sizes.median().clamp_min(_LEAST * sizes.max()))
+            yield name, tensor.float().abs()

@@ -22,7 +22,8 @@ class Sign:
         name: Of the sign, as in `vitguard.inspection.SIGNS`.
         where: The parameter or module with the largest value.
         value: At least 0; honest weights have small ones.
-        limit: Above it the weights are suspicious; above 0.
+        limit: Above it the weights are suspicious; above 0, inf where no limit tells crafted
+            weights from honest ones.
         meaning: What the number is.
     """
 
@@ -38,7 +39,8 @@ class Sign:
         return math.inf if math.isnan(self.value) else self.value / self.limit
 
     def __str__(self) -> str:
-        return f"{self.name} {self.value:.3g} (limit {self.limit:.3g}) at {self.where}"
+        limit = f"limit {self.limit:.3g}" if math.isfinite(self.limit) else "no limit"
+        return f"{self.name} {self.value:.3g} ({limit}) at {self.where}"
 
 
 @dataclass(frozen=True)
