@@ -24,21 +24,28 @@ __version__ = "0.1.0"
 _HOMES = {
     "Anatomy": "vitguard.vit",
     "AuditReport": "vitguard.report",
+    "BatchFloor": "vitguard.defenses.batch_floor",
     "CuriousServer": "vitguard.threats",
     "ClientPrivacy": "vitguard.defenses.privacy",
     "DifferentialPrivacy": "vitguard.defenses.privacy",
     "EncryptedGradients": "vitguard.defenses.encryption",
     "FGSM": "vitguard.attacks.fgsm",
     "FixedPositions": "vitguard.defenses.positions",
+    "FrozenStem": "vitguard.defenses.frozen_stem",
     "GradientNoise": "vitguard.defenses.noise",
     "GradientPruning": "vitguard.defenses.pruning",
+    "InspectWeights": "vitguard.defenses.inspecting",
     "LeakGate": "vitguard.defenses.gate",
     "Guard": "vitguard.guard",
     "LocalTraining": "vitguard.audit",
+    "LowRankUpdate": "vitguard.defenses.low_rank",
     "MaliciousServer": "vitguard.threats",
     "MaskedAggregation": "vitguard.defenses.masking",
     "Normalization": "vitguard.core",
     "PatchShuffle": "vitguard.defenses.shuffle",
+    "QuantisedUpdate": "vitguard.defenses.quantised_update",
+    "SampleNormalisation": "vitguard.defenses.sample_normalisation",
+    "SignUpdate": "vitguard.defenses.sign_update",
     "Update": "vitguard.core",
     "WithheldPositions": "vitguard.defenses.positions",
     "audit": "vitguard.audit",
@@ -55,8 +62,12 @@ if TYPE_CHECKING:
     from vitguard.audit.received import audit_update as audit_update
     from vitguard.core import Normalization as Normalization
     from vitguard.core import Update as Update
+    from vitguard.defenses.batch_floor import BatchFloor as BatchFloor
     from vitguard.defenses.encryption import EncryptedGradients as EncryptedGradients
+    from vitguard.defenses.frozen_stem import FrozenStem as FrozenStem
     from vitguard.defenses.gate import LeakGate as LeakGate
+    from vitguard.defenses.inspecting import InspectWeights as InspectWeights
+    from vitguard.defenses.low_rank import LowRankUpdate as LowRankUpdate
     from vitguard.defenses.masking import MaskedAggregation as MaskedAggregation
     from vitguard.defenses.noise import GradientNoise as GradientNoise
     from vitguard.defenses.positions import FixedPositions as FixedPositions
@@ -64,7 +75,10 @@ if TYPE_CHECKING:
     from vitguard.defenses.privacy import ClientPrivacy as ClientPrivacy
     from vitguard.defenses.privacy import DifferentialPrivacy as DifferentialPrivacy
     from vitguard.defenses.pruning import GradientPruning as GradientPruning
+    from vitguard.defenses.quantised_update import QuantisedUpdate as QuantisedUpdate
+    from vitguard.defenses.sample_normalisation import SampleNormalisation as SampleNormalisation
     from vitguard.defenses.shuffle import PatchShuffle as PatchShuffle
+    from vitguard.defenses.sign_update import SignUpdate as SignUpdate
     from vitguard.guard import Guard as Guard
     from vitguard.guard import protect as protect
     from vitguard.report import AuditReport as AuditReport

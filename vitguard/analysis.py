@@ -18,20 +18,27 @@ __all__ = ["refuse_given_away", "released", "remaining"]
 
 
 def released(
-    model: nn.Module, anatomy: Anatomy, traits: Traits, *, trained: Mapping[str, int] | None = None
+    model: nn.Module,
+    anatomy: Anatomy,
+    traits: Traits,
+    *,
+    trained: Mapping[str, int] | None = None,
+    batch_size: int = 1,
 ) -> Released:
     """Return which tensors of an update of `model` are plain under a stack with these traits.
 
     Args:
         trained: Number of values of each parameter that is trained, where `model` does not say it.
+        batch_size: Images behind the update.
     """
     every = {canonical_name(n): p.numel() for n, p in model.named_parameters()}
     own = {n: p.numel() for n, p in canonical_parameters(model).items()}
     sizes = dict(own if trained is None else trained)
+    sizes = {n: count for n, count in sizes.items() if not traits.freezes(n)}
     if traits.positions != "learnable":
         sizes.pop(anatomy.positions or "", None)
     chosen = {n for select in traits.sealed for n in anatomy.select(select, sizes)}
-    return Released(anatomy, sizes, frozenset(sizes) - chosen, traits, every)
+    return Released(anatomy, sizes, frozenset(sizes) - chosen, traits, every, batch_size)
 
 
 def remaining(plain: Released) -> tuple[Remaining, ...]:

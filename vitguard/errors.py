@@ -9,7 +9,8 @@
     │   └── Rejected                     an encrypted message, key file or sum that is not accepted
     ├── MissingExtra (ImportError)       an optional package is not installed
     ├── Unprotected (RuntimeError)       a defense would not act: refused, never passed on
-    │   └── GateClosed               a client's own gate let an update not leave
+    │   ├── GateClosed               a client's own gate let an update not leave
+    │   └── SuspiciousWeights        weights that a server sent have signs of a craft
     ├── Blocked                          an attack asked for a tensor that the adversary cannot read
     ├── NotApplicable                    an attack's assumption does not hold for what it was given
     ├── LeakFound                        `AuditReport.raise_if_leaks` found what it was asked for
@@ -32,6 +33,7 @@ __all__ = [
     "MissingExtra",
     "NotApplicable",
     "Rejected",
+    "SuspiciousWeights",
     "Unprotected",
     "UnsupportedModel",
     "VitguardError",
@@ -89,6 +91,20 @@ class GateClosed(Unprotected):
 
     def __reduce__(self) -> tuple[type, tuple[str, Any]]:
         return (type(self), (str(self), self.decision))
+
+
+class SuspiciousWeights(Unprotected):
+    """Weights that a server sent have signs of a craft; `inspection` says which.
+
+    What it says of the gradient was computed with the images: it is for the client alone.
+    """
+
+    def __init__(self, message: str, inspection: Any = None) -> None:
+        super().__init__(message)
+        self.inspection = inspection
+
+    def __reduce__(self) -> tuple[type, tuple[str, Any]]:
+        return (type(self), (str(self), self.inspection))
 
 
 class Blocked(VitguardError):

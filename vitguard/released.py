@@ -1,6 +1,6 @@
 """What an update lets an attack read, and what that decides about one attack.
 
-Counts are of docs/methods.md 2.1 to 2.5b, at batch size 1, where exact attacks are strongest.
+Counts are of docs/methods.md 2.1 to 2.5b, at batch size 1 unless a larger one is given.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Released:
         traits: What the defenses make true of the update.
         every: Number of values of every parameter of the model, frozen ones too; empty where only
             the update is known.
+        batch_size: Images behind the update.
     """
 
     anatomy: Anatomy
@@ -54,19 +55,33 @@ class Released:
     plain: frozenset[str]
     traits: Traits
     every: Mapping[str, int] = field(default_factory=dict)
+    batch_size: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all images together, T."""
+        return self.batch_size * self.anatomy.tokens
 
     @property
     def patch_rank(self) -> int:
         """Unknowns of a patch: the rank of the patches' span, or all pixels where it is hidden."""
         a = self.anatomy
         if a.patch_weight in self.plain:
-            return min(a.patches, a.patch_pixels, a.width)
+            return min(self.batch_size * a.patches, a.patch_pixels, a.width)
         return a.patch_pixels
 
     @property
     def equations(self) -> int:
         """Equations that one norm's plain rows give: D - T."""
-        return self.anatomy.width - self.anatomy.tokens
+        return self.anatomy.width - self.tokens
+
+    @property
+    def saturated(self) -> str:
+        """Why no equation is left: the tokens fill the width; empty where some are."""
+        if self.equations > 0:
+            return ""
+        whose = "" if self.batch_size == 1 else f" of {self.batch_size} images"
+        return f"{self.tokens} tokens{whose} fill the {self.anatomy.width} dimensions"
 
     @property
     def low_rank(self) -> str:

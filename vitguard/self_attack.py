@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitguard.analysis import released
-from vitguard.attacks.base import Attack
+from vitguard.attacks.base import Attack, guess_of
 from vitguard.attacks.budget import Budget, CutShort
 from vitguard.core import Batch, Guess, Traits, Update, View
 from vitguard.defenses.base import Defense, traits_of
@@ -92,9 +92,8 @@ def _tried(
     if any(f.name == "seconds" for f in fields(attack)):  # type: ignore[arg-type]
         attack = replace(attack, seconds=budget.left)  # type: ignore[call-arg]
     try:
-        return _scored(
-            attack.name, attack.run(view, torch.Generator().manual_seed(0)), truth, patch
-        )
+        guess = guess_of(attack, view, torch.Generator().manual_seed(0))
+        return _scored(attack.name, guess, truth, patch)
     except Blocked as error:
         return Tried(attack.name, "blocked", str(error))
     except CutShort as error:

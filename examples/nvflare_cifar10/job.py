@@ -60,6 +60,7 @@ def main() -> None:
         signing=str(keys_of / "signing.json"),
         min_clients=len(SITES),
         num_rounds=ROUNDS,
+        inspect=True,
         train_script=str(HERE / "client.py"),
         train_args=f"--record {record}",
     )

@@ -11,16 +11,16 @@ pytest.importorskip("flwr", reason="needs vitguard[flower]")
 
 from flwr.app import Context, RecordDict
 
+from tests.inspection.crafts import PUBLISHED
 from vitguard.defenses.encryption import keyfile
 from vitguard.federated.flower import InProcessGrid
 
 APP = Path(__file__).parents[2] / "examples" / "flower_cifar10"
 
 
-@pytest.mark.parametrize(
-    "variant", ["encrypted", "masks", "private", pytest.param("records", marks=pytest.mark.slow)]
-)
-def test_the_example_trains_on_four_clients(variant, tmp_path, monkeypatch):
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """The app of the example with keys of its own: its modules, and a grid of four clients."""
     identity = "flwr.supercore.task_identity"
     for name in ("task_id", "run_id", "node_id") if find_spec(identity) else ():
         monkeypatch.setattr(f"{identity}.TaskIdentity._{name}", 1)
@@ -34,7 +34,44 @@ def test_the_example_trains_on_four_clients(variant, tmp_path, monkeypatch):
     from flower_cifar10 import client_app, server_app
 
     make_keys.main(str(tmp_path))
-    grid = InProcessGrid(dict.fromkeys((21, 22, 23, 24), client_app.app))
+    yield server_app, InProcessGrid(dict.fromkeys((21, 22, 23, 24), client_app.app))
+    for name in ("make_keys", *[n for n in sys.modules if n.startswith("flower_cifar10")]):
+        sys.modules.pop(name, None)
+
+
+def test_clients_of_the_example_refuse_crafted_weights_in_one_line(example, monkeypatch):
+    from flower_cifar10 import task
+    from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
+
+    _, grid = example
+    config = {"num-server-rounds": 1, "local-epochs": 1, "lr": 0.01, "variant": "plain"}
+    for node in grid.contexts.values():
+        node.run_config.update(config)
+    model = task.make_model()
+    task.protected(model, config)
+    honest = model.state_dict()
+
+    def answer(weights):
+        content = RecordDict({"arrays": ArrayRecord(weights), "config": ConfigRecord({})})
+        (reply,) = grid.send_and_receive([Message(content, 21, MessageType.TRAIN)])
+        return reply
+
+    assert not answer(honest).has_error()
+    for craft in PUBLISHED.values():
+        plain = task.make_model()
+        plain.load_state_dict(honest, strict=False)
+        reply = answer(honest | craft(plain))
+        assert reply.has_error()
+        assert "Expected weights without signs of a craft" in reply.error.reason
+        assert "\n" not in reply.error.reason
+    assert not answer(honest).has_error()
+
+
+@pytest.mark.parametrize(
+    "variant", ["encrypted", "masks", "private", pytest.param("records", marks=pytest.mark.slow)]
+)
+def test_the_example_trains_on_four_clients(variant, example, monkeypatch):
+    server_app, grid = example
     config = {"num-server-rounds": 2, "local-epochs": 1, "lr": 0.01, "variant": variant}
     for node in grid.contexts.values():
         node.run_config.update(config)
@@ -61,5 +98,3 @@ def test_the_example_trains_on_four_clients(variant, tmp_path, monkeypatch):
             (metrics,) = reply.content.metric_records.values()
             assert math.isfinite(float(metrics["loss"]))
             assert ("epsilon" in metrics) == (variant in ("private", "records"))
-    for name in ("make_keys", *[n for n in sys.modules if n.startswith("flower_cifar10")]):
-        sys.modules.pop(name, None)

@@ -1,6 +1,7 @@
 """A server that writes the weights: what it may change, what it reads, and what stops it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -313,3 +314,40 @@ def test_suppressed_clients_leave_one_client_alone_in_a_sum(model, photos):
     honest = gradient(model.state_dict(), photos[:1], labels[:1])
     total = {n: (honest[n] + others[n]) / 2 for n in honest}
     assert all(torch.equal(2 * total[n], honest[n]) for n in total if n != "head.bias")
+
+
+def test_a_proof_of_honest_weights_is_none_on_crafted_ones_and_the_ladder_reads_the_bins(
+    model, photos
+):
+    """On crafted weights wrong patches solve the equations of `gelu-span`: it called all proved."""
+    report = vg.audit(
+        model, (photos[:2], torch.tensor([1, 2])), defenses={"shuffle": "shuffle:ratio=0.5"},
+        threat=MaliciousServer(), attacks=["gelu-span:seconds=1", "imprint", "ladder:seconds=2"],
+    )  # fmt: skip
+    found = {(f.configuration, f.attack): f for f in report.findings}
+    for stack in ("none", "shuffle"):
+        wrong = found[stack, "gelu-span"]
+        assert wrong.patch_psnr.mean < 20 and not wrong.details.get("verified")
+        assert found[stack, "imprint"].verdict == found[stack, "ladder"].verdict == "leaks"
+        assert found[stack, "ladder"].patch_psnr.mean > 40
+    assert "one craft: imprint" in report.headline()
+
+
+def test_an_update_of_honest_weights_proves_nothing_to_a_server_that_believes_it_crafted_them(
+    model, photos
+):
+    """The wrong model beside a saved update: its rows tell nothing, and are called nothing."""
+    guard = protect(build_model(SPEC).train(), ())
+    update = guard.update(PLAIN.apply(photos[:2]), torch.tensor([1, 2]))
+    report = vg.audit_update(model, update, threat=MaliciousServer(), attacks="imprint")
+    (finding,) = (f for f in report.findings if f.defense == "update")
+    assert finding.verdict == "not applicable" and "the weights are others" in finding.reason
+    threat = MaliciousServer()
+    told = replace(threat.view(guard, update, PLAIN), crafted=threat.made.crafted(model))
+    for block in told.model.blocks:  # as if the craft had written it
+        block.mlp.fc2.weight.data.fill_(1e-6)
+    try:
+        guess = ImprintReading().run(told, torch.Generator())
+    except NotApplicable:
+        return
+    assert guess.verified is None or not guess.verified.any()

@@ -55,6 +55,8 @@ class April(Attack):
             return (Remaining(self.name, False, (), why),)
         if a.positions is None:
             return (Remaining(self.name, False, (), "no absolute position embedding"),)
+        if plain.batch_size > 1:
+            return (Remaining(self.name, False, (), "it needs an update of one image"),)
         patch = (a.patch_weight,) if a.patch_pixels > a.width else ()
         needs = (a.positions, *block.qkv, *patch)
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitguard.core import Guess, Normalization, View
 from vitguard.released import Released, Remaining
 
-__all__ = ["Attack", "InputAttack", "InputResult", "Rung", "Triptych"]
+__all__ = ["Attack", "InputAttack", "InputResult", "Rung", "Triptych", "guess_of"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Attack(ABC):
 
     rung: ClassVar[Rung | None] = None
     """Place on the ladder; None for an attack that is no rung of it."""
+
+    proves_crafted: ClassVar[bool] = False
+    """Whether its proofs hold on weights that the server crafted. A proof counts equations of
+    weights in general position; on crafted ones a wrong patch may solve them all."""
 
     @abstractmethod
     def run(self, view: View, generator: torch.Generator) -> Guess:
@@ -84,6 +88,20 @@ class Attack(ABC):
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, for the report."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+def guess_of(attack: Attack, view: View, generator: torch.Generator) -> Guess:
+    """Return what an attack returns, with what it verified only where that is a proof.
+
+    Raises:
+        NotApplicable, Blocked: As `Attack.run`.
+    """
+    guess = attack.run(view, generator)
+    if view.crafted is None or attack.proves_crafted or guess.verified is None:
+        return guess
+    details = {k: v for k, v in guess.details.items() if k != "verified"}
+    details["unproved"] = "the weights are crafted: wrong patches may solve the same equations"
+    return replace(guess, verified=None, details=details)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ class PositionInversion(Attack):
         a = plain.anatomy
         if a.positions is None:
             return (Remaining(self.name, False, (), "no absolute position embedding"),)
-        exact = a.patches <= a.width
+        one = plain.batch_size == 1
+        exact = one and a.patches <= a.width
         found = plain.verdict(
             self.name,
             (a.positions, a.patch_weight),
@@ -61,6 +62,12 @@ class PositionInversion(Attack):
             "both gradients are plain: G^T X = dL/dW gives the image back by least squares"
             + (", exactly" if exact else ", in minimum norm"),
         )
+        if not one and found.possible:
+            why = (
+                f"not exactly (both gradients are plain, but {plain.batch_size} images share each "
+                "position's), unless one image's gradient dominates: that one comes back"
+            )
+            return (replace(found, reason=why, exact=False),)
         return (replace(found, exact=found.possible and exact, near=found.possible),)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:

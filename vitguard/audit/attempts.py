@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vitguard.attacks.base import Attack
+from vitguard.attacks.base import Attack, guess_of
 from vitguard.attacks.budget import CutShort
 from vitguard.audit.exposure import Exposure, Facts
 from vitguard.audit.scale import covered, line_up
@@ -96,7 +96,7 @@ class Attempt:
 def attempt(attack: Attack, facts: Facts, exposure: Exposure, seed: int) -> Attempt:
     """Run an attack and score its guess by what is known of the batch."""
     view = exposure.view
-    outcome = outcome_of(lambda: attack.run(view, torch.Generator().manual_seed(seed)))
+    outcome = outcome_of(lambda: guess_of(attack, view, torch.Generator().manual_seed(seed)))
     empty = Attempt(facts, outcome.state, outcome.reason, mask=exposure.mask)
     if outcome.result is None:
         return empty

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         from vitguard.tracking import check_writable_folder
 
         check_writable_folder(options.tensorboard)
-    report = _run_audit(options)
+    report = _advised(_run_audit(options), options)
     _print_report(report, to_error=options.json == "-")
     if options.json:
         write_text(report.to_json_text(), options.json)
@@ -58,6 +58,19 @@ def run(options: argparse.Namespace) -> int:
     if code := report.gate(options.max_psnr, options.max_gain):
         _say_why(report, options)
     return code
+
+
+def _advised(report: Any, options: argparse.Namespace) -> Any:
+    """Add the one sentence of `vitguard advise`, for the model and batch that were audited."""
+    from vitguard.advise import advise_report
+
+    trained = options.pretrained or options.checkpoint or options.before
+    said = advise_report(
+        options.model,
+        batch_size=report.batch_size,
+        setting="finetune" if trained else "scratch",
+    )
+    return dataclasses.replace(report, advice=said.sentence())
 
 
 def _say_why(report: Any, options: argparse.Namespace) -> None:

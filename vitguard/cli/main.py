@@ -1,4 +1,4 @@
-"""The command line: `vitguard audit | plan | list`. It imports nothing heavy before it must."""
+"""The command line: `vitguard audit | plan | advise | list`. It imports heavy things late."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_audit(commands)
     _add_plan(commands)
+    _add_advise(commands)
     listing = commands.add_parser("list", help="defenses and attacks with their settings")
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(run=_list, command="list")
@@ -187,6 +188,51 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("--json", metavar="FILE|-")
     plan.set_defaults(run=_plan, command="plan")
+
+
+def _add_advise(commands: Any) -> None:
+    advise = commands.add_parser(
+        "advise",
+        help="what to use: the exact attacks on your model and batch, and the stacks that stood",
+        description="Counts and measurements, no proof. Nothing is downloaded and no weight built.",
+    )
+    add = advise.add_argument
+    add("--model", default="vit_base_patch16_224", metavar="NAME[:key=value,...]")
+    add("--batch-size", type=int, default=1, metavar="B", help="images behind one update (1)")
+    add("--setting", default="scratch", metavar="S", help="finetune or scratch (scratch)")
+    add(
+        "--train",
+        default="all",
+        metavar="PART",
+        help="what is trained and sent, as for plan: all, head, last-block/head, lora:r=4/head",
+    )
+    add(
+        "--see",
+        default="both",
+        metavar="WHO",
+        help="who must not learn the images: server, clients or both (both)",
+    )
+    add("--json", metavar="FILE|-")
+    advise.set_defaults(run=_advise, command="advise")
+
+
+def _advise(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from vitguard.advise import advise_report
+    from vitguard.files import check_writable, write_text
+
+    if options.json and options.json != "-":
+        check_writable(options.json)
+    report = advise_report(
+        options.model, batch_size=options.batch_size, setting=options.setting,
+        train=options.train, see=options.see,
+    )  # fmt: skip
+    if options.json:
+        write_text(json.dumps(report.to_json(), indent=2, allow_nan=False), options.json)
+    if options.json != "-":
+        report.print_to(Console())
+    return 0
 
 
 def _plan(options: argparse.Namespace) -> int:

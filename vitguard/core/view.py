@@ -72,6 +72,8 @@ class Traits:
         sealed: Selections of tensors that exist but cannot be read, as `EncryptedGradients` takes
             them.
         accepted: Whether the user accepts what the analysis of the sealed tensors says remains.
+        frozen: Parameters that are not trained, so that no update contains them: names, or their
+            beginnings up to a dot.
     """
 
     positions: Literal["learnable", "fixed", "withheld", "none"] = "learnable"
@@ -84,6 +86,11 @@ class Traits:
     shuffle: Shuffle | None = None
     sealed: tuple[str, ...] = ()
     accepted: bool = False
+    frozen: tuple[str, ...] = ()
+
+    def freezes(self, name: str) -> bool:
+        """Whether a parameter is among `frozen`."""
+        return any(name.startswith(f) if f.endswith(".") else name == f for f in self.frozen)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,10 @@ class Defense(ABC):
         """
         return None
 
+    def least_batch(self, anatomy: Anatomy) -> int:
+        """Return the images behind the smallest update of a model that the defense lets leave."""
+        return 1
+
     def audit_note(self) -> str:
         """Return what a reader of an audit must know of these settings, "" where nothing."""
         return ""
@@ -175,6 +179,12 @@ class Installed(nn.Module):
         Asked of a finished update, of which `settle` knows how its gradients were taken.
         """
         self.verify(model)
+
+    def releasing(self, model: nn.Module) -> None:
+        """Raise Unprotected if no update of the model may leave; asked of each one that is sealed.
+
+        Asked before the defenses of the update act.
+        """
 
     def settle(self) -> None:
         """Raise Unprotected if a gradient was taken without the defense since the weights came."""

@@ -23,6 +23,7 @@ from vitguard.defenses.base import (
 from vitguard.defenses.gate import LeakGate, Tally
 from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Unprotected
+from vitguard.inspection import Memory
 from vitguard.vit import Anatomy
 
 __all__ = ["Protection"]
@@ -54,6 +55,8 @@ class Protection(nn.Module):
         """Whether updates pass a gate unseen: inside an audit, whose attacks judge them."""
         self.tally = Tally()
         """What a gate decided of the updates of this process."""
+        self.memory = Memory()
+        """What the client remembers of the weights that it accepted."""
         self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
         """What each defense with a guarantee has spent, by its name; copies go on from it."""
         self.register_load_state_dict_pre_hook(_tolerate_original)

@@ -27,6 +27,7 @@ from vitguard.guard.leaving import require_released, require_sent, sealed
 from vitguard.guard.local_step import check_batch, difference_of, gradient_of, trained
 from vitguard.guard.public import extras_of, public_copy
 from vitguard.guard.state import from_bytes, load_state, state_of, to_bytes
+from vitguard.inspection import Inspection, inspect_model, load_exactly
 from vitguard.joining import drop, embeddings, frozen_by_peft, join
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters
 
@@ -202,6 +203,43 @@ class Guard:
         self.verify()
         update = Update(tensors=tensors, batch_size=len(labels), **training.facts())
         return sealed(self.model, self._protection, update, Batch(images, labels))
+
+    def inspect(
+        self,
+        weights: Mapping[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        *,
+        loss: Loss = F.cross_entropy,
+        limit: float = 1.0,
+    ) -> Inspection:
+        """Look for signs of a craft in weights that a server sent, with the client's own images.
+
+        The gradient of the batch is taken on a copy of the public model and dropped: nothing is
+        changed, and nothing leaves. `InspectWeights` does it in the round's own pass.
+
+        Args:
+            weights: Tensors by the model's names, such as a state dict; what is missing is taken
+                from the model.
+            images, labels: A batch, as `update` takes it.
+            limit: Factor on the limits of all signs.
+
+        Raises:
+            InputError: Names, shapes or types that the model does not have.
+        """
+        check_batch(self.anatomy, images, labels)
+        model, memory = self.public_model(), self._protection.memory
+        load_exactly(model, weights)
+        return inspect_model(model, self.anatomy, images, labels, memory, loss=loss, limit=limit)
+
+    def accept(self, weights: Mapping[str, Tensor]) -> None:
+        """Remember weights as accepted, for the next `inspect`. `InspectWeights` does it by itself.
+
+        A random projection of them is kept, with the ledgers in `state_dict`.
+        """
+        memory = self._protection.memory
+        named = {canonical_name(n): t for n, t in weights.items()}
+        memory.accept(memory.traces(named, self.anatomy))
 
     def rewound(self) -> AbstractContextManager[None]:
         """Put back, at the end of the context, how far the defenses' schedules have come.

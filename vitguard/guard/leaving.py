@@ -85,6 +85,7 @@ def sealed(
     made = update = replace(update, tensors=tensors)
     held: dict[str, str] = {}
     for piece in protection.installed():
+        piece.releasing(model)
         held |= {n: r for n, r in piece.withheld().items() if n in tensors}
     acting = [d for d in protection.defenses if isinstance(d, UpdateDefense)]
     frozen = _frozen(model, tensors)

@@ -1,4 +1,4 @@
-"""What a guard saves and takes up again: ledgers, and draws that a test has seeded."""
+"""What a guard saves and takes up again: ledgers, accepted weights, draws of a test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from vitguard.defenses.protection import Protection
 from vitguard.errors import expected
 from vitguard.files import parsed_json
+from vitguard.inspection import Memory
 
 __all__ = ["from_bytes", "load_state", "state_of", "to_bytes"]
 
@@ -20,6 +21,8 @@ def state_of(protection: Protection) -> dict[str, Any]:
     """Return what a protected model has spent, and the draws of a generator given to it."""
     state: dict[str, Any] = {"version": 2}
     state["ledger"] = {name: ledger.state_dict() for name, ledger in protection.ledgers.items()}
+    if protection.memory.rounds:
+        state["inspection"] = protection.memory.state_dict()
     if protection.draws.seeded is not None:
         state["draws"] = protection.draws.seeded.get_state()
     return state
@@ -65,6 +68,8 @@ def load_state(protection: Protection, state: Mapping[str, Any]) -> None:
         )
     for name, ledger in spent.items():
         copy.deepcopy(protection.ledgers[name]).load_state_dict(ledger)
+    if "inspection" in state:
+        Memory().load_state_dict(state["inspection"])
     if protection.draws.seeded is not None and "draws" in state:
         try:
             protection.draws.seeded.set_state(state["draws"])
@@ -72,3 +77,5 @@ def load_state(protection: Protection, state: Mapping[str, Any]) -> None:
             raise expected("a state from Guard.state_dict", repr(error)) from error
     for name, ledger in spent.items():
         protection.ledgers[name].load_state_dict(ledger)
+    if "inspection" in state:
+        protection.memory.load_state_dict(state["inspection"])

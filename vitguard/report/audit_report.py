@@ -32,6 +32,7 @@ class AuditReport(AuditResults):
         families_not_run: Attack families that were left out.
         notes: Anything a reader must know, such as labels that were made up.
         interrupted: Whether a keyboard interrupt ended it early; findings say what is missing.
+        advice: What `vitguard advise` says of this model and batch, in one sentence; "" without.
         version: vitguard's version.
     """
 

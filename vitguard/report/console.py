@@ -68,6 +68,8 @@ def print_to(report: AuditResults, console: Console) -> None:
     say(baseline_text(report), "dim")
     for note in report.notes:
         say(f"Note: {note}", "dim")
+    if report.advice:
+        say(f"What to use: {report.advice}", "bold")
 
 
 def _heading(report: AuditResults, configuration: str, findings: Sequence[Finding]) -> str:

@@ -54,6 +54,7 @@ def to_markdown(report: AuditResults) -> str:
     lines += [f"- **{verdict}**: {meaning}" for verdict, meaning in MEANINGS.items()]
     lines += ["", escaped(threat_text(report.threat)), ""]
     lines += [f"- Note: {escaped(note)}" for note in report.notes]
+    lines += ["", f"What to use: {escaped(report.advice)}"] if report.advice else []
     images = ", ".join(map(escaped, report.images)) or "not named"
     lines += ["", f"Images: {images}. Seed {report.seed}. vitguard {escaped(report.version)}."]
     return "\n".join(lines) + "\n"

@@ -37,6 +37,7 @@ class AuditResults:
     families_not_run: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     interrupted: bool = False
+    advice: str = ""
     version: str = field(default_factory=lambda: _version())
 
     def gain(self, finding: Finding) -> float | None:
@@ -93,9 +94,14 @@ class AuditResults:
         return "; ".join(parts) + "."
 
     def headline(self) -> str:
-        """Name batch size, update kind, weights, and the attack families that were not run."""
+        """Name batch size, update kind, weights, and the attack families that were not run.
+
+        Of a server that crafts weights it names the craft: one says nothing of the others.
+        """
         missing = ", ".join(self.families_not_run) or "none"
-        return (
+        craft = self.threat.get("craft")
+        crafted = f"Malicious server, one craft: {craft}; another may tell more. " if craft else ""
+        return crafted + (
             f"Batch size {self.batch_size}; update: {self.update}; weights: {self.weights}; "
             f"attack families not run: {missing}."
         )

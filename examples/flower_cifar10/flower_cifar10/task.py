@@ -31,7 +31,7 @@ def protected(model, config, sealing=None):
         sealing: Makes the client's encryptor or masker; the server, and an evaluation, have none.
     """
     rounds, epochs = int(config["num-server-rounds"]), int(config["local-epochs"])
-    stack = [vg.FixedPositions("sincos"), vg.PatchShuffle(ratio=0.5)]
+    stack = [vg.InspectWeights(), vg.FixedPositions("sincos"), vg.PatchShuffle(ratio=0.5)]
     match config["variant"]:
         case "encrypted":
             stack.append(vg.EncryptedGradients(encryptor=sealing and sealing()))

@@ -108,7 +108,7 @@ class Cascade(Attack):
         found = plain.verdict(
             self.name,
             (f"{last.fc1}.weight", f"{last.fc2}.weight"),
-            "the MLP multiplies two branches" if last.gated else "",
+            "the MLP multiplies two branches" if last.gated else _filled(plain),
             "labels and features of each image in a batch, but no images",
         )
         return replace(found, exact=False)
@@ -191,6 +191,12 @@ def _explain_the_head(view: View, found: Separated) -> bool:
     made = (found.weights[:, None] * wrong).T @ reading.features
     seen = view.read(name)
     return bool((made - seen).norm() < _EXPLAINED * seen.norm() and (found.weights > 0).all())
+
+
+def _filled(plain: Released) -> str:
+    """Say that the images' own rows leave no complement; empty where they do."""
+    batch, width = plain.batch_size, plain.anatomy.width
+    return f"{batch} images fill the {width} dimensions" if batch >= width else ""
 
 
 def _labels(plain: Released) -> Remaining:

@@ -96,7 +96,7 @@ class Containment(Attack):
             return ()
         layers = (f"{layer}.weight" for b in a.blocks for layer in (b.fc1, b.fc2, b.proj))
         names = names or tuple(name for name in layers if name in plain.plain)
-        if not names or a.tokens >= a.width:
+        if not names or plain.tokens >= a.width:
             why = "no layer is plain whose width exceeds its tokens"
             return (Remaining(self.name, False, names, why),)
         return (Remaining(self.name, True, names, "a search, no closed form: run it to know"),)

@@ -1,6 +1,6 @@
 """What an update still lets the exact attacks of a block do: equations against unknowns.
 
-Counts of docs/methods.md 2.4, 2.4b and 4.5, at batch size 1, where exact attacks are strongest.
+Counts of docs/methods.md 2.4, 2.4b and 4.5, of as many images as are behind the update.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _linear_obstacle(plain: Released) -> str:
             f"the only block passes a class token alone, through {a.blocks[0].heads} heads: "
             "its rows do not span the tokens"
         )
-    if plain.equations <= 0:
-        return f"{a.tokens} tokens fill the {a.width} dimensions: no equation is left"
+    if plain.saturated:
+        return f"{plain.saturated}: no equation is left"
     if a.positions is None or plain.traits.positions == "none":
         return SAME_EQUATIONS
     return ""
@@ -74,6 +74,9 @@ def _solved(
     count = f"{unknowns} unknowns, {plain.equations} equations for each patch"
     count += "" if reads else ", without the patch gradient"
     enough = unknowns <= plain.equations
+    if plain.batch_size > 1 and nuisance < plain.equations:
+        why = f"not exactly ({where}: {plain.batch_size} images share each position's equations)"
+        return Remaining(attack, True, (*reads, *needs), f"{why}, but as the smoothest image")
     if enough and not plain.low_rank:
         return Remaining(attack, True, (*reads, *needs), f"{where}: {count}", exact=True)
     open_share = 1 - plain.equations / unknowns
@@ -94,7 +97,7 @@ def span_remains(plain: Released) -> Remaining:
     forms = [("query, key and value", attention, 0)]
     if block in plain.spanning:
         layer = (f"{block.proj}.weight", f"{block.fc1}.weight")
-        forms.append(("projection and fc1", [layer], a.tokens))
+        forms.append(("projection and fc1", [layer], plain.tokens))
     found: list[Remaining] = []
     reasons: list[str] = []
     for what, choices, nuisance in forms:
@@ -130,7 +133,7 @@ def chain_remains(plain: Released) -> Remaining:
             reads.append(site.link)
         rows = next((n for n in site.rows if n in plain.plain), None)
         if rows is not None:
-            nuisance = plain.anatomy.tokens * len(reads)
+            nuisance = plain.tokens * len(reads)
             return _solved(plain, "span-chain", site.where, (*reads, rows), nuisance)
     return Remaining("span-chain", False, tuple(reads), "no norm's rows are plain")
 
@@ -142,10 +145,10 @@ def gelu_span_remains(plain: Released) -> Remaining:
     block = a.blocks[0]
     fc1, fc2 = f"{block.fc1}.weight", f"{block.fc2}.weight"
     patch = () if plain.hidden(a.patch_weight) else (a.patch_weight,)
-    unknowns = plain.patch_rank + a.tokens + 1
+    unknowns = plain.patch_rank + plain.tokens + 1
     attention = any(n in plain.plain for n in block.qkv)  # whose norm sees no attention output
-    moves = plain.patch_rank + (0 if attention else a.tokens)
-    equations = plain.equations + plain.sizes.get(fc2, 0) // a.width - a.tokens
+    moves = plain.patch_rank + (0 if attention else plain.tokens)
+    equations = plain.equations + plain.sizes.get(fc2, 0) // a.width - plain.tokens
     obstacle = "; ".join(a.obstacles)
     if not block.pre_norm:
         obstacle = "the first block is not x + attention(norm(x))"
@@ -155,8 +158,8 @@ def gelu_span_remains(plain: Released) -> Remaining:
         obstacle = (
             "the only block passes a class token alone: its MLP's rows do not span the tokens"
         )
-    elif plain.equations <= 0:
-        obstacle = f"{a.tokens} tokens fill the {a.width} dimensions: the spans saturate"
+    elif plain.saturated:
+        obstacle = f"{plain.saturated}: the spans saturate"
     elif equations < unknowns:
         obstacle = f"{unknowns} unknowns, {equations} equations for each patch"
     elif not patch and moves >= a.width:
@@ -178,9 +181,8 @@ def token_search_remains(plain: Released) -> Remaining:
     Every block that it could read has full rank, see `Released.spanning`: at depth 2 true tokens
     lie within 4e-5 of both spans of block 0, at depth 3 within 9e-5 of those of block 1.
     """
-    a = plain.anatomy
-    if plain.equations <= 0:
-        why = f"{a.tokens} tokens fill the {a.width} dimensions: the spans saturate"
+    if plain.saturated:
+        why = f"{plain.saturated}: the spans saturate"
         return Remaining("token-search", False, (), why)
     for number, block in enumerate(plain.spanning):
         needs = (f"{block.fc1}.weight", f"{block.fc2}.weight")
@@ -189,5 +191,6 @@ def token_search_remains(plain: Released) -> Remaining:
                 f"both MLP layers of block {number} are plain: a search finds tokens and inverts "
                 "the blocks below (128 wide and 17 tokens: 127 dB); untried at 384 wide and more"
             )
+            why += " and on batches" if plain.batch_size > 1 else ""
             return Remaining("token-search", True, needs, why)
     return Remaining("token-search", False, (), "no block that it could read is plain")

@@ -53,6 +53,7 @@ class ImprintReading(Attack):
     name: ClassVar[str] = "imprint"
     family: ClassVar[str] = "closed-form"
     rung: ClassVar[Rung | None] = Rung(5, 5)
+    proves_crafted: ClassVar[bool] = True
 
     def share(self, view: View) -> float:
         """Skip the rung where the weights are honest."""

@@ -17,6 +17,7 @@ from vitguard.vit import Anatomy
 __all__ = ["Bank", "Single", "Tokens", "banks_of", "peeled"]
 
 _ROUNDS = 64  # of peeling; photos take a handful
+_SAME = 1e-3  # relative difference of columns that were written alike, in 16-bit numbers too
 _NEAR = 8.0  # inputs of the activation within which a row is neither off nor wholly on
 
 
@@ -55,7 +56,10 @@ def _bank(view: View, anatomy: Anatomy, bins: Sequence[Bins]) -> Bank:
     for one in bins:
         block = next(b for b in anatomy.blocks if b.fc1 == one.layer)
         gain, shift = view.weight(f"{block.norm2}.weight"), view.weight(f"{block.norm2}.bias")
-        faint = view.weight(f"{block.fc2}.weight")[:, one.rows.flatten()[0]].norm()
+        columns = view.weight(f"{block.fc2}.weight")[:, one.rows.flatten()]
+        faint = columns[:, 0].norm()
+        if not bool(((columns - columns[:, :1]).norm(dim=0) <= _SAME * faint).all()):
+            raise NotApplicable(f"{block.fc2} is not what the craft writes: the weights are others")
         weight, bias = view.weight(f"{one.layer}.weight"), view.weight(f"{one.layer}.bias")
         count = view.read(f"{one.layer}.bias")[one.rows] / faint
         total = view.read(f"{one.layer}.weight")[one.rows] / faint
@@ -138,11 +142,16 @@ class Tokens:
 
         Tokens after LayerNorm have one length, and a mixture of two is shorter (longer, where
         their weights have opposite signs): what the square of its length lacks bounds how far it
-        is from the nearer one.
+        is from the nearer one. Where no patch reaches, a token is what its position adds; how far
+        it is from that counts as well. Infinite for what has another length altogether: however
+        small the size that undoes LayerNorm, it is no token.
         """
         scales = self.scales(tokens, places)
         length = tokens.shape[1] * (1 - self.eps / scales.square().clamp_min(self.eps))
-        return scales.abs() * (tokens.square().sum(1) - length).abs().sqrt()
+        lacks = (tokens.square().sum(1) - length).abs()
+        beside = scales[:, None] * (tokens @ self.beside) - self.still[places] @ self.beside
+        doubt = (scales.square() * lacks + beside.square().sum(1)).sqrt()
+        return doubt.masked_fill((lacks > 0.1 * length) | (scales <= 0), torch.inf)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vitguard.attacks.base import Attack, InputAttack, Rung
+from vitguard.attacks.base import Attack, InputAttack, Rung, guess_of
 from vitguard.attacks.budget import Budget, CutShort, worked
 from vitguard.attacks.evidence import likeliest, mismatch
 from vitguard.attacks.labels import pair_labels
@@ -64,6 +64,7 @@ class Ladder(Attack):
     name: ClassVar[str] = "ladder"
     family: ClassVar[str] = "ladder"
     covers: ClassVar[tuple[str, ...]] = ("closed-form",)
+    proves_crafted: ClassVar[bool] = True  # each rung says it of itself
     seconds: float = 60.0
     levels: int | None = 255
 
@@ -140,6 +141,7 @@ class _Climb:
         self.distance: dict[str, float] = {}
         self.said: dict[str, str] = {}
         self.outcomes: dict[str, str] = {}
+        self.crafty: set[str] = set()  # rungs that read what a malicious server wrote
         self.labels: torch.Tensor | None = None
 
     @property
@@ -167,7 +169,7 @@ class _Climb:
             if any(f.name == "start" for f in fields(own)):  # type: ignore[arg-type]
                 start = self.guesses.get(likeliest(self.view, self.guesses) or "")
                 own = replace(own, start=start)  # type: ignore[call-arg]
-            guess = own.run(self.view, self.generator)
+            guess = guess_of(own, self.view, self.generator)
         except CutShort as why:
             return self._short(rung, str(why))
         except Blocked as why:
@@ -179,6 +181,8 @@ class _Climb:
                 raise
             first = (str(error).splitlines() or [""])[0]
             return self._note(rung, "failed", f"it failed: {type(error).__name__}: {first}")
+        if rung.proves_crafted:
+            self.crafty.add(rung.name)
         whole = len(guess.images)
         distance = self._take(rung.name, guess) if whole else self._learn(guess.labels)
         known = "" if distance is None else f"mismatch {distance:.1e}, "
@@ -248,17 +252,17 @@ class _Climb:
                 raise CutShort(f"the budget ended before a rung gave anything ({reasons})")
             raise NotApplicable(f"no rung applied ({reasons})")
 
-        def worth(name: str) -> tuple[bool, float, float, int]:
+        def worth(name: str) -> tuple[bool, float, float, bool, int]:
             share, distance = self._verified(name), self.distance.get(name)
             likeness = -1e9 if distance is None else -distance
             whole = len(self.guesses[name].images) == self.view.update.batch_size
-            return self._proved(name), share, likeness, int(whole)
+            reads = self.view.crafted is not None and name in self.crafty
+            return self._proved(name), share, likeness, reads, int(whole)
 
         name = max(self.guesses, key=worth)
         guess = self.guesses[name]
-        if (
-            self._proved(name) and self.distance.get(name, 1.0) < _EXACT
-        ):  # the whole update is explained
+        explained = self._proved(name) and self.distance.get(name, 1.0) < _EXACT
+        if explained and self.view.crafted is None:  # another image would make another update
             proved = torch.ones(len(guess.images), Anatomy.of(self.view.model).patches)
             told = {**guess.details, "told_apart": len(guess.images)}
             guess = replace(guess, verified=proved.bool(), details=told)

@@ -389,7 +389,7 @@ def noisy(before: Traits, noise: float) -> Traits:
     if noise == 0:
         return before
     told = min(before.information, 1 / (2 * noise**2))
-    return replace(before, exact=False, information=told)
+    return replace(before, exact=False, information=told, rank=0)
 
 
 def _least(excess: Callable[[float], float], low: float, high: float, *, precision: float) -> float:

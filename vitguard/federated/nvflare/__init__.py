@@ -8,7 +8,15 @@ except ImportError as error:
     raise missing_extra("vitguard.federated.nvflare", "nvflare", "nvflare") from error
 
 from vitguard.federated.nvflare.client import OpenFilter, SealFilter
+from vitguard.federated.nvflare.inspecting import InspectFilter
 from vitguard.federated.nvflare.recipe import encrypted_fedavg
 from vitguard.federated.nvflare.server import EncryptedAggregator, SumPersistor
 
-__all__ = ["EncryptedAggregator", "OpenFilter", "SealFilter", "SumPersistor", "encrypted_fedavg"]
+__all__ = [
+    "EncryptedAggregator",
+    "InspectFilter",
+    "OpenFilter",
+    "SealFilter",
+    "SumPersistor",
+    "encrypted_fedavg",
+]

@@ -38,7 +38,12 @@ from vitguard.federated.nvflare.messages import (
     weight_of,
 )
 from vitguard.federated.nvflare.models import build_model
-from vitguard.federated.nvflare.state import ClientState, passphrase_of, private_folder
+from vitguard.federated.nvflare.state import (
+    ClientState,
+    passphrase_of,
+    private_folder,
+    site_of,
+)
 from vitguard.guard import Guard, protect
 from vitguard.registry import parse_stack
 from vitguard.rounds import Progress, next_version
@@ -58,13 +63,13 @@ class _ClientFilter(Filter):
         return Manifest.from_json(self.manifest)
 
     def _keys(self, fl_ctx: FLContext) -> KeySet:
-        site = _site(fl_ctx)
+        site = site_of(fl_ctx)
         return KeySet.load(self.keys.replace("{site}", site), passphrase_of(self.passphrase))
 
     def _state_file(self, fl_ctx: FLContext) -> Path:
         workspace: Any = fl_ctx.get_workspace()
         run = workspace.get_run_dir(fl_ctx.get_job_id())
-        return private_folder(run) / f"{_site(fl_ctx)}.safetensors"
+        return private_folder(run) / f"{site_of(fl_ctx)}.safetensors"
 
 
 class OpenFilter(_ClientFilter):
@@ -260,7 +265,7 @@ class SealFilter(_ClientFilter):
         encryptor = Encryptor(
             self._keys(fl_ctx),
             manifest,
-            client_id=_site(fl_ctx),
+            client_id=site_of(fl_ctx),
             outliers=self.outliers,  # type: ignore[arg-type]
         )
         return encryptor.encrypt(
@@ -283,10 +288,3 @@ class SealFilter(_ClientFilter):
         state.guard = guard.state_bytes(draws=False).decode()
         state.write(file)
         return dict(update.tensors)
-
-
-def _site(fl_ctx: FLContext) -> str:
-    site = fl_ctx.get_identity_name()
-    if not isinstance(site, str) or not site or any(c in site for c in "/\\\0") or site[0] == ".":
-        raise Unprotected(f"Expected the name of a site, got {str(site)[:80]!r}.")
-    return site

@@ -15,6 +15,7 @@ from nvflare.client.config import ExchangeFormat, TransferType
 from vitguard.defenses.encryption import Manifest
 from vitguard.errors import expected
 from vitguard.federated.nvflare.client import OpenFilter, SealFilter
+from vitguard.federated.nvflare.inspecting import InspectFilter
 from vitguard.federated.nvflare.server import EncryptedAggregator, ResumedFedAvg, SumPersistor
 
 __all__ = ["encrypted_fedavg"]
@@ -37,6 +38,7 @@ def encrypted_fedavg(
     outliers: str = "refuse",
     initial: str = "",
     keep: int = 1,
+    inspect: bool = False,
     client_filters: Sequence[Filter] = (),
     **others: Any,
 ) -> FedAvgRecipe:
@@ -55,6 +57,7 @@ def encrypted_fedavg(
         outliers: `refuse` or `clip`, of values beyond their bound.
         initial: Path of a safetensors file with the initial weights, on the server.
         keep: Sums that are sent, for clients that sat out up to `keep - 1` rounds.
+        inspect: Whether clients refuse weights with signs of a known craft (`InspectFilter`).
         client_filters: Job filters of results that act before vitguard's, which must be the last.
         others: Further arguments of `FedAvgRecipe`.
 
@@ -84,6 +87,8 @@ def encrypted_fedavg(
     recipe.add_client_input_filter(
         OpenFilter(agreed, client_keys, client_passphrase, min_clients), tasks=[_TASK]
     )
+    if inspect:
+        recipe.add_client_input_filter(InspectFilter(model), tasks=[_TASK])
     seal = SealFilter(
         agreed, client_keys, client_passphrase, defenses, model if defenses else None, outliers
     )

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vitguard.errors import InputError, Rejected, expected
+from vitguard.errors import InputError, Rejected, Unprotected, expected
 from vitguard.files import parsed_json, write_atomically
 from vitguard.rounds import Progress
 
-__all__ = ["ClientState", "ServerState", "passphrase_of", "private_folder"]
+__all__ = ["ClientState", "ServerState", "passphrase_of", "private_folder", "site_of"]
 
 _KIND = "vitguard"
 
@@ -140,3 +140,15 @@ def passphrase_of(variable: str) -> str:
             "Set it where the process starts; never put it into a job's configuration.",
         )  # fmt: skip
     return phrase
+
+
+def site_of(fl_ctx: Any) -> str:
+    """Return the name of this site, which is safe as part of a file name.
+
+    Raises:
+        Unprotected: There is none.
+    """
+    site = fl_ctx.get_identity_name()
+    if not isinstance(site, str) or not site or any(c in site for c in "/\\\0") or site[0] == ".":
+        raise Unprotected(f"Expected the name of a site, got {str(site)[:80]!r}.")
+    return site

@@ -1,0 +1,231 @@
+"""Does an inspection tell crafted weights from honest ones, and what does it cost?
+
+    OMP_NUM_THREADS=1 python benchmarks/inspection.py honest --half 1 --out judged.jsonl
+    OMP_NUM_THREADS=1 python benchmarks/inspection.py crafts --out crafts.jsonl
+    OMP_NUM_THREADS=1 python benchmarks/inspection.py judge --honest judged.jsonl \\
+        --crafts crafts.jsonl
+    OMP_NUM_THREADS=1 python benchmarks/inspection.py cost
+    OMP_NUM_THREADS=1 python benchmarks/inspection.py adaptive --out adaptive.jsonl [--figure F.png]
+
+`honest` inspects honest checkpoints (inspecting/honest.py): those of half 0, on which the limits
+were chosen, or those of half 1. `crafts` inspects the crafts as published (inspecting/crafts.py).
+`judge` prints false alarms, misses and the area under the curve. `cost` measures an inspected
+training step beside a plain one. `adaptive` is the adversary that knows the detector.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+from inspecting.crafts import adaptive, published, tokens_told_apart
+from inspecting.honest import checkpoints, photos, tiny, victims
+
+import vitguard as vg
+from vitguard.errors import NotApplicable
+from vitguard.inspection import SIGNS, Memory, inspect_model, load_exactly
+from vitguard.vit import Anatomy
+
+
+def honest(out: Path, half: int) -> None:
+    """Write a line for each honest checkpoint."""
+    with out.open("w") as file:
+        for number, c in enumerate(checkpoints(half)):
+            c.model.train()
+            anatomy = Anatomy.of(c.model)
+            found = inspect_model(c.model, anatomy, c.images, c.labels, c.memory)
+            line = {
+                "kind": c.kind, "run": c.run, "batch": len(c.images), "score": found.score,
+                "signs": {s.name: s.value for s in found.signs},
+            }  # fmt: skip
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            if number % 50 == 0:
+                print(number, c.kind, f"{found.score:.2f}", flush=True)
+
+
+def judge(lines: list[dict], crafted: list[dict]) -> None:
+    """Print the largest honest value of each sign, false alarms, misses, area under the curve."""
+    for name, (limit, _) in SIGNS.items():
+        having = [line for line in lines if name in line["signs"]]
+        if not having:
+            continue
+        worst = max(having, key=lambda line: line["signs"][name])
+        where = f"{worst['kind']}, batch of {worst['batch']}"
+        print(f"{name:20} limit {limit:10.4g}  largest {worst['signs'][name]:10.4g}  {where}")
+    wrong = [line for line in lines if score(line) > 1]
+    kinds = collections.Counter(line["kind"].split(" vit")[0] for line in lines)
+    print(f"{len(lines)} honest checkpoints ({kinds}): {len(wrong)} false alarms")
+    for line in wrong:
+        beyond = {n: v for n, v in line["signs"].items() if v > SIGNS[n][0]}
+        print(f"  {line['kind']}, run {line['run']}, batch of {line['batch']}: {beyond}")
+
+    for craft in dict.fromkeys(line["craft"] for line in crafted):
+        found = [line for line in crafted if line["craft"] == craft]
+        seen = sum(score(line) > 1 for line in found)
+        wins = [(score(c) > score(h)) + 0.5 * (score(c) == score(h)) for c in found for h in lines]
+        least = min(map(score, found))
+        print(
+            f"{craft}: {seen} of {len(found)} suspicious, area under the curve "
+            f"{statistics.mean(wins):.4f}, lowest score {least:.3g}"
+        )
+
+
+def score(line: dict) -> float:
+    """Return the score that the limits of the package give to a line."""
+    return max(v / SIGNS[n][0] for n, v in line["signs"].items())
+
+
+def crafts(out: Path) -> None:
+    """Write a line for each craft on each model."""
+    with out.open("w") as file:
+        for kind, model, images, labels in victims():
+            own = {n: t.clone() for n, t in model.state_dict().items()}
+            for craft, write in published():
+                try:
+                    weights = write(model)
+                except NotApplicable as error:
+                    print(f"{craft} on {kind}: {error}", flush=True)
+                    continue
+                for size in (1, len(images)):
+                    load_exactly(model, weights)
+                    anatomy = Anatomy.of(model)
+                    found = inspect_model(model, anatomy, images[:size], labels[:size], Memory())
+                    line = {
+                        "craft": craft, "kind": kind, "batch": size, "score": found.score,
+                        "signs": {s.name: s.value for s in found.signs},
+                    }  # fmt: skip
+                    file.write(json.dumps(line) + "\n")
+                load_exactly(model, own)
+            print(kind, flush=True)
+
+
+def cost(repeats: int = 5) -> None:
+    """Print processor time of a plain step and of an inspected one, interleaved."""
+    sizes = [
+        ("vit_tiny_patch16_224", 224, 16), ("vit_small_patch16_224", 224, 8),
+        ("vit_base_patch16_224", 224, 4), ("CIFAR ViT", 32, 64),
+    ]  # fmt: skip
+    for name, size, batch in sizes:
+        make = (lambda n=name: timm.create_model(n, num_classes=10)) if size > 32 else tiny_cifar
+        guards = [vg.protect(make().train(), s) for s in ([], [vg.InspectWeights()])]
+        images, labels = torch.randn(batch, 3, size, size), torch.arange(batch) % 10
+        times: list[list[float]] = [[], []]
+        for repeat in range(repeats):
+            for i in (0, 1) if repeat % 2 else (1, 0):
+                start = time.process_time()
+                guards[i].update(images, labels)
+                times[i].append(time.process_time() - start)
+        plain, inspected = (statistics.median(t[1:]) for t in times)
+        least = min(times[1][1:]) / min(times[0][1:]) - 1
+        print(
+            f"{name}, batch of {batch}: {plain:.2f} s and {inspected:.2f} s with inspection, "
+            f"{inspected / plain - 1:+.1%} (of the fastest {least:+.1%})",
+            flush=True,
+        )
+
+
+def tiny_cifar() -> torch.nn.Module:
+    """Return the architecture of the CIFAR-10 ViTs."""
+    return tiny(0, embed_dim=128, depth=4, mlp_ratio=2)
+
+
+def known_to_adversary() -> Iterator[tuple[str, dict]]:
+    """Yield what an adversary that knows the detector tries, by what it gives up."""
+    yield "as published", {}
+    # no muted branch, columns behind the bins of honest size and of any sign, thresholds that jump
+    quiet = {"mute": 1.0, "output": 0.02, "varied": True, "jitter": 1.0}
+    yield "nothing muted, uneven thresholds", quiet
+    for noise in (0.1, 0.2, 0.35, 0.5, 0.7, 1.0):
+        yield "and noise on the rows", {**quiet, "noise": noise}
+    for directions in (4, 16, 64, 192):
+        yield "and spread directions", {**quiet, "directions": directions}
+    for steepness in (20.0, 10.0, 5.0, 2.0):
+        yield "and milder steps", {**quiet, "steepness": steepness}
+    for share in (0.5, 0.2, 0.1, 0.05, 0.02):
+        yield "and fewer bins", {**quiet, "share": share}
+    for share in (0.2, 0.1, 0.05, 0.02):
+        for steepness in (50.0, 12.0):
+            mild = {"share": share, "noise": 0.5, "directions": 4, "steepness": steepness}
+            yield "all at once", {**quiet, **mild}
+
+
+def adaptive_curve(out: Path) -> None:
+    """Write leak and score of milder and milder imprints."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, depth=4)
+    own = {n: t.clone() for n, t in model.state_dict().items()}
+    images, labels, public = photos(4, 64, 0), torch.arange(4), photos(32, 64, 3)
+    with out.open("w") as file:
+        for family, settings in known_to_adversary():
+            weights = adaptive(model, public=public, **settings)
+            leak = tokens_told_apart(model, weights, images, labels)
+            load_exactly(model, weights)
+            found = inspect_model(model, Anatomy.of(model), images, labels, Memory())
+            load_exactly(model, own)
+            line = {
+                "family": family, "settings": settings, "leak": leak, "score": found.score,
+                "signs": {s.name: s.value for s in found.signs},
+            }  # fmt: skip
+            file.write(json.dumps(line) + "\n")
+            worst = max(found.signs, key=lambda s: s.excess)
+            print(f"{family} {settings}: {leak:.2f}, {found.score:.3g} ({worst.name})", flush=True)
+
+
+def draw(lines: list[dict], figure: Path) -> None:
+    """Draw leak against score."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    _, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for family in dict.fromkeys(line["family"] for line in lines):
+        points = [(min(score(p), 1e4), p["leak"]) for p in lines if p["family"] == family]
+        axes.plot(*zip(*sorted(points), strict=True), "o", label=family, alpha=0.8)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set(xscale="log", xlabel="score of the inspection (refused above 1)", ylim=(-0.02, 1))
+    axes.set_ylabel("share of patches that row differences give")
+    axes.legend()
+    pyplot.savefig(figure, dpi=110)
+
+
+def main() -> None:
+    """Run what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["honest", "crafts", "judge", "cost", "adaptive"])
+    parser.add_argument("--half", type=int, choices=[0, 1], default=1)
+    parser.add_argument("--out", type=Path, default=Path("inspected.jsonl"))
+    parser.add_argument("--honest", type=Path, default=Path("judged.jsonl"))
+    parser.add_argument("--crafts", type=Path, default=Path("crafts.jsonl"))
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    if options.what == "honest":
+        honest(options.out, options.half)
+    elif options.what == "crafts":
+        crafts(options.out)
+    elif options.what == "judge":
+        judge(lines_of(options.honest), lines_of(options.crafts))
+    elif options.what == "cost":
+        cost()
+    else:
+        adaptive_curve(options.out)
+        if options.figure:
+            draw(lines_of(options.out), options.figure)
+
+
+def lines_of(path: Path) -> list[dict]:
+    """Return what was written to a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

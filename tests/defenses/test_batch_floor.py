@@ -1,0 +1,61 @@
+"""Batch floor: few tokens never leave, many do, and one image that dominates is another matter."""
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import small_vit
+from vitguard.core import Update
+from vitguard.defenses.base import Draws
+from vitguard.defenses.batch_floor import BatchFloor
+from vitguard.errors import Incompatible, InputError, Unprotected
+from vitguard.guard import protect
+from vitguard.vit import Anatomy
+
+MODEL = small_vit()
+ANATOMY = Anatomy.of(MODEL)  # 17 tokens, 96 wide
+
+
+@given(st.integers(1, 40), st.sampled_from([1.0, 1.5, 4.0]))
+def test_no_update_leaves_whose_tokens_are_fewer_than_a_multiple_of_the_width(images, multiple):
+    floor = BatchFloor(multiple)
+    update = Update({"blocks.0.mlp.fc1.weight": torch.ones(4, 96)}, batch_size=images)
+    if images * ANATOMY.tokens >= multiple * ANATOMY.width:
+        assert floor.seal(update, ANATOMY, Draws()) is update
+    else:
+        with pytest.raises(Unprotected, match="nothing was released"):
+            floor.seal(update, ANATOMY, Draws())
+
+
+@pytest.mark.parametrize(
+    "name", ["patch_embed.proj.weight", "pos_embed", "blocks.1.attn.proj.bias"]
+)
+def test_any_readable_tensor_of_embedding_or_blocks_counts_and_the_head_does_not(name):
+    with pytest.raises(Unprotected):
+        BatchFloor().seal(Update({name: torch.ones(3)}), ANATOMY, Draws())
+    head = Update({"head.weight": torch.ones(10, 96), "norm.weight": torch.ones(96)})
+    assert BatchFloor().seal(head, ANATOMY, Draws()) is head
+    hidden = head.seal({name: "encrypted"})
+    assert BatchFloor().seal(hidden, ANATOMY, Draws()) is hidden
+
+
+def test_what_is_accumulated_counts_where_its_images_are_stated():
+    guard = protect(small_vit(), "batch-floor:multiple=1")
+    made = {n: torch.ones_like(p) for n, p in guard.model.named_parameters() if "vitguard" not in n}
+    with pytest.raises(Unprotected):
+        guard.seal(Update(made, batch_size=5))
+    assert guard.seal(Update(made, batch_size=6)).batch_size == 6
+
+
+def test_blocks_of_several_widths_are_refused():
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, window_size=7)
+    with pytest.raises(Incompatible, match="one width"):
+        protect(swin, "batch-floor")
+
+
+@pytest.mark.parametrize("multiple", [0, 0.9, float("inf"), float("nan")])
+def test_a_multiple_below_one_leaves_equations_and_is_refused(multiple):
+    with pytest.raises(InputError):
+        BatchFloor(multiple)

@@ -1,0 +1,78 @@
+"""Frozen stem: what is frozen sends nothing; what is not may still show the image."""
+
+import pytest
+import torch
+
+from tests.conftest import small_vit
+from vitguard.analysis import released, remaining
+from vitguard.core import Update
+from vitguard.defenses.base import traits_of
+from vitguard.errors import Incompatible, InputError, Unprotected
+from vitguard.guard import protect
+from vitguard.registry import parse_stack
+from vitguard.vit import Anatomy
+
+IMAGES, LABELS = torch.randn(2, 3, 16, 16), torch.tensor([1, 2])
+STEM = ("pos_embed", "cls_token", "patch_embed.", "blocks.0.")
+
+
+def test_no_update_shows_a_tensor_of_the_stem_not_even_one_made_elsewhere():
+    guard = protect(small_vit(), "frozen-stem")
+    names = set(guard.update(IMAGES, LABELS).tensors)
+    assert not [n for n in names if n.startswith(STEM)] and "blocks.1.mlp.fc1.weight" in names
+    made = {n: torch.ones_like(p) for n, p in guard.model.named_parameters()}
+    sealed = guard.seal(Update(made, kind="difference"))
+    assert not [n for n in sealed.tensors if n.startswith(STEM)]
+    assert [n for n in sealed.sealed if n.startswith("blocks.0.")]
+    assert not [n for n in guard.shared_names() if n.startswith(STEM)]
+
+
+def test_a_model_in_which_a_parameter_was_unfrozen_is_refused():
+    guard = protect(small_vit(), "frozen-stem")
+    guard.model.blocks[0].mlp.fc1.bias.requires_grad_(True)
+    with pytest.raises(Unprotected, match=r"blocks\.0\.mlp\.fc1\.bias"):
+        guard.update(IMAGES, LABELS)
+
+
+def test_training_moves_the_rest_alone():
+    model = small_vit()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    protect(model, "frozen-stem")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and not [n for n in moved if n.startswith(STEM)]
+
+
+def test_remove_gives_back_what_was_trained_and_no_more():
+    model = small_vit()
+    model.blocks[0].requires_grad_(False)
+    guard = protect(model, "frozen-stem")
+    guard.remove()
+    assert not any(p.requires_grad for p in model.blocks[0].parameters())
+    assert model.pos_embed.requires_grad and model.patch_embed.proj.weight.requires_grad
+
+
+def test_positions_that_are_trained_and_withheld_do_not_go_with_it():
+    with pytest.raises(Incompatible, match="withheld"):
+        protect(small_vit(), "withheld+frozen-stem")
+    model = small_vit(num_classes=0, depth=1)
+    model.norm.requires_grad_(False)
+    with pytest.raises(Incompatible, match="parameter to train"):
+        protect(model, "frozen-stem:trained=0")
+    with pytest.raises(InputError):
+        parse_stack("frozen-stem:trained=-1")
+
+
+@pytest.mark.parametrize("trained, search", [(1, False), (2, True), (3, True)])
+def test_the_attacks_say_what_a_stem_leaves(trained, search):
+    """A block before the last one shows every token; the last one under a class token does not."""
+    model = small_vit(depth=3)
+    anatomy = Anatomy.of(model)
+    traits = traits_of(parse_stack(f"frozen-stem:trained={trained}"), anatomy)
+    said = {one.attack: one.possible for one in remaining(released(model, anatomy, traits))}
+    assert said["token-search"] is search
+    assert not said["position"]
+    assert said["span"] is said["gelu-span"] is (trained == 3)  # block 0 is read again
+    assert said["cascade"] and said["labels"]

@@ -1,0 +1,196 @@
+"""What `vitguard advise` states; the audit confirms it in test_advise_confirmed.py."""
+
+import io
+import json
+import time
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+
+from tests.conftest import small_vit
+from vitguard.advise import advise_report
+from vitguard.analysis import released, remaining
+from vitguard.cli.main import main
+from vitguard.defenses.base import traits_of
+from vitguard.errors import InputError, UnsupportedModel
+from vitguard.evidence import Cell, Cost, Evidence, evidence
+from vitguard.models import build_model
+from vitguard.vit import Anatomy
+
+MODELS = [  # name, batch from which no exact count holds
+    ("vit_tiny_patch16_224", 1),
+    ("vit_small_patch16_224", 2),
+    ("vit_base_patch16_224", 4),
+    ("vit_large_patch16_224", 6),
+    ("vit_base_patch32_224", 16),
+    ("deit_base_patch16_224", 4),
+    ("vit_small_patch14_dinov2:img_size=112", 6),
+    ("vit_base_patch14_dinov2:img_size=112", 12),
+    ("vit_base_patch16_siglip_224", 4),
+    ("beit_base_patch16_224", 4),
+]
+SWIN = "swin_tiny_patch4_window7_224"
+WORDS = ("safe", "secure", "protected")
+
+
+def printed(report):
+    out = io.StringIO()
+    report.print_to(Console(file=out, width=100, color_system=None))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name, ends", MODELS)
+def test_a_model_that_people_use_is_advised_on_in_two_seconds_and_never_called_safe(name, ends):
+    timm.list_models("vit_tiny*")  # the import is not counted
+    began = time.process_time()
+    report = advise_report(name)
+    assert time.process_time() - began < 2
+    said = f"{printed(report)} {json.dumps(report.to_json())}".lower()
+    assert not [word for word in WORDS if word in said]
+    if ends > 1:
+        assert report.exact and f"from {ends} images on" in report.sentence()
+    for attack in ("span", "span-chain", "gelu-span", "token-search"):
+        one = next(a for a in report.attacks if a.attack == attack)
+        assert (one.ends_at is not None and one.ends_at <= ends) or not one.applies
+    assert not advise_report(name, batch_size=ends).exact or ends == 1
+
+
+def test_a_model_of_several_widths_and_one_that_is_no_transformer_get_one_clear_answer():
+    report = advise_report(SWIN)
+    assert report.sentence() == report.unsupported and not report.attacks and not report.options
+    assert "96 to 768 wide" in report.unsupported and printed(report).count("\n") == 1
+    with pytest.raises(UnsupportedModel, match="ResNet"):
+        advise_report("resnet18")
+    with pytest.raises(InputError, match="timm model name"):
+        advise_report("vit_bass_patch16_224")
+
+
+@pytest.mark.parametrize("train", ["all", "head", "last-block/head", "lora/head"])
+@pytest.mark.parametrize("changes", [{}, {"class_token": False, "global_pool": "avg"}])
+def test_sizes_alone_say_what_a_model_with_values_says(changes, train):
+    model = small_vit(**changes)
+    with torch.device("meta"):
+        bare = small_vit(**changes)
+    for batch in (1, 3, 6):
+        real, sized = (
+            advise_report(m, batch_size=batch, train=train).to_json() for m in (model, bare)
+        )
+        assert real == sized
+
+
+def test_a_name_says_what_the_model_of_that_name_says():
+    name = "vit_tiny_patch16_224:img_size=32,patch_size=8,depth=2,num_classes=10"
+    by_name, by_model = advise_report(name).to_json(), advise_report(build_model(name)).to_json()
+    assert {**by_name, "model": ""} == {**by_model, "model": ""}
+
+
+def test_a_batch_is_where_the_tokens_fill_the_width_and_every_batch_was_asked():
+    """By bisection as by looking at each: no attack that ended comes back at a larger batch."""
+    for model in (small_vit(), small_vit(reg_tokens=3), small_vit(embed_dim=64)):
+        anatomy = Anatomy.of(model)
+        plain = traits_of([], anatomy)
+        report = advise_report(model)
+        said = [
+            {a.attack: a for a in remaining(released(model, anatomy, plain, batch_size=b))}
+            for b in range(1, 120)
+        ]
+        for one in report.attacks:
+            holds = [at[one.attack].possible for at in said]
+            exact = [at[one.attack].possible and at[one.attack].exact for at in said]
+            assert holds == sorted(holds, reverse=True) and exact == sorted(exact, reverse=True)
+            assert sum(exact) == one.exact_until
+            assert sum(holds) + 1 == one.ends_at if one.ends_at else all(holds)
+        full = next(a for a in report.attacks if a.attack == "gelu-span")
+        assert full.ends_at * anatomy.tokens >= anatomy.width
+        assert (full.ends_at - 1) * anatomy.tokens < anatomy.width
+
+
+def test_what_is_trained_decides_what_applies():
+    said = {
+        part: {a.attack for a in advise_report(small_vit(), train=part).attacks if a.applies}
+        for part in ("all", "head", "last-block/head", "lora:r=4/head", "attention")
+    }
+    assert {"position", "span", "gelu-span"} <= said["all"]
+    assert said["head"] == {"labels", "matching"}
+    assert said["last-block/head"] == {"cascade", "labels", "matching"}
+    assert said["lora:r=4/head"] == {"labels", "containment", "matching"}
+    assert "span" in said["attention"] and "position" not in said["attention"]
+
+
+def cell(stack, **changes):
+    given = {"verdict": "resisted", "psnr": 12.0, "above": -3.0, **changes}
+    return Cell(stack, "a model", "scratch", 8, "natural", "ladder:seconds=30", **given)
+
+
+STOOD = "positions:kind=frozen+batch-floor+sample-normalisation"
+TABLE = Evidence(
+    "2026-11-29", {"torch": "2"}, "python benchmarks/evidence.py rows.jsonl",
+    (
+        cell("none", verdict="leaks"), cell("sign-update"),
+        cell("sign-update", verdict="leaks", above=9.0), cell("quantised-update", above=2.5),
+        cell("low-rank", proved=0.1), cell("noise:scale=0.5", verdict="", note="not run: no time"),
+        cell(STOOD), cell(STOOD, cut="map"), cell("encryption:select=all", verdict="blocked"),
+        cell("privacy:noise=1.0"), cell("positions:kind=frozen"),
+    ),
+    (
+        Cost(STOOD, "a model", "scratch", 0.5, 0.51, 3, 100, 1.5, 1.0),
+        Cost("privacy:noise=1.0", "a model", "scratch", 0.3, 0.51, 3, 100, 1.5, 1.0),
+    ),
+)  # fmt: skip
+
+
+def test_only_what_stood_in_every_cell_is_offered_the_cheapest_first():
+    report = advise_report(small_vit(), table=TABLE)
+    offered = [o.stack for o in report.options]
+    assert offered == [STOOD, "privacy:noise=1.0"]
+    assert set(report.fallen) == {"sign-update", "quantised-update", "low-rank"}
+    best = report.options[0]
+    assert best.batch == 23 and "--batch-size 23 --num-images 23" in best.verify  # 4 x 96 / 17
+    assert "stood in 2 of 2 cells" in best.evidence and "with its budget" in best.evidence
+    assert "accuracy 50.0% where undefended has 51.0%" in best.evidence
+    assert STOOD in report.sentence() and "no proof" in report.sentence()
+
+
+def test_what_stood_elsewhere_is_not_offered_where_a_count_says_that_it_leaks():
+    assert "positions:kind=frozen" not in [
+        o.stack for o in advise_report(small_vit(), table=TABLE).options
+    ]  # `span` reads it at one image
+
+
+def test_keys_hide_from_the_server_and_not_from_the_other_clients():
+    for see in ("server", "clients", "both"):
+        report = advise_report(small_vit(), table=TABLE, see=see)
+        assert ("encryption:select=all" in [o.stack for o in report.options]) is (see == "server")
+
+
+def test_without_evidence_it_says_so_and_offers_nothing():
+    report = advise_report(small_vit(), table=Evidence("", {}, ""))
+    assert not report.options and "no evidence" in report.measured
+    assert "audit it" in report.sentence()
+
+
+def test_the_evidence_that_the_package_carries_can_be_read_and_says_when_it_was_made():
+    table = evidence()
+    assert table.date and {"torch", "timm", "vitguard"} <= set(table.versions)
+    assert all(c.verdict or c.note.startswith("not run") for c in table.cells)
+    assert {s.setting for s in (*table.stacks("scratch"), *table.stacks("finetune"))} == {
+        "scratch", "finetune",
+    }  # fmt: skip
+
+
+def test_the_command_prints_and_writes_it(tmp_path, capsys):
+    tiny = "vit_tiny_patch16_224:img_size=32,patch_size=8,embed_dim=96,depth=2,num_classes=10"
+    assert main(["advise", "--model", tiny, "--batch-size", "2", "--see", "server"]) == 0
+    assert "ends at batch" in capsys.readouterr().out
+    assert main(["advise", "--model", tiny, "--train", "head", "--json", "-"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["schema"] == 1 and said["sentence"] and said["train"] == "head"
+    file = tmp_path / "advice.json"
+    assert main(["advise", "--model", tiny, "--setting", "finetune", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["setting"] == "finetune"
+    for wrong in (["--setting", "tune"], ["--see", "all"], ["--batch-size", "0"],
+                  ["--train", "legs"]):  # fmt: skip
+        assert main(["advise", "--model", tiny, *wrong]) == 2
+        assert capsys.readouterr().err.startswith("vitguard: error: Expected")

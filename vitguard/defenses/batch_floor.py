@@ -1,0 +1,94 @@
+"""Batch floor: no update leaves whose tokens are few beside the width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from vitguard.core import Update
+from vitguard.defenses.base import Defense, Draws, UpdateDefense
+from vitguard.errors import Incompatible, Unprotected, expected
+from vitguard.vit import Anatomy
+
+__all__ = ["BatchFloor"]
+
+
+@dataclass(frozen=True)
+class BatchFloor(UpdateDefense):
+    """Refuse an update whose images have too few tokens together for the width of the model.
+
+    The exact attacks solve D - T equations of a norm that is D wide, for the T tokens of a batch:
+    with T >= D none is left. An update of too few images raises; add up gradients over as many as
+    `least_batch` says, and state that number as the update's `batch_size`.
+
+    Guarantees:
+        No update leaves that shows a tensor of the embedding or of a block, and whose images have
+        fewer tokens together than `multiple` times the width.
+
+    Does not protect against:
+        One image whose gradient outweighs those of its batch: it comes back as if it were alone
+        (add `sample-normalisation`). The last block under a class token, which passes one token of
+        each image: labels and features of that token (`cascade`) take as many images as the width.
+        A client that states a wrong number of images. Attacks that count nothing.
+
+    Args:
+        multiple: Tokens over width, at least 1: below, equations are left.
+
+    References:
+        docs/methods.md 4.5.
+
+    Examples:
+        >>> from vitguard.models import build_model
+        >>> from vitguard.vit import Anatomy
+        >>> BatchFloor().least_batch(Anatomy.of(build_model("vit_base_patch16_224:depth=1")))
+        16
+    """
+
+    name: ClassVar[str] = "batch-floor"
+    multiple: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.multiple < math.inf:
+            raise expected("a finite multiple of at least 1", self.multiple)
+
+    def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
+        """Raise Incompatible where blocks have several widths: tokens are no one count there."""
+        sizes = {n: p.shape for n, p in model.named_parameters()}
+        layers = (f"{block.fc1}.weight" for block in anatomy.blocks)
+        widths = {sizes[n][-1] for n in layers if n in sizes}
+        if len(widths) > 1 or not anatomy.blocks:
+            raise Incompatible(
+                f"Expected blocks of one width for {self.name}, got widths {sorted(widths)}: its "
+                "count is of a plain Vision Transformer. Leave it out."
+            )
+
+    def least_batch(self, anatomy: Anatomy) -> int:
+        """Return the images whose tokens reach the floor."""
+        return max(1, math.ceil(self.multiple * anatomy.width / anatomy.tokens))
+
+    def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
+        """Return the update as it is.
+
+        Raises:
+            Unprotected: It has too few images.
+        """
+        least = self.least_batch(anatomy)
+        shown = next((n for n in update.tensors if _counts(n, anatomy)), None)
+        if shown is not None and update.batch_size < least:
+            raise Unprotected(
+                f"Expected at least {least} images behind an update ({anatomy.tokens} tokens each, "
+                f"{self.multiple:g} times the width {anatomy.width}), got {update.batch_size}; "
+                f"nothing was released. Take larger batches, or add up the gradients of several "
+                "and state their images together as batch_size."
+            )
+        return update
+
+
+def _counts(name: str, anatomy: Anatomy) -> bool:
+    """Whether a tensor's gradient has rows of many tokens."""
+    inside = tuple(f"{block.name}." for block in anatomy.blocks)
+    return name.startswith(inside) or anatomy.role(name) in ("patch", "position", "token")

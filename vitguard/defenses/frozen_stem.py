@@ -1,0 +1,114 @@
+"""Frozen stem: embedding and first blocks are not trained, so that nothing of them leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import nn
+
+from vitguard.core import Traits
+from vitguard.defenses.base import Defense, Draws, Installed, ModelDefense
+from vitguard.errors import Incompatible, Unprotected, expected
+from vitguard.vit import Anatomy, canonical_name
+
+__all__ = ["FrozenStem"]
+
+
+@dataclass(frozen=True)
+class FrozenStem(ModelDefense):
+    """Train the last blocks and the head alone; embedding, positions and earlier blocks stay.
+
+    For fine-tuning: of random weights most would never be trained.
+
+    Guarantees:
+        No update shows a tensor of the embedding, the positions or a frozen block.
+        The frozen parameters have no gradient, and a model in which one was unfrozen is refused.
+
+    Does not protect against:
+        `deep-tokens`, where a block that is trained shows all tokens of few images: with one block
+        frozen of four it gave 127 dB. With the last block alone under a class token, no rung came
+        close at one image; with mean pooling that block shows every token.
+
+    Args:
+        trained: Last blocks that are trained, at least 0.
+
+    References:
+        docs/methods.md 4.5.
+    """
+
+    name: ClassVar[str] = "frozen-stem"
+    trained: int = 1
+
+    def __post_init__(self) -> None:
+        if self.trained < 0:
+            raise expected("trained of at least 0 blocks", self.trained)
+
+    def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
+        """Raise Incompatible beside positions that are trained, or where nothing is left to."""
+        if any(d.name == "withheld" for d in stack):
+            raise Incompatible(
+                "Expected positions that are trained and withheld, or frozen with the stem, got "
+                "both. Leave withheld out: what is frozen has no gradient."
+            )
+        frozen = self._beginnings(anatomy)
+        rest = [n for n, p in model.named_parameters() if p.requires_grad and not _is(n, frozen)]
+        if not rest:
+            raise Incompatible(
+                "Expected a parameter to train beside a frozen stem, got none. Give the model a "
+                "head, or unfreeze one of its last blocks."
+            )
+
+    def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
+        """Return what is not trained, and that positions are fixed and public."""
+        positions = "fixed" if before.positions == "learnable" else before.positions
+        frozen = (*before.frozen, *self._beginnings(anatomy))
+        return replace(before, positions=positions, frozen=frozen)
+
+    def install(self, model: nn.Module, anatomy: Anatomy, draws: Draws) -> Installed:
+        """Freeze the parameters; values and names stay."""
+        return _InstalledStem(model, self._beginnings(anatomy))
+
+    def _beginnings(self, anatomy: Anatomy) -> tuple[str, ...]:
+        blocks = anatomy.blocks[: max(len(anatomy.blocks) - self.trained, 0)]
+        alone = (anatomy.positions, *anatomy.prefix)
+        return (
+            *(n for n in alone if n is not None),
+            f"{anatomy.patch_stage}.",
+            f"{anatomy.patch}.",
+            *(f"{block.name}." for block in blocks),
+        )
+
+
+def _is(name: str, frozen: Sequence[str]) -> bool:
+    return Traits(frozen=tuple(frozen)).freezes(name)
+
+
+class _InstalledStem(Installed):
+    def __init__(self, model: nn.Module, frozen: tuple[str, ...]) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.names = tuple(map(canonical_name, self._stem(model)))
+        self.thawed = tuple(n for n, p in self._stem(model).items() if p.requires_grad)
+        for parameter in self._stem(model).values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def _stem(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in model.named_parameters() if _is(n, self.frozen)}
+
+    def uninstall(self, model: nn.Module) -> None:
+        for name, parameter in self._stem(model).items():
+            parameter.requires_grad_(name in self.thawed)
+
+    def withheld(self) -> Mapping[str, str]:
+        return dict.fromkeys(self.names, "it belongs to the frozen stem")
+
+    def verify(self, model: nn.Module) -> None:
+        loose = next((n for n, p in self._stem(model).items() if p.requires_grad), None)
+        if loose is not None:
+            raise Unprotected(
+                f"Expected a frozen stem, got {loose}, which is trained. Freeze it again: "
+                "parameter.requires_grad_(False); for more blocks protect with a larger trained=."
+            )

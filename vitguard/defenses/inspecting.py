@@ -1,0 +1,207 @@
+"""A client that looks at the weights it was given, and refuses the round where they are crafted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from vitguard.defenses.base import Defense, Draws, Installed, ModelDefense
+from vitguard.errors import Incompatible, SuspiciousWeights, Unprotected, VitguardError, expected
+from vitguard.inspection import Inspection, Memory, Recorder, inspect_weights, weights_of
+from vitguard.inspection.memory import Traces
+from vitguard.inspection.recorder import gated_layers
+from vitguard.vit import Anatomy
+
+__all__ = ["InspectWeights"]
+
+
+@dataclass(frozen=True)
+class InspectWeights(ModelDefense):
+    """Look at weights that arrive, and refuse the round where they have signs of a known craft.
+
+    The weights alone are looked at before the first training pass on them: then nothing was
+    computed. The shares of single patches and images are read off that pass while it runs, and
+    judged before an update leaves. Every loaded state dict and every update begins a new round.
+
+    Guarantees:
+        No training pass runs on weights that are suspicious by themselves, and nothing leaves.
+        No update leaves of a round whose first gradient is suspicious.
+        What was not inspected does not leave.
+        The model computes as it does without it, and evaluation is never refused.
+
+    Does not protect against:
+        Crafts that stay below the limits, as docs/inspection.md measures. What the first passes
+        compute is local, but a refusal tells the server that there were signs, and those of the
+        gradient depend on the images. Batches of a round after its first one are not looked at.
+
+    Args:
+        limit: Factor on the limits of all signs, above 0; inf inspects nothing.
+
+    Raises:
+        InputError: A limit that is not above 0.
+    """
+
+    name: ClassVar[str] = "inspect"
+    limit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise expected("limit above 0", self.limit)
+
+    def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
+        """Raise Incompatible where the blocks are not known, in which crafts would stand."""
+        if not anatomy.blocks:
+            raise Incompatible(
+                "Expected a model whose blocks are known, got one without: weights cannot be "
+                "inspected. Give an Anatomy with blocks, or leave inspect out."
+            )
+
+    def known(self) -> Defense:
+        """Return one that inspects nothing: the adversary need not refuse itself."""
+        return replace(self, limit=math.inf)
+
+    def audit_note(self) -> str:
+        """Say what an inspection leaves open."""
+        return "inspect: it knows the signs of published crafts. It is no guarantee against others."
+
+    def install(self, model: nn.Module, anatomy: Anatomy, draws: Draws) -> InstalledInspection:
+        return InstalledInspection(self, model, anatomy)
+
+
+class InstalledInspection(Installed):
+    """The hooks of an inspection, and how far it is with the weights that are there."""
+
+    def __init__(self, settings: InspectWeights, model: nn.Module, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.settings, self.anatomy = settings, anatomy
+        self.recorder = Recorder(anatomy.prefix_tokens)
+        self.found: Inspection | None = None
+        """Of the weights alone; None while they have not been looked at."""
+        self.traces: Traces = {}
+        self.left = False
+        """Whether an update of this round has left."""
+        self.handles: list[Any] = []
+        if self._acts():
+            self.handles = self.recorder.attach(model, anatomy)
+            self.handles.append(model.register_forward_pre_hook(_Before(self)))
+        self.register_load_state_dict_post_hook(_arrived)
+
+    def _acts(self) -> bool:
+        return math.isfinite(self.settings.limit)
+
+    def uninstall(self, model: nn.Module) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def begin(self) -> None:
+        """Begin a round: other weights are there."""
+        self.found, self.left, self.traces = None, False, {}
+        self.recorder.drop()
+
+    def verify(self, model: nn.Module) -> None:
+        """Look at the weights where that is due.
+
+        Raises:
+            SuspiciousWeights: They have signs of a craft.
+            Unprotected: They cannot be inspected.
+        """
+        if not self._acts() or (self.found is not None and not self.left):
+            return
+        self.begin()
+        found, traces = _or_refuse(lambda: self._look(model))
+        if found.suspicious:
+            raise SuspiciousWeights(
+                f"Expected weights without signs of a craft, got {found.reason}. Nothing was "
+                "computed with them; leave the round out, and ask who runs the server.",
+                found,
+            )
+        self.found, self.traces = found, traces
+        self.recorder.arm()
+
+    def intact(self, model: nn.Module) -> None:
+        pass  # what training left behind is judged by `releasing`
+
+    def passing(self, model: nn.Module) -> None:
+        """A pass with a gradient begins: it is read where it is the first one of a round."""
+        if self.found is None or self.left:
+            self.verify(model)
+        elif self.recorder.finished:
+            self.recorder.armed = False
+
+    def releasing(self, model: nn.Module) -> None:
+        """Judge what the first pass showed.
+
+        Raises:
+            SuspiciousWeights: The gradient has signs of a craft.
+            Unprotected: The weights or the gradient were not inspected.
+        """
+        if not self._acts():
+            return
+        if self.found is None:
+            raise Unprotected(
+                "Expected an update of weights that were inspected when they arrived, got one of "
+                "others. Train the protected model itself, in training mode."
+            )
+        signs = self.recorder.signs()
+        if not self.recorder.finished and gated_layers(model, self.anatomy):
+            raise Unprotected(
+                "Expected a training pass whose gradient was inspected, got none of the protected "
+                "model since the weights arrived. Train it in training mode, by calling it."
+            )
+        found = self.found.and_also(signs)
+        if found.suspicious:  # no numbers: they come from the images
+            names = ", ".join(s.name for s in found.worst)
+            raise SuspiciousWeights(
+                "Expected gradients that no single patch or image dominates, got signs of crafted "
+                f"weights ({names}). Nothing has left; leave the round out.",
+                found,
+            )
+        if not self.left:
+            memory_of(model).accept(self.traces)
+        self.left = True
+
+    def _look(self, model: nn.Module) -> tuple[Inspection, Traces]:
+        weights, memory = weights_of(model), memory_of(model)
+        found = inspect_weights(weights, self.anatomy, memory, limit=self.settings.limit)
+        return found, {} if found.suspicious else memory.traces(weights, self.anatomy)
+
+
+def memory_of(model: nn.Module) -> Memory:
+    """Return what the client of a protected model remembers."""
+    return model.get_submodule("vitguard").memory  # type: ignore[return-value]
+
+
+def _or_refuse(look: Callable[[], tuple[Inspection, Traces]]) -> tuple[Inspection, Traces]:
+    try:
+        return look()
+    except VitguardError:
+        raise
+    except Exception as error:
+        raise Unprotected(
+            f"Expected weights that can be inspected, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _arrived(module: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(module, InstalledInspection)
+    module.begin()
+
+
+class _Before:
+    """Before a pass of the model: only one that takes gradients in training mode is inspected."""
+
+    def __init__(self, piece: InstalledInspection) -> None:
+        self.piece = piece
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._begin(module)  # pyright: ignore[reportCallIssue]
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module) -> None:
+        self.piece.passing(module)

@@ -1,0 +1,87 @@
+"""Looking at a model: its weights, and one pass of the client's own images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitguard.core import Loss, tensors_by_name
+from vitguard.errors import expected
+from vitguard.inspection.memory import Memory
+from vitguard.inspection.recorder import Recorder
+from vitguard.inspection.rows import fresh_generator
+from vitguard.inspection.structure import structure_signs
+from vitguard.inspection.verdict import Inspection
+from vitguard.vit import Anatomy, canonical_name, logits_of
+
+__all__ = ["inspect_model", "inspect_weights", "load_exactly", "weights_of"]
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that a server sends, by the base model's name."""
+    named = ((canonical_name(n), p.detach()) for n, p in model.named_parameters())
+    return {n: p for n, p in named if not n.startswith("vitguard.")}
+
+
+def load_exactly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put weights into a model, by the base model's names.
+
+    Raises:
+        InputError: Names, shapes or types that the model does not have; nothing is changed.
+    """
+    own = {canonical_name(n): t for n, t in model.state_dict().items()}
+    given = {canonical_name(n): t for n, t in tensors_by_name(weights).items()}
+    for name, tensor in given.items():
+        if name not in own:
+            raise expected("weights by the model's names", repr(name))
+        mine = own[name]
+        if tensor.shape != mine.shape or tensor.dtype != mine.dtype:
+            raise expected(
+                f"{name} as {mine.dtype} of shape {tuple(mine.shape)}",
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}",
+            )
+    with torch.no_grad():
+        for name, tensor in given.items():
+            own[name].copy_(tensor)
+
+
+def inspect_weights(
+    weights: Mapping[str, Tensor], anatomy: Anatomy, memory: Memory, *, limit: float = 1.0
+) -> Inspection:
+    """Look at weights alone: their structure, and how far they are from the last accepted ones."""
+    signs = structure_signs(weights, anatomy, fresh_generator())
+    found = Inspection(tuple(signs), limit=limit)
+    if found.suspicious and "not finite" in {s.name for s in found.worst}:
+        return found
+    return found.and_also(*memory.compare(weights, anatomy))
+
+
+def inspect_model(
+    model: nn.Module,
+    anatomy: Anatomy,
+    images: Tensor,
+    labels: Tensor,
+    memory: Memory,
+    *,
+    loss: Loss = F.cross_entropy,
+    limit: float = 1.0,
+) -> Inspection:
+    """Look at a model and at the gradient of a batch, which is computed for it and dropped."""
+    found = inspect_weights(weights_of(model), anatomy, memory, limit=limit)
+    if any(s.name == "not finite" and s.value for s in found.signs):
+        return found
+    recorder = Recorder(anatomy.prefix_tokens)
+    handles = recorder.attach(model, anatomy)
+    recorder.arm()
+    try:
+        with torch.enable_grad():
+            trained = [p for p in model.parameters() if p.requires_grad]
+            total = loss(logits_of(model(images)), labels)
+            torch.autograd.grad(total, trained, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found.and_also(recorder.signs())

@@ -1,0 +1,123 @@
+"""What the weights alone show: parallel rows, ordered biases, muted branches, scaled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from vitguard.inspection.rows import regularity, twin_cosines
+from vitguard.inspection.signs import largest
+from vitguard.inspection.verdict import Sign
+from vitguard.vit import Anatomy
+
+__all__ = ["structure_signs"]
+
+Place = tuple[str, float]
+_LEAST = 1e-6  # what is shorter counts as so long: a muted branch is no infinity
+
+
+def structure_signs(
+    weights: Mapping[str, Tensor], anatomy: Anatomy, generator: torch.Generator
+) -> list[Sign]:
+    """Return the signs of the weights by themselves.
+
+    Args:
+        weights: Tensors by the base model's name.
+        anatomy: Which name has which role.
+        generator: Draws the projection in which parallel rows are looked for.
+    """
+    weights = {n: t.detach() for n, t in weights.items() if t.is_floating_point()}
+    broken = [(n, float((~t.isfinite()).sum())) for n, t in weights.items()]
+    signs = largest("not finite", broken)
+    if signs and signs[0].value:
+        return signs  # nothing else can be computed
+    with torch.no_grad():
+        named = {
+            "parallel rows": _parallel(weights, anatomy, generator),
+            "ordered biases": _ordered(weights, anatomy),
+            "muted branch": _muted(weights, anatomy),
+            "shut units": _shut(weights, anatomy),
+            "scaled row": _scaled(weights, anatomy),
+            "head bias": _head_bias(weights, anatomy),
+            "scaled norm": _norms(weights, anatomy),
+        }
+        return signs + [s for name, places in named.items() for s in largest(name, places)]
+
+
+def _matrices(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[tuple[str, Tensor]]:
+    """Yield each weight that a gate follows: fc1 of the blocks, and what an adapter adds to one."""
+    known = {f"{m}.weight" for b in anatomy.blocks for m in (b.proj, b.fc2)}
+    known |= {n for b in anatomy.blocks for n in b.qkv}
+    for name, tensor in weights.items():
+        inside = any(name.startswith(f"{b.name}.") for b in anatomy.blocks)
+        if inside and tensor.dim() == 2 and len(tensor) > 1 and name not in known:
+            yield name, tensor
+
+
+def _parallel(
+    weights: Mapping[str, Tensor], anatomy: Anatomy, generator: torch.Generator
+) -> Iterator[Place]:
+    for name, rows in _matrices(weights, anatomy):
+        yield name, float((twin_cosines(rows.float(), generator) > 0.9).float().mean())
+
+
+def _ordered(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
+    for name, rows in _matrices(weights, anatomy):
+        bias = weights.get(f"{name.removesuffix('weight')}bias")
+        if bias is not None and bias.shape == rows.shape[:1]:
+            lengths = rows.float().norm(dim=1).clamp_min(1e-12)
+            yield (
+                f"{name.removesuffix('weight')}bias",
+                max(regularity(bias), regularity(bias / lengths)),
+            )
+
+
+def _muted(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
+    for block in anatomy.blocks:
+        for module in (block.proj, block.fc2):
+            weight = weights.get(f"{module}.weight")
+            if weight is not None and weight.dim() == 2:
+                gain = float(weight.float().square().sum(1).mean().sqrt())
+                yield f"{module}.weight", 1 / max(gain, _LEAST)
+
+
+def _shut(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
+    """Share of hidden units that normalised inputs set off at four standard deviations only."""
+    for block in anatomy.blocks:
+        parts = (f"{block.fc1}.weight", f"{block.fc1}.bias", f"{block.norm2}.weight")
+        rows, bias, scale = (weights.get(n) for n in parts)
+        if rows is None or bias is None or scale is None or scale.shape != rows.shape[1:]:
+            continue
+        shift = weights.get(f"{block.norm2}.bias", torch.zeros_like(scale))
+        usual = bias.float() + rows.float() @ shift.float()
+        spread = (rows.float() * scale.float()).norm(dim=1)
+        yield parts[1], float((usual < -4 * spread).float().mean())
+
+
+def _scaled(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
+    """Largest length of a row over the usual one, in the head and the gated layers."""
+    heads = [f"{h}.weight" for h in anatomy.head]
+    for name in [n for n, _ in _matrices(weights, anatomy)] + heads:
+        rows = weights.get(name)
+        if rows is None or rows.dim() != 2:
+            continue
+        lengths = rows.float().norm(dim=1)
+        if bool(lengths.any()):
+            yield name, float(lengths.max() / lengths.median().clamp_min(_LEAST * lengths.max()))
+
+
+def _head_bias(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
+    for head in anatomy.head:
+        bias = weights.get(f"{head}.bias")
+        if bias is not None and bias.dim() == 1:
+            yield f"{head}.bias", float((bias.float() - bias.float().median()).abs().max())
+
+
+def _norms(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
+    for name, tensor in weights.items():
+        if name.endswith(".weight") and tensor.dim() == 1 and anatomy.role(name) == "norm":
+            sizes = tensor.float().abs()
+            if bool(sizes.any()):
+                yield name, float(sizes.max() / sizes.median().clamp_min(_LEAST * sizes.max()))
