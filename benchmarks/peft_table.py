@@ -14,6 +14,7 @@ trained in every cell, as it is for new classes. A B = 4 row counts the best of 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -167,11 +168,12 @@ def attacks(seconds: float, *, matching: bool) -> list[Any]:
     return every
 
 
-def planned(cell: Cell) -> str:
+@functools.cache
+def planned(model: str, trained: str) -> str:
     """Return the exact attacks that `vitguard plan --train` says remain."""
-    spec = MODELS["cifar a" if cell.model == CROP else cell.model][1]
-    spec = spec.replace("img_size=32", "img_size=16") if cell.model == CROP else spec
-    report = plan_report(spec, (), train=TRAINED[cell.trained])
+    spec = MODELS["cifar a" if model == CROP else model][1]
+    spec = spec.replace("img_size=32", "img_size=16") if model == CROP else spec
+    report = plan_report(spec, (), train=TRAINED[trained])
     return ", ".join(name for name in report.remaining() if name != "matching") or "none"
 
 
@@ -198,7 +200,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         some = ladder or matching
         floors = "" if some is None else "{patch_psnr:.1f}, {thumbnail:.1f}".format(**some["floor"])
         parts = (
-            f"{NAMES[cell.model]}, B = {cell.batch}", cell.trained, planned(cell), shown(ladder),
+            f"{NAMES[cell.model]}, B = {cell.batch}", cell.trained,
+            planned(cell.model, cell.trained), shown(ladder),
             shown(matching), floors,
         )  # fmt: skip
         rows.append(f"| {' | '.join(parts)} |")
