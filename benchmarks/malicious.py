@@ -169,7 +169,7 @@ def _picture(path: str, pixels: Tensor, guess: Guess) -> None:
     rows = [torch.cat([*truth.double()], -1), torch.cat(near, -1)]
     grid = (torch.cat(rows, -2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     image = Image.fromarray(grid.numpy())
-    image.resize((image.width // 2, image.height // 2)).save(path, quality=85)
+    image.save(path, quality=85)
 
 
 def _options() -> argparse.Namespace:
