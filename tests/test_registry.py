@@ -243,7 +243,8 @@ def test_the_ladder_climbs_the_rung_of_a_third_party(installed, small_vit, obser
     found = Ladder().run(*climb).details
     assert found["rung"] == "their-rung"
     assert found["outcomes"] == {"their-rung": "ran"}
-    assert list(Ladder().parts())[:2] == ["their-rung", "position"]
+    parts = list(Ladder().parts())
+    assert parts[0] == "their-rung" and "position" in parts
 
 
 @pytest.mark.parametrize("wrong", ["Impostor", "torch"])
