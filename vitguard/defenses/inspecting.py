@@ -167,8 +167,8 @@ class InstalledInspection(Installed):
 
     def _look(self, model: nn.Module) -> tuple[Inspection, Traces]:
         weights, memory = weights_of(model), memory_of(model)
-        found = inspect_weights(weights, self.anatomy, memory, limit=self.settings.limit)
-        return found, {} if found.suspicious else memory.traces(weights, self.anatomy)
+        traces, limit = memory.traces(weights, self.anatomy), self.settings.limit
+        return inspect_weights(weights, self.anatomy, memory, limit=limit, traces=traces), traces
 
 
 def memory_of(model: nn.Module) -> Memory:

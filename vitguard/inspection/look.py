@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitguard.core import Loss, tensors_by_name
 from vitguard.errors import expected
-from vitguard.inspection.memory import Memory
+from vitguard.inspection.memory import Memory, Traces
 from vitguard.inspection.recorder import Recorder
 from vitguard.inspection.rows import fresh_generator
 from vitguard.inspection.structure import structure_signs
@@ -49,14 +49,24 @@ def load_exactly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def inspect_weights(
-    weights: Mapping[str, Tensor], anatomy: Anatomy, memory: Memory, *, limit: float = 1.0
+    weights: Mapping[str, Tensor],
+    anatomy: Anatomy,
+    memory: Memory,
+    *,
+    limit: float = 1.0,
+    traces: Traces | None = None,
 ) -> Inspection:
-    """Look at weights alone: their structure, and how far they are from the last accepted ones."""
+    """Look at weights alone: their structure, and how far they are from the last accepted ones.
+
+    Args:
+        traces: What `memory` makes of these weights, where that is known.
+    """
     signs = structure_signs(weights, anatomy, fresh_generator())
     found = Inspection(tuple(signs), limit=limit)
     if found.suspicious and "not finite" in {s.name for s in found.worst}:
         return found
-    return found.and_also(*memory.compare(weights, anatomy))
+    traces = memory.traces(weights, anatomy) if traces is None else traces
+    return found.and_also(*memory.compare(traces))
 
 
 def inspect_model(

@@ -56,13 +56,11 @@ class Memory:
             and anatomy.role(n) in _ROLES
         }
 
-    def compare(
-        self, weights: Mapping[str, Tensor], anatomy: Anatomy
-    ) -> tuple[list[Sign], list[str]]:
+    def compare(self, traces: Traces) -> tuple[list[Sign], list[str]]:
         """Return the signs of weights that are far from the accepted ones, and what is missing."""
         if not self.last:
             return [], [FIRST_ROUND]
-        moves = self.moves(self.traces(weights, anatomy))
+        moves = self.moves(traces)
         signs = largest("moved", moves.items())
         if self.rounds > 3 and self.farthest > 0:
             signs += largest("jumped", ((n, m / self.farthest) for n, m in moves.items()))

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vitguard.inspection.rows import nearest
+from vitguard.inspection.rows import SKETCH, nearest
 
 __all__ = ["Shares", "gram_of_samples", "separation", "token_shares"]
 
@@ -24,15 +25,13 @@ class Shares:
     """Shares of the strongest patch token, in [0, 1], by row of a layer; rows without gradient out.
 
     Args:
-        rows: In the gradient of a row.
-        pairs: Of a sample of rows, in the difference of a row and the one whose gradient is nearest
-            to it, each scaled to the same length: what a craft with bins reads single tokens from.
-        left: Length of that difference, in [0, sqrt 2]: small where the rows cancel.
+        rows: In the gradient of a row; of many rows `SAMPLE` are drawn.
+        pairs: In the difference of such a row and the one whose gradient is nearest to it, each
+            scaled to the same length: what a craft with bins reads single tokens from.
     """
 
     rows: Tensor
     pairs: Tensor
-    left: Tensor
 
 
 def token_shares(
@@ -44,30 +43,37 @@ def token_shares(
         inputs: Of the layer, shape (batch, tokens, columns).
         outputs: Gradient at its output, shape (batch, tokens, rows).
         prefix: Leading tokens that are no patches; they count in the sums alone.
+        generator: Draws the rows, and the projection in which the nearest ones are looked for.
     """
-    weighted = outputs.float() * inputs.float().norm(dim=2, keepdim=True)
-    mine = torch.zeros(weighted.shape[:2], dtype=torch.bool, device=weighted.device)
-    mine[:, prefix:] = True
-    mine = mine.reshape(-1)
-    rows = weighted.flatten(0, 1).T.contiguous()  # of each row of the gradient its tokens
-    lengths = rows.norm(dim=1)
-    live = lengths > 1e-6 * lengths.median()
-    if int(live.sum()) < 2:
-        none = rows.new_zeros(0)
-        return Shares(none, none, none)
-    rows = rows[live] / lengths[live, None]
-    drawn, other = nearest(rows, generator)
-    one, two = rows[drawn], rows[other]
+    patch = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    patch[:, :prefix] = False
+    patch = patch.reshape(-1)
+    sizes = inputs.float().norm(dim=2).reshape(-1)  # of each token
+    outputs = outputs.float().flatten(0, 1)
+    if len(sizes) > SKETCH:
+        sketch = torch.randn(SKETCH, len(sizes), generator=generator).to(outputs) * sizes
+        short = (sketch @ outputs).T
+    else:
+        short = (sizes[:, None] * outputs).T
+    lengths = short.norm(dim=1)
+    live = (lengths > 1e-6 * lengths.median()).nonzero()[:, 0]
+    if len(live) < 2:
+        return Shares(outputs.new_zeros(0), outputs.new_zeros(0))
+    drawn, other = nearest(short[live], generator)
+
+    def rows(of: Tensor) -> Tensor:
+        """Return of each row its tokens, scaled to length 1."""
+        return F.normalize((outputs[:, live[of]] * sizes[:, None]).T, dim=1)
+
+    one, two = rows(drawn), rows(other)
     difference = one - two * (one * two).sum(1, keepdim=True).sign()
-    left = difference.norm(dim=1)
-    kept = left > _ROUNDING
-    return Shares(_strongest(rows, mine), _strongest(difference[kept], mine), left[kept])
+    kept = difference.norm(dim=1) > _ROUNDING
+    return Shares(_strongest(one, patch), _strongest(difference[kept], patch))
 
 
 def _strongest(rows: Tensor, patches: Tensor) -> Tensor:
     sizes = rows.abs()
-    most = torch.where(patches, sizes, torch.zeros_like(sizes)).amax(1)
-    return most / sizes.sum(1).clamp_min(1e-30)
+    return (sizes * patches).amax(1) / sizes.sum(1).clamp_min(1e-30)
 
 
 def gram_of_samples(inputs: Tensor, outputs: Tensor) -> Tensor:

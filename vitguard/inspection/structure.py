@@ -29,7 +29,7 @@ def structure_signs(
         generator: Draws the projection in which parallel rows are looked for.
     """
     weights = {n: t.detach() for n, t in weights.items() if t.is_floating_point()}
-    broken = [(n, float((~t.isfinite()).sum())) for n, t in weights.items()]
+    broken = [(n, float(not _finite(t))) for n, t in weights.items()]
     signs = largest("not finite", broken)
     if signs and signs[0].value:
         return signs  # nothing else can be computed
@@ -45,6 +45,11 @@ def structure_signs(
             "muted norm": _muted_norms(weights, anatomy),
         }
         return signs + [s for name, places in named.items() for s in largest(name, places)]
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers: the least and the largest hand on what is not."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def _matrices(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[tuple[str, Tensor]]:
