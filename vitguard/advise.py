@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -82,6 +83,21 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Proven:
+    """A stack that rests on a proof or on a key and not on what attacks were tried.
+
+    Args:
+        stack: Its spec.
+        says: What it promises, and to whom it does not.
+        verify: The command that audits it on this model.
+    """
+
+    stack: str
+    says: str
+    verify: str
+
+
+@dataclass(frozen=True)
 class AdviceReport:
     """What applies, what stood, what nobody knows, and how to look for oneself. It proves nothing.
 
@@ -92,6 +108,7 @@ class AdviceReport:
         attacks: What every attack can do, exact ones first.
         options: Stacks that stood in the evidence, the cheapest first.
         fallen: Stacks that were measured in this setting and fell.
+        proven: Stacks that rest on a proof or on a key.
         uncovered: What no known attack or proof covers.
         measured: When the evidence was made, and with what.
         notes: What a reader must know of the model.
@@ -108,6 +125,7 @@ class AdviceReport:
     attacks: tuple[Applies, ...] = ()
     options: tuple[Option, ...] = ()
     fallen: tuple[str, ...] = ()
+    proven: tuple[Proven, ...] = ()
     uncovered: tuple[str, ...] = ()
     measured: str = ""
     notes: tuple[str, ...] = ()
@@ -131,7 +149,7 @@ class AdviceReport:
         if not self.options:
             return (
                 f"{what}; no stack that was measured in full for this setting and fits this model "
-                "has stood: encrypt, mask or add noise, and audit it."
+                "has stood: use privacy, encryption or masks, and audit it."
             )
         best = self.options[0]
         return (
@@ -146,11 +164,20 @@ class AdviceReport:
 
     def print_to(self, console: Console) -> None:
         """Print attacks, stacks, what is not covered, and the command."""
-        from rich.markup import escape
         from rich.table import Table
 
-        def say(text: str, style: str = "") -> None:
-            console.print(escape(text), style=style, highlight=False, soft_wrap=True)
+        def say(text: str, style: str = "", *, whole: bool = False) -> None:
+            """Print a line, wrapped under its own indent; a command stays `whole`, to be copied."""
+            indent = " " * (len(text) - len(text.lstrip()))
+            lines = (
+                [text]
+                if whole
+                else textwrap.wrap(
+                    text, console.width, subsequent_indent=indent, break_on_hyphens=False
+                )
+            )
+            for line in lines:
+                console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
         if self.unsupported:
             return say(self.unsupported)
@@ -165,7 +192,7 @@ class AdviceReport:
         for a in self.attacks:
             table.add_row(
                 a.attack,
-                "[red]exactly[/]" if a.exact else "[yellow]yes[/]" if a.applies else "no",
+                "[red]exactly[/]" if a.exact else "[yellow]in part[/]" if a.applies else "no",
                 str(a.exact_until or "-"),
                 str(a.ends_at or "none"),
             )
@@ -182,11 +209,15 @@ class AdviceReport:
                 f"    here: at least {option.batch} images an update; counts that hold then: "
                 f"{counts}; hides from: {option.hides_from}"
             )
-            say(f"    try it: {option.verify}")
+            say(f"    {option.verify}", whole=True)
         if not self.options:
             say("  none that was measured in full in this setting and fits this model")
         if self.fallen:
             say(f"Fell: {', '.join(self.fallen)}")
+        say("What holds by proof or by a key, whatever the attack:", "bold")
+        for one in self.proven:
+            say(f"  {one.stack}: {one.says}")
+            say(f"    {one.verify}", whole=True)
         say("What no known attack or proof covers:", "bold")
         for line in self.uncovered:
             say(f"  {line}")
@@ -255,6 +286,7 @@ def advise_report(
         attacks=attacks,
         options=options,
         fallen=tuple(s.spec for s in measured if s.fell),
+        proven=tuple(_proven(name, batch_size, see)),
         uncovered=tuple(_uncovered(attacks, see)),
         measured=_when(table),
     )
@@ -376,6 +408,18 @@ class _Counts:
 def _command(model: str, batch: int, stack: str, attack: str) -> str:
     size = f" --batch-size {batch} --num-images {batch}" if batch > 1 else ""
     return f"vitguard audit --model {model}{size} --defense {stack} --attack {attack}"
+
+
+def _proven(name: str, batch_size: int, see: See) -> Iterator[Proven]:
+    stacks = {
+        "privacy:epsilon=8.0": "its epsilon bounds what anyone learns of an image, over all steps "
+        "that it counts; it costs accuracy",
+    }
+    if see == "server":
+        stacks["encryption"] = "the server adds ciphertext; clients open the sum and read it"
+        stacks["masking"] = "the server reads the sum of the clients, and no single update"
+    for stack, says in stacks.items():
+        yield Proven(stack, says, _command(name, batch_size, stack, "ladder"))
 
 
 def _uncovered(attacks: tuple[Applies, ...], see: See) -> Iterator[str]:
