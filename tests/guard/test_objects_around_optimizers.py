@@ -85,7 +85,8 @@ def test_what_is_built_around_an_optimizer_trains_all_the_same_before_and_after_
     kind, stack
 ):
     if "privacy" in stack and kind in ("GradScaler", "accelerate"):
-        remedy = "without a GradScaler" if kind == "GradScaler" else "Call vitguard.integrations.accelerate.prepare"
+        call = "Call vitguard.integrations.accelerate.prepare"
+        remedy = "without a GradScaler" if kind == "GradScaler" else call
         for before in (True, False):
             with pytest.raises(Incompatible, match=remedy):
                 trained(kind, stack, before=before)
