@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitguard.attacks.budget import charge
+from vitguard.attacks.budget import Budget, charge
 from vitguard.attacks.evidence import mismatch
 from vitguard.attacks.gelu_span import GeluSpan
 from vitguard.attacks.ladder import Ladder
+from vitguard.attacks.ladder.attack import _Climb
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.span import SpanInversion
@@ -179,3 +180,26 @@ def test_under_a_known_damage_the_robust_rungs_come_before_the_long_search(
     guess = run(Ladder(seconds=5), observe(small_vit(), photo, defenses=f"{FROZEN}+noise"))
     names = list(guess.details["rungs"])
     assert names.index("span-robust") < names.index("gelu-span")
+
+
+def test_what_one_rung_proved_is_completed_by_another_that_is_nearer(small_vit, observe, photo):
+    """A search that proves half of the patches may know nothing of the rest: it had been all."""
+    label = torch.tensor([4])
+    view = observe(small_vit(), photo, label)
+    anatomy, noise = Anatomy.of(view.model), torch.Generator().manual_seed(0)
+    near = (photo + 0.01 * torch.randn(photo.shape, generator=noise)).clamp(0, 1)
+    half = torch.arange(anatomy.patches)[None] < anatomy.patches // 2
+    patches = torch.where(half[..., None], anatomy.patchify(photo), torch.tensor(0.5))
+    climb = _Climb(view, noise, Budget.of(60))
+    climb._take("search", Guess(anatomy.unpatchify(patches), label, verified=half))
+    climb._take("fit", Guess(near, label))
+    best = climb.best()
+    assert best.details["rung"] == "search" and best.details["rest_from"] == "fit"
+    assert torch.equal(best.verified, half)
+    error = (best.images - photo).abs()
+    assert float(anatomy.patchify(error)[half].max()) < 1e-6
+    assert psnr(best.images, photo) > psnr(near, photo) + 2
+    climb = _Climb(view, noise, Budget.of(60))
+    climb._take("search", Guess(anatomy.unpatchify(patches), label, verified=half))
+    climb._take("far", Guess(1 - photo, label))
+    assert "rest_from" not in climb.best().details

@@ -260,7 +260,7 @@ class _Climb:
             return self._proved(name), share, likeness, reads, int(whole)
 
         name = max(self.guesses, key=worth)
-        guess = self.guesses[name]
+        guess = self.guesses[name] = self._filled(name)
         explained = self._proved(name) and self.distance.get(name, 1.0) < _EXACT
         if explained and self.view.crafted is None:  # another image would make another update
             proved = torch.ones(len(guess.images), Anatomy.of(self.view.model).patches)
@@ -280,6 +280,30 @@ class _Climb:
         if (left := self.unfinished) and not self._proved(name):
             details["unfinished"] = left
         return replace(guess, space=self._space(guess), details=details)
+
+    def _filled(self, name: str) -> Guess:
+        """Return a guess; where it proves some patches of one image, with the rest of a nearer one.
+
+        A search that proves some patches may know nothing of the others, which another rung has.
+        """
+        guess, distance = self.guesses[name], self.distance.get(name)
+        proved = guess.verified
+        if proved is None or not 0 < self._verified(name) < 1 or len(proved) != 1:
+            return guess
+        alone = {n: d for n, d in self.distance.items() if len(self.guesses[n].images) == 1}
+        nearest = min(alone, key=lambda n: alone[n], default=name)
+        if distance is None or alone[nearest] >= distance:
+            return guess
+        anatomy = Anatomy.of(self.view.model)
+        own, rest = (anatomy.patchify(self.guesses[n].images.double()) for n in (name, nearest))
+        patches = torch.where(proved.to(rest.device)[..., None], own.to(rest), rest)
+        images = anatomy.unpatchify(patches).to(guess.images)
+        whole = replace(guess, images=images, details={**guess.details, "rest_from": nearest})
+        made = mismatch(self.view, whole)
+        if made is None or made >= distance:
+            return guess
+        self.distance[name] = made
+        return whole
 
     def _space(self, guess: Guess) -> AffineSpace | None:
         """What the guess, else `span`, leaves open, where that is known exactly."""
