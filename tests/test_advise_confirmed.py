@@ -27,8 +27,7 @@ def confirm(model):
     size = tuple(data_size(model))
 
     def found(count, attack, defenses):
-        images = data.sample_images(size, count=count, classes=10)
-        batch = (images.pixels[:count], torch.arange(count) % 10)
+        batch = (data.decoys(count, size), torch.arange(count) % 10)
         report = audit(model, batch, defenses=defenses, attacks=[attack], batch_size=count)
         return report.findings[-1]
 
@@ -37,7 +36,7 @@ def confirm(model):
     exact = found(1, "position", ())
     assert exact.verdict == "leaks" and exact.psnr.min > 60, exact
     under = found(1, "span", "positions:kind=frozen")
-    assert under.verdict == "leaks", under
+    assert (under.verdict == "leaks") >= span.exact, under
     assert (under.psnr.min > 60) is span.exact, under
     ended = found(gelu.ends_at, "gelu-span:seconds=5", "positions:kind=frozen")
     assert ended.verdict == "not applicable" and not ended.psnr, ended

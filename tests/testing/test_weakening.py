@@ -26,6 +26,7 @@ NOTHING = {
     "cascade": "recovers labels, no image",
     "containment": "matrices are sent whole",
     "deep-tokens": "was cut short",
+    "imprint": "the server wrote no bins",
 }
 """Exact attacks that do not work on so small a model with a plain gradient, and why."""
 
