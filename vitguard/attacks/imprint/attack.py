@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,6 +25,7 @@ __all__ = ["ImprintReading"]
 _WRONG = 0.01  # root mean square error, in pixels of [0, 1], that a verified patch has at most
 _HIDDEN = 0.01  # share of a patch's directions that the token may lack
 _EMPTY = 1e-3  # weight of a token that is none, relative to the largest in the update
+_AGREE = 3  # tokens of one weight from which each proves that the others are single ones
 _APART = 1e-4  # relative difference of two images' weights at least
 
 
@@ -79,7 +81,7 @@ class ImprintReading(Attack):
         if not found:
             raise NotApplicable("no bin holds a single token")
         batch = view.update.batch_size
-        patches, there = _images(found, tokens, batch, anatomy.patches)
+        patches, there, proved = _images(found, tokens, batch, anatomy.patches)
         whole = anatomy.patch_pixels - tokens.rank <= _HIDDEN * anatomy.patch_pixels
         details = {"found": len(found), "tokens": batch * anatomy.patches}
         return guess_from_patches(
@@ -87,7 +89,7 @@ class ImprintReading(Attack):
             anatomy,
             patches,
             labels=_labels(view, anatomy, patches) if bool(there.all()) else None,
-            verified=there if whole and view.traits.exact else torch.zeros_like(there),
+            verified=proved if whole and view.traits.exact else torch.zeros_like(there),
             details=details,
         )
 
@@ -129,8 +131,12 @@ def _found(banks: Sequence[Bank], tokens: Tokens, places: int, allowed: float) -
 
 def _images(
     found: Sequence[Single], tokens: Tokens, batch: int, places: int
-) -> tuple[Float[Tensor, "batch patches pixels"], Bool[Tensor, "batch patches"]]:
-    """Return the images that the patches make, and where a patch was found.
+) -> tuple[
+    Float[Tensor, "batch patches pixels"],
+    Bool[Tensor, "batch patches"],
+    Bool[Tensor, "batch patches"],
+]:
+    """Return the images that the patches make, where a patch was found, and where it is proved.
 
     All tokens of one image have the same weight up to their scale; another image with another
     label, or of another brightness, has another one. A patch without a position of its own goes
@@ -142,15 +148,19 @@ def _images(
     marks = tokens.scales(seen, at.to(seen.device)) * seen.new_tensor([s.weight for s in found])
     images = patches.new_zeros(batch, places, patches.shape[1])
     there = torch.zeros(batch, places, dtype=torch.bool)
+    proved = torch.zeros_like(there)
     left: list[tuple[int, int | None]] = []
     lost = tokens.alike or len(tokens.still) > places
-    for n, image in _sorted_in(marks.cpu(), [single.whole for single in found], batch):
+    sorted_in = _sorted_in(marks.cpu(), [single.whole for single in found], batch)
+    alike = Counter(image for _, image in sorted_in)
+    for n, image in sorted_in:
         place = found[n].place
         placed = place < places and not tokens.alike
         if image is None or not placed or there[image, place]:
             left.append((n, image))
         else:
             images[image, place], there[image, place] = patches[n], True
+            proved[image, place] = alike[image] >= _AGREE
     for n, image in left:
         place = found[n].place
         free = (~there).nonzero()
@@ -159,9 +169,12 @@ def _images(
         elif image is not None and bool((free[:, 0] == image).any()):
             free = free[free[:, 0] == image]
         if len(free) and (lost or place < places):
-            images[tuple(free[0])], there[tuple(free[0])] = patches[n], True
+            at_free = tuple(free[0])
+            images[at_free], there[at_free] = patches[n], True
+            proved[at_free] = image is not None and alike[image] >= _AGREE
     flat = images.sum(1) / there.sum(1, keepdim=True).clamp_min(1).to(images)
-    return torch.where(there[..., None].to(images.device), images, flat[:, None]), there
+    made = torch.where(there[..., None].to(images.device), images, flat[:, None])
+    return made, there, proved
 
 
 def _sorted_in(
