@@ -151,7 +151,7 @@ def test_no_patch_is_proved_wrong_where_many_tokens_share_a_bin(model):
         truth = anatomy.patchify(pixels.double())[:, at].transpose(0, 1)
         wrong += int(((error - truth).square().mean(-1).amin(1) > 1e-4).sum())
         claims += len(at)
-    assert claims > 1000 and wrong == 0
+    assert claims > 500 and wrong == 0
 
 
 @pytest.mark.parametrize(
