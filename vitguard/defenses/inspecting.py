@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitguard.defenses.base import Defense, Draws, Installed, ModelDefense
+from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Incompatible, SuspiciousWeights, Unprotected, VitguardError, expected
 from vitguard.inspection import Inspection, Memory, Recorder, inspect_weights, weights_of
 from vitguard.inspection.memory import Traces
@@ -18,6 +19,10 @@ from vitguard.inspection.recorder import gated_layers
 from vitguard.vit import Anatomy
 
 __all__ = ["InspectWeights"]
+
+_ROUNDING = 1e-6
+_STEP = 0.5
+"""Relative change of a weight's summary beyond which no optimizer step explains it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class InspectWeights(ModelDefense):
         Crafts that stay below the limits, as docs/inspection.md measures. What the first passes
         compute is local, but a refusal tells the server that there were signs, and those of the
         gradient depend on the images. Batches of a round after its first one are not looked at.
+        Weights that are written in place right after an optimizer step and differ little from
+        those before it; a gradient that another, unprotected model computed.
 
     Args:
         limit: Factor on the limits of all signs, above 0; inf inspects nothing.
@@ -83,12 +90,17 @@ class InstalledInspection(Installed):
         self.found: Inspection | None = None
         """Of the weights alone; None while they have not been looked at."""
         self.traces: Traces = {}
+        self.noted: dict[str, Tensor] = {}
+        """The weights as they were last seen here: what is otherwise arrived, or was trained."""
+        self.stepping = False
+        """Whether an optimizer has stepped the model since."""
         self.left = False
         """Whether an update of this round has left."""
         self.handles: list[Any] = []
         if self._acts():
             self.handles = self.recorder.attach(model, anatomy)
             self.handles.append(model.register_forward_pre_hook(_Before(self)))
+            watch_steps(self, model)
         self.register_load_state_dict_post_hook(_arrived)
 
     def _acts(self) -> bool:
@@ -110,7 +122,9 @@ class InstalledInspection(Installed):
             SuspiciousWeights: They have signs of a craft.
             Unprotected: They cannot be inspected.
         """
-        if not self._acts() or (self.found is not None and not self.left):
+        if not self._acts():
+            return
+        if self.found is not None and not self.left and not self._replaced(model):
             return
         self.begin()
         found, traces = _or_refuse(lambda: self._look(model))
@@ -121,6 +135,7 @@ class InstalledInspection(Installed):
                 found,
             )
         self.found, self.traces = found, traces
+        self.noted, self.stepping = _summaries(model), False
         self.recorder.arm()
 
     def intact(self, model: nn.Module) -> None:
@@ -128,10 +143,33 @@ class InstalledInspection(Installed):
 
     def passing(self, model: nn.Module) -> None:
         """A pass with a gradient begins: it is read where it is the first one of a round."""
-        if self.found is None or self.left:
-            self.verify(model)
-        elif self.recorder.finished:
+        before = self.found
+        self.verify(model)
+        if self.found is before and self.recorder.finished:
             self.recorder.armed = False
+
+    def stepped(self) -> None:
+        """Note that an optimizer is about to step the model."""
+        self.stepping = True
+
+    def left_out(self) -> bool:
+        """Whether an optimizer that leaves out what a defense added is refused here: pieces do."""
+        return False
+
+    def _replaced(self, model: nn.Module) -> bool:
+        """Whether other weights are there than were seen last, by what no optimizer step explains.
+
+        A step moves weights by a small part of their size; nobody knows of smaller writes after it.
+        """
+        now = _summaries(model)
+        most = _STEP if self.stepping else _ROUNDING
+        if now.keys() != self.noted.keys() or any(
+            float((now[n] - self.noted[n]).norm()) > most * max(float(self.noted[n].norm()), 1e-6)
+            for n in now
+        ):
+            return True
+        self.noted, self.stepping = now, False
+        return False
 
     def releasing(self, model: nn.Module) -> None:
         """Judge what the first pass showed.
@@ -142,6 +180,8 @@ class InstalledInspection(Installed):
         """
         if not self._acts():
             return
+        if self.found is not None and not self.left and self._replaced(model):
+            self.begin()  # written over since the last pass
         if self.found is None:
             raise Unprotected(
                 "Expected an update of weights that were inspected when they arrived, got one of "
@@ -169,6 +209,15 @@ class InstalledInspection(Installed):
         weights, memory = weights_of(model), memory_of(model)
         traces, limit = memory.traces(weights, self.anatomy), self.settings.limit
         return inspect_weights(weights, self.anatomy, memory, limit=limit, traces=traces), traces
+
+
+def _summaries(model: nn.Module) -> dict[str, Tensor]:
+    """Return of each weight its sum over columns and its length: a write of others shows in them."""
+    with torch.no_grad():
+        named = {
+            n: p.float().reshape(len(p) if p.dim() else 1, -1) for n, p in weights_of(model).items()
+        }
+        return {n: torch.cat([p.sum(1), p.norm()[None]]).cpu() for n, p in named.items()}
 
 
 def memory_of(model: nn.Module) -> Memory:
