@@ -22,7 +22,7 @@ __all__ = ["InspectWeights"]
 
 _ROUNDING = 1e-6
 _STEP = 0.5
-"""Relative change of a weight's summary beyond which no optimizer step explains it."""
+"""Relative change of all weights' summaries beyond which no optimizer step explains it."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,11 @@ class InstalledInspection(Installed):
         A step moves weights by a small part of their size; nobody knows of smaller writes after it.
         """
         now = _summaries(model)
-        most = _STEP if self.stepping else _ROUNDING
-        if now.keys() != self.noted.keys() or any(
-            float((now[n] - self.noted[n]).norm()) > most * max(float(self.noted[n].norm()), 1e-6)
-            for n in now
-        ):
+        if now.keys() != self.noted.keys():
+            return True
+        moved = sum(float((now[n] - old).square().sum()) for n, old in self.noted.items())
+        whole = sum(float(old.square().sum()) for old in self.noted.values())
+        if not moved <= (_STEP if self.stepping else _ROUNDING) ** 2 * whole:
             return True
         self.noted, self.stepping = now, False
         return False
@@ -212,12 +212,10 @@ class InstalledInspection(Installed):
 
 
 def _summaries(model: nn.Module) -> dict[str, Tensor]:
-    """Return of each weight its sum over columns and its length: a write of others shows in them."""
+    """Return the sum and the length of each row of each weight: a write of others shows in them."""
     with torch.no_grad():
-        named = {
-            n: p.float().reshape(len(p) if p.dim() else 1, -1) for n, p in weights_of(model).items()
-        }
-        return {n: torch.cat([p.sum(1), p.norm()[None]]).cpu() for n, p in named.items()}
+        rows = {n: p.float().flatten(1 if p.dim() > 1 else 0) for n, p in weights_of(model).items()}
+        return {n: torch.stack([r.sum(-1), r.norm(dim=-1)]).cpu() for n, r in rows.items()}
 
 
 def memory_of(model: nn.Module) -> Memory:
