@@ -62,6 +62,35 @@ def test_weights_are_inspected_again_after_they_arrive_and_after_each_update():
         guard.model(batch()[0])
 
 
+def copied(model, weights):
+    for name, tensor in weights.items():
+        model.state_dict()[name].copy_(tensor)
+
+
+def replaced(model, weights):
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.data = weights[name].clone()
+
+
+def in_parts(model, weights):
+    inner = {n.removeprefix("blocks."): t for n, t in weights.items() if n.startswith("blocks.")}
+    model.blocks.load_state_dict(inner, strict=False)
+
+
+@pytest.mark.parametrize("write", [copied, replaced, in_parts])
+@pytest.mark.parametrize("send", ["update", "loop"])
+def test_weights_written_over_in_the_middle_of_a_round_are_inspected(write, send):
+    """After an honest pass nothing but an optimizer may move the weights unseen."""
+    guard = guarded()
+    images, labels = batch()
+    F.cross_entropy(guard.model(images), labels).backward()
+    with torch.no_grad():
+        write(guard.model, imprint(make()))
+    with pytest.raises(SuspiciousWeights):
+        guard.update(images, labels) if send == "update" else step(guard, images, labels)
+
+
 @pytest.mark.parametrize("loop", [False, True])
 def test_no_update_leaves_whose_gradient_is_suspicious(loop, monkeypatch):
     """Weights that look honest by themselves: the gradient of the first pass is judged."""
