@@ -283,7 +283,8 @@ def _sealed(
     weight = metrics.get("num-examples")
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise expected("num-examples among the metrics", repr(weight)[:80])
-    update = Update({n: after[n] - before[n] for n in shared}, kind="difference")
+    images = int(weight) if weight >= 1 and float(weight).is_integer() else 1
+    update = Update({n: after[n] - before[n] for n in shared}, kind="difference", batch_size=images)
     number, base = (asked.opened, asked.base) if asked else (0, "")
     try:
         with guard.round(number, base=base, weight=weight):
