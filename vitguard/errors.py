@@ -9,8 +9,9 @@
     │   └── Rejected                     an encrypted message, key file or sum that is not accepted
     ├── MissingExtra (ImportError)       an optional package is not installed
     ├── Unprotected (RuntimeError)       a defense would not act: refused, never passed on
-    │   ├── GateClosed               a client's own gate let an update not leave
-    │   └── SuspiciousWeights        weights that a server sent have signs of a craft
+    │   └── UpdateRefused            a defense let no update leave, as it should
+    │       ├── GateClosed           a client's own gate let an update not leave
+    │       └── SuspiciousWeights    weights that a server sent have signs of a craft
     ├── Blocked                          an attack asked for a tensor that the adversary cannot read
     ├── NotApplicable                    an attack's assumption does not hold for what it was given
     ├── LeakFound                        `AuditReport.raise_if_leaks` found what it was asked for
@@ -36,6 +37,7 @@ __all__ = [
     "SuspiciousWeights",
     "Unprotected",
     "UnsupportedModel",
+    "UpdateRefused",
     "VitguardError",
     "expected",
     "missing_extra",
@@ -79,7 +81,11 @@ class Unprotected(VitguardError, RuntimeError):
     """A defense would not act on what was about to happen, so it was refused."""
 
 
-class GateClosed(Unprotected):
+class UpdateRefused(Unprotected):
+    """A defense let no update leave, as it should. An audit has nothing to attack then."""
+
+
+class GateClosed(UpdateRefused):
     """The client's own gate let an update not leave; `decision` says what it found.
 
     The decision was made with the images: it is for the client alone.
@@ -93,7 +99,7 @@ class GateClosed(Unprotected):
         return (type(self), (str(self), self.decision))
 
 
-class SuspiciousWeights(Unprotected):
+class SuspiciousWeights(UpdateRefused):
     """Weights that a server sent have signs of a craft; `inspection` says which.
 
     What it says of the gradient was computed with the images: it is for the client alone.

@@ -59,3 +59,10 @@ def test_blocks_of_several_widths_are_refused():
 def test_a_multiple_below_one_leaves_equations_and_is_refused(multiple):
     with pytest.raises(InputError):
         BatchFloor(multiple)
+
+
+def test_an_audit_of_a_batch_below_the_floor_has_nothing_to_attack(small_vit, photo):
+    batch = (photo, torch.tensor([1]))
+    report = vg.audit(small_vit(), batch, defenses="batch-floor", attacks="position")
+    finding = report.findings[-1]
+    assert finding.verdict == "blocked" and "at least" in finding.reason

@@ -13,7 +13,7 @@ from vitguard.attacks.base import Attack
 from vitguard.audit.attempts import INTERRUPTED, Attempt, attempt, seed_of
 from vitguard.audit.exposure import Facts, Run
 from vitguard.audit.verdicts import EQUALS, Beside, finding_of
-from vitguard.errors import SuspiciousWeights, expected
+from vitguard.errors import UpdateRefused, expected
 from vitguard.files import check_writable
 from vitguard.report.finding import Baseline, Control, Finding
 
@@ -107,8 +107,8 @@ def _attempts(
     except KeyboardInterrupt:
         stop.set()
         return [skipped for _ in attacks]
-    except SuspiciousWeights as error:  # nothing leaves, so that there is nothing to attack
-        refused = Attempt(facts, "blocked", f"the client refuses the round: {error}")
+    except UpdateRefused as error:  # nothing leaves, so that there is nothing to attack
+        refused = Attempt(facts, "blocked", f"the client refuses: {error}")
         return [refused for _ in attacks]
     skipped = replace(skipped, mask=exposure.mask)
     attempts = []

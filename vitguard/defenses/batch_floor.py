@@ -11,7 +11,7 @@ from torch import nn
 
 from vitguard.core import Update
 from vitguard.defenses.base import Defense, Draws, UpdateDefense
-from vitguard.errors import Incompatible, Unprotected, expected
+from vitguard.errors import Incompatible, UpdateRefused, expected
 from vitguard.vit import Anatomy
 
 __all__ = ["BatchFloor"]
@@ -74,12 +74,12 @@ class BatchFloor(UpdateDefense):
         """Return the update as it is.
 
         Raises:
-            Unprotected: It has too few images.
+            UpdateRefused: It has too few images.
         """
         least = self.least_batch(anatomy)
         shown = next((n for n in update.tensors if _counts(n, anatomy)), None)
         if shown is not None and update.batch_size < least:
-            raise Unprotected(
+            raise UpdateRefused(
                 f"Expected at least {least} images behind an update ({anatomy.tokens} tokens each, "
                 f"{self.multiple:g} times the width {anatomy.width}), got {update.batch_size}; "
                 f"nothing was released. Take larger batches, or add up the gradients of several "
