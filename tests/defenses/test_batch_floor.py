@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vitguard as vg
 from tests.conftest import small_vit
 from vitguard.core import Update
 from vitguard.defenses.base import Draws
