@@ -86,7 +86,7 @@ def sealed(
     held: dict[str, str] = {}
     for piece in protection.installed():
         piece.releasing(model)
-        held |= {n: r for n, r in piece.withheld().items() if n in tensors}
+        held |= {n: r for n in tensors if (r := piece.holds(n)) is not None}
     acting = [d for d in protection.defenses if isinstance(d, UpdateDefense)]
     frozen = _frozen(model, tensors)
     left_out = {n for d in acting for n in d.leaves_out(frozen)}
