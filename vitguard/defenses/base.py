@@ -343,6 +343,12 @@ class UpdateDefense(Defense):
         """
         return frozen if isinstance(self, Ledgered) else ()
 
+    def look(self, update: Update, images: Tensor, anatomy: Anatomy) -> None:
+        """Raise Unprotected where the images behind an update are not what it needs.
+
+        Asked before `seal`, of `Guard.update` and where `Guard.seal` is given a batch.
+        """
+
     @abstractmethod
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return a safer update of the same kind."""

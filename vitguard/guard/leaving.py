@@ -98,9 +98,12 @@ def sealed(
     reason = "frozen, so that there is nothing to send"
     held |= {n: reason for n in frozen if n in left_out}
     update = update.seal(held)
+    anatomy = protection.anatomy.with_head_of(model)
     for defense in acting:  # one by one: if the next refuses, what it says tells of this one
         with protection.counted([defense]):
-            update = defense.seal(update, protection.anatomy.with_head_of(model), protection.draws)
+            if batch is not None:
+                defense.look(update, batch.images, anatomy)
+            update = defense.seal(update, anatomy, protection.draws)
     return _past_gate(model, protection, update, batch, made if trained else None)
 
 
