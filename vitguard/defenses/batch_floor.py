@@ -89,7 +89,7 @@ class BatchFloor(UpdateDefense):
         """Raise Unprotected where the floor is reached by repeats of few images alone."""
         different = len({_bytes(image) for image in images})
         if different < len(images):
-            repeats = f"{different} different ones, the others repeat them"
+            repeats = f"{different} different (others repeat these)"
             self._require(update, update.batch_size - len(images) + different, anatomy, repeats)
 
     def _require(self, update: Update, images: int, anatomy: Anatomy, got: str = "") -> None:
