@@ -50,6 +50,22 @@ def test_what_is_accumulated_counts_where_its_images_are_stated():
     assert guard.seal(Update(made, batch_size=6)).batch_size == 6
 
 
+def test_a_floor_that_only_repeats_reach_is_refused_where_the_images_are_seen():
+    guard = protect(small_vit(), "batch-floor:multiple=1")  # six images
+    images, labels = torch.randn(7, 3, 16, 16), torch.arange(7)
+    assert guard.update(images, labels).batch_size == 7
+    once, often = images.clone(), images[:1].repeat(7, 1, 1, 1)
+    once[6] = once[0]  # six are left
+    assert guard.update(once, labels).batch_size == 7
+    with pytest.raises(Unprotected, match="got 1 different"):
+        guard.update(often, labels)
+    made = {n: torch.ones_like(p) for n, p in guard.model.named_parameters() if "vitguard" not in n}
+    with pytest.raises(Unprotected, match="repeat"):
+        guard.seal(Update(made, batch_size=7), batch=(often, labels))
+    head = protect(small_vit(), "frozen-stem:trained=0+batch-floor")
+    assert "head.weight" in head.update(often, labels).tensors
+
+
 def test_blocks_of_several_widths_are_refused():
     swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, window_size=7)
     with pytest.raises(Incompatible, match="one width"):

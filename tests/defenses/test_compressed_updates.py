@@ -71,6 +71,37 @@ def test_every_entry_is_one_of_the_levels(bits, stochastic):
     assert float((sent - tensor).abs().max()) <= float(step) * (1.0 if stochastic else 0.51)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_a_narrow_type_has_no_level_more_and_none_beyond_the_largest(dtype, stochastic):
+    for seed in range(4):
+        tensor = torch.randn(5000, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        sent = sealed(QuantisedUpdate(4, stochastic), tensor)
+        assert sent.dtype == dtype and len(sent.unique()) <= 15
+        assert float(sent.abs().max()) <= float(tensor.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_entries_too_small_for_a_step_leave_rounded(dtype):
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    tensor = torch.arange(9, dtype=dtype) * tiny
+    for bits in (2, 4, 16):
+        sent = sealed(QuantisedUpdate(bits), tensor)
+        assert len(sent.unique()) <= 2**bits - 1 and bool((sent <= tensor.max()).all())
+        assert bits < 16 or dtype != torch.float64 or not bool(sent.any())  # the step is zero
+
+
+@pytest.mark.parametrize(
+    "defense", [LowRankUpdate(), QuantisedUpdate(), SignUpdate()], ids=lambda d: d.name
+)
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_is_refused_by_name(defense, bad):
+    tensor = torch.randn(5, 6)
+    tensor[2, 3] = bad
+    with pytest.raises(InputError, match=r"finite entries in a, got inf or NaN"):
+        sealed(defense, tensor)
+
+
 def test_rounding_at_random_is_right_on_average():
     tensor = torch.tensor([0.3, -0.6, 1.0])
     sent = torch.stack([sealed(QuantisedUpdate(2), tensor) for _ in range(3000)])

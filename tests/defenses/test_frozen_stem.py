@@ -27,6 +27,43 @@ def test_no_update_shows_a_tensor_of_the_stem_not_even_one_made_elsewhere():
     assert not [n for n in guard.shared_names() if n.startswith(STEM)]
 
 
+def test_a_norm_right_after_the_embedding_is_frozen_with_it():
+    guard = protect(small_vit(pre_norm=True), "frozen-stem")
+    assert not [n for n in guard.update(IMAGES, LABELS).tensors if "norm_pre" in n]
+    assert not guard.model.norm_pre.weight.requires_grad
+    made = {"norm_pre.weight": torch.ones(96), "norm.weight": torch.ones(96)}
+    assert set(guard.seal(Update(made, kind="difference")).tensors) == {"norm.weight"}
+    assert guard.traits.freezes("norm_pre.bias")
+
+
+def test_all_embeddings_of_transformers_are_frozen_and_nothing_behind_them():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 4}
+    config = transformers.ViTConfig(image_size=16, patch_size=4, num_hidden_layers=2, **sizes)
+    model = transformers.ViTForImageClassification(config)
+    model.vit.embeddings.mask_token = torch.nn.Parameter(torch.zeros(1, 1, 96))
+    protect(model, "frozen-stem")
+    trained = {n.split(".")[1] for n, p in model.vit.named_parameters("vit") if p.requires_grad}
+    assert trained == {"layers", "layernorm"} or trained == {"encoder", "layernorm"}
+
+
+@pytest.mark.parametrize("place", ["", "blocks.0.mlp", "patch_embed"])
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_what_is_added_to_the_stem_later_stays_like_the_rest_of_it(place, kind):
+    guard = protect(small_vit(), "frozen-stem")
+    module, name = guard.model.get_submodule(place), f"{place}.late".lstrip(".")
+    if kind == "buffer":
+        module.register_buffer("late", torch.zeros(3))
+    else:
+        module.register_parameter("late", torch.nn.Parameter(torch.zeros(3), requires_grad=False))
+    sealed = guard.seal(Update({name: torch.ones(3), "norm.weight": torch.ones(96)}))
+    assert (name in sealed.tensors) is (name in guard.shared_names()) is (place == "")
+    if place and kind == "parameter":
+        module.late.requires_grad_(True)
+        with pytest.raises(Unprotected, match="late"):
+            guard.seal(Update({name: torch.ones(3)}))
+
+
 def test_a_model_in_which_a_parameter_was_unfrozen_is_refused():
     guard = protect(small_vit(), "frozen-stem")
     guard.model.blocks[0].mlp.fc1.bias.requires_grad_(True)

@@ -35,6 +35,31 @@ def test_each_example_adds_a_gradient_of_one_size_whatever_the_others_are(mode):
         torch.testing.assert_close(tensor, wanted, rtol=2e-3, atol=2e-5 * size)
 
 
+@pytest.mark.parametrize("value", [200.0, 30.0])
+def test_a_batch_with_a_fitted_image_is_refused_since_the_wrong_label_would_outweigh_it(value):
+    model = small_vit()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()[4] = value  # sure of class 4: right for two images, wrong for one
+    with pytest.raises(Unprotected, match=r"2 of 3 .*images 1, 2 .*Leave these images out"):
+        protect(model, SPEC).update(IMAGES, LABELS)
+
+
+def test_a_gradient_that_is_not_finite_is_refused_and_clipped_to_nothing():
+    model, images = small_vit(), IMAGES.clone()
+    images[1] = float("nan")
+    with pytest.raises(Unprotected, match=r"1 of 3 .*images 1 of"):
+        protect(model, SPEC).update(images, LABELS)
+
+
+def test_clip_takes_what_a_fitted_image_gives():
+    model = small_vit()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()[4] = 200.0
+    assert norm(protect(model, f"{SPEC}:mode=clip").update(IMAGES, LABELS)) <= 1 / 3 + 1e-4
+
+
 def test_one_example_has_exactly_the_size():
     for i in range(3):
         update = protect(small_vit(), f"{SPEC}:size=0.5").update(

@@ -170,6 +170,13 @@ class Installed(nn.Module):
         """Return the base parameters whose update never leaves, each with its reason."""
         return {}
 
+    def holds(self, name: str) -> str | None:
+        """Return why a tensor of the base model never leaves, None where it may.
+
+        By default what `withheld` says; asked by name, of tensors that came later too.
+        """
+        return self.withheld().get(name)
+
     def verify(self, model: nn.Module) -> None:
         """Raise Unprotected if the defense would not act on the model as it stands."""
 
@@ -335,6 +342,12 @@ class UpdateDefense(Defense):
         trained.
         """
         return frozen if isinstance(self, Ledgered) else ()
+
+    def look(self, update: Update, images: Tensor, anatomy: Anatomy) -> None:
+        """Raise Unprotected where the images behind an update are not what it needs.
+
+        Asked before `seal`, of `Guard.update` and where `Guard.seal` is given a batch.
+        """
 
     @abstractmethod
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:

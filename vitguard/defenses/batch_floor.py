@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vitguard.core import Update
 from vitguard.defenses.base import Defense, Draws, UpdateDefense
@@ -28,12 +29,17 @@ class BatchFloor(UpdateDefense):
     Guarantees:
         No update leaves that shows a tensor of the embedding or of a block, and whose images have
         fewer tokens together than `multiple` times the width.
+        Where the images are at hand (`Guard.update`), those that repeat another count once.
 
     Does not protect against:
+        A server that writes the weights: class fishing leaves the gradient of one image in the
+        blocks, however many there are, and `sample-normalisation` does not change that.
         One image whose gradient outweighs those of its batch: it comes back as if it were alone
         (add `sample-normalisation`). The last block under a class token, which passes one token of
         each image: labels and features of that token (`cascade`) take as many images as the width.
-        A client that states a wrong number of images. Attacks that count nothing.
+        A client that states a wrong number of images: to `Guard.seal` without a batch repeats count
+        as new images, and so do copies that differ in one pixel (augmented ones). Several local
+        steps on the same images. Attacks that count nothing.
 
     Args:
         multiple: Tokens over width, at least 1: below, equations are left.
@@ -76,16 +82,30 @@ class BatchFloor(UpdateDefense):
         Raises:
             UpdateRefused: It has too few images.
         """
+        self._require(update, update.batch_size, anatomy)
+        return update
+
+    def look(self, update: Update, images: Tensor, anatomy: Anatomy) -> None:
+        """Raise UpdateRefused where the floor is reached by repeats of few images alone."""
+        different = len({_bytes(image) for image in images})
+        if different < len(images):
+            repeats = f"{different} different (others repeat these)"
+            self._require(update, update.batch_size - len(images) + different, anatomy, repeats)
+
+    def _require(self, update: Update, images: int, anatomy: Anatomy, got: str = "") -> None:
         least = self.least_batch(anatomy)
         shown = next((n for n in update.tensors if _counts(n, anatomy)), None)
-        if shown is not None and update.batch_size < least:
+        if shown is not None and images < least:
             raise UpdateRefused(
                 f"Expected at least {least} images behind an update ({anatomy.tokens} tokens each, "
-                f"{self.multiple:g} times the width {anatomy.width}), got {update.batch_size}; "
-                f"nothing was released. Take larger batches, or add up the gradients of several "
+                f"{self.multiple:g} times the width {anatomy.width}), got {got or images}; "
+                "nothing was released. Take larger batches, or add up the gradients of several "
                 "and state their images together as batch_size."
             )
-        return update
+
+
+def _bytes(image: Tensor) -> bytes:
+    return bytes(image.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _counts(name: str, anatomy: Anatomy) -> bool:

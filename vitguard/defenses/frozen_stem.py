@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,6 +15,9 @@ from vitguard.vit import Anatomy, canonical_name
 
 __all__ = ["FrozenStem"]
 
+_NORMS = ("norm_pre", "pre_layrnorm", "pre_layernorm")
+"""What timm and transformers call a norm between the embedding and the first block."""
+
 
 @dataclass(frozen=True)
 class FrozenStem(ModelDefense):
@@ -23,7 +26,8 @@ class FrozenStem(ModelDefense):
     For fine-tuning: of random weights most would never be trained.
 
     Guarantees:
-        No update shows a tensor of the embedding, the positions or a frozen block.
+        No update shows a tensor of the embedding, the positions or a frozen block, nor of a norm
+        between them; buffers, and what was added to the model later, included.
         The frozen parameters have no gradient, and a model in which one was unfrozen is refused.
 
     Does not protect against:
@@ -73,8 +77,12 @@ class FrozenStem(ModelDefense):
     def _beginnings(self, anatomy: Anatomy) -> tuple[str, ...]:
         blocks = anatomy.blocks[: max(len(anatomy.blocks) - self.trained, 0)]
         alone = (anatomy.positions, *anatomy.prefix)
+        parts = anatomy.patch_stage.split(".")
+        above = ["".join(f"{p}." for p in parts[:i]) for i in range(len(parts))]
         return (
             *(n for n in alone if n is not None),
+            *(a for a in above if a.endswith("embeddings.")),  # of transformers
+            *(f"{a}{norm}." for a in above for norm in _NORMS),
             f"{anatomy.patch_stage}.",
             f"{anatomy.patch}.",
             *(f"{block.name}." for block in blocks),
@@ -82,14 +90,14 @@ class FrozenStem(ModelDefense):
 
 
 def _is(name: str, frozen: Sequence[str]) -> bool:
-    return Traits(frozen=tuple(frozen)).freezes(name)
+    known = Traits(frozen=(*frozen, *map(canonical_name, frozen)))
+    return known.freezes(name) or known.freezes(canonical_name(name))
 
 
 class _InstalledStem(Installed):
     def __init__(self, model: nn.Module, frozen: tuple[str, ...]) -> None:
         super().__init__()
         self.frozen = frozen
-        self.names = tuple(map(canonical_name, self._stem(model)))
         self.thawed = tuple(n for n, p in self._stem(model).items() if p.requires_grad)
         for parameter in self._stem(model).values():
             parameter.requires_grad_(False)
@@ -102,8 +110,8 @@ class _InstalledStem(Installed):
         for name, parameter in self._stem(model).items():
             parameter.requires_grad_(name in self.thawed)
 
-    def withheld(self) -> Mapping[str, str]:
-        return dict.fromkeys(self.names, "it belongs to the frozen stem")
+    def holds(self, name: str) -> str | None:
+        return "it belongs to the frozen stem" if _is(name, self.frozen) else None
 
     def verify(self, model: nn.Module) -> None:
         loose = next((n for n, p in self._stem(model).items() if p.requires_grad), None)

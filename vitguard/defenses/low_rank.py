@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitguard.core import Traits, Update
 from vitguard.defenses.base import Draws, UpdateDefense
+from vitguard.defenses.sealing import require_finite
 from vitguard.errors import expected
 from vitguard.vit import Anatomy
 
@@ -25,7 +26,7 @@ class LowRankUpdate(UpdateDefense):
     the directions of several rounds on the same images add up.
 
     Guarantees:
-        No matrix of an update has more than `rank` directions.
+        No matrix of an update has more than `rank` directions, up to rounding of the tensor's type.
 
     Does not protect against:
         `containment`: every row that is sent lies in the span of the inputs of its layer. Measured
@@ -52,7 +53,12 @@ class LowRankUpdate(UpdateDefense):
         return replace(before, exact=False, rank=min(before.rank or self.rank, self.rank))
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
-        """Return each matrix cut to its strongest directions; counters (integers) stay."""
+        """Return each matrix cut to its strongest directions; counters (integers) stay.
+
+        Raises:
+            InputError: An entry is not finite: such a matrix has no directions.
+        """
+        require_finite(update)
         tensors = {n: self._cut(t) for n, t in update.tensors.items()}
         return replace(update, tensors=tensors)
 

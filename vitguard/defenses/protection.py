@@ -158,6 +158,10 @@ class Protection(nn.Module):
         """Return the installed pieces, in order."""
         return [m for m in self.children() if isinstance(m, Installed)]
 
+    def holds(self, name: str) -> bool:
+        """Whether a piece keeps a tensor of the base model from leaving."""
+        return any(piece.holds(name) is not None for piece in self.installed())
+
     def uninstall(self, model: nn.Module) -> None:
         """Undo the pieces in reverse order."""
         for piece in reversed(self.installed()):

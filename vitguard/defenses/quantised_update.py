@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitguard.core import Traits, Update
 from vitguard.defenses.base import Draws, UpdateDefense
+from vitguard.defenses.sealing import require_finite
 from vitguard.errors import expected
 from vitguard.vit import Anatomy
 
@@ -21,7 +22,8 @@ class QuantisedUpdate(UpdateDefense):
     """Round each entry to one of 2^bits - 1 levels up to the largest of its tensor.
 
     Guarantees:
-        Every entry of a tensor that leaves is one of 2^bits - 1 levels.
+        Every entry of a tensor that leaves is one of 2^bits - 1 levels, up to rounding of the
+        tensor's type. A tensor with entries that are not finite is refused.
 
     Does not protect against:
         Exact attacks at 8 bits, which lose some dB to the rounding (28 dB and more are left), and
@@ -49,7 +51,12 @@ class QuantisedUpdate(UpdateDefense):
         return replace(before, exact=False, sparse=True, rank=0)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
-        """Return the rounded tensors; counters (integers) stay."""
+        """Return the rounded tensors; counters (integers) stay.
+
+        Raises:
+            InputError: An entry is not finite, of which there are no levels.
+        """
+        require_finite(update)
         tensors = {
             n: self._rounded(t, draws) if t.is_floating_point() and t.numel() else t
             for n, t in update.tensors.items()
@@ -57,11 +64,15 @@ class QuantisedUpdate(UpdateDefense):
         return replace(update, tensors=tensors)
 
     def _rounded(self, tensor: Tensor, draws: Draws) -> Tensor:
-        step = tensor.abs().max() / (2 ** (self.bits - 1) - 1)
-        if not bool(step > 0) or not bool(step.isfinite()):
-            return tensor
-        level = tensor / step
-        if not self.stochastic:
-            return level.round() * step
-        up = torch.from_numpy(draws.uniform(tensor.numel())).reshape(tensor.shape)
-        return (level + up.to(level)).floor() * step
+        wide = tensor.detach().to("cpu", torch.float64)  # narrower, a sum may pass the top level
+        largest, top = wide.abs().max(), 2 ** (self.bits - 1) - 1
+        step = largest / top
+        if not bool(step > 0):  # also where it underflows: what is left is no level
+            return torch.zeros_like(tensor)
+        level = wide / step
+        if self.stochastic:
+            up = torch.from_numpy(draws.uniform(tensor.numel())).reshape(tensor.shape)
+            level = (level + up).floor()
+        else:
+            level = level.round()
+        return (level.clamp(-top, top) * step).clamp(-largest, largest).to(tensor)

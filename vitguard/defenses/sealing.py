@@ -1,4 +1,4 @@
-"""What defenses share that hide chosen tensors of an update from the server."""
+"""What defenses of the update share: which tensors to hide, and refusal of what has no value."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import nn
 
 from vitguard.core import Update
 from vitguard.defenses.base import Defense, traits_of
-from vitguard.errors import Incompatible, Unprotected
+from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.selectors import require_all_match
 from vitguard.vit import Anatomy, canonical_parameters
 
-__all__ = ["require_selection", "selected"]
+__all__ = ["require_finite", "require_selection", "selected"]
 
 
 def require_selection(
@@ -30,6 +30,20 @@ def require_selection(
         sizes.pop(anatomy.positions or "", None)
     if not anatomy.select(select, sizes):
         raise Incompatible(f"Expected parameters to {verb}, got none for {select!r}.")
+
+
+def require_finite(update: Update) -> None:
+    """Refuse an update with infinite entries, or some that are no numbers.
+
+    Raises:
+        InputError: There are some; the message names the tensor.
+    """
+    for name, tensor in update.tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise expected(
+                f"finite entries in {name}", "inf or NaN",
+                "Nothing was released: leave this update out, or take a smaller learning rate.",
+            )  # fmt: skip
 
 
 def selected(

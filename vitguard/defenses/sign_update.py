@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitguard.core import Traits, Update
 from vitguard.defenses.base import Draws, UpdateDefense
+from vitguard.defenses.sealing import require_finite
 from vitguard.vit import Anatomy
 
 __all__ = ["SignUpdate"]
@@ -40,7 +41,12 @@ class SignUpdate(UpdateDefense):
         return replace(before, exact=False, rank=0)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
-        """Return the scaled signs; counters (integers) stay."""
+        """Return the scaled signs; counters (integers) stay.
+
+        Raises:
+            InputError: An entry is not finite: the size of all would not be.
+        """
+        require_finite(update)
         tensors = {
             n: t.sign() * t.abs().mean() if t.is_floating_point() and t.numel() else t
             for n, t in update.tensors.items()

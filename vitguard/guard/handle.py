@@ -350,11 +350,10 @@ class Guard:
         token), by the base model's names. Not what stays local: withheld or fixed positions, and
         the defenses' own buffers, such as how far a schedule has come.
         """
-        held = {n for piece in self._protection.installed() for n in piece.withheld()}
         added = {f"vitguard.{name}" for name, _ in self._protection.named_parameters()}
         state = (name for name, t in self.model.state_dict().items() if isinstance(t, Tensor))
         sent = (n for n in state if not n.startswith("vitguard.") or n in added)
-        return tuple(n for name in sent if (n := canonical_name(name)) not in held)
+        return tuple(n for name in sent if not self._protection.holds(n := canonical_name(name)))
 
     def encrypted(self) -> dict[str, Tensor]:
         """Return the parameters that the stack encrypts, as they stand, by name.
@@ -362,8 +361,8 @@ class Guard:
         What `Manifest.of` describes: protect a copy of the model with the stack, without an
         encryptor, make the manifest of this, then the encryptors, then protect with them.
         """
-        held = {n for piece in self._protection.installed() for n in piece.withheld()}
-        sent = {n: p for n, p in canonical_parameters(self.model).items() if n not in held}
+        trained = canonical_parameters(self.model)
+        sent = {n: p for n, p in trained.items() if not self._protection.holds(n)}
         chosen = {n for s in self.traits.sealed for n in self.anatomy.select(s, sent)}
         return {n: p.detach() for n, p in sent.items() if n in chosen}
 

@@ -86,7 +86,7 @@ def sealed(
     held: dict[str, str] = {}
     for piece in protection.installed():
         piece.releasing(model)
-        held |= {n: r for n, r in piece.withheld().items() if n in tensors}
+        held |= {n: r for n in tensors if (r := piece.holds(n)) is not None}
     acting = [d for d in protection.defenses if isinstance(d, UpdateDefense)]
     frozen = _frozen(model, tensors)
     left_out = {n for d in acting for n in d.leaves_out(frozen)}
@@ -98,9 +98,12 @@ def sealed(
     reason = "frozen, so that there is nothing to send"
     held |= {n: reason for n in frozen if n in left_out}
     update = update.seal(held)
+    anatomy = protection.anatomy.with_head_of(model)
     for defense in acting:  # one by one: if the next refuses, what it says tells of this one
         with protection.counted([defense]):
-            update = defense.seal(update, protection.anatomy.with_head_of(model), protection.draws)
+            if batch is not None:
+                defense.look(update, batch.images, anatomy)
+            update = defense.seal(update, anatomy, protection.draws)
     return _past_gate(model, protection, update, batch, made if trained else None)
 
 

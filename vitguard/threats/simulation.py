@@ -86,7 +86,7 @@ class Simulation:
             else:
                 tensors = self._gradient(guard, images, labels, shuffled, self._weights(guard))
         tensors = {canonical_name(k): t for k, t in tensors.items()}
-        held = {n for piece in self._pieces for n in piece.withheld()}
+        held = {n for piece in self._pieces for n in tensors if piece.holds(n) is not None}
         tensors = {k: t for k, t in tensors.items() if k not in held}
         for defense in self._mimics:
             if not pruned and defense.traits(Traits(), self.anatomy).sparse:

@@ -117,18 +117,24 @@ class DifferentialPrivacy(StepDefense, Ledgered):
             Incompatible: The model mixes examples, shares parameters, or cannot be followed.
             Unprotected: A loss reached a parameter around the clipping.
         """
-        return self._clipped_sum(model, loss, batch, probed=True)
+        return self.clipped(model, loss, batch).sums
 
-    def _clipped_sum(
-        self, model: nn.Module, loss: Loss, batch: Batch, *, probed: bool
-    ) -> dict[str, Tensor]:
+    def clipped(
+        self, model: nn.Module, loss: Loss, batch: Batch, *, probed: bool = True
+    ) -> Clipped:
+        """Return what `clipped_sum` does, with each example's norm before clipping.
+
+        Args:
+            probed: Whether it is asked first if examples meet.
+        """
         check_model(model)
         clipped = _clip(self._engine(), model, loss, batch, self.clip, probed=probed)
         trainable = {k: p for k, p in model.named_parameters() if p.requires_grad}
-        return {
+        sums = {
             canonical_name(k): clipped.sums.get(k, torch.zeros_like(p))
             for k, p in trainable.items()
         }
+        return Clipped(sums, clipped.norms)
 
     def gradient(
         self, model: nn.Module, loss: Loss, batch: Batch, draws: Draws
@@ -137,7 +143,7 @@ class DifferentialPrivacy(StepDefense, Ledgered):
         noise, size = self._release_noise(), len(batch.labels)
         # in a rehearsal nothing is promised beyond this batch, and one example meets no other
         alone = draws.seeded is not None and size == 1
-        sums = self._clipped_sum(model, loss, batch, probed=not alone)
+        sums = self.clipped(model, loss, batch, probed=not alone).sums
         return {k: s / size for k, s in draws.noised_all(sums, noise * self.clip).items()}
 
     def mimic(self, examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
