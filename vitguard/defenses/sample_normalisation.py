@@ -81,7 +81,7 @@ class SampleNormalisation(StepDefense):
         """Return the mean of the normalised gradients, by base parameter name.
 
         Raises:
-            UpdateRefused: An example's gradient has no size that a factor makes equal to the others'.
+            UpdateRefused: An example's gradient has no size to bring to that of the others.
         """
         clip = self.size if self.mode == "clip" else _SHORT
         made = DifferentialPrivacy(noise=0.0, clip=clip).clipped(model, loss, batch)
