@@ -167,7 +167,20 @@ def test_what_stood_elsewhere_is_not_offered_where_a_count_says_that_it_leaks():
 def test_keys_hide_from_the_server_and_not_from_the_other_clients():
     for see in ("server", "clients", "both"):
         report = advise_report(small_vit(), table=TABLE, see=see)
-        assert ("encryption:select=all" in [o.stack for o in report.options]) is (see == "server")
+        proven = [p.stack for p in report.proven]
+        assert ({"encryption", "masking"} <= set(proven)) is (see == "server")
+        assert "privacy:epsilon=8.0" in proven and "encryption" not in str(report.options)
+
+
+@pytest.mark.parametrize(
+    "shows",
+    [{"verdict": v} for v in ("blocked", "not applicable", "inconclusive")] + [{"cut": "map"}],
+)
+def test_a_stack_on_which_no_attack_came_to_its_end_has_not_stood(shows):
+    table = Evidence("", {}, "", (cell("none", verdict="leaks"), cell("sign-update", **shows)))
+    (stack,) = table.stacks("scratch")
+    assert stack.complete and not stack.fell and not stack.stood
+    assert not advise_report(small_vit(), table=table).options
 
 
 def test_without_evidence_it_says_so_and_offers_nothing():

@@ -103,8 +103,12 @@ class Stack:
 
     @property
     def stood(self) -> bool:
-        """Whether every attack was run on one model and batch at least, and it fell nowhere."""
-        return self.complete and not any(c.leaked for c in self.measured)
+        """Whether every attack was run on a model and batch, one resisted, and it fell nowhere.
+
+        An attack that does not apply, is blocked, was cut or fails on the control too shows nothing.
+        """
+        held = any(c.verdict == "resisted" and not c.cut for c in self.measured)
+        return self.complete and held and not self.fell
 
     @property
     def fell(self) -> bool:
