@@ -34,9 +34,10 @@ def published() -> Iterator[tuple[str, Callable[[nn.Module], Weights]]]:
 def fishing(model: nn.Module, target: int = 0) -> Weights:
     """One class alone has a gradient: all others are certain."""
     weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    head = Anatomy.of(model).head[0]
-    weights[f"{head}.weight"].zero_()[target] = 0.5
-    weights[f"{head}.bias"].fill_(1000.0)[target] = 0.0
+    inside = [n for n in weights if n.startswith(f"{Anatomy.of(model).head[0]}.")]  # maybe a stack
+    weight, bias = (next(n for n in inside if n.endswith(kind)) for kind in ("weight", "bias"))
+    weights[weight].zero_()[target] = 0.5
+    weights[bias].fill_(1000.0)[target] = 0.0
     return weights
 
 
