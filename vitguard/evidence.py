@@ -105,7 +105,7 @@ class Stack:
     def stood(self) -> bool:
         """Whether every attack was run on a model and batch, one resisted, and it fell nowhere.
 
-        An attack that does not apply, is blocked, was cut or fails on the control too shows nothing.
+        What does not apply, is blocked, was cut or fails on the control as well shows nothing.
         """
         held = any(c.verdict == "resisted" and not c.cut for c in self.measured)
         return self.complete and held and not self.fell
