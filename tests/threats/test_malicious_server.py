@@ -362,3 +362,15 @@ def test_an_update_of_honest_weights_proves_nothing_to_a_server_that_believes_it
     except NotApplicable:
         return
     assert guess.verified is None or not guess.verified.any()
+
+
+@pytest.mark.parametrize("craft", sorted(craft_types()))
+def test_a_head_inside_a_stack_of_layers_is_crafted_too(craft):
+    """torchvision's head is a Sequential: its linear layer has another name."""
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(32, 8, 3, 4, 216, 432, num_classes=10)
+    torch.nn.init.normal_(model.heads.head.weight)  # zeros in torchvision
+    weights = craft_types()[craft]().weights(model)
+    assert weights.keys() == model.state_dict().keys()
+    assert not torch.equal(weights["heads.head.weight"], model.state_dict()["heads.head.weight"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.budget import charge_update
+from vitguard.attacks.equations.head import linear_head
 from vitguard.attacks.equations.rows import Embedding, guess_from_patches
 from vitguard.attacks.imprint.bank import Bank, Single, Tokens, banks_of, peeled
 from vitguard.attacks.labels import labels_from_counts
@@ -101,7 +102,7 @@ class ImprintReading(Attack):
 
 def _labels(view: View, anatomy: Anatomy, patches: Tensor) -> Tensor | None:
     """Return the labels in ascending order: what the head's bias lacks of the images' scores."""
-    name = f"{anatomy.head[0]}.bias"
+    name = f"{linear_head(view)}.bias"
     if not view.update.can_read(name):
         return None
     like = next(view.model.parameters())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitguard.core import Update
 from vitguard.errors import NotApplicable, expected
-from vitguard.threats.crafts.base import Craft
+from vitguard.threats.crafts.base import Craft, heads_of
 from vitguard.vit import Anatomy
 
 __all__ = ["Fishing"]
@@ -52,7 +52,7 @@ class Fishing(Craft):
         if self.label >= anatomy.classes:
             raise NotApplicable(f"no class {self.label} in a head of {anatomy.classes}")
         state = {name: t.detach().clone() for name, t in model.state_dict().items()}
-        for head in anatomy.head:
+        for head in heads_of(model, anatomy):
             weight, bias = state[f"{head}.weight"], state.get(f"{head}.bias")
             if bias is None:
                 raise NotApplicable(f"{head} has no bias that could rule a class out")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.errors import NotApplicable
-from vitguard.threats.crafts.base import Craft
+from vitguard.threats.crafts.base import Craft, heads_of
 from vitguard.vit import Anatomy
 
 __all__ = ["Suppression"]
@@ -41,6 +41,6 @@ class Suppression(Craft):
             raise NotApplicable("no norm and head behind the blocks")
         for name in last:
             state[name].zero_()
-        for head in anatomy.head:
+        for head in heads_of(model, anatomy):
             state[f"{head}.weight"].zero_()
         return state
