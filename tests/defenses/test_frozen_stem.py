@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import vitguard as vg
 from tests.conftest import small_vit
 from vitguard.analysis import released, remaining
 from vitguard.core import Update
@@ -113,3 +114,11 @@ def test_the_attacks_say_what_a_stem_leaves(trained, search):
     assert not said["position"]
     assert said["span"] is said["gelu-span"] is (trained == 3)  # block 0 is read again
     assert said["cascade"] and said["labels"]
+
+
+def test_positions_that_another_defense_withholds_are_refused_whatever_its_name(small_vit):
+    class Theirs(vg.WithheldPositions):
+        name = "theirs"
+
+    with pytest.raises(Incompatible, match="trained and withheld"):
+        protect(small_vit(), [Theirs(), vg.FrozenStem()])

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from vitguard.core import Traits
-from vitguard.defenses.base import Defense, Draws, Installed, ModelDefense
+from vitguard.defenses.base import Defense, Draws, Installed, ModelDefense, traits_of
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy, canonical_name
 
@@ -51,7 +51,7 @@ class FrozenStem(ModelDefense):
 
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
         """Raise Incompatible beside positions that are trained, or where nothing is left to."""
-        if any(d.name == "withheld" for d in stack):
+        if traits_of([d for d in stack if d is not self], anatomy).positions == "withheld":
             raise Incompatible(
                 "Expected positions that are trained and withheld, or frozen with the stem, got "
                 "both. Leave withheld out: what is frozen has no gradient."

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.core import Crafted, Traits, Update
-from vitguard.errors import NotApplicable
-from vitguard.vit import Anatomy
 
-__all__ = ["Craft", "heads_of"]
+__all__ = ["Craft"]
 
 
 class Craft(ABC):
@@ -54,20 +52,3 @@ class Craft(ABC):
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, for the report."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-
-
-def heads_of(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
-    """Return the names of the linear layers that give the classes, one of each head.
-
-    Raises:
-        NotApplicable: A head without one.
-    """
-    modules = dict(model.named_modules())
-    found = []
-    for head in anatomy.head:
-        inside = [n for n in modules if n == head or n.startswith(f"{head}.")]
-        linear = [n for n in inside if isinstance(modules[n], nn.Linear)]
-        if not linear:
-            raise NotApplicable(f"{head} is not linear")
-        found.append(linear[-1])
-    return tuple(found)

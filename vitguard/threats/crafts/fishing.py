@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vitguard.attacks.equations.head import linear_heads
 from vitguard.core import Update
 from vitguard.errors import NotApplicable, expected
-from vitguard.threats.crafts.base import Craft, heads_of
+from vitguard.threats.crafts.base import Craft
 from vitguard.vit import Anatomy
 
 __all__ = ["Fishing"]
@@ -52,7 +53,7 @@ class Fishing(Craft):
         if self.label >= anatomy.classes:
             raise NotApplicable(f"no class {self.label} in a head of {anatomy.classes}")
         state = {name: t.detach().clone() for name, t in model.state_dict().items()}
-        for head in heads_of(model, anatomy):
+        for head in linear_heads(model, anatomy):
             weight, bias = state[f"{head}.weight"], state.get(f"{head}.bias")
             if bias is None:
                 raise NotApplicable(f"{head} has no bias that could rule a class out")

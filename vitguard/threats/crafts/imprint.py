@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitguard.attacks.equations.head import linear_heads
 from vitguard.core import Bins, Crafted, Traits
 from vitguard.errors import NotApplicable, expected
 from vitguard.models import normalization_of
-from vitguard.threats.crafts.base import Craft, heads_of
+from vitguard.threats.crafts.base import Craft
 from vitguard.threats.crafts.channels import Channels, natural_patches
 from vitguard.threats.crafts.gates import Gates, told_apart
 from vitguard.vit import Anatomy, Block
@@ -293,7 +294,7 @@ class _Writer:
         value[first] = c.signal + 0.1 * c.data[:, 0]  # brightness: what tells images apart
         self.state[f"{block.proj}.weight"][:, 0] = c.signal
         worth = class_worth(a.classes)
-        for head in heads_of(self.model, a):
+        for head in linear_heads(self.model, a):
             self.state[f"{head}.weight"].copy_(worth[:, None] * c.signal)
             self._set(f"{head}.bias", 0.0)
 

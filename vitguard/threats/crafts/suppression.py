@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vitguard.attacks.equations.head import linear_heads
 from vitguard.errors import NotApplicable
-from vitguard.threats.crafts.base import Craft, heads_of
+from vitguard.threats.crafts.base import Craft
 from vitguard.vit import Anatomy
 
 __all__ = ["Suppression"]
@@ -41,6 +42,6 @@ class Suppression(Craft):
             raise NotApplicable("no norm and head behind the blocks")
         for name in last:
             state[name].zero_()
-        for head in heads_of(model, anatomy):
+        for head in linear_heads(model, anatomy):
             state[f"{head}.weight"].zero_()
         return state
