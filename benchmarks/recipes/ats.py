@@ -76,7 +76,7 @@ class Undone(Attack):
     strength: float = 1.0
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
-        """Return the image at its place; what was in the frame is `verified`, the rest continued."""
+        """Return the image at its place, `verified` where it was in the frame."""
         found = PositionInversion().run(view, generator)
         image = view.normalization.apply(found.images[0].double())
         height, width = image.shape[-2:]

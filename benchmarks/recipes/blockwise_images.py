@@ -165,26 +165,23 @@ def _by_seams(prior: NaturalImages, seen: Tensor, key: Keys, shape: tuple[int, i
         images = seen[:, made.tolist()].movedim(1, 0)
         energies = prior.whiten(images).square().flatten(1).sum(1)
         best = made[int(energies.argmin())]
-        if (
-            float(energies.min())
-            > float(prior.whiten(seen[None, :, key.tolist()]).square().sum()) - 1e-6
-        ):
+        if not float(energies.min()) < least - 1e-6:
             return key
-        key = best
+        key, least = best, float(energies.min())
 
 
 JUDGED = Judged(
     title="Block-wise encryption of images",
     place="keys",
     source="Aso, Shiota, Kiya, arXiv:2408.05737; Nagamori, Kiya, arXiv:2301.09255",
-    claim="Clients encrypt their images block by block with keys of their own, which they may throw "
-    "away, and the visual content stays secret while a ViT learns from them.",
+    claim="Clients encrypt their images block by block with keys of their own, which they may "
+    "throw away, and the visual content stays secret while a ViT learns from them.",
     rebuilt="One random permutation of the 48 values of a block, for all blocks of an image, "
     "channels included, drawn anew for each update; blocks stay in place.",
     threat="The key is the client's, used once, and unknown.",
     stack=(BlockwiseEncryption(),),
     attack=KeyFromStatistics(),
-    found="All blocks share the key, so that the statistics of photos give it away: every picture is "
+    found="All blocks share the key, so that the statistics of photos give it away: a picture is "
     "told from its decoys, with pixels in place up to exchanges that look alike, such as red and "
     "blue.",
     images=2,

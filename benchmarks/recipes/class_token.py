@@ -6,8 +6,8 @@ JUDGED = Judged(
     title="Class token under CKKS",
     place="keys",
     source="Amin et al., arXiv:2511.20983",
-    claim="Encrypting the class token alone prevents model inversion, at a thirtieth of the cost of "
-    "encrypting gradients.",
+    claim="Encrypting the class token alone prevents model inversion, at a thirtieth of the cost "
+    "of encrypting gradients.",
     rebuilt="An update whose class-token tensor alone is encrypted. In the paper clients send "
     "encrypted class tokens and no gradient: against the server that is full encryption, and "
     "nothing here attacks it. The row is of those who take it for a defense of gradients.",

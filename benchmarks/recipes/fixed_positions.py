@@ -11,7 +11,7 @@ JUDGED = Judged(
     threat="Positions are public.",
     stack="positions:kind=sincos",
     attack="ladder:seconds=30",
-    found="The inputs of the first block lie in the row space of its gradients, and the MLP of that "
-    "block tells the true tokens in it: `gelu-span` needs no position gradient.",
+    found="The inputs of the first block lie in the row space of its gradients, and the MLP of "
+    "that block tells the true tokens in it: `gelu-span` needs no position gradient.",
     images=2,
 )

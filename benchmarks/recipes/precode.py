@@ -95,8 +95,8 @@ JUDGED = Judged(
     title="PRECODE",
     place="features",
     source="Scheliga, Mäder, Seeland, arXiv:2108.04725",
-    claim="A variational bottleneck in the model reduces the success rate of inversion to 0 %, with "
-    "almost no loss of accuracy.",
+    claim="A variational bottleneck in the model reduces the success rate of inversion to 0 %, "
+    "with almost no loss of accuracy.",
     rebuilt="Features to the mean and deviation of 64 dimensions, a draw, and back to the head, as "
     "its last layers; the divergence has weight 0.001 in the loss.",
     threat="The draw is secret; the weights of the bottleneck are not.",

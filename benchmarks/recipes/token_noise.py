@@ -66,8 +66,8 @@ JUDGED = Judged(
     place="features",
     source="a usual baseline (feature perturbation); no single paper",
     claim="Noise on the representation that gradients are taken of hides the input.",
-    rebuilt="Gaussian noise of half the tokens' root mean square on the embedded sequence, in every "
-    "training pass.",
+    rebuilt="Gaussian noise of half the tokens' root mean square on the embedded sequence, in "
+    "every training pass.",
     threat="The noise is a secret draw.",
     stack=(TokenNoise(),),
     attack="position",
