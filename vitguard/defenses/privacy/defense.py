@@ -69,6 +69,10 @@ class DifferentialPrivacy(StepDefense, Ledgered):
     """
 
     name: ClassVar[str] = "privacy"
+    promise: ClassVar[str] = (
+        "its epsilon bounds what anyone learns of an image, over all steps that it counts; "
+        "it costs accuracy"
+    )
 
     epsilon: float | None = None
     delta: float = 1e-5
