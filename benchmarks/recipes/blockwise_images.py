@@ -23,6 +23,7 @@ from vitguard.errors import expected
 from vitguard.vit import Anatomy
 
 Keys = NDArray[np.intp]
+_DESCENTS = 8  # from the best starts
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,10 @@ class KeyFromStatistics(Attack):
         shape = (anatomy.channels, *anatomy.patch_size)
         cost = _Cost.of(prior, seen - prior.mean, generator)
         chance = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
-        moves = np.concatenate([_swaps(shape), _turns(shape)])
-        begun = sorted((cost.matched(chance) for _ in range(self.starts)), key=cost.one)
-        key = min((cost.descended(k, moves) for k in begun[:8]), key=cost.one)
-        for _ in range(self.kicks):
-            kicked = key
-            for move in chance.choice(moves, 3):
-                kicked = kicked[move]
-            key = min(key, cost.descended(kicked, moves), key=cost.one)
+        key = cost.found(shape, chance, starts=self.starts, kicks=self.kicks)
         key = _by_seams(prior, seen, key, shape)
         pixels = view.normalization.invert(anatomy.unpatchify(seen[None, :, key.tolist()]))
-        return Guess(pixels.clamp(0, 1), details={"rung": "position"})
+        return Guess(pixels.clamp(0, 1))
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,8 @@ class _Cost:
 
     @staticmethod
     def of(prior: NaturalImages, seen: Tensor, generator: torch.Generator) -> _Cost:
-        white = torch.randn(400, *prior.anatomy.unpatchify(seen).shape, generator=generator)
+        shape = (400, len(prior.mixing), *prior.spread.shape)
+        white = torch.randn(shape, generator=generator)
         drawn = (prior.colour(white.to(seen)) - prior.mean).flatten(0, 1)
         natural, own = (t.T @ t / len(t) for t in (drawn, seen))
         precision = torch.linalg.inv(natural)
@@ -118,6 +113,20 @@ class _Cost:
 
     def one(self, key: Keys) -> float:
         return float(self.each(key[None])[0])
+
+    def found(
+        self, shape: tuple[int, int, int], chance: np.random.Generator, *, starts: int, kicks: int
+    ) -> Keys:
+        """Return the likeliest key of these starts and kicks."""
+        moves = np.concatenate([_swaps(shape), _turns(shape)])
+        begun = sorted((self.matched(chance) for _ in range(starts)), key=self.one)
+        key = min((self.descended(k, moves) for k in begun[:_DESCENTS]), key=self.one)
+        for _ in range(kicks):
+            kicked = key
+            for move in chance.choice(moves, 3):
+                kicked = kicked[move]
+            key = min(key, self.descended(kicked, moves), key=self.one)
+        return key
 
     def matched(self, chance: np.random.Generator) -> Keys:
         """Return a key by graph matching of the two covariances, from a random start."""

@@ -22,7 +22,8 @@ def print_advice(report: AdviceReport, console: Console) -> None:
         return say(report.unsupported)
     say(
         f"{report.model}, batch size {report.batch_size}, {report.setting}, "
-        f"trained: {report.train}, seen by: {report.see}; {report.tokens} tokens an image, {report.width} wide",
+        f"trained: {report.train}, seen by: {report.see}; "
+        f"{report.tokens} tokens an image, {report.width} wide",
         "bold",
     )
     for note in report.notes:
