@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard.audit import audit
-from vitguard.core import Normalization
+from vitguard.core import Batch, Normalization
+from vitguard.defenses.base import BatchDefense, Draws
 from vitguard.models import build_model
 from vitguard.registry import stack_name
 from vitguard.report.audit_report import AuditReport
@@ -37,8 +38,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "published-defenses.md"
 PICTURE = ROOT / "docs" / "images" / "published-defenses.png"
 MARKS = "<!-- rows -->", "<!-- end of rows -->"
-SHOWN = ("soteria", "precode")
-"""Rows that are shown as pictures, of a sample photo on a model with random weights."""
+SHOWN = ("soteria", "blockwise_images")
+"""Rows that are shown as pictures."""
 HEADINGS = {
     "positions": "Positions",
     "keys": "Keys",
@@ -175,33 +176,36 @@ def make(rows: list[dict[str, Any]]) -> None:
 
 
 def draw() -> None:
-    """Draw what two defenses leave of a sample photo: the photo, its control, and each."""
+    """Draw a sample photo under two defenses, on random weights: what is sent, and what is read."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     torch.manual_seed(0)
-    model = build_model("vit_tiny_patch16_224:img_size=128,embed_dim=192,depth=2,num_classes=10")
-    photo = data.sample_images((128, 128), count=2).pixels[1:]
-    known, shown = judged(), []
+    model = build_model(
+        "vit_tiny_patch16_224:img_size=64,patch_size=4,embed_dim=288,depth=1,num_classes=10"
+    )
+    photo, known = data.sample_images((64, 64), count=2).pixels[1:], judged()
+    shown = [("photo", photo[0])]
     for name in SHOWN:
-        found = audited(known[name], model, Normalization(), photo, torch.tensor([3])).findings
-        if not shown:
-            shown += [("photo", photo[0]), ("undefended", _guessed(found[0]))]
-        psnr = found[1].psnr
-        shown.append((f"{known[name].title}: {psnr.max if psnr else 0:.0f} dB", _guessed(found[1])))
-    figure, axes = plt.subplots(1, len(shown), figsize=(2.4 * len(shown), 2.7))
+        row, stack = known[name], list(known[name].stack)
+        for defense in stack:
+            if isinstance(defense, BatchDefense):
+                batch = Batch(photo, torch.tensor([3]))
+                draws = Draws(torch.Generator().manual_seed(0))
+                shown.append(("what the model is shown", defense.transform(batch, draws).images[0]))
+        finding = audited(row, model, Normalization(), photo, torch.tensor([3])).findings[1]
+        assert finding.images is not None and finding.psnr is not None
+        title = f"{row.title},\nread at {finding.psnr.max:.0f} dB"
+        shown.append((title, finding.images.reconstruction[0]))
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.5 * len(shown), 3))
     for axis, (title, image) in zip(axes, shown, strict=True):
         axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=9)
         axis.axis("off")
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=100)
-
-
-def _guessed(finding: Any) -> Tensor:
-    return finding.images.reconstruction[0]
 
 
 def main() -> None:
