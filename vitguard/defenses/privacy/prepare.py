@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +14,22 @@ from torch.utils._pytree import tree_leaves
 from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.checks import check_model
+from vitguard.defenses.privacy.engines import engine_of
 from vitguard.defenses.privacy.loader import PoissonLoader
 from vitguard.defenses.privacy.mixing import refuse_mixing_collate
 from vitguard.defenses.privacy.probe import probe
 from vitguard.defenses.privacy.samplers import place
+from vitguard.defenses.privacy.target import PrivacyTarget
 from vitguard.defenses.privacy.training import PrivateTraining
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, UnsupportedModel, expected, missing_extra
 from vitguard.vit import Anatomy
 
-if TYPE_CHECKING:
-    from vitguard.defenses.privacy.defense import DifferentialPrivacy
-
 __all__ = ["prepare_training"]
 
 
 def prepare_training(
-    defense: DifferentialPrivacy,
+    defense: PrivacyTarget,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: Any,
@@ -51,7 +50,7 @@ def prepare_training(
     refuse_optimizer(optimizer)
     check_model(model)
     _check_owned(model, optimizer)
-    engine = defense._engine()
+    engine = engine_of(defense.engine)
     training = PrivateTraining(engine, probe)
     poisson = PoissonLoader(loader, training, draws, defense.physical_batch)
     refuse_mixing_collate(loader.collate_fn, loader.dataset, poisson.drawn_from)
