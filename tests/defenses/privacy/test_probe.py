@@ -374,6 +374,46 @@ def test_a_model_is_tried_out_once_for_each_structure():
     assert first > 2 and len(calls) == first + 1
 
 
+def test_what_prepare_has_tried_out_is_not_tried_out_again_by_the_loop():
+    pytest.importorskip("opacus")
+    counter, calls = Counter(), []
+    model = with_layer(counter)
+    counter.register_forward_hook(lambda *_: calls.append(1))
+    guard = protect(model, [DifferentialPrivacy(noise=1.0, delta=1e-3)])
+    loader = DataLoader(TensorDataset(*some(24)), batch_size=6)
+    _, loader = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    assert len(calls) > 10
+    calls.clear()
+    model(next(iter(loader))[0])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("changed", ["arguments", "autocast"])
+def test_a_pass_of_another_kind_is_tried_out_anew(changed):
+    pytest.importorskip("opacus")
+    under, model = changed == "autocast", with_layer(Whole())
+    plain = model.forward
+
+    def forward(x, **kwargs):
+        meets = torch.is_autocast_enabled("cpu") if under else "mean" in kwargs
+        return plain(x - x.detach().mean(0) if meets else x)
+
+    model.forward = forward
+    guard = protect(model, [DifferentialPrivacy(noise=1.0, delta=1e-3)])
+    loader = DataLoader(TensorDataset(*some(24)), batch_size=6)
+    optimizer, loader = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    batches = iter(loader)
+    images, labels = next(batches)
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    images, _ = next(batches)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=under),
+        pytest.raises(Incompatible, match="that example alone"),
+    ):
+        model(images, **({} if under else {"mean": True}))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_small_share_of_the_batch_mean_is_seen(dtype):
     class Slightly(nn.Module):
