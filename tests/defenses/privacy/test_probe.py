@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.defenses.privacy.privacy_models import WINDOWED, build
+from tests.fast import crossed
 from vitguard.core import Batch
 from vitguard.defenses.positions import FixedPositions
 from vitguard.defenses.privacy import DifferentialPrivacy
@@ -185,9 +186,9 @@ def clipped_sum(model, count=3, **settings):
     return defense.clipped_sum(model, F.cross_entropy, Batch(images, labels))
 
 
-@pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("name", MEETING)
+@pytest.mark.parametrize(
+    ("name", "count", "engine"), crossed(MEETING, [1, 3], ["bookkeeping", "opacus"], rounds=2)
+)
 def test_a_model_in_which_examples_meet_is_refused_at_the_first_clipped_sum(name, count, engine):
     if engine == "opacus":
         pytest.importorskip("opacus")
@@ -294,8 +295,7 @@ STACKS = {
 }
 
 
-@pytest.mark.parametrize("drop", [0.0, 0.3])
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(("stack", "drop"), crossed(STACKS, [0.3, 0.0]))
 def test_stacks_with_dropout_and_drop_path_pass_and_their_schedules_stay(stack, drop):
     pytest.importorskip("opacus")
     model = build(

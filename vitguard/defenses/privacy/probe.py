@@ -46,7 +46,8 @@ def probe(
 ) -> None:
     """Refuse a model in which examples meet; once for each structure of a model, in its mode.
 
-    A pass of other arguments is tried out too, and so is one under another autocast.
+    A pass of other arguments is tried out too, one under another autocast, and one that trains
+    other parameters.
 
     Args:
         args: Arguments like those of a pass, and `kwargs` too: noise takes the place of every
@@ -58,7 +59,9 @@ def probe(
             single examples.
     """
     known = _PROBED.setdefault(model, set())
-    kind = hash((structure(model, without=PrivateTraining), _call(args, dict(kwargs or {}))))
+    trained = tuple(p.requires_grad for p in model.parameters())
+    call = _call(args, dict(kwargs or {}))
+    kind = hash((structure(model, without=PrivateTraining), trained, call))
     if kind in known:
         return
     with paused(model), torch.enable_grad():
