@@ -147,15 +147,19 @@ def _check_owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _examples(loader: PoissonLoader, model: nn.Module) -> Tensor:
-    """Return images like those of training, for the probe, which puts noise in their place."""
+    """Return images like those of training, for the probe, which puts noise in their place.
+
+    Of a model that is no ViT, such as a head on cached features, the first tensor of a batch.
+    """
     like = next(model.parameters())
     try:
         anatomy = Anatomy.of(model)
     except UnsupportedModel:
         parts = tree_leaves(loader.one())
-        images = next((t for t in parts if isinstance(t, Tensor) and t.dim() > 2), None)
+        rows = [t for t in parts if isinstance(t, Tensor) and t.dim() > 1 and t.is_floating_point()]
+        images = next((t for t in rows if t.dim() > 2), rows[0] if rows else None)
         if images is None:
-            raise expected("batches that hold images", "none in the loader") from None
+            raise expected("batches that hold images or features", "none in the loader") from None
         return images.to(like)
     shape = (3, anatomy.channels, *anatomy.image_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
