@@ -101,7 +101,13 @@ SHALLOW = [  # width, depth, heads, positions, selection, attack, dB
 ]
 
 
-@pytest.mark.parametrize("width, depth, heads, positions, select, attack, bar", SHALLOW)
+FEW = (SHALLOW[2], *SHALLOW[5:8], *SHALLOW[9:])  # each attack, depth and selection, held and not
+
+
+@pytest.mark.parametrize(
+    "width, depth, heads, positions, select, attack, bar",
+    [case if case in FEW else pytest.param(*case, marks=pytest.mark.slow) for case in SHALLOW],
+)
 def test_few_blocks_under_a_class_token_leak_where_the_plan_says_so(
     width, depth, heads, positions, select, attack, bar
 ):

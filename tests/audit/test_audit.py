@@ -426,6 +426,14 @@ def test_what_a_newcomer_gives_is_one_clear_error(small_vit, batch, how, said):
         audit(batch=batch, **how)
 
 
+USUAL = {"batch": BATCH, "defenses": FROZEN, "attacks": [PositionInversion()]}
+
+
+@pytest.fixture(scope="module")
+def usual(small_vit):
+    return audit(small_vit(depth=1), **USUAL)
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -441,9 +449,8 @@ def test_what_a_newcomer_gives_is_one_clear_error(small_vit, batch, how, said):
         {"attacks": "position"},
     ],
 )
-def test_every_form_of_the_same_input_gives_the_same_report(small_vit, how):
-    usual = {"batch": BATCH, "defenses": FROZEN, "attacks": [PositionInversion()]}
-    usual, given = (audit(small_vit(depth=1), **{**usual, **how}) for how in ({}, how))
+def test_every_form_of_the_same_input_gives_the_same_report(small_vit, usual, how):
+    given = audit(small_vit(depth=1), **{**USUAL, **how})
     assert [replace(f, seconds=None) for f in given.findings] == [
         replace(f, seconds=None) for f in usual.findings
     ]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
+from tests.fast import fast_for
 from vitguard.errors import Incompatible, InputError, Unprotected
 
 accelerate = pytest.importorskip("accelerate")
@@ -49,7 +50,10 @@ class ByHand:
         loss.backward()
 
 
-@pytest.mark.parametrize("stack", [SHUFFLE, PRIVATE, f"{SHUFFLE}+{PRIVATE},physical_batch=2"])
+ALL = [SHUFFLE, PRIVATE, f"{SHUFFLE}+{PRIVATE},physical_batch=2"]
+
+
+@pytest.mark.parametrize("stack", fast_for(ALL, fast=[SHUFFLE, ALL[-1]]))  # privacy is in the last
 def test_training_ends_at_the_weights_of_a_loop_by_hand(small_vit, stack):
     accelerator = accelerate.Accelerator(cpu=True)
     model, guard = guarded(small_vit, stack)
