@@ -11,7 +11,8 @@ JUDGED = Judged(
     threat="The scale is public, the noise a secret draw.",
     stack="noise:scale=0.1",
     attack="map:seconds=20",
-    found="",
+    found="`map` fits the pixels to every number of the update at once: the noise of hundreds of "
+    "thousands averages out over 768 pixels.",
     side=16,
     images=1,
 )
