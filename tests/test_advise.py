@@ -119,7 +119,7 @@ def test_what_is_trained_decides_what_applies():
     }
     assert {"position", "span", "gelu-span"} <= said["all"]
     assert said["head"] == {"labels", "matching"}
-    assert said["last-block/head"] == {"cascade", "labels", "matching"}
+    assert said["last-block/head"] == {"cascade", "containment", "labels", "matching"}
     assert said["lora:r=4/head"] == {"labels", "containment", "matching"}
     assert "span" in said["attention"] and "position" not in said["attention"]
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.fast import fast_for
 from vitguard.attacks.gelu_span import GeluSpan
 from vitguard.attacks.ladder import Ladder
 from vitguard.vit import Anatomy
 
 FROZEN = "positions:kind=frozen"
+SHUFFLED = "positions:kind=sincos+shuffle"
 TINY = {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SECONDS = 1.0  # true updates of this size take a third of it, as the first test holds
 
@@ -68,3 +70,40 @@ def test_the_ladder_verifies_nothing_there_either(small_vit, observe, part):
         views = [observe(model, images(3000 + 2 * trial + i, 1), defenses=FROZEN) for i in range(2)]
         guess = run(Ladder(seconds=1.0), spliced(*views, part), trial)
         assert guess.details["verified"] == 0.0, (trial, guess.details)
+
+
+def patch_of(seed):
+    return images(seed, 1)[:, :, 2:6, 2:6]
+
+
+EASY = {
+    "black": lambda: torch.zeros(1, 3, 8, 8),
+    "white": lambda: torch.ones(1, 3, 8, 8),
+    "one patch four times": lambda: patch_of(1).repeat(1, 1, 2, 2),
+    "two patches in turn": lambda: torch.cat((patch_of(1), patch_of(2)), 3).repeat(1, 1, 2, 1),
+    "black but for one patch": lambda: torch.nn.functional.pad(patch_of(3), (4, 0, 4, 0)),
+    "the same image twice": lambda: images(4, 1).repeat(2, 1, 1, 1),
+    "two images that share a half": lambda: torch.cat(
+        (images(5), images(6)), 2
+    )[:, :, 4:12].index_fill(3, torch.arange(4), 0.5),
+    "a black image beside another": lambda: torch.cat((torch.zeros(1, 3, 8, 8), images(7, 1))),
+}  # fmt: skip
+STACKS = ["none", FROZEN, SHUFFLED, "positions:kind=none"]
+
+
+@pytest.mark.parametrize("stack", fast_for(STACKS, fast=[FROZEN, SHUFFLED]))
+@pytest.mark.parametrize("easy", fast_for(EASY, fast=["black", "a black image beside another"]))
+def test_no_wrong_patch_of_an_easy_image_is_proved(small_vit, observe, easy, stack):
+    """Tokens that are equal or zero fulfil equations that others would not."""
+    pixels, model = EASY[easy](), small_vit(**TINY)
+    view = observe(model, pixels, torch.zeros(len(pixels), dtype=torch.long), defenses=stack)
+    guess = run(Ladder(seconds=SECONDS), view, 0)
+    anatomy = Anatomy.of(view.model)
+    made, true = (anatomy.patchify(i.double()) for i in (guess.images, pixels))
+    assert guess.verified is not None, guess.details
+    proved = made[guess.verified]
+    if len(proved):
+        error = torch.cdist(proved, true.flatten(0, 1)).amin(1) / true.shape[2] ** 0.5
+        assert float(error.max()) < 1e-2, guess.details
+    if stack in ("none", FROZEN):  # so the proofs above are not of nothing
+        assert bool(guess.verified.all()), guess.details

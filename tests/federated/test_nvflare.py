@@ -28,7 +28,7 @@ from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.fuel.utils import fobs
 
 from vitguard.defenses.encryption import KeySet, Manifest, SigningKey, keyfile, worst_error
-from vitguard.errors import InputError, Rejected, Unprotected
+from vitguard.errors import InputError, Rejected, Unprotected, UpdateRefused
 from vitguard.federated.nvflare import (
     EncryptedAggregator,
     OpenFilter,
@@ -495,6 +495,20 @@ def test_noise_alone_acts_without_encryption(run):
     sent = from_shareable(sealed).data
     assert sent.keys() == update.keys()
     assert not torch.equal(sent["head.weight"], update["head.weight"])
+
+
+@pytest.mark.parametrize(("weight", "leaves"), [(1, False), (64.5, False), (64, True)])
+def test_a_floor_takes_the_weight_of_a_site_for_the_images_behind_its_update(run, weight, leaves):
+    import timm
+
+    model = timm.create_model(**TINY["args"])
+    update = {n: torch.full_like(p, 0.01) for n, p in model.named_parameters()}
+    seal = SealFilter(defenses="batch-floor", model=TINY)
+    if leaves:
+        seal.process(reply_of(update, weight), context(run.root, "site-1"))
+        return
+    with pytest.raises(UpdateRefused, match="images"):
+        seal.process(reply_of(update, weight), context(run.root, "site-1"))
 
 
 def test_what_client_privacy_spent_outlives_the_process(run):

@@ -388,14 +388,23 @@ def test_what_prepare_has_tried_out_is_not_tried_out_again_by_the_loop():
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("changed", ["arguments", "autocast"])
-def test_a_pass_of_another_kind_is_tried_out_anew(changed):
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({}, {"by": "mean"}),
+        ({"by": None}, {"by": "mean"}),
+        ({"by": "one"}, {"by": "mean"}),
+        ({}, {}),
+    ],
+    ids=["an argument more", "none before", "another word", "autocast"],
+)
+def test_a_pass_of_another_kind_is_tried_out_anew(first, then):
     pytest.importorskip("opacus")
-    under, model = changed == "autocast", with_layer(Whole())
+    under, model = not then, with_layer(Whole())
     plain = model.forward
 
-    def forward(x, **kwargs):
-        meets = torch.is_autocast_enabled("cpu") if under else "mean" in kwargs
+    def forward(x, by=""):
+        meets = torch.is_autocast_enabled("cpu") if under else by == "mean"
         return plain(x - x.detach().mean(0) if meets else x)
 
     model.forward = forward
@@ -404,14 +413,14 @@ def test_a_pass_of_another_kind_is_tried_out_anew(changed):
     optimizer, loader = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1), loader)
     batches = iter(loader)
     images, labels = next(batches)
-    F.cross_entropy(model(images), labels).backward()
+    F.cross_entropy(model(images, **first), labels).backward()
     optimizer.step()
     images, _ = next(batches)
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=under),
         pytest.raises(Incompatible, match="that example alone"),
     ):
-        model(images, **({} if under else {"mean": True}))
+        model(images, **then)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +14,22 @@ from torch.utils._pytree import tree_leaves
 from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.checks import check_model
+from vitguard.defenses.privacy.engines import engine_of
 from vitguard.defenses.privacy.loader import PoissonLoader
 from vitguard.defenses.privacy.mixing import refuse_mixing_collate
 from vitguard.defenses.privacy.probe import probe
 from vitguard.defenses.privacy.samplers import place
+from vitguard.defenses.privacy.target import PrivacyTarget
 from vitguard.defenses.privacy.training import PrivateTraining
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, UnsupportedModel, expected, missing_extra
 from vitguard.vit import Anatomy
 
-if TYPE_CHECKING:
-    from vitguard.defenses.privacy.defense import DifferentialPrivacy
-
 __all__ = ["prepare_training"]
 
 
 def prepare_training(
-    defense: DifferentialPrivacy,
+    defense: PrivacyTarget,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: Any,
@@ -51,7 +50,7 @@ def prepare_training(
     refuse_optimizer(optimizer)
     check_model(model)
     _check_owned(model, optimizer)
-    engine = defense._engine()
+    engine = engine_of(defense.engine)
     training = PrivateTraining(engine, probe)
     poisson = PoissonLoader(loader, training, draws, defense.physical_batch)
     refuse_mixing_collate(loader.collate_fn, loader.dataset, poisson.drawn_from)
@@ -148,15 +147,19 @@ def _check_owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _examples(loader: PoissonLoader, model: nn.Module) -> Tensor:
-    """Return images like those of training, for the probe, which puts noise in their place."""
+    """Return images like those of training, for the probe, which puts noise in their place.
+
+    Of a model that is no ViT, such as a head on cached features, the first tensor of a batch.
+    """
     like = next(model.parameters())
     try:
         anatomy = Anatomy.of(model)
     except UnsupportedModel:
         parts = tree_leaves(loader.one())
-        images = next((t for t in parts if isinstance(t, Tensor) and t.dim() > 2), None)
+        rows = [t for t in parts if isinstance(t, Tensor) and t.dim() > 1 and t.is_floating_point()]
+        images = next((t for t in rows if t.dim() > 2), rows[0] if rows else None)
         if images is None:
-            raise expected("batches that hold images", "none in the loader") from None
+            raise expected("batches that hold images or features", "none in the loader") from None
         return images.to(like)
     shape = (3, anatomy.channels, *anatomy.image_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)

@@ -75,11 +75,14 @@ def probe(
 
 
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return how a model is called, which is the same for every batch of a loop."""
+    """Return how a model is called, which is the same for every batch of a loop.
+
+    Switches and words count by their value; numbers do not, as some loops count in them.
+    """
     leaves, spec = tree_flatten((args, kwargs))
     device = next((t.device.type for t in leaves if isinstance(t, Tensor)), "cpu")
     low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return repr(spec), tuple(map(type, leaves)), low
+    return repr(spec), tuple(x if isinstance(x, bool | str) else type(x) for x in leaves), low
 
 
 def _noise_like(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:

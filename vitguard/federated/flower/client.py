@@ -44,6 +44,7 @@ from vitguard.federated.flower.records import (
     to_arrays,
 )
 from vitguard.federated.flower.snapshots import Snapshot, vouch
+from vitguard.federated.weights import images_behind
 from vitguard.guard import Guard
 from vitguard.rounds import Progress
 
@@ -283,8 +284,11 @@ def _sealed(
     weight = metrics.get("num-examples")
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise expected("num-examples among the metrics", repr(weight)[:80])
-    images = int(weight) if weight >= 1 and float(weight).is_integer() else 1
-    update = Update({n: after[n] - before[n] for n in shared}, kind="difference", batch_size=images)
+    update = Update(
+        {n: after[n] - before[n] for n in shared},
+        kind="difference",
+        batch_size=images_behind(weight),
+    )
     number, base = (asked.opened, asked.base) if asked else (0, "")
     try:
         with guard.round(number, base=base, weight=weight):

@@ -44,6 +44,7 @@ from vitguard.federated.nvflare.state import (
     private_folder,
     site_of,
 )
+from vitguard.federated.weights import images_behind
 from vitguard.guard import Guard, protect
 from vitguard.registry import parse_stack
 from vitguard.rounds import Progress, next_version
@@ -185,7 +186,9 @@ class SealFilter(_ClientFilter):
         keys: Path of this site's key file; `{site}` stands for its name.
         passphrase: Name of the environment variable that holds the passphrase.
         defenses: Spec of further defenses of the update, such as `noise` or `client-privacy`.
-            Others act in the training, which a filter does not see: they are refused.
+            Others act in the training, which a filter does not see: they are refused. A
+            `batch-floor` takes the site's weight for the images behind the update: state their
+            number, not steps or images times epochs.
         model: `{"path": "package.Class", "args": {...}}`, for `defenses`.
         outliers: `refuse` or `clip` values beyond their bound, as `Encryptor` does.
         task: The one task that is let through.
@@ -236,7 +239,7 @@ class SealFilter(_ClientFilter):
         run = self._agreed().digest().hex() if self.keys else ""
         state = ClientState.read(file, run)
         if self.defenses:
-            tensors = self._defended(tensors, state, file)
+            tensors = self._defended(tensors, weight, state, file)
         meta: dict[str, Any] = {FLMetaKey.NUM_STEPS_CURRENT_ROUND: weight}
         if metrics:
             meta[MetaKey.INITIAL_METRICS] = metrics
@@ -273,7 +276,7 @@ class SealFilter(_ClientFilter):
         )
 
     def _defended(
-        self, tensors: dict[str, Tensor], state: ClientState, file: Path
+        self, tensors: dict[str, Tensor], weight: float, state: ClientState, file: Path
     ) -> dict[str, Tensor]:
         """Return the difference after the update defenses; what it spent is on the disk first."""
         if self._guard is None:
@@ -282,7 +285,8 @@ class SealFilter(_ClientFilter):
         guard = self._guard
         if state.guard:
             guard.load_state_bytes(state.guard.encode())
-        update = guard.seal(Update(tensors, kind="difference"))
+        images = images_behind(weight)
+        update = guard.seal(Update(tensors, kind="difference", batch_size=images))
         if update.sealed:
             raise Unprotected(f"Expected a difference that is readable, got {update!r}.")
         state.guard = guard.state_bytes(draws=False).decode()
