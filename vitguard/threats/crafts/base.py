@@ -41,6 +41,13 @@ class Craft(ABC):
         """Return what the server writes for clients whose defenses make `traits` true."""
         return self
 
+    def turned(self, turn: int) -> Craft:
+        """Return what the server writes in round `turn` where it changes its craft by the round.
+
+        Turn 0 is the craft itself; a craft that has nothing to change stays as it is.
+        """
+        return self
+
     def crafted(self, model: nn.Module) -> Crafted:
         """Return what the server knows of the weights that it wrote, for `View.crafted`."""
         return Crafted(self.name, self.settings())

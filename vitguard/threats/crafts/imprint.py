@@ -23,6 +23,9 @@ __all__ = ["Imprint"]
 
 _STEEP = 1000.0  # width of a typical bin, in inputs of the activation
 _BESIDE = 0.1  # what a patch adds to a gate at most, relative to the step between positions
+_STRONG = 6  # waves that are mixed to directions
+_LOW = 8.0  # distance at which prefix tokens stand, in steps below every threshold
+_TRIES = 100
 _FAINT = 1e-6  # size of what the bins add to a token, relative to the token
 
 
@@ -43,6 +46,8 @@ class Imprint(Craft):
             them through the reserved channel: along the direction before it, and all biases zero.
         directions: Directions to measure along at most; a token that shares its bin along one of
             them is alone along another. 1 as in the paper.
+        turn: Of a server that changes the craft by the round: each turn has directions of its own.
+            Tokens stay what they are, so that all turns are read together.
 
     Raises:
         InputError: A setting out of range.
@@ -56,12 +61,15 @@ class Imprint(Craft):
     gated: bool | None = None
     thresholds: Literal["bias", "channel"] = "channel"
     directions: int = 3
+    turn: int = 0
 
     def __post_init__(self) -> None:
         if self.blocks is not None and self.blocks < 1:
             raise expected("blocks of at least 1, or None", self.blocks)
         if self.directions < 1:
             raise expected("directions of at least 1", self.directions)
+        if self.turn < 0:
+            raise expected("a turn of at least 0", self.turn)
 
     def weights(
         self, model: nn.Module, *, generator: torch.Generator | None = None
@@ -75,6 +83,10 @@ class Imprint(Craft):
         if traits.shuffle is None or self.gated is not None:
             return self
         return replace(self, gated=False)
+
+    def turned(self, turn: int) -> Imprint:
+        """Return the craft with other directions to measure along."""
+        return replace(self, turn=self.turn + turn)
 
     def crafted(self, model: nn.Module) -> Crafted:
         """Return which rows are bins, and along which direction."""
@@ -185,9 +197,8 @@ class _Writer:
         self.state[a.patch_bias].copy_(self.constant * c.scale)
         self.waves = gain * waves  # along `data`
         self.lines = self._lines()
-        self.reach = 4 * float((self.waves @ self.lines.T).abs().max())
-        low = -2 * self.reach * torch.linalg.pinv(self.lines) @ torch.ones(len(self.lines)).double()
-        low = c.data @ low
+        self.reach = 4 * float(self.waves[:, :_STRONG].norm(dim=1).max())
+        low = c.data @ (-2 * self.reach * _end(self.lines))
         self.low = float(low.norm()) / a.width**0.5
         for name in a.prefix:
             self.state[name].copy_(low.expand_as(self.state[name]))
@@ -203,16 +214,25 @@ class _Writer:
         return min(most, _BESIDE / max(float(beside.abs().max()), 1e-12))
 
     def _lines(self) -> Float[Tensor, "directions waves"]:
-        """Return directions to measure along: brightness, then mixtures of the strongest waves."""
+        """Return directions to measure along: brightness, then mixtures of the strongest waves.
+
+        Each turn has mixtures of its own; only the first measures brightness.
+        """
         many = max(b.direction for b in self.bins) + 1
         lines = torch.zeros(many, self.waves.shape[1], dtype=torch.float64)
         lines[0, 0] = 1.0
-        few = min(6, self.waves.shape[1])
+        few = min(_STRONG, self.waves.shape[1])
         sizes = self.waves[:, :few].std(0)
-        for i in range(1, many):
-            drawn = torch.randn(few, generator=self.generator, dtype=torch.float64)
-            lines[i, :few] = drawn / sizes
-        return torch.nn.functional.normalize(lines)
+        turn = self.craft.turn
+        source = torch.Generator().manual_seed(turn) if turn else self.generator
+        for _ in range(_TRIES):
+            for i in range(1 if not turn else 0, many):
+                drawn = torch.randn(few, generator=source, dtype=torch.float64)
+                lines[i, :few] = drawn / sizes
+            lines = torch.nn.functional.normalize(lines)
+            if float(_end(lines, least=0.0).norm()) <= _LOW:
+                break
+        return lines
 
     def _fill(self, bins: Bins) -> None:
         """Write the rows of one block."""
@@ -297,6 +317,21 @@ class _Writer:
         for head in linear_heads(self.model, a):
             self.state[f"{head}.weight"].copy_(worth[:, None] * c.signal)
             self._set(f"{head}.bias", 0.0)
+
+
+def _end(lines: Float[Tensor, "directions waves"], least: float | None = None) -> Tensor:
+    """Return where each line and brightness say 1; padded to one length for all lines.
+
+    Prefix tokens stand at such a place, which lines of another turn must not move: their length and
+    brightness reach the head.
+    """
+    first = torch.nn.functional.one_hot(torch.tensor([0]), lines.shape[1]).to(lines)
+    ends = torch.cat([lines, first])
+    end = torch.linalg.pinv(ends) @ torch.ones(len(ends), dtype=lines.dtype)
+    least = _LOW if least is None else least
+    if lines.shape[1] > _STRONG:
+        end[_STRONG] += (least**2 - end.square().sum()).clamp_min(0).sqrt()
+    return end
 
 
 def _positions(state: Mapping[str, Tensor], anatomy: Anatomy) -> tuple[Tensor, Tensor]:
