@@ -26,6 +26,8 @@ _BESIDE = 0.1  # what a patch adds to a gate at most, relative to the step betwe
 _STRONG = 6  # waves that are mixed to directions
 _LOW = 8.0  # distance at which prefix tokens stand, in steps below every threshold
 _TRIES = 100
+_BRIGHT = 0.1  # share of brightness in what the head reads
+_UNSURE = 0.5  # score of a class at most
 _FAINT = 1e-6  # size of what the bins add to a token, relative to the token
 
 
@@ -199,11 +201,25 @@ class _Writer:
         self.lines = self._lines()
         self.reach = 4 * float(self.waves[:, :_STRONG].norm(dim=1).max())
         low = c.data @ (-2 * self.reach * _end(self.lines))
-        self.low = float(low.norm()) / a.width**0.5
+        # how long what the head reads is before its norm, at least
+        read = float(low.norm()) if a.prefix and a.pooling == "token" else self.constant
+        self.read = read / a.width**0.5
+        self.mild = self._mild(read)
         for name in a.prefix:
             self.state[name].copy_(low.expand_as(self.state[name]))
         for row, name in enumerate(a.prefix[: len(self.prefix_positions)]):
             self.state[name] -= self.prefix_positions[row]
+
+    def _mild(self, read: float) -> float:
+        """Return the factor of the head at which no image is predicted surely, whatever it shows.
+
+        An image that is has no gradient. So each has one of the size that its label gives it.
+        """
+        bright = float(self.waves[:, 0].abs().max())
+        root = self.anatomy.width**0.5
+        most = _BRIGHT * root * bright / (bright**2 + self.constant**2) ** 0.5
+        largest = 2 * root * most / (most**2 + read**2) ** 0.5  # score of a class
+        return min(1.0, _UNSURE / largest)
 
     def _gain(self, waves: Float[Tensor, "samples waves"]) -> float:
         """Return the factor of pixels: patches stay small beside what tells positions apart."""
@@ -288,7 +304,7 @@ class _Writer:
         The rows' product with it stays. Their gradient becomes as large as they are, so that the
         difference of two weights keeps its digits.
         """
-        gradient = slope / self.anatomy.tokens / self.low * self.anatomy.width**0.5
+        gradient = self.mild * slope / self.anatomy.tokens / self.read * self.anatomy.width**0.5
         return (size / gradient) ** 0.5
 
     def _sizes(self, groups: int) -> Float[Tensor, "samples groups"]:
@@ -311,11 +327,11 @@ class _Writer:
             self._set(name, 0.0)
         value = self.state[block.qkv[-1]]
         first = len(value) - len(value) // 3 if len(block.qkv) == 1 else 0
-        value[first] = c.signal + 0.1 * c.data[:, 0]  # brightness: what tells images apart
+        value[first] = c.signal + _BRIGHT * c.data[:, 0]  # brightness: what tells images apart
         self.state[f"{block.proj}.weight"][:, 0] = c.signal
         worth = class_worth(a.classes)
         for head in linear_heads(self.model, a):
-            self.state[f"{head}.weight"].copy_(worth[:, None] * c.signal)
+            self.state[f"{head}.weight"].copy_(self.mild * worth[:, None] * c.signal)
             self._set(f"{head}.bias", 0.0)
 
 
