@@ -135,6 +135,7 @@ class MaliciousServer(Threat):
     ) -> View:
         """Return what a curious server sees, and what this one wrote."""
         craft, model = self.made.under(guard.traits), guard.public_model()
+        crafted = replace(craft.crafted(model), nothing=craft.nothing(update, model))
         update = craft.seen(update, model)
         seen = CuriousServer(self.withhold).view(guard, update, normalization, loss=loss)
-        return replace(seen, crafted=craft.crafted(model))
+        return replace(seen, crafted=crafted)

@@ -56,6 +56,10 @@ class Craft(ABC):
         """Return an update as the server reads it, who knows which images gave a gradient."""
         return update
 
+    def nothing(self, update: Update, model: nn.Module) -> str:
+        """Return why an update shows nothing of any image, "" where it does, or does not tell."""
+        return ""
+
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, for the report."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
