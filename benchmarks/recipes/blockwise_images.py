@@ -198,7 +198,7 @@ JUDGED = Judged(
     stack=(BlockwiseEncryption(),),
     attack=KeyFromStatistics(),
     found="All blocks share the key, so that the statistics of photos give it away: of 64 "
-    "blocks a picture is told from its decoys, with pixels in place up to exchanges that look alike, "
-    "such as red and blue; of 256 blocks, in the figure above, the key is found.",
+    "blocks a picture is told from its decoys, with pixels in place up to exchanges that look "
+    "alike, such as red and blue; of 256 blocks, in the figure above, the key is found.",
     images=2,
 )
