@@ -69,6 +69,10 @@ class DifferentialPrivacy(PrivacyTarget):
     """
 
     name: ClassVar[str] = "privacy"
+    promise: ClassVar[str] = (
+        "its epsilon bounds what anyone learns of an image, over all steps that it counts; "
+        "it costs accuracy"
+    )
 
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
         """Raise Incompatible if no per-example gradient can be told for the model."""
