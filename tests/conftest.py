@@ -9,8 +9,12 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, os.environ.get("OMP_NUM_THREADS", "1"))
 
 # ruff: noqa: E402
+import functools
+import gc
 import sys
 from pathlib import Path
+
+gc.disable()  # until the tests are collected: nothing of what is made until then is garbage
 
 import hypothesis
 import numpy as np
@@ -24,6 +28,7 @@ if os.environ.get("VITGUARD_SHAPES", "0") not in ("", "0"):
 
 from vitguard import data
 from vitguard.core import Normalization
+from vitguard.data import decoy_images
 from vitguard.guard import protect
 from vitguard.registry import parse_stack
 from vitguard.threats import CuriousServer
@@ -34,6 +39,15 @@ hypothesis.settings.load_profile("no clock")
 
 if os.environ["OMP_NUM_THREADS"] == "1":  # a plugin may have imported torch before this file
     torch.set_num_threads(1)
+
+# Audits share their decoys, of which an audit keeps two kinds; tests ask for many kinds in turn.
+decoy_images._pool = functools.lru_cache(maxsize=16)(decoy_images._pool.__wrapped__)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # thousands of tests and all modules: no later collection looks at them again
+    gc.enable()
+
 
 CIFAR_VIT = (
     "vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=128,depth=4,num_heads=4,mlp_ratio=2,"

@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -119,7 +120,7 @@ def test_what_is_trained_decides_what_applies():
     }
     assert {"position", "span", "gelu-span"} <= said["all"]
     assert said["head"] == {"labels", "matching"}
-    assert said["last-block/head"] == {"cascade", "labels", "matching"}
+    assert said["last-block/head"] == {"cascade", "containment", "labels", "matching"}
     assert said["lora:r=4/head"] == {"labels", "containment", "matching"}
     assert "span" in said["attention"] and "position" not in said["attention"]
 
@@ -170,6 +171,27 @@ def test_keys_hide_from_the_server_and_not_from_the_other_clients():
         proven = [p.stack for p in report.proven]
         assert ({"encryption", "masking"} <= set(proven)) is (see == "server")
         assert "privacy:epsilon=8.0" in proven and "encryption" not in str(report.options)
+
+
+def test_what_holds_by_proof_is_read_from_the_defenses_and_no_name_stands_in_the_code(monkeypatch):
+    from vitguard import advise
+    from vitguard.advise import stacks
+    from vitguard.defenses.sign_update import SignUpdate
+    from vitguard.registry import defense_types
+
+    class Promising(SignUpdate):
+        name = "promising"
+        promise = "it holds because of a proof"
+
+    known = {**defense_types(), "promising": Promising}
+    monkeypatch.setattr(stacks, "defense_types", lambda: known)
+    said = {p.stack: p for p in advise_report(small_vit(), see="both").proven}
+    assert said["promising"].says == Promising.promise
+    assert "--defense promising --attack ladder" in said["promising"].verify
+    assert all(d.promise for n, d in known.items() if n in ("privacy", "encryption", "masking"))
+    code = "".join(path.read_text() for path in Path(advise.__path__[0]).glob("*.py"))
+    for name in defense_types():
+        assert f'"{name}' not in code, name
 
 
 @pytest.mark.parametrize(

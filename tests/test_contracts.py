@@ -14,7 +14,10 @@ from vitguard.registry import attack_types, defense_types
 from vitguard.testing import contracts
 
 ALL = {**defense_types(), **attack_types()}
-LONG = {
+LONG = {  # `inverting` stands for the matching attacks, the rungs for their ladder
+    "gradinversion",
+    "gradvit",
+    "ladder",
     "map",
     "april-opt",
     "idlg",

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.conftest import small_vit
+from tests.conftest import CIFAR_VIT, small_vit
 from vitguard.attacks.gelu_span import GeluSpan
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
@@ -40,8 +40,9 @@ def wide():
     [
         ("all", {"position", "span", "span-chain", "gelu-span", "token-search", "labels"}),
         ("head", {"labels"}),
-        ("last-block", set()),
-        ("last-block/head", {"labels"}),
+        ("last-block", {"containment"}),  # 9 rows of attention: 3,636 equations for 3,072 pixels
+        ("last-block/head", {"containment", "labels"}),
+        (r"^blocks\.1\.mlp\.fc1", set()),  # under a class token it sends one row
         (FIRST, {"span", "span-chain", "gelu-span", "token-search"}),
         ("lora:r=4", {"containment"}),
         ("lora:r=4/head", {"containment", "labels"}),
@@ -53,6 +54,13 @@ def wide():
 def test_what_is_trained_decides_which_exact_attacks_remain(wide, train, remain):
     left = set(plan_report(wide, (), train=train).remaining()) - {"matching", "cascade"}
     assert left == remain
+
+
+def test_the_last_block_of_many_tokens_has_fewer_equations_than_pixels():
+    report = plan_report(CIFAR_VIT, (), train="last-block/head")
+    assert set(report.remaining()) == {"cascade", "labels", "matching"}
+    (told,) = (a for a in report.attacks if a.attack == "containment")
+    assert "3,072 pixels by 884 equations" in told.reason
 
 
 @pytest.mark.parametrize("train", ["all", "head", "last-block/head", FIRST, "embedding", "mlp"])

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
+from tests.fast import crossed
 from vitguard.core import Batch, Update
 from vitguard.defenses.base import Draws
 from vitguard.guard import Guard
@@ -339,8 +340,9 @@ def in_a_fork(act):
 WAYS = (again, loaded, copied, pickled, forked, in_processes, in_threads)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda w: w.__name__)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__.lower())
+@pytest.mark.parametrize(
+    ("kind", "way"), crossed(KINDS, WAYS, rounds=2), ids=lambda value: value.__name__.lower()
+)
 def test_two_releases_never_share_a_draw(kind, way, data):
     if way in (forked, in_processes) and not hasattr(os, "fork"):
         pytest.skip("this system has no fork")

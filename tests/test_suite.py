@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.fast import crossed
+
 ROOT = Path(__file__).parent.parent
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 ASK = "import torch; print(torch.get_num_threads())"
@@ -22,6 +24,14 @@ def bare(**exported):
 def test_this_process_and_those_it_starts_have_the_threads_that_were_set():
     told = int(os.environ["OMP_NUM_THREADS"])
     assert torch.get_num_threads() == told
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) == told
+
+
+@pytest.mark.slow  # imports torch in a process of its own
+def test_the_processes_that_this_one_starts_have_its_threads_in_torch():
+    told = int(os.environ["OMP_NUM_THREADS"])
     child = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True)
     assert int(child.stdout) == min(told, os.cpu_count() or told)
 
@@ -56,6 +66,17 @@ def test_threads_are_set_before_torch_and_a_value_of_your_own_wins(exported, thr
         text=True, check=True,
     )  # fmt: skip
     assert {int(word) for word in run.stdout.split()} == {threads}
+
+
+def test_every_value_of_crossed_axes_is_fast_and_every_combination_is_there():
+    axes = "abc", range(7), (True, False)
+    cases = crossed(*axes, rounds=2)
+    assert len({case.values for case in cases}) == len(cases) == 42
+    fast = [case.values for case in cases if not case.marks]
+    assert len(fast) == 14
+    for place, axis in enumerate(axes):
+        assert all(sum(case[place] == value for case in fast) >= 2 for value in axis)
+    assert len({(letter, flag) for letter, _, flag in fast}) == 6  # short axes meet whole
 
 
 def test_ci_takes_the_test_command_out_of_the_readme():

@@ -34,8 +34,11 @@ def plain(report):
 
 @pytest.mark.parametrize(
     ("defenses", "count", "seconds"),
-    [(FROZEN, 2, 0.4), (NOISY, 1, 0.5), (FROZEN, 1, 60.0)],
-    ids=["a batch, cut", "noise, cut", "to the end"],
+    [
+        pytest.param(FROZEN, 2, 0.4, id="a batch, cut"),
+        pytest.param(NOISY, 1, 0.5, id="noise, cut", marks=pytest.mark.slow),  # by the same budget
+        pytest.param(FROZEN, 1, 60.0, id="to the end"),
+    ],
 )
 def test_a_clock_that_jumps_changes_no_guess(
     small_vit, observe, photos, monkeypatch, defenses, count, seconds

@@ -362,7 +362,63 @@ def test_the_first_step_of_adapters_wider_than_the_tokens_shows_the_rows_of_b(
     assert proved(guess) and float(psnr(guess.images, pixels)) > 60, guess.details
 
 
-def test_plan_names_it_for_low_rank_and_for_adapters_and_for_nothing_else(narrow):
+def part(model, *trained):
+    """Return the model with nothing trained but what begins so."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
+    return model
+
+
+@pytest.mark.parametrize("block", ["blocks.2.", pytest.param("blocks.1.", marks=SLOW)])
+def test_whole_matrices_of_a_later_block_alone_give_the_image_away(cifar, narrow, observe, block):
+    """The last one too: 4 heads pass 9 rows, and 5 tokens are all that there are."""
+    pixels, labels = crop(cifar, 1)
+    model = part(narrow, block, "head.")
+    view = observe(model, pixels, labels, normalization=CIFAR_NORMALIZATION)
+    assert Containment().share(view) > 0
+    guess = Containment().run(view, draw())
+    assert proved(guess) and float(psnr(guess.images, pixels)) > 60, guess.details
+
+
+@SLOW
+def test_a_hidden_first_block_and_embedding_do_not_hide_the_image_from_it(cifar, narrow, observe):
+    pixels, labels = crop(cifar, 1)
+    stack = "encryption:select=plan"
+    view = observe(narrow, pixels, labels, defenses=stack, normalization=CIFAR_NORMALIZATION)
+    guess = Containment().run(view, draw())
+    assert proved(guess) and float(psnr(guess.images, pixels)) > 60, guess.details
+
+
+@pytest.mark.parametrize(("count", "stack"), [(2, "none"), (1, "shuffle:ratio=0.5")])
+def test_later_blocks_of_what_nobody_has_tried_cost_the_ladder_nothing(
+    photos, small_vit, observe, count, stack
+):
+    view = observe(part(small_vit(), "blocks.1."), photos[:count], defenses=stack)
+    assert Containment().share(view) == 0
+    with pytest.raises(NotApplicable, match="untried"):
+        Containment().run(view, draw())
+
+
+def test_plan_counts_the_equations_of_later_blocks_where_the_first_sends_none(narrow, small_vit):
+    def said(model):
+        guard = protect(copy.deepcopy(model), [])
+        return Containment().remains(released(guard.model, guard.anatomy, guard.traits))
+
+    (middle,) = said(part(narrow, "blocks.1."))
+    assert middle.possible and not middle.gives_away and len(middle.needs) == 4
+    rows = 5 * (3 * 59 + 251)  # tokens, times what they leave of four inputs
+    assert f"192 pixels by {rows:,} equations" in middle.reason
+    (last,) = said(part(narrow, "blocks.2."))
+    assert last.possible and "by 664 equations" in last.reason  # 5 x 59 + 59 + 59 + 251
+    (one,) = said(part(narrow, "blocks.2.mlp.fc1"))
+    assert not one.possible and "by 59 equations" in one.reason
+    (full,) = said(part(small_vit(embed_dim=16), "blocks.1."))
+    assert not full.possible and "width exceeds" in full.reason
+    assert said(part(narrow, "blocks.0.", "blocks.1.")) == said(part(narrow, "norm")) == ()
+
+
+def test_plan_names_it_for_low_rank_and_for_adapters_and_not_for_whole_updates(narrow):
     def said(model, stack):
         guard = protect(copy.deepcopy(model), stack)
         plain = released(guard.model, guard.anatomy, guard.traits)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fast import crossed
 from vitguard.attacks import cascade
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.labels import infer_labels, labels_from_counts, pair_labels, try_labels
@@ -116,8 +117,9 @@ def hugging_face(kind, moved):
         return moved(getattr(transformers, f"{kind}ForImageClassification")(config))
 
 
-@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Dinov2WithRegisters"])
-@pytest.mark.parametrize("labels", [[4], [7, 2], [3, 3]])
+@pytest.mark.parametrize(
+    ("kind", "labels"), crossed(["ViT", "Dinov2", "Dinov2WithRegisters"], [[4], [7, 2], [3, 3]])
+)
 def test_labels_on_hugging_face_models(moved, observe, photos, generator, kind, labels):
     """DINOv2's head reads two tokens: the last block tells nothing, the bias still does."""
     model = hugging_face(kind, moved)
@@ -146,8 +148,7 @@ def test_without_the_last_block_counts_are_estimated(small_vit, observe, photos,
     assert infer_labels(view, generator).tolist() == labels
 
 
-@pytest.mark.parametrize("weights", ["a", "b"])
-@pytest.mark.parametrize("batch", [8, 32])
+@pytest.mark.parametrize(("weights", "batch"), crossed(["a", "b"], [8, 32]))
 def test_every_label_of_a_batch_on_trained_weights(
     cifar, cifar_vit, data_folder, observe, weights, batch
 ):

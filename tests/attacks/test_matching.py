@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from tests.fast import crossed
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.matching import run as matching_run
 from vitguard.attacks.matching.attack import MatchingAttack
@@ -91,8 +92,7 @@ def test_the_truth_is_a_fixed_point():
     torch.testing.assert_close(guess.images, images, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
-@pytest.mark.parametrize("joint", ["", "random"])
+@pytest.mark.parametrize(("optimizer", "joint"), crossed(["adam", "lbfgs"], ["random", ""]))
 def test_a_killed_attack_resumes_to_the_same_end(tmp_path, optimizer, joint):
     view, _, _ = make_view()
     size = {"iterations": 6, "restarts": 2} if optimizer == "adam" else {"iterations": 2}

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.fast import fast_for
 from vitguard.attacks.budget import Budget
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.equations.linear import conjugate_gradients
@@ -79,8 +78,20 @@ def chosen_and_offered(attack, view, truth, monkeypatch):
     return float(psnr(run(attack, view).images, truth)), offered
 
 
-@pytest.mark.parametrize("damage", fast_for(DAMAGES, fast=["noise", "pruning"]))
-@pytest.mark.parametrize("which", [0, 1], ids=["position", "span"])
+ONE_EACH = [("pruning", 0), ("noise", 1)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "which"),
+    [
+        pytest.param(
+            damage, which, id=f"{damage}-{('position', 'span')[which]}",
+            marks=() if (damage, which) in ONE_EACH else pytest.mark.slow,
+        )
+        for damage in DAMAGES
+        for which in (0, 1)
+    ],
+)  # fmt: skip
 def test_the_choice_is_near_the_best_candidate_the_plain_attack_among_them(
     small_vit, observe, photo, monkeypatch, damage, which
 ):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
+from tests.fast import crossed
 from vitguard.errors import InputError, Unprotected, VitguardError
 
 pytest.importorskip("opacus")
@@ -98,9 +99,9 @@ def moved(guard, before):
     return {n for n, t in guard.export().items() if not torch.equal(t, before[n])}
 
 
-@pytest.mark.parametrize("built", ["before", "after"])
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(
+    ("stack", "part", "built"), crossed(STACKS, PARTS, ["before", "after"], rounds=2)
+)
 def test_what_is_trained_moves_and_what_is_frozen_stays(stack, part, built):
     model = vit()
     PARTS[part](model)
@@ -167,8 +168,7 @@ LATER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("later", LATER)
-@pytest.mark.parametrize("stack", ["noise:scale=0", PRIVATE])
+@pytest.mark.parametrize(("stack", "later"), crossed(["noise:scale=0", PRIVATE], LATER))
 def test_unfreezing_after_prepare_trains_as_without_a_guard(stack, later):
     model, plain = vit(), vit()
     for one in (model, plain):
@@ -190,8 +190,7 @@ def test_unfreezing_after_prepare_trains_as_without_a_guard(stack, later):
             assert torch.equal(p, start[n]) != p.requires_grad
 
 
-@pytest.mark.parametrize("later", LATER)
-@pytest.mark.parametrize("when", ["before prepare", "after prepare"])
+@pytest.mark.parametrize(("when", "later"), crossed(["before prepare", "after prepare"], LATER))
 def test_a_plain_gradient_of_what_was_unfrozen_later_is_not_sealed(later, when):
     model = vit()
     only("head", "norm")(model)

@@ -9,6 +9,7 @@ from torch.optim.swa_utils import SWALR
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
+from tests.fast import crossed
 from vitguard.errors import Incompatible
 
 pytest.importorskip("opacus")
@@ -79,8 +80,7 @@ def trained(kind, stack, *, before):
     return end, still
 
 
-@pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("kind", OBJECTS)
+@pytest.mark.parametrize(("kind", "stack"), crossed(OBJECTS, STACKS, rounds=2))
 def test_what_is_built_around_an_optimizer_trains_all_the_same_before_and_after_protect(
     kind, stack
 ):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
-from tests.fast import fast_for
+from tests.fast import crossed
 from vitguard.errors import Unprotected
 
 pytest.importorskip("opacus")
@@ -81,8 +81,7 @@ EVALUATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("evaluate", EVALUATIONS)
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(("stack", "evaluate"), crossed(STACKS, EVALUATIONS, rounds=2))
 def test_an_evaluation_without_a_gradient_of_the_weights_does_not_keep_training_from_seal(
     stack, evaluate
 ):
@@ -98,20 +97,24 @@ def test_an_evaluation_without_a_gradient_of_the_weights_does_not_keep_training_
 
 
 PLAIN = {
+    "the head alone": lambda m: m.head(torch.randn(4, 32)),
     "features in training mode": lambda m: features(m),
     "features in eval mode": lambda m: features(m.eval()),
     "the model in eval mode": lambda m: m.eval()(IMAGES[:4]),
     "a part of the model": lambda m: m.head(m.norm(m.blocks(m.pos_drop(
         torch.cat([m.cls_token.expand(4, -1, -1), m.patch_embed(IMAGES[:4])], 1)
     ))[:, 0])),
-    "the head alone": lambda m: m.head(torch.randn(4, 32)),
     "a decay of the weights": lambda m: sum(p.square().sum() for p in m.parameters())[None, None],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("when", ["before prepare", "before the private steps", "after them"])
-@pytest.mark.parametrize("plain", PLAIN)
-@pytest.mark.parametrize("stack", fast_for(PRIVATE_STACKS, fast=PRIVATE_STACKS[:1]))
+@pytest.mark.parametrize(
+    ("stack", "plain", "when"),
+    crossed(
+        PRIVATE_STACKS, PLAIN, ["before prepare", "before the private steps", "after them"],
+        rounds=2,
+    ),
+)  # fmt: skip
 def test_a_plain_step_beside_the_private_ones_keeps_the_difference_from_seal(stack, plain, when):
     if "shuffle" in stack and plain == "a part of the model":
         pytest.skip("the shuffle refuses a part of the model itself")

@@ -1,5 +1,6 @@
 """Hugging Face's Trainer: what a loop by hand gives, private or not, and resumes that count."""
 
+import functools
 import os
 import stat
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import vitguard as vg
+from tests.fast import fast_for
 from vitguard.errors import Incompatible, InputError, Unprotected, VitguardError
 
 transformers = pytest.importorskip("transformers")
@@ -92,17 +94,23 @@ def by_hand(stack, epochs=2, batch=4, order=None):
     return model, guard
 
 
+hand = functools.cache(by_hand)  # nobody changes what it returns
+
+
 def gap(one, other):
     other = other.state_dict()
     return max(float((t - other[n]).abs().max()) for n, t in one.state_dict().items())
 
 
-@pytest.mark.parametrize("stack", [PRIVATE, f"{SHUFFLE}+{PRIVATE}"])
+BOTH = f"{SHUFFLE}+{PRIVATE}"
+
+
+@pytest.mark.parametrize("stack", fast_for([PRIVATE, BOTH], fast=[BOTH]))  # one is in the other
 def test_private_training_ends_at_the_weights_of_a_loop_by_hand(tmp_path, stack):
     model, guard = guarded(stack)
     made = trainer(model, tmp_path)
     made.train()
-    reference, counted = by_hand(stack)
+    reference, counted = hand(stack)
     assert gap(model, reference) < 1e-6 < gap(model, guarded(stack)[0])
     assert guard._ledgers["privacy"].history == counted._ledgers["privacy"].history
     assert made.state.global_step == 8 == guard._ledgers["privacy"].steps
@@ -141,10 +149,10 @@ def test_bfloat16_trains_privately_close_to_full_precision(tmp_path):
     model, guard = guarded(PRIVATE)
     trainer(model, tmp_path, bf16=True).train()
     assert guard._ledgers["privacy"].steps == 8
-    assert 0 < gap(model, by_hand(PRIVATE)[0]) < 0.01
+    assert 0 < gap(model, hand(PRIVATE)[0]) < 0.01
 
 
-@pytest.mark.parametrize("accumulated", [1, 4])
+@pytest.mark.parametrize("accumulated", fast_for([1, 4], fast=[4]))  # of 1 there is nothing to add
 def test_accumulation_is_one_private_step_on_one_batch_of_that_many_images(tmp_path, accumulated):
     model, guard = guarded(PRIVATE)
     size = 8 // accumulated
@@ -229,7 +237,10 @@ def test_the_plain_trainers_checkpoint_counts_too_when_the_optimizer_is_private(
     assert guard._ledgers["privacy"].steps == 4
 
 
-@pytest.mark.parametrize("stack", ["noise:scale=0.1", "client-privacy", "encryption", "pruning"])
+OF_THE_UPDATE = ["noise:scale=0.1", "client-privacy", "encryption", "pruning"]
+
+
+@pytest.mark.parametrize("stack", fast_for(OF_THE_UPDATE, fast=["encryption"]))  # by one trait
 def test_defenses_of_the_update_alone_are_refused_before_the_first_step(tmp_path, stack):
     model, guard = guarded(stack)
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -321,4 +332,4 @@ def test_the_mixin_goes_before_any_trainer_of_ones_own(tmp_path):
 
     model, _ = guarded(PRIVATE)
     trainer(model, tmp_path, Both).train()
-    assert gap(model, by_hand(PRIVATE)[0]) < 1e-6
+    assert gap(model, hand(PRIVATE)[0]) < 1e-6

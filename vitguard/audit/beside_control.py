@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from vitguard import data
 from vitguard.attacks.base import Attack, InputAttack
 from vitguard.audit.of_rounds import Rounds, audit_rounds
-from vitguard.audit.pipeline import CONTROL, Progress, findings, level_of
+from vitguard.audit.pipeline import CONTROL, findings, level_of
+from vitguard.audit.spreading import Progress, Work
 from vitguard.audit.stated import adversary_of, facts_of
 from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining, Loss, Normalization
@@ -50,6 +51,7 @@ def audit(
     notes: Sequence[str] = (),
     seed: int = 0,
     workers: int = 1,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> AuditReport:
     """Attack what a client would share, with and without defenses, and judge.
@@ -77,10 +79,15 @@ def audit(
         threat: The adversary, in place of a curious server to which these are withheld.
         training: How the update is made; one gradient by default.
         names, model_name, weights, notes: For the report.
-        seed: Seeds the defenses' draws and the attacks; the same seed gives the same report with
-            one worker, and with several up to rounding.
+        seed: Seeds the defenses' draws and the attacks; the same seed gives the same report,
+            wherever it is made, up to rounding where the number of torch's threads differs.
         workers: Threads over configurations and batches. With one a keyboard interrupt ends the
             running attack at its best so far, and the report tells what was not run.
+        executor: In place of `workers`: any `concurrent.futures.Executor`, such as a process pool
+            or that of a Dask client. Each attack on each batch of each configuration is a job, and
+            gets the model, the images and their decoys. A job that is lost, by a process that dies
+            or by something that does not pickle, makes its finding inconclusive and says so. On an
+            interrupt what runs comes to its end. The executor is not shut down.
         progress: Called with (done, total, what) as configurations finish.
 
     Raises:
@@ -96,9 +103,10 @@ def audit(
             )  # fmt: skip
         return audit_rounds(
             model, attacks=attacks, adversary=adversary_of(threat, withhold),
-            model_name=model_name, weights=weights, notes=notes, seed=seed, workers=workers,
-            progress=progress,
+            model_name=model_name, weights=weights, notes=notes, seed=seed,
+            work=Work(workers, executor), progress=progress,
         )  # fmt: skip
+    work = Work(workers, executor)
     pixels, labels = _check_batch(model, batch, batch_size)
     size = batch_size or len(pixels)
     normalization = normalization or normalization_of(model)
@@ -118,19 +126,12 @@ def audit(
         for name, stack in stacks.items()
         if stack or adversary != openly
     ]
-    stop = threading.Event()
-    found = findings(
-        runs,
-        [a for a in chosen if isinstance(a, Attack)],
-        seed=seed,
-        stop=stop,
-        workers=workers,
-        progress=progress,
-    )
-    for attack in (a for a in chosen if isinstance(a, InputAttack)):
-        found += [victim.input_finding(n, stack, attack, stop) for n, stack in stacks.items()]
+    on_updates = [a for a in chosen if isinstance(a, Attack)]
+    found = findings(runs, on_updates, seed=seed, work=work, progress=progress)
+    on_inputs = [a for a in chosen if isinstance(a, InputAttack)]
+    found += work.done([victim.on_input(n, s, a) for a in on_inputs for n, s in stacks.items()])
     notes = [*notes, *(d.audit_note() for stack in stacks.values() for d in stack)]
-    if stop.is_set():
+    if work.stop.is_set():
         notes.append("a keyboard interrupt ended this audit early: what is missing says so")
     return AuditReport(
         model=facts_of(model, Anatomy.of(model), model_name),
@@ -144,7 +145,7 @@ def audit(
         threat=adversary.describe(),
         families_not_run=families_not_run(chosen),
         notes=tuple(note for note in dict.fromkeys(notes) if note),
-        interrupted=stop.is_set(),
+        interrupted=work.stop.is_set(),
     )
 
 

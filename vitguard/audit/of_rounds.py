@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from vitguard import data
 from vitguard.attacks.base import Attack
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
-from vitguard.audit.pipeline import CONTROL, Progress, findings, level_of
+from vitguard.audit.pipeline import CONTROL, findings, level_of
 from vitguard.audit.received import (
     CONTROL_NOTE,
     OTHER_CONTROL,
@@ -23,6 +22,7 @@ from vitguard.audit.received import (
 )
 from vitguard.audit.scale import Scale, decoys_for
 from vitguard.audit.seen import Seen, SeenRound, Share, mean_of, together
+from vitguard.audit.spreading import Progress, Work
 from vitguard.audit.stated import facts_of
 from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining
@@ -51,7 +51,7 @@ def audit_rounds(
     weights: str = "as given",
     notes: Sequence[str] = (),
     seed: int = 0,
-    workers: int = 1,
+    work: Work,
     progress: Progress | None = None,
 ) -> AuditReport:
     """Attack what was seen of rounds; see `vitguard.audit`.
@@ -67,11 +67,8 @@ def audit_rounds(
     known = [s.pixels for t in things for s in t.shares if s.pixels is not None]
     decoys = decoys_for(torch.cat(known), seed) if known else None
     looks = [_Look(thing, adversary, seed, decoys) for thing in things]
-    stop = threading.Event()
     runs = [run for look in looks for run in look.runs()]
-    found = findings(
-        runs, chosen, seed=seed, stop=stop, workers=workers, progress=progress
-    )  # fmt: skip
+    found = findings(runs, chosen, seed=seed, work=work, progress=progress)
     alone = {look.thing.name for look in looks if look.training is None}
     found = [without_control(f) if f.exposure in alone else f for f in found]
     unlike = {t.name for t in things if not t.alike}
@@ -112,7 +109,7 @@ def audit_rounds(
         threat=adversary.describe(),
         families_not_run=families_not_run(chosen),
         notes=tuple(note for note in dict.fromkeys((*notes, *said)) if note),
-        interrupted=stop.is_set(),
+        interrupted=work.stop.is_set(),
     )
 
 

@@ -5,25 +5,27 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vitguard.attacks.base import Attack
 from vitguard.audit.attempts import INTERRUPTED, Attempt, attempt, seed_of
-from vitguard.audit.exposure import Facts, Run
+from vitguard.audit.exposure import Exposure, Facts, Run
+from vitguard.audit.spreading import Job, Progress, Work
 from vitguard.audit.verdicts import EQUALS, Beside, finding_of
 from vitguard.errors import UpdateRefused, expected
 from vitguard.files import check_writable
 from vitguard.report.finding import Baseline, Control, Finding
 
-__all__ = ["CONTROL", "Progress", "findings", "level_of"]
+__all__ = ["CONTROL", "findings", "level_of"]
 
 CONTROL = ""
 """Name of the undefended control among the runs."""
 UNDEFENDED = "none"
 """Name of the row without a defense."""
-Progress = Callable[[int, int, str], None]
+_KEPT = Facts((), (0, 0))
 
 
 def findings(
@@ -31,8 +33,7 @@ def findings(
     attacks: Sequence[Attack],
     *,
     seed: int,
-    stop: threading.Event,
-    workers: int = 1,
+    work: Work,
     progress: Progress | None = None,
 ) -> list[Finding]:
     """Run all attacks on all batches of all runs; judge each beside the control of its exposure.
@@ -40,42 +41,23 @@ def findings(
     Every exposure has one run called `CONTROL`. The row `none` is the control itself unless a run
     has that name: something is withheld there.
 
-    A keyboard interrupt sets `stop`: what has not begun then is not run. With one worker it
-    reaches the attack that is running; with several these come to their end first.
+    A job is a batch of a run with all attacks, or, of an executor, with one of them: its update is
+    then made again for each.
     """
     most = max(len(run.batches) for run in runs)
-    jobs = [(run, b) for b in range(most) for run in runs if b < len(run.batches)]
-    _check_files(attacks, [(_title(run), b) for run, b in jobs])
-    done = 0
-
-    def work(job: tuple[Run, int]) -> list[Attempt]:
-        nonlocal done
-        run, b = job
-        attempts = _attempts(run, b, attacks, seed, stop)
-        done += 1
-        if progress is not None:
-            progress(done, len(jobs), _title(run) or "undefended control")
-        return attempts
-
-    if workers <= 1:  # threads get no interrupt
-        results = [work(job) for job in jobs]
-    else:
-        with ThreadPoolExecutor(max_workers=workers) as pool:
-            running = [pool.submit(work, job) for job in jobs]
-            while not all(one.done() for one in running):
-                try:
-                    wait(running)
-                except KeyboardInterrupt:  # a second one cannot hurry them either
-                    stop.set()
-            results = [one.result() for one in running]
+    batches = [(run, b) for b in range(most) for run in runs if b < len(run.batches)]
+    _check_files(attacks, [(_title(run), b) for run, b in batches])
+    parts = [attacks] if work.executor is None else [[a] for a in attacks] or [attacks]
+    jobs = [_job(run, b, part, seed) for run, b in batches for part in parts]
+    made = iter(work.done(jobs, progress))
     tried: dict[tuple[str, str], list[list[Attempt]]] = {run.key: [] for run in runs}
-    for (run, _), attempts in zip(jobs, results, strict=True):
-        tried[run.key].append(attempts)
+    for run, _ in batches:
+        tried[run.key].append([attempt for _ in parts for attempt in next(made)])
     found = []
     for exposure in dict.fromkeys(run.exposure for run in runs):
         own = [run for run in runs if run.exposure == exposure]
         each = {run.name: tried[run.key] for run in own}
-        judged = _judge(own, attacks, each, seed, stop)
+        judged = _judge(own, attacks, each, seed, work)
         found += [replace(finding, exposure=exposure) for finding in judged]
     return found
 
@@ -94,11 +76,32 @@ def level_of(facts: Iterable[Facts]) -> Baseline:
     )
 
 
+def _job(run: Run, index: int, attacks: Sequence[Attack], seed: int) -> Job[list[Attempt]]:
+    """Return the job of running attacks on one batch of a run."""
+    facts, expose = run.batches[index]
+    title = _title(run)
+    own = [_with_own_file(attack, title, index) for attack in attacks]
+    return Job(
+        title or "undefended control",
+        partial(_without_facts, facts, expose, own, seed_of(seed, index, "attack")),
+        lambda reason: [Attempt(facts, "failed", reason) for _ in attacks],
+        lambda attempts: [replace(a, facts=facts) for a in attempts],
+    )
+
+
+def _without_facts(facts: Facts, *rest: Any) -> list[Attempt]:
+    """Return attempts without the facts of the batch: these hold a thousand decoys."""
+    return [replace(a, facts=_KEPT) for a in _attempts(facts, *rest)]
+
+
 def _attempts(
-    run: Run, index: int, attacks: Sequence[Attack], seed: int, stop: threading.Event
+    facts: Facts,
+    expose: Callable[[], Exposure],
+    attacks: Sequence[Attack],
+    seed: int,
+    stop: threading.Event,
 ) -> list[Attempt]:
     """Expose one batch of a run and run every attack on it."""
-    facts, expose = run.batches[index]
     skipped = Attempt(facts, "failed", INTERRUPTED)
     try:
         if stop.is_set():
@@ -115,9 +118,8 @@ def _attempts(
     for attack in attacks:
         made = skipped
         if not stop.is_set():
-            own = _with_own_file(attack, _title(run), index)
             try:
-                made = attempt(own, facts, exposure, seed_of(seed, index, "attack"))
+                made = attempt(attack, facts, exposure, seed)
             except KeyboardInterrupt:
                 stop.set()
         if made.guess is not None and "interrupted" in made.guess.details:
@@ -131,7 +133,7 @@ def _judge(
     attacks: Sequence[Attack],
     tried: Mapping[str, list[list[Attempt]]],
     seed: int,
-    stop: threading.Event,
+    work: Work,
 ) -> list[Finding]:
     def of(name: str, i: int) -> list[Attempt]:
         return [batch[i] for batch in tried[name]]
@@ -140,7 +142,7 @@ def _judge(
     beside = []
     for i, attack in enumerate(attacks):
         found = finding_of(UNDEFENDED, attack, of(CONTROL, i))
-        beside.append(Beside(found, of(CONTROL, i), _Alone(control, attack, found, seed, stop)))
+        beside.append(Beside(found, of(CONTROL, i), _Alone(control, attack, found, seed, work)))
     findings = []
     if all(run.name != UNDEFENDED for run in runs):
         findings += [replace(b.finding, control=_itself(b.finding)) for b in beside]
@@ -157,10 +159,8 @@ def _itself(control: Finding) -> Control:
 class _Alone:
     """What the parts of an attack, run alone on the control, do there; each is run once."""
 
-    def __init__(
-        self, control: Run, attack: Attack, found: Finding, seed: int, stop: threading.Event
-    ) -> None:
-        self.control, self.attack, self.seed, self.stop = control, attack, seed, stop
+    def __init__(self, control: Run, attack: Attack, found: Finding, seed: int, work: Work) -> None:
+        self.control, self.attack, self.seed, self.work = control, attack, seed, work
         self.known: dict[str, Finding] = {}
         if found.verdict == "leaks" and isinstance(rung := found.details.get("rung"), str):
             self.known[rung] = found
@@ -169,7 +169,8 @@ class _Alone:
         if name not in self.known:
             part = self.attack.parts()[name]
             batches = range(len(self.control.batches))
-            made = [_attempts(self.control, b, [part], self.seed, self.stop)[0] for b in batches]
+            jobs = [_job(self.control, b, [part], self.seed) for b in batches]
+            made = [attempts[0] for attempts in self.work.done(jobs)]
             self.known[name] = finding_of(UNDEFENDED, part, made)
         return self.known[name]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from vitguard.attacks.base import Attack
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
 from vitguard.audit.scale import Scale, decoys_for
+from vitguard.audit.spreading import Work
 from vitguard.audit.stated import adversary_of, facts_of
 from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining, Loss, Normalization, Update
@@ -114,8 +114,8 @@ def audit_update(
         control.run(CONTROL, (), adversary.control(), seen),
         Run(name, ((facts, expose),), bound_of(stack, training and training.steps)),
     ]
-    stop = threading.Event()
-    found = findings(runs, chosen, seed=seed, stop=stop)
+    work = Work()
+    found = findings(runs, chosen, seed=seed, work=work)
     if training is None:
         found = [without_control(f) for f in found]
     found += [
@@ -135,7 +135,7 @@ def audit_update(
         seed=seed,
         threat=adversary.describe(),
         families_not_run=families_not_run(chosen),
-        interrupted=stop.is_set(),
+        interrupted=work.stop.is_set(),
         notes=(CONTROL_NOTE if training is not None else f"{CONTROL_NOTE} {OTHER_CONTROL}",),
     )
 

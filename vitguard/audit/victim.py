@@ -15,6 +15,7 @@ from vitguard.attacks.base import InputAttack
 from vitguard.audit.attempts import INTERRUPTED, outcome_of, seed_of
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.scale import Scale, decoys_for
+from vitguard.audit.spreading import Job
 from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.defenses.base import Defense
 from vitguard.guard import Guard, protect
@@ -102,11 +103,22 @@ class Victim:
             )
         return guard, update
 
-    def input_finding(
-        self, name: str, stack: Sequence[Defense], attack: InputAttack, stop: threading.Event
-    ) -> Finding:
-        """Return the finding of an attack on the input of the (defended) model in eval mode."""
+    def on_input(self, name: str, stack: Sequence[Defense], attack: InputAttack) -> Job[Finding]:
+        """Return the job of an attack on the input of the (defended) model in eval mode."""
         empty = Finding(name, attack.name, "inconclusive", settings=attack.settings())
+        return Job(
+            f"{name}: {attack.name}",
+            partial(self._input_finding, empty, stack, attack),
+            lambda reason: replace(empty, reason=reason),
+        )
+
+    def _input_finding(
+        self,
+        empty: Finding,
+        stack: Sequence[Defense],
+        attack: InputAttack,
+        stop: threading.Event,
+    ) -> Finding:
         if stop.is_set():
             return replace(empty, reason=INTERRUPTED)
         like = next(self.model.parameters())

@@ -36,6 +36,11 @@ class Defense(ABC):
     """A thing in, a safer thing of the same kind out. Subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
+    promise: ClassVar[str] = ""
+    """What holds by proof or by a key whatever the attack, in one sentence; "" where nothing does.
+
+    `vitguard advise` names the defenses that have one, with their default settings.
+    """
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values; public, and what the adversary is told."""

@@ -18,7 +18,6 @@ from vitguard.integrations.found import (
     refuse_float16,
     refuse_idle,
     refuse_spread,
-    require_state,
     save_state,
 )
 
@@ -79,7 +78,6 @@ def register(accelerator: Accelerator, guard: Guard) -> None:
             save_state(guard, folder)
 
     def load(models: Any, folder: str) -> None:
-        require_state(guard, folder)
         load_state(guard, folder)
 
     accelerator.register_save_state_pre_hook(save)

@@ -1,21 +1,23 @@
-"""What the integrations share: the guard inside a trainer's model, and its state in a file."""
+"""What the integrations share: the guard inside a trainer's model, its loss, state and refusals."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitguard.defenses.base import Ledgered, StepDefense
 from vitguard.defenses.protection import Protection
-from vitguard.errors import Incompatible, Unprotected, expected
+from vitguard.errors import Incompatible, InputError, Unprotected, expected
 from vitguard.files import write_atomically
 from vitguard.guard import Guard
 
 __all__ = [
     "STATE_FILE", "epsilons", "guard_inside", "is_private", "load_state", "refuse_accumulation",
-    "refuse_float16", "refuse_idle", "refuse_spread", "require_state", "save_state",
+    "refuse_compiled", "refuse_float16", "refuse_idle", "refuse_spread", "require_state",
+    "save_state", "take_state", "with_auxiliary",
 ]  # fmt: skip
 
 STATE_FILE = "vitguard.json"
@@ -61,6 +63,15 @@ def refuse_float16(setting: str, asked: bool, remedy: str) -> None:
         )
 
 
+def refuse_compiled(got: str, asked: bool, remedy: str) -> None:
+    """Raise Incompatible where a trainer compiles the model: its layers cannot be watched then."""
+    if asked:
+        raise Incompatible(
+            "Expected a model that is not compiled under differential privacy, got "
+            f"{got}. {remedy}."
+        )
+
+
 def refuse_spread(kind: str) -> None:
     """Raise Incompatible where a kind of accelerate's spreads one model over processes."""
     if kind != "NO" and not kind.startswith("MULTI_"):
@@ -100,16 +111,39 @@ def save_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
 def require_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
     """Raise InputError if a checkpoint of a stack that counts has no state of the guard."""
     if guard._ledgers and not (Path(folder) / STATE_FILE).is_file():
-        raise expected(
-            f"{STATE_FILE} in the checkpoint {folder}", "none",
-            "What was spent before would not count: resume from a checkpoint that this trainer "
-            "wrote, or load the weights alone into a new model.",
-        )  # fmt: skip
+        raise _no_state(f"without {STATE_FILE}, {folder}")
 
 
 def load_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
     """Go on from the guard's state in a checkpoint folder."""
-    require_state(guard, folder)
     path = Path(folder) / STATE_FILE
-    if path.is_file():
-        guard.load_state_bytes(path.read_bytes())
+    take_state(guard, path.read_bytes() if path.is_file() else None, f"without {path}")
+
+
+def take_state(guard: Guard, state: bytes | None, missing: str) -> None:
+    """Go on from the guard's state of a checkpoint; it may lack one where nothing is counted.
+
+    Args:
+        missing: What is told of a checkpoint that lacks it.
+    """
+    if state is not None:
+        guard.load_state_bytes(state)
+    elif guard._ledgers:
+        raise _no_state(missing)
+
+
+def _no_state(got: str) -> InputError:
+    return expected(
+        "a checkpoint with the guard's state", f"one {got}",
+        "What was spent before would not count: resume from a checkpoint that vitguard's "
+        "integration wrote, or load the weights alone into a new model.",
+    )  # fmt: skip
+
+
+def with_auxiliary(made: Any, auxiliary: Tensor) -> Any:
+    """Return what a step made with the defenses' loss added: a loss, or one among other things."""
+    if isinstance(made, dict):
+        return {**made, "loss": made["loss"] + auxiliary}
+    if isinstance(made, tuple):
+        return made[0] + auxiliary, *made[1:]
+    return made + auxiliary

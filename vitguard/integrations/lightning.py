@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from vitguard.defenses.privacy.whole import WholeBatches
-from vitguard.errors import Incompatible, Unprotected, expected, missing_extra
+from vitguard.errors import Incompatible, Unprotected, missing_extra
 from vitguard.guard import Guard
 from vitguard.integrations.found import (
     epsilons,
     guard_inside,
     is_private,
     refuse_accumulation,
+    refuse_compiled,
     refuse_idle,
+    take_state,
+    with_auxiliary,
 )
 
 try:
@@ -52,15 +55,8 @@ class GuardCallback(Callback):
         checkpoint[_STATE] = guard_inside(pl_module).state_bytes(draws=False).decode()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        guard = guard_inside(pl_module)
-        if _STATE in checkpoint:
-            guard.load_state_bytes(str(checkpoint[_STATE]).encode())
-        elif guard._ledgers:
-            raise expected(
-                "a checkpoint with the guard's state", "one without",
-                "What was spent before would not count: resume from a checkpoint that "
-                "GuardCallback or GuardMixin wrote, or load the weights alone into a new module.",
-            )  # fmt: skip
+        state = str(checkpoint[_STATE]).encode() if _STATE in checkpoint else None
+        take_state(guard_inside(pl_module), state, "without")
 
 
 class PrivateBatches:
@@ -129,18 +125,14 @@ class GuardMixin:
             )
         made = super().configure_optimizers()  # type: ignore[misc]
         plain = _the_optimizer(made)
-        self._optimizer = self._prepared(plain) if is_private(self.guard) else plain
-        if self._optimizer is plain:
-            self.guard.prepare(plain)
+        private = is_private(self.guard)
+        self._optimizer = self._prepared(plain) if private else self.guard.prepare(plain)
         return _replaced(made, plain, self._optimizer)
 
     def _prepared(self, optimizer: Any) -> Any:
         trainer = self.trainer  # type: ignore[attr-defined]
-        if getattr(self, "_compiler_ctx", None) is not None:
-            raise Incompatible(
-                "Expected a module that is not compiled under differential privacy, got one from "
-                "torch.compile. Give the module itself to fit."
-            )
+        compiled = getattr(self, "_compiler_ctx", None) is not None
+        refuse_compiled("torch.compile", compiled, "Give the module itself to fit")
         refuse_accumulation("accumulate_grad_batches", trainer.accumulate_grad_batches)
         _ = trainer.estimated_stepping_batches  # asks for the loaders
         used = trainer.train_dataloader
@@ -169,12 +161,7 @@ class GuardMixin:
         step = super().training_step  # type: ignore[misc]
         takes_index = len(inspect.signature(step).parameters) > 1
         made = step(batch, batch_idx) if takes_index else step(batch)
-        if made is None:
-            return made
-        auxiliary = self.guard.auxiliary_loss()
-        if isinstance(made, dict):
-            return {**made, "loss": made["loss"] + auxiliary}
-        return made + auxiliary
+        return None if made is None else with_auxiliary(made, self.guard.auxiliary_loss())
 
 
 def _the_optimizer(made: Any) -> torch.optim.Optimizer:

@@ -17,11 +17,13 @@ from vitguard.integrations.found import (
     guard_inside,
     is_private,
     load_state,
+    refuse_compiled,
     refuse_float16,
     refuse_idle,
     refuse_spread,
     require_state,
     save_state,
+    with_auxiliary,
 )
 
 try:
@@ -76,11 +78,7 @@ class GuardMixin:
         """Turn accumulation into pieces of one batch, and refuse what privacy cannot have."""
         self.args = given = copy.copy(self.args)
         refuse_float16("fp16=True", given.fp16, "Set bf16=True")
-        if given.torch_compile:
-            raise Incompatible(
-                "Expected a model that is not compiled under differential privacy, got "
-                "torch_compile=True. Leave it out."
-            )
+        refuse_compiled("torch_compile=True", bool(given.torch_compile), "Leave it out")
         asked = ["FSDP"] * bool(given.fsdp) + ["DEEPSPEED"] * bool(given.deepspeed)
         for kind in (*asked, self.accelerator.distributed_type.value):
             refuse_spread(kind)
@@ -152,9 +150,7 @@ class GuardMixin:
         auxiliary = self.guard.auxiliary_loss()
         if auxiliary.requires_grad:
             self._auxiliary.append(auxiliary.detach())
-        if return_outputs:
-            return made[0] + auxiliary, made[1]
-        return made + auxiliary
+        return with_auxiliary(made, auxiliary)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs or "train_loss" in logs:

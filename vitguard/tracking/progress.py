@@ -10,7 +10,7 @@ from torch import Tensor
 from vitguard.tracking.truth import check_truth, scored
 
 if TYPE_CHECKING:
-    from vitguard.attacks.matching.run import Progress
+    from vitguard.attacks.matching.progress import Progress
 
 __all__ = ["ProgressBar", "thumbnail"]
 

@@ -17,7 +17,7 @@ from vitguard.tracking.pictures import beside, shuffled_at, what_the_model_saw
 from vitguard.tracking.truth import check_same, check_truth, scored
 
 if TYPE_CHECKING:
-    from vitguard.attacks.matching.run import Progress
+    from vitguard.attacks.matching.progress import Progress
     from vitguard.guard import Guard
     from vitguard.report.audit_report import AuditReport
 

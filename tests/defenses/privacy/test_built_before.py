@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
-from tests.fast import fast_for
+from tests.fast import crossed, fast_for
 from vitguard.errors import Incompatible
 
 pytest.importorskip("opacus")
@@ -94,8 +94,7 @@ def same(a, b):
     return all(torch.equal(t, b[n]) for n, t in a.items())
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize(("positions", "optimizer"), crossed(POSITIONS, OPTIMIZERS))
 def test_a_private_run_is_the_same_whether_the_optimizer_is_older_than_the_protection(
     positions, optimizer
 ):

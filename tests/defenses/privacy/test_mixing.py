@@ -55,6 +55,16 @@ COLLATES = {
 }  # fmt: skip
 
 
+def test_trying_a_collate_function_out_leaves_the_generators_of_accelerators_alone(monkeypatch):
+    from vitguard.defenses.privacy.mixing import refuse_mixing_collate
+
+    seeded, state = [], torch.random.get_rng_state()
+    for kind in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(kind, "manual_seed_all", seeded.append)
+    refuse_mixing_collate(erased, DATA, range(24))
+    assert seeded == [] and torch.equal(torch.random.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("kind", COLLATES)
 def test_a_collate_function_that_mixes_records_is_refused_by_prepare(small_vit, kind):
     with pytest.raises(Incompatible, match="mixes examples"):

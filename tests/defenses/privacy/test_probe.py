@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.defenses.privacy.privacy_models import WINDOWED, build
+from tests.fast import crossed
 from vitguard.core import Batch
 from vitguard.defenses.positions import FixedPositions
 from vitguard.defenses.privacy import DifferentialPrivacy
@@ -185,9 +186,9 @@ def clipped_sum(model, count=3, **settings):
     return defense.clipped_sum(model, F.cross_entropy, Batch(images, labels))
 
 
-@pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("name", MEETING)
+@pytest.mark.parametrize(
+    ("name", "count", "engine"), crossed(MEETING, [1, 3], ["bookkeeping", "opacus"], rounds=2)
+)
 def test_a_model_in_which_examples_meet_is_refused_at_the_first_clipped_sum(name, count, engine):
     if engine == "opacus":
         pytest.importorskip("opacus")
@@ -294,8 +295,7 @@ STACKS = {
 }
 
 
-@pytest.mark.parametrize("drop", [0.0, 0.3])
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(("stack", "drop"), crossed(STACKS, [0.3, 0.0]))
 def test_stacks_with_dropout_and_drop_path_pass_and_their_schedules_stay(stack, drop):
     pytest.importorskip("opacus")
     model = build(
@@ -372,6 +372,55 @@ def test_a_model_is_tried_out_once_for_each_structure():
     first = len(calls)
     clipped_sum(model)
     assert first > 2 and len(calls) == first + 1
+
+
+def test_what_prepare_has_tried_out_is_not_tried_out_again_by_the_loop():
+    pytest.importorskip("opacus")
+    counter, calls = Counter(), []
+    model = with_layer(counter)
+    counter.register_forward_hook(lambda *_: calls.append(1))
+    guard = protect(model, [DifferentialPrivacy(noise=1.0, delta=1e-3)])
+    loader = DataLoader(TensorDataset(*some(24)), batch_size=6)
+    _, loader = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    assert len(calls) > 10
+    calls.clear()
+    model(next(iter(loader))[0])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({}, {"by": "mean"}),
+        ({"by": None}, {"by": "mean"}),
+        ({"by": "one"}, {"by": "mean"}),
+        ({}, {}),
+    ],
+    ids=["an argument more", "none before", "another word", "autocast"],
+)
+def test_a_pass_of_another_kind_is_tried_out_anew(first, then):
+    pytest.importorskip("opacus")
+    under, model = not then, with_layer(Whole())
+    plain = model.forward
+
+    def forward(x, by=""):
+        meets = torch.is_autocast_enabled("cpu") if under else by == "mean"
+        return plain(x - x.detach().mean(0) if meets else x)
+
+    model.forward = forward
+    guard = protect(model, [DifferentialPrivacy(noise=1.0, delta=1e-3)])
+    loader = DataLoader(TensorDataset(*some(24)), batch_size=6)
+    optimizer, loader = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    batches = iter(loader)
+    images, labels = next(batches)
+    F.cross_entropy(model(images, **first), labels).backward()
+    optimizer.step()
+    images, _ = next(batches)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=under),
+        pytest.raises(Incompatible, match="that example alone"),
+    ):
+        model(images, **then)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ from vitguard.core import Update
 from vitguard.defenses.positions import FixedPositions
 from vitguard.defenses.privacy import DifferentialPrivacy, Ledger
 from vitguard.defenses.shuffle import PatchShuffle
+from vitguard.draws import Draws
 from vitguard.errors import Incompatible, InputError, MissingExtra, Unprotected
 from vitguard.guard import Guard, protect
 
@@ -495,3 +496,34 @@ def test_two_processes_take_the_same_private_steps():
     torch.multiprocessing.spawn(_process, args=(2, port, found), nprocs=2)
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1:] == found[1][1:] == (4, 3.0)
+
+
+def test_a_head_on_cached_features_trains_on_the_sum_of_its_clipped_gradients():
+    features, labels = torch.randn(40, 6, dtype=torch.float64), torch.arange(40) % 3
+    head = torch.nn.Linear(6, 3, bias=False, dtype=torch.float64)
+    start = head.weight.detach().clone()
+    optimizer, loader, ledger = DifferentialPrivacy(noise=0, clip=0.5, delta=1e-3).prepare(
+        head,
+        torch.optim.SGD(head.parameters(), lr=1.0),
+        DataLoader(TensorDataset(features, labels), batch_size=10),
+        Draws(),
+    )
+    x, y = next(iter(loader))
+    F.cross_entropy(head(x), y).backward()
+    optimizer.step()
+    wrong = (x @ start.T).softmax(-1) - F.one_hot(y, 3)
+    each = wrong[:, :, None] * x[:, None]
+    clipped = each * (0.5 / each.flatten(1).norm(dim=1)).clamp(max=1)[:, None, None]
+    assert torch.allclose(start - head.weight, clipped.sum(0) / 10, atol=1e-12)
+    assert ledger.steps == 1
+
+
+def test_a_loader_without_examples_is_refused():
+    head = torch.nn.Linear(6, 3)
+    with pytest.raises(InputError, match="images or features"):
+        DifferentialPrivacy(noise=1.0, delta=1e-3).prepare(
+            head,
+            torch.optim.SGD(head.parameters(), lr=1.0),
+            DataLoader(TensorDataset(torch.arange(40)), batch_size=10),
+            Draws(),
+        )

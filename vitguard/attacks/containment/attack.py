@@ -1,4 +1,4 @@
-"""Containment: the image whose layer inputs contain every row that a low-rank update sends."""
+"""Containment: the image whose layer inputs contain every row that an update sends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.budget import Budget, CutShort, worked
 from vitguard.attacks.containment.fit import Fit, proved
-from vitguard.attacks.containment.spaces import RowSpaces, adapters
+from vitguard.attacks.containment.spaces import RowSpaces, adapters, later
 from vitguard.attacks.equations.rows import guess_from_patches
 from vitguard.attacks.evidence import check_seconds, require_finite
 from vitguard.attacks.labels import try_labels
@@ -42,7 +42,8 @@ class Containment(Attack):
     lie in the row space of the layer's inputs L(x). So V_r - V_r L(x)^+ L(x) = 0 in every linear
     layer, the patch embedding and the head among them: r (width - tokens) equations a layer for the
     pixels. An adapter of LoRA, y = (W + B A) x, sends rows of A that lie in the same span, from its
-    second step on (before, B is zero and so is dL/dA); those of B lie in that of A L(x)^T.
+    second step on (before, B is zero and so is dL/dA); those of B lie in that of A L(x)^T. Whole
+    matrices of later blocks do the same, and are read where the first block sends none.
     Levenberg-Marquardt in pixels, under a natural-image prior that gives way to the equations, from
     the guess of another attack, the prior's mean, and images drawn from it.
 
@@ -62,9 +63,10 @@ class Containment(Attack):
         start: Guess of another attack to start from; None takes that of `span-robust`.
 
     Raises:
-        NotApplicable: An update whose matrices are whole, or tokens that fill every layer.
-        CutShort: A case in which nobody has tried it: a batch, a shuffle, several local steps or
-            another optimizer than plain SGD, images of more than 4,096 values.
+        NotApplicable: Whole matrices of the first block, which other attacks read; of later ones
+            alone, a case in which nobody has tried it; tokens that fill every layer.
+        CutShort: Of low rank, a case in which nobody has tried it: a batch, a shuffle, several
+            local steps or another optimizer than plain SGD, images of more than 4,096 values.
         Blocked: No weight of a linear layer can be read.
 
     References:
@@ -85,26 +87,40 @@ class Containment(Attack):
         return {"seconds": self.seconds}
 
     def share(self, view: View) -> float:
-        """Return the share of the ladder's work left; none where matrices are sent whole."""
-        return 0.8 if _low_rank(view) else 0.0
+        """Return the share of the ladder's work left; none where other attacks read the rows."""
+        if _low_rank(view):
+            return 0.8
+        return 0.8 if _later(view) and not _untried(view) else 0.0
 
     def remains(self, plain: Released) -> tuple[Remaining, ...]:
-        """Say that rows of low rank stay inside the inputs; how far that goes is measured."""
+        """Say that rows stay inside the inputs; how far that goes is measured."""
         a = plain.anatomy
-        names = tuple(adapters(sorted(plain.plain), a))
-        if not plain.traits.rank and not names:
-            return ()
+        beside = tuple(adapters(sorted(plain.plain), a))
+        whole = tuple(later(plain.plain, a))
         layers = (f"{layer}.weight" for b in a.blocks for layer in (b.fc1, b.fc2, b.proj))
-        names = names or tuple(name for name in layers if name in plain.plain)
+        if plain.traits.rank or beside:
+            names = beside or tuple(name for name in layers if name in plain.plain)
+        elif whole:
+            names = whole
+        else:
+            return ()
         if not names or plain.tokens >= a.width:
             why = "no layer is plain whose width exceeds its tokens"
             return (Remaining(self.name, False, names, why),)
-        return (Remaining(self.name, True, names, "a search, no closed form: run it to know"),)
+        if names is not whole:
+            return (Remaining(self.name, True, names, "a search, no closed form: run it to know"),)
+        count, pixels = _equations(plain), plain.batch_size * a.patches * a.patch_pixels
+        why = f"a search for {pixels:,} pixels by {count:,} equations of later blocks"
+        return (Remaining(self.name, count >= pixels, names, why),)
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return one image."""
         if not _low_rank(view):
-            raise NotApplicable("matrices are sent whole: other attacks read them")
+            if not _later(view):
+                raise NotApplicable("matrices are sent whole: other attacks read them")
+            view = view.gradient()
+            if untried := _untried(view):
+                raise NotApplicable(f"untried on {untried}")
         budget, before = Budget.of(self.seconds), worked()
         require_finite(view)
         view = _tried(view)
@@ -184,17 +200,43 @@ def _robust(view: View, seconds: float, generator: torch.Generator) -> Guess | N
         return None
 
 
+def _later(view: View) -> bool:
+    names = [name for name in view.update.tensors if view.update.can_read(name)]
+    return bool(later(names, Anatomy.of(view.model)))
+
+
+def _equations(plain: Released) -> int:
+    """Return how many equations the rows of whole matrices give, at most."""
+    a, total = plain.anatomy, 0
+    for block in a.blocks:
+        spans = block in plain.spanning
+        attention = plain.tokens if spans else min(plain.tokens, 2 * block.heads + 1)
+        free = a.width - plain.tokens
+        total += free * attention if not plain.plain.isdisjoint(block.qkv) else 0
+        for layer in (block.proj, block.fc1, block.fc2):
+            name, rows = f"{layer}.weight", plain.tokens if spans else plain.batch_size
+            if name in plain.plain:
+                wide = plain.sizes[name] // a.width if layer == block.fc2 else a.width
+                total += rows * max(wide - plain.tokens, 0)
+    return total
+
+
+def _untried(view: View) -> str:
+    """Name the first way in which a view differs from the cases that were tried, "" for none."""
+    reasons = {
+        "a batch: rows of all images are mixed": view.update.batch_size > 1,
+        "a shuffle: the inputs cannot be computed": view.traits.shuffle is not None,
+        f"images of more than {_WIDE} values": torch.Size(view.image_shape).numel() > _WIDE,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
 def _tried(view: View) -> View:
     """Return the view as one gradient, or say in what it differs from the cases that were tried."""
     try:
         single = view.gradient()
     except NotApplicable as why:
         raise CutShort(f"untried on such an update: {why}") from None
-    reasons = {
-        "a batch: rows of all images are mixed": view.update.batch_size > 1,
-        "a shuffle: the inputs cannot be computed": view.traits.shuffle is not None,
-        f"images of more than {_WIDE} values": torch.Size(view.image_shape).numel() > _WIDE,
-    }
-    if untried := [reason for reason, holds in reasons.items() if holds]:
-        raise CutShort(f"untried on {untried[0]}")
+    if untried := _untried(view):
+        raise CutShort(f"untried on {untried}")
     return single

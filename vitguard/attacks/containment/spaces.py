@@ -16,7 +16,7 @@ from vitguard.core import View
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.vit import Anatomy, canonical_name, math_attention
 
-__all__ = ["RowSpaces", "adapters", "missed_by"]
+__all__ = ["RowSpaces", "adapters", "later", "missed_by"]
 
 _FAINT = 1e3  # times the spacing of floats, of the largest singular value: a row that is rounding
 _ROUNDING = 30.0  # times the spacing of floats that a row of a true gradient is off at most
@@ -37,6 +37,19 @@ def adapters(names: Iterable[str], anatomy: Anatomy) -> list[str]:
         return []
     matrices = (n for n in names if n.endswith(".weight") and "norm" not in n)
     return [n for n in matrices if anatomy.role(n) in ("attention", "mlp")]
+
+
+def later(names: Iterable[str], anatomy: Anatomy) -> list[str]:
+    """Return the matrices of the blocks, where the first one shows none of its attention.
+
+    Frozen or hidden, it ends the attacks that solve from the patches upward. What enters a layer
+    behind it is a function of the pixels all the same, and all that is below is public.
+    """
+    names, blocks = set(names), anatomy.blocks
+    if not blocks or not names.isdisjoint((*blocks[0].qkv, f"{blocks[0].proj}.weight")):
+        return []
+    layers = ((*b.qkv, *(f"{n}.weight" for n in (b.proj, b.fc1, b.fc2))) for b in blocks)
+    return [name for block in layers for name in block if name in names]
 
 
 @dataclass(eq=False)

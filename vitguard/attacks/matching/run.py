@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,9 @@ from vitguard.attacks.matching.checkpoint import load_run, save_run
 from vitguard.attacks.matching.distances import attach
 from vitguard.attacks.matching.leaked_mask import leaked_mask
 from vitguard.attacks.matching.priors import Prior, Scene
+from vitguard.attacks.matching.progress import Progress
 from vitguard.attacks.matching.restart import EVALUATIONS, Restart
+from vitguard.attacks.matching.settings import MatchingSettings
 from vitguard.attacks.matching.slope import DifferenceSlope
 from vitguard.attacks.matching.subspace import Subspace, row_space
 from vitguard.core import Guess, Update, View
@@ -26,10 +27,7 @@ from vitguard.errors import Blocked, NotApplicable, expected
 from vitguard.files import check_writable
 from vitguard.vit import Anatomy, math_attention
 
-if TYPE_CHECKING:
-    from vitguard.attacks.matching.attack import MatchingAttack
-
-__all__ = ["Progress", "Run"]
+__all__ = ["Run"]
 
 _DIFFERENCE, _EXACT = 2.4, 3.5  # cost of an evaluation in passes there and back
 _LEAST = 5  # evaluations, whatever the budget
@@ -37,32 +35,10 @@ _SAVE_EVERY = 30.0  # seconds
 _SURE = 9.0  # odds of an inferred label over all others, where labels are optimised from there
 
 
-@dataclass(frozen=True, eq=False)
-class Progress:
-    """What a watcher of a running attack is told.
-
-    Args:
-        attack: Name of the attack.
-        iteration, iterations: Done and planned.
-        terms: Weighted loss terms of the best restart, and the step size as `rate`.
-        estimate: Function that gives the current images as pixels in [0, 1] when asked.
-        seconds: Since the start of this process's part of the run.
-        settings: The attack's settings.
-    """
-
-    attack: str
-    iteration: int
-    iterations: int
-    terms: dict[str, float]
-    estimate: Callable[[], Tensor]
-    seconds: float
-    settings: dict[str, Any]
-
-
 class Run:
     """One run: what was seen, the restarts, and how to measure."""
 
-    def __init__(self, attack: MatchingAttack, view: View, generator: torch.Generator) -> None:
+    def __init__(self, attack: MatchingSettings, view: View, generator: torch.Generator) -> None:
         self.attack, self.view = attack, view
         self.start = _checked(attack.start, view)
         self.anatomy = Anatomy.of(view.model)

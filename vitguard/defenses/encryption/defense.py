@@ -57,6 +57,7 @@ class EncryptedGradients(UpdateDefense):
     """
 
     name: ClassVar[str] = "encryption"
+    promise: ClassVar[str] = "the server adds ciphertext; clients open the sum and read it"
     select: str = "all"
     preset: Literal["quantised", "many", "precise", "compact"] = "quantised"
     force: bool = False

@@ -50,6 +50,7 @@ class MaskedAggregation(UpdateDefense):
     """
 
     name: ClassVar[str] = "masking"
+    promise: ClassVar[str] = "the server reads the sum of the clients, and no single update"
     select: str = "all"
     force: bool = False
     client: InitVar[MaskingClient | None] = None

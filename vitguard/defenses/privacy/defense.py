@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vitguard.core import Batch, Loss, Traits
-from vitguard.defenses.base import Defense, Draws, Ledgered, StepDefense
-from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for, noisy
+from vitguard.defenses.base import Defense, Draws
+from vitguard.defenses.privacy.accounting import Ledger, noisy
 from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.engine import Clipped, Engine, clipped_sum
+from vitguard.defenses.privacy.engines import engine_of
 from vitguard.defenses.privacy.losses import auxiliary_losses, per_example_losses
+from vitguard.defenses.privacy.prepare import prepare_training
 from vitguard.defenses.privacy.probe import probe
+from vitguard.defenses.privacy.target import PrivacyTarget
 from vitguard.defenses.privacy.training import paused
-from vitguard.defenses.privacy.verification import reconstruction_bound
-from vitguard.errors import Unprotected, expected, missing_extra
+from vitguard.errors import Unprotected
 from vitguard.vit import Anatomy, canonical_name, logits_of
 
 __all__ = ["DifferentialPrivacy"]
 
 
 @dataclass(frozen=True)
-class DifferentialPrivacy(StepDefense, Ledgered):
+class DifferentialPrivacy(PrivacyTarget):
     """DP-SGD on Opacus's optimizer, with every example's gradient clipped in one backward pass.
 
     Guarantees:
@@ -69,35 +69,10 @@ class DifferentialPrivacy(StepDefense, Ledgered):
     """
 
     name: ClassVar[str] = "privacy"
-
-    epsilon: float | None = None
-    delta: float = 1e-5
-    clip: float = 1.0
-    noise: float | None = None
-    epochs: float | None = None
-    engine: Literal["bookkeeping", "opacus"] = "bookkeeping"
-    accountant: Literal["prv", "rdp"] = "prv"
-    physical_batch: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.epsilon is not None and self.noise is not None:
-            raise expected("epsilon or noise", "both", "Drop one: the other follows from it.")
-        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
-            raise expected("a finite epsilon above 0", self.epsilon)
-        if not 0 < self.delta < 1:
-            raise expected("delta in (0, 1)", self.delta)
-        if not 0 < self.clip < math.inf:
-            raise expected("a finite clip above 0", self.clip)
-        if self.noise is not None and not 0 <= self.noise < math.inf:
-            raise expected("a finite noise multiplier of at least 0", self.noise)
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise expected("epochs above 0", self.epochs)
-        if self.engine not in ("bookkeeping", "opacus"):
-            raise expected("engine bookkeeping or opacus", repr(self.engine))
-        if self.accountant not in ("prv", "rdp"):
-            raise expected("accountant prv or rdp", repr(self.accountant))
-        if self.physical_batch is not None and self.physical_batch < 1:
-            raise expected("physical_batch of at least 1", self.physical_batch)
+    promise: ClassVar[str] = (
+        "its epsilon bounds what anyone learns of an image, over all steps that it counts; "
+        "it costs accuracy"
+    )
 
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
         """Raise Incompatible if no per-example gradient can be told for the model."""
@@ -128,7 +103,7 @@ class DifferentialPrivacy(StepDefense, Ledgered):
             probed: Whether it is asked first if examples meet.
         """
         check_model(model)
-        clipped = _clip(self._engine(), model, loss, batch, self.clip, probed=probed)
+        clipped = _clip(engine_of(self.engine), model, loss, batch, self.clip, probed=probed)
         trainable = {k: p for k, p in model.named_parameters() if p.requires_grad}
         sums = {
             canonical_name(k): clipped.sums.get(k, torch.zeros_like(p))
@@ -172,96 +147,9 @@ class DifferentialPrivacy(StepDefense, Ledgered):
             InputError: delta is not below one over the number of records, or epochs are missing.
             MissingExtra: opacus is not installed.
         """
-        from vitguard.defenses.privacy.prepare import prepare_training
-
         ledger = self.ledger() if ledger is None else ledger
         private, poisson = prepare_training(self, model, optimizer, loader, draws, ledger)
         return private, poisson, ledger
-
-    def ledger(self) -> Ledger:
-        """Return an empty ledger of releases."""
-        return Ledger()
-
-    def admit(self, ledger: Ledger) -> None:
-        """Raise Unprotected if the target epsilon does not cover one more release of `gradient`."""
-        self._admit_update(Ledger([*ledger.history, (self._release_noise(), 1.0, 1)]))
-
-    def record(self, ledger: Ledger, *, void: str = "") -> None:
-        """Write one release of `gradient`; as all examples take part, sampling amplifies nothing.
-
-        Raises:
-            Unprotected: The target epsilon does not cover another release.
-        """
-        ledger.spend(self._release_noise(), 1.0, admit=self._admit_update, void=void)
-
-    def _admit_update(self, longer: Ledger) -> None:
-        self.refuse_beyond_target(longer, (self._release_noise(), 1.0, math.ceil(self.epochs or 1)))
-
-    def refuse_beyond_target(self, ledger: Ledger, planned: tuple[float, float, int]) -> None:
-        """Raise Unprotected if a ledger spends more than the target epsilon.
-
-        Args:
-            planned: Noise, rate and number of the releases that the target was planned for; a
-                ledger of fewer such releases needs no accountant.
-        """
-        if self.epsilon is None:
-            return
-        noise, rate, steps = planned
-        if all(n >= noise and r <= rate for n, r, _ in ledger.history) and ledger.steps <= steps:
-            return
-        if (spent := ledger.spent(self.delta, self.accountant)).epsilon > self.epsilon:
-            raise Unprotected(
-                f"Expected at most epsilon {self.epsilon:g}, got a step that would make it "
-                f"{spent.epsilon:.4g} after {ledger.steps} steps; nothing was released. Protect "
-                "with more epochs from the start, or with noise in place of epsilon."
-            )
-
-    def privacy_spent(self, ledger: Ledger) -> PrivacySpent:
-        """Return what the releases in the ledger add up to."""
-        return ledger.statement(self.delta, self.accountant)
-
-    def reconstruction_bound(self, prior: float, steps: int) -> float:
-        """Return the most often that an attack on one update reconstructs one of its records.
-
-        Each local step releases the whole batch's noised gradient, so nothing is amplified by
-        sampling. Without noise it is 1.0: no bound.
-        """
-        return reconstruction_bound(prior, self._release_noise(), steps)
-
-    def audit_note(self) -> str:
-        """Say which noise a target epsilon came to: training on a loader takes less."""
-        if self.epsilon is None:
-            return ""
-        updates = math.ceil(self.epochs or 1)
-        return (
-            f"{self.spec()} was audited with noise {self._release_noise():.3g}, enough for "
-            f"{updates} update{'s' if updates > 1 else ''} of all records; training on a prepared "
-            "loader takes less noise for the same epsilon: audit that with privacy:noise= the "
-            "noise_multiplier of its optimizer"
-        )
-
-    def multiplier(self, rate: float, steps: int) -> float:
-        """Return the noise multiplier for `steps` releases at a Poisson rate."""
-        if self.epsilon is None:
-            return 1.0 if self.noise is None else self.noise
-        return _calibrated(self.epsilon, self.delta, rate, steps, self.accountant)
-
-    def _release_noise(self) -> float:
-        return self.multiplier(1.0, math.ceil(self.epochs or 1))
-
-    def _engine(self) -> Engine:
-        if self.engine == "bookkeeping":
-            return Engine()
-        try:
-            from vitguard.defenses.privacy.opacus_engine import OpacusEngine
-        except ImportError as error:
-            raise missing_extra("engine='opacus'", "opacus") from error
-        return OpacusEngine()
-
-
-@functools.lru_cache(maxsize=64)
-def _calibrated(epsilon: float, delta: float, rate: float, steps: int, accountant: str) -> float:
-    return noise_for(epsilon, delta, rate, steps, accountant)
 
 
 def _clip(

@@ -158,13 +158,17 @@ Kind = tuple[int, frozenset[tuple[str, str]]]
 _COMPARED: weakref.WeakKeyDictionary[nn.Module, set[Kind]] = weakref.WeakKeyDictionary()
 
 
-def structure(model: nn.Module) -> int:
-    """Return a number that changes with the layers of a model, their modes and their hooks."""
+def structure(model: nn.Module, *, without: type[nn.Module] | tuple[()] = ()) -> int:
+    """Return a number that changes with the layers of a model, their modes and their hooks.
+
+    Args:
+        without: Modules of this type do not count.
+    """
     globals_ = nn.modules.module
     parts: list[Any] = [
         _codes(globals_._global_forward_hooks), _codes(globals_._global_forward_pre_hooks)
     ]  # fmt: skip
-    for module in model.modules():
+    for module in (m for m in model.modules() if not isinstance(m, without)):
         parts.append((type(module), module.training, id(module.__dict__.get("forward"))))
         kinds = (
             module._forward_hooks, module._forward_pre_hooks,

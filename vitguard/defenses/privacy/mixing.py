@@ -60,7 +60,7 @@ def _seeded(seed: int) -> Iterator[None]:
     """Let a collate function of any library draw from this seed, and leave no trace of it."""
     numpy, python = np.random.get_state(), random.getstate()  # noqa: NPY002 - what collates use
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # a batch is put together on the CPU
         np.random.seed(seed)  # noqa: NPY002
         random.seed(seed)
         try:

@@ -5,32 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vitguard.defenses.base import Draws
+from vitguard.defenses.privacy.accelerated import opened, put_back
 from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.checks import check_model
+from vitguard.defenses.privacy.engines import engine_of
 from vitguard.defenses.privacy.loader import PoissonLoader
 from vitguard.defenses.privacy.mixing import refuse_mixing_collate
 from vitguard.defenses.privacy.probe import probe
 from vitguard.defenses.privacy.samplers import place
+from vitguard.defenses.privacy.target import PrivacyTarget
 from vitguard.defenses.privacy.training import PrivateTraining
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, UnsupportedModel, expected, missing_extra
 from vitguard.vit import Anatomy
 
-if TYPE_CHECKING:
-    from vitguard.defenses.privacy.defense import DifferentialPrivacy
-
 __all__ = ["prepare_training"]
 
 
 def prepare_training(
-    defense: DifferentialPrivacy,
+    defense: PrivacyTarget,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: Any,
@@ -46,12 +46,13 @@ def prepare_training(
         raise missing_extra("DifferentialPrivacy.prepare", "opacus") from error
     if loader is None:
         raise expected("a loader beside the optimizer", "none", "Privacy needs Poisson sampling.")
-    optimizer = getattr(optimizer, "original_optimizer", optimizer)
+    given = optimizer
+    optimizer, loader = opened(given, loader)
     loader = loader.source if isinstance(loader, PoissonLoader) else loader
     refuse_optimizer(optimizer)
     check_model(model)
     _check_owned(model, optimizer)
-    engine = defense._engine()
+    engine = engine_of(defense.engine)
     training = PrivateTraining(engine, probe)
     poisson = PoissonLoader(loader, training, draws, defense.physical_batch)
     refuse_mixing_collate(loader.collate_fn, loader.dataset, poisson.drawn_from)
@@ -87,7 +88,7 @@ def prepare_training(
         )
     for p in model.parameters():
         p.grad = None
-    return private, poisson
+    return put_back(given, private), poisson
 
 
 def _start_together(model: nn.Module) -> None:
@@ -148,15 +149,19 @@ def _check_owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _examples(loader: PoissonLoader, model: nn.Module) -> Tensor:
-    """Return images like those of training, for the probe, which puts noise in their place."""
+    """Return images like those of training, for the probe, which puts noise in their place.
+
+    Of a model that is no ViT, such as a head on cached features, the first tensor of a batch.
+    """
     like = next(model.parameters())
     try:
         anatomy = Anatomy.of(model)
     except UnsupportedModel:
         parts = tree_leaves(loader.one())
-        images = next((t for t in parts if isinstance(t, Tensor) and t.dim() > 2), None)
+        rows = [t for t in parts if isinstance(t, Tensor) and t.dim() > 1 and t.is_floating_point()]
+        images = next((t for t in rows if t.dim() > 2), rows[0] if rows else None)
         if images is None:
-            raise expected("batches that hold images", "none in the loader") from None
+            raise expected("batches that hold images or features", "none in the loader") from None
         return images.to(like)
     shape = (3, anatomy.channels, *anatomy.image_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from vitguard.defenses.base import Installed
 from vitguard.defenses.privacy.engine import Engine, Watch, pseudo_losses, structure
 from vitguard.defenses.privacy.kept import Kept, differing, same_draws
 from vitguard.defenses.privacy.losses import auxiliary_losses
 from vitguard.defenses.privacy.tape import full_precision
-from vitguard.defenses.privacy.training import paused
+from vitguard.defenses.privacy.training import PrivateTraining, paused
 from vitguard.errors import Incompatible
 
 __all__ = ["probe"]
@@ -46,6 +46,9 @@ def probe(
 ) -> None:
     """Refuse a model in which examples meet; once for each structure of a model, in its mode.
 
+    A pass of other arguments is tried out too, one under another autocast, and one that trains
+    other parameters.
+
     Args:
         args: Arguments like those of a pass, and `kwargs` too: noise takes the place of every
             tensor with a row for each example.
@@ -56,7 +59,9 @@ def probe(
             single examples.
     """
     known = _PROBED.setdefault(model, set())
-    kind = structure(model)
+    trained = tuple(p.requires_grad for p in model.parameters())
+    call = _call(args, dict(kwargs or {}))
+    kind = hash((structure(model, without=PrivateTraining), trained, call))
     if kind in known:
         return
     with paused(model), torch.enable_grad():
@@ -67,6 +72,17 @@ def probe(
             engine.close()
             kept.give_back()
     known.add(kind)
+
+
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return how a model is called, which is the same for every batch of a loop.
+
+    Switches and words count by their value; numbers do not, as some loops count in them.
+    """
+    leaves, spec = tree_flatten((args, kwargs))
+    device = next((t.device.type for t in leaves if isinstance(t, Tensor)), "cpu")
+    low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return repr(spec), tuple(x if isinstance(x, bool | str) else type(x) for x in leaves), low
 
 
 def _noise_like(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:

@@ -1,5 +1,5 @@
 """Masked patch shuffle."""
 
-from vitguard.defenses.shuffle.settings import PatchShuffle
+from vitguard.defenses.shuffle.defense import PatchShuffle
 
 __all__ = ["PatchShuffle"]

@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from vitguard.defenses.base import Installed
+from vitguard.defenses.shuffle.settings import ShuffleSettings
 from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Unprotected
 from vitguard.vit import Anatomy
 
-if TYPE_CHECKING:
-    from vitguard.defenses.shuffle.installed import InstalledShuffle
-
-__all__ = ["hook"]
+__all__ = ["Hooked", "hook"]
 
 
-def hook(piece: InstalledShuffle, model: nn.Module) -> Iterator[Any]:
+class Hooked(Installed):
+    """What the hooks ask of an installed shuffle."""
+
+    anatomy: Anatomy
+    settings: ShuffleSettings
+    exposed: bool
+
+    def begin(self, tokens: Tensor, grid: tuple[int, int]) -> None:
+        """Take the embedded patches of a forward."""
+        raise NotImplementedError
+
+    def place(self, sequence: Tensor) -> Tensor:
+        """Return the embedded sequence with the shuffled patches in it."""
+        raise NotImplementedError
+
+    def remember(self, rows: Tensor) -> None:
+        """Take the position embedding of this forward."""
+        raise NotImplementedError
+
+    def leave(self, outputs: Tensor) -> None:
+        """Take the last block's output."""
+        raise NotImplementedError
+
+    def finish(self) -> Tensor | None:
+        """Return the losses of DAL, where there are some."""
+        raise NotImplementedError
+
+
+def hook(piece: Hooked, model: nn.Module) -> Iterator[Any]:
     """Register the hooks one by one and yield their handles."""
     anatomy = piece.anatomy
     yield model.register_forward_pre_hook(_Root(piece))
@@ -43,7 +70,7 @@ def hook(piece: InstalledShuffle, model: nn.Module) -> Iterator[Any]:
 class _Hook:
     """Does nothing in eval mode; in training a compiled model breaks its graph here."""
 
-    def __init__(self, piece: InstalledShuffle) -> None:
+    def __init__(self, piece: Hooked) -> None:
         self.piece = piece
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
@@ -70,7 +97,7 @@ class _Placing(_Hook):
 
 
 class _Expose:
-    def __init__(self, piece: InstalledShuffle) -> None:
+    def __init__(self, piece: Hooked) -> None:
         self.piece = piece
 
     def __call__(self, gradient: Tensor) -> None:
@@ -105,7 +132,7 @@ class _Place(_Placing):
 
 
 class _Rows(_Hook):
-    def __init__(self, piece: InstalledShuffle, attribute: str) -> None:
+    def __init__(self, piece: Hooked, attribute: str) -> None:
         super().__init__(piece)
         self.attribute = attribute
 

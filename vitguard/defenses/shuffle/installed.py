@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vitguard.defenses.base import Draws, Installed
+from vitguard.defenses.base import Draws
 from vitguard.defenses.shuffle import masks
-from vitguard.defenses.shuffle.hooks import hook
+from vitguard.defenses.shuffle.hooks import Hooked, hook
 from vitguard.defenses.shuffle.localization import LocalizationHead, dal_weight, localization_loss
+from vitguard.defenses.shuffle.settings import ShuffleSettings
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy
-
-if TYPE_CHECKING:
-    from vitguard.defenses.shuffle.settings import PatchShuffle
 
 __all__ = ["InstalledShuffle"]
 
@@ -28,7 +26,7 @@ __all__ = ["InstalledShuffle"]
 _FORWARD = ("_mask", "_source", "_tokens", "_outputs", "_losses")
 
 
-class InstalledShuffle(Installed):
+class InstalledShuffle(Hooked):
     """Lives at `model.vitguard.shuffle`.
 
     The patch embedding's hook draws and remembers the tokens z; the hook before the module that
@@ -39,7 +37,7 @@ class InstalledShuffle(Installed):
     unknown: nn.Parameter
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, draws: Draws, settings: PatchShuffle
+        self, model: nn.Module, anatomy: Anatomy, draws: Draws, settings: ShuffleSettings
     ) -> None:
         super().__init__()
         self.anatomy, self.draws, self.settings = anatomy, draws, settings

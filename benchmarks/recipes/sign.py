@@ -1,0 +1,17 @@
+"""Sign updates: one bit of each entry."""
+
+from recipes import Judged
+
+JUDGED = Judged(
+    title="Sign update (signSGD)",
+    place="update",
+    source="Bernstein et al., arXiv:1802.04434; as a defense in surveys",
+    claim="One bit of each entry carries too little for an inversion.",
+    rebuilt="`sign-update`: the sign of each entry and one size for each tensor.",
+    threat="Nothing is secret.",
+    stack="sign-update",
+    attack="map:seconds=20",
+    found="",
+    side=16,
+    images=1,
+)

@@ -1,0 +1,89 @@
+"""Which stacks to use: those that stood where they were measured, and those with a promise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+from vitguard.advise.counts import Counts
+from vitguard.advise.report import Applies, Option, Proven
+from vitguard.defenses.base import traits_of
+from vitguard.errors import VitguardError
+from vitguard.evidence import Stack
+from vitguard.registry import defense_types, parse_stack
+from vitguard.vit import Anatomy
+
+__all__ = ["options", "proven", "uncovered"]
+
+_EPSILON = 8.0  # of a stack that asks for one
+
+
+def options(
+    counts: Counts, name: str, batch_size: int, see: str, stood: Sequence[Stack]
+) -> Iterator[Option]:
+    """Yield the stacks that stood, where they go with this model and no count says otherwise."""
+    for stack in stood:
+        try:
+            defenses = parse_stack(stack.spec)
+            for defense in defenses:
+                defense.check(counts.model, counts.anatomy, defenses)
+            traits = traits_of(defenses, counts.anatomy)
+        except VitguardError:
+            continue  # it does not go with this model
+        keyed, proven = bool(traits.sealed), math.isfinite(traits.information)
+        if keyed and see != "server" and not proven:
+            continue
+        batch = max(batch_size, *(d.least_batch(counts.anatomy) for d in defenses))
+        left = tuple(a.attack for a in counts.at(batch, traits).values() if a.gives_away)
+        if left and traits.exact:
+            continue  # it stood elsewhere; here a count says that it would not
+        yield Option(
+            stack.spec,
+            batch,
+            stack.said(),
+            () if proven else left,
+            "server" if keyed else "server and clients",
+            _command(name, batch, stack.spec, stack.measured[0].attack),
+        )
+
+
+def proven(anatomy: Anatomy, name: str, batch_size: int, see: str) -> Iterator[Proven]:
+    """Yield the installed defenses with a promise that holds whatever the attack.
+
+    What keys hide is hidden from the server alone. Those without keys come first.
+    """
+    promised = [cls for cls in defense_types().values() if cls.promise]
+    named = [
+        cls(epsilon=_EPSILON) if "epsilon" in {f.name for f in fields(cls)} else cls()  # type: ignore
+        for cls in promised
+    ]
+    keyed = {d.spec(): bool(traits_of([d], anatomy).sealed) for d in named}
+    for defense in sorted(named, key=lambda d: keyed[d.spec()]):
+        if see == "server" or not keyed[defense.spec()]:
+            command = _command(name, batch_size, defense.spec(), "ladder")
+            yield Proven(defense.spec(), defense.promise, command)
+
+
+def uncovered(attacks: Sequence[Applies], see: str) -> Iterator[str]:
+    """Yield what no known attack or proof covers."""
+    named = {a.attack: a for a in attacks}
+    yield "any attack that nobody has written: only privacy with its epsilon is a proof"
+    if (matching := named.get("matching")) and matching.applies:
+        yield f"matching: {matching.reason}"
+    labels = [n for n in ("labels", "cascade") if n in named and named[n].applies]
+    if labels:
+        ends = [named[n].ends_at for n in labels]
+        until = f" below batch {max(e for e in ends if e)}" if all(ends) else ""
+        yield f"labels and class-token features, which {', '.join(labels)} read{until}"
+    if (search := named.get("token-search")) and search.applies:
+        yield f"token-search: {search.reason}"
+    yield "one image whose gradient outweighs its batch, unless each one's is made as large"
+    yield "many rounds on the same images, and a server that writes the weights"
+    if see != "server":
+        yield "a sum of few clients, which every client sees"
+
+
+def _command(model: str, batch: int, stack: str, attack: str) -> str:
+    size = f" --batch-size {batch} --num-images {batch}" if batch > 1 else ""
+    return f"vitguard audit --model {model}{size} --defense {stack} --attack {attack}"
