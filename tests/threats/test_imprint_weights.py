@@ -13,9 +13,7 @@ from vitguard.models import build_model
 from vitguard.threats import MaliciousServer
 from vitguard.threats.crafts.imprint import Imprint
 
-SPEC = (
-    "vit_tiny_patch16_224:img_size=16,patch_size=4,embed_dim=60,depth=3,num_heads=3,mlp_ratio=4,"
-)
+SPEC = "vit_tiny_patch16_224:img_size=16,patch_size=4,embed_dim=60,depth=3,num_heads=3,mlp_ratio=4,"
 MODELS = {
     "class token": "num_classes=10",
     "average": "num_classes=10,class_token=False,global_pool=avg",
