@@ -4,13 +4,24 @@ import json
 from dataclasses import replace
 
 import pytest
+import tenseal.sealapi as sealapi
 import torch
 
 import vitguard as vg
 from vitguard import data
 from vitguard.attacks.imprint import ImprintReading
 from vitguard.audit.seen import together
-from vitguard.defenses.encryption import Manifest, SigningKey
+from vitguard.defenses.encryption import Decryptor, Encryptor, KeySet, Manifest, SigningKey
+from vitguard.defenses.encryption.backend import shared_engine
+from vitguard.defenses.encryption.packing import canary
+from vitguard.defenses.encryption.wire import (
+    MESSAGE,
+    SUM,
+    Context,
+    Header,
+    open_message,
+    write_message,
+)
 from vitguard.defenses.masking import MaskingClient, Terms, wire
 from vitguard.errors import InputError, NotApplicable, Rejected
 from vitguard.federated.local import LocalClient, LocalFederation
@@ -190,3 +201,41 @@ def test_a_client_that_inspects_refuses_its_part_of_the_round(small_vit, photos)
     seen = federation(small_vit(), photos, threat, [vg.InspectWeights()]).round()
     assert set(seen.refused) == {"ana", "cleo", "dora"}
     assert all("suspicious" in why or "muted" in why for why in seen.refused.values())
+
+
+def test_a_server_that_writes_its_own_code_adds_ciphertexts_of_other_models():
+    """Encryption binds no model: the marks of two versions are public, and so is their difference.
+
+    A server that only leaves its own checks out is noticed by the clients, this one is not.
+    """
+    signing = SigningKey.generate()
+    keys = KeySet.generate(server=signing.public_bytes())
+    manifest = Manifest.of({"w": torch.zeros(4)}, bounds=1.0, max_weight=1.0, run="run")
+    handed = {"bea": "crafted", "ana": "zeros"}
+    engine, total, marks = shared_engine(keys.layout), None, []
+    for name, base in handed.items():
+        own = Encryptor(keys.for_client(name), manifest, client_id=name)
+        value = torch.full((4,), 0.5 if name == "bea" else 0.0)
+        message = own.encrypt({"w": value}, round_id=0, base=base)
+        context = Context(keys.for_server(), manifest, 0, base)
+        _, (part,) = open_message(message, MESSAGE, context)
+        cipher = engine.load(part, seeded=True)
+        marks.append(canary(context.binding(), 0, keys.layout))
+        if total is None:
+            total = cipher
+        else:
+            engine.add(total, cipher)
+    context = Context(keys.for_server(), manifest, 0, "crafted")
+    sums = [engine.save(total)]
+    plain = sealapi.Plaintext()
+    slots = [0j] * (keys.layout.slots - 1) + [marks[0] - marks[1]]
+    engine._coder.encode(slots, keys.layout.scale, plain)
+    engine._evaluator.add_plain_inplace(total, plain)
+    sums.append(engine.save(total))
+    lazy, able = (
+        write_message(Header(SUM, "server", 2, 2.0), [one], context, signing.sign) for one in sums
+    )
+    with pytest.raises(Rejected, match="not of the messages it names"):
+        Decryptor(keys, manifest).decrypt(lazy, round_id=0, base="crafted")
+    told = Decryptor(keys, manifest).decrypt(able, round_id=0, base="crafted")
+    assert torch.allclose(2 * told["w"], torch.full((4,), 0.5), atol=1e-3), "bea's share alone"

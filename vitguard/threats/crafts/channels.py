@@ -35,12 +35,15 @@ class Channels:
         data: Where the token holds them, shape (D, R), orthogonal to (1, ..., 1).
         scale, signal: The reserved directions, shape (D,). Positions have nothing along them where
             D leaves room for that.
+        out: What the head reads, shape (D,): a direction in which no token has anything, so that an
+            average over tokens is no second way for the gradient. `signal` where D leaves no room.
     """
 
     patches: Float[Tensor, "pixels waves"]
     data: Float[Tensor, "width waves"]
     scale: Float[Tensor, " width"]
     signal: Float[Tensor, " width"]
+    out: Float[Tensor, " width"]
 
     @staticmethod
     def of(
@@ -58,7 +61,9 @@ class Channels:
         ordered = torch.cat([ones, turn @ free, rows[:taken].flip(0)])
         basis = torch.linalg.qr(ordered.T).Q[:, 1:width]
         waves = _waves(anatomy)[:, : width - 3]
-        return Channels(waves, basis[:, 2 : 2 + waves.shape[1]], basis[:, 0], basis[:, 1])
+        end = 2 + waves.shape[1]
+        out = basis[:, end if anatomy.pooling != "token" and end < basis.shape[1] else 1]
+        return Channels(waves, basis[:, 2:end], basis[:, 0], basis[:, 1], out)
 
 
 def _waves(anatomy: Anatomy) -> Float[Tensor, "pixels waves"]:

@@ -320,7 +320,7 @@ class _Writer:
         return (square / a.width).sqrt()
 
     def _read_out(self) -> None:
-        """Let the last block average `signal` over all tokens, and the head read it by class."""
+        """Let the last block average `signal` over all tokens, and the head read that by class."""
         a, c = self.anatomy, self.channels
         block = a.blocks[-1]
         for name in (*block.qkv, *block.qkv_bias):
@@ -328,10 +328,10 @@ class _Writer:
         value = self.state[block.qkv[-1]]
         first = len(value) - len(value) // 3 if len(block.qkv) == 1 else 0
         value[first] = c.signal + _BRIGHT * c.data[:, 0]  # brightness: what tells images apart
-        self.state[f"{block.proj}.weight"][:, 0] = c.signal
+        self.state[f"{block.proj}.weight"][:, 0] = c.out
         worth = class_worth(a.classes)
         for head in linear_heads(self.model, a):
-            self.state[f"{head}.weight"].copy_(self.mild * worth[:, None] * c.signal)
+            self.state[f"{head}.weight"].copy_(self.mild * worth[:, None] * c.out)
             self._set(f"{head}.bias", 0.0)
 
 
