@@ -5,10 +5,12 @@
 
 Each cell is one audit without defenses: the ladder of exact attacks within a budget of work, and
 for keys that hold a word of `--matching` also gradient matching on a CPU's budget. A run goes on
-where the file ends. The trained models and the images are those of the folder that VITGUARD_DATA
-names; ViT-B/16 has random weights. Adapters are as after some steps: before the first one, B of
-LoRA and the last layer of a bottleneck are zero, and most of the update with them. The head is
-trained in every cell, as it is for new classes. A B = 4 row counts the best of its images.
+where the file ends, and a line that was cut off by its end is run again; a cell that is not in the
+file is `not run` in the table, with the reason. The trained models and the images are those of the
+folder that VITGUARD_DATA names; ViT-B/16 has random weights. Adapters are as after some steps:
+before the first one, B of LoRA and the last layer of a bottleneck are zero, and most of the update
+with them. The head is trained in every cell, as it is for new classes. A B = 4 row counts the best
+of its images.
 """
 
 from __future__ import annotations
@@ -50,6 +52,15 @@ NAMES = {
     "cifar a": "CIFAR ViT, trained, 32 px",
     "DINOv2-small": "DINOv2-small, 112 px",
     "ViT-B/16": "ViT-B/16, random, 224 px",
+}
+
+
+WHY = {  # of cells that nobody has run, the first that holds
+    "| 4": "single images come first",
+    "ViT-B/16": "a core takes hours",
+    "DINOv2-small": "a core takes hours",
+    "cifar a |": "derivatives along 3,072 pixels take a core hours",
+    "": "no time so far",
 }
 
 
@@ -177,15 +188,22 @@ def planned(model: str, trained: str) -> str:
     return ", ".join(name for name in report.remaining() if name != "matching") or "none"
 
 
-def shown(line: dict[str, Any] | None) -> str:
+def why_not(cell: Cell) -> str:
+    """Return why a cell is not in the file."""
+    return next(why for word, why in WHY.items() if word in cell.key)
+
+
+def shown(cell: Cell, line: dict[str, Any] | None) -> str:
     """Return a cell: the best image in dB, its gain over guesses without information, the rung."""
     if line is None:
-        return "not run"
+        return f"not run: {why_not(cell)}"
     labels = "" if line["labels"] is None else f"; labels {line['labels']:.0%}"
     if line["matched"] is None:
-        return f"no image{labels}"
+        return f"{line['verdict']}: no image{labels}"
     rung = f" by `{line['rung']}`" if line["rung"] else ""
-    return f"{line['matched']:.1f} dB ({line['gain']:+.1f}){rung}{labels}"
+    proved = f", {line['verified']:.0%} of patches proved" if line["verified"] else ""
+    got = f"{line['matched']:.1f} dB ({line['gain']:+.1f}){rung}{proved}"
+    return f"{line['verdict']}: {got}{labels}"
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -201,11 +219,20 @@ def table(lines: list[dict[str, Any]]) -> str:
         floors = "" if some is None else "{patch_psnr:.1f}, {thumbnail:.1f}".format(**some["floor"])
         parts = (
             f"{NAMES[cell.model]}, B = {cell.batch}", cell.trained,
-            planned(cell.model, cell.trained), shown(ladder),
-            shown(matching), floors,
+            planned(cell.model, cell.trained), shown(cell, ladder),
+            shown(cell, matching), floors,
         )  # fmt: skip
         rows.append(f"| {' | '.join(parts)} |")
     return "\n".join(rows)
+
+
+def finished(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file; one that was cut off is taken out of it."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def main() -> None:
@@ -217,9 +244,7 @@ def main() -> None:
     parser.add_argument("--matching", nargs="*", default=[], metavar="WORD", help="parts of keys")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    lines = []
-    if options.out.exists():
-        lines = [json.loads(text) for text in options.out.read_text().splitlines()]
+    lines = finished(options.out)
     if options.table:
         print(table(lines))
         return

@@ -46,7 +46,7 @@ def row(size: int, count: int, name: str, seconds: float) -> dict[str, Any]:
     began = time.process_time()
     report = audit(
         model, (pixels, torch.arange(count)),
-        defenses=[STACKS[name]] if STACKS[name] else (), attacks=[Ladder(seconds=seconds)],
+        defenses=STACKS[name] or (), attacks=[Ladder(seconds=seconds)],
         normalization=normalization_of(model),
     )  # fmt: skip
     found = report.findings[-1]

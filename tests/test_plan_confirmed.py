@@ -125,7 +125,7 @@ def test_few_blocks_under_a_class_token_leak_where_the_plan_says_so(
         assert finding.verdict == "leaks" and finding.psnr.max > bar, finding
 
 
-@pytest.mark.parametrize("width", [96, 192])
+@pytest.mark.parametrize("width", fast_for([96, 192], fast=[96]))
 def test_positions_of_low_rank_leave_images_that_can_be_told_from_others(width):
     model = build_model(SPEC.format(width, 2, 4))
     span = plan_report(model, "head", positions="sincos").attacks[1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.fast import crossed
 from vitguard import data
 from vitguard.attacks.april import April
 from vitguard.attacks.base import Attack
@@ -209,16 +210,23 @@ def test_the_worst_image_decides_not_the_mean(small_vit, photos):
     assert finding.gain > 90  # of the one image that was found; 30 on average
 
 
+BATCHES = [(1, 1), (5, 5), (4, 1)]
+
+
 @pytest.mark.parametrize(
-    ("what", "seeds"),
-    [("grey", 2), ("photo", 2), ("white noise", 2), ("smooth noise", 2)]
-    + [pytest.param(f"{kind} noise", 6, marks=pytest.mark.slow) for kind in ("white", "smooth")],
-)
-@pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (5, 5), (4, 1)])
-def test_guesses_that_know_nothing_are_never_a_leak(
-    small_vit, photos, what, seeds, count, batch_size
-):
-    model = small_vit(depth=1)
+    ("what", "seeds", "batches"),
+    [
+        pytest.param(what, seeds, batches, marks=marks)
+        for seeds, kinds in ((2, ["grey", "photo", "white noise", "smooth noise"]),
+                             (6, ["white noise", "smooth noise"]))
+        for what, batches, marks in (
+            (*case.values, case.marks if seeds == 2 else pytest.mark.slow)
+            for case in crossed(kinds, BATCHES)
+        )
+    ],
+)  # fmt: skip
+def test_guesses_that_know_nothing_are_never_a_leak(small_vit, photos, what, seeds, batches):
+    model, (count, batch_size) = small_vit(depth=1), batches
     for seed in range(seeds):
         found, _ = run(model, photos[:count], [Fake(what)], batch_size=batch_size, seed=seed)
         assert found["none", "fake"].verdict == "inconclusive", seed
@@ -426,7 +434,9 @@ def test_what_a_newcomer_gives_is_one_clear_error(small_vit, batch, how, said):
         audit(batch=batch, **how)
 
 
-USUAL = {"batch": BATCH, "defenses": FROZEN, "attacks": [PositionInversion()]}
+USUAL = {
+    "batch": BATCH, "defenses": FROZEN, "attacks": [PositionInversion()], "batch_size": 1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

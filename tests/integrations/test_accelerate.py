@@ -137,6 +137,64 @@ def test_what_accelerate_prepared_before_is_told_the_order(small_vit):
         prepare(accelerator, model, optimizer, loader)
 
 
+def prepared_before(small_vit, **settings):
+    """Everything prepared by accelerate, and only then by the guard."""
+    accelerator = accelerate.Accelerator(cpu=True, **settings)
+    model, guard = guarded(small_vit, PRIVATE)
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    model, optimizer, loader, _ = accelerator.prepare(
+        model, optimizer, DataLoader(DATA, 4), scheduler
+    )
+    return accelerator, model, optimizer, loader, guard
+
+
+def test_what_accelerate_prepared_before_is_opened_and_trains_as_a_loop_by_hand(
+    small_vit, tmp_path
+):
+    accelerator, model, before, loader, guard = prepared_before(small_vit)
+    optimizer, loader = guard.prepare(before, loader)
+    assert optimizer is before, "the accelerator steps and saves what is private"
+    train(accelerator, model, optimizer, loader, guard)
+    reference, counted = guarded(small_vit, PRIVATE)
+    private, draws = counted.prepare(sgd(reference), DataLoader(DATA, 4))
+    train(ByHand(), reference, private, draws, counted)
+    other = reference.state_dict()
+    assert max(float((t - other[n]).abs().max()) for n, t in model.state_dict().items()) < 1e-6
+    assert guard.privacy_spent() == counted.privacy_spent() and guard.privacy_spent().steps == 8
+    accelerator.save_state(tmp_path / "state")
+    again, model, optimizer, loader, later = prepared_before(small_vit)
+    later.prepare(optimizer, loader)
+    again.load_state(tmp_path / "state")
+    assert later.privacy_spent() == guard.privacy_spent()
+
+
+def test_a_state_without_the_ledger_is_refused_by_what_was_opened(small_vit, tmp_path):
+    accelerator, *_ = prepared_before(small_vit)
+    accelerator.save_state(tmp_path / "plain")
+    again, _, optimizer, loader, guard = prepared_before(small_vit)
+    guard.prepare(optimizer, loader)
+    with pytest.raises(InputError, match="What was spent before would not count"):
+        again.load_state(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    "got", ["several processes", "gradient scaler", "accumulates", "go to meta"]
+)
+def test_what_accelerate_would_do_around_a_private_step_is_refused(small_vit, got):
+    steps = 2 if got == "accumulates" else 1
+    _, _, optimizer, loader, guard = prepared_before(small_vit, gradient_accumulation_steps=steps)
+    if got == "several processes":
+        optimizer.accelerator_state.num_processes = 2
+    if got == "gradient scaler":
+        optimizer.scaler = torch.amp.GradScaler("cpu")
+    if got == "go to meta":
+        loader.device = torch.device("meta")
+    with pytest.raises(Incompatible, match=f"{got}.*integrations\\.accelerate\\.prepare"):
+        guard.prepare(optimizer, loader)
+    assert type(optimizer.optimizer) is torch.optim.SGD
+
+
 @pytest.mark.parametrize("stack", ["noise:scale=0.1", "client-privacy", "encryption"])
 def test_defenses_of_the_update_alone_are_refused(small_vit, stack):
     accelerator = accelerate.Accelerator(cpu=True)

@@ -110,7 +110,7 @@ def by_accelerate(model, how, folder):
         accelerator.state.distributed_type = DistributedType.FSDP
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loader = DataLoader(DATA, 8)
-    if how == "prepared before":
+    if how == "prepared before, accumulation":
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         optimizer, loader = vg.Guard.of(model).prepare(optimizer, loader)
     elif how == "accumulation by hand":
@@ -204,7 +204,7 @@ REFUSED = {
     by_accelerate: {
         "fp16": SCALER, "torch_compile": COMPILED, "fsdp": SPREAD, "mixing": MIXED,
         "accumulation": STEPS, "accumulation by hand": STEPS,
-        "prepared before": r"integrations\.accelerate\.prepare",
+        "prepared before, accumulation": r"integrations\.accelerate\.prepare",
     },
     by_timm: {
         "fp16": SCALER, "torch_compile": COMPILED, "fsdp": SPREAD, "mixing": MIXED,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.core import Guess, Normalization, View
+from vitguard.errors import NotApplicable
 from vitguard.released import Released, Remaining
 
 __all__ = ["Attack", "InputAttack", "InputResult", "Rung", "Triptych", "guess_of"]
@@ -94,8 +95,11 @@ def guess_of(attack: Attack, view: View, generator: torch.Generator) -> Guess:
     """Return what an attack returns, with what it verified only where that is a proof.
 
     Raises:
-        NotApplicable, Blocked: As `Attack.run`.
+        NotApplicable: As `Attack.run`, or the craft let no image give a gradient.
+        Blocked: As `Attack.run`.
     """
+    if view.crafted is not None and view.crafted.nothing:
+        raise NotApplicable(view.crafted.nothing)
     guess = attack.run(view, generator)
     if view.crafted is None or attack.proves_crafted or guess.verified is None:
         return guess

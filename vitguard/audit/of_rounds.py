@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from vitguard.audit.received import (
     without_control,
 )
 from vitguard.audit.scale import Scale, decoys_for
-from vitguard.audit.seen import Seen, SeenRound, Share, mean_of
+from vitguard.audit.seen import Seen, SeenRound, Share, mean_of, together
 from vitguard.audit.spreading import Progress, Work
 from vitguard.audit.stated import facts_of
 from vitguard.audit.victim import Victim
@@ -59,7 +59,7 @@ def audit_rounds(
     Raises:
         InputError: There is nothing to attack, or one thing twice.
     """
-    things, said = _things(rounds)
+    things, said = _things(rounds, adversary)
     first = things[0]
     model = first.guard.public_model()
     asked = parse_attacks(attacks, fast=next(model.parameters()).device.type == "cpu")
@@ -120,15 +120,31 @@ UNLIKE = (
 ON_INPUT = "an attack on the input needs a model to query, and not what leaves a round"
 
 
-def _things(rounds: Rounds) -> tuple[list[Seen], list[str]]:
-    """Return everything that is seen, differences of sums too, and why one does not exist."""
+def _things(rounds: Rounds, adversary: Threat) -> tuple[list[Seen], list[str]]:
+    """Return everything that is seen, differences of sums too, and why one does not exist.
+
+    An adversary that singles out a client sees its share in place of the sum; one that changes its
+    weights by the round also sees its rounds together.
+    """
     given = [rounds] if isinstance(rounds, SeenRound | Seen) else list(_iterable(rounds))
     strangers = [g for g in given if not isinstance(g, SeenRound | Seen)]
     if strangers or not given:
         got = type(strangers[0]).__name__ if strangers else "none"
         raise expected("a model and a batch, or rounds of a federation", got)
     whole = [g for g in given if isinstance(g, SeenRound)]
-    things = [t for g in given for t in (g.seen() if isinstance(g, SeenRound) else (g,))]
+    target = adversary.target
+    sums: list[Seen] = []
+    things: list[Seen] = []
+    for one in given:
+        if isinstance(one, Seen):
+            things.append(one)
+            continue
+        things += one.messages
+        if one.total is not None:
+            sums.append(one.alone(target) if target in one.included else one.total)
+            things.append(sums[-1])
+    if adversary.changing and len(sums) > 1:
+        things.append(together(sums))
     notes = [
         f"Round {r.number} has no sum: {r.failed}" if r.failed else
         f"Round {r.number} refused {c}: {why}"
@@ -166,6 +182,10 @@ class _Look:
     decoys: Tensor | None
 
     def __post_init__(self) -> None:
+        shares = self.thing.shares
+        client = shares[0].client if len(shares) == 1 else ""
+        self.threat = self.adversary.at(self.thing.number, client)
+        self.earlier = [replace(self, thing=one) for one in self.thing.earlier]
         self.training = LocalTraining.of(self.thing.update)
         pixels = [s.pixels for s in self.thing.shares]
         known = [p for p in pixels if p is not None]
@@ -190,9 +210,8 @@ class _Look:
 
     def _exposed(self) -> Exposure:
         thing = self.thing
-        view = self.adversary.view(
-            thing.guard, thing.update, thing.normalization, loss=thing.loss
-        )  # fmt: skip
+        view = self.threat.view(thing.guard, thing.update, thing.normalization, loss=thing.loss)
+        view = replace(view, earlier=tuple(look._exposed().view for look in self.earlier))
         masks = [s.mask for s in thing.shares]
         whole = [m for m in masks if m is not None]
         return Exposure(view, torch.cat(whole) if whole and len(whole) == len(masks) else None)
@@ -221,10 +240,10 @@ class _Look:
         weights = [1.0] if self.pixels is None else [s.weight for s in self.thing.shares]
         made = [v.made(()) for v in victims]
         update = mean_of([u for _, u in made], weights)
-        view = self.adversary.control().view(
+        view = self.threat.control().view(
             made[0][0], update, self.thing.normalization, loss=self.thing.loss
         )
-        return Exposure(view)
+        return Exposure(replace(view, earlier=tuple(e._control().view for e in self.earlier)))
 
     def _victim(self, share: Share, pixels: Tensor) -> Victim:
         labels = share.labels

@@ -13,8 +13,9 @@ from torch import Tensor
 from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.errors import NotApplicable, expected
 from vitguard.guard import Guard, protect
+from vitguard.vit import Anatomy
 
-__all__ = ["Seen", "SeenRound", "Share", "mean_of", "under"]
+__all__ = ["Seen", "SeenRound", "Share", "mean_of", "together", "under"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,8 @@ class Seen:
         note: What a reader must know of it, such as who can read a sum.
         alike: Whether all shares were made under the stack of `guard`. If not, no adversary here
             knows what to expect, and an audit calls nothing of it resisted.
+        number: Of the round.
+        earlier: The same of earlier rounds, where an adversary reads rounds together.
     """
 
     name: str
@@ -69,6 +72,8 @@ class Seen:
     loss: Loss = F.cross_entropy
     note: str = ""
     alike: bool = True
+    number: int = 0
+    earlier: tuple[Seen, ...] = field(default=(), repr=False)
 
     @property
     def weight(self) -> float:
@@ -133,6 +138,34 @@ class SeenRound:
         name = f"{_sum_name(self.number)} less {', '.join(clients)} {_counts(images, left)}"
         return _of(self._under(total, left), name, rest, left, images)
 
+    def alone(self, client: str) -> Seen:
+        """Return the sum as the update of one client, where no other one has a gradient.
+
+        That is what a server sees that handed all others the craft `suppression`. Of the head's
+        biases nothing is left: they hold the others' labels.
+
+        Raises:
+            NotApplicable: There is no sum, the client is not in it, or weight decay moved others.
+        """
+        total = self._sum()
+        if client not in self.included:
+            raise NotApplicable(f"{client} is not in the sum of round {self.number}")
+        message = next(m for m in self.messages if m.shares[0].client == client)
+        if total.update.weight_decay:
+            raise NotApplicable("weight decay moved the weights of clients without a gradient")
+        (share,) = message.shares
+        factor = total.weight / share.weight
+        anatomy = Anatomy.of(message.guard.model)
+        heads = tuple(f"{head}." for head in anatomy.head)
+        update = total.update.seal({
+            n: "it holds the labels of all clients" for n in total.update.tensors
+            if n.startswith(heads) and n.endswith("bias")
+        })  # fmt: skip
+        tensors = {n: (t.double() * factor).to(t.dtype) for n, t in update.tensors.items()}
+        update = replace(update, tensors=tensors, batch_size=share.count)
+        name = f"{client} in the {_sum_name(self.number)} ({_images(share.count)})"
+        return replace(message, name=name, update=update, note=total.note)
+
     def minus(self, other: SeenRound) -> Seen:
         """Return what two sums give away of the one client that only this one includes.
 
@@ -178,6 +211,19 @@ class SeenRound:
         if self.total is None:
             raise NotApplicable(f"round {self.number} has no sum ({self.failed})")
         return self.total
+
+
+def together(sums: Sequence[Seen]) -> Seen:
+    """Return what several rounds show of the same clients as one thing: the last, with the others.
+
+    Raises:
+        InputError: There are fewer than two, or of other clients.
+    """
+    if len(sums) < 2 or len({tuple(s.client for s in one.shares) for one in sums}) > 1:
+        raise expected("sums of the same clients in two rounds or more", f"{len(sums)} sums")
+    numbers = ", ".join(str(one.number) for one in sums)
+    name = f"rounds {numbers} together: {sums[-1].name}"
+    return replace(sums[-1], name=name, earlier=tuple(sums[:-1]))
 
 
 def under(messages: Sequence[Seen], total: Seen) -> Seen:

@@ -39,8 +39,11 @@ class Crafted:
         craft: Name of the craft.
         settings: Its settings, for the report.
         bins: Where it made rows that tell single tokens apart.
+        nothing: Why there is nothing to read in this update, as the update itself shows; "" where
+            that is not so.
     """
 
     craft: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     bins: tuple[Bins, ...] = ()
+    nothing: str = ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor, nn
 
 __all__ = ["canonical_name", "canonical_parameters", "canonical_tensors"]
@@ -9,6 +11,7 @@ __all__ = ["canonical_name", "canonical_parameters", "canonical_tensors"]
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "_module.")
 
 
+@lru_cache(maxsize=65_536)  # a model's names are asked for many times in each step
 def canonical_name(name: str) -> str:
     """Return the base model's name of a parameter seen through DDP, compile, PEFT or Opacus."""
     while True:

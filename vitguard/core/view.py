@@ -119,6 +119,7 @@ class View:
         random: `() -> bool`: whether the model itself draws while it trains (dropout, drop path),
             so that `simulate` is random whatever the defenses do.
         crafted: What the server wrote into the weights; None where they are honest.
+        earlier: What it saw in earlier rounds of the same images, with weights of those rounds.
     """
 
     model: nn.Module
@@ -133,6 +134,7 @@ class View:
     random: Callable[[], bool] = lambda: False
     traits: Traits = Traits()
     crafted: Crafted | None = None
+    earlier: tuple[View, ...] = ()
 
     @property
     def unknown(self) -> Tensor | None:

@@ -22,6 +22,7 @@ from vitguard.guard import Guard, Stack, protect, stack_of
 from vitguard.models import normalization_of
 from vitguard.registry import stack_name
 from vitguard.rounds import next_version
+from vitguard.threats import Threat
 from vitguard.vit import canonical_name
 
 __all__ = ["LocalClient", "LocalFederation"]
@@ -70,6 +71,9 @@ class LocalFederation:
             rate 0.01.
         bound: The largest absolute value of an update, for the manifest of a secure sum.
         normalization: From pixels to model input; what the model's configuration says by default.
+        threat: A server that may hand out weights of its own making, other ones to each client and
+            in each round. Then it keeps its own model: no round moves that on. None for a server
+            that hands out the shared model.
         generator: Makes the defenses' draws a function of its state, for tests and audits: no
             guarantee of privacy holds then. Keys and masks are always secret.
 
@@ -88,6 +92,7 @@ class LocalFederation:
         bound: float | Mapping[str, float] = 1.0,
         loss: Loss = F.cross_entropy,
         normalization: Normalization | None = None,
+        threat: Threat | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         if not isinstance(clients, Mapping):
@@ -106,7 +111,7 @@ class LocalFederation:
         self.model, self.clients = model, dict(clients)
         self.number = 0
         """Of the next round."""
-        self._training, self._loss = training, loss
+        self._training, self._loss, self._threat = training, loss, threat
         self._normalization = normalization or normalization_of(model)
         stack = stack_of(defenses)
         self._stacks = {
@@ -141,11 +146,15 @@ class LocalFederation:
         there = list(self.clients if clients is None else clients)
         if not there or len({*there}) < len(there) or not {*there} <= self.clients.keys():
             raise expected(f"names of clients among {list(self.clients)}, each once", there)
-        number, base = self.number, self.version
+        number = self.number
         self.number += 1
+        versions = {name: self._hand_out(name, number) for name in there}
+        base = next(iter(versions.values()))
+        if not self._scheme.binds:  # it takes each message for one of the version it wants
+            versions = dict.fromkeys(there, base)
         made = SeenRound(number, base, base, (), weights=dict(self.weights))
         try:
-            self._scheme.begin(number, base, {n: self._weights[n] for n in there})
+            self._scheme.begin(number, base, {n: self._weights[n] for n in there}, versions)
         except VitguardError as error:
             return replace(made, failed=str(error))
         messages: dict[str, Seen] = {}
@@ -153,7 +162,7 @@ class LocalFederation:
         refused: dict[str, str] = {}
         for name in there:
             try:
-                messages[name] = self._message(name, number)
+                messages[name] = self._message(name, number, versions[name])
                 _check_plain(messages[name].update)
                 self._scheme.add(name, messages[name].update)
                 included[name] = messages[name]
@@ -167,7 +176,7 @@ class LocalFederation:
         total, plain = self._total(number, list(included.values()), opened)
         sum_bytes = model_version(plain).encode() + sum_bytes
         version = next_version(base, sum_bytes)
-        if advance:
+        if advance and base == self.version:
             self.version = version
             self.weights = {
                 n: w + total.update.tensors[n].to(w.dtype) if n in total.update.tensors else w
@@ -191,14 +200,24 @@ class LocalFederation:
             shares=shares, note=self._scheme.opened_by,
         ), plain  # fmt: skip
 
-    def _message(self, name: str, number: int) -> Seen:
-        """Let a client train from the shared model and return its message."""
-        client, guard, weight = self.clients[name], self.guards[name], self._weights[name]
+    def _hand_out(self, name: str, number: int) -> str:
+        """Load what a client is handed, and return the version that it makes of that."""
+        guard = self.guards[name]
         own = guard.model.state_dict()
-        shared = {k: t for k in own for n, t in self.weights.items() if canonical_name(k) == n}
-        guard.model.load_state_dict({**own, **shared})
+        given = {k: t for k in own for n, t in self.weights.items() if canonical_name(k) == n}
+        guard.model.load_state_dict({**own, **given})
+        threat = None if self._threat is None else self._threat.at(number, name)
+        written = None if threat is None else threat.hand_out(self._public(name))
+        if written is None:
+            return self.version
+        guard.model.load_state_dict({**guard.model.state_dict(), **written})
+        return model_version(_state(guard, list(self.weights)))
+
+    def _message(self, name: str, number: int, version: str) -> Seen:
+        """Let a client train from what it was handed and return its message."""
+        client, guard, weight = self.clients[name], self.guards[name], self._weights[name]
         before = self._public(name)
-        with guard.round(number, base=self.version, weight=weight, client=name):
+        with guard.round(number, base=version, weight=weight, client=name):
             update = self._sealed(client, guard)
         mask = guard.truth().get("shuffled")
         share = Share(
@@ -212,7 +231,7 @@ class LocalFederation:
         stack = self._stacks[name]
         return Seen(
             message_name(name, number, share.count), update, before, (share,),
-            stack_name(stack) if stack else "", self._normalization, self._loss,
+            stack_name(stack) if stack else "", self._normalization, self._loss, number=number,
         )  # fmt: skip
 
     def _sealed(self, client: LocalClient, guard: Guard) -> Update:

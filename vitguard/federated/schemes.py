@@ -69,17 +69,24 @@ class Scheme(ABC):
     """The way that a sum is made; it lasts for all rounds of a federation."""
 
     opened_by: ClassVar[str] = ""
+    binds: ClassVar[bool] = False
+    """Whether clients with other versions of the model refuse to be in one sum, by themselves."""
 
     @abstractmethod
     def with_keys(self, client: str, defense: Defense) -> Defense:
         """Return a sealing defense with the keys of a client."""
 
     @abstractmethod
-    def begin(self, number: int, base: str, weights: Mapping[str, float]) -> None:
+    def begin(
+        self, number: int, base: str, weights: Mapping[str, float], versions: Mapping[str, str]
+    ) -> None:
         """Begin a round of these clients with their weights.
 
+        Args:
+            versions: Of the model that each client was handed, as it names it itself.
+
         Raises:
-            Rejected: There are too few.
+            Rejected: There are too few, or they were handed other models and the scheme `binds`.
         """
 
     @abstractmethod
@@ -105,7 +112,9 @@ class Plain(Scheme):
     def with_keys(self, client: str, defense: Defense) -> Defense:
         return defense
 
-    def begin(self, number: int, base: str, weights: Mapping[str, float]) -> None:
+    def begin(
+        self, number: int, base: str, weights: Mapping[str, float], versions: Mapping[str, str]
+    ) -> None:
         self._count = 0
 
     def add(self, client: str, update: Update) -> None:
@@ -140,7 +149,9 @@ class Encrypted(Scheme):
         own = Encryptor(keys, self._manifest, client_id=client)
         return replace(defense, encryptor=own)  # type: ignore[call-arg]
 
-    def begin(self, number: int, base: str, weights: Mapping[str, float]) -> None:
+    def begin(
+        self, number: int, base: str, weights: Mapping[str, float], versions: Mapping[str, str]
+    ) -> None:
         self._number, self._base = number, base
         self._sum = Aggregator(
             self._keys.for_server(), self._manifest, signing=self._signing, round_id=number,
@@ -159,6 +170,7 @@ class Masked(Scheme):
     """Pairwise masks: each client with a key of its own, three clients at least."""
 
     opened_by = "A masked sum is read by the server as well as by every client."
+    binds = True
 
     def __init__(self, manifest: Manifest, clients: Iterable[str]) -> None:
         self._signing = SigningKey.generate()
@@ -173,14 +185,16 @@ class Masked(Scheme):
     def with_keys(self, client: str, defense: Defense) -> Defense:
         return replace(defense, client=self._clients[client])  # type: ignore[call-arg]
 
-    def begin(self, number: int, base: str, weights: Mapping[str, float]) -> None:
+    def begin(
+        self, number: int, base: str, weights: Mapping[str, float], versions: Mapping[str, str]
+    ) -> None:
         self._number, self._base = number, base
         server = self._server = MaskingServer(
             self._terms, signing=self._signing, round_id=number, base=base
         )
         there = {c: self._clients[c] for c in weights}
         for name, client in there.items():
-            server.add_keys(client.start_round(number, weight=weights[name], base=base))
+            server.add_keys(client.start_round(number, weight=weights[name], base=versions[name]))
         roster = server.roster()
         for client in there.values():
             server.add_shares(client.share_keys(roster))

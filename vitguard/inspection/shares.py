@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitguard.inspection.rows import SKETCH, nearest
@@ -60,20 +59,20 @@ def token_shares(
     if len(live) < 2:
         return Shares(outputs.new_zeros(0), outputs.new_zeros(0))
     drawn, other = nearest(short[live], generator)
-
-    def rows(of: Tensor) -> Tensor:
-        """Return of each row its tokens, scaled to length 1."""
-        return F.normalize((outputs[:, live[of]] * sizes[:, None]).T, dim=1)
-
-    one, two = rows(drawn), rows(other)
-    difference = one - two * (one * two).sum(1, keepdim=True).sign()
-    kept = difference.norm(dim=1) > _ROUNDING
-    return Shares(_strongest(one, patch), _strongest(difference[kept], patch))
+    both = outputs.index_select(1, live[torch.cat([drawn, other])]).mul_(sizes[:, None])
+    both.div_(both.norm(dim=0).clamp_min(1e-12))  # of each row its tokens, scaled to length 1
+    one, two = both.tensor_split(2, dim=1)
+    two.mul_(torch.einsum("tk,tk->k", one, two).sign())
+    two.sub_(one)  # now the difference
+    kept = two.norm(dim=0) > _ROUNDING
+    return Shares(_strongest(one, patch), _strongest(two, patch)[kept])
 
 
-def _strongest(rows: Tensor, patches: Tensor) -> Tensor:
-    sizes = rows.abs()
-    return (sizes * patches).amax(1) / sizes.sum(1).clamp_min(1e-30)
+def _strongest(columns: Tensor, patches: Tensor) -> Tensor:
+    """Return the share of the largest patch in each column; `columns` is not needed after."""
+    sizes = columns.abs_()
+    whole = sizes.sum(0).clamp_min(1e-30)
+    return sizes.mul_(patches[:, None]).amax(0) / whole
 
 
 def gram_of_samples(inputs: Tensor, outputs: Tensor) -> Tensor:

@@ -21,7 +21,20 @@ __all__ = ["CuriousServer", "Threat"]
 
 
 class Threat(ABC):
-    """An adversary: what it is granted of an update, and what a report says of it."""
+    """An adversary: what it is granted of an update, and what a report says of it.
+
+    Attributes:
+        target: The client whose share of a sum it singles out by the weights that it hands to the
+            others; "" for nobody.
+        changing: Whether it hands out other weights each round, to read rounds together.
+    """
+
+    target: str = ""
+    changing: bool = False
+
+    def at(self, number: int, client: str = "") -> Threat:
+        """Return the adversary as a client meets it in a round, by the number of the round."""
+        return self
 
     @abstractmethod
     def view(

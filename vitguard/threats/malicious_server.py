@@ -68,6 +68,10 @@ class MaliciousServer(Threat):
     Args:
         craft: What it writes, or its name with settings (`"imprint:blocks=2"`).
         withhold: As for `CuriousServer`.
+        target: In rounds: the client that gets `craft`, or honest weights where that is
+            `suppression`. All others get `suppression`, zeros before the head, so that the sum is
+            the target's share alone. "" hands the same weights to all.
+        changing: In rounds: whether each round has its own turn of the craft (`Craft.turned`).
 
     Raises:
         InputError: No such craft.
@@ -75,6 +79,8 @@ class MaliciousServer(Threat):
 
     craft: Craft | str = "imprint"
     withhold: tuple[str, ...] = ()
+    target: str = ""
+    changing: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.craft, str):
@@ -88,6 +94,15 @@ class MaliciousServer(Threat):
         assert isinstance(self.craft, Craft)
         return self.craft
 
+    def at(self, number: int, client: str = "") -> Threat:
+        """Return the server of one round and client: what it writes there, the same for all."""
+        craft = self.made.turned(number) if self.changing else self.made
+        if self.target and client != self.target:
+            craft = parse_craft("suppression")
+        elif self.target and craft.name == "suppression":
+            return CuriousServer(self.withhold)
+        return MaliciousServer(craft, self.withhold)
+
     def control(self) -> MaliciousServer:
         """Return the same server where everything is sent."""
         return replace(self, withhold=())
@@ -96,8 +111,12 @@ class MaliciousServer(Threat):
         """Return the adversary, its craft, and the selectors that are not sent."""
         settings = [f"{key}={written(value)}" for key, value in self.made.settings().items()]
         craft = ":".join(part for part in (self.made.name, ",".join(settings)) if part)
-        held = list(self.withhold)
-        return {"adversary": "malicious server", "craft": craft, "withheld": held}
+        told: dict[str, Any] = {"adversary": "malicious server", "craft": craft}
+        if self.target:
+            told["target"] = self.target
+        if self.changing:
+            told["changing"] = "by the round"
+        return {**told, "withheld": list(self.withhold)}
 
     def hand_out(self, guard: Guard) -> dict[str, Tensor]:
         """Return crafted weights for the model as the client protects it.
@@ -116,6 +135,7 @@ class MaliciousServer(Threat):
     ) -> View:
         """Return what a curious server sees, and what this one wrote."""
         craft, model = self.made.under(guard.traits), guard.public_model()
+        crafted = replace(craft.crafted(model), nothing=craft.nothing(update, model))
         update = craft.seen(update, model)
         seen = CuriousServer(self.withhold).view(guard, update, normalization, loss=loss)
-        return replace(seen, crafted=craft.crafted(model))
+        return replace(seen, crafted=crafted)

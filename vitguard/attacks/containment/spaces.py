@@ -40,16 +40,16 @@ def adapters(names: Iterable[str], anatomy: Anatomy) -> list[str]:
 
 
 def later(names: Iterable[str], anatomy: Anatomy) -> list[str]:
-    """Return the matrices of later blocks, where the first block shows none.
+    """Return the matrices of the blocks, where the first one shows none of its attention.
 
-    A frozen or hidden first block ends the attacks that solve from the patches upward, and the
-    blocks below are public: what enters a later one is a function of the pixels all the same.
+    Frozen or hidden, it ends the attacks that solve from the patches upward. What enters a layer
+    behind it is a function of the pixels all the same, and all that is below is public.
     """
     names, blocks = set(names), anatomy.blocks
-    own = [[*b.qkv, *(f"{layer}.weight" for layer in (b.proj, b.fc1, b.fc2))] for b in blocks]
-    if not blocks or not names.isdisjoint(own[0]):
+    if not blocks or not names.isdisjoint((*blocks[0].qkv, f"{blocks[0].proj}.weight")):
         return []
-    return [name for block in own[1:] for name in block if name in names]
+    layers = ((*b.qkv, *(f"{n}.weight" for n in (b.proj, b.fc1, b.fc2))) for b in blocks)
+    return [name for block in layers for name in block if name in names]
 
 
 @dataclass(eq=False)

@@ -37,7 +37,8 @@ class ImprintReading(Attack):
     A row of fc1 sums the tokens above its threshold, so that neighbouring rows differ by the tokens
     between their thresholds. One token alone is told from a mixture by its length, which LayerNorm
     makes the same for all; a known token is taken out of its bins along other directions, where it
-    may leave another one alone. The constant that the server added gives its scale back, the
+    may leave another one alone. Rounds of the same images that measure along other directions are
+    read together. The constant that the server added gives its scale back, the
     pseudo-inverse of the patch weight its patch. A sum of several clients is read like a batch.
     Patches that the token keeps up to one in a hundred of their directions can be verified.
 
@@ -73,14 +74,19 @@ class ImprintReading(Attack):
             raise NotApplicable("the server wrote no bins into the weights")
         anatomy = Anatomy.of(view.model)
         anatomy.require_plain_embedding()
-        summed = view.gradient(steps=True)
+        rounds = (view, *view.earlier)
         embedding = Embedding.of(view, anatomy)
         offset = embedding.offset
         if view.unknown is not None:  # moved patches have one embedding for their position
             moved = view.unknown.to(offset).reshape(1, -1)
             offset = torch.cat([offset, moved + view.bias(anatomy.patch)])
         tokens = Tokens.of(embedding.weight, offset, _eps(view.model, anatomy))
-        banks = banks_of(summed, anatomy, view.crafted.bins)
+        banks = [
+            bank
+            for one in rounds
+            if one.crafted is not None
+            for bank in banks_of(one.gradient(steps=True), anatomy, one.crafted.bins)
+        ]
         size = sum(view.normalization.std) / len(view.normalization.std)
         allowed = _WRONG / size * anatomy.patch_pixels**0.5 / _gain(tokens)
         found = _found(banks, tokens, anatomy.patches, allowed)

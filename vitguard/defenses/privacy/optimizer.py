@@ -340,12 +340,6 @@ def refuse_optimizer(optimizer: Any) -> None:
     """Raise Incompatible for an optimizer that asks for several passes over a batch."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise Incompatible(f"Expected a torch optimizer, got {type(optimizer).__name__}.")
-    if type(optimizer).__module__.startswith("accelerate."):
-        raise Incompatible(
-            "Expected an optimizer of torch under differential privacy, got what "
-            "accelerator.prepare made of one. Call vitguard.integrations.accelerate.prepare("
-            "accelerator, model, optimizer, loader) in its place, or guard.prepare before it."
-        )
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise Incompatible(
             f"Expected a plain torch optimizer, got {type(optimizer).__name__} around one: its "

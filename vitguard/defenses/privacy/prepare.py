@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vitguard.defenses.base import Draws
+from vitguard.defenses.privacy.accelerated import opened, put_back
 from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.engines import engine_of
@@ -45,7 +46,8 @@ def prepare_training(
         raise missing_extra("DifferentialPrivacy.prepare", "opacus") from error
     if loader is None:
         raise expected("a loader beside the optimizer", "none", "Privacy needs Poisson sampling.")
-    optimizer = getattr(optimizer, "original_optimizer", optimizer)
+    given = optimizer
+    optimizer, loader = opened(given, loader)
     loader = loader.source if isinstance(loader, PoissonLoader) else loader
     refuse_optimizer(optimizer)
     check_model(model)
@@ -86,7 +88,7 @@ def prepare_training(
         )
     for p in model.parameters():
         p.grad = None
-    return private, poisson
+    return put_back(given, private), poisson
 
 
 def _start_together(model: nn.Module) -> None:

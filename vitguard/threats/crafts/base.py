@@ -41,6 +41,13 @@ class Craft(ABC):
         """Return what the server writes for clients whose defenses make `traits` true."""
         return self
 
+    def turned(self, turn: int) -> Craft:
+        """Return what the server writes in round `turn` where it changes its craft by the round.
+
+        Turn 0 is the craft itself; a craft that has nothing to change stays as it is.
+        """
+        return self
+
     def crafted(self, model: nn.Module) -> Crafted:
         """Return what the server knows of the weights that it wrote, for `View.crafted`."""
         return Crafted(self.name, self.settings())
@@ -48,6 +55,10 @@ class Craft(ABC):
     def seen(self, update: Update, model: nn.Module) -> Update:
         """Return an update as the server reads it, who knows which images gave a gradient."""
         return update
+
+    def nothing(self, update: Update, model: nn.Module) -> str:
+        """Return why an update shows nothing of any image, "" where it does, or does not tell."""
+        return ""
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, for the report."""

@@ -17,7 +17,7 @@ from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.core import Normalization
 from vitguard.vit import Anatomy
 
-__all__ = ["Channels", "natural_patches"]
+__all__ = ["Channels", "natural_images", "natural_patches"]
 
 _IMAGES = 48
 _AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
@@ -35,12 +35,15 @@ class Channels:
         data: Where the token holds them, shape (D, R), orthogonal to (1, ..., 1).
         scale, signal: The reserved directions, shape (D,). Positions have nothing along them where
             D leaves room for that.
+        out: What the head reads, shape (D,): a direction in which no token has anything, so that an
+            average over tokens is no second way for the gradient. `signal` where D leaves no room.
     """
 
     patches: Float[Tensor, "pixels waves"]
     data: Float[Tensor, "width waves"]
     scale: Float[Tensor, " width"]
     signal: Float[Tensor, " width"]
+    out: Float[Tensor, " width"]
 
     @staticmethod
     def of(
@@ -58,7 +61,9 @@ class Channels:
         ordered = torch.cat([ones, turn @ free, rows[:taken].flip(0)])
         basis = torch.linalg.qr(ordered.T).Q[:, 1:width]
         waves = _waves(anatomy)[:, : width - 3]
-        return Channels(waves, basis[:, 2 : 2 + waves.shape[1]], basis[:, 0], basis[:, 1])
+        end = 2 + waves.shape[1]
+        out = basis[:, end if anatomy.pooling != "token" and end < basis.shape[1] else 1]
+        return Channels(waves, basis[:, 2:end], basis[:, 0], basis[:, 1], out)
 
 
 def _waves(anatomy: Anatomy) -> Float[Tensor, "pixels waves"]:
@@ -94,15 +99,30 @@ def natural_patches(
     Images differ in contrast, and every other patch gets a brightness between black and white: the
     tails of photos are heavier than a Gaussian's.
     """
-    shape = (anatomy.channels, *anatomy.image_size)
-    prior = NaturalImages.shaped(anatomy, shape, normalization)
     draws = {"generator": generator, "dtype": torch.float64}
-    contrast = (0.4 * torch.randn(_IMAGES, 1, 1, 1, **draws)).exp()
-    patches = prior.colour(contrast * torch.randn(_IMAGES, *shape, **draws)).flatten(0, 1)
+    patches = _drawn(anatomy, normalization, generator).flatten(0, 1)
     pixels = normalization.invert(_apart(patches, anatomy))
     level = torch.rand(len(pixels[::2]), 1, 1, 1, **draws)
     pixels[::2] += level - pixels[::2].mean((1, 2, 3), keepdim=True)
     return normalization.apply(pixels).flatten(1)
+
+
+def natural_images(
+    anatomy: Anatomy, normalization: Normalization, generator: torch.Generator
+) -> Float[Tensor, "images channels high wide"]:
+    """Return drawn images with the spectrum of photos, in model-input units."""
+    return anatomy.unpatchify(_drawn(anatomy, normalization, generator))
+
+
+def _drawn(
+    anatomy: Anatomy, normalization: Normalization, generator: torch.Generator
+) -> Float[Tensor, "images patches pixels"]:
+    """Return the patches of drawn images, which differ in contrast."""
+    shape = (anatomy.channels, *anatomy.image_size)
+    prior = NaturalImages.shaped(anatomy, shape, normalization)
+    draws = {"generator": generator, "dtype": torch.float64}
+    contrast = (0.4 * torch.randn(_IMAGES, 1, 1, 1, **draws)).exp()
+    return prior.colour(contrast * torch.randn(_IMAGES, *shape, **draws))
 
 
 def _apart(patches: Tensor, anatomy: Anatomy) -> Float[Tensor, "n channels high wide"]:

@@ -23,6 +23,11 @@ __all__ = ["Imprint"]
 
 _STEEP = 1000.0  # width of a typical bin, in inputs of the activation
 _BESIDE = 0.1  # what a patch adds to a gate at most, relative to the step between positions
+_STRONG = 6  # waves that are mixed to directions
+_LOW = 8.0  # distance at which prefix tokens stand, in steps below every threshold
+_TRIES = 100
+_BRIGHT = 0.1  # share of brightness in what the head reads
+_UNSURE = 0.5  # score of a class at most
 _FAINT = 1e-6  # size of what the bins add to a token, relative to the token
 
 
@@ -43,6 +48,8 @@ class Imprint(Craft):
             them through the reserved channel: along the direction before it, and all biases zero.
         directions: Directions to measure along at most; a token that shares its bin along one of
             them is alone along another. 1 as in the paper.
+        turn: Of a server that changes the craft by the round: each turn has directions of its own.
+            Tokens stay what they are, so that all turns are read together.
 
     Raises:
         InputError: A setting out of range.
@@ -56,12 +63,15 @@ class Imprint(Craft):
     gated: bool | None = None
     thresholds: Literal["bias", "channel"] = "channel"
     directions: int = 3
+    turn: int = 0
 
     def __post_init__(self) -> None:
         if self.blocks is not None and self.blocks < 1:
             raise expected("blocks of at least 1, or None", self.blocks)
         if self.directions < 1:
             raise expected("directions of at least 1", self.directions)
+        if self.turn < 0:
+            raise expected("a turn of at least 0", self.turn)
 
     def weights(
         self, model: nn.Module, *, generator: torch.Generator | None = None
@@ -75,6 +85,10 @@ class Imprint(Craft):
         if traits.shuffle is None or self.gated is not None:
             return self
         return replace(self, gated=False)
+
+    def turned(self, turn: int) -> Imprint:
+        """Return the craft with other directions to measure along."""
+        return replace(self, turn=self.turn + turn)
 
     def crafted(self, model: nn.Module) -> Crafted:
         """Return which rows are bins, and along which direction."""
@@ -185,14 +199,27 @@ class _Writer:
         self.state[a.patch_bias].copy_(self.constant * c.scale)
         self.waves = gain * waves  # along `data`
         self.lines = self._lines()
-        self.reach = 4 * float((self.waves @ self.lines.T).abs().max())
-        low = -2 * self.reach * torch.linalg.pinv(self.lines) @ torch.ones(len(self.lines)).double()
-        low = c.data @ low
-        self.low = float(low.norm()) / a.width**0.5
+        self.reach = 4 * float(self.waves[:, :_STRONG].norm(dim=1).max())
+        low = c.data @ (-2 * self.reach * _end(self.lines))
+        # how long what the head reads is before its norm, at least
+        read = float(low.norm()) if a.prefix and a.pooling == "token" else self.constant
+        self.read = read / a.width**0.5
+        self.mild = self._mild(read)
         for name in a.prefix:
             self.state[name].copy_(low.expand_as(self.state[name]))
         for row, name in enumerate(a.prefix[: len(self.prefix_positions)]):
             self.state[name] -= self.prefix_positions[row]
+
+    def _mild(self, read: float) -> float:
+        """Return the factor of the head at which no image is predicted surely, whatever it shows.
+
+        An image that is has no gradient. So each has one of the size that its label gives it.
+        """
+        bright = float(self.waves[:, 0].abs().max())
+        root = self.anatomy.width**0.5
+        most = _BRIGHT * root * bright / (bright**2 + self.constant**2) ** 0.5
+        largest = 2 * root * most / (most**2 + read**2) ** 0.5  # score of a class
+        return min(1.0, _UNSURE / largest)
 
     def _gain(self, waves: Float[Tensor, "samples waves"]) -> float:
         """Return the factor of pixels: patches stay small beside what tells positions apart."""
@@ -203,16 +230,25 @@ class _Writer:
         return min(most, _BESIDE / max(float(beside.abs().max()), 1e-12))
 
     def _lines(self) -> Float[Tensor, "directions waves"]:
-        """Return directions to measure along: brightness, then mixtures of the strongest waves."""
+        """Return directions to measure along: brightness, then mixtures of the strongest waves.
+
+        Each turn has mixtures of its own; only the first measures brightness.
+        """
         many = max(b.direction for b in self.bins) + 1
         lines = torch.zeros(many, self.waves.shape[1], dtype=torch.float64)
         lines[0, 0] = 1.0
-        few = min(6, self.waves.shape[1])
+        few = min(_STRONG, self.waves.shape[1])
         sizes = self.waves[:, :few].std(0)
-        for i in range(1, many):
-            drawn = torch.randn(few, generator=self.generator, dtype=torch.float64)
-            lines[i, :few] = drawn / sizes
-        return torch.nn.functional.normalize(lines)
+        turn = self.craft.turn
+        source = torch.Generator().manual_seed(turn) if turn else self.generator
+        for _ in range(_TRIES):
+            for i in range(1 if not turn else 0, many):
+                drawn = torch.randn(few, generator=source, dtype=torch.float64)
+                lines[i, :few] = drawn / sizes
+            lines = torch.nn.functional.normalize(lines)
+            if float(_end(lines, least=0.0).norm()) <= _LOW:
+                break
+        return lines
 
     def _fill(self, bins: Bins) -> None:
         """Write the rows of one block."""
@@ -268,7 +304,7 @@ class _Writer:
         The rows' product with it stays. Their gradient becomes as large as they are, so that the
         difference of two weights keeps its digits.
         """
-        gradient = slope / self.anatomy.tokens / self.low * self.anatomy.width**0.5
+        gradient = self.mild * slope / self.anatomy.tokens / self.read * self.anatomy.width**0.5
         return (size / gradient) ** 0.5
 
     def _sizes(self, groups: int) -> Float[Tensor, "samples groups"]:
@@ -284,19 +320,34 @@ class _Writer:
         return (square / a.width).sqrt()
 
     def _read_out(self) -> None:
-        """Let the last block average `signal` over all tokens, and the head read it by class."""
+        """Let the last block average `signal` over all tokens, and the head read that by class."""
         a, c = self.anatomy, self.channels
         block = a.blocks[-1]
         for name in (*block.qkv, *block.qkv_bias):
             self._set(name, 0.0)
         value = self.state[block.qkv[-1]]
         first = len(value) - len(value) // 3 if len(block.qkv) == 1 else 0
-        value[first] = c.signal + 0.1 * c.data[:, 0]  # brightness: what tells images apart
-        self.state[f"{block.proj}.weight"][:, 0] = c.signal
+        value[first] = c.signal + _BRIGHT * c.data[:, 0]  # brightness: what tells images apart
+        self.state[f"{block.proj}.weight"][:, 0] = c.out
         worth = class_worth(a.classes)
         for head in linear_heads(self.model, a):
-            self.state[f"{head}.weight"].copy_(worth[:, None] * c.signal)
+            self.state[f"{head}.weight"].copy_(self.mild * worth[:, None] * c.out)
             self._set(f"{head}.bias", 0.0)
+
+
+def _end(lines: Float[Tensor, "directions waves"], least: float | None = None) -> Tensor:
+    """Return where each line and brightness say 1; padded to one length for all lines.
+
+    Prefix tokens stand at such a place, which lines of another turn must not move: their length and
+    brightness reach the head.
+    """
+    first = torch.nn.functional.one_hot(torch.tensor([0]), lines.shape[1]).to(lines)
+    ends = torch.cat([lines, first])
+    end = torch.linalg.pinv(ends) @ torch.ones(len(ends), dtype=lines.dtype)
+    least = _LOW if least is None else least
+    if lines.shape[1] > _STRONG:
+        end[_STRONG] += (least**2 - end.square().sum()).clamp_min(0).sqrt()
+    return end
 
 
 def _positions(state: Mapping[str, Tensor], anatomy: Anatomy) -> tuple[Tensor, Tensor]:

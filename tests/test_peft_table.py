@@ -1,0 +1,48 @@
+"""The table of what updates of a part give away: it goes on where it stopped and hides no cell."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("peft_table")
+
+
+def line(key, attack="ladder"):
+    made = {"verdict": "leaks", "matched": 30.0, "gain": 9.0, "labels": 1.0, "rung": "span"}
+    floor = {"patch_psnr": 15.0, "thumbnail": 18.0}
+    return {"key": key, "attack": attack, **made, "verified": 0.5, "floor": floor}
+
+
+def test_every_cell_stands_in_the_table_and_one_that_was_not_run_says_why(script, monkeypatch):
+    monkeypatch.setattr(script, "planned", lambda model, trained: "labels")
+    cells = list(script.grid())
+    rows = script.table([line(cells[0].key)]).splitlines()[2:]
+    assert len(rows) == len(cells) == 48
+    assert "leaks: 30.0 dB (+9.0) by `span`, 50% of patches proved; labels 100%" in rows[0]
+    for cell, row in zip(cells[1:], rows[1:], strict=True):
+        assert row.count(f"not run: {script.why_not(cell)}") == 2
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_cell_it_was_at(script, monkeypatch, tmp_path):
+    file, ran = tmp_path / "rows.jsonl", []
+    keys = [cell.key for cell in script.grid() if cell.key.startswith("cifar a, crop")]
+    file.write_text(json.dumps(line(keys[0])) + "\n" + json.dumps(line(keys[1]))[:40])
+
+    def measured(cell, attack):
+        ran.append(cell.key)
+        return {**line(cell.key), "reason": "", "seconds": 1.0}
+
+    monkeypatch.setattr(script, "measured", measured)
+    monkeypatch.setattr(sys, "argv", ["peft_table.py", "--out", str(file), "--only", "crop"])
+    script.main()
+    assert ran == keys[1:]
+    assert [json.loads(text)["key"] for text in file.read_text().splitlines()] == keys
