@@ -11,8 +11,8 @@ JUDGED = Judged(
     threat="Zeros show which entries were zeroed.",
     stack="pruning:keep=0.5",
     attack="map:seconds=20",
-    found="What is sent is exact: `map` fits the pixels to the entries that were kept, of which there "
-    "are hundreds of times as many.",
+    found="What is sent is exact: `map` fits the pixels to the entries that were kept, of "
+    "which there are hundreds of times as many.",
     side=16,
     images=1,
 )

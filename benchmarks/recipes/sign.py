@@ -11,8 +11,8 @@ JUDGED = Judged(
     threat="Nothing is secret.",
     stack="sign-update",
     attack="map:seconds=20",
-    found="Bits of hundreds of thousands of entries are more than 768 pixels hold; how many of them "
-    "`map` can use is what the number says.",
+    found="Bits of hundreds of thousands of entries are more than 768 pixels hold; how many of "
+    "them `map` can use is what the number says.",
     side=16,
     images=1,
 )
