@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
 import vitguard as vg
 from vitguard.defenses.encryption import (
@@ -261,8 +260,6 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    for name in ("task_id", "run_id", "node_id"):  # a SuperLink sets them
-        setattr(TaskIdentity, name, 1)
     if given.part == "throughput":
         throughput(given.model, given.images, given.rounds, given.repetitions)
     elif given.part == "accuracy":

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
 import vitguard as vg
 from vitguard.defenses.encryption import Manifest, SigningKey
@@ -109,8 +108,6 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="show where a masked round goes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for name in ("task_id", "run_id", "node_id"):
-        setattr(TaskIdentity, f"_{name}", 1)
     if options.profile:
         rounds, profile = Rounds(options.clients, 0, True), cProfile.Profile()
         rounds.play()

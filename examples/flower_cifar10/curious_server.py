@@ -14,7 +14,6 @@ from flower_cifar10.task import make_model, protected
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
 import vitguard as vg
 from vitguard import data
@@ -135,8 +134,6 @@ def defended(recording):
 
 def main(folder: str) -> vg.AuditReport:
     """Run both rounds, attack what was kept, write the report."""
-    # the simulator and a SuperLink set these for every message
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     plain, sealed = Recording(Path(folder) / "plain"), Recording(Path(folder) / "sealed")
     undefended(plain)
     defended(sealed)

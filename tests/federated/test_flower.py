@@ -36,17 +36,6 @@ from vitguard.federated.flower import client as client_module
 from vitguard.federated.flower.records import SEALED, History
 
 
-@pytest.fixture(autouse=True)
-def identity(monkeypatch):
-    """Flower's messages ask which task they are made in."""
-    try:
-        from flwr.supercore.task_identity import TaskIdentity
-    except ImportError:  # older releases do not ask
-        return
-    for name in ("task_id", "run_id", "node_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
-
-
 @pytest.fixture
 def federated(small_vit):
     return Federated(small_vit)

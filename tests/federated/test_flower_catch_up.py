@@ -12,7 +12,6 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import strategy_utils
 
 from tests.federated.flower_rounds import NODES, Federated, raises
-from tests.federated.test_flower import identity  # noqa: F401 - a fixture
 from tests.federated.test_flower_faults import before_each_round
 from vitguard.defenses.encryption import KeySet, Manifest, SigningKey
 from vitguard.errors import InputError, Rejected

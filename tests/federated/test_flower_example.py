@@ -2,7 +2,6 @@
 
 import math
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,6 @@ APP = Path(__file__).parents[2] / "examples" / "flower_cifar10"
 @pytest.fixture
 def example(tmp_path, monkeypatch):
     """The app of the example with keys of its own: its modules, and a grid of four clients."""
-    identity = "flwr.supercore.task_identity"
-    for name in ("task_id", "run_id", "node_id") if find_spec(identity) else ():
-        monkeypatch.setattr(f"{identity}.TaskIdentity._{name}", 1)
     monkeypatch.syspath_prepend(str(APP))
     monkeypatch.setenv("VITGUARD_KEYS", str(tmp_path))
     monkeypatch.delenv("VITGUARD_DATA", raising=False)

@@ -14,7 +14,6 @@ from flwr.common.serde import (
 )
 
 from tests.federated.flower_rounds import NODES, Federated, each
-from tests.federated.test_flower import identity  # noqa: F401 - a fixture
 from vitguard.defenses.encryption import backend
 from vitguard.federated.flower import records
 

@@ -10,7 +10,6 @@ from flwr.serverapp.strategy import FedAvg
 
 import vitguard as vg
 from tests.federated.flower_rounds import NODES, tiny
-from tests.federated.test_flower import identity  # noqa: F401 - a fixture
 from vitguard.federated.flower import InProcessGrid, ProtectMod, attach
 
 

@@ -23,15 +23,6 @@ from vitguard.federated.flower.masked_client import BODY
 CLOSE = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def identity(monkeypatch):
-    """Flower's messages ask which task they are made in."""
-    from flwr.supercore.task_identity import TaskIdentity
-
-    for name in ("task_id", "run_id", "node_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
-
-
 @pytest.fixture
 def masked(small_vit):
     return Masked(small_vit)

@@ -27,15 +27,6 @@ OTHERS = [n for n in NODES if n != FAULTY]
 PAGE = Path(__file__).parents[2] / "docs" / "masking.md"
 
 
-@pytest.fixture(autouse=True)
-def identity(monkeypatch):
-    """Flower's messages ask which task they are made in."""
-    from flwr.supercore.task_identity import TaskIdentity
-
-    for name in ("task_id", "run_id", "node_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
-
-
 @pytest.fixture
 def masked(small_vit):
     return Masked(small_vit)

@@ -15,7 +15,6 @@ from flwr.serverapp.strategy import FedAvg
 
 import vitguard as vg
 from tests.federated.flower_rounds import NODES, Federated, tiny
-from tests.federated.test_flower import identity  # noqa: F401 - a fixture
 from tests.federated.test_flower_faults import before_each_round, through_bytes
 from vitguard.errors import InputError
 from vitguard.federated.flower import InProcessGrid, LedgerGrid, Ledgers, ProtectMod, attach
