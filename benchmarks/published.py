@@ -2,7 +2,8 @@
 
     python benchmarks/published.py rows.jsonl                # measures what is not in the file yet
     python benchmarks/published.py rows.jsonl --only soteria # one row, by the name of its file
-    python benchmarks/published.py rows.jsonl --make         # writes the page, and the pictures
+    python benchmarks/published.py rows.jsonl --make         # writes the page
+    python benchmarks/published.py rows.jsonl --draw         # draws its figure, a minute
 
 Each row is a file of `benchmarks/recipes/`. With the data folder (VITGUARD_DATA) the model is the
 ViT that others trained on CIFAR-10, and the images are test images; 16 px are the middle of an
@@ -172,7 +173,6 @@ def make(rows: list[dict[str, Any]]) -> None:
     before, _, rest = PAGE.read_text().partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     PAGE.write_text(f"{before}{MARKS[0]}\n{page(rows)}\n{MARKS[1]}{after}")
-    draw()
 
 
 def draw() -> None:
@@ -213,12 +213,15 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--only", default="", metavar="NAME")
     parser.add_argument("--make", action="store_true")
+    parser.add_argument("--draw", action="store_true")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.rows.read_text().splitlines()] if (
         options.rows.exists()
     ) else []  # fmt: skip
     if options.make:
         return make(rows)
+    if options.draw:
+        return draw()
     done = {r["name"] for r in rows}
     with options.rows.open("a") as file:
         for name, row in judged().items():

@@ -197,8 +197,8 @@ JUDGED = Judged(
     threat="The key is the client's, used once, and unknown.",
     stack=(BlockwiseEncryption(),),
     attack=KeyFromStatistics(),
-    found="All blocks share the key, so that the statistics of photos give it away: of 64 "
-    "blocks a picture is told from its decoys, with pixels in place up to exchanges that look "
-    "alike, such as red and blue; of 256 blocks, in the figure above, the key is found.",
+    found="All blocks share the key, so that the statistics of photos give it away: of 64 blocks a "
+    "picture is told from its decoys, with pixels in place up to exchanges that look alike, such "
+    "as red and blue; of 256 blocks, in the figure above, the key is found.",
     images=2,
 )

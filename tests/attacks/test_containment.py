@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import CIFAR_NORMALIZATION
+from tests.fast import fast_for
 from vitguard.analysis import released
 from vitguard.attacks.budget import Budget, CutShort, worked
 from vitguard.attacks.containment import Containment, fit
@@ -128,7 +129,7 @@ def slightly_off(view):
     }
 
 
-@pytest.mark.parametrize("other", [noise, slightly_off])
+@pytest.mark.parametrize("other", fast_for([noise, slightly_off], fast=[slightly_off]))  # harder
 def test_nothing_is_proved_on_an_unrelated_update_and_it_is_not_finished(
     cifar, narrow, observe, other
 ):

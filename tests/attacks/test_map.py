@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import drawn
+from tests.fast import fast_for
 from vitguard.attacks.budget import ENDLESS
 from vitguard.attacks.equations.update_jacobian import UpdateJacobian
 from vitguard.attacks.evidence import mismatch
@@ -54,7 +55,10 @@ def dense(view, prior, images, names):
     return by_pixel @ basis.flatten(1).T
 
 
-@pytest.mark.parametrize("defenses", ["noise:scale=0.1", "pruning:keep=0.2"])
+DAMAGES = ["noise:scale=0.1", "pruning:keep=0.2"]
+
+
+@pytest.mark.parametrize("defenses", fast_for(DAMAGES, fast=DAMAGES[:1]))  # one code for both
 def test_products_of_the_normal_equations_are_those_of_a_dense_jacobian(
     tiny, observe, photo, defenses
 ):
@@ -257,7 +261,7 @@ def test_the_ladder_takes_it_as_a_rung_for_damaged_updates_only(small_vit, obser
     assert "map" not in clean.details["rungs"]
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", fast_for([1, 2], fast=[2]))
 def test_steps_of_adamw_are_simulated_by_the_ladder_and_have_not_resisted(
     small_vit, observe, photo, steps
 ):

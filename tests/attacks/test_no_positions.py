@@ -25,6 +25,7 @@ def content(model, guess, pixels):
     return -10 * (gap[rows, columns] / made.shape[1]).clamp_min(1e-20).log10()
 
 
+@pytest.mark.slow  # untrained models below, by the same equations
 def test_the_patches_of_a_trained_model_without_positions_are_found(cifar_vit, cifar, observe):
     pixels, labels = cifar[0][:1], cifar[1][:1]
     view = observe(cifar_vit, pixels, labels, defenses=NONE, normalization=CIFAR_NORMALIZATION)

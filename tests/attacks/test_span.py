@@ -158,6 +158,7 @@ def test_trained_cifar_vit_with_fixed_positions(cifar_vit, cifar, observe):
     assert _cifar(observe, cifar_vit, cifar, 40) >= 100
 
 
+@pytest.mark.slow  # small models above, without each gradient
 def test_trained_cifar_vit_without_the_patch_gradient(cifar_vit, cifar, observe):
     assert _cifar(observe, cifar_vit, cifar, 40, withhold=("patch",)) >= 80
 

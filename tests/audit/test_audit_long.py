@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from tests.fast import fast_for
 from vitguard.attacks.base import Attack
 from vitguard.attacks.fgsm import FGSM
 from vitguard.attacks.gelu_span.search import Search
@@ -113,7 +114,10 @@ def test_an_interrupt_that_an_attack_does_not_take_loses_nothing(small_vit, phot
     assert found[FROZEN, "span"].reason == INTERRUPTED and report.interrupted
 
 
-@pytest.mark.parametrize("attack", ["ladder:seconds=20", "gelu-span:seconds=20"])
+EXACT = ["ladder:seconds=20", "gelu-span:seconds=20"]
+
+
+@pytest.mark.parametrize("attack", fast_for(EXACT, fast=EXACT[1:]))  # the ladder as its rungs
 def test_an_interrupt_of_the_exact_attacks_ends_the_audit(small_vit, photos, attack, monkeypatch):
     run, calls = Search.run, []
 

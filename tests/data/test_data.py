@@ -1,6 +1,7 @@
 """Images in every form people have them, and one clear line for each that cannot be used."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,16 @@ def test_sample_photos_are_the_seven_in_the_wheel():
     assert all(p.mode == "RGB" and min(p.size) >= 300 for p in photos.values())
 
 
+def test_sample_photos_and_decoys_need_no_network(monkeypatch):
+    def refuse(*_arguments):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    assert len(data.sample_photos()) == 7 and len(data.decoys(3, (5, 7))) == 3
+
+
+@pytest.mark.slow  # a process of its own, which imports torch
 def test_sample_photos_need_no_network_and_no_downloader():
     code = (
         "import socket, sys\n"

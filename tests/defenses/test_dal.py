@@ -9,6 +9,7 @@ import timm
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from tests.fast import crossed
 from vitguard.defenses.positions import FixedPositions
 from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.defenses.shuffle.localization import (
@@ -81,8 +82,9 @@ def test_principal_components_find_positions_that_lie_on_a_plane():
     assert float(localization_loss(noise, kept, (6, 6), None)) > 0.3
 
 
-@pytest.mark.parametrize("dal", ["positions", "tokens"])
-@pytest.mark.parametrize("head", ["linear", "mlp", "pca"])
+@pytest.mark.parametrize(
+    ("head", "dal"), crossed(["linear", "mlp", "pca"], ["positions", "tokens"])
+)
 def test_dal_learns_to_localize(dal, head):
     model = net()
     guard = protect(

@@ -10,6 +10,7 @@ import timm
 import torch
 
 import vitguard as vg
+from tests.fast import crossed
 from vitguard import data
 from vitguard.attacks.span import SpanInversion
 from vitguard.core import Guess, Normalization
@@ -48,9 +49,10 @@ def outside_space(guard: Guard, guess: Guess, pixels, normalization) -> float:
     return float(-10 * (missed * spread).square().mean().clamp_min(1e-20).log10())
 
 
-@pytest.mark.parametrize("mask", ["blockwise", "uniform"])
-@pytest.mark.parametrize("positions", list(STACKS))
-@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize(
+    ("ratio", "positions", "mask"),
+    crossed([0.7, 0.3, 0.1], STACKS, ["blockwise", "uniform"], rounds=2),
+)
 def test_the_span_residual_tells_the_mask_and_the_truth_lies_in_the_space(
     cifar, cifar_vit, ratio, positions, mask
 ):

@@ -7,6 +7,7 @@ import timm
 import torch
 
 import vitguard.threats.simulation as simulation_module
+from tests.fast import crossed
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.matching.distances import Cosine, attach
 from vitguard.attacks.matching.slope import DifferenceSlope
@@ -52,9 +53,13 @@ def gap(view, images, labels, **known):
 # dropout and drop path of the model
 
 
-@pytest.mark.parametrize("how", [{}, {"learning_rate": 0.1, "local_steps": 2}])
-@pytest.mark.parametrize("stack", ["none", "shuffle:ratio=0.5,mask=uniform,dal=tokens"])
-@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.parametrize(
+    ("kind", "stack", "how"),
+    crossed(
+        RANDOM, ["none", "shuffle:ratio=0.5,mask=uniform,dal=tokens"],
+        [{}, {"learning_rate": 0.1, "local_steps": 2}],
+    ),
+)  # fmt: skip
 def test_an_equal_generator_gives_an_equal_update_and_moves_nothing_global(
     small_vit, observe, photos, kind, stack, how
 ):

@@ -32,8 +32,10 @@ class FrozenStem(ModelDefense):
 
     Does not protect against:
         `deep-tokens`, where a block that is trained shows all tokens of few images: with one block
-        frozen of four it gave 127 dB. With the last block alone under a class token, no rung came
-        close at one image; with mean pooling that block shows every token.
+        frozen of four it gave 127 dB; with mean pooling the last block alone shows every token.
+        `containment`, from the last block alone under a class token as well, where its 2 heads + 1
+        rows of attention give more equations than the image has pixels: 119 dB at 5 tokens of width
+        64. `vitguard plan --train last-block/head` counts both.
 
     Args:
         trained: Last blocks that are trained, at least 0.

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.defenses.privacy.privacy_models import FAMILIES, WINDOWED, KeyedDraws, build
-from tests.fast import crossed
+from tests.fast import crossed, fast_for
 from vitguard.core import Batch
 from vitguard.defenses.privacy import DifferentialPrivacy
 from vitguard.defenses.privacy.engine import Engine, clipped_sum
@@ -46,7 +46,14 @@ def some(count=3, dtype=torch.float64):
     return torch.randn(count, 3, 32, 32, dtype=dtype), torch.randint(0, 10, (count,))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# variants of families that are run: the same layers in another order or size
+VARIANTS = {
+    "swin-v2", "rope-mixed", "hugging-face-beit", "hugging-face-registers", "deit-distilled",
+    "query-key-norm", "frozen-backbone",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", fast_for(FAMILIES, fast=FAMILIES.keys() - VARIANTS))
 def test_clipped_sum_equals_a_micro_batch_loop_for_every_family(family):
     model = build(family)
     images, labels = some()
@@ -55,10 +62,11 @@ def test_clipped_sum_equals_a_micro_batch_loop_for_every_family(family):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "family", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "cait_xxs24_224",
-               "eva02_tiny_patch14_224", "vit_small_patch14_reg4_dinov2"],
-)  # fmt: skip
+DROPPING = ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "cait_xxs24_224",
+            "eva02_tiny_patch14_224", "vit_small_patch14_reg4_dinov2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", fast_for(DROPPING, fast=DROPPING[::3]))
 def test_clipped_sum_equals_a_micro_batch_loop_with_drop_path_on(family):
     model = build(family, drop_path_rate=0.4, proj_drop_rate=0.2)
     draws = KeyedDraws(model)
@@ -128,7 +136,10 @@ def test_channels_last_gives_the_same_gradients(engine):
     assert_same(defense.clipped_sum(model, F.cross_entropy, Batch(images, labels)), expected)
 
 
-@pytest.mark.parametrize("family", ["vit", "layer-scale", "swin", "torchvision", "registers"])
+OF_OPACUS = ["vit", "layer-scale", "swin", "torchvision", "registers"]
+
+
+@pytest.mark.parametrize("family", fast_for(OF_OPACUS, fast=["layer-scale", "torchvision"]))
 def test_opacus_engine_gives_the_same_clipped_sum(family):
     model = build(family)
     images, labels = some()

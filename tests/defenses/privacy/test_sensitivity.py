@@ -102,8 +102,7 @@ def prepared(model, stack):
     return _SETUPS[model, stack]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
+CASES = given(
     model=st.sampled_from(sorted(MODELS)),
     stack=st.sampled_from(sorted(STACKS)),
     criterion=st.sampled_from(sorted(CRITERIA)),
@@ -111,9 +110,22 @@ def prepared(model, stack):
     scale=st.sampled_from([1e-3, 1.0, 50.0]),
     seed=st.integers(0, 10_000),
 )
-def test_sum_of_clipped_gradients_moves_by_at_most_clip_when_one_example_leaves(
-    model, stack, criterion, count, scale, seed
-):
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@CASES
+def test_sum_of_clipped_gradients_moves_by_at_most_clip_when_one_example_leaves(**case):
+    moves_by_at_most_clip(**case)
+
+
+@pytest.mark.slow  # the test above on more models
+@settings(max_examples=40, deadline=None, derandomize=True)
+@CASES
+def test_sums_of_many_models_move_by_at_most_clip(**case):
+    moves_by_at_most_clip(**case)
+
+
+def moves_by_at_most_clip(model, stack, criterion, count, scale, seed):
     ready = prepared(model, stack)
     torch.manual_seed(seed)
     dtype = next(ready.model.parameters()).dtype

@@ -35,12 +35,12 @@ class Ladder(Attack):
 
     Rungs are the attacks that say they are one (`Attack.rung`), third parties' among them. Of
     vitguard: `position`, `span`, `cascade` (labels of a batch), `gelu-span`, `deep-tokens` (where
-    the first block cannot be read), `containment` (matrices of low rank), and for damaged gradients
-    `position-robust`, `span-robust` and `map`, which starts from the likeliest guess before it. A
-    rung that does not apply says why in the details. The choice never sees the truth: the adversary
-    recomputes the update from each guess with the known settings (`View.simulate`) and compares,
-    and counts the patches that proved themselves. A single image that is nearly right is polished
-    last.
+    the first block cannot be read), `containment` (matrices of low rank, or of later blocks), and
+    for damaged gradients `position-robust`, `span-robust` and `map`, which starts from the
+    likeliest guess before it. A rung that does not apply says why in the details. The choice never
+    sees the truth: the adversary recomputes the update from each guess with the known settings
+    (`View.simulate`) and compares, and counts the patches that proved themselves. A single image
+    that is nearly right is polished last.
 
     Details: `rung`, `verified` (share of patches), `mismatch` of the chosen guess, `rungs` (what
     each said), `outcomes` (what became of each, see `Attack.parts`), `exact` (what is known of
