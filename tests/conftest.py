@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-if os.environ.get("VITGUARD_SHAPES", "0") not in ("", "0"):
+CHECKED = os.environ.get("VITGUARD_SHAPES", "0") not in ("", "0")
+"""Annotations are checked, which draws from Python's `random`."""
+if CHECKED:
     from tests import shapes  # needs beartype; before vitguard is imported
 
     shapes.install()
@@ -54,6 +56,21 @@ CIFAR_VIT = (
     "num_classes=10"
 )
 CIFAR_NORMALIZATION = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+untraced = pytest.mark.skipif(
+    CHECKED and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8),
+    reason="older releases of torch cannot trace checked annotations",
+)
+
+
+def known(name):
+    """Return a model name of timm; skip where this release has none such."""
+    import timm
+
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    return name
 
 
 @pytest.fixture(scope="session")

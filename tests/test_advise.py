@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from tests.conftest import small_vit
-from vitguard.advise import advise_report
+from vitguard.advise import advice, advise_report
 from vitguard.analysis import released, remaining
 from vitguard.cli.main import main
 from vitguard.defenses.base import traits_of
@@ -247,3 +247,17 @@ def test_an_audit_ends_with_the_sentence_in_every_form(tmp_path, capsys):
     assert printed.endswith(f"What to use: {said}")
     assert json.loads(file.read_text())["advice"] == said
     assert "What to use" in page.read_text()
+
+
+def test_a_model_that_cannot_be_built_without_values_is_advised_on_as_well(monkeypatch):
+    """Older releases of timm read numbers out of tensors while they build a model."""
+    name, real = "vit_tiny_patch16_224:depth=1", advice.build_model
+
+    def older(spec):
+        if torch.empty(0).is_meta:
+            raise InputError("Tensor.item() cannot be called on meta tensors")
+        return real(spec)
+
+    wanted = advise_report(name).to_json()
+    monkeypatch.setattr(advice, "build_model", older)
+    assert advise_report(name).to_json() == wanted

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import untraced
 from vitguard.core import Update
 from vitguard.defenses.positions import FixedPositions, WithheldPositions, sincos_positions
 from vitguard.errors import Incompatible, InputError, Unprotected
@@ -162,6 +163,7 @@ def test_a_copy_is_protected_loads_and_unprotects_on_its_own(small_vit, how):
 
 
 @pytest.mark.slow
+@untraced
 def test_compile_fullgraph(small_vit):
     model = small_vit().eval()
     protect(model, [FixedPositions("sincos")])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vitguard as vg
+from tests.conftest import untraced
 from vitguard.core import Normalization, Update
 from vitguard.defenses.positions import FixedPositions
 from vitguard.defenses.shuffle import PatchShuffle
@@ -544,6 +545,7 @@ def test_mixed_precision(dtype):
 
 
 @pytest.mark.slow
+@untraced
 def test_a_compiled_model_shuffles_and_takes_the_same_gradient():
     torch._dynamo.reset()
     backend = "aot_eager"  # inductor needs a C++ compiler

@@ -124,9 +124,12 @@ def test_the_audit_reports_precision_and_recall_of_the_mask(positions, attacks):
 
 @pytest.mark.parametrize("settings", [{"warmup": 3}, {"schedule": "linear", "steps": 9}])
 def test_a_shuffle_that_has_not_begun_leaves_the_image_exact(cifar, cifar_vit, settings):
-    """The settings allow 44 shuffled patches, and their equations would be given away."""
+    """The settings allow 44 shuffled patches, and their equations would be given away.
+
+    The residuals of the last two images are rounding with gaps in it, as wide as a factor of two.
+    """
     model = copy.deepcopy(cifar_vit).float()
-    for i in range(2):
+    for i in (0, 9, 13):
         pixels, label = cifar[0][i : i + 1], cifar[1][i : i + 1]
         guard, guess, _ = attack(
             model, pixels, label, PatchShuffle(0.7, **settings), normalization=CIFAR, seed=i

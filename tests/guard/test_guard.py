@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vitguard.core import Batch, Update
 from vitguard.defenses.base import (
@@ -429,3 +430,13 @@ def test_secrets_are_in_no_repr_pickle_or_state_dict(small_vit):
 def test_privacy_spent_without_privacy_says_what_is_missing(small_vit):
     with pytest.raises(InputError, match="DifferentialPrivacy"):
         protect(small_vit(), []).privacy_spent()
+
+
+def test_checkpoints_that_enter_autograd_again_are_refused_in_words(small_vit, photo):
+    model = small_vit().train()
+    block = model.blocks[0]
+    plain = block.forward
+    block.forward = lambda x: checkpoint(plain, x, use_reentrant=True)
+    guard = protect(model, "positions:kind=frozen")
+    with pytest.raises(Incompatible, match="use_reentrant=False"):
+        guard.update(photo, torch.tensor([1]))

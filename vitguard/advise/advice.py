@@ -95,21 +95,27 @@ def advise_report(
 
 
 def _sized(spec: str) -> tuple[nn.Module, list[str]]:
-    """Build a model of a name without values; a backbone gets a head."""
-    with torch.device("meta"):
-        model = build_model(spec)
-        try:
-            bare = Anatomy.of(model).classes == 0
-        except UnsupportedModel:
-            return model, []
-        if not bare:
-            return model, []
-        headed = f"{spec}{',' if ':' in spec else ':'}num_classes={_CLASSES}"
-        note = f"{spec} has no head: one of {_CLASSES} classes is assumed"
-        try:
-            return build_model(headed), [note]
-        except InputError:
-            return model, [f"{spec} has no head, and takes none"]
+    """Build a model of a name, without values where it can be; a backbone gets a head."""
+    model = _built(spec)
+    try:
+        bare = Anatomy.of(model).classes == 0
+    except UnsupportedModel:
+        return model, []
+    if not bare:
+        return model, []
+    headed = f"{spec}{',' if ':' in spec else ':'}num_classes={_CLASSES}"
+    try:
+        return _built(headed), [f"{spec} has no head: one of {_CLASSES} classes is assumed"]
+    except InputError:
+        return model, [f"{spec} has no head, and takes none"]
+
+
+def _built(spec: str) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return build_model(spec)
+    except InputError:  # a model that reads values while it is built, as timm's older ones do
+        return build_model(spec)
 
 
 def _odd(model: nn.Module, anatomy: Anatomy) -> str:

@@ -5,6 +5,8 @@ import timm
 import torch
 from torch import nn
 
+from tests.conftest import known
+
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 WINDOWED = {
     "img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 2),
@@ -13,7 +15,7 @@ WINDOWED = {
 
 
 def timm_model(name, sizes=SMALL, **settings):
-    return timm.create_model(name, num_classes=10, **sizes, **settings)
+    return timm.create_model(known(name), num_classes=10, **sizes, **settings)
 
 
 def hugging_face(kind="ViT", **settings):

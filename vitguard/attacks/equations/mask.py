@@ -11,6 +11,9 @@ from vitguard.vit import Anatomy
 
 __all__ = ["shuffled_count", "shuffled_positions"]
 
+_FITS = 1e-3
+"""A residual below it is rounding, whatever gaps there are; shuffled positions miss by tenths."""
+
 
 def shuffled_positions(
     residual: Float[Tensor, " patches"], at_most: int | None = None, *, exactly: bool = False
@@ -21,7 +24,7 @@ def shuffled_positions(
     fall into two groups; without a gap of a factor 10 between them nothing is called shuffled.
 
     Args:
-        residual: Of each position under its own offset.
+        residual: Of each position under its own offset, as a share of it.
         at_most: How many the settings allow; then a gap of a factor 1.5 is enough.
         exactly: The settings say that it is just as many: the largest residuals are taken.
     """
@@ -39,7 +42,7 @@ def shuffled_positions(
     if order.diff()[widest] < (1 if at_most == patches else 0.18):
         return torch.full_like(residual, bool(order.median() > -2), dtype=torch.bool)
     threshold = (order[widest] + order[widest + 1]) / 2
-    return residual.clamp_min(1e-300).log10() > threshold
+    return (residual.clamp_min(1e-300).log10() > threshold) & (residual > _FITS)
 
 
 def shuffled_count(view: View, anatomy: Anatomy) -> tuple[int, bool]:
