@@ -105,6 +105,17 @@ class Climbs(Attack):
         return Guess(torch.full((1, *view.image_shape), 0.5), details=details)
 
 
+@dataclass(frozen=True)
+class Drawn(Attack):
+    """Draws its image: it tells another seed, or another place among the draws."""
+
+    name: ClassVar[str] = "drawn"
+    family: ClassVar[str] = "closed-form"
+
+    def run(self, view, generator):
+        return Guess(torch.rand(1, *view.image_shape, generator=generator))
+
+
 def labelled(pixels):
     return pixels, assign_labels(len(pixels), 10)
 
@@ -120,7 +131,7 @@ def told(report):
     ]
 
 
-ATTACKS = [PositionInversion(), Climbs(), FGSM()]
+ATTACKS = [PositionInversion(), Climbs(), Drawn(), FGSM()]
 
 
 @pytest.fixture
@@ -188,9 +199,9 @@ def test_every_attack_on_every_configuration_is_a_job_of_its_own(audited):
     seen = []
     carried = Carried()
     audited(executor=carried, progress=lambda *told: seen.append(told))
-    own = [done for done, total, _ in seen if total == 12]  # 3 runs, 2 batches, 2 on updates
-    assert own == list(range(1, 13))
-    assert len(carried.sent) >= 12 + 3 + 2  # FGSM on 3; a part alone on the control's 2 batches
+    own = [done for done, total, _ in seen if total == 18]  # 3 runs, 2 batches, 3 on updates
+    assert own == list(range(1, 19))
+    assert len(carried.sent) >= 18 + 3 + 2  # FGSM on 3; a part alone on the control's 2 batches
 
 
 def test_the_decoys_of_a_batch_are_not_sent_back(audited):
@@ -215,7 +226,7 @@ def test_tensors_are_sent_as_copies_and_never_as_shared_memory(small_vit, photo)
 @pytest.mark.parametrize("at_once", [False, True])
 def test_a_lost_job_is_an_inconclusive_finding_that_says_so(audited, at_once):
     lost = audited(executor=Failing(at_once=at_once)).to_json()
-    rows = [(d, a) for d in ("none", *STACKS) for a in ("position", "climbs")]
+    rows = [(d, a) for d in ("none", *STACKS) for a in ("position", "climbs", "drawn")]
     rows += [(d, "fgsm") for d in ("none", *STACKS)]
     assert [(f["defense"], f["attack"]) for f in lost["findings"]] == rows
     for finding in lost["findings"]:
