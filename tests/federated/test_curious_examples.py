@@ -43,7 +43,7 @@ def test_a_curious_flower_server_reads_photos_without_vitguard_and_nothing_with_
 
 @pytest.mark.slow
 def test_a_curious_nvflare_server_reads_photos_without_vitguard_and_nothing_with_it(tmp_path):
-    pytest.importorskip("nvflare.recipe", reason="nvflare runs recipes from 2.7 on")
+    pytest.importorskip("nvflare", reason="needs the extra nvflare", exc_type=ImportError)
     done = subprocess.run(
         [
             sys.executable,

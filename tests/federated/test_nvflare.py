@@ -28,7 +28,7 @@ from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.fuel.utils import fobs
 
 from vitguard.defenses.encryption import KeySet, Manifest, SigningKey, keyfile, worst_error
-from vitguard.errors import InputError, Rejected, Unprotected, UpdateRefused
+from vitguard.errors import Incompatible, InputError, Rejected, Unprotected, UpdateRefused
 from vitguard.federated.nvflare import (
     EncryptedAggregator,
     OpenFilter,
@@ -568,6 +568,21 @@ def test_a_job_that_starts_again_goes_on_with_the_round_after_the_last_sum(
     controller = ResumedFedAvg(num_clients=2, num_rounds=5, persistor_id="persistor")
     assert controller.load_model().params == params
     assert (controller.start_round, controller.num_rounds) == (start, left)
+
+
+@pytest.mark.parametrize("lacks", ["_create_controller", "_prepare_client_apps"])
+def test_the_recipe_of_an_older_release_is_refused(run, monkeypatch, lacks):
+    """Its clients would answer every task, and its server would number rounds from 0 again."""
+    from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
+
+    for owner in [c for c in FedAvgRecipe.__mro__ if lacks in vars(c)]:
+        monkeypatch.delattr(owner, lacks)
+    with pytest.raises(Incompatible, match=r"nvflare 2\.9"):
+        encrypted_fedavg(
+            manifest=Manifest.from_json(run.manifest), model=MODEL, client_keys="{site}.json",
+            server_keys="server.json", signing="signing.json", min_clients=2,
+            train_script="client.py",
+        )  # fmt: skip
 
 
 def test_the_recipe_numbers_rounds_on_over_restarts(run, tmp_path):

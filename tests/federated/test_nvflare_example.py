@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("nvflare", reason="needs the extra nvflare", exc_type=ImportError)
-pytest.importorskip("nvflare.recipe", reason="nvflare runs recipes from 2.7 on")
 
 JOB = Path(__file__).parents[2] / "examples" / "nvflare_cifar10" / "job.py"
 

@@ -3,7 +3,7 @@
 from vitguard.errors import missing_extra
 
 try:
-    import nvflare  # noqa: F401
+    import nvflare.app_opt.pt.recipes.fedavg  # noqa: F401 - releases before 2.7 have none
 except ImportError as error:
     raise missing_extra("vitguard.federated.nvflare", "nvflare", "nvflare") from error
 

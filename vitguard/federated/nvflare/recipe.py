@@ -13,7 +13,7 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import ExchangeFormat, TransferType
 
 from vitguard.defenses.encryption import Manifest
-from vitguard.errors import expected
+from vitguard.errors import Incompatible, expected
 from vitguard.federated.nvflare.client import OpenFilter, SealFilter
 from vitguard.federated.nvflare.inspecting import InspectFilter
 from vitguard.federated.nvflare.server import EncryptedAggregator, ResumedFedAvg, SumPersistor
@@ -63,7 +63,15 @@ def encrypted_fedavg(
 
     Raises:
         InputError: An argument that cannot work on ciphertext.
+        Incompatible: A release of NVFlare before 2.9.
     """
+    for name in ("_create_controller", "_prepare_client_apps"):
+        if not hasattr(FedAvgRecipe, name):
+            raise Incompatible(
+                "Expected nvflare 2.9 or later, got a release whose recipe cannot be told which "
+                "controller and which tasks to run: clients would answer other tasks in the clear. "
+                'Run pip install -U "vitguard[nvflare]".'
+            )
     if type(min_clients) is not int or min_clients < 2:
         raise expected("min_clients of at least 2", repr(min_clients))
     if taken := sorted(others.keys() & _OWN.keys()):
