@@ -64,6 +64,20 @@ untraced = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def unchecked():
+    """What a test of wrong input needs where annotations are checked: to get past them."""
+    if not CHECKED:
+        yield
+        return
+    from jaxtyping import config
+
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
+
+
 def known(name):
     """Return a model name of timm; skip where this release has none such."""
     import timm

@@ -220,6 +220,7 @@ def test_the_evidence_that_the_package_carries_can_be_read_and_says_when_it_was_
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_command_prints_and_writes_it(tmp_path, capsys):
     tiny = "vit_tiny_patch16_224:img_size=32,patch_size=8,embed_dim=96,depth=2,num_classes=10"
     assert main(["advise", "--model", tiny, "--batch-size", "2", "--see", "server"]) == 0

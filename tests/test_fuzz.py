@@ -11,6 +11,9 @@ from vitguard.defenses.encryption import keyfile, wire
 FILE = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
 
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
 @pytest.fixture(scope="module")
 def fuzz():
     sys.path.insert(0, str(FILE.parent))

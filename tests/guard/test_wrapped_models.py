@@ -92,6 +92,8 @@ def sharded(tmp_path):
 
     if not dist.is_gloo_available():
         pytest.skip("torch without gloo")
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"torch {torch.__version__} does not run FSDP2 on a CPU")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         from torch.distributed.device_mesh import init_device_mesh
@@ -226,10 +228,11 @@ def test_nothing_leaves_after_keep_local(small_vit):
 
 
 def test_no_weight_decay_names_the_models_embeddings_and_those_that_defenses_added(small_vit):
-    guard = vg.protect(small_vit(depth=1), "shuffle:ratio=0.5,dal=tokens")
-    assert guard.no_weight_decay() == {
-        "pos_embed", "cls_token", "dist_token", "reg_token", "vitguard.shuffle.unknown",
-    }  # fmt: skip
+    model = small_vit(depth=1)
+    guard = vg.protect(model, "shuffle:ratio=0.5,dal=tokens")
+    own = {"pos_embed", "cls_token", "dist_token"}
+    assert guard.no_weight_decay() == {*own, "vitguard.shuffle.unknown"} | model.no_weight_decay()
+    assert own <= model.no_weight_decay()  # older releases of timm leave registers out
 
 
 @pytest.mark.parametrize("decay", [0.5, None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,11 +74,11 @@ def register(accelerator: Accelerator, guard: Guard) -> None:
     For a loop that calls `guard.prepare` and then `accelerator.prepare` itself.
     """
 
-    def save(models: Any, weights: Any, folder: str) -> None:
+    def save(models: Any, weights: Any, folder: str | os.PathLike[str]) -> None:
         if accelerator.is_main_process:
             save_state(guard, folder)
 
-    def load(models: Any, folder: str) -> None:
+    def load(models: Any, folder: str | os.PathLike[str]) -> None:
         load_state(guard, folder)
 
     accelerator.register_save_state_pre_hook(save)

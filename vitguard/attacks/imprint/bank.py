@@ -32,7 +32,7 @@ class Bank:
             (groups, bins): it counts the token where the result is above 0.
     """
 
-    bins: Float[Tensor, "groups bins width+1"]
+    bins: Float[Tensor, "groups bins width_and_bias"]
     rows: Float[Tensor, "groups bins width"]
     bias: Float[Tensor, "groups bins"]
 
