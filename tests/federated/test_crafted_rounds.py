@@ -150,7 +150,10 @@ def wrong(guess, anatomy, pixels):
 def test_bins_that_change_by_the_round_tell_more_patches_of_a_sum_than_one_round(changing):
     threat, seen, pixels = changing
     sums = [r.total for r in seen]
-    found = [ImprintReading().run(view_of(threat, s), None) for s in (sums[:1], sums[1:], sums)]
+    found = [
+        ImprintReading().run(view_of(threat, s), torch.Generator())
+        for s in (sums[:1], sums[1:], sums)
+    ]
     anatomy = Anatomy.of(build_model(SPEC))
     first, second, both = (wrong(guess, anatomy, pixels) for guess in found)
     assert both[0] > max(first[0], second[0]) + 20
@@ -162,7 +165,7 @@ def test_rounds_of_other_images_prove_no_wrong_patch(changing):
     threat, seen, pixels = changing
     others = data.decoys(16, (16, 16), seed=3)
     later = federation(build_model(SPEC), others, threat, each=4).run(2)[1]
-    guess = ImprintReading().run(view_of(threat, [seen[0].total, later.total]), None)
+    guess = ImprintReading().run(view_of(threat, [seen[0].total, later.total]), torch.Generator())
     claims, mistaken = wrong(guess, Anatomy.of(build_model(SPEC)), torch.cat([pixels, others]))
     assert claims > 20 and not mistaken
 

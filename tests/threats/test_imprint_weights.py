@@ -54,7 +54,7 @@ def test_images_of_the_class_that_the_head_favours_are_read_like_others(kind):
     favoured = model(Normalization().apply(pixels)).argmax(1)
     with guard.rewound():
         update = guard.update(Normalization().apply(pixels), favoured)
-    guess = ImprintReading().run(threat.view(guard, update, Normalization()), None)
+    guess = ImprintReading().run(threat.view(guard, update, Normalization()), torch.Generator())
     share = recovered(guess.images, guess.verified, pixels, (4, 4)).double().mean()
     assert share > 0.5
 
@@ -84,7 +84,7 @@ def test_of_several_local_steps_nothing_is_called_proved():
     with guard.rewound():
         update = guard.update(Normalization().apply(pixels), labels, training=training)
     with pytest.raises(NotApplicable):
-        ImprintReading().run(threat.view(guard, update, Normalization()), None)
+        ImprintReading().run(threat.view(guard, update, Normalization()), torch.Generator())
 
 
 def test_a_turn_below_0_is_refused():
