@@ -80,6 +80,10 @@ def test_a_report_has_every_json_name_of_the_last_version_with_the_same_schema(m
     assert not keys(before) - keys(json.loads(json.dumps(now)))
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8),
+    reason="older releases of torch draw other weights from the same seed",
+)
 def test_the_model_they_were_made_with_is_this_one(model):
     """The gradient of the same photos on the same weights is the one in the file."""
     from vitguard import data

@@ -120,7 +120,7 @@ def test_resisted_where_the_control_leaks_and_the_defended_does_not(small_vit, p
 
 
 def test_on_a_cpu_matching_by_name_fits_the_budget_and_says_so(small_vit, photo, monkeypatch):
-    from vitguard.attacks.matching import attack as matching
+    from vitguard.attacks.matching import settings as matching
 
     monkeypatch.setattr(matching, "CPU_BUDGET", 1e9)
     report = audit(small_vit(), (photo, torch.tensor([3])), attacks=["gradvit:seconds=20"])

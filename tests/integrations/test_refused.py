@@ -223,6 +223,8 @@ CELLS = [(train, how) for train, cells in REFUSED.items() for how in cells]
 def test_what_privacy_cannot_have_is_refused_in_one_line_before_a_weight_moves(
     train, how, tmp_path, group
 ):
+    if how == "fsdp" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"torch {torch.__version__} does not run FSDP2 on a CPU")
     if how == "fsdp" and train in (by_timm, by_peft):
         group()
     torch._dynamo.reset()

@@ -65,7 +65,7 @@ class Script:
                 self.average.update(self.model)
             self.schedule.step(epoch + 1)
             if self.saver:
-                self.saver.save_checkpoint(epoch)
+                self.saver.save_checkpoint(epoch, metric=float(epoch))
         return self
 
 
