@@ -98,6 +98,23 @@ def test_trying_a_collate_function_out_leaves_the_seeds_of_the_process_as_they_w
     assert CHECKED or random.random() == wanted[2]
 
 
+@pytest.mark.parametrize("classes", [4, 5, 10])
+def test_classes_that_happen_to_be_as_likely_are_not_taken_for_a_mixed_target(classes):
+    """An unsure model of few classes: two of them are equal to rounding in one row of sixteen."""
+    torch.manual_seed(0)
+    scores, labels = 0.3 * torch.randn(16, classes), torch.randint(classes, (16,))
+    scores[1] = 0.03
+    scores[1, :2], labels[1] = torch.tensor([0.12, 0.15]), 1
+    scores.requires_grad_()
+    F.cross_entropy(scores, labels).backward()
+    refuse_mixed_targets(scores, scores.grad)
+    share = 0.3
+    soft = share * F.one_hot(labels, classes) + (1 - share) * F.one_hot(labels.roll(1), classes)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(scores, soft), scores)
+    with pytest.raises(Unprotected, match="mix two"):
+        refuse_mixed_targets(scores, gradient)
+
+
 def weighted(outputs, one, other, share):
     return share * F.cross_entropy(outputs, one) + (1 - share) * F.cross_entropy(outputs, other)
 

@@ -93,8 +93,9 @@ def refuse_mixed_targets(scores: Tensor, gradient: Tensor) -> None:
     if fine:
         tried += [(soft, 1.0), (soft, _ratio(soft, g))]
         tried += [(binary, size) for size in (z.numel(), len(z), 1.0, _ratio(binary, g))]
+    taken = g.any(1)  # the others have no part in the loss
     for chances, size in tried:
-        if _mixed(chances, chances - g * size, rounding, least):
+        if _mixed(chances[taken], (chances - g * size)[taken], rounding, least):
             raise Unprotected(
                 "Expected a label of one class for each example, got targets that mix two "
                 f"(mixup, CutMix): an example would hold two records. {_REMEDY}"
@@ -116,19 +117,24 @@ def _targets(values: Tensor, rounding: float) -> Tensor:
 def _mixed(chances: Tensor, values: Tensor, rounding: float, least: float) -> bool:
     """Whether some row of `values` is a target with two classes above the rest, and no chance.
 
+    The weight that was tried is that of the loss only if it makes a target of every row: with four
+    classes and a wrong weight, single rows are flat by chance.
+
     Args:
         least: How far the second class stands out.
     """
     order = values.argsort(1, descending=True)
     ordered, before = values.gather(1, order), chances.gather(1, order)
     rest, rest_before = ordered[:, 2:], before[:, 2:]
-    flat = _spread(rest) < rounding
+    flat = (_spread(rest) < rounding) & _targets(values, rounding)
+    if not bool(flat.all()):
+        return False
     # a rest that is flat by itself, in a model that is sure already, proves nothing
     unsure = chances.amax(1) < 3 / chances.shape[1]
     proven = (_spread(rest_before) > 10 * rounding) | unsure
     stand_out = ordered[:, 1] - rest[:, 0] > least
     moved = ((ordered - before)[:, :2].abs() > 0.01).all(1)
-    return bool((_targets(values, rounding) & flat & proven & stand_out & moved).any())
+    return bool((proven & stand_out & moved).any())
 
 
 def _spread(values: Tensor) -> Tensor:
