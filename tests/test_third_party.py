@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import drawn
 from vitguard.audit import audit
 from vitguard.cli.main import main
 from vitguard.defenses.encryption import EncryptedGradients
@@ -72,7 +73,7 @@ def test_it_keeps_the_contracts(yours):
 def test_it_is_audited_and_says_so_itself(yours, small_vit, photo, tmp_path):
     batch = photo, torch.tensor([3])
     report = audit(
-        small_vit(), batch, defenses="sign:scale=0.5", attacks=["mean-colour", "position"]
+        drawn(small_vit()), batch, defenses="sign:scale=0.5", attacks=["mean-colour", "position"]
     )
     found = {(f.defense, f.attack): f for f in report.findings}
     held = found["sign:scale=0.5", "position"]
