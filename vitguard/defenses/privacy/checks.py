@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
-from vitguard.errors import Incompatible
+from vitguard.errors import Incompatible, expected
 
-__all__ = ["check_model", "refuse_sharded"]
+__all__ = ["check_mechanism", "check_model", "refuse_sharded"]
+
+
+def check_mechanism(epsilon: float | None, noise: float | None, delta: float, clip: float) -> None:
+    """Raise InputError for settings of a Gaussian mechanism that are out of range."""
+    if epsilon is not None and noise is not None:
+        raise expected("epsilon or noise", "both", "Drop one: the other follows from it.")
+    if epsilon is not None and not 0 < epsilon < math.inf:
+        raise expected("a finite epsilon above 0", epsilon)
+    if not 0 < delta < 1:
+        raise expected("delta in (0, 1)", delta)
+    if not 0 < clip < math.inf:
+        raise expected("a finite clip above 0", clip)
+    if noise is not None and not 0 <= noise < math.inf:
+        raise expected("a finite noise multiplier of at least 0", noise)
 
 
 def check_model(model: nn.Module) -> None:

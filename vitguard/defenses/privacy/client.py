@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitguard.core import Traits, Update
 from vitguard.defenses.base import Defense, Draws, Ledgered, UpdateDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for, noisy
+from vitguard.defenses.privacy.checks import check_mechanism
 from vitguard.defenses.privacy.verification import reconstruction_bound
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy
@@ -61,16 +62,7 @@ class ClientPrivacy(UpdateDefense, Ledgered):
     rounds: int = 1
 
     def __post_init__(self) -> None:
-        if self.epsilon is not None and self.noise is not None:
-            raise expected("epsilon or noise", "both", "Drop one: the other follows from it.")
-        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
-            raise expected("a finite epsilon above 0", self.epsilon)
-        if not 0 < self.delta < 1:
-            raise expected("delta in (0, 1)", self.delta)
-        if not 0 < self.clip < math.inf:
-            raise expected("a finite clip above 0", self.clip)
-        if self.noise is not None and not 0 <= self.noise < math.inf:
-            raise expected("a finite noise multiplier of at least 0", self.noise)
+        check_mechanism(self.epsilon, self.noise, self.delta, self.clip)
         if self.rounds < 1:
             raise expected("at least one round", self.rounds)
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from vitguard.defenses.base import Ledgered, StepDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
+from vitguard.defenses.privacy.checks import check_mechanism
 from vitguard.defenses.privacy.verification import reconstruction_bound
 from vitguard.errors import Unprotected, expected
 
@@ -33,16 +34,7 @@ class PrivacyTarget(StepDefense, Ledgered):
     physical_batch: int | None = None
 
     def __post_init__(self) -> None:
-        if self.epsilon is not None and self.noise is not None:
-            raise expected("epsilon or noise", "both", "Drop one: the other follows from it.")
-        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
-            raise expected("a finite epsilon above 0", self.epsilon)
-        if not 0 < self.delta < 1:
-            raise expected("delta in (0, 1)", self.delta)
-        if not 0 < self.clip < math.inf:
-            raise expected("a finite clip above 0", self.clip)
-        if self.noise is not None and not 0 <= self.noise < math.inf:
-            raise expected("a finite noise multiplier of at least 0", self.noise)
+        check_mechanism(self.epsilon, self.noise, self.delta, self.clip)
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise expected("epochs above 0", self.epochs)
         if self.engine not in ("bookkeeping", "opacus"):
