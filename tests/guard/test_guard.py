@@ -432,11 +432,12 @@ def test_privacy_spent_without_privacy_says_what_is_missing(small_vit):
         protect(small_vit(), []).privacy_spent()
 
 
-def test_checkpoints_that_enter_autograd_again_are_refused_in_words(small_vit, photo):
+@pytest.mark.parametrize("stack", ["positions:kind=frozen", "privacy:noise=1"])
+def test_checkpoints_that_enter_autograd_again_are_refused_in_words(small_vit, photo, stack):
     model = small_vit().train()
     block = model.blocks[0]
     plain = block.forward
     block.forward = lambda x: checkpoint(plain, x, use_reentrant=True)
-    guard = protect(model, "positions:kind=frozen")
+    guard = protect(model, stack)
     with pytest.raises(Incompatible, match="use_reentrant=False"):
         guard.update(photo, torch.tensor([1]))

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from vitguard.core import Batch, LocalTraining, Loss
 from vitguard.defenses.protection import Protection
-from vitguard.errors import Incompatible, InputError, VitguardError, expected
-from vitguard.vit import Anatomy, canonical_parameters, logits_of
+from vitguard.errors import InputError, VitguardError, expected
+from vitguard.vit import Anatomy, canonical_parameters, checkpoints_refused, logits_of
 
 __all__ = ["check_batch", "difference_of", "gradient_of", "trained"]
 
@@ -113,14 +113,6 @@ def _backward(
         with protection.counted([step]), protection.allowed():
             return dict(step.gradient(model, loss, batch, protection.draws))
     total = loss(logits_of(model(batch.images)), batch.labels) + protection.auxiliary_loss(model)
-    try:
+    with checkpoints_refused():
         gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        raise Incompatible(
-            "Expected checkpoints of activations that do not enter autograd again, got "
-            "use_reentrant=True. Give torch.utils.checkpoint use_reentrant=False; in transformers "
-            'model.gradient_checkpointing_enable({"use_reentrant": False}).'
-        ) from error
     return dict(zip(parameters, gradients, strict=True))

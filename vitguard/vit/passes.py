@@ -10,9 +10,28 @@ from typing import Any
 from torch import Tensor
 from torch.backends import cuda as backends
 
-from vitguard.errors import expected
+from vitguard.errors import Incompatible, expected
 
-__all__ = ["logits_of", "math_attention"]
+__all__ = ["checkpoints_refused", "logits_of", "math_attention"]
+
+
+@contextmanager
+def checkpoints_refused() -> Iterator[None]:
+    """Say what to do where activations are checkpointed so that no gradient can be asked for.
+
+    Raises:
+        Incompatible: The block met checkpoints that enter autograd again.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise Incompatible(
+            "Expected checkpoints of activations that do not enter autograd again, got "
+            "use_reentrant=True. Give torch.utils.checkpoint use_reentrant=False; in transformers "
+            'model.gradient_checkpointing_enable({"use_reentrant": False}).'
+        ) from error
 
 
 def logits_of(output: Any) -> Tensor:

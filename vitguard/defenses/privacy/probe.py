@@ -23,6 +23,7 @@ from vitguard.defenses.privacy.losses import auxiliary_losses
 from vitguard.defenses.privacy.tape import full_precision
 from vitguard.defenses.privacy.training import PrivateTraining, paused
 from vitguard.errors import Incompatible
+from vitguard.vit import checkpoints_refused
 
 __all__ = ["probe"]
 
@@ -67,7 +68,8 @@ def probe(
     with paused(model), torch.enable_grad():
         kept = Kept(model)
         try:
-            _Trial(model, engine, kept, _noise_like(args, dict(kwargs or {}))).run()
+            with checkpoints_refused():
+                _Trial(model, engine, kept, _noise_like(args, dict(kwargs or {}))).run()
         finally:
             engine.close()
             kept.give_back()
