@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["Bins", "Crafted"]
+__all__ = ["BinKind", "Bins", "Crafted"]
+
+BinKind = Literal["mlp", "parallel", "serial", "lora", "value"]
 
 
 @dataclass(frozen=True, eq=False)
 class Bins:
-    """Rows of a linear layer whose thresholds a server put in order along one direction.
+    """Rows of a trained layer whose thresholds a server put in order along one direction.
 
     The gradients of neighbouring rows differ by the tokens between their thresholds.
 
     Args:
-        layer: Module name of the linear layer.
-        rows: Its rows by ascending threshold, shape (groups, bins). With one group for each patch
-            position, a group sees the tokens of its position only; one group alone sees all.
+        layer: Module name of the trained linear layer.
+        rows: Its rows by ascending threshold, shape (groups, bins).
         direction: Rows of several layers that measure along the same direction have the same
             number; their thresholds go on where the layer before ends.
+        places: The patch position whose tokens a group sees, shape (groups,); None where one group
+            sees all.
+        kind: What decides which token a row sees. `mlp`: the layer is fc1 itself. An adapter that
+            reads what the MLP reads (`parallel`), or what the MLP gives (`serial`): its own first
+            layer. The layer is A of LoRA: fc1 beside it (`lora`), or one attention head for each
+            row (`value`).
+        out: Module name of the layer whose columns carry the gradient back to the rows.
     """
 
     layer: str
     rows: Int[Tensor, "groups bins"]
     direction: int
+    places: Int[Tensor, " groups"] | None = None
+    kind: BinKind = "mlp"
+    out: str = ""
 
 
 @dataclass(frozen=True)
