@@ -115,3 +115,12 @@ def test_an_image_is_read_from_the_gradients_of_adapters_alone(photos, kind):
     assert not fc1 and "patch_embed.proj.weight" not in view.update.tensors
     guess = ImprintReading().run(view, torch.Generator())
     assert share(guess, photos[:1]) == 1.0
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_attention_heads_are_bins_for_low_rank_matrices_beside_the_values(photos, kind):
+    """Four heads in each of two blocks: eight of sixteen positions in a round."""
+    view = exposed(ATTENTION[kind](), photos[:1])
+    assert not any("mlp" in n for n in view.update.tensors)
+    guess = ImprintReading().run(view, torch.Generator())
+    assert share(guess, photos[:1]) == 0.5
