@@ -20,7 +20,8 @@ __all__ = ["banks_of"]
 
 _SAME = 1e-3  # relative difference of columns that were written alike, in 16-bit numbers too
 _SMOOTH = 0.4  # an attention head is a sigmoid, which is slower than GELU to be off or wholly on
-_TOLD = 1e-6  # of the class token: what tells it from patches, relative to its length
+_TOLD = 0.1  # of the class token: what tells it from patches, relative to its length
+_ROUNDING = 1e-5  # of 32-bit weights: what is shorter is no direction
 
 
 def banks_of(
@@ -137,10 +138,13 @@ def _without(
     Patches have nothing along a direction that neither they nor their positions reach.
     """
     token = torch.nn.functional.layer_norm(prefix, prefix.shape, eps=eps)
-    reached = torch.linalg.qr(torch.cat([torch.ones_like(token)[None], back, still]).T).Q
-    told = token - reached @ (reached.T @ token)
+    reached = torch.nn.functional.normalize(torch.cat([torch.ones_like(token)[None], back, still]))
+    charge(svd=float(reached.numel() * min(reached.shape)))
+    _, sizes, rows = torch.linalg.svd(reached, full_matrices=False)
+    rows = rows[sizes > _ROUNDING * sizes[0]]
+    told = token - rows.T @ (rows @ token)
     if float(told.norm()) < _TOLD * float(token.norm()):
-        return sums
+        raise NotApplicable("the class token is not told from patches: the weights are others")
     whole = sums.sums.clone()
     weight = whole[..., :-1] @ told / (token @ told)
     whole[..., :-1] -= weight[..., None] * token

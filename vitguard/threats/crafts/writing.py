@@ -27,7 +27,7 @@ _LOW = 8.0  # distance at which prefix tokens stand, in steps below every thresh
 _TRIES = 100
 _BRIGHT = 0.1  # share of brightness in what the head reads
 _UNSURE = 0.5  # score of a class at most
-_LONGER = 1e4  # how much longer an MLP makes a token that it hands on, relative to the token
+_LONGER = 100.0  # how much longer an MLP makes a token that it hands on, relative to the token
 _FAINT = 1e-6  # size of what the bins add to a token, relative to the token
 
 
@@ -149,7 +149,7 @@ class Writer:
         root = self.anatomy.width**0.5
         most = _BRIGHT * root * bright / (bright**2 + self.constant**2) ** 0.5
         largest = 2 * root * most / (most**2 + read**2) ** 0.5  # score of a class
-        return min(1.0, _UNSURE / largest) if not self.grown else _UNSURE / largest
+        return min(1.0, _UNSURE / largest)
 
     def _gain(self, waves: Float[Tensor, "samples waves"]) -> float:
         """Return the factor of pixels: patches stay small beside what tells positions apart."""
