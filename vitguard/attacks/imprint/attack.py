@@ -16,7 +16,7 @@ from vitguard.attacks.budget import charge_update
 from vitguard.attacks.equations.head import linear_head
 from vitguard.attacks.equations.rows import Embedding, guess_from_patches
 from vitguard.attacks.imprint.bank import Bank, Single, Tokens, peeled
-from vitguard.attacks.imprint.sums import banks_of
+from vitguard.attacks.imprint.sums import banks_of, lone_features
 from vitguard.attacks.labels import labels_from_counts
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable
@@ -75,6 +75,13 @@ class ImprintReading(Attack):
             raise NotApplicable("the server wrote no bins into the weights")
         anatomy = Anatomy.of(view.model)
         anatomy.require_plain_embedding()
+        first = view.crafted.bins[0]
+        if first.kind == "feature":
+            alone = lone_features(view.gradient(steps=True), anatomy, first)
+            raise NotApplicable(
+                f"the client keeps its own frozen weights: {alone} tokens stand alone in what "
+                f"{first.layer} reads, behind attention, and no patch follows from them"
+            )
         rounds = (view, *view.earlier)
         embedding = Embedding.of(view, anatomy)
         offset = embedding.offset

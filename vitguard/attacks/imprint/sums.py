@@ -16,10 +16,12 @@ from vitguard.core.parameters import canonical_tensors
 from vitguard.errors import NotApplicable
 from vitguard.vit import Anatomy, Block
 
-__all__ = ["banks_of"]
+__all__ = ["banks_of", "lone_features"]
 
 _SAME = 1e-3  # relative difference of columns that were written alike, in 16-bit numbers too
 _SMOOTH = 0.4  # an attention head is a sigmoid, which is slower than GELU to be off or wholly on
+_ONE = 1e-3  # what the square of the length of a single token lacks at most: eps, and rounding
+_EMPTY = 1e-3  # weight of a bin without a token, relative to the largest
 _TOLD = 0.1  # of the class token: what tells it from patches, relative to its length
 _ROUNDING = 1e-5  # of 32-bit weights: what is shorter is no direction
 
@@ -49,6 +51,19 @@ def banks_of(
             place = None if one.places is None else int(one.places[group])
             parts.setdefault((one.direction, place), []).append(sums.of(group))
     return [_bank(group, place) for (_, place), group in sorted(parts.items(), key=_order)]
+
+
+def lone_features(view: View, anatomy: Anatomy, one: Bins) -> int:
+    """Return how many tokens stand alone in bins of weights that the server did not write.
+
+    What an adapter reads there has the length of one token after LayerNorm, and is no patch:
+    attention has mixed them before.
+    """
+    (bank,) = (_bank([_sums(view, anatomy, one, 0.0).of(0)], None),)
+    weights = bank.bins[:, -1]
+    mean = bank.bins[:, :-1] / weights[:, None]
+    lacks = (mean.square().sum(1) / mean.shape[1] - 1).abs()
+    return int(((lacks < _ONE) & (weights.abs() > _EMPTY * weights.abs().max())).sum())
 
 
 def _order(item: tuple[tuple[int, int | None], list[_Sums]]) -> tuple[int, int]:

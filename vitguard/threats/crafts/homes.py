@@ -98,7 +98,7 @@ def _beside(
 
 
 def _adapters(model: nn.Module, blocks: tuple[Block, ...]) -> Iterator[Home]:
-    """Yield the bottlenecks: a linear layer to fewer channels, followed by one back."""
+    """Yield the adapters: a linear layer to other channels, followed by one back."""
     pairs = [(b, down, up) for b in blocks for down, up in bottlenecks(model, b)]
     if not pairs:
         return
@@ -122,6 +122,7 @@ def _passes(model: nn.Module, block: Block) -> bool:
 def bottlenecks(model: nn.Module, block: Block) -> Iterator[tuple[str, str]]:
     """Yield the names of each pair of layers of a block that are none of its own: down, up."""
     known = {block.proj, block.fc1, block.fc2, *(n.removesuffix(_LAST) for n in block.qkv)}
+    width = _linear(model, block.fc1).in_features
     named = model.get_submodule(block.name).named_modules(prefix=block.name)
     layers = [(n, m) for n, m in named if isinstance(m, nn.Linear) and "lora_" not in n]
     layers = [
@@ -129,10 +130,14 @@ def bottlenecks(model: nn.Module, block: Block) -> Iterator[tuple[str, str]]:
         for n, m in layers
         if canonical_name(f"{n}.weight").removesuffix(_LAST) not in known
     ]
-    for (down, first), (up, second) in zip(layers, layers[1:], strict=False):
-        narrow = first.out_features == second.in_features < first.in_features
-        if narrow and first.in_features == second.out_features:
+    i = 0
+    while i + 1 < len(layers):
+        (down, first), (up, second) = layers[i : i + 2]
+        there = (first.in_features, first.out_features) == (width, second.in_features)
+        i += 1
+        if there and second.out_features == width:
             yield down, up
+            i += 1
 
 
 def _inputs(

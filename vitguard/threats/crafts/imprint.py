@@ -15,6 +15,7 @@ from vitguard.errors import NotApplicable, expected
 from vitguard.threats.crafts.base import Craft
 from vitguard.threats.crafts.gates import told_apart
 from vitguard.threats.crafts.homes import Home, homes_of
+from vitguard.threats.crafts.own_base import feature_bins, written_beside
 from vitguard.threats.crafts.writing import Writer, centred, positions_of
 from vitguard.vit import Anatomy
 
@@ -41,6 +42,8 @@ class Imprint(Craft):
         each: Bins for each position where a layer has less rows than there are positions, or is an
             adapter: blocks then see positions of their own. None for as many as leave room for all
             positions; more where batches are large.
+        frozen: Whether it writes what the client does not train as well. False where the client
+            keeps its own frozen weights: tokens of an adapter are told apart then, no patches.
         turn: Of a server that changes the craft by the round: each turn has directions of its own.
             Tokens stay what they are, so that all turns are read together.
 
@@ -57,6 +60,7 @@ class Imprint(Craft):
     thresholds: Literal["bias", "channel"] = "channel"
     directions: int = 3
     each: int | None = None
+    frozen: bool = True
     turn: int = 0
 
     def __post_init__(self) -> None:
@@ -74,8 +78,11 @@ class Imprint(Craft):
     ) -> dict[str, Tensor]:
         """Return the crafted state dict; see `Craft.weights`."""
         generator = generator or torch.Generator().manual_seed(0)
+        bins = self.bins(model)
+        if bins[0].kind == "feature":
+            return written_beside(model, bins[0], generator)
         return Writer(
-            model, self.bins(model), thresholds=self.thresholds, turn=self.turn, generator=generator
+            model, bins, thresholds=self.thresholds, turn=self.turn, generator=generator
         ).written()
 
     def under(self, traits: Traits) -> Imprint:
@@ -95,6 +102,8 @@ class Imprint(Craft):
     def bins(self, model: nn.Module) -> list[Bins]:
         """Return the bins of each block; its last rows stay unused where they do not divide."""
         anatomy = Anatomy.of(model)
+        if not self.frozen and not all(p.requires_grad for p in model.parameters()):
+            return feature_bins(model, anatomy)
         homes = homes_of(model, anatomy)
         homes = homes if self.blocks is None else homes[: self.blocks]
         positions = positions_of(canonical_tensors(model), anatomy)[0]
