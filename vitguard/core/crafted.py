@@ -51,6 +51,7 @@ class Crafted:
         craft: Name of the craft.
         settings: Its settings, for the report.
         bins: Where it made rows that tell single tokens apart.
+        unwritten: Why it found no place for bins; "" where it did, or wants none.
         nothing: Why there is nothing to read in this update, as the update itself shows; "" where
             that is not so.
     """
@@ -58,4 +59,5 @@ class Crafted:
     craft: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     bins: tuple[Bins, ...] = ()
+    unwritten: str = ""
     nothing: str = ""

@@ -72,7 +72,8 @@ class ImprintReading(Attack):
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return as many images as are behind the update; patches that were not found are flat."""
         if view.crafted is None or not view.crafted.bins:
-            raise NotApplicable("the server wrote no bins into the weights")
+            why = view.crafted.unwritten if view.crafted is not None else ""
+            raise NotApplicable(why or "the server wrote no bins into the weights")
         anatomy = Anatomy.of(view.model)
         anatomy.require_plain_embedding()
         first = view.crafted.bins[0]

@@ -15,7 +15,7 @@ from vitguard.errors import NotApplicable, expected
 from vitguard.threats.crafts.base import Craft
 from vitguard.threats.crafts.gates import told_apart
 from vitguard.threats.crafts.homes import Home, homes_of
-from vitguard.threats.crafts.own_base import feature_bins, written_beside
+from vitguard.threats.crafts.own_base import NO_PLACE, feature_bins, written_beside
 from vitguard.threats.crafts.writing import Writer, centred, positions_of
 from vitguard.vit import Anatomy
 
@@ -78,9 +78,9 @@ class Imprint(Craft):
     ) -> dict[str, Tensor]:
         """Return the crafted state dict; see `Craft.weights`."""
         generator = generator or torch.Generator().manual_seed(0)
+        if self._keeps_its_own(model):
+            return written_beside(model, feature_bins(model), generator)
         bins = self.bins(model)
-        if bins[0].kind == "feature":
-            return written_beside(model, bins[0], generator)
         return Writer(
             model, bins, thresholds=self.thresholds, turn=self.turn, generator=generator
         ).written()
@@ -97,13 +97,15 @@ class Imprint(Craft):
 
     def crafted(self, model: nn.Module) -> Crafted:
         """Return which rows are bins, and along which direction."""
-        return Crafted(self.name, self.settings(), tuple(self.bins(model)))
+        bins = tuple(self.bins(model))
+        unwritten = "" if bins else "the client keeps its own frozen weights, and " + NO_PLACE
+        return Crafted(self.name, self.settings(), bins, unwritten)
 
     def bins(self, model: nn.Module) -> list[Bins]:
         """Return the bins of each block; its last rows stay unused where they do not divide."""
         anatomy = Anatomy.of(model)
-        if not self.frozen and not all(p.requires_grad for p in model.parameters()):
-            return feature_bins(model, anatomy)
+        if self._keeps_its_own(model):
+            return feature_bins(model)
         homes = homes_of(model, anatomy)
         homes = homes if self.blocks is None else homes[: self.blocks]
         positions = positions_of(canonical_tensors(model), anatomy)[0]
@@ -123,6 +125,9 @@ class Imprint(Craft):
             direction = i * many // len(homes)
             made.append(Bins(home.layer, rows, direction, places, home.kind, home.out))
         return made
+
+    def _keeps_its_own(self, model: nn.Module) -> bool:
+        return not self.frozen and not all(p.requires_grad for p in model.parameters())
 
     def _split(self, homes: Sequence[Home], anatomy: Anatomy) -> list[Bins]:
         """Return bins where each block sees positions of its own: layers with few rows.
