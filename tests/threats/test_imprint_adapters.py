@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import vitguard as vg
+from tests.threats.adapted import SPEC, adapters, lora, reads_input, reads_output
 from vitguard import data
 from vitguard.attacks.imprint import ImprintReading
 from vitguard.core import LocalTraining, Normalization
@@ -20,55 +20,8 @@ from vitguard.threats.crafts.imprint import Imprint
 from vitguard.threats.malicious_server import craft_types
 from vitguard.vit import Anatomy
 
-SPEC = (
-    "vit_tiny_patch16_224:img_size=16,patch_size=4,embed_dim=60,depth=3,num_heads=4,mlp_ratio=4,"
-    "num_classes=10"
-)
 PLAIN = Normalization()
 NAME = "blocks.0.mlp.adapter.down"
-
-
-class Bottleneck(nn.Module):
-    """Down to `rank`, a step, up again."""
-
-    def __init__(self, width, rank, act=F.gelu):
-        super().__init__()
-        self.down, self.up, self.act = nn.Linear(width, rank), nn.Linear(rank, width), act
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x):
-        return self.up(self.act(self.down(x)))
-
-
-def reads_output(module, _, output):
-    return output + module.adapter(output)
-
-
-def reads_input(module, args, output):
-    return output + module.adapter(args[0])
-
-
-def adapters(rank=8, hook=reads_output, act=F.gelu, spec=SPEC):
-    """Return a model of which only bottlenecks beside its MLPs and the head are trained."""
-    torch.manual_seed(0)
-    model = build_model(spec)
-    model.requires_grad_(False)
-    for block in model.blocks:
-        block.mlp.adapter = Bottleneck(model.embed_dim, rank, act)
-        block.mlp.register_forward_hook(hook)
-    model.head.requires_grad_(True)
-    return model
-
-
-def lora(rank=8, targets=("fc1",), spec=SPEC, **settings):
-    """Return a model of PEFT, of which LoRA and the head are trained."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = peft.LoraConfig(
-        r=rank, target_modules=list(targets), modules_to_save=["head"], **settings
-    )
-    return peft.get_peft_model(build_model(spec), config)
-
 
 KINDS = {
     "adapters behind the MLP": lambda rank=8: adapters(rank),
@@ -226,10 +179,9 @@ def test_queries_keys_and_values_of_their_own_are_crafted_too(photos):
     model = transformers.ViTForImageClassification(config)
     names = {n.rpartition(".")[2] for n, _ in model.named_modules()}
     targets = [n for n in ("query", "value", "q_proj", "v_proj") if n in names]
-    lora = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=["classifier"])
-    guess = ImprintReading().run(
-        exposed(peft.get_peft_model(model, lora), photos[:1]), torch.Generator()
-    )
+    config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=["classifier"])
+    view = exposed(peft.get_peft_model(model, config), photos[:1])
+    guess = ImprintReading().run(view, torch.Generator())
     assert share(guess, photos[:1]) == 0.5
 
 
@@ -264,6 +216,7 @@ def test_noise_on_adapters_leaves_nothing_verified(photos):
     assert not guess.verified.any()
 
 
+@pytest.mark.slow
 def test_an_audit_of_adapters_against_a_malicious_server_leaks(photos):
     report = vg.audit(
         adapters(), (photos[:1], torch.tensor([3])), attacks="imprint", threat=MaliciousServer()
@@ -272,13 +225,24 @@ def test_an_audit_of_adapters_against_a_malicious_server_leaks(photos):
     assert finding.verdict == "leaks" and finding.psnr.mean > 60
 
 
-@pytest.mark.parametrize("make", [lambda: adapters(32, reads_input), adapters, lora])
+OWN = {"beside": lambda: adapters(32, reads_input), "behind": adapters, "LoRA": lora}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_where_the_client_keeps_its_own_frozen_weights_the_reason_is_told(photos, kind):
+    view = exposed(OWN[kind](), photos[:1], MaliciousServer("imprint:frozen=false"))
+    with pytest.raises(NotApplicable, match="own frozen weights"):
+        ImprintReading().run(view, torch.Generator())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OWN)
 def test_where_the_client_keeps_its_own_frozen_weights_nothing_is_proved_nor_called_resisted(
-    photos, make
+    photos, kind
 ):
     threat = MaliciousServer("imprint:frozen=false")
     report = vg.audit(
-        make(), (photos[:1], torch.tensor([3])), attacks=["imprint", "ladder:seconds=0.1"],
+        OWN[kind](), (photos[:1], torch.tensor([3])), attacks=["imprint", "ladder:seconds=0.1"],
         threat=threat,
     )  # fmt: skip
     assert {f.attack: f.verdict for f in report.findings}["imprint"] == "not applicable"

@@ -90,13 +90,18 @@ class ImprintReading(Attack):
             moved = view.unknown.to(offset).reshape(1, -1)
             offset = torch.cat([offset, moved + view.bias(anatomy.patch)])
         tokens = Tokens.of(embedding.weight, offset, _eps(view.model, anatomy))
-        banks = [  # fmt: skip
+        banks = [
             bank
             for one in rounds
             if one.crafted is not None
             for bank in banks_of(
-                one.gradient(steps=True), anatomy, one.crafted.bins, embedding.prefix,
-                tokens.still, tokens.back, tokens.eps,
+                one.gradient(steps=True),
+                anatomy,
+                one.crafted.bins,
+                embedding.prefix,
+                tokens.still,
+                tokens.back,
+                tokens.eps,
             )
         ]
         size = sum(view.normalization.std) / len(view.normalization.std)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitguard.attacks.budget import charge
+
 __all__ = ["NEAR", "Bank", "Single", "Tokens", "peeled"]
 
 _ROUNDS = 64  # of peeling; photos take a handful

@@ -82,9 +82,7 @@ class _Sums:
     added: float
 
     def of(self, group: int) -> _Sums:
-        return _Sums(
-            self.sums[group], self.rows[group], self.bias[group], self.longer, self.added
-        )
+        return _Sums(self.sums[group], self.rows[group], self.bias[group], self.longer, self.added)
 
 
 def _bank(parts: Sequence[_Sums], place: int | None) -> Bank:
@@ -137,17 +135,13 @@ def _written(view: View, block: Block, one: Bins) -> tuple[Tensor, Tensor, Tenso
         return columns @ up, (up.T @ weight)[one.rows], (up.T @ bias)[one.rows]
     up = up[-len(columns) :]
     at = up.abs().argmax(0)
-    if len(block.qkv) > 1:
-        key = view.weight(block.qkv[1])
-    else:
-        key = view.weight(block.qkv[0]).chunk(3)[1]
+    joint = len(block.qkv) == 1
+    key = view.weight(block.qkv[0]).chunk(3)[1] if joint else view.weight(block.qkv[1])
     weight = _SMOOTH * key[at][one.rows] * (len(columns) // block.heads) ** -0.5
     return columns @ up, weight, weight.new_zeros(weight.shape[:2])
 
 
-def _without(
-    sums: _Sums, prefix: Tensor, still: Tensor, back: Tensor, eps: float
-) -> _Sums:
+def _without(sums: _Sums, prefix: Tensor, still: Tensor, back: Tensor, eps: float) -> _Sums:
     """Take the class token out, to which heads turn below a threshold.
 
     Patches have nothing along a direction that neither they nor their positions reach.

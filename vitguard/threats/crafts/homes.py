@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,9 +127,7 @@ def bottlenecks(model: nn.Module, block: Block) -> Iterator[tuple[str, str]]:
     named = model.get_submodule(block.name).named_modules(prefix=block.name)
     layers = [(n, m) for n, m in named if isinstance(m, nn.Linear) and "lora_" not in n]
     layers = [
-        (n, m)
-        for n, m in layers
-        if canonical_name(f"{n}.weight").removesuffix(_LAST) not in known
+        (n, m) for n, m in layers if canonical_name(f"{n}.weight").removesuffix(_LAST) not in known
     ]
     i = 0
     while i + 1 < len(layers):
@@ -146,14 +145,17 @@ def _inputs(
     """Return what layers read, and what MLPs give, of one drawn image."""
     model = copy.deepcopy(model).eval()
     seen: dict[str, Tensor] = {}
+
+    def reads(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda _, args: seen.update({name: args[0]})
+
+    def gives(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _, __, output: seen.update({name: output})
+
     for name in layers:
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: seen.__setitem__(name, args[0])
-        )
+        model.get_submodule(name).register_forward_pre_hook(reads(name))
     for block, _, _ in pairs:
-        model.get_submodule(block.fc2).register_forward_hook(
-            lambda _, __, out, name=f"{block.mlp} gives": seen.__setitem__(name, out)
-        )
+        model.get_submodule(block.fc2).register_forward_hook(gives(f"{block.mlp} gives"))
     anatomy, like = Anatomy.of(model), next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, anatomy.channels, *anatomy.image_size, generator=generator)

@@ -137,9 +137,13 @@ class Imprint(Craft):
         least = min(home.rows for home in homes)
         each = self.each or max(1, least // -(-anatomy.patches // len(homes)))
         if each > least:
-            raise NotApplicable(f"{homes[0].layer} has {least} rows at most: each={each} needs more")
+            raise NotApplicable(
+                f"{homes[0].layer} has {least} rows at most: each={each} needs more"
+            )
         if each > 1 and not anatomy.prefix and any(home.kind == "value" for home in homes):
-            raise NotApplicable("attention needs a class token to turn to below a threshold: each=1")
+            raise NotApplicable(
+                "attention needs a class token to turn to below a threshold: each=1"
+            )
         per = least // each
         begin = self.turn * per * len(homes) if per * len(homes) < anatomy.patches else 0
         order = torch.arange(anatomy.patches).roll(-begin)

@@ -58,9 +58,7 @@ def written_beside(
     return state
 
 
-def _thresholds(
-    model: nn.Module, bins: Bins, generator: torch.Generator
-) -> dict[str, Tensor]:
+def _thresholds(model: nn.Module, bins: Bins, generator: torch.Generator) -> dict[str, Tensor]:
     """Return the weights of one adapter by canonical name."""
     seen = _features(model, bins.layer, generator).flatten(0, 1)
     mean = seen.mean(0)
@@ -68,7 +66,8 @@ def _thresholds(
     measured = seen @ line
     cuts = torch.quantile(measured, torch.arange(bins.rows.numel()).double() / bins.rows.numel())
     cuts[0] = measured.min() - measured.std()
-    steep = _STEEP / float(cuts.diff()[1:].median() if len(cuts) > 2 else measured.std())
+    typical = float(cuts.diff()[1:].median() if len(cuts) > 2 else measured.std())
+    steep = _STEEP / max(typical, 1e-9)
     most = steep * float(measured.max() - cuts[0]) * len(cuts)
     out = torch.randn(seen.shape[1], generator=generator, dtype=torch.float64)
     out *= _FAINT * float(seen.norm(dim=1).mean()) / (most * float(out.norm()))

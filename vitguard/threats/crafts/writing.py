@@ -15,8 +15,9 @@ from vitguard.errors import NotApplicable
 from vitguard.models import normalization_of
 from vitguard.threats.crafts.channels import Channels, natural_patches
 from vitguard.threats.crafts.gates import Gates
+from vitguard.threats.crafts.gating import attend, hand_on, scale_norm, stand_for
 from vitguard.threats.crafts.homes import bottlenecks
-from vitguard.vit import Anatomy, Block, canonical_name
+from vitguard.vit import Anatomy, canonical_name
 
 __all__ = ["Writer", "centred", "class_worth", "positions_of"]
 
@@ -126,10 +127,10 @@ class Writer:
         self.waves = gain * waves  # along `data`
         self.lines = self._lines()
         self.reach = 4 * float(self.waves[:, :_STRONG].norm(dim=1).max())
-        self.low = c.data @ (-2 * self.reach * _end(self.lines))
-        low = self.low
+        low = c.data @ (-2 * self.reach * _end(self.lines))
         if any(b.kind == "value" for b in self.bins):
             low = low + float(low.norm()) * c.sink
+        self.prefix = low
         # how long what the head reads is before its norm, at least
         read = float(low.norm()) if a.prefix and a.pooling == "token" else self.constant
         read += self.grown * a.width**0.5
@@ -221,14 +222,15 @@ class Writer:
             share = self._share(faint * steep / size, float(rows.norm(dim=1).median()))
         block = next(b for b in self.anatomy.blocks if bins.layer.startswith(f"{b.name}."))
         if bins.kind == "value":
-            self._attend(bins, block, full, steep)
+            scale_norm(self.state, block.norm1, steep, counts=True)
+            attend(self.state, bins, block, full, c, self.prefix)
             return
         if bins.kind == "serial":
             share = self.longer / steep
-            self._hand_on(block)
+            hand_on(self.state, block)
         elif bins.kind == "lora":
             share = 1.0
-            self._beside(bins)
+            stand_for(self.state, bins)
         gate = block.fc1 if bins.kind == "lora" else bins.layer
         flat = bins.rows.flatten()
         weight = self.state[f"{gate}.weight"]
@@ -240,59 +242,8 @@ class Writer:
         elif self.thresholds == "bias" or bins.kind in ("mlp", "lora"):
             raise NotApplicable(f"{gate} has no bias")
         self.state[f"{bins.out}.weight"].copy_((faint * c.signal)[:, None])
-        self._scale(block.norm2, steep * share, counts=f"{bins.layer}.bias" not in self.state)
-
-    def _scale(self, norm: str, size: float, *, counts: bool) -> None:
-        """Write a norm; where it counts it adds a constant to all channels.
-
-        A token has mean zero, so that the mean of a row's gradient tells the sum of the weights of
-        its tokens, as the gradient of a bias does where the layer has one.
-        """
-        self._set(f"{norm}.weight", size)
-        self._set(f"{norm}.bias", size if counts else 0.0)
-
-    def _hand_on(self, block: Block) -> None:
-        """Let an MLP give what it reads: GELU(x) - GELU(-x) = x."""
-        fc1, fc2 = self.state[f"{block.fc1}.weight"], self.state[f"{block.fc2}.weight"]
-        eye = torch.eye(fc1.shape[1], dtype=fc1.dtype)
-        fc1.zero_()
-        fc1[: len(eye)], fc1[len(eye) : 2 * len(eye)] = eye, -eye
-        fc2.copy_(fc1.T)
-        self._set(f"{block.fc1}.bias", 0.0)
-
-    def _beside(self, bins: Bins) -> None:
-        """Let A of LoRA stand for the first rows of fc1: A = 0, and B picks them."""
-        up = self.state[bins.layer.replace(".lora_A.", ".lora_B.") + ".weight"]
-        up.copy_(torch.eye(*up.shape, dtype=up.dtype))
-
-    def _attend(self, bins: Bins, block: Block, full: Tensor, steep: float) -> None:
-        """Let each row of A see the token that one attention head turns to.
-
-        All queries are one constant. The key of a token is what a row makes of it; that of the
-        class token is 0. The values are 0, so that tokens stay what they are, and their gradient
-        is that along `signal`.
-        """
-        heads, width = block.heads, self.anatomy.width
-        low = self.low + float(self.low.norm()) * self.channels.sink
-        full = full - (full @ low / (low @ self.channels.sink))[:, None] * self.channels.sink
-        at = torch.arange(len(full)) * (width // heads)
-        query, key = self._part(block.qkv, 0), self._part(block.qkv, 1)
-        for tensor in (query, key, self._part(block.qkv, 2)):
-            tensor.zero_()
-        for part in range(len(block.qkv_bias) if len(block.qkv_bias) > 1 else 3):
-            self._part(block.qkv_bias, part).zero_()
-        key[at] = full * (width // heads) ** 0.5
-        self._part(block.qkv_bias, 0)[at] = 1.0
-        self._scale(block.norm1, steep, counts=True)
-        self.state[f"{bins.out}.weight"][:, at] = self.channels.signal[:, None].expand(-1, len(at))
-        up = self.state[bins.layer.replace(".lora_A.", ".lora_B.") + ".weight"]
-        up[len(up) - width + at, torch.arange(len(at))] = 1.0
-
-    def _part(self, names: tuple[str, ...], part: int) -> Tensor:
-        """Return the part of queries, keys or values, in one tensor or three."""
-        if len(names) > 1:
-            return self.state[names[part]]
-        return self.state[names[0]].chunk(3)[part]
+        counts = f"{bins.layer}.bias" not in self.state
+        scale_norm(self.state, block.norm2, steep * share, counts=counts)
 
     def _share(self, slope: float, size: float) -> float:
         """Return the factor that goes from the rows into the norm before them.
