@@ -8,7 +8,8 @@ client, or `clients x images` for the plain average of several clients' gradient
 where a guessed patch at its position comes within 40 or 60 dB. `multiples` are the CPU seconds of
 reading the gradient over those of one forward and backward pass of the same images. `honest` is
 what `ladder` verifies of the same batch with honest weights (`--ladder`; minutes a row).
-With `--train` clients train that and the head alone: adapters behind each MLP, LoRA on qkv or fc1.
+With `--train` clients train that and the head alone: adapters behind each MLP (`adapters`) or beside
+it (`beside`), LoRA on qkv (`lora`) or on fc1 (`lora-fc1`).
 With `--defenses` each defense is audited instead, on a small ViT (width 216, four blocks, patches
 of 8 x 8) and four photos of 32 x 32 pixels, two to a batch: the share of patches that the attack
 proved and that are right.
@@ -60,10 +61,11 @@ def main() -> None:
         return _defended(options)
     print("| images | patches >= 40 dB | >= 60 dB | median dB | multiples | honest ladder |")
     print("|---|---|---|---|---|---|", flush=True)
-    for options.trained in options.train or [""]:
+    for trained in options.train or [""]:
+        options.trained = trained
         for row in options.only or ROWS:
             clients, _, images = row.rpartition("x")
-            told = f"| {options.trained} " if options.trained else ""
+            told = f"| {trained} " if trained else ""
             print(told + _row(options, int(clients or 1), int(images)), flush=True)
 
 
@@ -100,14 +102,14 @@ def _row(options: argparse.Namespace, clients: int, images: int) -> str:
     honest = "not run"
     if options.ladder:
         guess = _attacked(CuriousServer(), model, pixels, labels, normalization, clients)[0]
-        honest = "nothing" if guess is None or guess.verified is None else (
+        honest = "nothing" if isinstance(guess, str) or guess.verified is None else (
             f"{100 * float(guess.verified.double().mean()):.1f} %"
         )  # fmt: skip
     threat = MaliciousServer(options.craft)
     model.load_state_dict(threat.hand_out(protect(_network(options), ())))
     guess, trained, read = _attacked(threat, model, pixels, labels, normalization, clients)
-    if guess is None:
-        return f"| {clients} x {images} | 0 | 0 | | {read / trained:.2f} | {honest} |"
+    if isinstance(guess, str):
+        return f"| {clients} x {images} | 0 | 0 | {guess} | {read / trained:.2f} | {honest} |"
     quality = _quality(anatomy, pixels, guess)
     if options.picture:
         _picture(options.picture, pixels, guess)
@@ -124,8 +126,8 @@ def _attacked(
     labels: Tensor,
     normalization: Normalization,
     clients: int,
-) -> tuple[Guess | None, float, float]:
-    """Return the guess, the CPU seconds of the passes, and those of the attack."""
+) -> tuple[Guess | str, float, float]:
+    """Return the guess or why there is none, the CPU seconds of the passes and of the attack."""
     guard = protect(model, ())
     begun = time.process_time()
     total: dict[str, Tensor] = {}
@@ -146,8 +148,8 @@ def _attacked(
     try:
         attack = ImprintReading() if isinstance(threat, MaliciousServer) else Ladder()
         return attack.run(view, torch.Generator()), trained, time.process_time() - begun
-    except VitguardError:
-        return None, trained, time.process_time() - begun
+    except VitguardError as error:
+        return str(error), trained, time.process_time() - begun
 
 
 def _quality(anatomy: Anatomy, pixels: Tensor, guess: Guess) -> Tensor:

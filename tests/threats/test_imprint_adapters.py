@@ -292,3 +292,33 @@ def test_settings_of_narrow_layers_out_of_range_are_refused(setting):
         Imprint(**setting)
     with pytest.raises(NotApplicable, match="each=9"):
         Imprint(each=9).weights(adapters(8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WIDE)
+def test_no_patch_is_proved_wrong_where_tokens_share_the_few_rows_of_adapters(kind):
+    threat = MaliciousServer("imprint:each=3" if "qkv" in kind else "imprint")
+    claims = 0
+    for seed in range(6):
+        for size in (2, 4):
+            pixels = data.decoys(size, (16, 16), seed=seed)
+            try:
+                view = exposed(WIDE[kind](), pixels, threat)
+                guess = ImprintReading().run(view, torch.Generator())
+            except NotApplicable:
+                continue
+            found = errors(guess, pixels)
+            claims += len(found)
+            assert not len(found) or found.max() < 1e-4
+    assert claims >= 60
+
+
+def test_where_only_later_blocks_are_trained_their_fc1_holds_the_bins(photos):
+    model = build_model(SPEC)
+    model.requires_grad_(False)
+    for part in (model.blocks[1], model.blocks[2], model.head):
+        part.requires_grad_(True)
+    view = exposed(model, photos[:1])
+    assert {bins.layer for bins in view.crafted.bins} == {"blocks.1.mlp.fc1"}
+    guess = ImprintReading().run(view, torch.Generator())
+    assert share(guess, photos[:1]) >= 0.75
