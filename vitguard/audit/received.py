@@ -17,7 +17,7 @@ from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
 from vitguard.audit.scale import Scale, decoys_for
 from vitguard.audit.spreading import Progress, Work
-from vitguard.audit.stated import adversary_of, facts_of
+from vitguard.audit.stated import adversary_of, checked_seed, facts_of, names_of
 from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.errors import expected
@@ -91,7 +91,7 @@ def audit_update(
     Raises:
         InputError: The update names parameters that the model does not have.
     """
-    work = Work(workers, executor)
+    seed, work = checked_seed(seed), Work(workers, executor)
     anatomy = Anatomy.of(model)
     normalization = normalization or normalization_of(model)
     update = _taken_in(model, update)
@@ -160,7 +160,7 @@ def _facts(
     seed: int,
 ) -> Facts:
     """Return what the caller states about the batch behind the update; it is not verified."""
-    told = tuple(names or (f"image {i}" for i in range(update.batch_size)))
+    told = names_of(names, update.batch_size)
     patch = anatomy.patch_size
     if truth is None:
         return Facts(told, patch, certain=False)

@@ -27,6 +27,9 @@ DIVIDED = {
     "class weights as log-likelihoods": lambda s, y: F.nll_loss(s.log_softmax(1), y, WEIGHTS),
     "an ignored class": nn.CrossEntropyLoss(ignore_index=2),
     "a scaled mean": lambda s, y: 0.3 * F.cross_entropy(s, y, weight=WEIGHTS),
+    "the hardest three": lambda s, y: (
+        F.cross_entropy(s, y, reduction="none").topk(min(3, len(y))).values.mean()
+    ),
     "by the batch's own weights": lambda s, y: (
         (w := WEIGHTS[y]) * F.cross_entropy(s, y, reduction="none")
     ).sum() / w.sum(),

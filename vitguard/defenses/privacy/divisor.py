@@ -1,4 +1,6 @@
-"""Criteria that divide by what the batch holds, as class weights or `ignore_index` with a mean do.
+"""Criteria that divide by what the batch holds, or choose from it.
+
+Class weights or `ignore_index` with a mean do, and the hardest examples of a batch.
 
 Cross-entropy gives example i the gradient c_i (softmax(scores_i) - label_i). A mean of terms of one
 example each has c_i = w_i / B, which the other examples do not touch. Such a criterion divides by
@@ -62,17 +64,16 @@ class CommonDivisor:
         if len(self.alike) >= _BATCHES and self._moves():
             raise Unprotected(
                 "Expected a criterion that is a mean of terms of one example each, got one that "
-                "divides by what the batch holds (class weights or ignore_index with a mean): a "
-                "record changes what all others add. Wrap it in PerExample, which keeps the "
-                "weights, and train anew: no bound holds for the steps so far."
+                "divides by what the batch holds (class weights or ignore_index with a mean, the "
+                "hardest examples): a record changes what others add. Wrap class weights in "
+                "PerExample, which keeps them, and train anew: no bound holds for the steps so far."
             )
 
     def _moves(self) -> bool:
-        """Whether a class has two weights, as a share of its batch and for each example of it."""
+        """Whether a class counts otherwise in one batch than in another."""
         (_, size, first), *others = self.alike
         return any(
-            abs(weights[k] / first[k] - 1) > _OTHER
-            and abs(weights[k] * count / (first[k] * size) - 1) > _OTHER
+            abs(weights[k] * count / (first[k] * size) - 1) > _OTHER
             for _, count, weights in others
             for k in weights.keys() & first.keys()
         )
