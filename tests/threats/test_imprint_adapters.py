@@ -166,6 +166,21 @@ def test_adapters_without_a_bias_are_counted_by_what_the_norm_adds(photos, hook,
     assert share(guess, photos[:1]) == (0.5 if rank == 4 else 1.0)
 
 
+@pytest.mark.parametrize("make", [adapters, lora])
+def test_a_shuffle_does_not_hide_patches_from_crafted_adapters(photos, make):
+    """Without positions every block sees all tokens, and a token is not read once for each."""
+    guess = ImprintReading().run(
+        exposed(make(64), photos[:1], defenses="shuffle:ratio=0.5"), torch.Generator()
+    )
+    assert share(guess, photos[:1]) >= 0.75
+    assert guess.details["found"] <= 16
+
+
+def test_attention_heads_have_no_bins_for_patches_without_positions(photos):
+    with pytest.raises(NotApplicable, match="bin of one position"):
+        exposed(lora(4, ("qkv",)), photos[:1], defenses="shuffle:ratio=0.5")
+
+
 def test_queries_keys_and_values_of_their_own_are_crafted_too(photos):
     """LoRA on query and value, as is usual for models of transformers."""
     peft = pytest.importorskip("peft")

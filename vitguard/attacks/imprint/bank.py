@@ -44,17 +44,17 @@ class Bank:
         """Return what the rows make of a token."""
         return self.rows[rows] @ token + self.bias[rows]
 
-    def mark(self, weight: float, scale: float, eps: float) -> float:
-        """Return the weight of a token that LayerNorm divided by `scale`, as of its image.
+    def size(self, scale: float, eps: float) -> float:
+        """Return what divides the weight of a token that LayerNorm divided by `scale`.
 
         Its own size is a little less than the scale, of which eps is a part.
         """
         if self.added == torch.inf:
-            return weight
+            return 1.0
         if not self.added:
-            return weight * scale
+            return scale
         own = max(1 - eps / scale**2, 0.0) ** 0.5
-        return weight * (own * (scale + self.added) + self.longer)
+        return own * (scale + self.added) + self.longer
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,8 @@ class Single:
         weight: Its weight in the sums.
         doubt: As `Tokens.doubt`.
         whole: Whether it is clear of the thresholds, so that nothing of its weight is elsewhere.
-        mark: Its weight without what its size makes of it: that of its image.
+        scale: By which LayerNorm divided it in the first block.
+        mark: Its weight times its size: the same for all tokens of an image.
     """
 
     token: Tensor
@@ -157,6 +158,7 @@ class Single:
     weight: float
     doubt: float
     whole: bool
+    scale: float
     mark: float
 
 
@@ -183,7 +185,7 @@ def peeled(banks: Sequence[Bank], tokens: Tokens, *, allowed: float, least: floa
             found.append(single)
             taken += 1
             for bank, at in zip(banks, open_, strict=True):
-                _take_out(single, bank, at)
+                _take_out(single, bank, at, tokens.eps)
         if not taken:
             break
     return found
@@ -206,8 +208,9 @@ def _singles(
         around = bank.inputs(mean[j], slice(int(at[j]), int(at[j]) + 2))
         whole = bool((around.abs() >= NEAR).all())
         weight, far = float(bank.bins[at[j], -1]), float(doubt[j])
-        mark = bank.mark(weight, float(scales[j]), tokens.eps)
-        made.append(Single(mean[j], int(places[j]), weight, far, whole, mark))
+        scale = float(scales[j])
+        mark = weight * bank.size(scale, tokens.eps)
+        made.append(Single(mean[j], int(places[j]), weight, far, whole, scale, mark))
     return made
 
 
@@ -216,15 +219,15 @@ def _known(single: Single, found: Sequence[Single]) -> bool:
     alike = [
         f.token
         for f in found
-        if not single.whole or abs(abs(f.weight) - abs(single.weight)) < 1e-3 * abs(f.weight)
+        if not single.whole or abs(abs(f.mark) - abs(single.mark)) < 1e-3 * abs(f.mark)
     ]
     if not alike:
         return False
-    apart = (torch.stack(alike) - single.token).square().sum(1)
-    return bool((apart < 1e-7 * single.token.square().sum()).any())
+    units = torch.nn.functional.normalize(torch.stack([*alike, single.token]))
+    return bool(((units[:-1] - units[-1]).square().sum(1) < 1e-7).any())
 
 
-def _take_out(single: Single, bank: Bank, open_: Tensor) -> None:
+def _take_out(single: Single, bank: Bank, open_: Tensor, eps: float) -> None:
     """Subtract a token from the bin that it lies in, or close the bins that hold a part of it."""
     charge(products=2.0 * bank.rows.numel(), calls=6)
     inputs = bank.inputs(single.token)
@@ -237,5 +240,9 @@ def _take_out(single: Single, bank: Bank, open_: Tensor) -> None:
     if not single.whole:
         open_[k] = False
         return
-    bank.bins[k, :-1] -= single.weight * single.token
-    bank.bins[k, -1] -= single.weight
+    weight, token = single.mark / bank.size(single.scale, eps), single.token
+    if bank.longer or bank.added:  # LayerNorm makes a longer one a little longer too, by eps
+        length = len(token) * (1 - eps / (single.scale + bank.longer) ** 2)
+        token = token * (length / token.square().sum()) ** 0.5
+    bank.bins[k, :-1] -= weight * token
+    bank.bins[k, -1] -= weight

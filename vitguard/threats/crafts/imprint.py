@@ -82,8 +82,9 @@ class Imprint(Craft):
             return written_beside(model, feature_bins(model), generator)
         bins = self.bins(model)
         return Writer(
-            model, bins, thresholds=self.thresholds, turn=self.turn, generator=generator
-        ).written()
+            model, bins, thresholds=self.thresholds, directions=self.directions, turn=self.turn,
+            generator=generator,
+        ).written()  # fmt: skip
 
     def under(self, traits: Traits) -> Imprint:
         """Let every row see all tokens where moved patches have no position of their own."""

@@ -38,8 +38,8 @@ class Writer:
     Args:
         model: The public model; it is not changed.
         bins: Where rows are bins.
-        thresholds: As in `Imprint`.
-        turn: As in `Imprint`.
+        thresholds, turn: As in `Imprint`.
+        directions: To measure along at most; bins of further numbers begin again.
         generator: Of the draws.
     """
 
@@ -49,11 +49,12 @@ class Writer:
         bins: Sequence[Bins],
         *,
         thresholds: Literal["bias", "channel"],
+        directions: int,
         turn: int,
         generator: torch.Generator,
     ) -> None:
         self.model, self.bins, self.generator = model, bins, generator
-        self.thresholds, self.turn = thresholds, turn
+        self.thresholds, self.directions, self.turn = thresholds, directions, turn
         self.anatomy = a = Anatomy.of(model)
         self.own = model.state_dict()
         self.state = {
@@ -165,7 +166,7 @@ class Writer:
 
         Each turn has mixtures of its own; only the first measures brightness.
         """
-        many = max(b.direction for b in self.bins) + 1
+        many = min(max(b.direction for b in self.bins) + 1, self.directions)
         lines = torch.zeros(many, self.waves.shape[1], dtype=torch.float64)
         lines[0, 0] = 1.0
         few = min(_STRONG, self.waves.shape[1])
@@ -184,7 +185,7 @@ class Writer:
     def _fill(self, bins: Bins) -> None:
         """Write the rows of one block."""
         c, (groups, each) = self.channels, bins.rows.shape
-        line = c.data @ self.lines[bins.direction]
+        line = c.data @ self.lines[bins.direction % len(self.lines)]
         sharing = [b for b in self.bins if b.direction == bins.direction and _alike(b, bins)]
         at = next(i for i, b in enumerate(sharing) if b is bins)
         rows = line.expand(groups, -1)
