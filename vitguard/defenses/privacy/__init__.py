@@ -4,6 +4,8 @@ from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent
 from vitguard.defenses.privacy.client import ClientPrivacy
 from vitguard.defenses.privacy.defense import DifferentialPrivacy
 from vitguard.defenses.privacy.losses import PerExample
+from vitguard.defenses.privacy.membership import membership_bound
+from vitguard.defenses.privacy.reconstruction import reconstruction_bound
 from vitguard.defenses.privacy.verification import (
     audit_epsilon,
     canary_audit,
@@ -11,7 +13,6 @@ from vitguard.defenses.privacy.verification import (
     measure_noise,
     measure_sensitivity,
     one_run_audit,
-    reconstruction_bound,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "canary_bound",
     "measure_noise",
     "measure_sensitivity",
+    "membership_bound",
     "one_run_audit",
     "reconstruction_bound",
 ]

@@ -15,7 +15,7 @@ from vitguard.core import Traits, Update
 from vitguard.defenses.base import Defense, Draws, Ledgered, UpdateDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for, noisy
 from vitguard.defenses.privacy.checks import check_mechanism
-from vitguard.defenses.privacy.verification import reconstruction_bound
+from vitguard.defenses.privacy.reconstruction import reconstruction_bound
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy
 

@@ -10,7 +10,7 @@ from typing import Literal
 from vitguard.defenses.base import Ledgered, StepDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
 from vitguard.defenses.privacy.checks import check_mechanism
-from vitguard.defenses.privacy.verification import reconstruction_bound
+from vitguard.defenses.privacy.reconstruction import reconstruction_bound
 from vitguard.errors import Unprotected, expected
 
 __all__ = ["PrivacyTarget"]
