@@ -141,6 +141,10 @@ class ClientPrivacy(UpdateDefense, Ledgered):
         """Return what the updates in the ledger add up to, for one whole client."""
         return ledger.statement(self.delta)
 
+    def one_update(self, steps: int) -> tuple[Ledger, float]:
+        """Return a ledger of one update alone and delta: its local steps are one release."""
+        return Ledger([(self.multiplier, 1.0, 1)]), self.delta
+
     def reconstruction_bound(self, prior: float, steps: int) -> float:
         """Return the most often that an attack on one update reconstructs a record in it.
 

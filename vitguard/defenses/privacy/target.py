@@ -86,6 +86,10 @@ class PrivacyTarget(StepDefense, Ledgered):
         """Return what the releases in the ledger add up to."""
         return ledger.statement(self.delta, self.accountant)
 
+    def one_update(self, steps: int) -> tuple[Ledger, float]:
+        """Return a ledger of one update alone and delta: each local step is a release."""
+        return Ledger([(self._release_noise(), 1.0, steps)]), self.delta
+
     def reconstruction_bound(self, prior: float, steps: int) -> float:
         """Return the most often that an attack on one update reconstructs one of its records.
 
