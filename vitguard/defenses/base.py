@@ -362,6 +362,10 @@ class UpdateDefense(Defense):
         Asked before `seal`, of `Guard.update` and where `Guard.seal` is given a batch.
         """
 
+    def feeds_back(self) -> bool:
+        """Whether what `seal` cuts from an update is added to the client's next one."""
+        return False
+
     @abstractmethod
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return a safer update of the same kind."""
