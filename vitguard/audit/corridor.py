@@ -14,7 +14,7 @@ from vitguard.defenses.base import Defense, Ledgered, UpdateDefense
 from vitguard.defenses.privacy.canaries import NoiseProof, canary_scores, prove_noise
 from vitguard.defenses.privacy.trade_off import power_of
 from vitguard.draws import Draws
-from vitguard.errors import InputError
+from vitguard.errors import VitguardError
 from vitguard.report.corridor import Corridor
 
 __all__ = ["corridor_of"]
@@ -59,7 +59,7 @@ def _of(defense: Defense, steps: int | None, seed: int) -> Corridor:
     )
     try:
         proof = _proof(defense, seed)
-    except InputError as error:
+    except VitguardError as error:
         return replace(bounded, proof_note=f"because no canaries were run: {error}")
     return replace(
         bounded,

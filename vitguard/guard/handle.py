@@ -432,6 +432,8 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a `state_dict` left off. A ledger never goes back: it joins the state's.
 
+        Residuals of error feedback go back with it: to those of the state, or to none.
+
         Raises:
             InputError: The state is something else, of another stack, or older than the ledger.
         """
