@@ -7,8 +7,11 @@ its annotation then raises `jaxtyping.TypeCheckError`.
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from types import CodeType
 from typing import Any
 
+import jaxtyping
 import pytest
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep673Exception
@@ -24,6 +27,28 @@ def checked(function: Any) -> Any:
         return _check(function)
     except BeartypeDecorHintPep673Exception:  # known inside a class only, and methods come alone
         return function
+
+
+_ENOUGH = 3
+"""So often a function inside another is checked: a check takes milliseconds to make, each time."""
+
+
+def _sparing(typechecker: Any) -> Any:
+    """In place of `jaxtyping.jaxtyped`, as its import hook calls it."""
+    check = _jaxtyped(typechecker=typechecker)
+
+    def decorate(made: Any) -> Any:
+        if "<locals>" in made.__qualname__ and hasattr(made, "__code__"):
+            _inside[made.__code__] += 1
+            if _inside[made.__code__] > _ENOUGH:
+                return made
+        return check(made)
+
+    return decorate
+
+
+_jaxtyped = jaxtyping.jaxtyped
+_inside: Counter[CodeType] = Counter()
 
 
 class _Refused:
@@ -59,5 +84,6 @@ def install() -> None:
     early = {name for name in sys.modules if name.partition(".")[0] == "vitguard"} - UNCHECKED
     if early:
         raise pytest.UsageError(f"Imported before VITGUARD_SHAPES could check it: {sorted(early)}")
+    jaxtyping.jaxtyped = _sparing  # type: ignore[assignment]
     install_import_hook("vitguard", "tests.shapes.checked")
     pytest.raises = _Refused  # type: ignore[assignment]

@@ -26,6 +26,26 @@ def test_a_call_that_contradicts_its_annotation_fails():
 
 
 @needs_the_check
+def test_a_function_inside_a_function_is_checked_where_it_is_first_made_and_then_costs_nothing():
+    from tests import shapes
+
+    def made():
+        @shapes._sparing(shapes.checked)
+        def inner(number: int) -> int:
+            return number
+
+        return inner
+
+    first, *_, last = [made() for _ in range(shapes._ENOUGH + 1)]
+    assert first(3) == last(3) == 3 and last("three") == "three"
+    try:
+        first("three")
+    except jaxtyping.TypeCheckError:
+        return
+    raise AssertionError("a string went through where the annotation says int")
+
+
+@needs_the_check
 def test_every_module_in_use_is_checked_but_what_pytest_loads_as_a_plugin():
     from tests.shapes import UNCHECKED
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitguard.attacks.budget import Budget, charge
+from vitguard.attacks.budget import Budget, CutShort, charge
+from vitguard.attacks.deep_tokens import DeepTokens
 from vitguard.attacks.evidence import mismatch
 from vitguard.attacks.gelu_span import GeluSpan
 from vitguard.attacks.ladder import Ladder
@@ -93,11 +94,29 @@ def test_a_batch_near_the_width_is_not_called_proved(small_vit, observe, photos)
 
 def test_nothing_applies_gives_every_reason(small_vit, observe, photo):
     view = observe(small_vit(), photo, defenses=FROZEN, withhold=("attention", "mlp"))
-    with pytest.raises(Blocked, match=r"position: .*; span: .*gelu-span: "):
+    with pytest.raises(Blocked, match=r"position: .*span.*gelu-span: "):
         run(Ladder(seconds=3), view)
     bare = observe(small_vit(pos_embed="none", depth=1), photo, withhold=("mlp",))
-    with pytest.raises(NotApplicable, match=r"no rung applied \(position: .*; span: .*gelu-span: "):
+    with pytest.raises(
+        NotApplicable, match=r"no rung applied \(.*position.*: .*span.*: .*gelu-span.*: "
+    ):
         run(Ladder(seconds=3), bare)
+
+
+def test_where_no_rung_gives_an_image_those_that_were_cut_come_first_and_one_reason_once(
+    small_vit, observe, photo
+):
+    view = observe(small_vit(), photo, defenses="encryption:select=plan,rehearse=0")
+    climb = _Climb(view, torch.Generator(), Budget.of(60))
+    climb.all([PositionInversion(), SpanInversion()])
+    charge(products=1e15)
+    climb.all([DeepTokens(), RobustSpan()])
+    with pytest.raises(CutShort) as caught:
+        climb.best()
+    first, then = str(caught.value).split("; ", 1)
+    assert first.endswith("(deep-tokens, span-robust: not tried: the budget was spent")
+    assert then.startswith("position, span: pos_embed, blocks.0.attn.qkv.weight cannot be read: ")
+    assert then.count("in a rehearsal without keys") == 1
 
 
 def test_the_mismatch_is_small_for_the_truth_only(small_vit, observe, photos):

@@ -561,3 +561,21 @@ def test_an_update_without_a_readable_tensor_proves_nothing(small_vit, photo):
     for nothing in (empty, replace(update, tensors={})):
         report = audit_update(model, nothing, attacks=[Fake("grey"), PositionInversion()])
         assert not any(f.verdict == "leaks" for f in report.findings if f.defense == "update")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"names": ["a"] * 3}, r"\d names?, one for each image, got 3"),
+        ({"seed": "a"}, "seed as a whole number of at least 0, got 'a'"),
+        ({"seed": -1}, "seed as a whole number of at least 0, got -1"),
+        ({"seed": 1.5}, "seed as a whole number"),
+    ],
+)
+def test_names_and_seeds_that_fit_nothing_are_refused_in_words(small_vit, photo, how, said):
+    model = small_vit().train()
+    with pytest.raises(InputError, match=said):
+        audit(model, (photo, torch.tensor([1])), attacks="position", **how)
+    update = protect(small_vit().train(), []).update(photo, torch.tensor([1]))
+    with pytest.raises(InputError, match=said):
+        audit_update(model, update, attacks="position", **how)

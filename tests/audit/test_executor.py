@@ -19,13 +19,15 @@ from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.position import PositionInversion
 from vitguard.attacks.span import SpanInversion
-from vitguard.audit import audit
+from vitguard.audit import audit, audit_update
 from vitguard.audit.attempts import INTERRUPTED
 from vitguard.core import Guess
 from vitguard.data import assign_labels
 from vitguard.defenses.noise import GradientNoise
 from vitguard.errors import InputError, Unprotected
 from vitguard.federated.local import LocalClient, LocalFederation
+from vitguard.guard import protect
+from vitguard.models import normalization_of
 
 FROZEN = "positions:kind=frozen"
 STACKS = {"noise": [GradientNoise(0.01)], "sincos": "positions:kind=sincos"}
@@ -182,6 +184,18 @@ def test_dask_gives_the_same_report(audited):
         assert told(audited(executor=client.get_executor())) == told(audited())
 
 
+@pytest.mark.slow
+def test_ray_gives_the_same_report(audited):
+    ray = pytest.importorskip("ray", reason="needs ray: pip install ray")
+    from tests.audit.ray_executor import RayExecutor
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        assert told(audited(executor=RayExecutor())) == told(audited())
+    finally:
+        ray.shutdown()
+
+
 def test_rounds_by_an_executor_say_the_same(small_vit, photos):
     clients = {
         n: LocalClient(photos[i : i + 1], assign_labels(2, 10)[i : i + 1])
@@ -193,6 +207,23 @@ def test_rounds_by_an_executor_say_the_same(small_vit, photos):
     attacks = [PositionInversion(), SpanInversion()]
     alone = told(audit(seen, attacks=attacks))
     assert told(audit(seen, attacks=attacks, executor=Carried())) == alone
+
+
+@pytest.mark.parametrize("truth", [True, False], ids=["truth", "no truth"])
+def test_an_update_by_itself_is_audited_by_an_executor_too(small_vit, photo, truth):
+    model = small_vit()
+    guard = protect(model.train(), FROZEN)
+    inputs = normalization_of(model).apply(photo[0])[None]
+    update = guard.update(inputs, torch.tensor([3]))
+    how = {"defenses": FROZEN, "attacks": ATTACKS, "truth": photo if truth else None}
+    alone, seen, carried = told(audit_update(small_vit(), update, **how)), [], Carried()
+    assert told(audit_update(small_vit(), update, workers=2, **how)) == alone
+    watched = {"executor": carried, "progress": lambda *told: seen.append(told)}
+    assert told(audit_update(small_vit(), update, **watched, **how)) == alone
+    assert [done for done, total, _ in seen if total == 6] == list(range(1, 7))
+    assert len(carried.sent) >= 6, "the control and the update, by three attacks"
+    lost = audit_update(small_vit(), update, executor=Failing(), **how).findings
+    assert {f.verdict for f in lost if f.attack != "fgsm"} == {"inconclusive"}
 
 
 def test_every_attack_on_every_configuration_is_a_job_of_its_own(audited):

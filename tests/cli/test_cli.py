@@ -128,9 +128,13 @@ def test_gate_exit_codes(gate, defense, attack, code):
     assert run(*FEW, "--defense", defense, "--attack", attack, *gate) == code
 
 
-def test_update_file_is_audited_on_its_own(photo):
+def test_update_file_is_audited_on_its_own(photo, monkeypatch):
     import vitguard as vg
+    from vitguard.audit import received
     from vitguard.models import normalization_of
+
+    work, asked = received.Work, []
+    monkeypatch.setattr(received, "Work", lambda *how: asked.append(how[0]) or work(*how))
 
     model = build_model(SMALL)
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -138,7 +142,8 @@ def test_update_file_is_audited_on_its_own(photo):
     inputs = normalization_of(model).apply(pixels)
     guard.update(inputs, torch.tensor([3])).save("client.safetensors")
     arguments = ("--update-file", "client.safetensors", "--defense", "positions:kind=frozen")
-    result = report(*arguments, "--attack", "span")
+    result = report(*arguments, "--attack", "span", "--workers", "2")
+    assert asked == [2]
     client = next(f for f in result["findings"] if f["defense"] != "none")
     assert client["verdict"] == "leaks" and client["details"]["update_error"] < 0.05
     assert client["psnr"] is None

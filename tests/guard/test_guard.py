@@ -308,6 +308,13 @@ def test_impossible_local_training_is_refused_and_changes_nothing(small_vit, wro
         (IMAGES, LABELS.tolist(), "as tensors, got Tensor and list"),
         (IMAGES, LABELS[:-1], "one label"),
         (IMAGES, LABELS + 10, "labels from 0 to 9"),
+        (
+            IMAGES,
+            LABELS.float(),
+            r"indices of type torch.int64 .*got torch.float32 of shape \(2,\)",
+        ),
+        (IMAGES, LABELS.int(), r"indices of type torch.int64 .*got torch.int32"),
+        (IMAGES, LABELS[:, None], r"shape \(batch,\).*got torch.int64 of shape \(2, 1\)"),
     ],
 )
 @pytest.mark.parametrize("how", [{}, {"learning_rate": 0.1}])

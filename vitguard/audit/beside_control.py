@@ -16,7 +16,7 @@ from vitguard.attacks.base import Attack, InputAttack
 from vitguard.audit.of_rounds import Rounds, audit_rounds
 from vitguard.audit.pipeline import CONTROL, findings, level_of
 from vitguard.audit.spreading import Progress, Work
-from vitguard.audit.stated import adversary_of, facts_of
+from vitguard.audit.stated import adversary_of, checked_seed, facts_of, names_of
 from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining, Loss, Normalization
 from vitguard.defenses.base import Defense
@@ -94,6 +94,7 @@ def audit(
         InputError: Pixels outside [0, 1], labels out of range, weights that are not finite, ...
         Incompatible: A stack that cannot work.
     """
+    seed = checked_seed(seed)
     if not isinstance(model, nn.Module | str):
         given = (batch, defenses or None, batch_size, normalization, training, names)
         if any(value is not None for value in given) or loss is not F.cross_entropy:
@@ -113,7 +114,7 @@ def audit(
     training = training or LocalTraining()
     adversary = adversary_of(threat, withhold)
     chosen = parse_attacks(attacks, fast=next(model.parameters()).device.type == "cpu")
-    names = tuple(names or (f"image {i}" for i in range(len(pixels))))
+    names = names_of(names, len(pixels))
     stacks: dict[str, Sequence[Defense]] = {"none": ()}
     stacks |= {k: s for k, s in _stacks(defenses).items() if s}
     for stack in stacks.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
 
@@ -16,8 +17,8 @@ from vitguard.audit.corridor import corridor_of
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
 from vitguard.audit.scale import Scale, decoys_for
-from vitguard.audit.spreading import Work
-from vitguard.audit.stated import adversary_of, facts_of
+from vitguard.audit.spreading import Progress, Work
+from vitguard.audit.stated import adversary_of, checked_seed, facts_of, names_of
 from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.errors import expected
@@ -65,6 +66,9 @@ def audit_update(
     model_name: str | None = None,
     weights: str = "as given",
     seed: int = 0,
+    workers: int = 1,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
 ) -> AuditReport:
     """Audit a client's update on its own.
 
@@ -83,10 +87,12 @@ def audit_update(
         truth: The images behind the update, pixels in [0, 1].
         withhold, threat: As in `audit`.
         labels: Their classes, shape (batch,), to score recovered labels; needs `truth`.
+        workers, executor, progress: As in `audit`.
 
     Raises:
         InputError: The update names parameters that the model does not have.
     """
+    seed, work = checked_seed(seed), Work(workers, executor)
     anatomy = Anatomy.of(model)
     normalization = normalization or normalization_of(model)
     update = _taken_in(model, update)
@@ -119,8 +125,7 @@ def audit_update(
             corridor=corridor_of(stack, steps, seed),
         ),
     ]  # fmt: skip
-    work = Work()
-    found = findings(runs, chosen, seed=seed, work=work)
+    found = findings(runs, chosen, seed=seed, work=work, progress=progress)
     if training is None:
         found = [without_control(f) for f in found]
     found += [
@@ -160,7 +165,7 @@ def _facts(
     seed: int,
 ) -> Facts:
     """Return what the caller states about the batch behind the update; it is not verified."""
-    told = tuple(names or (f"image {i}" for i in range(update.batch_size)))
+    told = names_of(names, update.batch_size)
     patch = anatomy.patch_size
     if truth is None:
         return Facts(told, patch, certain=False)

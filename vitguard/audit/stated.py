@@ -1,4 +1,4 @@
-"""What a report states of the model and of the adversary."""
+"""What a report states of the model, the images and the adversary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitguard.report.finding import ModelFacts
 from vitguard.threats.curious_server import CuriousServer, Threat
 from vitguard.vit import Anatomy
 
-__all__ = ["adversary_of", "facts_of"]
+__all__ = ["adversary_of", "checked_seed", "facts_of", "names_of"]
 
 
 def adversary_of(threat: Threat | None, withhold: Sequence[str]) -> Threat:
@@ -29,3 +29,26 @@ def facts_of(model: nn.Module, anatomy: Anatomy, name: str | None) -> ModelFacts
     """Return what a report says of a model."""
     count = sum(p.numel() for p in model.parameters())
     return ModelFacts(name or type(model).__name__, count, anatomy.patches, anatomy.width)
+
+
+def names_of(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    """Return one name for each image.
+
+    Raises:
+        InputError: Names were given, and not so many.
+    """
+    told = tuple(names or (f"image {i}" for i in range(count)))
+    if len(told) != count:
+        raise expected(f"{count} names, one for each image", len(told))
+    return told
+
+
+def checked_seed(seed: int) -> int:
+    """Return the seed of an audit.
+
+    Raises:
+        InputError: It is no whole number of at least 0.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise expected("seed as a whole number of at least 0", repr(seed))
+    return seed

@@ -159,6 +159,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
         "attacks": attacks, "normalization": normalization,
         "threat": parse_threat(options.threat, options.withhold),
         "model_name": options.model, "weights": weights, "seed": options.seed,
+        "workers": options.workers,
     }  # fmt: skip
     if options.update_file:
         update = _stored(options, model)
@@ -178,7 +179,10 @@ def _run_audit(options: argparse.Namespace) -> Any:
             )
             truth, names = data.with_channels(images.pixels, anatomy.channels), images.names
         stack = next(iter(stacks.values()), [])
-        return audit_update(model, update, defenses=stack, truth=truth, names=names, **common)
+        with _Progress() as progress:
+            return audit_update(
+                model, update, defenses=stack, truth=truth, names=names, progress=progress, **common
+            )
     images, labels, notes = _images(options, anatomy)
     if not options.attack:
         control_and_stacks = 1 + sum(map(bool, stacks.values())) + bool(options.withhold)
@@ -188,8 +192,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
     with _Progress() as progress:
         return audit(
             model, (images.pixels, labels), defenses=stacks, batch_size=options.batch_size,
-            training=training, names=images.names, notes=notes, workers=options.workers,
-            progress=progress, **common,
+            training=training, names=images.names, notes=notes, progress=progress, **common,
         )  # fmt: skip
 
 

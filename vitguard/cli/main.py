@@ -172,7 +172,7 @@ def _add_plan(commands: Any) -> None:
         action="append",
         metavar="SELECT",
         help="attention, mlp, patch, position, embedding, head, all, plan (the least that ends the "
-        "known attacks) or a regular expression; may be repeated",
+        "closed forms; searches may remain) or a regular expression; may be repeated",
     )
     plan.add_argument(
         "--positions",

@@ -16,6 +16,7 @@ from vitguard.errors import Incompatible, SuspiciousWeights, Unprotected, Vitgua
 from vitguard.inspection import Inspection, Memory, Recorder, inspect_weights, weights_of
 from vitguard.inspection.memory import Traces
 from vitguard.inspection.recorder import gated_layers
+from vitguard.inspection.rows import fresh_generator
 from vitguard.vit import Anatomy
 
 __all__ = ["InspectWeights"]
@@ -90,7 +91,9 @@ class InstalledInspection(Installed):
         self.found: Inspection | None = None
         """Of the weights alone; None while they have not been looked at."""
         self.traces: Traces = {}
-        self.noted: dict[str, Tensor] = {}
+        self.signs: dict[int, Tensor] = {}
+        """Random signs by number of columns."""
+        self.noted: tuple[list[str], Tensor] = [], torch.zeros(0)
         """The weights as they were last seen here: what is otherwise arrived, or was trained."""
         self.stepping = False
         """Whether an optimizer has stepped the model since."""
@@ -135,7 +138,7 @@ class InstalledInspection(Installed):
                 found,
             )
         self.found, self.traces = found, traces
-        self.noted, self.stepping = _summaries(model), False
+        self.noted, self.stepping = self._summaries(model), False
         self.recorder.arm()
 
     def intact(self, model: nn.Module) -> None:
@@ -161,15 +164,28 @@ class InstalledInspection(Installed):
 
         A step moves weights by a small part of their size; nobody knows of smaller writes after it.
         """
-        now = _summaries(model)
-        if now.keys() != self.noted.keys():
+        now = self._summaries(model)
+        (names, new), (known, old) = now, self.noted
+        if names != known or new.shape != old.shape:
             return True
-        moved = sum(float((now[n] - old).square().sum()) for n, old in self.noted.items())
-        whole = sum(float(old.square().sum()) for old in self.noted.values())
-        if not moved <= (_STEP if self.stepping else _ROUNDING) ** 2 * whole:
+        most = _STEP if self.stepping else _ROUNDING
+        if not bool((new - old).square().sum() <= most**2 * old.square().sum()):
             return True
         self.noted, self.stepping = now, False
         return False
+
+    def _summaries(self, model: nn.Module) -> tuple[list[str], Tensor]:
+        """Return each row of each weight added up with random signs: a write of others shows."""
+        weights, found = weights_of(model), []
+        with torch.no_grad():
+            for weight in weights.values():
+                rows = weight.float().flatten(1 if weight.dim() > 1 else 0)
+                size = rows.shape[-1]
+                if size not in self.signs:
+                    drawn = torch.randint(0, 2, (size,), generator=fresh_generator())
+                    self.signs[size] = drawn.float() * 2 - 1
+                found.append((rows @ self.signs[size].to(rows.device)).reshape(-1).cpu())
+        return list(weights), torch.cat(found).double()
 
     def releasing(self, model: nn.Module) -> None:
         """Judge what the first pass showed.
@@ -209,13 +225,6 @@ class InstalledInspection(Installed):
         weights, memory = weights_of(model), memory_of(model)
         traces, limit = memory.traces(weights, self.anatomy), self.settings.limit
         return inspect_weights(weights, self.anatomy, memory, limit=limit, traces=traces), traces
-
-
-def _summaries(model: nn.Module) -> dict[str, Tensor]:
-    """Return the sum and the length of each row of each weight: a write of others shows in them."""
-    with torch.no_grad():
-        rows = {n: p.float().flatten(1 if p.dim() > 1 else 0) for n, p in weights_of(model).items()}
-        return {n: torch.stack([r.sum(-1), r.norm(dim=-1)]).cpu() for n, r in rows.items()}
 
 
 def memory_of(model: nn.Module) -> Memory:

@@ -183,7 +183,7 @@ class Guard:
         """
         require_sent(self._protection)
         wrapping.require_whole(self.model, "guard.update")
-        check_batch(self.anatomy, images, labels)
+        check_batch(self.anatomy, images, labels, loss)
         batch = Batch(images, labels)
         for defense in self.defenses:
             if isinstance(defense, BatchDefense):
@@ -227,7 +227,7 @@ class Guard:
         Raises:
             InputError: Names, shapes or types that the model does not have.
         """
-        check_batch(self.anatomy, images, labels)
+        check_batch(self.anatomy, images, labels, loss)
         model, memory = self.public_model(), self._protection.memory
         load_exactly(model, weights)
         return inspect_model(model, self.anatomy, images, labels, memory, loss=loss, limit=limit)

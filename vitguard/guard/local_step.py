@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitguard.core import Batch, LocalTraining, Loss
@@ -13,8 +14,10 @@ from vitguard.vit import Anatomy, canonical_parameters, checkpoints_refused, log
 __all__ = ["check_batch", "difference_of", "gradient_of", "trained"]
 
 
-def check_batch(anatomy: Anatomy, images: Tensor, labels: Tensor) -> None:
-    """Raise InputError where images or labels cannot be a batch of the model."""
+def check_batch(
+    anatomy: Anatomy, images: Tensor, labels: Tensor, loss: Loss = F.cross_entropy
+) -> None:
+    """Raise InputError where images or labels cannot be a batch of the model and the loss."""
     channels, classes = anatomy.channels, anatomy.classes
     if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
         got = f"{type(images).__name__} and {type(labels).__name__}"
@@ -28,9 +31,22 @@ def check_batch(anatomy: Anatomy, images: Tensor, labels: Tensor) -> None:
         )
     if len(labels) != len(images) or not len(images):
         raise expected(f"one label for each of {len(images)} images", len(labels))
+    if loss is F.cross_entropy or type(loss) is nn.CrossEntropyLoss:
+        _check_targets(labels, classes)
     indices = not labels.is_floating_point()
     if indices and classes and not bool(((labels >= 0) & (labels < classes)).all()):
         raise expected(f"labels from 0 to {classes - 1}", labels.tolist())
+
+
+def _check_targets(labels: Tensor, classes: int) -> None:
+    """Raise InputError where cross-entropy takes no such labels."""
+    indices = labels.dtype in (torch.int64, torch.uint8) and labels.dim() == 1
+    if not indices and not (labels.is_floating_point() and labels.dim() == 2):
+        raise expected(
+            "class indices of type torch.int64 and shape (batch,), or chances of shape (batch, "
+            f"{classes or 'classes'})", f"{labels.dtype} of shape {tuple(labels.shape)}",
+            "labels.long() and labels.flatten() make indices of what holds them.",
+        )  # fmt: skip
 
 
 def trained(model: nn.Module, protection: Protection) -> dict[str, nn.Parameter]:

@@ -7,6 +7,7 @@ import timm.loss
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tests.defenses.privacy.privacy_models import FAMILIES, WINDOWED, KeyedDraws, build
 from tests.fast import crossed, fast_for
@@ -122,6 +123,8 @@ def test_clipped_sum_equals_a_micro_batch_loop_for_every_criterion(criterion, cl
     if criterion == "soft targets":
         labels = F.one_hot(labels, 10).double() * 0.8 + 0.02
     got = DifferentialPrivacy(clip=clip).clipped_sum(model, loss, Batch(images, labels))
+    if criterion == "class weights":  # by itself the mean of one example divides by its weight
+        loss = nn.CrossEntropyLoss(weight=loss.weight, reduction="sum")
     assert_same(got, micro_batches(model, loss, images, labels, clip=clip))
 
 
@@ -360,6 +363,13 @@ def test_batch_norm_is_refused():
     model = build("vit")
     model.norm = nn.BatchNorm1d(32).double()
     refused(model, "mix examples")
+
+
+def test_checkpoints_that_no_switch_tells_of_are_refused_too():
+    model = build("vit")
+    plain = model.blocks[0].forward
+    model.blocks[0].forward = lambda x: checkpoint(plain, x, use_reentrant=False)
+    refused(model, "checkpointing in its forward pass")
 
 
 def test_activation_checkpointing_is_refused():

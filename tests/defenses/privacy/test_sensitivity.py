@@ -18,19 +18,8 @@ from vitguard.guard import protect
 CLIP = 0.7
 
 
-def weighted(outputs, labels):
-    return F.cross_entropy(outputs, labels, weight=torch.linspace(0.1, 5, 10).to(outputs))
-
-
 def summed(outputs, labels):
     return F.cross_entropy(outputs, labels, reduction="sum")
-
-
-class Centred(nn.Module):
-    """A criterion in which examples meet, written without a thought for privacy."""
-
-    def forward(self, outputs, labels):
-        return F.cross_entropy(outputs - outputs.mean(0, keepdim=True).detach() / 2, labels)
 
 
 CRITERIA = {
@@ -38,10 +27,11 @@ CRITERIA = {
     "module": nn.CrossEntropyLoss(label_smoothing=0.1),
     "timm-label-smoothing": timm.loss.LabelSmoothingCrossEntropy(0.1),
     "soft-targets": timm.loss.SoftTargetCrossEntropy(),
-    "class-weights": weighted,
+    "class-weights": lambda outputs, labels: F.cross_entropy(
+        outputs, labels, weight=torch.linspace(0.1, 5, 10).to(outputs), reduction="none"
+    ).mean(),
     "sum": summed,
     "lambda": lambda outputs, labels: F.cross_entropy(outputs, labels),
-    "centred": Centred(),
 }
 STACKS = {
     "plain": [],

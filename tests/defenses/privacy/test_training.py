@@ -527,3 +527,14 @@ def test_a_loader_without_examples_is_refused():
             DataLoader(TensorDataset(torch.arange(40)), batch_size=10),
             Draws(),
         )
+
+
+def test_checkpoints_of_activations_that_are_turned_on_after_prepare_are_refused_in_words():
+    model, guard, optimizer, loader = protected()
+    optimizer, loader = guard.prepare(optimizer, loader)
+    train(model, guard, optimizer, loader)
+    model.set_grad_checkpointing()
+    with pytest.raises(Incompatible, match="activation checkpointing in VisionTransformer"):
+        train(model, guard, optimizer, loader)
+    model.set_grad_checkpointing(False)
+    train(model, guard, optimizer, loader)

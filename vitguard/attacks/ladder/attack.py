@@ -245,7 +245,7 @@ class _Climb:
     def best(self) -> Guess:
         """Return the chosen guess with what every rung said."""
         if not self.guesses:
-            reasons = "; ".join(f"{name}: {why}" for name, why in self.said.items())
+            reasons = self._reasons()
             if set(self.outcomes.values()) == {"blocked"}:
                 raise Blocked("what any rung needs", reasons)
             if self.unfinished:
@@ -280,6 +280,19 @@ class _Climb:
         if (left := self.unfinished) and not self._proved(name):
             details["unfinished"] = left
         return replace(guess, space=self._space(guess), details=details)
+
+    def _reasons(self) -> str:
+        """Return what the rungs said: those that were cut first, and each reason once."""
+        alike: dict[tuple[bool, str], list[tuple[str, str]]] = {}
+        for name, said in self.said.items():
+            tensor, blocked, why = said.partition(" cannot be read: ")
+            key = self.outcomes[name] != "cut", f"cannot be read: {why}" if blocked else said
+            alike.setdefault(key, []).append((name, tensor if blocked else ""))
+        parts = []
+        for (_, why), told in sorted(alike.items(), key=lambda one: one[0][0]):
+            names, tensors = (", ".join(filter(None, each)) for each in zip(*told, strict=True))
+            parts.append(f"{names}: {tensors} {why}" if tensors else f"{names}: {why}")
+        return "; ".join(parts)
 
     def _filled(self, name: str) -> Guess:
         """Return a guess; where it proves some patches of one image, with the rest of a nearer one.

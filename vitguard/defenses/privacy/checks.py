@@ -9,7 +9,13 @@ from torch import nn
 
 from vitguard.errors import Incompatible, expected
 
-__all__ = ["check_mechanism", "check_model", "refuse_sharded"]
+__all__ = [
+    "check_mechanism",
+    "check_model",
+    "checkpointing",
+    "refuse_checkpointing",
+    "refuse_sharded",
+]
 
 
 def check_mechanism(epsilon: float | None, noise: float | None, delta: float, clip: float) -> None:
@@ -30,6 +36,7 @@ def check_model(model: nn.Module) -> None:
     """Raise Incompatible for layers and settings under which no example has its own gradient."""
     _refuse_wrappers(model)
     refuse_sharded(model)
+    refuse_checkpointing(model)
     for name, module in model.named_modules():
         where = f"{type(module).__name__} at {name or 'the root'}"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -39,13 +46,6 @@ def check_model(model: nn.Module) -> None:
             )
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise Incompatible(f"Expected no running statistics of images, got {where}.")
-        if getattr(module, "grad_checkpointing", False) or getattr(
-            module, "gradient_checkpointing", False
-        ):
-            raise Incompatible(
-                f"Expected activations to be kept, got activation checkpointing in {where}: its "
-                "second forward pass is not recorded. Turn it off and set physical_batch instead."
-            )
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise Incompatible(f"Expected a model that is not compiled, got {where} compiled.")
     names: dict[int, str] = {}
@@ -83,6 +83,21 @@ def _refuse_wrappers(model: nn.Module) -> None:
             f"Expected the bare model, got {type(model).__name__} around it. The private optimizer "
             "adds up over processes by itself; do not compile the model."
         )
+
+
+def refuse_checkpointing(model: nn.Module) -> None:
+    """Raise Incompatible where a switch of timm or transformers asks for activation checkpoints."""
+    for name, module in model.named_modules():
+        switches = (vars(module).get(f"{word}_checkpointing") for word in ("grad", "gradient"))
+        if any(switches):
+            raise checkpointing(f"{type(module).__name__} at {name or 'the root'}")
+
+
+def checkpointing(where: str) -> Incompatible:
+    return Incompatible(
+        f"Expected activations to be kept, got activation checkpointing in {where}: its second "
+        "forward pass is not recorded. Turn it off and set physical_batch instead."
+    )
 
 
 def refuse_sharded(model: nn.Module) -> None:

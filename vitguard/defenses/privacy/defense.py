@@ -38,9 +38,10 @@ class DifferentialPrivacy(PrivacyTarget):
 
     Does not protect against:
         What many records have in common, and attacks at a large epsilon: read the audit's rate
-        beside the bound. A training loss in which examples meet (class weights with a mean, a
-        contrastive loss, mixup) voids the bound: wrap the criterion in `PerExample`. The
-        computed sum has the bound to within its rounding (docs/randomness.md).
+        beside the bound. A training loss in which examples meet (a contrastive loss) voids the
+        bound: wrap the criterion in `PerExample`, which refuses it. The loop itself tells mixup,
+        and class weights with a mean after some batches. The computed sum has the bound to within
+        its rounding (docs/randomness.md).
 
     Args:
         epsilon: Target; needs `epochs`. Without it `noise` is used as it is.

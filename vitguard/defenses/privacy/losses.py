@@ -19,28 +19,54 @@ __all__ = ["PerExample", "auxiliary_losses", "per_example_losses"]
 def per_example_losses(loss: Loss, outputs: Any, labels: Tensor) -> Tensor:
     """Return `loss` of each example alone, shape (batch,).
 
-    A criterion is never trusted to be a mean of independent terms (class weights and
-    `ignore_index` are not, and many ignore `.reduction`): it sees one example at a time, unless it
-    is plain cross-entropy.
+    A criterion is never trusted to be a mean of independent terms: it sees one example at a time,
+    unless it is torch's cross-entropy, of which class weights stay weights of the example.
 
     Raises:
         InputError: The criterion of one example is no single number.
+        Unprotected: The criterion of the batch is neither the mean nor the sum of those of its
+            examples. One that draws is not held to it.
     """
     if loss is F.cross_entropy:
         return F.cross_entropy(outputs, labels, reduction="none")
-    if type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.reduction == "mean":
-        smoothing, ignored = loss.label_smoothing, loss.ignore_index
+    if type(loss) is nn.CrossEntropyLoss and loss.reduction == "mean":
         return F.cross_entropy(
-            outputs, labels, reduction="none", label_smoothing=smoothing, ignore_index=ignored
-        )
+            outputs, labels, reduction="none", weight=loss.weight,
+            label_smoothing=loss.label_smoothing, ignore_index=loss.ignore_index,
+        )  # fmt: skip
     values = []
     for i in range(len(labels)):
         one = tree_map(lambda t, i=i: t[i : i + 1] if isinstance(t, Tensor) else t, outputs)
-        value = loss(one, labels[i : i + 1])
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise expected("a loss that is one number for one example", value)
-        values.append(value.reshape(()))
-    return torch.stack(values)
+        values.append(_number(loss(one, labels[i : i + 1])))
+    found = torch.stack(values)
+    _refuse_meeting(loss, outputs, labels, found.detach())
+    return found
+
+
+def _number(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise expected("a loss that is one number for one example", value)
+    return value.reshape(())
+
+
+def _refuse_meeting(loss: Loss, outputs: Any, labels: Tensor, alone: Tensor) -> None:
+    """Raise Unprotected if a criterion of the batch is another one than of single examples."""
+    if len(labels) < 2:
+        return
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        whole, again = (_number(loss(outputs, labels)).double() for _ in range(2))
+    fine = alone.dtype in (torch.float32, torch.float64)
+    slack = (1e-4 if fine else 3e-2) * alone.double().abs().sum() + 1e-12
+    total, count = alone.double().sum(), len(labels)
+    known = bool(whole.isfinite()) and bool(total.isfinite()) and bool(whole == again)
+    mean = float((whole * count - total).abs()) <= slack
+    if known and not mean and float((whole - total).abs()) > slack:
+        raise Unprotected(
+            "Expected a criterion that is a mean of terms of one example each, got one in which "
+            "examples meet (weights with a mean, a contrastive loss): example by example it is "
+            "another one. Give weights to nn.CrossEntropyLoss, or take the mean of "
+            'F.cross_entropy(outputs, labels, weight=..., reduction="none") yourself.'
+        )
 
 
 def auxiliary_losses(model: nn.Module, size: int) -> list[Tensor]:
@@ -68,7 +94,11 @@ class PerExample(nn.Module):
 
     In a training loop under differential privacy a criterion in which examples meet (class weights
     with a mean, a contrastive loss) voids the bound on one example's influence. This makes it a
-    mean of independent terms.
+    mean of independent terms: class weights of `nn.CrossEntropyLoss` stay, and divide by the number
+    of examples in place of the sum of their weights.
+
+    Raises:
+        Unprotected: Another criterion is no mean of such terms: nothing is changed in silence.
     """
 
     def __init__(self, loss: Loss) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils.checkpoint import CheckpointError
 
 from vitguard.defenses.base import Installed
+from vitguard.defenses.privacy.checks import checkpointing
 from vitguard.defenses.privacy.engine import Engine, Watch, pseudo_losses, structure
 from vitguard.defenses.privacy.kept import Kept, differing, same_draws
 from vitguard.defenses.privacy.losses import auxiliary_losses
@@ -70,6 +72,8 @@ def probe(
         try:
             with checkpoints_refused():
                 _Trial(model, engine, kept, _noise_like(args, dict(kwargs or {}))).run()
+        except CheckpointError as error:  # no switch told of it
+            raise checkpointing("its forward pass") from error
         finally:
             engine.close()
             kept.give_back()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vitguard.defenses.base import Installed, watch_gradients
-from vitguard.defenses.privacy.checks import refuse_sharded
+from vitguard.defenses.privacy.checks import refuse_checkpointing, refuse_sharded
+from vitguard.defenses.privacy.divisor import CommonDivisor
 from vitguard.defenses.privacy.engine import Engine, Watch
 from vitguard.defenses.privacy.mixing import refuse_mixed_targets
 from vitguard.defenses.privacy.tape import Tape
@@ -123,6 +124,7 @@ class PrivateTraining(Installed):
         self._reader: object = None
         self.skipped = False
         """Whether the rest of the batch handed out last is not wanted."""
+        self._divisor = CommonDivisor()
         self._handles: list[Any] = []
         self._parameter_handles: list[Any] = []
         self.exposed = False
@@ -263,6 +265,7 @@ class PrivateTraining(Installed):
             return
         refuse_compiled()
         refuse_sharded(model)
+        refuse_checkpointing(model)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._check_due(tensors)
         self.engine.close()
@@ -317,15 +320,15 @@ class PrivateTraining(Installed):
         self.tape = None  # a pass that broke off or is refused may be run again
         if output is not None and tape is not None:
             self.engine.verify(model, tape, output)
-            _watch_targets(output)
+            self._watch_criterion(output)
             self.tape = tape
 
-
-def _watch_targets(output: Any) -> None:
-    """Look, in the backward pass, at the gradient of class scores."""
-    try:
-        scores = logits_of(output)
-    except InputError:
-        return  # no classes, or known to the training script alone
-    if scores.requires_grad:
-        scores.register_hook(functools.partial(refuse_mixed_targets, scores.detach()))
+    def _watch_criterion(self, output: Any) -> None:
+        """Look, in the backward pass, at the gradient of class scores."""
+        try:
+            scores = logits_of(output)
+        except InputError:
+            return  # no classes, or known to the training script alone
+        if scores.requires_grad:
+            for look in (refuse_mixed_targets, self._divisor.refuse):
+                scores.register_hook(functools.partial(look, scores.detach()))

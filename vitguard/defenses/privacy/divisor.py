@@ -1,0 +1,83 @@
+"""Criteria that divide by what the batch holds, or choose from it.
+
+Class weights or `ignore_index` with a mean do, and the hardest examples of a batch.
+
+Cross-entropy gives example i the gradient c_i (softmax(scores_i) - label_i). A mean of terms of one
+example each has c_i = w_i / B, which the other examples do not touch. Such a criterion divides by
+the weights of the batch instead: the c_i of every batch add up to the same number, while one class
+counts more in one batch than in another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitguard.errors import Unprotected
+
+__all__ = ["CommonDivisor"]
+
+_BATCHES = 12  # in a row: two weights of single examples add up to the same in one of four
+_SAME = 1e-4
+_OTHER = 1e-3
+_SURE = 1e-5  # chance of all other classes below which a weight cannot be read
+
+
+class CommonDivisor:
+    """Looks at the gradients of class scores over the batches of one training.
+
+    Only cross-entropy against single labels is told, in float32 or float64. A model that is sure
+    of an example hides the weight of its batch.
+    """
+
+    def __init__(self) -> None:
+        self.alike: list[tuple[float, int, dict[int, float]]] = []
+        """Of the last batches: sum of the weights, size, and the weight of each class."""
+
+    def refuse(self, scores: Tensor, gradient: Tensor) -> None:
+        """Take in a batch; raise Unprotected where `_BATCHES` of them have a common divisor.
+
+        Args:
+            scores: Shape (batch, classes).
+            gradient: Of the loss, as large.
+        """
+        fine = gradient.dtype in (torch.float32, torch.float64)
+        if scores.dim() != 2 or scores.shape[1] < 2 or not fine:
+            return
+        chances, gradient = scores.detach().double().softmax(1), gradient.detach().double()
+        label = gradient.argmin(1, keepdim=True)
+        chances, gradient = chances.scatter(1, label, 0), gradient.scatter(1, label, 0)
+        taken, left = gradient.any(1), chances.sum(1)
+        if not bool(taken.any()) or bool((left[taken] < _SURE).any()):
+            return
+        weights = gradient.sum(1) / left
+        off = (gradient - weights[:, None] * chances).abs().amax(1)
+        if bool((off > _SAME * weights.abs()).any()):  # another criterion
+            return self.alike.clear()
+        total, equal = float(weights.sum()), bool(_near(weights, weights.mean(), _OTHER).all())
+        if equal:
+            return
+        if self.alike and abs(self.alike[-1][0] / total - 1) > _SAME:
+            self.alike.clear()
+        by_class = dict(zip(label[taken, 0].tolist(), weights[taken].tolist(), strict=True))
+        self.alike.append((total, len(weights), by_class))
+        if len(self.alike) >= _BATCHES and self._moves():
+            raise Unprotected(
+                "Expected a criterion that is a mean of terms of one example each, got one that "
+                "divides by what the batch holds (class weights or ignore_index with a mean, the "
+                "hardest examples): a record changes what others add. Wrap class weights in "
+                "PerExample, which keeps them, and train anew: no bound holds for the steps so far."
+            )
+
+    def _moves(self) -> bool:
+        """Whether a class counts otherwise in one batch than in another."""
+        (_, size, first), *others = self.alike
+        return any(
+            abs(weights[k] * count / (first[k] * size) - 1) > _OTHER
+            for _, count, weights in others
+            for k in weights.keys() & first.keys()
+        )
+
+
+def _near(values: Tensor, to: Tensor, relative: float) -> Tensor:
+    return (values - to).abs() <= relative * to.abs()
