@@ -1,6 +1,5 @@
 """The corridor of a private stack: its bound, what attacks reached, what canaries prove."""
 
-import functools
 import io
 import json
 import math
@@ -13,11 +12,10 @@ from rich.console import Console
 from scipy.stats import norm
 
 from tests.defenses.privacy.privacy_models import build
-from vitguard.attacks.base import Attack
-from vitguard.audit import LocalTraining, audit, audit_update
+from tests.defenses.privacy.test_bound import STACKS, Grey, finding_of, report
+from vitguard.audit import audit_update
 from vitguard.audit.corridor import corridor_of
-from vitguard.core import Guess, Normalization
-from vitguard.defenses.noise import GradientNoise
+from vitguard.core import Normalization
 from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
 from vitguard.draws import Draws
 from vitguard.guard import protect
@@ -26,15 +24,6 @@ from vitguard.report.finding import Finding
 from vitguard.report.words import corridor_lines, share
 
 HALF = Normalization((0.5,) * 3, (0.5,) * 3)
-
-
-@dataclass(frozen=True)
-class Grey(Attack):
-    name: ClassVar[str] = "grey"
-    family: ClassVar[str] = "closed-form"
-
-    def run(self, view, generator):
-        return Guess(torch.full((view.update.batch_size, *view.image_shape), 0.5))
 
 
 @dataclass(frozen=True)
@@ -47,30 +36,9 @@ class Unstated(DifferentialPrivacy):
         return None
 
 
-STACKS = {
-    "records": [DifferentialPrivacy(noise=1.1, clip=0.5)],
-    "client": [ClientPrivacy(noise=2.0)],
-    "both": [DifferentialPrivacy(noise=1.0), ClientPrivacy(noise=4.0)],
-    "no noise": [DifferentialPrivacy(noise=0.0)],
-    "baseline": [GradientNoise(0.1)],
-}
-
-
 def images():
     torch.manual_seed(0)
     return torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
-
-
-@functools.cache
-def report(**training):
-    return audit(
-        build("vit", torch.float32), images(), defenses=STACKS, attacks=[Grey()],
-        normalization=HALF, training=LocalTraining(**training) if training else None,
-    )  # fmt: skip
-
-
-def found(stack, **training) -> Finding:
-    return next(f for f in report(**training).findings if f.defense == stack)
 
 
 def trade_off(mu, prior=0.01):
@@ -78,7 +46,7 @@ def trade_off(mu, prior=0.01):
 
 
 def test_bound_of_a_corridor_is_the_trade_off_of_one_update_and_the_proof_lies_below_it():
-    of = found("records").corridor
+    of = finding_of("records").corridor
     assert of.bound == pytest.approx(trade_off(1 / 1.1))
     assert 0.7 * of.bound < of.proved_rate <= of.bound
     assert 0.7 * of.epsilon < of.proved <= of.epsilon
@@ -87,29 +55,29 @@ def test_bound_of_a_corridor_is_the_trade_off_of_one_update_and_the_proof_lies_b
 
 def test_every_local_step_counts_for_the_corridor_of_records_and_the_whole_for_a_client():
     training = {"learning_rate": 0.1, "steps": 3}
-    assert found("records", **training).corridor.bound == pytest.approx(
+    assert finding_of("records", **training).corridor.bound == pytest.approx(
         trade_off(math.sqrt(3) / 1.1)
     )
-    assert found("client", **training).corridor.bound == pytest.approx(trade_off(1 / 2))
+    assert finding_of("client", **training).corridor.bound == pytest.approx(trade_off(1 / 2))
 
 
 def test_of_two_guarantees_the_corridor_is_that_of_the_stronger_one():
-    of = found("both").corridor
+    of = finding_of("both").corridor
     assert of.defense == "client-privacy:noise=4.0"
     assert of.bound == pytest.approx(trade_off(1 / 4))
 
 
 @pytest.mark.parametrize("stack", ["baseline", "none"])
 def test_a_stack_without_differential_privacy_has_no_corridor(stack):
-    assert found(stack).corridor is None
-    assert found(stack).to_json()["corridor"] is None
-    assert corridor_lines([found(stack)]) == []
+    assert finding_of(stack).corridor is None
+    assert finding_of(stack).to_json()["corridor"] is None
+    assert corridor_lines([finding_of(stack)]) == []
 
 
 def test_without_noise_the_corridor_says_that_there_is_bound_note_and_why():
-    of = found("no noise").corridor
+    of = finding_of("no noise").corridor
     assert of.bound is None and of.proved is None and of.epsilon is None
-    said = dict(corridor_lines([found("no noise")]))
+    said = dict(corridor_lines([finding_of("no noise")]))
     assert "no noise" in said["Bound"] and "no noise" in said["Proved"]
 
 
@@ -146,7 +114,7 @@ def test_noise_that_is_less_than_claimed_shows_as_a_broken_mechanism_in_words(mo
     monkeypatch.setattr(Draws, "noised", lambda self, t, d: noised(self, t, d / 2))
     of = corridor_of([DifferentialPrivacy(noise=0.77)], 1, 0)
     assert of.broken
-    said = dict(corridor_lines([replace(found("records"), corridor=of)]))
+    said = dict(corridor_lines([replace(finding_of("records"), corridor=of)]))
     assert "do not rely on the bound" in said["Proved"]
 
 
@@ -164,7 +132,7 @@ def test_an_update_that_was_received_has_the_corridor_of_the_stack_that_is_state
 
 
 def test_every_form_of_the_report_says_the_corridor_in_words():
-    made, of = report(), found("records").corridor
+    made, of = report(), finding_of("records").corridor
     limit = math.ceil(1000 * of.bound) / 10
     wanted = [
         "an adversary who would guess the image with probability 1 % guesses it with at most "

@@ -13,7 +13,11 @@ from vitguard.errors import InputError
 
 pytest.importorskip("opacus")
 
-SAMPLED = [(1.0, 20, 0.1), (0.7, 30, 0.05), (2.0, 200, 0.1)]  # noise, steps, rate
+SAMPLED = [  # noise, steps, rate
+    (1.0, 20, 0.1),
+    pytest.param(0.7, 30, 0.05, marks=pytest.mark.slow),
+    pytest.param(2.0, 200, 0.1, marks=pytest.mark.slow),
+]
 
 
 def losses(noise, steps, rate, present, trials, generator):
@@ -139,9 +143,9 @@ def test_power_grows_with_level_and_steps_and_never_falls_below_the_level():
 
 
 def test_where_no_mesh_fits_a_coarser_upper_bound_takes_its_place(monkeypatch):
-    fine = reconstruction_bound(0.01, 1.0, 20, 0.1)
+    fine = reconstruction_bound(0.01, 2.0, 5, 0.1)
     monkeypatch.setattr(module, "_MOST_POINTS", 100)
-    coarse = reconstruction_bound(0.01, 1.0, 20, 0.1)
+    coarse = reconstruction_bound(0.01, 2.0, 5, 0.1)
     assert fine <= coarse < 4 * fine
     assert reconstruction_bound(0.01, 0.02, 20, 0.1) == 1.0  # noise beyond any mesh
 

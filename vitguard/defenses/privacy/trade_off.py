@@ -24,7 +24,7 @@ Power = Callable[[float], float]
 """From a probability without the record to the largest one with it."""
 
 _DELTA_ERROR = 1e-8  # of the discretised privacy loss: added to every power
-_EPSILON_ERRORS = (1e-3, 4e-3, 1.6e-2, 6.4e-2)  # the first whose mesh fits
+_EPSILON_ERRORS = (4e-3, 1.6e-2, 6.4e-2)  # relative errors of the power; the first whose mesh fits
 _MOST_POINTS = 1 << 21  # of the mesh: 16 MiB an array
 _LEAST_NOISE = 0.05  # below it Opacus's discretisation leaves the range it was made for
 
