@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -105,7 +106,6 @@ class PositionInversion(Attack):
 class _System:
     """The system with its rows weighted, and its least-squares solution."""
 
-    rows: Tensor
     system: Tensor
     target: Tensor
     solution: Tensor
@@ -118,22 +118,25 @@ class _System:
         Equations outnumber unknowns where N < D, so the residual tells which of the two noise is.
         """
         scale = target.norm(dim=1, keepdim=True)
-        weight = 1 / torch.where(scale > 0, scale, torch.ones_like(scale))
-        for rows in (weight, torch.ones_like(weight)):
-            made = _System(rows, system, target, *least_squares(rows * system, rows * target))
+        rows = 1 / torch.where(scale > 0, scale, torch.ones_like(scale))
+        for pair in ((rows * system, rows * target), (system, target)):
+            made = _System(*pair, *least_squares(*pair))
             if made.residual < 1e-3:
                 break
         return made
 
-    @property
+    @cached_property
+    def size(self) -> float:
+        return max(float(self.target.norm()), 1e-300)
+
+    @cached_property
     def residual(self) -> float:
         """What the solution leaves, relative to the target."""
         return self.left_by(self.solution)
 
     def left_by(self, patches: Tensor) -> float:
         """Return what some patches leave of the weighted target, relative to it."""
-        error = self.rows * (self.system @ patches - self.target)
-        return float(error.norm() / (self.rows * self.target).norm().clamp_min(1e-300))
+        return float(torch.addmm(self.target, self.system, patches, beta=-1).norm()) / self.size
 
 
 def _on_grid(view: View, anatomy: Anatomy, found: _System) -> Tensor | None:
