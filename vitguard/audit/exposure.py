@@ -11,6 +11,7 @@ from torch import Tensor
 from vitguard.audit.scale import Scale
 from vitguard.core import View
 from vitguard.defenses.base import Defense, UpdateDefense
+from vitguard.report.corridor import Corridor
 
 __all__ = ["Exposure", "Facts", "Run", "bound_of"]
 
@@ -55,13 +56,15 @@ class Run(NamedTuple):
 
     `bound` maps the chance of a blind guess to the largest chance of any attack that the stack
     guarantees; None where it guarantees none. `exposure` names what left the machine where an audit
-    looks at several things: each of them has a control of its own.
+    looks at several things: each of them has a control of its own. `corridor` is what differential
+    privacy says of one update.
     """
 
     name: str
     batches: tuple[tuple[Facts, Callable[[], Exposure]], ...]
     bound: Callable[[float], float | None] = lambda prior: None
     exposure: str = ""
+    corridor: Corridor | None = None
 
     @property
     def key(self) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitguard import data
 from vitguard.attacks.base import Attack
+from vitguard.audit.corridor import corridor_of
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
 from vitguard.audit.received import (
@@ -205,7 +206,13 @@ class _Look:
         bound = bound_of(thing.guard.defenses, steps)
         return [
             Run(CONTROL, ((seen, self._control),), exposure=thing.name),
-            Run(thing.defense or PLAIN, ((facts, self._exposed),), bound, thing.name),
+            Run(
+                thing.defense or PLAIN,
+                ((facts, self._exposed),),
+                bound,
+                thing.name,
+                corridor_of(thing.guard.defenses, steps, self.seed),
+            ),
         ]
 
     def _exposed(self) -> Exposure:

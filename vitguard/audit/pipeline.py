@@ -177,6 +177,7 @@ class _Alone:
 
 def _bounded(finding: Finding, run: Run) -> Finding:
     """Put what differential privacy guarantees of one update beside what the attack did."""
+    finding = replace(finding, corridor=run.corridor)
     prior = 1 / (EQUALS + 1)
     if finding.identified is None or (bound := run.bound(prior)) is None:
         return finding

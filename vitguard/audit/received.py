@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard.attacks.base import Attack
+from vitguard.audit.corridor import corridor_of
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
 from vitguard.audit.scale import Scale, decoys_for
@@ -116,10 +117,14 @@ def audit_update(
     facts = _facts(truth, labels, names, update, anatomy, seed)
     guard = protect(copy.deepcopy(model).train(), stack)
     expose = partial(_exposed, adversary, guard, update, normalization, loss)
+    steps = training and training.steps
     runs = [
         control.run(CONTROL, (), adversary.control(), seen),
-        Run(name, ((facts, expose),), bound_of(stack, training and training.steps)),
-    ]
+        Run(
+            name, ((facts, expose),), bound_of(stack, steps),
+            corridor=corridor_of(stack, steps, seed),
+        ),
+    ]  # fmt: skip
     found = findings(runs, chosen, seed=seed, work=work, progress=progress)
     if training is None:
         found = [without_control(f) for f in found]

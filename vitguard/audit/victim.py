@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitguard.attacks.base import InputAttack
 from vitguard.audit.attempts import INTERRUPTED, outcome_of, seed_of
+from vitguard.audit.corridor import corridor_of
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.scale import Scale, decoys_for
 from vitguard.audit.spreading import Job
@@ -72,7 +73,11 @@ class Victim:
         """Return the configuration of a stack under a threat; `facts` are those of the batches."""
         made = [partial(self.expose, stack, threat, i) for i in self.batches]
         steps = 1 if self.training.learning_rate is None else self.training.steps
-        return Run(name, tuple(zip(facts, made, strict=True)), bound_of(stack, steps))
+        batches, corridor = (
+            tuple(zip(facts, made, strict=True)),
+            corridor_of(stack, steps, self.seed),
+        )
+        return Run(name, batches, bound_of(stack, steps), corridor=corridor)
 
     def expose(self, stack: Sequence[Defense], threat: Threat, index: int) -> Exposure:
         """Make the update of one batch under a stack; return what the adversary sees of it."""

@@ -281,6 +281,14 @@ class Ledgered(ABC):
     def privacy_spent(self, ledger: Any) -> Any:
         """Return what the releases in the ledger add up to."""
 
+    def one_update(self, steps: int) -> tuple[Any, float] | None:
+        """Return a ledger of one update alone and the delta of its epsilon; None if not stated.
+
+        Args:
+            steps: Local steps behind the update, at least 1.
+        """
+        return None
+
 
 class ModelDefense(Defense):
     """Acts on the model: replaces or hooks modules."""
@@ -353,6 +361,10 @@ class UpdateDefense(Defense):
 
         Asked before `seal`, of `Guard.update` and where `Guard.seal` is given a batch.
         """
+
+    def feeds_back(self) -> bool:
+        """Whether what `seal` cuts from an update is added to the client's next one."""
+        return False
 
     @abstractmethod
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:

@@ -22,13 +22,21 @@ __all__ = ["LowRankUpdate"]
 class LowRankUpdate(UpdateDefense):
     """Send the `rank` strongest singular directions of each matrix; vectors are sent whole.
 
-    What is cut is lost; a client that adds `made - sent` to its next update feeds it back, and then
-    the directions of several rounds on the same images add up.
+    What is cut is lost, or with `feedback` added to the client's next update (error feedback): so
+    it arrives in the end, which large compression needs to converge. The guard keeps it, and
+    `Guard.state_dict` saves it; it is a part of a plain update, and secret. The next update must be
+    of the same kind and tensors and of a later round, and is refused otherwise, until
+    `Guard.forget_residuals` begins anew. `Guard.forget_residuals` is also for a run on other
+    weights, which nothing here can tell from the next round.
 
     Guarantees:
         No matrix of an update has more than `rank` directions, up to rounding of the tensor's type.
+        With `feedback` the updates that leave and what is kept add up to those that were made.
 
     Does not protect against:
+        Several updates on the same images under `feedback`: R of them together show R times `rank`
+        directions, and in the end the whole gradient. A stack that stands in one round falls after
+        a few. Nor is an image done with when its round is over: what was cut of it leaves later.
         `containment`: every row that is sent lies in the span of the inputs of its layer. Measured
         on 17 tokens with fixed positions: rank 8 gives the image back exactly (105 dB), rank 4 at
         74 dB, rank 2 at 17. Ranks of T / 4 and more, over all rounds on the same images together,
@@ -36,13 +44,16 @@ class LowRankUpdate(UpdateDefense):
 
     Args:
         rank: Directions of each matrix, at least 1.
+        feedback: Whether what is cut is added to the next update.
 
     References:
-        Vogels et al., arXiv:1905.13727 (PowerSGD, for its cost); docs/methods.md 4.5.
+        Vogels et al., arXiv:1905.13727 (PowerSGD: low rank with error feedback); docs/methods.md
+        4.5.
     """
 
     name: ClassVar[str] = "low-rank"
     rank: int = 2
+    feedback: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -51,6 +62,19 @@ class LowRankUpdate(UpdateDefense):
     def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
         """Return the rank, and that tensors are not exact."""
         return replace(before, exact=False, rank=min(before.rank or self.rank, self.rank))
+
+    def feeds_back(self) -> bool:
+        """Whether what is cut is added to the client's next update: `feedback`."""
+        return self.feedback
+
+    def audit_note(self) -> str:
+        """Say that an audit of one update sees nothing of what feedback sends later."""
+        if not self.feedback:
+            return ""
+        return (
+            f"{self.spec()} was audited on one update; with feedback, {self.rank} more directions "
+            "leave with each further update on the same images"
+        )
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return each matrix cut to its strongest directions; counters (integers) stay.

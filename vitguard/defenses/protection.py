@@ -20,6 +20,7 @@ from vitguard.defenses.base import (
     UpdateDefense,
     watch_gradients,
 )
+from vitguard.defenses.feedback import Feedback
 from vitguard.defenses.gate import LeakGate, Tally
 from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Unprotected
@@ -57,6 +58,8 @@ class Protection(nn.Module):
         """What a gate decided of the updates of this process."""
         self.memory = Memory()
         """What the client remembers of the weights that it accepted."""
+        self.feedback = Feedback()
+        """What defenses cut from the last update, for the next one; copies begin without."""
         self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
         """What each defense with a guarantee has spent, by its name; copies go on from it."""
         self.register_load_state_dict_pre_hook(_tolerate_original)

@@ -343,6 +343,13 @@ class Guard:
         """
         return rounds.bound(rounds.Round(number, base, weight, client))
 
+    def forget_residuals(self) -> None:
+        """Begin anew with error feedback: what earlier updates left out is lost.
+
+        For a run on other weights, or one that repeats a round.
+        """
+        self._protection.feedback.clear()
+
     def shared_names(self) -> tuple[str, ...]:
         """Return the names of the tensors that a client sends and takes back, in order.
 
@@ -396,6 +403,7 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """Return what was spent: local, never to be averaged.
 
+        With error feedback it holds residuals, which are parts of plain updates: keep it secret.
         Secret draws have no state. Those of a generator given to `protect` go on from theirs.
         """
         return state_of(self._protection)
@@ -406,6 +414,10 @@ class Guard:
         Args:
             draws: With the state of a generator that was given to `protect`. False leaves the
                 ledger alone, which holds no secret.
+
+        Raises:
+            InputError: Without `draws`, where there are residuals of error feedback: these are
+                secret, and the next update needs them.
         """
         return to_bytes(self.state_dict(), draws=draws)
 
@@ -419,6 +431,8 @@ class Guard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a `state_dict` left off. A ledger never goes back: it joins the state's.
+
+        Residuals of error feedback go back with it: to those of the state, or to none.
 
         Raises:
             InputError: The state is something else, of another stack, or older than the ledger.

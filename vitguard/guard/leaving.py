@@ -99,12 +99,18 @@ def sealed(
     held |= {n: reason for n in frozen if n in left_out}
     update = update.seal(held)
     anatomy = protection.anatomy.with_head_of(model)
-    for defense in acting:  # one by one: if the next refuses, what it says tells of this one
-        with protection.counted([defense]):
-            if batch is not None:
-                defense.look(update, batch.images, anatomy)
-            update = defense.seal(update, anatomy, protection.draws)
-    return _past_gate(model, protection, update, batch, made if trained else None)
+    with protection.feedback.around() as passage:
+        for defense in acting:  # one by one: if the next refuses, what it says tells of this one
+            with protection.counted([defense]):
+                if batch is not None:
+                    defense.look(update, batch.images, anatomy)
+                if not defense.feeds_back():
+                    update = defense.seal(update, anatomy, protection.draws)
+                    continue
+                whole = passage.fed(defense, update)
+                update = defense.seal(whole, anatomy, protection.draws)
+                passage.keep(defense, whole, update)
+        return _past_gate(model, protection, update, batch, made if trained else None)
 
 
 def _frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:

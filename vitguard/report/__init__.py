@@ -1,6 +1,7 @@
 """The report of an audit, and its forms."""
 
 from vitguard.report.audit_report import AuditReport
+from vitguard.report.corridor import Corridor
 from vitguard.report.finding import (
     MEANINGS,
     Baseline,
@@ -17,6 +18,7 @@ __all__ = [
     "AuditReport",
     "Baseline",
     "Control",
+    "Corridor",
     "Finding",
     "MEANINGS",
     "Mask",

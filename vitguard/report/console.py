@@ -13,6 +13,7 @@ from vitguard.report.words import (
     baseline_text,
     caution,
     clean,
+    corridor_lines,
     decibels,
     remarks,
     share,
@@ -64,6 +65,8 @@ def print_to(report: AuditResults, console: Console) -> None:
                 if new or f.verdict == "leaks" or remark in (accuracies(f), caution(f)):
                     said.add((f.attack, remark))
                     say(remark, "dim", indent=4)
+        for title, sentence in corridor_lines(findings):
+            say(f"{title}: {sentence}", indent=2)
     console.print()
     say(baseline_text(report), "dim")
     for note in report.notes:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitguard.attacks.base import Triptych
 from vitguard.errors import expected
+from vitguard.report.corridor import Corridor
 
 __all__ = [
     "LEAK_GAIN",
@@ -159,6 +160,7 @@ class Finding:
             that failed, was cut by its budget, or does not apply though the control leaks to it.
         gain: dB of the worst image above its own no-information baseline; when None the report
             takes `patch_psnr.max` above the report's baseline.
+        corridor: Of a stack with differential privacy: what its bound allows, what canaries prove.
         images: Pictures; they are in the HTML, PNG and TensorBoard forms only.
         examples: Attacked inputs of `fgsm`; their pictures are in HTML and TensorBoard only.
     """
@@ -185,6 +187,7 @@ class Finding:
     undecided: str = ""
     exposure: str = ""
     gain: float | None = None
+    corridor: Corridor | None = None
     images: Pictures | None = field(default=None, compare=False, repr=False)
     examples: tuple[Triptych, ...] = field(default=(), compare=False, repr=False)
 
@@ -241,6 +244,7 @@ class Finding:
                 "robust_accuracy": self.robust_accuracy,
                 "undecided": self.undecided,
                 "exposure": self.exposure,
+                "corridor": self.corridor and {**vars(self.corridor), "reached": self.identified},
             }
         )
 

@@ -8,6 +8,7 @@ from vitguard.report.words import (
     NOTHING,
     baseline_text,
     clean,
+    corridor_lines,
     decibels,
     remarks,
     share,
@@ -50,6 +51,10 @@ def to_markdown(report: AuditResults) -> str:
     for f in report.findings:
         for remark in remarks(f):
             lines.append(f"- {escaped(f.configuration)}, {escaped(f.attack)}: {escaped(remark)}")
+    for configuration, findings in report.configurations().items():
+        if corridor := corridor_lines(findings):
+            lines += ["", f"## What differential privacy bounds: {escaped(configuration)}", ""]
+            lines += [f"- **{title}**: {escaped(sentence)}" for title, sentence in corridor]
     lines += ["", "## How to read this", "", escaped(baseline_text(report)), ""]
     lines += [f"- **{verdict}**: {meaning}" for verdict, meaning in MEANINGS.items()]
     lines += ["", escaped(threat_text(report.threat)), ""]

@@ -16,7 +16,7 @@ from vitguard.report.finding import Finding, Summary, plain
 from vitguard.report.inputs import own_controls, titles
 from vitguard.report.pictures import Row, encode, panels, rows
 from vitguard.report.results import AuditResults
-from vitguard.report.words import clean, decibels, remarks, share
+from vitguard.report.words import clean, corridor_lines, decibels, remarks, share
 
 __all__ = [
     "Attacked",
@@ -37,10 +37,14 @@ DASH = "\u2013"
 
 @dataclass(frozen=True)
 class Group:
-    """A configuration: its spec (see `_spec`), what was attacked, and what each attack gave."""
+    """A configuration: its spec (see `_spec`), what was attacked, and what each attack gave.
+
+    `corridor` has a title and a sentence each: bound, reached, proved.
+    """
 
     spec: list[str]
     exposure: str
+    corridor: list[tuple[str, str]]
     cards: list[Card]
 
 
@@ -107,6 +111,7 @@ def groups(report: AuditResults) -> list[Group]:
         Group(
             spec=_spec(findings[0].defense),
             exposure=findings[0].exposure,
+            corridor=corridor_lines(findings),
             cards=[_card(report, f, names[id(f)], scale, limit) for f in findings],
         )
         for findings in report.configurations().values()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vitguard.report.corridor import Corridor
 from vitguard.report.finding import Finding
 from vitguard.report.pictures import epsilon_text
 from vitguard.report.results import AuditResults
@@ -16,6 +17,7 @@ __all__ = [
     "baseline_text",
     "caution",
     "clean",
+    "corridor_lines",
     "decibels",
     "remarks",
     "share",
@@ -40,7 +42,9 @@ def share(value: float | None) -> str:
     percent = 100 * value
     rounded = round(percent)
     if rounded in (0, 100) and rounded != percent:
-        return f"{percent:.1f} %" if round(percent, 1) not in (0, 100) else f"{percent:.2g} %"
+        if round(percent, 1) == 100:
+            return "over 99.9 %" if percent < 100 else f"{percent:.1f} %"
+        return f"{percent:.1f} %" if round(percent, 1) != 0 else f"{percent:.2g} %"
     return f"{rounded} %"
 
 
@@ -113,6 +117,77 @@ def remarks(finding: Finding) -> list[str]:
     if finding.verdict != "leaks" and finding.undecided not in finding.reason:
         lines.append(f"undecided: {finding.undecided}")
     return [line for line in (*lines, caution(finding)) if line]
+
+
+def corridor_lines(findings: Sequence[Finding]) -> list[tuple[str, str]]:
+    """Return the risk corridor of a configuration as (title, sentence), from the bound downwards.
+
+    Empty for a stack without differential privacy.
+    """
+    of = next((f.corridor for f in findings if f.corridor is not None), None)
+    if of is None:
+        return []
+    return [("Bound", _bound(of)), ("Reached", _reached(findings)), ("Proved", _proved(of))]
+
+
+def _bound(of: Corridor) -> str:
+    if of.bound is None:
+        return f"none under {of.defense}, {of.bound_note}."
+    spent = "" if of.epsilon is None else f": epsilon {of.epsilon:.3g} at delta {of.delta:.3g}"
+    by = f"({of.defense}{spent})"
+    known = f"an adversary who would guess the image with probability {share(of.prior)}"
+    if of.bound > 0.995:
+        told = f"{known} may guess it with up to 100 %: so little noise bounds nothing {by}."
+    else:
+        most = _rounded(of.bound, up=True)
+        told = f"{known} guesses it with at most {most} from this update {by}."
+    return _noted(told, of.bound_note)
+
+
+def _reached(findings: Sequence[Finding]) -> str:
+    rates = {f.identified: f for f in findings if f.identified is not None}
+    if not rates:
+        return "nothing to compare: no attack of this audit made a guess that could be identified."
+    best = rates[max(rates)]
+    text = f"the best attack of this audit identified {share(best.identified)} of the images"
+    if isinstance(bound := best.details.get("reconstruction_bound"), float):
+        prior = best.details.get("reconstruction_prior")
+        text += f", where a blind guess has {share(prior)} and the bound is {share(bound)}"
+    return f"{text}."
+
+
+def _proved(of: Corridor) -> str:
+    if of.proved is None or of.proved_rate is None:
+        return f"nothing, {of.proof_note}."
+    by = f"{of.observations:,} observations of canaries, {100 * (of.confidence or 0):.5g} % sure"
+    if of.broken:
+        told = (
+            f"epsilon of at least {_down(of.proved)} where {of.epsilon:.3g} is claimed ({by}). The "
+            "mechanism does not do what its settings say: do not rely on the bound."
+        )
+    elif of.proved == 0:
+        told = f"nothing: under so much noise no canary shows ({by})."
+    else:
+        least = _rounded(of.proved_rate, up=False)
+        told = (
+            f"epsilon of at least {_down(of.proved)} ({by}): a test for the worst image that "
+            f"raises {share(of.prior)} false alarms finds it in at least {least}."
+        )
+    return _noted(told, of.proof_note)
+
+
+def _noted(told: str, note: str) -> str:
+    return f"{told} {note}." if note else told
+
+
+def _rounded(value: float, *, up: bool) -> str:
+    """Write a share as a percentage with one decimal, rounded so that a bound stays one."""
+    tenths = (math.ceil if up else math.floor)(1000 * value - (1e-9 if up else -1e-9))
+    return f"{tenths / 10:g} %"
+
+
+def _down(value: float) -> str:
+    return "infinity" if math.isinf(value) else f"{math.floor(100 * value) / 100:.2f}"
 
 
 def caution(finding: Finding) -> str:

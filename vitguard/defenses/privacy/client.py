@@ -15,7 +15,7 @@ from vitguard.core import Traits, Update
 from vitguard.defenses.base import Defense, Draws, Ledgered, UpdateDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for, noisy
 from vitguard.defenses.privacy.checks import check_mechanism
-from vitguard.defenses.privacy.verification import reconstruction_bound
+from vitguard.defenses.privacy.reconstruction import reconstruction_bound
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy
 
@@ -140,6 +140,10 @@ class ClientPrivacy(UpdateDefense, Ledgered):
     def privacy_spent(self, ledger: Ledger) -> PrivacySpent:
         """Return what the updates in the ledger add up to, for one whole client."""
         return ledger.statement(self.delta)
+
+    def one_update(self, steps: int) -> tuple[Ledger, float]:
+        """Return a ledger of one update alone and delta: its local steps are one release."""
+        return Ledger([(self.multiplier, 1.0, 1)]), self.delta
 
     def reconstruction_bound(self, prior: float, steps: int) -> float:
         """Return the most often that an attack on one update reconstructs a record in it.

@@ -10,7 +10,7 @@ from typing import Literal
 from vitguard.defenses.base import Ledgered, StepDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
 from vitguard.defenses.privacy.checks import check_mechanism
-from vitguard.defenses.privacy.verification import reconstruction_bound
+from vitguard.defenses.privacy.reconstruction import reconstruction_bound
 from vitguard.errors import Unprotected, expected
 
 __all__ = ["PrivacyTarget"]
@@ -85,6 +85,10 @@ class PrivacyTarget(StepDefense, Ledgered):
     def privacy_spent(self, ledger: Ledger) -> PrivacySpent:
         """Return what the releases in the ledger add up to."""
         return ledger.statement(self.delta, self.accountant)
+
+    def one_update(self, steps: int) -> tuple[Ledger, float]:
+        """Return a ledger of one update alone and delta: each local step is a release."""
+        return Ledger([(self._release_noise(), 1.0, steps)]), self.delta
 
     def reconstruction_bound(self, prior: float, steps: int) -> float:
         """Return the most often that an attack on one update reconstructs one of its records.

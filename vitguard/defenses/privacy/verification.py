@@ -1,4 +1,4 @@
-"""Checking a privacy claim from outside: sensitivity, noise, a lower bound, reconstruction."""
+"""Checking a privacy claim from outside: sensitivity, noise, a lower bound."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ __all__ = [
     "measure_noise",
     "measure_sensitivity",
     "one_run_audit",
-    "reconstruction_bound",
 ]
 
 Total = Callable[[Sequence[int]], Tensor]
@@ -200,7 +199,7 @@ def canary_bound(
     from vitguard.defenses.privacy.accounting import gaussian_epsilon
 
     failure = (1 - confidence) / 2  # for each of the two bounds
-    mu, ratio = _separation(absent, present, failure)
+    mu, ratio = separation(absent, present, failure)
     gaussian = gaussian_epsilon(mu, delta) if mu < _FARTHEST else math.inf
     thresholds = _best_threshold(absent, present, delta, failure)
     return CanaryBound(thresholds, gaussian, mu, ratio, delta, confidence)
@@ -209,7 +208,7 @@ def canary_bound(
 _FARTHEST = 30.0  # mu beyond which epsilon is taken as infinite
 
 
-def _separation(absent: Tensor, present: Tensor, failure: float) -> tuple[float, float]:
+def separation(absent: Tensor, present: Tensor, failure: float) -> tuple[float, float]:
     """Return a lower bound on the distance of two normal means in deviations, and its estimate.
 
     With probability 1 - failure / 2 each, the sample means are not further apart than the true ones
@@ -305,45 +304,3 @@ def canary_audit(
         max(own.thresholds, difference.thresholds),
         best.gaussian, best.mu, best.ratio, delta, confidence,
     )  # fmt: skip
-
-
-def reconstruction_bound(prior: float, noise: float, steps: int, rate: float = 1.0) -> float:
-    """Return the most any attack can succeed in reconstructing one record.
-
-    Success is at most Phi(Phi^-1(prior) + sqrt(steps) / noise) for the Gaussian mechanism that adds
-    or removes a record; with Poisson sampling at `rate` the trade-off function of the composed
-    mechanism takes its place, from above, through dominating pairs of the privacy loss.
-
-    Args:
-        prior: Chance in [0, 1] that a guess succeeds without seeing anything.
-        noise: Noise multiplier; 0 gives 1, no bound.
-        steps: Releases.
-        rate: Poisson sampling rate in (0, 1].
-
-    References:
-        Balle, Cherubin and Hayes, arXiv:2201.04845; Hayes et al., arXiv:2302.07225.
-    """
-    from scipy.stats import norm
-
-    if not 0 <= prior <= 1 or not noise >= 0 or steps < 0 or not 0 < rate <= 1:
-        raise expected(
-            "a prior in [0, 1], noise and steps of at least 0, a rate in (0, 1]",
-            f"{prior}, {noise}, {steps}, {rate}",
-        )
-    if steps == 0 or prior in (0.0, 1.0):
-        return prior
-    if noise == 0:
-        return 1.0
-    whole = float(norm.cdf(norm.ppf(prior) + math.sqrt(steps) / noise))
-    return whole if rate == 1 else min(whole, _sampled_bound(prior, noise, steps, rate))
-
-
-def _sampled_bound(prior: float, noise: float, steps: int, rate: float) -> float:
-    """Bound success by e^epsilon prior + delta, the best over the composed delta(epsilon)."""
-    from vitguard.defenses.privacy.accounting import Ledger
-
-    ledger = Ledger()
-    ledger.record(noise, rate, steps)
-    deltas = [10.0**-k for k in range(1, 10)]
-    bounds = (math.exp(min(ledger.spent(d).epsilon, 700.0)) * prior + d for d in deltas)
-    return min(1.0, *bounds)
