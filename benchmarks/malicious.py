@@ -1,12 +1,15 @@
 """What a malicious server reads: share of patches and seconds, one row for each batch or sum.
 
     python benchmarks/malicious.py [--images DIR] [--craft SPEC] [--only ROW ...] [--picture FILE]
+    python benchmarks/malicious.py --train adapters:r=64 lora:r=16 lora-fc1:r=16 --only 1 4
 
 ViT-B/16 with random weights as the server found them, photos, float32. A row is the images of one
 client, or `clients x images` for the plain average of several clients' gradients. A patch counts
 where a guessed patch at its position comes within 40 or 60 dB. `multiples` are the CPU seconds of
 reading the gradient over those of one forward and backward pass of the same images. `honest` is
 what `ladder` verifies of the same batch with honest weights (`--ladder`; minutes a row).
+With `--train` clients train that and the head alone: adapters behind each MLP (`adapters`) or
+beside it (`beside`), LoRA on qkv (`lora`) or on fc1 (`lora-fc1`).
 With `--defenses` each defense is audited instead, on a small ViT (width 216, four blocks, patches
 of 8 x 8) and four photos of 32 x 32 pixels, two to a batch: the share of patches that the attack
 proved and that are right.
@@ -21,10 +24,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft_table import prepared
 from torch import Tensor, nn
 
 import vitguard as vg
-from vitguard import data
+from vitguard import data, wrapping
 from vitguard.attacks.imprint import ImprintReading
 from vitguard.attacks.ladder import Ladder
 from vitguard.core import Guess, Normalization, Update
@@ -57,9 +61,17 @@ def main() -> None:
         return _defended(options)
     print("| images | patches >= 40 dB | >= 60 dB | median dB | multiples | honest ladder |")
     print("|---|---|---|---|---|---|", flush=True)
-    for row in options.only or ROWS:
-        clients, _, images = row.rpartition("x")
-        print(_row(options, int(clients or 1), int(images)), flush=True)
+    for trained in options.train or [""]:
+        options.trained = trained
+        for row in options.only or ROWS:
+            clients, _, images = row.rpartition("x")
+            told = f"| {trained} " if trained else ""
+            print(told + _row(options, int(clients or 1), int(images)), flush=True)
+
+
+def _network(options: argparse.Namespace) -> nn.Module:
+    model = build_model(options.model)
+    return wrapping.bare(prepared(model, options.trained)) if options.trained else model
 
 
 def _defended(options: argparse.Namespace) -> None:
@@ -80,7 +92,7 @@ def _defended(options: argparse.Namespace) -> None:
 
 
 def _row(options: argparse.Namespace, clients: int, images: int) -> str:
-    model = build_model(options.model)
+    model = _network(options)
     anatomy, normalization = Anatomy.of(model), normalization_of(model)
     found = data.load_images(
         options.images, anatomy.image_size, count=clients * images, classes=anatomy.classes
@@ -90,14 +102,14 @@ def _row(options: argparse.Namespace, clients: int, images: int) -> str:
     honest = "not run"
     if options.ladder:
         guess = _attacked(CuriousServer(), model, pixels, labels, normalization, clients)[0]
-        honest = "nothing" if guess is None or guess.verified is None else (
+        honest = "nothing" if isinstance(guess, str) or guess.verified is None else (
             f"{100 * float(guess.verified.double().mean()):.1f} %"
         )  # fmt: skip
     threat = MaliciousServer(options.craft)
-    model.load_state_dict(threat.hand_out(protect(build_model(options.model), ())))
+    model.load_state_dict(threat.hand_out(protect(_network(options), ())))
     guess, trained, read = _attacked(threat, model, pixels, labels, normalization, clients)
-    if guess is None:
-        return f"| {clients} x {images} | 0 | 0 | | {read / trained:.2f} | {honest} |"
+    if isinstance(guess, str):
+        return f"| {clients} x {images} | 0 | 0 | {guess} | {read / trained:.2f} | {honest} |"
     quality = _quality(anatomy, pixels, guess)
     if options.picture:
         _picture(options.picture, pixels, guess)
@@ -114,8 +126,8 @@ def _attacked(
     labels: Tensor,
     normalization: Normalization,
     clients: int,
-) -> tuple[Guess | None, float, float]:
-    """Return the guess, the CPU seconds of the passes, and those of the attack."""
+) -> tuple[Guess | str, float, float]:
+    """Return the guess or why there is none, the CPU seconds of the passes and of the attack."""
     guard = protect(model, ())
     begun = time.process_time()
     total: dict[str, Tensor] = {}
@@ -136,8 +148,8 @@ def _attacked(
     try:
         attack = ImprintReading() if isinstance(threat, MaliciousServer) else Ladder()
         return attack.run(view, torch.Generator()), trained, time.process_time() - begun
-    except VitguardError:
-        return None, trained, time.process_time() - begun
+    except VitguardError as error:
+        return str(error), trained, time.process_time() - begun
 
 
 def _quality(anatomy: Anatomy, pixels: Tensor, guess: Guess) -> Tensor:
@@ -180,6 +192,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--craft", default="imprint")
     parser.add_argument("--only", nargs="+", choices=ROWS)
+    parser.add_argument("--train", nargs="+", metavar="WHAT")
     parser.add_argument("--ladder", action="store_true")
     parser.add_argument("--defenses", nargs="*", metavar="SPEC")
     parser.add_argument("--picture")

@@ -75,18 +75,28 @@ class Bottleneck(nn.Module):
         return self.up(torch.nn.functional.gelu(self.down(x)))
 
 
-def beside(module: Any, _: Any, output: Tensor) -> Tensor:
+def add_adapter(module: Any, _: Any, output: Tensor) -> Tensor:
     """Add the adapter of an MLP to what it gives."""
     return output + module.adapter(output)
 
 
+def add_beside(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    """Add the adapter of what an MLP reads to what it gives."""
+    return output + module.adapter(inputs[0])
+
+
 def prepared(model: nn.Module, what: str) -> nn.Module:
-    """Return the model with adapters, and only what is trained asking for a gradient."""
+    """Return the model with adapters, and only what is trained asking for a gradient.
+
+    Args:
+        what: A value of `TRAINED`, `lora-fc1:r=N`, or `beside:r=N`: adapters of what the MLP reads.
+    """
     anatomy = Anatomy.of(model)
     kind, _, rank = what.partition("/")[0].partition(":r=")
     torch.manual_seed(0)
-    if kind == "lora":
-        config = peft.LoraConfig(r=int(rank), target_modules=["qkv"], modules_to_save=["head"])
+    beside = {"lora": ["qkv"], "lora-fc1": ["fc1"]}.get(kind)
+    if beside:
+        config = peft.LoraConfig(r=int(rank), target_modules=beside, modules_to_save=["head"])
         model = peft.get_peft_model(model, config)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -96,12 +106,12 @@ def prepared(model: nn.Module, what: str) -> nn.Module:
     for name, parameter in model.named_parameters():
         head = name.startswith("head.")
         parameter.requires_grad_(head or (chosen is not None and name.startswith(chosen)))
-    if kind == "adapters":
+    if kind in ("adapters", "beside"):
         for block in anatomy.blocks:
             mlp: Any = model.get_submodule(block.mlp)
             mlp.adapter = Bottleneck(anatomy.width, int(rank))
             nn.init.normal_(mlp.adapter.up.weight, std=0.02)
-            mlp.register_forward_hook(beside)
+            mlp.register_forward_hook(add_adapter if kind == "adapters" else add_beside)
     return model
 
 

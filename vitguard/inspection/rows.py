@@ -68,4 +68,6 @@ def regularity(values: Tensor) -> float:
     spread = windows.var(1) / means.square()
     # values of coarse precision: a window of ties says nothing
     spread = spread[means > 0]
+    if not len(spread):
+        return 0.0
     return float(1 / spread.median().clamp_min(1e-9))

@@ -53,13 +53,29 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _matrices(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[tuple[str, Tensor]]:
-    """Yield each weight that a gate follows: fc1 of the blocks, and what an adapter adds to one."""
+    """Yield each weight that reads tokens before a gate: fc1, and the first layer of an adapter.
+
+    The second one (B of LoRA) reads few channels, most of them alike, and honest training of it
+    makes rows that are parallel, or tiny beside others. Of LoRA beside fc1 it counts in the sum.
+    """
     known = {f"{m}.weight" for b in anatomy.blocks for m in (b.proj, b.fc2)}
     known |= {n for b in anatomy.blocks for n in b.qkv}
     for name, tensor in weights.items():
         inside = any(name.startswith(f"{b.name}.") for b in anatomy.blocks)
-        if inside and tensor.dim() == 2 and len(tensor) > 1 and name not in known:
-            yield name, tensor
+        if not inside or tensor.dim() != 2 or len(tensor) < 2 or name in known:
+            continue
+        if tensor.shape[1] == anatomy.width and ".lora_B." not in name:
+            yield name, tensor + _added(name, weights)
+
+
+def _added(name: str, weights: Mapping[str, Tensor]) -> Tensor | float:
+    """Return what LoRA adds to a weight, up to its scaling."""
+    layer = name.removesuffix("weight")
+    for down, first in weights.items():
+        second = weights.get(down.replace(".lora_A.", ".lora_B."))
+        if down.startswith(f"{layer}lora_A.") and second is not None and first.dim() == 2:
+            return second.to(first) @ first
+    return 0.0
 
 
 def _parallel(

@@ -15,7 +15,8 @@ from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.budget import charge_update
 from vitguard.attacks.equations.head import linear_head
 from vitguard.attacks.equations.rows import Embedding, guess_from_patches
-from vitguard.attacks.imprint.bank import Bank, Single, Tokens, banks_of, peeled
+from vitguard.attacks.imprint.bank import Bank, Single, Tokens, peeled
+from vitguard.attacks.imprint.sums import banks_of, lone_features
 from vitguard.attacks.labels import labels_from_counts
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable
@@ -71,9 +72,17 @@ class ImprintReading(Attack):
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return as many images as are behind the update; patches that were not found are flat."""
         if view.crafted is None or not view.crafted.bins:
-            raise NotApplicable("the server wrote no bins into the weights")
+            why = view.crafted.unwritten if view.crafted is not None else ""
+            raise NotApplicable(why or "the server wrote no bins into the weights")
         anatomy = Anatomy.of(view.model)
         anatomy.require_plain_embedding()
+        first = view.crafted.bins[0]
+        if first.kind == "feature":
+            alone = lone_features(view.gradient(steps=True), anatomy, first)
+            raise NotApplicable(
+                f"the client keeps its own frozen weights: {alone} tokens stand alone in what "
+                f"{first.layer} reads, behind attention, and no patch follows from them"
+            )
         rounds = (view, *view.earlier)
         embedding = Embedding.of(view, anatomy)
         offset = embedding.offset
@@ -85,11 +94,19 @@ class ImprintReading(Attack):
             bank
             for one in rounds
             if one.crafted is not None
-            for bank in banks_of(one.gradient(steps=True), anatomy, one.crafted.bins)
+            for bank in banks_of(
+                one.gradient(steps=True),
+                anatomy,
+                one.crafted.bins,
+                embedding.prefix,
+                tokens.still,
+                tokens.back,
+                tokens.eps,
+            )
         ]
         size = sum(view.normalization.std) / len(view.normalization.std)
         allowed = _WRONG / size * anatomy.patch_pixels**0.5 / _gain(tokens)
-        found = _found(banks, tokens, anatomy.patches, allowed)
+        found = _found(banks, tokens, allowed)
         if not found:
             raise NotApplicable("no bin holds a single token")
         batch = view.update.batch_size
@@ -130,14 +147,15 @@ def _gain(tokens: Tokens) -> float:
     return float(torch.linalg.matrix_norm(tokens.back, 2))
 
 
-def _found(banks: Sequence[Bank], tokens: Tokens, places: int, allowed: float) -> list[Single]:
-    groups = len(banks[0].bins)
+def _found(banks: Sequence[Bank], tokens: Tokens, allowed: float) -> list[Single]:
     least = _EMPTY * max(float(bank.bins[..., -1].abs().max()) for bank in banks)
-    gated = groups == places and groups > 1
+    by_place: dict[int | None, list[Bank]] = {}
+    for bank in banks:
+        by_place.setdefault(bank.place, []).append(bank)
     return [
         single
-        for group in range(groups)
-        for single in peeled(banks, group, tokens, gated=gated, allowed=allowed, least=least)
+        for same in by_place.values()
+        for single in peeled(same, tokens, allowed=allowed, least=least)
     ]
 
 
@@ -157,13 +175,13 @@ def _images(
     seen = torch.stack([single.token for single in found])
     at = torch.tensor([single.place for single in found])
     patches = tokens.patches(seen, at.to(seen.device))
-    marks = tokens.scales(seen, at.to(seen.device)) * seen.new_tensor([s.weight for s in found])
+    marks = torch.tensor([single.mark for single in found], dtype=torch.float64)
     images = patches.new_zeros(batch, places, patches.shape[1])
     there = torch.zeros(batch, places, dtype=torch.bool)
     proved = torch.zeros_like(there)
     left: list[tuple[int, int | None]] = []
     lost = tokens.alike or len(tokens.still) > places
-    sorted_in = _sorted_in(marks.cpu(), [single.whole for single in found], batch)
+    sorted_in = _sorted_in(marks, [single.whole for single in found], batch)
     alike = Counter(image for _, image in sorted_in)
     for n, image in sorted_in:
         place = found[n].place

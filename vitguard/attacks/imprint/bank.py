@@ -10,69 +10,51 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitguard.attacks.budget import charge
-from vitguard.core import Bins, View
-from vitguard.errors import NotApplicable
-from vitguard.vit import Anatomy
 
-__all__ = ["Bank", "Single", "Tokens", "banks_of", "peeled"]
+__all__ = ["NEAR", "Bank", "Single", "Tokens", "peeled"]
 
 _ROUNDS = 64  # of peeling; photos take a handful
-_SAME = 1e-3  # relative difference of columns that were written alike, in 16-bit numbers too
-_NEAR = 8.0  # inputs of the activation within which a row is neither off nor wholly on
+NEAR = 8.0
+"""Inputs of the activation within which a row is neither off nor wholly on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """All bins along one direction, by ascending threshold; float64.
+    """All bins of one position along one direction, by ascending threshold; float64.
 
     Args:
         bins: Difference of neighbouring rows: the weighted sum of the tokens after LayerNorm
-            between two thresholds, and the sum of their weights; shape (groups, bins, width + 1).
-        rows, bias: What a row makes of a token after LayerNorm, shapes (groups, bins, width) and
-            (groups, bins): it counts the token where the result is above 0.
+            between two thresholds, and the sum of their weights; shape (bins, width + 1).
+        rows, bias: What a row makes of a token after LayerNorm, shapes (bins, width) and (bins,):
+            it counts the token where the result is above 0.
+        place: The position; None where the bins hold tokens of all.
+        longer: What earlier blocks added to the size of a token.
+        added: What this one adds, before the size divides its weight; infinite where the weight
+            is that of its image, whatever its size.
     """
 
-    bins: Float[Tensor, "groups bins width_and_bias"]
-    rows: Float[Tensor, "groups bins width"]
-    bias: Float[Tensor, "groups bins"]
+    bins: Float[Tensor, "bins width_and_bias"]
+    rows: Float[Tensor, "bins width"]
+    bias: Float[Tensor, " bins"]
+    place: int | None = None
+    longer: float = 0.0
+    added: float = 0.0
 
-    def inputs(self, token: Tensor, group: int, rows: slice = slice(None)) -> Float[Tensor, " n"]:
-        """Return what the rows of a group make of a token."""
-        return self.rows[group, rows] @ token + self.bias[group, rows]
+    def inputs(self, token: Tensor, rows: slice = slice(None)) -> Float[Tensor, " n"]:
+        """Return what the rows make of a token."""
+        return self.rows[rows] @ token + self.bias[rows]
 
+    def size(self, scale: float, eps: float) -> float:
+        """Return what divides the weight of a token that LayerNorm divided by `scale`.
 
-def banks_of(view: View, anatomy: Anatomy, bins: Sequence[Bins]) -> list[Bank]:
-    """Return the banks of an update, one for each direction.
-
-    Raises:
-        Blocked: The gradient of fc1, weight or bias, cannot be read.
-    """
-    directions = sorted({b.direction for b in bins})
-    return [_bank(view, anatomy, [b for b in bins if b.direction == d]) for d in directions]
-
-
-def _bank(view: View, anatomy: Anatomy, bins: Sequence[Bins]) -> Bank:
-    sums, rows, biases = [], [], []
-    for one in bins:
-        block = next(b for b in anatomy.blocks if b.fc1 == one.layer)
-        gain, shift = view.weight(f"{block.norm2}.weight"), view.weight(f"{block.norm2}.bias")
-        columns = view.weight(f"{block.fc2}.weight")[:, one.rows.flatten()]
-        faint = columns[:, 0].norm()
-        if not bool(((columns - columns[:, :1]).norm(dim=0) <= _SAME * faint).all()):
-            raise NotApplicable(f"{block.fc2} is not what the craft writes: the weights are others")
-        weight, bias = view.weight(f"{one.layer}.weight"), view.weight(f"{one.layer}.bias")
-        count = view.read(f"{one.layer}.bias")[one.rows] / faint
-        total = view.read(f"{one.layer}.weight")[one.rows] / faint
-        total = (total - count[..., None] * shift) / gain
-        sums.append(torch.cat([total, count[..., None]], -1))
-        rows.append(weight[one.rows] * gain)
-        biases.append(bias[one.rows] + weight[one.rows] @ shift)
-    whole = torch.cat(sums, 1)
-    if not bool(whole.isfinite().all()):
-        raise NotApplicable("the update is not finite")
-    whole[:, :-1] -= whole[:, 1:].clone()
-    charge(elements=0.3 * whole.numel())
-    return Bank(whole, torch.cat(rows, 1), torch.cat(biases, 1))
+        Its own size is a little less than the scale, of which eps is a part.
+        """
+        if self.added == torch.inf:
+            return 1.0
+        if not self.added:
+            return scale
+        own = max(1 - eps / scale**2, 0.0) ** 0.5
+        return own * (scale + self.added) + self.longer
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +119,9 @@ class Tokens:
         scales = self.scales(tokens, places)[:, None]
         return (scales * tokens - self.still[places]) @ self.back.T
 
-    def doubt(self, tokens: Float[Tensor, "n width"], places: Tensor) -> Float[Tensor, " n"]:
+    def doubt(
+        self, tokens: Float[Tensor, "n width"], places: Tensor, longer: float = 0.0
+    ) -> Float[Tensor, " n"]:
         """Return a bound on how far each is from a single token, before LayerNorm.
 
         Tokens after LayerNorm have one length, and a mixture of two is shorter (longer, where
@@ -147,7 +131,8 @@ class Tokens:
         small the size that undoes LayerNorm, it is no token.
         """
         scales = self.scales(tokens, places)
-        length = tokens.shape[1] * (1 - self.eps / scales.square().clamp_min(self.eps))
+        square = (scales + longer).square().clamp_min(self.eps)
+        length = tokens.shape[1] * (1 - self.eps / square)
         lacks = (tokens.square().sum(1) - length).abs()
         beside = scales[:, None] * (tokens @ self.beside) - self.still[places] @ self.beside
         doubt = (scales.square() * lacks + beside.square().sum(1)).sqrt()
@@ -164,6 +149,8 @@ class Single:
         weight: Its weight in the sums.
         doubt: As `Tokens.doubt`.
         whole: Whether it is clear of the thresholds, so that nothing of its weight is elsewhere.
+        scale: By which LayerNorm divided it in the first block.
+        mark: Its weight times its size: the same for all tokens of an image.
     """
 
     token: Tensor
@@ -171,26 +158,25 @@ class Single:
     weight: float
     doubt: float
     whole: bool
+    scale: float
+    mark: float
 
 
-def peeled(
-    banks: Sequence[Bank], group: int, tokens: Tokens, *, gated: bool, allowed: float, least: float
-) -> list[Single]:
-    """Return the single tokens of a group; each is taken out of the bins along other directions.
+def peeled(banks: Sequence[Bank], tokens: Tokens, *, allowed: float, least: float) -> list[Single]:
+    """Return the single tokens of a position; each is taken out of the bins of other directions.
 
     Args:
-        gated: Whether a group sees the tokens of its own position only.
+        banks: Of the same position.
         allowed: Doubt up to which a bin holds one token.
         least: Weight below which a bin is empty.
     """
-    place = group if gated else None
-    open_ = [torch.ones_like(bank.bias[group], dtype=torch.bool) for bank in banks]
+    open_ = [torch.ones_like(bank.bias, dtype=torch.bool) for bank in banks]
     found: list[Single] = []
     for _ in range(_ROUNDS):
         fresh = [
             single
             for bank, at in zip(banks, open_, strict=True)
-            for single in _singles(bank, group, at, tokens, place, allowed, least)
+            for single in _singles(bank, at, tokens, allowed, least)
         ]
         taken = 0
         for single in sorted(fresh, key=lambda one: (not one.whole, one.doubt)):
@@ -199,35 +185,32 @@ def peeled(
             found.append(single)
             taken += 1
             for bank, at in zip(banks, open_, strict=True):
-                _take_out(single, bank, group, at)
+                _take_out(single, bank, at, tokens.eps)
         if not taken:
             break
     return found
 
 
 def _singles(
-    bank: Bank,
-    group: int,
-    open_: Tensor,
-    tokens: Tokens,
-    place: int | None,
-    allowed: float,
-    least: float,
+    bank: Bank, open_: Tensor, tokens: Tokens, allowed: float, least: float
 ) -> list[Single]:
     """Return the tokens that are alone in a bin."""
-    bins = bank.bins[group]
-    at = ((bins[:, -1].abs() > least) & open_).nonzero()[:, 0]
+    at = ((bank.bins[:, -1].abs() > least) & open_).nonzero()[:, 0]
     if not len(at):
         return []
-    mean = bins[at, :-1] / bins[at, -1:]
+    mean = bank.bins[at, :-1] / bank.bins[at, -1:]
     charge(elements=0.4 * mean.numel(), calls=12)
-    places = tokens.places(mean) if place is None else torch.full_like(at, place)
-    doubt = tokens.doubt(mean, places)
+    places = tokens.places(mean) if bank.place is None else torch.full_like(at, bank.place)
+    doubt = tokens.doubt(mean, places, bank.longer)
+    scales = tokens.scales(mean, places)
     made = []
     for j in (doubt <= allowed).nonzero()[:, 0].tolist():
-        around = bank.inputs(mean[j], group, slice(int(at[j]), int(at[j]) + 2))
-        whole = bool((around.abs() >= _NEAR).all())
-        made.append(Single(mean[j], int(places[j]), float(bins[at[j], -1]), float(doubt[j]), whole))
+        around = bank.inputs(mean[j], slice(int(at[j]), int(at[j]) + 2))
+        whole = bool((around.abs() >= NEAR).all())
+        weight, far = float(bank.bins[at[j], -1]), float(doubt[j])
+        scale = float(scales[j])
+        mark = weight * bank.size(scale, tokens.eps)
+        made.append(Single(mean[j], int(places[j]), weight, far, whole, scale, mark))
     return made
 
 
@@ -236,19 +219,19 @@ def _known(single: Single, found: Sequence[Single]) -> bool:
     alike = [
         f.token
         for f in found
-        if not single.whole or abs(abs(f.weight) - abs(single.weight)) < 1e-3 * abs(f.weight)
+        if not single.whole or abs(abs(f.mark) - abs(single.mark)) < 1e-3 * abs(f.mark)
     ]
     if not alike:
         return False
-    apart = (torch.stack(alike) - single.token).square().sum(1)
-    return bool((apart < 1e-7 * single.token.square().sum()).any())
+    units = torch.nn.functional.normalize(torch.stack([*alike, single.token]))
+    return bool(((units[:-1] - units[-1]).square().sum(1) < 1e-7).any())
 
 
-def _take_out(single: Single, bank: Bank, group: int, open_: Tensor) -> None:
+def _take_out(single: Single, bank: Bank, open_: Tensor, eps: float) -> None:
     """Subtract a token from the bin that it lies in, or close the bins that hold a part of it."""
-    charge(products=2.0 * bank.rows[group].numel(), calls=6)
-    inputs = bank.inputs(single.token, group)
-    near = (inputs.abs() < _NEAR).nonzero()[:, 0].tolist()
+    charge(products=2.0 * bank.rows.numel(), calls=6)
+    inputs = bank.inputs(single.token)
+    near = (inputs.abs() < NEAR).nonzero()[:, 0].tolist()
     for n in near:
         open_[max(n - 1, 0) : n + 1] = False
     k = int((inputs > 0).sum()) - 1
@@ -257,6 +240,9 @@ def _take_out(single: Single, bank: Bank, group: int, open_: Tensor) -> None:
     if not single.whole:
         open_[k] = False
         return
-    bins = bank.bins[group]
-    bins[k, :-1] -= single.weight * single.token
-    bins[k, -1] -= single.weight
+    weight, token = single.mark / bank.size(single.scale, eps), single.token
+    if bank.longer or bank.added:  # LayerNorm makes a longer one a little longer too, by eps
+        length = len(token) * (1 - eps / (single.scale + bank.longer) ** 2)
+        token = token * (length / token.square().sum()) ** 0.5
+    bank.bins[k, :-1] -= weight * token
+    bank.bins[k, -1] -= weight

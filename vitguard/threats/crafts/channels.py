@@ -37,6 +37,7 @@ class Channels:
             D leaves room for that.
         out: What the head reads, shape (D,): a direction in which no token has anything, so that an
             average over tokens is no second way for the gradient. `signal` where D leaves no room.
+        sink: A direction in which prefix tokens alone have anything, shape (D,).
     """
 
     patches: Float[Tensor, "pixels waves"]
@@ -44,12 +45,21 @@ class Channels:
     scale: Float[Tensor, " width"]
     signal: Float[Tensor, " width"]
     out: Float[Tensor, " width"]
+    sink: Float[Tensor, " width"]
 
     @staticmethod
     def of(
-        anatomy: Anatomy, positions: Float[Tensor, "rows width"], generator: torch.Generator
+        anatomy: Anatomy,
+        positions: Float[Tensor, "rows width"],
+        generator: torch.Generator,
+        *,
+        sink: bool = False,
     ) -> Channels:
-        """Return a layout that keeps strong waves away from where the positions are."""
+        """Return a layout that keeps strong waves away from where the positions are.
+
+        Args:
+            sink: Whether prefix tokens need a direction of their own; else it is `signal`.
+        """
         width = anatomy.width
         ones = torch.full((1, width), width**-0.5, dtype=torch.float64)
         spread = positions - positions.mean(1, keepdim=True)
@@ -60,10 +70,12 @@ class Channels:
         # free directions first, then those where positions are weak
         ordered = torch.cat([ones, turn @ free, rows[:taken].flip(0)])
         basis = torch.linalg.qr(ordered.T).Q[:, 1:width]
-        waves = _waves(anatomy)[:, : width - 3]
-        end = 2 + waves.shape[1]
+        begin = 2 + sink
+        waves = _waves(anatomy)[:, : width - 1 - begin]
+        end = begin + waves.shape[1]
         out = basis[:, end if anatomy.pooling != "token" and end < basis.shape[1] else 1]
-        return Channels(waves, basis[:, 2:end], basis[:, 0], basis[:, 1], out)
+        kept = basis[:, 0], basis[:, 1]
+        return Channels(waves, basis[:, begin:end], *kept, out, basis[:, begin - 1])
 
 
 def _waves(anatomy: Anatomy) -> Float[Tensor, "pixels waves"]:
