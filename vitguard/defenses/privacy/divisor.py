@@ -18,16 +18,17 @@ from vitguard.errors import Unprotected
 __all__ = ["CommonDivisor"]
 
 _BATCHES = 12  # in a row: two weights of single examples add up to the same in one of four
-_SAME = 1e-4
-_OTHER = 1e-3
+_FINE, _COARSE = (1e-4, 1e-3), (2e-2, 0.1)
+"""Relative distances up to which numbers are the same, and from which they are others: of float32
+and float64, and of half precision."""
 _SURE = 1e-5  # chance of all other classes below which a weight cannot be read
 
 
 class CommonDivisor:
     """Looks at the gradients of class scores over the batches of one training.
 
-    Only cross-entropy against single labels is told, in float32 or float64. A model that is sure
-    of an example hides the weight of its batch.
+    Only cross-entropy against single labels is told, in half precision only where weights differ
+    by a tenth. A model that is sure of an example hides the weight of its batch.
     """
 
     def __init__(self) -> None:
@@ -41,9 +42,10 @@ class CommonDivisor:
             scores: Shape (batch, classes).
             gradient: Of the loss, as large.
         """
-        fine = gradient.dtype in (torch.float32, torch.float64)
-        if scores.dim() != 2 or scores.shape[1] < 2 or not fine:
+        if scores.dim() != 2 or scores.shape[1] < 2:
             return
+        fine = gradient.dtype in (torch.float32, torch.float64)
+        same, other = _FINE if fine else _COARSE
         chances, gradient = scores.detach().double().softmax(1), gradient.detach().double()
         label = gradient.argmin(1, keepdim=True)
         chances, gradient = chances.scatter(1, label, 0), gradient.scatter(1, label, 0)
@@ -52,16 +54,16 @@ class CommonDivisor:
             return
         weights = gradient.sum(1) / left
         off = (gradient - weights[:, None] * chances).abs().amax(1)
-        if bool((off > _SAME * weights.abs()).any()):  # another criterion
+        if bool((off > same * weights.abs()).any()):  # another criterion
             return self.alike.clear()
-        total, equal = float(weights.sum()), bool(_near(weights, weights.mean(), _OTHER).all())
+        total, equal = float(weights.sum()), bool(_near(weights, weights.mean(), other).all())
         if equal:
             return
-        if self.alike and abs(self.alike[-1][0] / total - 1) > _SAME:
+        if self.alike and abs(self.alike[-1][0] / total - 1) > same:
             self.alike.clear()
         by_class = dict(zip(label[taken, 0].tolist(), weights[taken].tolist(), strict=True))
         self.alike.append((total, len(weights), by_class))
-        if len(self.alike) >= _BATCHES and self._moves():
+        if len(self.alike) >= _BATCHES and self._moves(other):
             raise Unprotected(
                 "Expected a criterion that is a mean of terms of one example each, got one that "
                 "divides by what the batch holds (class weights or ignore_index with a mean, the "
@@ -69,11 +71,11 @@ class CommonDivisor:
                 "PerExample, which keeps them, and train anew: no bound holds for the steps so far."
             )
 
-    def _moves(self) -> bool:
+    def _moves(self, other: float) -> bool:
         """Whether a class counts otherwise in one batch than in another."""
         (_, size, first), *others = self.alike
         return any(
-            abs(weights[k] * count / (first[k] * size) - 1) > _OTHER
+            abs(weights[k] * count / (first[k] * size) - 1) > other
             for _, count, weights in others
             for k in weights.keys() & first.keys()
         )
