@@ -71,8 +71,8 @@ class NoiseProof:
 
 
 def prove_noise(
-    scores: Float[Tensor, ...],
-    present: Bool[Tensor, ...],
+    scores: Float[Tensor, "*any"],
+    present: Bool[Tensor, "*any"],
     *,
     sampled: bool = False,
     confidence: float = 0.95,
