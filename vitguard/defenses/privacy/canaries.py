@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vitguard.core import Batch, Update
+from vitguard.core import Batch
 from vitguard.defenses.base import Defense
 from vitguard.defenses.privacy.accounting import Entry, Ledger
 from vitguard.defenses.privacy.client import ClientPrivacy
@@ -32,7 +32,6 @@ __all__ = ["NoiseProof", "Seen", "canary_scores", "prove_noise"]
 _LEAST = 20  # observations on each side
 _RELEASES, _CANARIES = 24, 512  # of records
 _UPDATES, _DIRECTIONS = 800, 8  # of clients
-_NOWHERE: Any = None  # the anatomy of a model, which clipping and noise do not ask for
 
 
 @dataclass(frozen=True)
@@ -142,29 +141,28 @@ def canary_scores(defense: Defense, draws: Draws) -> Seen:
 @canary_scores.register
 def _of_records(defense: DifferentialPrivacy, draws: Draws) -> Seen:
     """Records of one-hot features through the gradient of `Guard.update`."""
-    model = nn.Linear(_CANARIES, 2, bias=False)
-    nn.init.zeros_(model.weight)
-    features = torch.eye(_CANARIES) * 4 * max(defense.clip, 1.0)
+    layer = nn.Linear(_CANARIES, 2, bias=False)
+    nn.init.zeros_(layer.weight)
+    model = nn.Sequential(nn.Flatten(), layer)
+    features = torch.eye(_CANARIES)[..., None, None] * 4 * max(defense.clip, 1.0)
     labels = torch.arange(_CANARIES) % 2
     own = (0.5 - F.one_hot(labels, 2).float()).T * 2**0.5  # each of norm 1
     present = torch.from_numpy(draws.uniform(_RELEASES * _CANARIES) < 0.5).view(_RELEASES, -1)
     scores = torch.empty(_RELEASES, _CANARIES)
     for coins, row in zip(present, scores, strict=True):
         batch = Batch(features[coins], labels[coins])
-        released = defense.gradient(model, F.cross_entropy, batch, draws)["weight"]
+        released = defense.gradient(model, F.cross_entropy, batch, draws)["1.weight"]
         row.copy_((released.double() * int(coins.sum()) * own).sum(0) / defense.clip)
     return Seen(scores, present)
 
 
 @canary_scores.register
 def _of_clients(defense: ClientPrivacy, draws: Draws) -> Seen:
-    """Updates through `seal`, each along one of a few directions: the others are not there."""
+    """Updates through what `seal` releases, each along one of a few directions."""
     chosen = torch.from_numpy(draws.words(_UPDATES) % _DIRECTIONS).long()
     present = F.one_hot(chosen, _DIRECTIONS).bool()
-    facts: dict[str, Any] = {"kind": "difference", "learning_rate": 0.1, "local_steps": 1}
     scores = torch.empty(_UPDATES, _DIRECTIONS)
     for there, row in zip(present, scores, strict=True):
         own = {"weight": there.double() * 10 * defense.clip}
-        sealed = defense.seal(Update(tensors=own, batch_size=1, **facts), _NOWHERE, draws)
-        row.copy_(sealed.tensors["weight"] / defense.clip)
+        row.copy_(defense.release(own, draws)["weight"] / defense.clip)
     return Seen(scores, present)

@@ -97,14 +97,21 @@ class ClientPrivacy(UpdateDefense, Ledgered):
         update = update.seal(dict.fromkeys(counters, "an integer, which cannot be noised"))
         if not tensors:
             return update
+        return replace(update, tensors={**update.tensors, **self.release(tensors, draws)})
+
+    def release(self, tensors: Mapping[str, Tensor], draws: Draws) -> dict[str, Tensor]:
+        """Return tensors of floating point clipped as a whole, with noise on every one.
+
+        Raises:
+            InputError: A value is not finite.
+        """
         norm = math.hypot(*(float(t.double().norm()) for t in tensors.values()))
         if not math.isfinite(norm):
             raise expected("a finite update", f"a norm of {norm}")
         factor = self.clip / max(norm, self.clip)
         clipped = {k: t.double() * factor for k, t in tensors.items()}
         noised = draws.noised_all(clipped, self.multiplier * self.clip)
-        released = {k: t.to(tensors[k].dtype) for k, t in noised.items()}
-        return replace(update, tensors={**update.tensors, **released})
+        return {k: t.to(tensors[k].dtype) for k, t in noised.items()}
 
     def mimic(self, dummy: Mapping[str, Tensor], seen: Update) -> dict[str, Tensor]:
         """Clip a dummy update as a whole, sealed tensors included; the noise has mean zero."""

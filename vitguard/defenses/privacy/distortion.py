@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from vitguard.errors import expected
 
 __all__ = ["mse_bound", "unbiased_mse_bound"]
 
 
-def mse_bound(variances: Sequence[float], noise: float, steps: int, rate: float = 1.0) -> float:
+def mse_bound(variances: Collection[float], noise: float, steps: int, rate: float = 1.0) -> float:
     """Return the least mean squared error per pixel of any estimate of a Gaussian image.
 
     Of releases that are clipped sums with Gaussian noise, a record is in at most
