@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
+
+import numpy as np
 
 from vitguard.errors import expected
 
 __all__ = ["mse_bound", "unbiased_mse_bound"]
 
 
-def mse_bound(variances: Collection[float], noise: float, steps: int, rate: float = 1.0) -> float:
+def mse_bound(
+    variances: Sequence[float] | np.ndarray, noise: float, steps: int, rate: float = 1.0
+) -> float:
     """Return the least mean squared error per pixel of any estimate of a Gaussian image.
 
     Of releases that are clipped sums with Gaussian noise, a record is in at most
@@ -36,8 +40,6 @@ def mse_bound(variances: Collection[float], noise: float, steps: int, rate: floa
     Reference: Cover and Thomas, Elements of Information Theory, theorem 10.3.3 (reverse
     water-filling).
     """
-    import numpy as np
-
     spread = np.sort(np.asarray(variances, dtype=np.float64).ravel())[::-1]
     if not len(spread) or not (np.isfinite(spread).all() and spread[-1] > 0):
         raise expected("variances above 0", list(variances)[:5])
