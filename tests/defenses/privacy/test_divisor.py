@@ -142,6 +142,12 @@ def test_a_criterion_that_is_no_mean_of_single_terms_is_refused_and_not_changed(
         guard.update(DATA[:6][0], labels, loss=criterion)
 
 
+def test_a_criterion_that_says_each_example_by_itself_is_taken():
+    scores, labels = torch.randn(6, 4), torch.tensor([0, 1, 1, 2, 3, 0])
+    each = lambda s, y: F.cross_entropy(s, y, reduction="none")  # noqa: E731
+    assert torch.allclose(PerExample(each)(scores, labels), F.cross_entropy(scores, labels))
+
+
 def test_a_criterion_that_draws_is_not_taken_for_one_in_which_examples_meet():
     scores, labels = torch.randn(6, 4), torch.tensor([0, 1, 1, 2, 3, 0])
     state = torch.get_rng_state()

@@ -54,7 +54,7 @@ def _refuse_meeting(loss: Loss, outputs: Any, labels: Tensor, alone: Tensor) -> 
     if len(labels) < 2:
         return
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        whole, again = (_number(loss(outputs, labels)).double() for _ in range(2))
+        whole, again = (loss(outputs, labels).double().mean() for _ in range(2))
     fine = alone.dtype in (torch.float32, torch.float64)
     slack = (1e-4 if fine else 3e-2) * alone.double().abs().sum() + 1e-12
     total, count = alone.double().sum(), len(labels)
