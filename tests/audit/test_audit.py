@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -579,3 +580,10 @@ def test_names_and_seeds_that_fit_nothing_are_refused_in_words(small_vit, photo,
     update = protect(small_vit().train(), []).update(photo, torch.tensor([1]))
     with pytest.raises(InputError, match=said):
         audit_update(model, update, attacks="position", **how)
+
+
+def test_a_seed_of_numpy_is_one(small_vit, photo, unchecked):
+    batch = photo, torch.tensor([1])
+    seeds = 3, np.int64(3)
+    found = [audit(small_vit(), batch, attacks="position", seed=s).to_json() for s in seeds]
+    assert [one["seed"] for one in found] == [3, 3]

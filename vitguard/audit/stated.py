@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 from torch import nn
@@ -49,6 +50,10 @@ def checked_seed(seed: int) -> int:
     Raises:
         InputError: It is no whole number of at least 0.
     """
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+    try:
+        whole = operator.index(seed)  # NumPy's whole numbers too
+    except TypeError:
+        whole = -1
+    if not 0 <= whole < 2**63:
         raise expected("seed as a whole number of at least 0", repr(seed))
-    return seed
+    return whole
