@@ -91,11 +91,22 @@ def test_least_squares_is_minimum_norm_with_its_rank_and_refuses_nan(generator):
         torch.tensor([1, 1, 0.0]).double()
     )
     target = torch.randn(5, 2, generator=generator).double()
-    solution, rank = least_squares(system, target)
+    solution, rank, _ = least_squares(system, target)
     assert rank == 2
     assert torch.allclose(solution, torch.linalg.pinv(system) @ target, atol=1e-10)
     with pytest.raises(NotApplicable, match="not finite"):
         least_squares(system * torch.nan, target)
+
+
+@pytest.mark.parametrize("shape, rank", [((7, 3), 3), ((7, 3), 2), ((3, 3), 3), ((3, 7), 3)])
+def test_least_squares_says_what_it_leaves(shape, rank, generator):
+    left = torch.randn(shape[0], rank, generator=generator).double()
+    system = left @ torch.randn(rank, shape[1], generator=generator).double()
+    target = torch.randn(shape[0], 4, generator=generator).double()
+    fit = least_squares(system, target)
+    assert fit.rank == rank
+    slow = float((system @ fit.solution - target).norm())
+    assert fit.residual == pytest.approx(slow, rel=1e-9, abs=1e-12)
 
 
 def test_singular_vectors_of_nan_are_refused():

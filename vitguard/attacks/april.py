@@ -83,7 +83,7 @@ class April(Attack):
         slope = view.read(anatomy.positions)[0]
         product = sum(view.weight(name).T @ view.read(name) for name in block.qkv)
         assert isinstance(product, torch.Tensor)
-        sequence, _ = least_squares(slope.T, product)
+        sequence = least_squares(slope.T, product).solution
         residual = float((slope.T @ sequence - product).norm() / product.norm().clamp_min(1e-300))
         embedding = Embedding.of(view, anatomy)
         target = sequence[anatomy.prefix_tokens :] - embedding.offset

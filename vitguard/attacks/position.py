@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,12 @@ from torch import Tensor
 
 from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.equations.grid import ON_GRID, ROUNDED, nearest_levels
-from vitguard.attacks.equations.rows import guess_from_patches, least_squares, patch_gradient
+from vitguard.attacks.equations.rows import (
+    LeastSquares,
+    guess_from_patches,
+    least_squares,
+    patch_gradient,
+)
 from vitguard.attacks.labels import try_labels
 from vitguard.core import Guess, View
 from vitguard.errors import Blocked, NotApplicable
@@ -87,8 +92,8 @@ class PositionInversion(Attack):
             raise NotApplicable("positions are resampled in the forward pass")
         weight = patch_gradient(summed, anatomy)
         system = _System.of(positions.T, weight)
-        patches = system.solution
-        details = {"rank": system.rank, "patches": anatomy.patches, "residual": system.residual}
+        patches = system.fit.solution
+        details = {"rank": system.fit.rank, "patches": anatomy.patches, "residual": system.residual}
         if (exact := _on_grid(view, anatomy, system)) is not None:
             patches, details["grid"] = exact, ROUNDED
         replaced = positions.eq(0).all(dim=1)[None]
@@ -107,9 +112,8 @@ class _System:
     """The system with its rows weighted, and its least-squares solution."""
 
     system: Tensor
-    target: Tensor
-    solution: Tensor
-    rank: int
+    fit: LeastSquares
+    size: float
 
     @staticmethod
     def of(system: Tensor, target: Tensor) -> _System:
@@ -119,36 +123,39 @@ class _System:
         """
         scale = target.norm(dim=1, keepdim=True)
         rows = 1 / torch.where(scale > 0, scale, torch.ones_like(scale))
-        for pair in ((rows * system, rows * target), (system, target)):
-            made = _System(*pair, *least_squares(*pair))
-            if made.residual < 1e-3:
-                break
-        return made
+        size = float(scale.count_nonzero()) ** 0.5 or 1.0  # of a target whose rows have unit norm
+        made = _System(rows * system, least_squares(rows * system, rows * target), size)
+        if made.residual < 1e-3:
+            return made
+        return _System(system, least_squares(system, target), float(scale.norm()) or 1.0)
 
-    @cached_property
-    def size(self) -> float:
-        return max(float(self.target.norm()), 1e-300)
-
-    @cached_property
+    @property
     def residual(self) -> float:
         """What the solution leaves, relative to the target."""
-        return self.left_by(self.solution)
+        return self.fit.residual / self.size
 
     def left_by(self, patches: Tensor) -> float:
-        """Return what some patches leave of the weighted target, relative to it."""
-        return float(torch.addmm(self.target, self.system, patches, beta=-1).norm()) / self.size
+        """Return what some patches near the solution leave, relative to the target.
+
+        What the solution leaves is orthogonal to the system's columns, so the difference adds to
+        it at right angles; single precision will do for that.
+        """
+        moved = (self.system / self.size).float() @ (patches - self.fit.solution).float()
+        return math.hypot(self.residual, float(moved.norm()))
 
 
 def _on_grid(view: View, anatomy: Anatomy, found: _System) -> Tensor | None:
     """Return the patches of an 8-bit image that explain the update as well as the solution does."""
     if not view.traits.exact or view.traits.sparse:  # zeros that were put there are on the grid too
         return None
-    pixels = anatomy.patchify(view.normalization.invert(anatomy.unpatchify(found.solution[None])))
+    pixels = anatomy.patchify(
+        view.normalization.invert(anatomy.unpatchify(found.fit.solution[None]))
+    )
     near, away = nearest_levels(pixels[0])
     if not bool((away < ON_GRID).all()):
         return None
     patches = anatomy.patchify(view.normalization.apply(anatomy.unpatchify(near[None])))[0]
     # least squares fits the rounding too: r unknowns take a share r / D of its energy away
-    share = max(1 - found.rank / len(found.system), 1 / len(found.system))
+    share = max(1 - found.fit.rank / len(found.system), 1 / len(found.system))
     limit = _AS_WELL * found.residual / share**0.5
     return patches if found.left_by(patches) < limit else None

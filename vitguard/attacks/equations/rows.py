@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from vitguard.vit import Anatomy, Block
 
 __all__ = [
     "Embedding",
+    "LeastSquares",
     "Rows",
     "block_rows",
     "complement",
@@ -103,10 +104,24 @@ def guess_from_patches(
     )
 
 
+class LeastSquares(NamedTuple):
+    """The minimum-norm solution of a linear system in the sense of least squares.
+
+    Args:
+        solution: Shape (unknowns, columns).
+        rank: Of the system.
+        residual: Frobenius norm of what the solution leaves of the target.
+    """
+
+    solution: Float[Tensor, "unknowns columns"]
+    rank: int
+    residual: float
+
+
 def least_squares(
     system: Float[Tensor, "equations unknowns"], target: Float[Tensor, "equations columns"]
-) -> tuple[Float[Tensor, "unknowns columns"], int]:
-    """Return the minimum-norm least-squares solution and the rank of the system.
+) -> LeastSquares:
+    """Solve a linear system of any rank.
 
     Raises:
         NotApplicable: System or target is not finite.
@@ -116,7 +131,12 @@ def least_squares(
     # the one LAPACK driver that tells the rank and takes deficient systems runs on the CPU only
     charge(svd=system.numel() * min(system.shape), products=4.0 * system.numel() * target.shape[1])
     fit = torch.linalg.lstsq(system.cpu(), target.cpu(), driver="gelsd")
-    return fit.solution.to(target.device), int(fit.rank)
+    solution = fit.solution.to(target.device)
+    if fit.residuals.numel():  # of full rank with equations to spare, the solver knows it
+        left = fit.residuals.sum().sqrt()
+    else:
+        left = torch.addmm(target, system, solution, beta=-1).norm()
+    return LeastSquares(solution, int(fit.rank), float(left))
 
 
 def whitened(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
