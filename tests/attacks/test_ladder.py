@@ -110,13 +110,28 @@ def test_where_no_rung_gives_an_image_those_that_were_cut_come_first_and_one_rea
     climb = _Climb(view, torch.Generator(), Budget.of(60))
     climb.all([PositionInversion(), SpanInversion()])
     charge(products=1e15)
-    climb.all([DeepTokens(), RobustSpan()])
+    climb.all([DeepTokens(), GeluSpan(), RobustSpan()])
     with pytest.raises(CutShort) as caught:
         climb.best()
     first, then = str(caught.value).split("; ", 1)
-    assert first.endswith("(deep-tokens, span-robust: not tried: the budget was spent")
-    assert then.startswith("position, span: pos_embed, blocks.0.attn.qkv.weight cannot be read: ")
+    assert first.endswith("(deep-tokens, gelu-span: not tried: the budget was spent")
+    names = "position, span, span-robust: pos_embed, blocks.0.attn.qkv.weight"
+    assert then.startswith(f"{names} cannot be read: ")
     assert then.count("in a rehearsal without keys") == 1
+
+
+@pytest.mark.parametrize("rung", [DeepTokens(), GeluSpan(), RobustPosition(), RobustSpan()])
+def test_a_rung_that_does_not_apply_is_not_called_cut(rung, small_vit, observe, photos):
+    """More of the budget would not help there, and the reason would say that it might."""
+    view = observe(
+        small_vit(embed_dim=16), photos[:1], defenses="encryption:select=plan,rehearse=0"
+    )
+    climb = _Climb(view, torch.Generator(), Budget.of(1))
+    charge(products=1e15)
+    climb.all([rung])
+    assert climb.outcomes[rung.name] in ("refused", "blocked")
+    with pytest.raises((NotApplicable, Blocked)):
+        rung.run(view, torch.Generator().manual_seed(0))
 
 
 def test_the_mismatch_is_small_for_the_truth_only(small_vit, observe, photos):

@@ -66,6 +66,17 @@ class Attack(ABC):
         """
         return ()
 
+    def require(self, view: View) -> None:  # noqa: B027
+        """Raise what `run` would raise on `view` before any work.
+
+        A rung that the ladder's budget does not reach is asked this first: more of it would not
+        help where an assumption does not hold.
+
+        Raises:
+            NotApplicable: As `run`.
+            Blocked: As `run`.
+        """
+
     def share(self, view: View) -> float:
         """Return the share of the ladder's work left that a rung may use on `view`; 0 to skip it.
 

@@ -91,6 +91,10 @@ class DeepTokens(Attack):
         tokens, hidden = anatomy.tokens, 4 * anatomy.width
         return 60 * _STARTS * 12.0 * hidden * tokens**2 / 4e10
 
+    def require(self, view: View) -> None:
+        """Find a block to read."""
+        _block(view, Anatomy.of(view.model))
+
     def remains(self, plain: Released) -> tuple[Remaining, ...]:
         """Name the first block whose two MLP layers are plain and span all tokens."""
         return (token_search_remains(plain),)

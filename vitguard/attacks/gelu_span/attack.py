@@ -95,6 +95,20 @@ class GeluSpan(Attack):
         unknowns = min(batch * anatomy.patches, anatomy.patch_pixels) + tokens
         return nominal(svd=5.0 * width**3 + unknowns**3, qr=20.0 * width**3)
 
+    def require(self, view: View) -> None:
+        """Check the embedding, the first block, and that the tokens do not fill its width."""
+        anatomy = Anatomy.of(view.model)
+        anatomy.require_plain_embedding()
+        if not anatomy.blocks or not anatomy.blocks[0].pre_norm:
+            raise NotApplicable("the first block is not x + attention(norm(x))")
+        if view.update.local_steps > 1 and view.update.batch_size > 1:
+            raise NotApplicable("several local steps on a batch leave too much open")
+        tokens = view.update.batch_size * anatomy.tokens
+        if tokens >= anatomy.width:
+            raise NotApplicable(
+                f"{tokens} tokens fill the spans of width {anatomy.width}: no exact attack known"
+            )
+
     def remains(self, plain: Released) -> tuple[Remaining, ...]:
         """Count the equations of the first block's MLP."""
         return (gelu_span_remains(plain),)
@@ -104,7 +118,7 @@ class GeluSpan(Attack):
         budget, before = Budget.of(self.seconds), worked()
         view = view.gradient(steps=True)
         anatomy = Anatomy.of(view.model)
-        _require(view, anatomy)
+        self.require(view)
         require_finite(view)
         labels = try_labels(view, generator)
         state = _State(view, anatomy, generator, budget, self.accept)
@@ -137,19 +151,6 @@ class GeluSpan(Attack):
             shuffled=None if state.masked is None else state.masked[None],
             details=details,
         )  # fmt: skip
-
-
-def _require(view: View, anatomy: Anatomy) -> None:
-    anatomy.require_plain_embedding()
-    if not anatomy.blocks or not anatomy.blocks[0].pre_norm:
-        raise NotApplicable("the first block is not x + attention(norm(x))")
-    if view.update.local_steps > 1 and view.update.batch_size > 1:
-        raise NotApplicable("several local steps on a batch leave too much open")
-    tokens = view.update.batch_size * anatomy.tokens
-    if tokens >= anatomy.width:
-        raise NotApplicable(
-            f"{tokens} tokens fill the spans of width {anatomy.width}: no exact attack known"
-        )
 
 
 class _State:

@@ -161,10 +161,11 @@ class _Climb:
         """Run a rung unless less than its `least` nominal seconds are left, or none."""
         if not (share := rung.share(self.view)):
             return
-        if self.budget.over or self.budget.left < rung.least(self.view):
-            return self._short(rung, "not tried: the budget was spent")
         before = worked()
         try:
+            rung.require(self.view)
+            if self.budget.over or self.budget.left < rung.least(self.view):
+                raise CutShort("not tried: the budget was spent")
             own = _budgeted(rung, max(share * self.budget.left, _SHORTEST))
             if any(f.name == "start" for f in fields(own)):  # type: ignore[arg-type]
                 start = self.guesses.get(likeliest(self.view, self.guesses) or "")
@@ -283,15 +284,17 @@ class _Climb:
 
     def _reasons(self) -> str:
         """Return what the rungs said: those that were cut first, and each reason once."""
-        alike: dict[tuple[bool, str], list[tuple[str, str]]] = {}
+        alike: dict[tuple[bool, str], dict[str, str]] = {}
         for name, said in self.said.items():
             tensor, blocked, why = said.partition(" cannot be read: ")
             key = self.outcomes[name] != "cut", f"cannot be read: {why}" if blocked else said
-            alike.setdefault(key, []).append((name, tensor if blocked else ""))
+            alike.setdefault(key, {})[name] = tensor if blocked else ""
         parts = []
         for (_, why), told in sorted(alike.items(), key=lambda one: one[0][0]):
-            names, tensors = (", ".join(filter(None, each)) for each in zip(*told, strict=True))
-            parts.append(f"{names}: {tensors} {why}" if tensors else f"{names}: {why}")
+            tensors = ", ".join(dict.fromkeys(filter(None, told.values())))
+            parts.append(
+                f"{', '.join(told)}: {tensors} {why}" if tensors else f"{', '.join(told)}: {why}"
+            )
         return "; ".join(parts)
 
     def _filled(self, name: str) -> Guess:

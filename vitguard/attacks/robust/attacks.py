@@ -62,6 +62,15 @@ class RobustPosition(Attack):
     def __post_init__(self) -> None:
         check_seconds(self.seconds)
 
+    def require(self, view: View) -> None:
+        """Check for a plain embedding and the gradients of positions and patches."""
+        anatomy = Anatomy.of(view.model)
+        anatomy.require_plain_embedding()
+        if anatomy.positions is None:
+            raise NotApplicable("the model has no absolute position embedding")
+        for name in (anatomy.positions, anatomy.patch_weight):
+            view.update.read(name)
+
     def share(self, view: View) -> float:
         """Return the share of the ladder's work left."""
         return 0.4
@@ -103,6 +112,16 @@ class RobustSpan(Attack):
     def __post_init__(self) -> None:
         check_seconds(self.seconds)
 
+    def require(self, view: View) -> None:
+        """Check for a plain embedding, a pre-norm first block, and a gradient of its rows."""
+        anatomy = Anatomy.of(view.model)
+        anatomy.require_plain_embedding()
+        if anatomy.positions is None or not anatomy.blocks[0].pre_norm:
+            raise NotApplicable("needs absolute positions and a first norm before the attention")
+        names = anatomy.blocks[0].qkv
+        if names and not any(view.update.can_read(name) for name in names):
+            view.update.read(names[0])
+
     def share(self, view: View) -> float:
         """Return the share of the ladder's work left."""
         return 0.6
@@ -135,9 +154,7 @@ def position_candidates(
         NotApplicable: See `RobustPosition`.
         Blocked: See `RobustPosition`.
     """
-    anatomy.require_plain_embedding()
-    if anatomy.positions is None:
-        raise NotApplicable("the model has no absolute position embedding")
+    RobustPosition().require(view)
     summed = view.gradient(steps=True)
     require_finite(summed)
     return _with_plain(
@@ -157,9 +174,7 @@ def span_candidates(
         NotApplicable: See `RobustSpan`.
         Blocked: See `RobustSpan`.
     """
-    anatomy.require_plain_embedding()
-    if anatomy.positions is None or not anatomy.blocks[0].pre_norm:
-        raise NotApplicable("needs absolute positions and a first norm before the attention")
+    RobustSpan().require(view)
     summed = view.gradient(steps=True)
     require_finite(summed)
     forms = {even: Containment(summed, anatomy, even=even, budget=budget) for even in (True, False)}
