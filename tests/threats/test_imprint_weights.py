@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+import vitguard as vg
 from vitguard import data
 from vitguard.attacks.imprint import ImprintReading
+from vitguard.attacks.ladder import Ladder
 from vitguard.core import LocalTraining, Normalization
 from vitguard.errors import InputError, NotApplicable
 from vitguard.guard import protect
@@ -57,6 +59,40 @@ def test_images_of_the_class_that_the_head_favours_are_read_like_others(kind):
     guess = ImprintReading().run(threat.view(guard, update, Normalization()), torch.Generator())
     share = recovered(guess.images, guess.verified, pixels, (4, 4)).double().mean()
     assert share > 0.5
+
+
+def test_the_ladder_takes_what_reads_the_bins_before_attacks_made_for_honest_weights():
+    """Patches of 192 pixels in tokens of 96 numbers: read, and none of them proved."""
+    sizes = "img_size=32,patch_size=8,embed_dim=96,depth=2,num_heads=4,"
+    model = build_model(f"vit_tiny_patch16_224:{sizes}{MODELS['average']}")
+    batch = data.sample_images((32, 32), count=4).pixels, torch.arange(4)
+    attacks = [ImprintReading(), Ladder(seconds=0.5)]
+    alone, ladder = vg.audit(
+        model, batch, threat=MaliciousServer(), attacks=attacks, batch_size=4
+    ).findings
+    assert alone.verdict == "leaks", alone.reason
+    assert ladder.details["rung"] == "imprint"
+    assert (ladder.verdict, ladder.gain) == (alone.verdict, pytest.approx(alone.gain))
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "ViT"])
+def test_models_of_transformers_are_read_whatever_their_head_pools(kind):
+    """The head of Dinov2 reads the class token and the mean of the patches, side by side."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        image_size=16, patch_size=4, hidden_size=60, num_hidden_layers=2, num_attention_heads=3,
+        num_labels=10, **({} if kind == "Dinov2" else {"intermediate_size": 240}),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForImageClassification")(config)
+    batch = images()[:2], torch.tensor([1, 2])
+    (found,) = vg.audit(
+        model, batch, threat=MaliciousServer(), attacks=[ImprintReading()], batch_size=2,
+        normalization=Normalization(),
+    ).findings  # fmt: skip
+    assert found.verdict == "leaks", found.reason
+    assert found.details["found"] >= 16
+    assert found.details["verified"] > 0
 
 
 def test_turns_change_the_rows_and_leave_every_token_and_its_weight_as_they_are():

@@ -253,12 +253,12 @@ class _Climb:
                 raise CutShort(f"the budget ended before a rung gave anything ({reasons})")
             raise NotApplicable(f"no rung applied ({reasons})")
 
-        def worth(name: str) -> tuple[bool, float, float, bool, int]:
+        def worth(name: str) -> tuple[bool, float, bool, float, int]:
             share, distance = self._verified(name), self.distance.get(name)
             likeness = -1e9 if distance is None else -distance
             whole = len(self.guesses[name].images) == self.view.update.batch_size
             reads = self.view.crafted is not None and name in self.crafty
-            return self._proved(name), share, likeness, reads, int(whole)
+            return self._proved(name), share, reads, likeness, int(whole)
 
         name = max(self.guesses, key=worth)
         guess = self.guesses[name] = self._filled(name)

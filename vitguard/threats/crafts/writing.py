@@ -280,7 +280,10 @@ class Writer:
         self.state[f"{block.proj}.weight"][:, 0] = c.out
         worth = class_worth(a.classes)
         for head in linear_heads(self.model, a):
-            self.state[f"{head}.weight"].copy_(self.mild * worth[:, None] * c.out)
+            weight = self.state[f"{head}.weight"].zero_()
+            if weight.shape[1] < a.width:
+                raise NotApplicable(f"{head} does not read a token, but {weight.shape[1]} numbers")
+            weight[:, : a.width] = self.mild * worth[:, None] * c.out  # what is pooled first
             self._set(f"{head}.bias", 0.0)
 
 
