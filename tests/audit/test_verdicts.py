@@ -63,6 +63,7 @@ class Climb(Attack):
     name: ClassVar[str] = "climb"
     family: ClassVar[str] = "closed-form"
     tried: Mapping[str, Any] = field(default_factory=dict)
+    spared: Mapping[str, Any] = field(default_factory=dict)
 
     def parts(self):
         return dict(self.tried)
@@ -83,7 +84,7 @@ class Climb(Attack):
                 break
         if found is None:
             raise NotApplicable("no part applied")
-        return replace(found, details={"outcomes": outcomes, "rungs": said})
+        return replace(found, others=self.spared, details={"outcomes": outcomes, "rungs": said})
 
 
 def judged(model, photo, *attacks, defenses=NOISE, **how):
@@ -165,6 +166,18 @@ def test_where_only_useless_parts_ran_nothing_has_resisted(small_vit, photo):
 
 
 @pytest.mark.filterwarnings("ignore:PatchShuffle moves no patch")
+def test_an_image_that_leaks_and_was_not_chosen_is_no_resistance(small_vit, photo):
+    """The choice never sees the truth, and the audit does."""
+    flat = torch.full_like(photo[:1], 0.5)
+    near = (photo[:1] + 0.02 * torch.randn(photo[:1].shape)).clamp(0, 1)
+    for spared, verdict in (({"first": flat}, "resisted"), ({"first": near}, "inconclusive")):
+        climb = Climb({"first": Part(), "second": Part()}, spared)
+        report, (finding,) = judged(small_vit(), photo, climb)
+        assert finding.verdict == verdict, finding.reason
+    assert finding.reason.startswith("first by itself comes ")
+    assert finding.undecided and report.gate(max_gain=6) == 3
+
+
 def test_a_shuffle_that_moved_nothing_has_not_resisted(small_vit, photo):
     warming = [PatchShuffle(ratio=0.5, warmup=10)]
     _, (finding,) = judged(small_vit(), photo, Part(), defenses=warming)

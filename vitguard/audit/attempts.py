@@ -185,4 +185,5 @@ def _on_cpu(guess: Guess) -> Guess:
         name: None if (value := getattr(guess, name)) is None else value.detach().cpu()
         for name in ("images", "labels", "verified", "shuffled")
     }
-    return replace(guess, **moved, space=None)
+    others = {name: images.detach().cpu() for name, images in guess.others.items()}
+    return replace(guess, **moved, others=others, space=None)

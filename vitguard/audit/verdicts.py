@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from vitguard.attacks.base import Attack
 from vitguard.audit.attempts import Attempt
 from vitguard.audit.measure import guesses, measurements, pictures, unmeasured
-from vitguard.metrics import identification_p
+from vitguard.audit.scale import covered
+from vitguard.metrics import identification_p, score
 from vitguard.report.finding import LEAK_GAIN, Control, Finding, Verdict
 
 __all__ = ["EQUALS", "LABELS_ONLY", "Beside", "finding_of"]
@@ -150,7 +151,7 @@ def _verdict(
     if control != "leaks":
         why = f"the undefended control does not leak either ({control})"
         return "inconclusive", why, _cut(scored) or beside.finding.undecided
-    if why := _cut(scored) or _still(scored) or _refused(attack, scored, beside):
+    if why := _cut(scored) or _still(scored) or _refused(attack, scored, beside) or _spared(scored):
         return "inconclusive", why, why
     if hits := [n for a in scored for n, h in _identified(a) if h]:
         why = f"{hits[0]} was picked out of {measured.decoys} decoys: more images would decide"
@@ -237,6 +238,27 @@ def _refused(attack: Attack, scored: Sequence[Attempt], beside: Beside) -> str:
         if control.undecided:  # nobody knows that it is useless
             told = f"{name} does not apply here, and on the undefended control"
             return f"{told} it is undecided: {control.undecided}"
+    return ""
+
+
+def _spared(scored: Sequence[Attempt]) -> str:
+    """Name a part whose image leaks though the attack chose another one, "" where there is none.
+
+    The choice never saw the truth and may be wrong; whoever runs that part alone has the image.
+    """
+    for a in scored:
+        facts = a.facts
+        if a.guess is None or facts.truths is None or facts.scale is None:
+            continue
+        truths = covered(facts.truths.cpu(), facts.patch_size)
+        for name, images in a.guess.others.items():
+            if images.shape[1:] != facts.truths.shape[1:] or not bool(images.isfinite().all()):
+                continue
+            seen = score(covered(images, facts.patch_size), truths, facts.patch_size).patch_psnr
+            gain = float((seen - facts.scale.baseline.patch_psnr).max())
+            if gain >= LEAK_GAIN:
+                told = f"{name} by itself comes {gain:.1f} dB above the best no-information guess"
+                return f"{told}, but another image was chosen: run {name} alone"
     return ""
 
 

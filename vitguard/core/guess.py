@@ -38,6 +38,8 @@ class Guess:
             an incomplete batch, right for one of its images at that position.
         shuffled: Shape (guessed, patches): positions the attack found to be shuffled.
         space: What is known exactly where the image is not.
+        others: Images that parts of the attack made and that it did not choose, by the part's name.
+            An audit knows the truth: where one of them leaks, nothing has resisted.
         fitted: Whether the images were fitted to the update, so that reproducing it proves nothing.
         details: Plain facts for the report (rung, residual, rank); JSON values only. A non-empty
             `unfinished` names what a budget left out: nothing has resisted then.
@@ -49,4 +51,5 @@ class Guess:
     shuffled: Bool[Tensor, "guessed patches"] | None = None
     space: AffineSpace | None = None
     fitted: bool = False
+    others: Mapping[str, Tensor] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)

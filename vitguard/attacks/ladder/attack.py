@@ -280,7 +280,8 @@ class _Climb:
         details.pop("unfinished", None)
         if (left := self.unfinished) and not self._proved(name):
             details["unfinished"] = left
-        return replace(guess, space=self._space(guess), details=details)
+        others = {n: g.images for n, g in self.guesses.items() if n != name}
+        return replace(guess, space=self._space(guess), others=others, details=details)
 
     def _reasons(self) -> str:
         """Return what the rungs said: those that were cut first, and each reason once."""
