@@ -357,10 +357,11 @@ def page(evidence: Evidence) -> str:
     for c in evidence.cells:
         groups.setdefault((c.setting, c.model, c.stack), []).append(c)
     prices = {(c.setting, c.model, c.stack): c for c in evidence.costs}
+    left: dict[tuple[str, str], list[str]] = {}
     for (setting, model, stack), each in groups.items():
         run = [c for c in each if c.run]
         if not run:
-            lines.append(f"| {setting} | {model} | `{stack}` | | | not run: no processor time | |")
+            left.setdefault((setting, model), []).append(f"`{stack}`")
             continue
         worst = max((c.above for c in run if c.above is not None), default=None)
         fell = "**fell**, " if any(c.leaked for c in run) else ""
@@ -376,6 +377,14 @@ def page(evidence: Evidence) -> str:
         lines.append(
             f"| {setting} | {model} | `{stack}` | {sizes} | {fell}{above} | {count} | {said} |"
         )
+    if left:
+        lines += [
+            "",
+            "Not run, for lack of processor time; each cell says so in the table of the package:",
+            "",
+        ]
+    for (setting, model), stacks in left.items():
+        lines.append(f"- {setting}, {model}: {', '.join(stacks)}")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from vitguard.attacks.base import Attack
 from vitguard.attacks.inverting import InvertingGradients
-from vitguard.attacks.matching.leaked_mask import leaked_mask
+from vitguard.attacks.leaked_mask import leaked_mask
 from vitguard.audit import audit
 from vitguard.core import Normalization
 from vitguard.defenses.base import StepDefense, UpdateDefense

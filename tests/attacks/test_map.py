@@ -11,15 +11,20 @@ from vitguard.attacks.budget import ENDLESS
 from vitguard.attacks.equations.update_jacobian import UpdateJacobian
 from vitguard.attacks.evidence import mismatch
 from vitguard.attacks.ladder import Ladder
+from vitguard.attacks.leaked_mask import likely_mask
 from vitguard.attacks.map_fit import MaximumAPosteriori, newton
 from vitguard.attacks.map_fit.likelihood import Likelihood
 from vitguard.attacks.map_fit.newton import Fit, normal_equations
+from vitguard.attacks.map_fit.shuffled_images import ShuffledImages
 from vitguard.attacks.robust import RobustPosition, RobustSpan
 from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.core import Guess, LocalTraining, Normalization, Traits
 from vitguard.errors import InputError, NotApplicable
-from vitguard.metrics import baseline, psnr
+from vitguard.guard import protect
+from vitguard.metrics import baseline, patch_psnr, psnr
+from vitguard.registry import parse_stack
 from vitguard.report.finding import LEAK_GAIN
+from vitguard.threats import CuriousServer
 from vitguard.vit import Anatomy
 
 CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -99,6 +104,83 @@ def test_paint_and_unpaint_are_adjoint_and_paint_inverts_whiten(small_vit, obser
     one, other = torch.randn(2, 2, 3, 16, 16, generator=seeded(), dtype=torch.float64)
     assert torch.allclose((prior.paint(one) * other).sum(), (one * prior.unpaint(other)).sum())
     assert torch.allclose(prior.whiten(prior.colour(one)), one)
+
+
+def test_the_prior_of_shuffled_images_is_linear_and_knows_what_was_moved(
+    small_vit, observe, photos
+):
+    view = observe(small_vit(), photos[:1])
+    anatomy = Anatomy.of(view.model)
+    mask = torch.rand(1, anatomy.patches, generator=seeded()) < 0.5
+    prior = ShuffledImages.of(NaturalImages.of(view, anatomy), mask)
+    one = torch.randn(1, 6, 16, 16, generator=seeded(), dtype=torch.float64)
+    other = torch.randn(1, 3, 16, 16, generator=seeded(), dtype=torch.float64)
+    assert torch.allclose((prior.paint(one) * other).sum(), (one * prior.unpaint(other)).sum())
+    patches = anatomy.patchify(other)
+    assert torch.allclose(prior.colour(prior.whiten(patches)), patches)
+    still, moved = one.clone(), one.clone()
+    still[:, 3:], moved[:, :3] = 0, 0
+    assert not anatomy.patchify(prior.paint(still))[mask].any()
+    assert not anatomy.patchify(prior.paint(moved))[~mask].any()
+
+
+def test_the_prior_of_single_patches_has_the_variances_that_they_have_in_whole_images(tiny):
+    anatomy = Anatomy.of(tiny)
+    whole = NaturalImages.shaped(anatomy, (3, 8, 8), CIFAR)
+    single = whole.by_patch()
+    every = torch.eye(192).double().view(192, 3, 8, 8)
+
+    def by_patch(prior):
+        """Covariance of each patch's pixels, written out."""
+        painted = anatomy.patchify(prior.paint(every))
+        return torch.einsum("bpi,bpj->pij", painted, painted)
+
+    dense, made = by_patch(whole), by_patch(single)
+    traces = dense.diagonal(dim1=1, dim2=2).sum(1), made.diagonal(dim1=1, dim2=2).sum(1)
+    assert torch.allclose(*traces)
+    power = traces[0].mean() / anatomy.patch_pixels
+    alike = power * torch.eye(anatomy.patch_pixels).double().expand_as(dense)
+    assert float((dense - made).norm() / dense.norm()) < 0.25
+    assert float((dense - alike).norm() / dense.norm()) > 0.8  # independent pixels
+    cross = anatomy.patchify(single.paint(every))
+    assert float(torch.einsum("bi,bj->ij", cross[:, 0], cross[:, 1]).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("stack", ["shuffle:ratio=0.5,mask=uniform", "shuffle:ratio=0.5"])
+@pytest.mark.parametrize("noise", [0.001, 0.01])
+def test_noise_does_not_hide_which_rows_of_learnable_positions_are_noise_alone(
+    small_vit, photo, stack, noise
+):
+    guard = protect(small_vit(), parse_stack(f"{stack}+noise:scale={noise}"), generator=seeded())
+    update = guard.update(Normalization().apply(photo), LABEL)
+    view = CuriousServer().view(guard, update, Normalization())
+    mask, _ = likely_mask(view, Anatomy.of(view.model), seeded())
+    assert torch.equal(mask, guard.truth()["shuffled"])
+
+
+def test_the_order_inside_a_known_mask_changes_no_update_and_another_mask_does(small_vit, photo):
+    guard = protect(small_vit(), parse_stack("shuffle:ratio=0.5,mask=uniform"), generator=seeded())
+    update = guard.update(Normalization().apply(photo), LABEL)
+    view = CuriousServer().view(guard, update, Normalization())
+    mask = guard.truth()["shuffled"]
+    anatomy = Anatomy.of(view.model)
+    cut = anatomy.patchify(photo)
+    inside = mask[0].nonzero()[:, 0]
+    cut[0, inside] = cut[0, inside.roll(1)]
+    guess = Guess(images=anatomy.unpatchify(cut), labels=LABEL, shuffled=mask)
+    assert mismatch(view, guess) < 1e-4
+    assert mismatch(view, replace(guess, shuffled=~mask)) > 0.01
+    assert mismatch(view, replace(guess, shuffled=None)) is None
+
+
+@pytest.mark.slow
+def test_a_shuffle_under_noise_is_fitted_like_any_other_image(small_vit, observe, photo):
+    view = observe(small_vit(), photo, LABEL, defenses="shuffle:ratio=0.5+noise:scale=0.01")
+    start = RobustPosition(seconds=2).run(view, seeded())
+    guess = MaximumAPosteriori(seconds=4, start=start).run(view, seeded())
+    before, after = (float(patch_psnr(g.images, photo, (4, 4))) for g in (start, guess))
+    assert after > before + 3, (before, after)
+    assert int(guess.shuffled.sum()) == 8
 
 
 @pytest.mark.slow
@@ -237,11 +319,12 @@ def test_a_batch_is_fitted_from_a_start_with_an_image_for_each(small_vit, observ
     assert guess.details["mismatch"] < mismatch(view, start) / 3
 
 
-def test_a_secret_shuffle_and_a_model_that_draws_are_refused(small_vit, observe, photo):
-    with pytest.raises(NotApplicable, match="shuffled"):
-        MaximumAPosteriori().run(
-            observe(small_vit(), photo, defenses="shuffle:ratio=0.5"), seeded()
-        )
+def test_a_shuffle_of_which_nothing_shows_and_a_model_that_draws_are_refused(
+    small_vit, observe, photo
+):
+    view = observe(small_vit(), photo, defenses="positions:kind=none+shuffle:ratio=0.5")
+    with pytest.raises(NotApplicable, match="which positions were shuffled is not known"):
+        MaximumAPosteriori().run(view, seeded())
     with pytest.raises(NotApplicable, match="draws"):
         MaximumAPosteriori().run(observe(small_vit(drop_rate=0.1), photo), seeded())
 

@@ -25,7 +25,8 @@ def mismatch(view: View, guess: Guess) -> float | None:
     Each readable tensor counts alike and its scale does not count (clipping): the root of the mean
     over tensors of 2 (1 - cosine), which is |g' - g| / |g| where the two are close and at most 2.
     Entries that were pruned to zero are left out. None where it cannot be computed: no labels, not
-    one image per member of the batch, or a secret draw (a shuffle).
+    one image per member of the batch, or a secret draw: a shuffle of which the guess does not know
+    the mask. Inside it the order of patches changes no update.
     """
     total, count = 0.0, 0
     anatomy = Anatomy.of(view.model)
@@ -117,14 +118,18 @@ def _simulated(view: View, guess: Guess) -> Iterator[tuple[str, Tensor, Tensor]]
     batch, labels = view.update.batch_size, guess.labels
     if labels is None or len(labels) != batch or len(guess.images) != batch:
         return
-    if guess.shuffled is not None or view.traits.shuffle is not None:
-        return
+    known: dict[str, Tensor] = {}
+    if view.traits.shuffle is not None:
+        mask = guess.shuffled
+        if mask is None or len(mask) != batch or view.update.local_steps > 1:
+            return
+        known = {"shuffled": mask}
     try:
         seen = view.gradient(steps=True).update
         parameter = next(view.model.parameters())
         images = view.normalization.apply(guess.images.to(parameter))
         charge_update(view)
-        made = view.simulate(images, labels.to(parameter.device), None)
+        made = view.simulate(images, labels.to(parameter.device), None, **known)
         made = made.as_gradient(view.model, steps=True)
     except VitguardError:
         return

@@ -14,9 +14,12 @@ from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.budget import Budget, charge, update_seconds
 from vitguard.attacks.equations.head import linear_head
 from vitguard.attacks.evidence import check_seconds, likeliest, mismatch, require_finite
+from vitguard.attacks.gelu_span.seams import place_by_seams
 from vitguard.attacks.labels import try_labels
+from vitguard.attacks.leaked_mask import likely_mask
 from vitguard.attacks.map_fit.likelihood import Likelihood
 from vitguard.attacks.map_fit.newton import Fit
+from vitguard.attacks.map_fit.shuffled_images import ShuffledImages
 from vitguard.attacks.robust.attacks import RobustPosition, RobustSpan
 from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.core import Guess, Update, View
@@ -38,6 +41,11 @@ class MaximumAPosteriori(Attack):
     say of them (`Likelihood`); c is one unknown scale. A level that is not public is the misfit's
     own, which makes early steps careful: far from the truth everything looks like noise.
 
+    Patches that were shuffled inside a mask make the same update in any order. Where the update
+    shows the mask (the faintest rows of learnable positions, the residuals of `span`), they are
+    fitted in the slots they went to, under a prior of single patches, and then placed by their
+    seams. A wrong mask does not reach the noise.
+
     Details: `start`, `steps`, `products` (with the derivative and back), `misfit` (of the update,
     over what the known noise explains; None where no level is known), `reached` (whether that is
     1), `finished` (whether the steps settled, and at the noise where that is known), and
@@ -53,7 +61,8 @@ class MaximumAPosteriori(Attack):
         watch: Called after every step with the fit.
 
     Raises:
-        NotApplicable: The update cannot be simulated: a shuffle, dropout, unknown labels.
+        NotApplicable: The update cannot be simulated: dropout, unknown labels, or a shuffle of
+            which the update does not show the positions.
 
     References:
         docs/methods.md 2.5c'.
@@ -97,20 +106,24 @@ class MaximumAPosteriori(Attack):
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the most probable images that were reached."""
         anatomy = Anatomy.of(view.model)
-        if view.traits.shuffle is not None:
-            raise NotApplicable("the update cannot be simulated: patches were shuffled in secret")
         if view.random():
             raise NotApplicable("the update cannot be simulated: the model draws while it trains")
         require_finite(view)
         budget = Budget.of(self.seconds)
         likelihood = Likelihood.of(_comparable(view, view.update))
-        prior = NaturalImages.of(view, anatomy)
-        name, guess = self._begin(view, prior, generator, budget)
+        natural = NaturalImages.of(view, anatomy)
+        mask, prior = None, natural
+        if view.traits.shuffle is not None:
+            mask, _ = likely_mask(view, anatomy, generator)
+            prior = ShuffledImages.of(natural, mask)
+        name, guess = self._begin(view, natural, mask, generator, budget)
         labels = guess.labels
         if labels is None:
             raise NotApplicable("the labels are not known, so the update cannot be simulated")
         labels = labels.to(next(view.model.parameters()).device)
-        whole = {"pruned": False} if view.traits.sparse else {}
+        whole: dict[str, Any] = {"pruned": False} if view.traits.sparse else {}
+        if mask is not None:
+            whole["shuffled"] = mask
 
         def simulate(images: Tensor) -> dict[str, Tensor]:
             made = view.simulate(images, labels, None, **whole)
@@ -124,10 +137,15 @@ class MaximumAPosteriori(Attack):
         )
         fit = Fit(view, prior, simulate, likelihood, white, watch=self.watch)
         settled = fit.run(budget, steps=self.steps, inner=self.inner)
-        return _guess(view, fit, labels, name, settled)
+        return _guess(view, fit, labels, name, settled, mask, generator)
 
     def _begin(
-        self, view: View, prior: NaturalImages, generator: torch.Generator, budget: Budget
+        self,
+        view: View,
+        prior: NaturalImages,
+        mask: Tensor | None,
+        generator: torch.Generator,
+        budget: Budget,
     ) -> tuple[str, Guess]:
         """Return the start and where it is from."""
         batch = view.update.batch_size
@@ -151,7 +169,8 @@ class MaximumAPosteriori(Attack):
                     continue
         labels = found[0][1].labels
         named = {
-            name: g if g.labels is not None else replace(g, labels=labels) for name, g in found
+            name: replace(g, labels=labels if g.labels is None else g.labels, shuffled=mask)
+            for name, g in found
         }
         if labels is None and all(g.labels is None for g in named.values()):
             raise NotApplicable("the labels are not known, so the update cannot be simulated")
@@ -200,8 +219,16 @@ def _comparable(view: View, update: Update) -> View:
     return replace(view, update=update)
 
 
-def _guess(view: View, fit: Fit, labels: Tensor, name: str, settled: bool) -> Guess:
-    """Return the images with what is known of them."""
+def _guess(
+    view: View,
+    fit: Fit,
+    labels: Tensor,
+    name: str,
+    settled: bool,
+    mask: Tensor | None,
+    generator: torch.Generator,
+) -> Guess:
+    """Return the images with what is known of them; moved patches where their seams fit best."""
     images = view.normalization.invert(fit.images(fit.white)).clamp(0, 1)
     ratio = fit.discrepancy
     details: dict[str, Any] = {
@@ -212,7 +239,13 @@ def _guess(view: View, fit: Fit, labels: Tensor, name: str, settled: bool) -> Gu
         "reached": None if ratio is None else fit.reached,
         "finished": settled and (ratio is None or fit.reached),
     }
-    guess = Guess(images=images.float(), labels=labels, fitted=True)
+    if mask is not None:
+        anatomy = Anatomy.of(view.model)
+        cut = anatomy.patchify(images)
+        for i, moved in enumerate(mask.to(images.device)):
+            cut[i] = place_by_seams(anatomy, cut[i], ~moved, cut[i][moved], generator)[0]
+        images = anatomy.unpatchify(cut)
+    guess = Guess(images=images.float(), labels=labels, shuffled=mask, fitted=True)
     details["mismatch"] = mismatch(view, guess)
     if not settled:
         details["unfinished"] = ["all Gauss-Newton steps were taken (budget)"]

@@ -13,6 +13,7 @@ from vitguard.attacks.budget import Budget, charge, charge_update
 from vitguard.attacks.equations.linear import conjugate_gradients
 from vitguard.attacks.equations.update_jacobian import Simulate, UpdateJacobian
 from vitguard.attacks.map_fit.likelihood import Likelihood, Misfit
+from vitguard.attacks.map_fit.shuffled_images import ShuffledImages
 from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.core import View
 from vitguard.errors import NotApplicable
@@ -42,7 +43,7 @@ class Fit:
     """
 
     view: View
-    prior: NaturalImages
+    prior: NaturalImages | ShuffledImages
     simulate: Simulate
     likelihood: Likelihood
     white: White
@@ -135,7 +136,7 @@ class Fit:
 
 def normal_equations(
     slope: UpdateJacobian,
-    prior: NaturalImages,
+    prior: NaturalImages | ShuffledImages,
     misfit: Misfit,
     levels: list[float],
     white: White,

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vitguard.attacks.labels import pair_labels, try_labels
+from vitguard.attacks.leaked_mask import leaked_mask
 from vitguard.attacks.matching.checkpoint import load_run, save_run
 from vitguard.attacks.matching.distances import attach
-from vitguard.attacks.matching.leaked_mask import leaked_mask
 from vitguard.attacks.matching.priors import Prior, Scene
 from vitguard.attacks.matching.progress import Progress
 from vitguard.attacks.matching.restart import EVALUATIONS, Restart

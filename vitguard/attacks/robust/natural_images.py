@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -80,6 +80,19 @@ class NaturalImages:
             power.sqrt(),
             _mixing(channels, device) / scale[:, None],
         )
+
+    def by_patch(self) -> NaturalImages:
+        """Return the prior of each patch by itself: cosines of single patches, as they vary here.
+
+        Coefficients of one patch are taken as independent, which those of 1 / f^2 nearly are.
+        """
+        down, across = (
+            torch.block_diag(*[_cosines(size, self.mean.device)] * (len(basis) // size))
+            for size, basis in zip(self.anatomy.patch_size, (self.down, self.across), strict=True)
+        )
+        rows, columns = (down @ self.down.T).square(), (across @ self.across.T).square()
+        spread = (rows @ self.spread.square() @ columns.T).sqrt()
+        return replace(self, down=down, across=across, spread=spread)
 
     def precision(self, patches: Float[Tensor, "patches pixels"]) -> Tensor:
         """Return the inverse covariance applied to patches (differences from the mean)."""
