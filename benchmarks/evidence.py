@@ -384,7 +384,8 @@ def page(evidence: Evidence) -> str:
             "",
         ]
     for (setting, model), stacks in left.items():
-        lines.append(f"- {setting}, {model}: {', '.join(stacks)}")
+        whole = len(stacks) == sum(group[:2] == (setting, model) for group in groups)
+        lines.append(f"- {setting}, {model}: {'every stack' if whole else ', '.join(stacks)}")
     return "\n".join(lines)
 
 
