@@ -82,6 +82,21 @@ def test_defaults_write_the_report_and_no_json():
     assert Path("vitguard-report.html").read_text().startswith("<!doctype html>")
 
 
+def test_default_defenses_that_do_not_fit_the_model_are_left_out_with_a_note(capsys):
+    """Nobody chose them; what was chosen and does not fit is still an error."""
+    sizes = "img_size=16,patch_size=4,embed_dim=32,depth=2,num_heads=2,num_classes=10"
+    few = ("--model", f"beit_base_patch16_224:{sizes}", *FEW, "--attack", "position")
+    assert main(["audit", *few, "--json", "out.json"]) == 0
+    result = json.loads(Path("out.json").read_text())
+    audited = {f["defense"] for f in result["findings"]}
+    assert "privacy:epsilon=8.0,epochs=3" in audited and "positions:kind=frozen" not in audited
+    (note,) = [n for n in result["notes"] if n.startswith("positions:kind=frozen, one of the")]
+    assert "absolute position embedding" in note
+    capsys.readouterr()
+    assert main(["audit", *few, "--defense", "positions:kind=frozen"]) == 2
+    assert "absolute position embedding" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_defense_is_named_as_it_was_written():
     names = {f["defense"] for f in report("--defense", "positions:kind=sincos")["findings"]}

@@ -133,8 +133,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
     from vitguard.threats import parse_threat
     from vitguard.vit import Anatomy
 
-    specs = options.defense or (() if options.update_file else DEFAULT_DEFENSES)
-    stacks = {spec.strip(): parse_stack(spec) for spec in specs}
+    stacks = {spec.strip(): parse_stack(spec) for spec in options.defense or ()}
     attacks = _attacks(options)
     model = build_model(options.model, pretrained=options.pretrained, seed=options.seed)
     weights = "pretrained" if options.pretrained else "random initialisation"
@@ -184,6 +183,9 @@ def _run_audit(options: argparse.Namespace) -> Any:
                 model, update, defenses=stack, truth=truth, names=names, progress=progress, **common
             )
     images, labels, notes = _images(options, anatomy)
+    if not options.defense:
+        stacks, left_out = _default_stacks(model)
+        notes += left_out
     if not options.attack:
         control_and_stacks = 1 + sum(map(bool, stacks.values())) + bool(options.withhold)
         common["attacks"], note = _budgeted(control_and_stacks * len(images) // options.batch_size)
@@ -194,6 +196,27 @@ def _run_audit(options: argparse.Namespace) -> Any:
             model, (images.pixels, labels), defenses=stacks, batch_size=options.batch_size,
             training=training, names=images.names, notes=notes, progress=progress, **common,
         )  # fmt: skip
+
+
+def _default_stacks(model: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return the default defenses that the model takes, and a note on each that it does not."""
+    import copy
+
+    from vitguard.errors import InputError
+    from vitguard.guard import protect
+    from vitguard.registry import parse_stack
+
+    stacks, notes = {}, []
+    for spec in DEFAULT_DEFENSES:
+        stack = parse_stack(spec)
+        try:
+            protect(copy.deepcopy(model), stack)
+        except InputError as error:
+            why = str(error).partition(". ")[0].removesuffix(".")
+            notes.append(f"{spec}, one of the default defenses, does not fit this model: {why}")
+        else:
+            stacks[spec] = stack
+    return stacks, notes
 
 
 def _stored(options: argparse.Namespace, model: Any) -> Any:
