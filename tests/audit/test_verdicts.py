@@ -248,6 +248,35 @@ def test_two_images_that_are_both_picked_out_leak(small_vit, photos):
     assert "2 of 2 images told from 1000 decoys" in report.findings[-1].reason
 
 
+@pytest.mark.parametrize("contrast", [0.08, 0.9])
+def test_a_larger_gain_does_not_lift_what_no_limit_in_db_sees(small_vit, photos, contrast):
+    @dataclass(frozen=True)
+    class Clear(Faint):
+        def run(self, view, generator):
+            return Guess(self.truth if not view.settings else 0.5 + contrast * (self.truth - 0.5))
+
+    two = photos[:2]
+    batch = (two, torch.tensor([3, 4]))
+    report = audit(small_vit(), batch, defenses=NOISE, attacks=[Clear(two)])
+    found = report.findings[-1]
+    assert found.verdict == "leaks" and (found.gain < 6) == (contrast < 0.5)
+    assert found.unseen == "2 of 2 images told from 1000 decoys"
+    assert report.gate(max_gain=100) == 1 and report.gate(max_psnr=100) == 1
+    with pytest.raises(LeakFound):
+        report.raise_if_leaks(max_gain=100)
+
+
+def test_a_leak_in_db_alone_may_be_allowed_up_to_a_limit(small_vit, photo):
+    @dataclass(frozen=True)
+    class Flat(Faint):
+        def run(self, view, generator):
+            return Guess(self.truth if not view.settings else 0.9 * self.truth)
+
+    report = audit(small_vit(), (photo, LABEL), defenses=NOISE, attacks=[Flat(photo)])
+    assert report.findings[-1].verdict == "leaks" and report.findings[-1].unseen == ""
+    assert report.gate(max_gain=100) == 0
+
+
 def test_one_hit_in_many_images_is_inconclusive(small_vit, photos):
     @dataclass(frozen=True)
     class Once(Faint):
