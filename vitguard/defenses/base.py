@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -110,7 +111,9 @@ def written(value: Any) -> str:
 def watch_gradients(
     parameters: Iterable[nn.Parameter], note: Callable[[Tensor], None]
 ) -> list[Any]:
-    """Call `note` when a gradient reaches a parameter, also one that is unfrozen later.
+    """Call `note` when a gradient of a parameter is taken, also of one that is unfrozen later.
+
+    By `backward` or by `torch.autograd.grad`, which leaves nothing in the parameter itself.
 
     Returns:
         The handles that end it.
@@ -120,9 +123,13 @@ def watch_gradients(
         if parameter.is_floating_point() or parameter.is_complex():
             trained = parameter.requires_grad
             parameter.requires_grad_(True)  # torch takes no hook for one that is frozen
-            handles.append(parameter.register_post_accumulate_grad_hook(note))
+            handles.append(parameter.register_hook(functools.partial(_noted, note, parameter)))
             parameter.requires_grad_(trained)
     return handles
+
+
+def _noted(note: Callable[[Tensor], None], parameter: Tensor, gradient: Tensor) -> None:
+    note(parameter)
 
 
 class Installed(nn.Module):
