@@ -158,8 +158,8 @@ class Finding:
             sum; "" where it looks at one.
         undecided: What keeps this finding from deciding a gate, "" where nothing does: an attack
             that failed, was cut by its budget, or does not apply though the control leaks to it.
-        unseen: How it leaks in a way that no limit in dB sees (told from decoys, patches proved, the
-            update reproduced), "" where it does not, whatever its gain.
+        unseen: How it leaks in a way that no limit in dB sees (told from decoys, patches proved,
+            the update reproduced), "" where it does not, whatever its gain.
         gain: dB of the worst image above its own no-information baseline; when None the report
             takes `patch_psnr.max` above the report's baseline.
         corridor: Of a stack with differential privacy: what its bound allows, what canaries prove.
