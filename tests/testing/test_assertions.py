@@ -189,7 +189,7 @@ def test_whatever_a_defense_leaves_behind_is_found(tiny, what):
 
 
 def test_a_defense_that_changes_weights_is_not_what_the_model_was(tiny, photo):
-    with pytest.raises(AssertionError, match="changes 1 weights of the model: ..head.weight"):
+    with pytest.raises(AssertionError, match="changes 1 weights of the model"):
         assert_eval_unchanged(tiny, photo, defenses=[Touches("weights")])
     watched = copy.deepcopy(tiny)
     watched.head.weight.register_hook(lambda gradient: gradient)  # of the user
