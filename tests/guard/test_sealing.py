@@ -1,6 +1,7 @@
 """What `seal` takes: a difference of protected steps, whatever was evaluated in between."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
 from tests.fast import crossed
+from vitguard.defenses.base import UpdateDefense
 from vitguard.errors import Unprotected
 
 pytest.importorskip("opacus")
@@ -186,3 +188,60 @@ def test_after_remove_no_gradient_is_watched(copied):
     F.cross_entropy(model(IMAGES[:4]), LABELS[:4]).backward()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     vg.protect(model, STACKS["privacy"])
+
+
+class Hides(UpdateDefense):
+    """Hides what it is told, as an encryption of a part does."""
+
+    name: ClassVar[str] = "hides"
+
+    def __init__(self, *names):
+        self.names = names
+
+    def seal(self, update, anatomy, draws):
+        return update.seal(dict.fromkeys(self.names, "hidden"))
+
+
+def difference_of(model, before):
+    after = model.state_dict()
+    tensors = {n: after[n] - t for n, t in before.items() if n in after}
+    return vg.Update(tensors, kind="difference", batch_size=6, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("stack", ["withheld", "frozen-stem:trained=0"])
+def test_a_second_name_of_what_is_held_does_not_leave(stack):
+    model = vit().train()
+    model.also = torch.nn.ParameterList([model.pos_embed])
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    guard = vg.protect(model, stack)
+    guard.will_seal()
+    optimizer = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    F.cross_entropy(model(IMAGES[:6]), LABELS[:6]).backward()
+    optimizer.step()
+    update = guard.seal(difference_of(model, before))
+    assert not update.can_read("pos_embed") and not update.can_read("also.0")
+    assert update.can_read("head.weight")
+    assert "also.0" not in guard.shared_names() and "head.weight" in guard.shared_names()
+
+
+def test_a_second_name_of_what_a_defense_seals_is_refused():
+    model = vit().train()
+    model.also = model.blocks[0]
+    weights = {n: torch.ones_like(t) for n, t in model.state_dict().items()}
+    update = vg.Update(weights, kind="difference", batch_size=6, learning_rate=0.1)
+    one, both = "blocks.0.mlp.fc1.weight", "also.mlp.fc1.weight"
+    guard = vg.protect(model, [Hides(one, both)])
+    assert guard.seal(update).sealed.keys() == {one, both}
+    guard.remove()
+    with pytest.raises(Unprotected, match="to be sealed with blocks"):
+        vg.protect(model, [Hides(one)]).seal(update)
+
+
+def test_a_second_name_of_what_is_frozen_is_as_frozen():
+    model = vit().train()
+    model.also = model.blocks[0].requires_grad_(False)
+    weights = {n: torch.zeros_like(t) for n, t in model.state_dict().items()}
+    update = vg.Update(weights, kind="difference", batch_size=6, learning_rate=0.1)
+    update = vg.protect(model, "client-privacy:noise=1").seal(update)
+    assert {n.partition(".")[0] for n in update.sealed} == {"also", "blocks"}
+    assert update.can_read("head.weight")

@@ -23,7 +23,7 @@ from vitguard.defenses.base import (
 from vitguard.defenses.gate import Tally
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Unprotected, expected
-from vitguard.guard.leaving import require_released, require_sent, sealed
+from vitguard.guard.leaving import names_by_values, require_released, require_sent, sealed
 from vitguard.guard.local_step import check_batch, difference_of, gradient_of, trained
 from vitguard.guard.public import extras_of, public_copy
 from vitguard.guard.state import from_bytes, load_state, state_of, to_bytes
@@ -360,7 +360,12 @@ class Guard:
         added = {f"vitguard.{name}" for name, _ in self._protection.named_parameters()}
         state = (name for name, t in self.model.state_dict().items() if isinstance(t, Tensor))
         sent = (n for n in state if not n.startswith("vitguard.") or n in added)
-        return tuple(n for name in sent if not self._protection.holds(n := canonical_name(name)))
+        twins = names_by_values(self.model)
+        return tuple(
+            n
+            for name in sent
+            if not any(map(self._protection.holds, twins[n := canonical_name(name)]))
+        )
 
     def encrypted(self) -> dict[str, Tensor]:
         """Return the parameters that the stack encrypts, as they stand, by name.
