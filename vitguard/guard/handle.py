@@ -413,18 +413,19 @@ class Guard:
         """
         return state_of(self._protection)
 
-    def state_bytes(self, *, draws: bool = True) -> bytes:
+    def state_bytes(self, *, draws: bool = True, memory: bool = True) -> bytes:
         """Return `state_dict` as JSON, for a place that keeps bytes. Local, never to be averaged.
 
         Args:
-            draws: With the state of a generator that was given to `protect`. False leaves the
-                ledger alone, which holds no secret.
+            draws: With the state of a generator that was given to `protect`.
+            memory: With what an inspection remembers, whose key is this client's alone. Where
+                both are False the ledger is left, which holds no secret.
 
         Raises:
             InputError: Without `draws`, where there are residuals of error feedback: these are
                 secret, and the next update needs them.
         """
-        return to_bytes(self.state_dict(), draws=draws)
+        return to_bytes(self.state_dict(), draws=draws, memory=memory)
 
     def load_state_bytes(self, data: bytes) -> None:
         """Continue where `state_bytes` left off, as `load_state_dict` does.

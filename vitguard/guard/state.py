@@ -35,9 +35,11 @@ def state_of(protection: Protection) -> dict[str, Any]:
     return state
 
 
-def to_bytes(state: Mapping[str, Any], *, draws: bool) -> bytes:
-    """Return the state as JSON; without `draws` the ledgers alone, which hold no secret."""
+def to_bytes(state: Mapping[str, Any], *, draws: bool, memory: bool) -> bytes:
+    """Return the state as JSON; without both the ledgers alone, which hold no secret."""
     state = dict(state)
+    if not memory:
+        state.pop("inspection", None)
     generator = state.pop("draws", None)
     if draws and generator is not None:
         state["draws"] = generator.numpy().tobytes().hex()
