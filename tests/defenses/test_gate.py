@@ -120,6 +120,17 @@ def test_a_model_that_is_given_away_carries_no_decision() -> None:
         assert vg.Guard.of(given).tally.last is None and not vg.Guard.of(given).tally.counts
 
 
+def test_a_copy_that_is_made_inside_of_an_audit_has_its_gate() -> None:
+    net = model()
+    guard = vg.protect(net, LeakGate())
+    with guard.ungated():
+        twins = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+        guard.update(*batch_of(net))
+    for twin in twins:
+        with pytest.raises(GateClosed):
+            vg.Guard.of(twin).update(*batch_of(twin))
+
+
 def test_what_an_attack_proves_is_refused_beside_other_images_too() -> None:
     truth = torch.rand(1, 3, 8, 8)
     guess = Guess(1 - truth, verified=torch.tensor([[True, False, False, False]]))

@@ -1,6 +1,7 @@
 """What `seal` takes: a difference of protected steps, whatever was evaluated in between."""
 
 import copy
+import pickle
 from typing import ClassVar
 
 import pytest
@@ -180,13 +181,38 @@ def test_a_difference_of_nothing_is_sealed_without_a_step(stack):
     assert not any(t.any() for t in sealed.tensors.values())
 
 
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_plain_step_of_a_copy_before_its_own_prepare_keeps_the_difference_from_seal(
+    copied, prepared
+):
+    model, guard, _ = protected("privacy")
+    if prepared:
+        train(guard, *prepare(guard))
+    twin = COPIES[copied](model)
+    before = {n: p.detach().clone() for n, p in twin.named_parameters()}
+    other = torch.optim.SGD(twin.parameters(), lr=0.1)
+    F.cross_entropy(twin.eval()(IMAGES[:4]), LABELS[:4]).backward()
+    other.step()
+    guard = vg.Guard.of(twin.train())
+    train(guard, *prepare(guard))
+    with pytest.raises(Unprotected, match="got a plain one"):
+        guard.seal(difference(twin, before))
+    twin.load_state_dict(before, strict=False)
+    train(guard, *prepare(guard))
+    guard.seal(difference(twin, before))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: m])
 def test_after_remove_no_gradient_is_watched(copied):
     model, _guard, _ = protected("privacy")
     model = copied(model)
     vg.Guard.of(model).remove()
     F.cross_entropy(model(IMAGES[:4]), LABELS[:4]).backward()
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
     vg.protect(model, STACKS["privacy"])
 
 

@@ -120,7 +120,7 @@ def watch_gradients(
     """
     handles = []
     for parameter in parameters:
-        if parameter.is_floating_point() or parameter.is_complex():
+        if parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex()):
             trained = parameter.requires_grad
             parameter.requires_grad_(True)  # torch takes no hook for one that is frozen
             handles.append(parameter.register_hook(functools.partial(_noted, note, parameter)))

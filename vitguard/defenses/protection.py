@@ -69,8 +69,9 @@ class Protection(nn.Module):
         return f"Protection({', '.join(map(repr, self.defenses))})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy has no private optimizer of its own, and nobody's optimizer holds what was taken
-        fresh = {"prepared": False, "taken": (), "watches": self.watches[:1]}
+        # a copy has no private optimizer of its own, and nobody's optimizer holds what was taken;
+        # parameters of a copy have no hooks (`watch_again`), and no audit is inside of it
+        fresh = {"prepared": False, "taken": (), "watches": self.watches[:1], "ungated": False}
         return {**self.__dict__, **fresh}
 
     @staticmethod
@@ -106,6 +107,11 @@ class Protection(nn.Module):
             model.register_forward_pre_hook(_require_preparation),
             *watch_gradients(model.parameters(), self._expose),
         ]
+
+    def watch_again(self, model: nn.Module) -> None:
+        """Note gradients around a copy too, whose parameters came without their hooks."""
+        if len(self.watches) == 1 and not self.prepared:
+            self.watches += watch_gradients(model.parameters(), self._expose)
 
     def _expose(self, parameter: Tensor) -> None:
         if not self.prepared:
@@ -175,7 +181,11 @@ class Protection(nn.Module):
 def _require_preparation(model: nn.Module, args: Any) -> None:
     """Refuse a plain training pass where the stack protects each example's gradient."""
     protection = model.get_submodule("vitguard")
-    if model.training and torch.is_grad_enabled() and not protection.prepared:
+    assert isinstance(protection, Protection)
+    if not torch.is_grad_enabled() or protection.prepared:
+        return
+    protection.watch_again(model)
+    if model.training:
         raise Unprotected(
             "Expected training through guard.prepare(optimizer, loader), got a training pass "
             "without it: its gradient would be plain. Call prepare, or use guard.update."

@@ -42,6 +42,7 @@ class Guard:
         self._protection: Protection = model.get_submodule("vitguard")  # type: ignore[assignment]
         self._draws = self._protection.draws
         self._ledgers = self._protection.ledgers
+        self._protection.watch_again(model)
 
     @staticmethod
     def of(model: nn.Module) -> Guard:
