@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vitguard as vg
 from tests.fast import crossed
 from vitguard.defenses.base import UpdateDefense
-from vitguard.errors import Unprotected
+from vitguard.errors import InputError, Unprotected
 
 pytest.importorskip("opacus")
 PRIVATE = "privacy:noise=0.5,clip=1,delta=0.001,accountant=rdp"
@@ -179,6 +179,20 @@ def test_a_difference_of_nothing_is_sealed_without_a_step(stack):
     prepare(guard)
     sealed = guard.seal(difference(model, before))
     assert not any(t.any() for t in sealed.tensors.values())
+
+
+def test_a_state_without_the_ledger_of_the_stack_is_refused_and_changes_nothing():
+    _, guard, _ = protected("privacy")
+    train(guard, *prepare(guard))
+    spent = guard.privacy_spent()
+    other = vg.protect(vit(), "noise")
+    for state in (other.state_dict(), {"ledger": None}, {"ledger": {}}):
+        with pytest.raises(InputError, match="the ledger of privacy"):
+            guard.load_state_dict(state)
+    with pytest.raises(InputError, match="the ledger of privacy"):
+        guard.load_state_bytes(other.state_bytes())
+    guard.load_state_dict(guard.state_dict())
+    assert guard.privacy_spent() == spent
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
