@@ -195,6 +195,28 @@ def test_a_state_without_the_ledger_of_the_stack_is_refused_and_changes_nothing(
     assert guard.privacy_spent() == spent
 
 
+def test_blocks_of_threads_that_overlap_leave_nothing_open():
+    model, guard, _ = protected("privacy")
+    for block in (guard.rehearsing, guard.ungated):
+        first, second = block(), block()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)  # as two threads do, of which the first ends first
+        second.__exit__(None, None, None)
+    with pytest.raises(Unprotected, match="Expected training through"):
+        model(IMAGES[:4])
+    with pytest.raises(Unprotected, match="training under prepare"):
+        guard.seal(vg.Update({}, kind="difference", batch_size=4, learning_rate=0.1))
+    assert not guard._protection.ungating
+
+
+def test_a_prepare_inside_a_rehearsal_stays():
+    _, guard, _ = protected("privacy")
+    with guard.rehearsing():
+        optimizer, loader = prepare(guard)
+    train(guard, optimizer, loader)
+
+
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
 
 

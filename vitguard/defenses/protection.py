@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from vitguard.vit import Anatomy
 
 __all__ = ["Protection"]
 
+_BLOCKS = threading.Lock()
+
 
 class Protection(nn.Module):
     """What lives at `model.vitguard`: the settings, and a child for each model defense."""
@@ -39,7 +42,9 @@ class Protection(nn.Module):
         self.defenses = defenses
         self.draws = draws
         self.prepared = False
-        """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
+        """Whether training passes are protected by `Guard.prepare`, or need not be."""
+        self.allowing = 0
+        """How many blocks of `allowed` are open, of all threads together."""
         self.watches: list[Any] = []
         """Hooks that tell of training before `prepare`, where the stack protects each step."""
         self.exposed = False
@@ -52,8 +57,8 @@ class Protection(nn.Module):
         """Parameters that the defenses took out of the model and something still holds."""
         self.brought: set[str] = set()
         """What the last state dict held of the defenses' own tensors."""
-        self.ungated = False
-        """Whether updates pass a gate unseen: inside an audit, whose attacks judge them."""
+        self.ungating = 0
+        """How many blocks of `ungated` are open, of all threads together."""
         self.tally = Tally()
         """What a gate decided of the updates of this process."""
         self.memory = Memory()
@@ -71,8 +76,8 @@ class Protection(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no private optimizer of its own, and nobody's optimizer holds what was taken;
         # parameters of a copy have no hooks (`watch_again`), and no audit is inside of it
-        fresh = {"prepared": False, "taken": (), "watches": self.watches[:1], "ungated": False}
-        return {**self.__dict__, **fresh}
+        fresh = {"prepared": False, "taken": (), "watches": self.watches[:1]}
+        return {**self.__dict__, **fresh, "allowing": 0, "ungating": 0}
 
     @staticmethod
     def of(model: nn.Module) -> Protection | None:
@@ -110,11 +115,11 @@ class Protection(nn.Module):
 
     def watch_again(self, model: nn.Module) -> None:
         """Note gradients around a copy too, whose parameters came without their hooks."""
-        if len(self.watches) == 1 and not self.prepared:
+        if len(self.watches) == 1 and not self.passing:
             self.watches += watch_gradients(model.parameters(), self._expose)
 
     def _expose(self, parameter: Tensor) -> None:
-        if not self.prepared:
+        if not self.passing:
             self.exposed = True
 
     def unwatch(self) -> None:
@@ -145,7 +150,7 @@ class Protection(nn.Module):
 
     def stepped(self) -> None:
         """Note that an optimizer is about to step the model."""
-        if not (self.destination or self.rehearsal) and (line := self.idle()):
+        if not (self.destination or self.rehearsal or self.allowing) and (line := self.idle()):
             self.destination = "warned"
             warnings.warn(line, stacklevel=2)
 
@@ -153,15 +158,35 @@ class Protection(nn.Module):
         """Whether an optimizer that leaves out what a defense added is refused here: pieces do."""
         return False
 
+    @property
+    def passing(self) -> bool:
+        """Whether a training pass is let through: after `prepare`, or inside `allowed`."""
+        return self.prepared or self.allowing > 0
+
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """Let passes through that are protected in another way, such as those of Guard.update."""
-        before = self.prepared, self.rehearsal
-        self.prepared = self.rehearsal = True
+        """Let passes through that are protected in another way, such as those of Guard.update.
+
+        Counted, not put back: of threads that meet here the last one out closes it.
+        """
+        with _BLOCKS:
+            self.allowing += 1
         try:
             yield
         finally:
-            self.prepared, self.rehearsal = before
+            with _BLOCKS:
+                self.allowing -= 1
+
+    @contextmanager
+    def ungated(self) -> Iterator[None]:
+        """Let updates pass a gate unseen: inside an audit, whose attacks judge them."""
+        with _BLOCKS:
+            self.ungating += 1
+        try:
+            yield
+        finally:
+            with _BLOCKS:
+                self.ungating -= 1
 
     def installed(self) -> list[Installed]:
         """Return the installed pieces, in order."""
@@ -182,7 +207,7 @@ def _require_preparation(model: nn.Module, args: Any) -> None:
     """Refuse a plain training pass where the stack protects each example's gradient."""
     protection = model.get_submodule("vitguard")
     assert isinstance(protection, Protection)
-    if not torch.is_grad_enabled() or protection.prepared:
+    if not torch.is_grad_enabled() or protection.passing:
         return
     protection.watch_again(model)
     if model.training:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -297,7 +297,7 @@ class Guard:
                 "Expected an update that update() made: the batch was not transformed."
             )
         step = self._protection.step
-        if step is not None and not self._protection.prepared:
+        if step is not None and not self._protection.passing:
             raise Unprotected(
                 f"Expected training under prepare(), got a finished update: {step.name} "
                 "needs each example's own gradient. Call prepare(optimizer, loader) and train."
@@ -316,14 +316,9 @@ class Guard:
         """What the gate of this stack decided so far, by the images: for the client alone."""
         return self._protection.tally
 
-    @contextmanager
-    def ungated(self) -> Iterator[None]:
+    def ungated(self) -> AbstractContextManager[None]:
         """Let updates pass a gate unseen and uncounted: an audit's attacks judge them."""
-        before, self._protection.ungated = self._protection.ungated, True
-        try:
-            yield
-        finally:
-            self._protection.ungated = before
+        return self._protection.ungated()
 
     def round(
         self, number: int, *, base: str, weight: float = 1.0, client: str = ""

@@ -155,7 +155,7 @@ def _past_gate(
     weights before it, so these are looked from as well.
     """
     gate = next((d for d in protection.defenses if isinstance(d, LeakGate)), None)
-    if gate is None or protection.ungated:
+    if gate is None or protection.ungating:
         return update
     if not gate.due(protection.tally):
         gate.skip(protection.tally)
