@@ -150,6 +150,34 @@ def test_of_several_batches_the_outcome_that_leaves_most_open_counts(small_vit, 
     assert report.findings[-1].reason.startswith("first failed")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_batch_without_an_image_is_no_resistance(small_vit, photos, first):
+    @dataclass(frozen=True)
+    class Labels(Part):
+        """Under a defense it gives the labels of one batch and no image."""
+
+        def run(self, view, generator):
+            own = int(view.update.tensors["head.bias"].argmin()) == 3
+            if view.settings and own == first:
+                return Guess(torch.zeros(0, *view.image_shape), labels=torch.tensor([3]))
+            return super().run(view, generator)
+
+    data = photos[:2], torch.tensor([3, 4])
+    noise = [GradientNoise(1e-3)]
+    report = audit(small_vit(), data, defenses=noise, attacks=[Labels()], batch_size=1)
+    control, found = report.findings
+    assert control.verdict == "leaks" and found.verdict == "inconclusive"
+    assert "1 of 2 batches: it gave no image" in found.reason and report.gate(max_gain=6) == 3
+
+
+def test_an_interrupted_report_says_so_in_every_form(small_vit, photo):
+    report, _ = judged(small_vit(), photo, Part())
+    cut = replace(report, interrupted=True)
+    assert not report.to_json()["interrupted"] and cut.to_json()["interrupted"]
+    assert cut.outcome().startswith("Interrupted before its end: ")
+    assert "Interrupted before its end" in cut.to_markdown() and "Interrupted" in cut.to_html()
+
+
 def test_a_part_made_for_the_damage_stands_in_for_one_that_refuses_it(small_vit, photo):
     refused = Part(defended="refuses")
     for stands_in, verdict in ((StandsIn(), "resisted"), (Part(), "inconclusive")):
