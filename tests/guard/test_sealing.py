@@ -195,6 +195,46 @@ def test_a_state_without_the_ledger_of_the_stack_is_refused_and_changes_nothing(
     assert guard.privacy_spent() == spent
 
 
+@pytest.mark.parametrize("stack", ["privacy", "shuffle"])
+def test_a_load_of_a_part_does_not_clear_a_plain_gradient_and_one_of_all_that_is_sent_does(stack):
+    model, guard, before = protected(stack)
+    guard.will_seal()
+    if stack == "privacy":
+        train(guard, *prepare(guard))
+    F.cross_entropy(model.eval()(IMAGES[:4]), LABELS[:4]).backward()
+    model.train()
+    part = {"head.bias": before["head.bias"]}
+    for load in (
+        lambda: model.load_state_dict(part, strict=False),
+        lambda: model.load_state_dict({}, strict=False),
+        lambda: model.head.load_state_dict(model.head.state_dict()),
+        lambda: model.vitguard.load_state_dict(model.vitguard.state_dict()),
+    ):
+        load()
+        with pytest.raises(Unprotected):
+            guard.seal(difference(model, before))
+    with pytest.raises(RuntimeError):
+        model.load_state_dict({**before, "head.bias": torch.zeros(3)}, strict=False)
+    with pytest.raises(Unprotected):
+        guard.seal(difference(model, before))
+    sent = {n: t for n, t in before.items() if not n.startswith("vitguard.")}
+    model.load_state_dict(sent, strict=False)
+    if stack == "privacy":
+        train(guard, *prepare(guard))
+    guard.seal(difference(model, before))
+
+
+def test_weights_without_what_stays_local_or_frozen_are_all():
+    model = vit().train()
+    model.head.requires_grad_(False)
+    guard = vg.protect(model, "withheld+shuffle:ratio=0.5")
+    guard.will_seal()
+    F.cross_entropy(model.eval()(IMAGES[:4]), LABELS[:4]).backward()
+    sent = {n: model.state_dict()[n] for n in guard.shared_names() if "head" not in n}
+    model.train().load_state_dict(sent, strict=False)
+    guard.seal(vg.Update({}, kind="difference", batch_size=4, learning_rate=0.1))
+
+
 def test_blocks_of_threads_that_overlap_leave_nothing_open():
     model, guard, _ = protected("privacy")
     for block in (guard.rehearsing, guard.ungated):

@@ -205,6 +205,9 @@ class Installed(nn.Module):
         Asked before the defenses of the update act.
         """
 
+    def arrived(self) -> None:
+        """Note that other weights came in place of all that were trained."""
+
     def settle(self) -> None:
         """Raise Unprotected if a gradient was taken without the defense since the weights came."""
 

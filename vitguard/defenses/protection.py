@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from vitguard.defenses.gate import LeakGate, Tally
 from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Unprotected
 from vitguard.inspection import Memory
-from vitguard.vit import Anatomy
+from vitguard.vit import Anatomy, canonical_name
 
 __all__ = ["Protection"]
 
@@ -47,6 +47,10 @@ class Protection(nn.Module):
         """How many blocks of `allowed` are open, of all threads together."""
         self.watches: list[Any] = []
         """Hooks that tell of training before `prepare`, where the stack protects each step."""
+        self.loading: Any = None
+        """The hook that tells which weights a state dict brings."""
+        self.whole = False
+        """Whether the last state dict brought everything that is trained and sent."""
         self.exposed = False
         """Whether a plain gradient reached a parameter before `prepare`, since the last load."""
         self.destination: Literal["", "warned", "sealed", "local"] = ""
@@ -122,8 +126,15 @@ class Protection(nn.Module):
         if not self.passing:
             self.exposed = True
 
+    def watch_loading(self, model: nn.Module) -> None:
+        """Note whether a state dict brings all weights: what was done to these is gone then."""
+        self.loading = model.register_load_state_dict_pre_hook(_arriving)
+
     def unwatch(self) -> None:
         """Let every training pass through, unnoticed."""
+        if self.loading is not None:
+            self.loading.remove()
+            self.loading = None
         for handle in self.watches:
             handle.remove()
         self.watches = []
@@ -217,6 +228,23 @@ def _require_preparation(model: nn.Module, args: Any) -> None:
         )
 
 
+def _arriving(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Note whether a state dict holds every weight that is trained and leaves."""
+    protection = model.get_submodule("vitguard")
+    assert isinstance(protection, Protection)
+    wanted = {
+        f"{prefix}{name}": p.shape
+        for name, p in model.named_parameters()
+        if p.requires_grad
+        and not name.startswith("vitguard.")
+        and not protection.holds(canonical_name(name))
+    }
+    protection.whole = all(
+        isinstance(t := state.get(name), Tensor) and t.shape == shape
+        for name, shape in wanted.items()
+    )
+
+
 def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a strict load take a checkpoint that knows nothing of vitguard."""
     protection = module
@@ -229,7 +257,10 @@ def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_
 def _restored(module: nn.Module, incompatible_keys: Any) -> None:
     """Note which lost values a state dict of a protected model has brought back."""
     assert isinstance(module, Protection)
-    module.exposed = False  # what was done to the weights before will not be sent
+    if module.whole:
+        module.whole = module.exposed = False  # what was done to the weights will not be sent
+        for piece in module.installed():
+            piece.arrived()
     for name, piece in module.named_children():
         if isinstance(piece, Installed):
             piece.lost = frozenset(n for n in piece.lost if f"{name}.{n}" not in module.brought)

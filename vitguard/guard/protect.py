@@ -108,5 +108,7 @@ def protect(
     model.add_module("vitguard", protection.train(model.training))
     if any(isinstance(d, StepDefense) for d in ordered):
         protection.watch_training(model)
+    if any(isinstance(d, StepDefense | ModelDefense) for d in ordered):
+        protection.watch_loading(model)
     protection.watch_sending(model)
     return Guard(model)

@@ -65,7 +65,6 @@ class InstalledShuffle(Hooked):
         except BaseException:
             self.uninstall(model)
             raise
-        self.register_load_state_dict_post_hook(_start_afresh)
 
     def _forget(self) -> None:
         for name in _FORWARD:
@@ -88,6 +87,9 @@ class InstalledShuffle(Hooked):
 
     def intact(self, model: nn.Module) -> None:
         pass  # an evaluation after training takes no gradient: `settle` knows of one that did
+
+    def arrived(self) -> None:
+        self.exposed = False  # what was done to the weights before will not be sent
 
     def settle(self) -> None:
         if self.exposed:
@@ -326,12 +328,6 @@ class InstalledShuffle(Hooked):
         if first is None:
             self._left_out_at = self.forwards
         return first is not None and first < self.forwards
-
-
-def _start_afresh(piece: nn.Module, incompatible_keys: Any) -> None:
-    """New weights came: what was done to the old ones will not be sent."""
-    assert isinstance(piece, InstalledShuffle)
-    piece.exposed = False
 
 
 def _start(model: nn.Module, anatomy: Anatomy) -> Tensor:
