@@ -235,6 +235,21 @@ def test_weights_without_what_stays_local_or_frozen_are_all():
     guard.seal(vg.Update({}, kind="difference", batch_size=4, learning_rate=0.1))
 
 
+@pytest.mark.parametrize("kind", ["_forward_hooks", "_forward_pre_hooks"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_shuffle_whose_hooks_something_cleared_lets_nothing_leave(kind, copied):
+    model, _, before = protected("shuffle")
+    guard = vg.Guard.of(model := copied(model).train())
+    guard.will_seal()
+    guard.update(IMAGES[:4], LABELS[:4])
+    for module in model.modules():
+        getattr(module, kind).clear()
+    with pytest.raises(Unprotected, match="hooks on the model"):
+        guard.update(IMAGES[:4], LABELS[:4])
+    with pytest.raises(Unprotected, match="hooks on the model"):
+        guard.seal(difference(model, before))
+
+
 def test_blocks_of_threads_that_overlap_leave_nothing_open():
     model, guard, _ = protected("privacy")
     for block in (guard.rehearsing, guard.ungated):

@@ -26,6 +26,7 @@ __all__ = [
     "ModelDefense",
     "StepDefense",
     "UpdateDefense",
+    "hooks_gone",
     "rewinding",
     "traits_of",
     "watch_gradients",
@@ -126,6 +127,11 @@ def watch_gradients(
             handles.append(parameter.register_hook(functools.partial(_noted, note, parameter)))
             parameter.requires_grad_(trained)
     return handles
+
+
+def hooks_gone(handles: Iterable[Any]) -> bool:
+    """Whether somebody else removed a hook: `module._forward_hooks.clear()`, a part replaced."""
+    return any(handle.id not in (handle.hooks_dict_ref() or ()) for handle in handles)
 
 
 def _noted(note: Callable[[Tensor], None], parameter: Tensor, gradient: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vitguard.defenses.base import Draws
+from vitguard.defenses.base import Draws, hooks_gone
 from vitguard.defenses.shuffle import masks
 from vitguard.defenses.shuffle.hooks import Hooked, hook
 from vitguard.defenses.shuffle.localization import LocalizationHead, dal_weight, localization_loss
@@ -79,6 +79,7 @@ class InstalledShuffle(Hooked):
             handle.remove()
 
     def verify(self, model: nn.Module) -> None:
+        self.intact(model)
         if not self.training:
             raise Unprotected(
                 "Expected a model in training mode, got one in eval mode, where patches are not "
@@ -86,7 +87,12 @@ class InstalledShuffle(Hooked):
             )
 
     def intact(self, model: nn.Module) -> None:
-        pass  # an evaluation after training takes no gradient: `settle` knows of one that did
+        # an evaluation after training takes no gradient: `settle` knows of one that did
+        if hooks_gone(self.handles):
+            raise Unprotected(
+                "Expected the shuffle's hooks on the model, got some that are gone: something "
+                "cleared the hooks or replaced a part. Protect the model again, after that."
+            )
 
     def arrived(self) -> None:
         self.exposed = False  # what was done to the weights before will not be sent
