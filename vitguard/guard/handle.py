@@ -396,7 +396,10 @@ class Guard:
         return {k: v for k, v in state.items() if not k.startswith("vitguard.")}
 
     def remove(self) -> None:
-        """Give the model its original architecture back, in place."""
+        """Give the model its original architecture back, in place.
+
+        What was spent goes with the guard: load its `state_dict` into that of the next `protect`.
+        """
         if getattr(self.model, "vitguard", None) is self._protection:
             self._protection.uninstall(self.model)
             del self.model.vitguard
