@@ -112,23 +112,44 @@ def difference(model, before):
 
 
 @pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
-@pytest.mark.parametrize("way", ["eval mode", "around the forward"])
+@pytest.mark.parametrize("way", ["eval mode", "around the forward", "torch.autograd.grad"])
 def test_plain_training_beside_a_prepared_optimizer_is_not_sealed(way, engine):
     model, guard, *_ = prepared(engine=engine)
     other = torch.optim.SGD(model.parameters(), lr=0.1)  # made after prepare: nobody watches it
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    if way == "eval mode":
-        model.eval()
-        outputs = model(images)
-    else:
+    if way == "around the forward":
         outputs = model.forward_head(model.forward_features(images))
-    F.cross_entropy(outputs, labels).backward()
-    other.step()
+    else:
+        outputs = model.eval()(images)
+    loss, trained = F.cross_entropy(outputs, labels), list(model.parameters())
+    if way == "torch.autograd.grad":
+        found = torch.autograd.grad(loss, trained)
+        with torch.no_grad():
+            for p, gradient in zip(trained, found, strict=True):
+                p -= 0.1 * gradient
+    else:
+        loss.backward()
+        other.step()
     with pytest.raises(Unprotected, match="plain"):
         guard.seal(difference(model, before))
     model.load_state_dict(before, strict=False)
     guard.seal(difference(model, before))
+
+
+def test_a_plain_gradient_that_is_taken_before_prepare_is_not_sealed_however_it_is_taken():
+    model = build("vit", torch.float32)
+    guard = protect(model, [DifferentialPrivacy(noise=1.0, delta=1e-3)])
+    trained, before = list(model.parameters()), weights(model)
+    loss = F.cross_entropy(model.eval()(torch.randn(4, 3, 32, 32)), torch.arange(4))
+    with torch.no_grad():
+        for p, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+            p -= 0.1 * gradient
+    data = TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8))
+    guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(data, batch_size=4))
+    assert not torch.equal(weights(model), before)
+    with pytest.raises(Unprotected, match="plain"):
+        guard.seal(Update({}, kind="difference", batch_size=4, learning_rate=0.1))
 
 
 @pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])

@@ -8,13 +8,13 @@ from torch import nn
 
 from vitguard.attacks.base import Attack
 from vitguard.core import Traits
-from vitguard.defenses.base import Defense, traits_of
+from vitguard.defenses.base import Defense, UpdateDefense, traits_of
 from vitguard.errors import Incompatible
 from vitguard.registry import attack_types
 from vitguard.released import Released, Remaining
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters
 
-__all__ = ["refuse_given_away", "released", "remaining"]
+__all__ = ["refuse_given_away", "refuse_idle", "released", "remaining"]
 
 
 def released(
@@ -67,3 +67,20 @@ def refuse_given_away(model: nn.Module, anatomy: Anatomy, stack: Sequence[Defens
             f"{', '.join(found[0].needs)} stay plain and give the image back. Select 'plan' or "
             "'all'; see what remains with `vitguard plan`; force=True accepts it."
         )
+
+
+def refuse_idle(model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
+    """Raise Incompatible where a defense of the update comes after all of it was sealed.
+
+    It would have nothing to act on, and the user believe that it acts.
+    """
+    for place, defense in enumerate(stack):
+        traits = traits_of(stack[:place], anatomy)
+        if not isinstance(defense, UpdateDefense) or not traits.sealed:
+            continue
+        if not released(model, anatomy, traits).plain:
+            first = next(d for d in stack if d.traits(Traits(), anatomy).sealed)
+            raise Incompatible(
+                f"Expected {defense.name} before {first.name}, got it after: all is sealed by then "
+                f"and it would do nothing. Put {defense.name} first."
+            )

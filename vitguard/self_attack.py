@@ -119,7 +119,7 @@ def _scored(name: str, guess: Guess, truth: Tensor, patch: tuple[int, int]) -> T
     scores = score(images, truth, patch, verified=verified)
     level = baseline(truth, patch)
     gains = (scores.psnr - level.psnr, scores.patch_psnr - level.patch_psnr)
-    proved = 0.0 if scores.recovered is None else float(scores.recovered.double().mean())
+    proved = 0.0 if verified is None else float(verified.double().mean())
     return replace(
         cut,
         gain=max(float(g.max()) for g in gains),

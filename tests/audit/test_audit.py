@@ -423,6 +423,7 @@ def loader(size):
         (BATCH, {"defenses": None}, "Expected defenses, got None"),
         (BATCH, {"defenses": {"a": [5]}}, "Expected defenses, got 5"),
         (BATCH, {"defenses": {"none": "noise"}}, "names of their own"),
+        (BATCH, {"defenses": {1: "noise", "1": "shuffle"}}, "names of their own, got 1 names of 2"),
         (BATCH, {"attacks": ["position", 5]}, "Expected attacks, got 5"),
         (BATCH, {"attacks": [SpanInversion]}, "instances, not classes"),
         (BATCH, {"attacks": None}, "Expected attacks, got None"),

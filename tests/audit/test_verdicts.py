@@ -151,6 +151,34 @@ def test_of_several_batches_the_outcome_that_leaves_most_open_counts(small_vit, 
     assert report.findings[-1].reason.startswith("first failed")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_batch_without_an_image_is_no_resistance(small_vit, photos, first):
+    @dataclass(frozen=True)
+    class Labels(Part):
+        """Under a defense it gives the labels of one batch and no image."""
+
+        def run(self, view, generator):
+            own = int(view.update.tensors["head.bias"].argmin()) == 3
+            if view.settings and own == first:
+                return Guess(torch.zeros(0, *view.image_shape), labels=torch.tensor([3]))
+            return super().run(view, generator)
+
+    data = photos[:2], torch.tensor([3, 4])
+    noise = [GradientNoise(1e-3)]
+    report = audit(small_vit(), data, defenses=noise, attacks=[Labels()], batch_size=1)
+    control, found = report.findings
+    assert control.verdict == "leaks" and found.verdict == "inconclusive"
+    assert "1 of 2 batches: it gave no image" in found.reason and report.gate(max_gain=6) == 3
+
+
+def test_an_interrupted_report_says_so_in_every_form(small_vit, photo):
+    report, _ = judged(small_vit(), photo, Part())
+    cut = replace(report, interrupted=True)
+    assert not report.to_json()["interrupted"] and cut.to_json()["interrupted"]
+    assert cut.outcome().startswith("Interrupted before its end: ")
+    assert "Interrupted before its end" in cut.to_markdown() and "Interrupted" in cut.to_html()
+
+
 def test_a_part_made_for_the_damage_stands_in_for_one_that_refuses_it(small_vit, photo):
     refused = Part(defended="refuses")
     for stands_in, verdict in ((StandsIn(), "resisted"), (Part(), "inconclusive")):
@@ -259,6 +287,35 @@ def test_two_images_that_are_both_picked_out_leak(small_vit, photos):
     report = audit(small_vit(), batch, defenses=NOISE, attacks=[Faint(two)])
     assert report.findings[-1].gain < 6 and report.findings[-1].verdict == "leaks"
     assert "2 of 2 images told from 1000 decoys" in report.findings[-1].reason
+
+
+@pytest.mark.parametrize("contrast", [0.08, 0.9])
+def test_a_larger_gain_does_not_lift_what_no_limit_in_db_sees(small_vit, photos, contrast):
+    @dataclass(frozen=True)
+    class Clear(Faint):
+        def run(self, view, generator):
+            return Guess(self.truth if not view.settings else 0.5 + contrast * (self.truth - 0.5))
+
+    two = photos[:2]
+    batch = (two, torch.tensor([3, 4]))
+    report = audit(small_vit(), batch, defenses=NOISE, attacks=[Clear(two)])
+    found = report.findings[-1]
+    assert found.verdict == "leaks" and (found.gain < 6) == (contrast < 0.5)
+    assert found.unseen == "2 of 2 images told from 1000 decoys"
+    assert report.gate(max_gain=100) == 1 and report.gate(max_psnr=100) == 1
+    with pytest.raises(LeakFound):
+        report.raise_if_leaks(max_gain=100)
+
+
+def test_a_leak_in_db_alone_may_be_allowed_up_to_a_limit(small_vit, photo):
+    @dataclass(frozen=True)
+    class Flat(Faint):
+        def run(self, view, generator):
+            return Guess(self.truth if not view.settings else 0.9 * self.truth)
+
+    report = audit(small_vit(), (photo, LABEL), defenses=NOISE, attacks=[Flat(photo)])
+    assert report.findings[-1].verdict == "leaks" and report.findings[-1].unseen == ""
+    assert report.gate(max_gain=100) == 0
 
 
 def test_one_hit_in_many_images_is_inconclusive(small_vit, photos):

@@ -59,6 +59,10 @@ def test_a_floor_that_only_repeats_reach_is_refused_where_the_images_are_seen():
     assert guard.update(once, labels).batch_size == 7
     with pytest.raises(Unprotected, match="got 1 different"):
         guard.update(often, labels)
+    zeros = torch.zeros(7, 3, 16, 16)
+    zeros[::2] *= -1.0  # of either sign
+    with pytest.raises(Unprotected, match="got 1 different"):
+        guard.update(zeros, labels)
     made = {n: torch.ones_like(p) for n, p in guard.model.named_parameters() if "vitguard" not in n}
     with pytest.raises(Unprotected, match="repeat"):
         guard.seal(Update(made, batch_size=7), batch=(often, labels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import vitguard as vg
 from vitguard import data, self_attack
 from vitguard.core import Guess, Update
-from vitguard.defenses.gate import LeakGate
+from vitguard.defenses.gate import LeakGate, Tally
 from vitguard.errors import GateClosed, InputError, Unprotected
 from vitguard.models import AprilViT, normalization_of
 from vitguard.registry import parse_stack
@@ -87,6 +88,56 @@ def test_every_third_update_is_looked_at_and_the_first_always(
         guard.update(*batch_of(net))
     assert looked == [0, 3, 6]
     assert guard.tally.counts == {"passed": 3, "not looked at": 4}
+
+
+@pytest.mark.parametrize("undecided", [False, True])
+def test_after_an_update_that_was_not_let_out_the_next_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, undecided: bool
+) -> None:
+    bad = self_attack.Tried("one", "failed" if undecided else "ran", gain=9.0)
+    verdicts = iter([bad, bad, vg_ran(), bad, vg_ran()])
+    monkeypatch.setattr("vitguard.guard.leaving.attack_own", lambda *a, **k: [next(verdicts)])
+    net = model()
+    guard = vg.protect(net, LeakGate(every=2))
+    left = []
+    for _ in range(7):
+        try:
+            guard.update(*batch_of(net))
+            left.append(True)
+        except GateClosed:
+            left.append(False)
+    # looked at: 0, 1, 2 (leaves), then 4, 5 (leaves); the same images tried again do not pass
+    assert left == [False, False, True, True, False, True, True]
+
+
+def test_a_model_that_is_given_away_carries_no_decision() -> None:
+    net = model()
+    guard = vg.protect(net, LeakGate())
+    with pytest.raises(GateClosed):
+        guard.update(*batch_of(net))
+    assert guard.tally.updates == 1
+    for given in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert vg.Guard.of(given).tally.last is None and not vg.Guard.of(given).tally.counts
+
+
+def test_a_copy_that_is_made_inside_of_an_audit_has_its_gate() -> None:
+    net = model()
+    guard = vg.protect(net, LeakGate())
+    with guard.ungated():
+        twins = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+        guard.update(*batch_of(net))
+    for twin in twins:
+        with pytest.raises(GateClosed):
+            vg.Guard.of(twin).update(*batch_of(twin))
+
+
+def test_what_an_attack_proves_is_refused_beside_other_images_too() -> None:
+    truth = torch.rand(1, 3, 8, 8)
+    guess = Guess(1 - truth, verified=torch.tensor([[True, False, False, False]]))
+    tried = self_attack._scored("one", guess, truth, (4, 4))
+    assert tried.proved == 0.25
+    with pytest.raises(GateClosed, match="25% of the patches proved"):
+        LeakGate().passage(vg.Update({}, batch_size=1), lambda _: [tried], Tally())
 
 
 def vg_ran() -> self_attack.Tried:

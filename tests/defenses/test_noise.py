@@ -30,6 +30,17 @@ def test_the_noise_is_relative_to_each_tensors_root_mean_square(scale):
         assert abs(float(noise.mean() / rms)) < 5 * scale / 200
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("kind", "size"), [(torch.float16, 1e-4), (torch.float32, 1e-30)])
+def test_entries_whose_squares_are_too_small_for_the_type_get_their_noise(kind, size, keep):
+    tensor = (size * torch.randn(40000, dtype=torch.float64)).to(kind)
+    sealed = seal(GradientNoise(1.0, keep), {"a": tensor})["a"]
+    assert sealed.dtype == kind
+    noise, rms = (sealed.double() - tensor.double()), tensor.double().square().mean().sqrt()
+    wanted = (2 - 2**0.5) ** 0.5 if keep else 1.0  # kept: (t + n) / sqrt(2) - t
+    assert float(noise.std() / rms) == pytest.approx(wanted, rel=0.03)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(10, 60), st.floats(0, 5), st.integers(0, 9))
 def test_keeping_statistics_keeps_mean_and_norm(size, scale, seed):

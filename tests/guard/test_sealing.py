@@ -1,6 +1,8 @@
 """What `seal` takes: a difference of protected steps, whatever was evaluated in between."""
 
 import copy
+import pickle
+from typing import ClassVar
 
 import pytest
 import timm
@@ -10,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
 from tests.fast import crossed
-from vitguard.errors import Unprotected
+from vitguard.defenses.base import UpdateDefense
+from vitguard.errors import InputError, Unprotected
 
 pytest.importorskip("opacus")
 PRIVATE = "privacy:noise=0.5,clip=1,delta=0.001,accountant=rdp"
@@ -178,11 +181,184 @@ def test_a_difference_of_nothing_is_sealed_without_a_step(stack):
     assert not any(t.any() for t in sealed.tensors.values())
 
 
+def test_a_state_without_the_ledger_of_the_stack_is_refused_and_changes_nothing():
+    _, guard, _ = protected("privacy")
+    train(guard, *prepare(guard))
+    spent = guard.privacy_spent()
+    other = vg.protect(vit(), "noise")
+    for state in (other.state_dict(), {"ledger": None}, {"ledger": {}}):
+        with pytest.raises(InputError, match="the ledger of privacy"):
+            guard.load_state_dict(state)
+    with pytest.raises(InputError, match="the ledger of privacy"):
+        guard.load_state_bytes(other.state_bytes())
+    guard.load_state_dict(guard.state_dict())
+    assert guard.privacy_spent() == spent
+
+
+@pytest.mark.parametrize("stack", ["privacy", "shuffle"])
+def test_a_load_of_a_part_does_not_clear_a_plain_gradient_and_one_of_all_that_is_sent_does(stack):
+    model, guard, before = protected(stack)
+    guard.will_seal()
+    if stack == "privacy":
+        train(guard, *prepare(guard))
+    F.cross_entropy(model.eval()(IMAGES[:4]), LABELS[:4]).backward()
+    model.train()
+    part = {"head.bias": before["head.bias"]}
+    for load in (
+        lambda: model.load_state_dict(part, strict=False),
+        lambda: model.load_state_dict({}, strict=False),
+        lambda: model.head.load_state_dict(model.head.state_dict()),
+        lambda: model.vitguard.load_state_dict(model.vitguard.state_dict()),
+    ):
+        load()
+        with pytest.raises(Unprotected):
+            guard.seal(difference(model, before))
+    with pytest.raises(RuntimeError):
+        model.load_state_dict({**before, "head.bias": torch.zeros(3)}, strict=False)
+    with pytest.raises(Unprotected):
+        guard.seal(difference(model, before))
+    sent = {n: t for n, t in before.items() if not n.startswith("vitguard.")}
+    model.load_state_dict(sent, strict=False)
+    if stack == "privacy":
+        train(guard, *prepare(guard))
+    guard.seal(difference(model, before))
+
+
+def test_weights_without_what_stays_local_or_frozen_are_all():
+    model = vit().train()
+    model.head.requires_grad_(False)
+    guard = vg.protect(model, "withheld+shuffle:ratio=0.5")
+    guard.will_seal()
+    F.cross_entropy(model.eval()(IMAGES[:4]), LABELS[:4]).backward()
+    sent = {n: model.state_dict()[n] for n in guard.shared_names() if "head" not in n}
+    model.train().load_state_dict(sent, strict=False)
+    guard.seal(vg.Update({}, kind="difference", batch_size=4, learning_rate=0.1))
+
+
+@pytest.mark.parametrize("kind", ["_forward_hooks", "_forward_pre_hooks"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_shuffle_whose_hooks_something_cleared_lets_nothing_leave(kind, copied):
+    model, _, before = protected("shuffle")
+    guard = vg.Guard.of(model := copied(model).train())
+    guard.will_seal()
+    guard.update(IMAGES[:4], LABELS[:4])
+    for module in model.modules():
+        getattr(module, kind).clear()
+    with pytest.raises(Unprotected, match="hooks on the model"):
+        guard.update(IMAGES[:4], LABELS[:4])
+    with pytest.raises(Unprotected, match="hooks on the model"):
+        guard.seal(difference(model, before))
+
+
+def test_blocks_of_threads_that_overlap_leave_nothing_open():
+    model, guard, _ = protected("privacy")
+    for block in (guard.rehearsing, guard.ungated):
+        first, second = block(), block()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)  # as two threads do, of which the first ends first
+        second.__exit__(None, None, None)
+    with pytest.raises(Unprotected, match="Expected training through"):
+        model(IMAGES[:4])
+    with pytest.raises(Unprotected, match="training under prepare"):
+        guard.seal(vg.Update({}, kind="difference", batch_size=4, learning_rate=0.1))
+    assert not guard._protection.ungating
+
+
+def test_a_prepare_inside_a_rehearsal_stays():
+    _, guard, _ = protected("privacy")
+    with guard.rehearsing():
+        optimizer, loader = prepare(guard)
+    train(guard, optimizer, loader)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_plain_step_of_a_copy_before_its_own_prepare_keeps_the_difference_from_seal(
+    copied, prepared
+):
+    model, guard, _ = protected("privacy")
+    if prepared:
+        train(guard, *prepare(guard))
+    twin = COPIES[copied](model)
+    before = {n: p.detach().clone() for n, p in twin.named_parameters()}
+    other = torch.optim.SGD(twin.parameters(), lr=0.1)
+    F.cross_entropy(twin.eval()(IMAGES[:4]), LABELS[:4]).backward()
+    other.step()
+    guard = vg.Guard.of(twin.train())
+    train(guard, *prepare(guard))
+    with pytest.raises(Unprotected, match="got a plain one"):
+        guard.seal(difference(twin, before))
+    twin.load_state_dict(before, strict=False)
+    train(guard, *prepare(guard))
+    guard.seal(difference(twin, before))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: m])
 def test_after_remove_no_gradient_is_watched(copied):
     model, _guard, _ = protected("privacy")
     model = copied(model)
     vg.Guard.of(model).remove()
     F.cross_entropy(model(IMAGES[:4]), LABELS[:4]).backward()
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
     vg.protect(model, STACKS["privacy"])
+
+
+class Hides(UpdateDefense):
+    """Hides what it is told, as an encryption of a part does."""
+
+    name: ClassVar[str] = "hides"
+
+    def __init__(self, *names):
+        self.names = names
+
+    def seal(self, update, anatomy, draws):
+        return update.seal(dict.fromkeys(self.names, "hidden"))
+
+
+def difference_of(model, before):
+    after = model.state_dict()
+    tensors = {n: after[n] - t for n, t in before.items() if n in after}
+    return vg.Update(tensors, kind="difference", batch_size=6, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("stack", ["withheld", "frozen-stem:trained=0"])
+def test_a_second_name_of_what_is_held_does_not_leave(stack):
+    model = vit().train()
+    model.also = torch.nn.ParameterList([model.pos_embed])
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    guard = vg.protect(model, stack)
+    guard.will_seal()
+    optimizer = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    F.cross_entropy(model(IMAGES[:6]), LABELS[:6]).backward()
+    optimizer.step()
+    update = guard.seal(difference_of(model, before))
+    assert not update.can_read("pos_embed") and not update.can_read("also.0")
+    assert update.can_read("head.weight")
+    assert "also.0" not in guard.shared_names() and "head.weight" in guard.shared_names()
+
+
+def test_a_second_name_of_what_a_defense_seals_is_refused():
+    model = vit().train()
+    model.also = model.blocks[0]
+    weights = {n: torch.ones_like(t) for n, t in model.state_dict().items()}
+    update = vg.Update(weights, kind="difference", batch_size=6, learning_rate=0.1)
+    one, both = "blocks.0.mlp.fc1.weight", "also.mlp.fc1.weight"
+    guard = vg.protect(model, [Hides(one, both)])
+    assert guard.seal(update).sealed.keys() == {one, both}
+    guard.remove()
+    with pytest.raises(Unprotected, match="to be sealed with blocks"):
+        vg.protect(model, [Hides(one)]).seal(update)
+
+
+def test_a_second_name_of_what_is_frozen_is_as_frozen():
+    model = vit().train()
+    model.also = model.blocks[0].requires_grad_(False)
+    weights = {n: torch.zeros_like(t) for n, t in model.state_dict().items()}
+    update = vg.Update(weights, kind="difference", batch_size=6, learning_rate=0.1)
+    update = vg.protect(model, "client-privacy:noise=1").seal(update)
+    assert {n.partition(".")[0] for n in update.sealed} == {"also", "blocks"}
+    assert update.can_read("head.weight")

@@ -60,6 +60,7 @@ def test_the_memory_is_part_of_the_guards_state_and_goes_on_after_a_restart():
     again.load_state_bytes(guard.state_bytes())
     assert again.state_dict()["inspection"] == guard.state_dict()["inspection"]
     assert json.loads(guard.state_bytes())["inspection"]["version"] == 1
+    assert "inspection" not in json.loads(guard.state_bytes(draws=False, memory=False))
     assert again.inspect(weights_of(make(seed=5)), *batch()).suspicious
 
 

@@ -1,5 +1,7 @@
 """Lightning: what a loop by hand gives, private or not, and resumes that count."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -133,6 +135,17 @@ def test_a_checkpoint_without_the_guards_state_is_refused(tmp_path):
     torch.save(state, path)
     with pytest.raises(InputError, match="What was spent before would not count"):
         fit(Guarded(PRIVATE), ckpt_path=path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_holds_no_key_of_an_inspection(tmp_path):
+    module = Guarded(PRIVATE)
+    module.guard.accept(module.net.state_dict())
+    path = tmp_path / "one.ckpt"
+    fit(module, epochs=1).save_checkpoint(path)
+    state = torch.load(path, weights_only=False)
+    assert json.loads(state["vitguard"]).keys() == {"version", "ledger"}
+    assert str(module.guard.state_dict()["inspection"]["key"]) not in str(state)
 
 
 class Photos(L.LightningDataModule):

@@ -193,6 +193,11 @@ class TestGate:
             ([unmeasured("not applicable")], 3),
             ([unmeasured("leaks")], 1),  # it reproduces the update; there is no truth to measure
             ([finding(verdict="leaks", level=5.0)], 1),  # told from decoys: no dB limit sees that
+            (
+                [finding(verdict="leaks", level=14.0, gain=8.0)],
+                0,
+            ),  # in dB alone, and within the limit
+            ([finding(verdict="leaks", level=14.0, gain=8.0, unseen="told from decoys")], 1),
             ([unmeasured("blocked"), finding(level=12.0)], 0),
             ([finding(level=12.0), unmeasured("blocked", STACK)], 3),
             ([finding(level=65.0), unmeasured("blocked", STACK)], 1),

@@ -49,6 +49,30 @@ class Broken(ModelDefense):
         return Leaves()
 
 
+@dataclass(frozen=True)
+class Touches(ModelDefense):
+    """Guarantees: None."""
+
+    name: ClassVar[str] = "touches"
+    what: str = "state"
+
+    def install(self, model, anatomy, draws):
+        if self.what == "state":
+            model.register_state_dict_post_hook(lambda *_: None)
+        elif self.what == "loads":
+            model.blocks[0].register_load_state_dict_pre_hook(lambda *_: None)
+        elif self.what == "parameter":
+            model.head.weight.register_hook(lambda gradient: gradient * 0)
+        elif self.what == "frozen":
+            model.head.weight.requires_grad_(False)
+        elif self.what == "mode":
+            model.blocks.eval()
+        elif self.what == "weights":
+            with torch.no_grad():
+                model.head.weight.mul_(2)
+        return Leaves()
+
+
 @pytest.fixture(scope="module")
 def tiny(small_vit):
     return small_vit(depth=1)
@@ -158,6 +182,20 @@ def test_canaries_hold_a_claim_break_a_false_one_and_say_when_they_see_nothing()
         assert_epsilon_not_exceeded(gaussian(0.0), epsilon=float("inf"), delta=1e-5)
 
 
+@pytest.mark.parametrize("what", ["state", "loads", "parameter", "frozen", "mode"])
+def test_whatever_a_defense_leaves_behind_is_found(tiny, what):
+    with pytest.raises(AssertionError, match="does not undo touches"):
+        assert_removable(tiny, defenses=[Touches(what)])
+
+
+def test_a_defense_that_changes_weights_is_not_what_the_model_was(tiny, photo):
+    with pytest.raises(AssertionError, match="changes 1 weights of the model"):
+        assert_eval_unchanged(tiny, photo, defenses=[Touches("weights")])
+    watched = copy.deepcopy(tiny)
+    watched.head.weight.register_hook(lambda gradient: gradient)  # of the user
+    assert_removable(watched, defenses="shuffle")
+
+
 PLAIN = {"a": torch.arange(6.0), "b": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(3)}
 
 
@@ -176,6 +214,19 @@ def test_what_is_sealed_too_little_is_found():
         assert_sealed(sealed, [])
     with pytest.raises(Inconclusive, match="no plain values"):
         assert_sealed(update.seal({"b": "encrypted"}), ["b"], plain=PLAIN)
+
+
+@pytest.mark.parametrize(
+    "where", [slice(None), slice(1, None), slice(16, None)], ids=["whole", "all but one", "half"]
+)
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_values_that_are_there_in_another_type_or_in_part_are_found(kind, where):
+    plain = {"a": torch.linspace(1, 2, 32)}
+    other = Update({"b": plain["a"][where].to(kind)}).seal({"a": "encrypted"})
+    with pytest.raises(AssertionError, match="its values are in the update"):
+        assert_sealed(other, ["a"], plain=plain)
+    few = {"a": torch.tensor([1e-9, 2e-9, 3e-9, 4e-9] * 2)}  # zeros in half precision
+    assert_sealed(Update({"b": torch.zeros(32).half()}).seal({"a": "x"}), ["a"], plain=few)
 
 
 def test_a_file_that_loses_something_is_found(monkeypatch):

@@ -155,6 +155,8 @@ def _stacks(defenses: Stacks) -> dict[str, list[Defense]]:
         stack = stack_of(defenses)
         return {stack_name(stack): stack}
     stacks = {str(name): stack_of(stack) for name, stack in defenses.items()}
+    if len(stacks) < len(defenses):
+        raise expected("stacks with names of their own", f"{len(stacks)} names of {len(defenses)}")
     if stacks.get("none") or CONTROL in stacks:
         raise expected("stacks with names of their own", "'none' or '', the undefended control")
     return stacks

@@ -72,17 +72,23 @@ def finding_of(
     measured = replace(base, **(measurements(scored) if scored else unmeasured(guessed)))
     verdict, reason, cut = _verdict(measured, attack, scored, beside) if scored else (
         "inconclusive", _truth_unknown(guessed), "")  # fmt: skip
-    if verdict != "leaks" and (why := next((e for a in guessed if (e := _explanation(a))), "")):
+    explained = next((e for a in guessed if (e := _explanation(a))), "")
+    unseen = _unseen(measured, scored) or explained
+    if verdict != "leaks" and explained:
         # whatever the images are said to be: its guess is what the update was made of
+        why = explained
         if scored and (measured.psnr is None or measured.psnr.max < _ALIKE):
             why += ", and is none of the images that were given: check them, mean and deviation"
         verdict, reason, cut = "leaks", why, ""
-    if failed:
-        reason = f"{reason}; {len(failed)} of {len(attempts)} batches: {failed[0].reason}"
+    if len(guessed) < len(attempts):
+        missing = failed[0].reason if failed else "it gave no image"
+        reason = f"{reason}; {len(attempts) - len(guessed)} of {len(attempts)} batches: {missing}"
         if verdict != "leaks":  # the control may leak on the very batches that were not attacked
-            verdict, cut = "inconclusive", failed[0].reason
+            verdict, cut = "inconclusive", missing
     shown = pictures(scored, beside.attempts if beside else scored) if scored else guesses(guessed)
-    return replace(measured, verdict=verdict, reason=reason, images=shown, undecided=cut)
+    return replace(
+        measured, verdict=verdict, reason=reason, images=shown, undecided=cut, unseen=unseen
+    )
 
 
 def _without_a_guess(base: Finding, failed: Sequence[Attempt], beside: Beside | None) -> Finding:
@@ -175,6 +181,11 @@ def _leak(measured: Finding, scored: Sequence[Attempt]) -> str:
     gain = measured.gain
     if gain is not None and gain >= LEAK_GAIN:
         return f"{gain:.1f} dB above the best no-information guess"
+    return _unseen(measured, scored)
+
+
+def _unseen(measured: Finding, scored: Sequence[Attempt]) -> str:
+    """Return why the guesses leak whatever their dB, "" where they do not."""
     hits = [bool(h) for a in scored for _, h in _identified(a)]
     if identification_p(sum(hits), len(hits), EQUALS) < CHANCE:
         return f"{sum(hits)} of {len(hits)} images told from {measured.decoys} decoys"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ __all__ = [
     "ModelDefense",
     "StepDefense",
     "UpdateDefense",
+    "hooks_gone",
     "rewinding",
     "traits_of",
     "watch_gradients",
@@ -110,19 +112,30 @@ def written(value: Any) -> str:
 def watch_gradients(
     parameters: Iterable[nn.Parameter], note: Callable[[Tensor], None]
 ) -> list[Any]:
-    """Call `note` when a gradient reaches a parameter, also one that is unfrozen later.
+    """Call `note` when a gradient of a parameter is taken, also of one that is unfrozen later.
+
+    By `backward` or by `torch.autograd.grad`, which leaves nothing in the parameter itself.
 
     Returns:
         The handles that end it.
     """
     handles = []
     for parameter in parameters:
-        if parameter.is_floating_point() or parameter.is_complex():
+        if parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex()):
             trained = parameter.requires_grad
             parameter.requires_grad_(True)  # torch takes no hook for one that is frozen
-            handles.append(parameter.register_post_accumulate_grad_hook(note))
+            handles.append(parameter.register_hook(functools.partial(_noted, note, parameter)))
             parameter.requires_grad_(trained)
     return handles
+
+
+def hooks_gone(handles: Iterable[Any]) -> bool:
+    """Whether somebody else removed a hook: `module._forward_hooks.clear()`, a part replaced."""
+    return any(handle.id not in (handle.hooks_dict_ref() or ()) for handle in handles)
+
+
+def _noted(note: Callable[[Tensor], None], parameter: Tensor, gradient: Tensor) -> None:
+    note(parameter)
 
 
 class Installed(nn.Module):
@@ -197,6 +210,9 @@ class Installed(nn.Module):
 
         Asked before the defenses of the update act.
         """
+
+    def arrived(self) -> None:
+        """Note that other weights came in place of all that were trained."""
 
     def settle(self) -> None:
         """Raise Unprotected if a gradient was taken without the defense since the weights came."""

@@ -26,7 +26,8 @@ class Tried:
         reason: Why it did not run to its end.
         gain: dB of the worst image above its own no-information baseline, patches matched.
         psnr: dB of the worst image, patches matched.
-        proved: Share of the true patches that the attack proved and reproduced, in [0, 1].
+        proved: Share of the patches that the attack proved, in [0, 1], whether or not they are of
+            the images that were given.
         needs: Tensors that the attack reads, as far as it says so.
         opens: Whether an attack that does not apply would have, to a plain gradient of the batch.
     """
@@ -63,16 +64,22 @@ class Tally:
 
     counts: dict[str, int] = field(default_factory=dict)
     last: Decision | None = None
+    left: int = 0
+    """How many updates left."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return (type(self), ())  # a model that is given away carries nothing made with the images
 
     @property
     def updates(self) -> int:
         """How many updates came to the gate."""
         return sum(self.counts.values())
 
-    def note(self, decision: Decision) -> None:
-        """Count a decision."""
+    def note(self, decision: Decision, *, left: bool = True) -> None:
+        """Count a decision, and whether the update left."""
         self.counts[decision.verdict] = self.counts.get(decision.verdict, 0) + 1
         self.last = decision
+        self.left += left
 
 
 @dataclass(frozen=True)
@@ -87,13 +94,16 @@ class LeakGate(Defense):
 
     Does not protect against:
         Attacks that it does not run (the ladder, gradient matching), and updates between those
-        that it looks at. Whether an update was refused depends on the images: a server that sees
-        no update learns that much, and no differential privacy of the stack covers it.
+        that it looks at. A wrong `batch=` of `Guard.seal`: beside images that are others, or no
+        model input, an exact guess looks like a wrong one, unless the attack proves it. Whether an
+        update was refused depends on the images: a server that sees no update learns that much,
+        and no differential privacy of the stack covers it.
 
     Args:
         max_gain: Largest dB above the no-information baseline, of any image; none for no limit.
         max_psnr: Largest dB of any image; none for no limit.
-        every: Look at the first update and each n-th after it (n = every); the others pass unseen.
+        every: Look at the first update and at each n-th that leaves after it (n = every); those
+            between pass unseen. One that is not let out does not count: the next is looked at.
         work: Nominal seconds for all attacks on one update (see `vitguard.attacks.budget`). It is
             no time on a clock; an attack without a budget of its own runs to its end.
         then: Where an update leaks: `refuse` raises, `withhold` seals the tensors that the attack
@@ -138,8 +148,8 @@ class LeakGate(Defense):
         )
 
     def due(self, tally: Tally) -> bool:
-        """Whether the next update is looked at."""
-        return tally.updates % self.every == 0
+        """Whether the next update is looked at; after one that was not let out it always is."""
+        return tally.left % self.every == 0
 
     def passage(
         self, update: Update, attack: Callable[[Update], Sequence[Tried]], tally: Tally
@@ -195,7 +205,7 @@ class LeakGate(Defense):
 
     @staticmethod
     def _closed(tally: Tally, decision: Decision) -> GateClosed:
-        tally.note(decision)
+        tally.note(decision, left=False)
         return GateClosed(
             f"Expected an update that may leave, got one that is {decision.verdict}: "
             f"{decision.reason}. It was not released; what it cost stays in the ledger.",

@@ -53,11 +53,12 @@ class GradientNoise(UpdateDefense):
         return replace(update, tensors=tensors)
 
     def _noised(self, tensor: Tensor, draws: Draws) -> Tensor:
-        noise = draws.normal(tensor.shape, like=tensor)
-        noised = tensor + self.scale * tensor.square().mean().sqrt() * noise
+        wide = tensor.double()  # narrower, squares of small entries are zero, and so is the noise
+        noise = draws.normal(tensor.shape, like=wide)
+        noised = wide + self.scale * wide.square().mean().sqrt() * noise
         if not self.keep_statistics or tensor.numel() < 2:
-            return noised
+            return noised.to(tensor.dtype)
         about = noised - noised.mean()
-        original = tensor - tensor.mean()
-        ratio = original.norm() / about.norm().clamp_min(torch.finfo(tensor.dtype).tiny)
-        return tensor.mean() + about * ratio
+        original = wide - wide.mean()
+        ratio = original.norm() / about.norm().clamp_min(torch.finfo(wide.dtype).tiny)
+        return (wide.mean() + about * ratio).to(tensor.dtype)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -25,9 +26,11 @@ from vitguard.defenses.gate import LeakGate, Tally
 from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Unprotected
 from vitguard.inspection import Memory
-from vitguard.vit import Anatomy
+from vitguard.vit import Anatomy, canonical_name
 
 __all__ = ["Protection"]
+
+_BLOCKS = threading.Lock()
 
 
 class Protection(nn.Module):
@@ -39,9 +42,15 @@ class Protection(nn.Module):
         self.defenses = defenses
         self.draws = draws
         self.prepared = False
-        """Whether a training pass is protected: by `Guard.prepare`, or inside `Guard.update`."""
+        """Whether training passes are protected by `Guard.prepare`, or need not be."""
+        self.allowing = 0
+        """How many blocks of `allowed` are open, of all threads together."""
         self.watches: list[Any] = []
         """Hooks that tell of training before `prepare`, where the stack protects each step."""
+        self.loading: Any = None
+        """The hook that tells which weights a state dict brings."""
+        self.whole = False
+        """Whether the last state dict brought everything that is trained and sent."""
         self.exposed = False
         """Whether a plain gradient reached a parameter before `prepare`, since the last load."""
         self.destination: Literal["", "warned", "sealed", "local"] = ""
@@ -52,8 +61,8 @@ class Protection(nn.Module):
         """Parameters that the defenses took out of the model and something still holds."""
         self.brought: set[str] = set()
         """What the last state dict held of the defenses' own tensors."""
-        self.ungated = False
-        """Whether updates pass a gate unseen: inside an audit, whose attacks judge them."""
+        self.ungating = 0
+        """How many blocks of `ungated` are open, of all threads together."""
         self.tally = Tally()
         """What a gate decided of the updates of this process."""
         self.memory = Memory()
@@ -69,9 +78,10 @@ class Protection(nn.Module):
         return f"Protection({', '.join(map(repr, self.defenses))})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy has no private optimizer of its own, and nobody's optimizer holds what was taken
+        # a copy has no private optimizer of its own, and nobody's optimizer holds what was taken;
+        # parameters of a copy have no hooks (`watch_again`), and no audit is inside of it
         fresh = {"prepared": False, "taken": (), "watches": self.watches[:1]}
-        return {**self.__dict__, **fresh}
+        return {**self.__dict__, **fresh, "allowing": 0, "ungating": 0}
 
     @staticmethod
     def of(model: nn.Module) -> Protection | None:
@@ -107,12 +117,24 @@ class Protection(nn.Module):
             *watch_gradients(model.parameters(), self._expose),
         ]
 
+    def watch_again(self, model: nn.Module) -> None:
+        """Note gradients around a copy too, whose parameters came without their hooks."""
+        if len(self.watches) == 1 and not self.passing:
+            self.watches += watch_gradients(model.parameters(), self._expose)
+
     def _expose(self, parameter: Tensor) -> None:
-        if not self.prepared:
+        if not self.passing:
             self.exposed = True
+
+    def watch_loading(self, model: nn.Module) -> None:
+        """Note whether a state dict brings all weights: what was done to these is gone then."""
+        self.loading = model.register_load_state_dict_pre_hook(_arriving)
 
     def unwatch(self) -> None:
         """Let every training pass through, unnoticed."""
+        if self.loading is not None:
+            self.loading.remove()
+            self.loading = None
         for handle in self.watches:
             handle.remove()
         self.watches = []
@@ -139,7 +161,7 @@ class Protection(nn.Module):
 
     def stepped(self) -> None:
         """Note that an optimizer is about to step the model."""
-        if not (self.destination or self.rehearsal) and (line := self.idle()):
+        if not (self.destination or self.rehearsal or self.allowing) and (line := self.idle()):
             self.destination = "warned"
             warnings.warn(line, stacklevel=2)
 
@@ -147,15 +169,35 @@ class Protection(nn.Module):
         """Whether an optimizer that leaves out what a defense added is refused here: pieces do."""
         return False
 
+    @property
+    def passing(self) -> bool:
+        """Whether a training pass is let through: after `prepare`, or inside `allowed`."""
+        return self.prepared or self.allowing > 0
+
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """Let passes through that are protected in another way, such as those of Guard.update."""
-        before = self.prepared, self.rehearsal
-        self.prepared = self.rehearsal = True
+        """Let passes through that are protected in another way, such as those of Guard.update.
+
+        Counted, not put back: of threads that meet here the last one out closes it.
+        """
+        with _BLOCKS:
+            self.allowing += 1
         try:
             yield
         finally:
-            self.prepared, self.rehearsal = before
+            with _BLOCKS:
+                self.allowing -= 1
+
+    @contextmanager
+    def ungated(self) -> Iterator[None]:
+        """Let updates pass a gate unseen: inside an audit, whose attacks judge them."""
+        with _BLOCKS:
+            self.ungating += 1
+        try:
+            yield
+        finally:
+            with _BLOCKS:
+                self.ungating -= 1
 
     def installed(self) -> list[Installed]:
         """Return the installed pieces, in order."""
@@ -175,11 +217,32 @@ class Protection(nn.Module):
 def _require_preparation(model: nn.Module, args: Any) -> None:
     """Refuse a plain training pass where the stack protects each example's gradient."""
     protection = model.get_submodule("vitguard")
-    if model.training and torch.is_grad_enabled() and not protection.prepared:
+    assert isinstance(protection, Protection)
+    if not torch.is_grad_enabled() or protection.passing:
+        return
+    protection.watch_again(model)
+    if model.training:
         raise Unprotected(
             "Expected training through guard.prepare(optimizer, loader), got a training pass "
             "without it: its gradient would be plain. Call prepare, or use guard.update."
         )
+
+
+def _arriving(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Note whether a state dict holds every weight that is trained and leaves."""
+    protection = model.get_submodule("vitguard")
+    assert isinstance(protection, Protection)
+    wanted = {
+        f"{prefix}{name}": p.shape
+        for name, p in model.named_parameters()
+        if p.requires_grad
+        and not name.startswith("vitguard.")
+        and not protection.holds(canonical_name(name))
+    }
+    protection.whole = all(
+        isinstance(t := state.get(name), Tensor) and t.shape == shape
+        for name, shape in wanted.items()
+    )
 
 
 def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -194,7 +257,10 @@ def _tolerate_original(module: nn.Module, state: dict[str, Any], prefix: str, *_
 def _restored(module: nn.Module, incompatible_keys: Any) -> None:
     """Note which lost values a state dict of a protected model has brought back."""
     assert isinstance(module, Protection)
-    module.exposed = False  # what was done to the weights before will not be sent
+    if module.whole:
+        module.whole = module.exposed = False  # what was done to the weights will not be sent
+        for piece in module.installed():
+            piece.arrived()
     for name, piece in module.named_children():
         if isinstance(piece, Installed):
             piece.lost = frozenset(n for n in piece.lost if f"{name}.{n}" not in module.brought)

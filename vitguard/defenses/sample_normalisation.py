@@ -14,6 +14,7 @@ from vitguard.core import Batch, Loss, Traits
 from vitguard.defenses.base import Defense, Draws, StepDefense
 from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.defense import DifferentialPrivacy
+from vitguard.defenses.privacy.mixing import refuse_mixing_defenses
 from vitguard.errors import UpdateRefused, expected
 from vitguard.vit import Anatomy
 
@@ -68,8 +69,9 @@ class SampleNormalisation(StepDefense):
             raise expected("mode normalise or clip", repr(self.mode))
 
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
-        """Raise Incompatible if no per-example gradient can be told for the model."""
+        """Raise Incompatible if no gradient of one example alone can be told for the model."""
         check_model(model)
+        refuse_mixing_defenses(stack, anatomy)
 
     def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
         """Return that the gradient is not the mean of the examples': each has a weight."""

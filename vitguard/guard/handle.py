@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from vitguard.defenses.base import (
 from vitguard.defenses.gate import Tally
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Unprotected, expected
-from vitguard.guard.leaving import require_released, require_sent, sealed
+from vitguard.guard.leaving import names_by_values, require_released, require_sent, sealed
 from vitguard.guard.local_step import check_batch, difference_of, gradient_of, trained
 from vitguard.guard.public import extras_of, public_copy
 from vitguard.guard.state import from_bytes, load_state, state_of, to_bytes
@@ -42,6 +42,7 @@ class Guard:
         self._protection: Protection = model.get_submodule("vitguard")  # type: ignore[assignment]
         self._draws = self._protection.draws
         self._ledgers = self._protection.ledgers
+        self._protection.watch_again(model)
 
     @staticmethod
     def of(model: nn.Module) -> Guard:
@@ -296,7 +297,7 @@ class Guard:
                 "Expected an update that update() made: the batch was not transformed."
             )
         step = self._protection.step
-        if step is not None and not self._protection.prepared:
+        if step is not None and not self._protection.passing:
             raise Unprotected(
                 f"Expected training under prepare(), got a finished update: {step.name} "
                 "needs each example's own gradient. Call prepare(optimizer, loader) and train."
@@ -315,14 +316,9 @@ class Guard:
         """What the gate of this stack decided so far, by the images: for the client alone."""
         return self._protection.tally
 
-    @contextmanager
-    def ungated(self) -> Iterator[None]:
+    def ungated(self) -> AbstractContextManager[None]:
         """Let updates pass a gate unseen and uncounted: an audit's attacks judge them."""
-        before, self._protection.ungated = self._protection.ungated, True
-        try:
-            yield
-        finally:
-            self._protection.ungated = before
+        return self._protection.ungated()
 
     def round(
         self, number: int, *, base: str, weight: float = 1.0, client: str = ""
@@ -360,7 +356,12 @@ class Guard:
         added = {f"vitguard.{name}" for name, _ in self._protection.named_parameters()}
         state = (name for name, t in self.model.state_dict().items() if isinstance(t, Tensor))
         sent = (n for n in state if not n.startswith("vitguard.") or n in added)
-        return tuple(n for name in sent if not self._protection.holds(n := canonical_name(name)))
+        twins = names_by_values(self.model)
+        return tuple(
+            n
+            for name in sent
+            if not any(map(self._protection.holds, twins[n := canonical_name(name)]))
+        )
 
     def encrypted(self) -> dict[str, Tensor]:
         """Return the parameters that the stack encrypts, as they stand, by name.
@@ -395,7 +396,10 @@ class Guard:
         return {k: v for k, v in state.items() if not k.startswith("vitguard.")}
 
     def remove(self) -> None:
-        """Give the model its original architecture back, in place."""
+        """Give the model its original architecture back, in place.
+
+        What was spent goes with the guard: load its `state_dict` into that of the next `protect`.
+        """
         if getattr(self.model, "vitguard", None) is self._protection:
             self._protection.uninstall(self.model)
             del self.model.vitguard
@@ -408,18 +412,19 @@ class Guard:
         """
         return state_of(self._protection)
 
-    def state_bytes(self, *, draws: bool = True) -> bytes:
+    def state_bytes(self, *, draws: bool = True, memory: bool = True) -> bytes:
         """Return `state_dict` as JSON, for a place that keeps bytes. Local, never to be averaged.
 
         Args:
-            draws: With the state of a generator that was given to `protect`. False leaves the
-                ledger alone, which holds no secret.
+            draws: With the state of a generator that was given to `protect`.
+            memory: With what an inspection remembers, whose key is this client's alone. Where
+                both are False the ledger is left, which holds no secret.
 
         Raises:
             InputError: Without `draws`, where there are residuals of error feedback: these are
                 secret, and the next update needs them.
         """
-        return to_bytes(self.state_dict(), draws=draws)
+        return to_bytes(self.state_dict(), draws=draws, memory=memory)
 
     def load_state_bytes(self, data: bytes) -> None:
         """Continue where `state_bytes` left off, as `load_state_dict` does.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from vitguard.self_attack import attack_own
 from vitguard.tensor_files import check_plain
 from vitguard.vit import canonical_name, canonical_parameters
 
-__all__ = ["require_released", "require_sent", "sealed"]
+__all__ = ["names_by_values", "require_released", "require_sent", "sealed"]
 
 
 def require_sent(protection: Protection) -> None:
@@ -74,8 +75,8 @@ def sealed(
     tensors = {
         canonical_name(name): wrapping.gathered(t.detach()) for name, t in update.tensors.items()
     }
-    known = {canonical_name(name) for name in model.state_dict()}
-    if strangers := sorted(tensors.keys() - known):
+    twins = names_by_values(model)
+    if strangers := sorted(tensors.keys() - twins.keys()):
         raise expected(
             "an update by the model's parameter names", strangers[0],
             "A name that no defense knows would leave unprotected.",
@@ -86,7 +87,9 @@ def sealed(
     held: dict[str, str] = {}
     for piece in protection.installed():
         piece.releasing(model)
-        held |= {n: r for n in tensors if (r := piece.holds(n)) is not None}
+        for name in tensors:
+            if reason := next((r for n in twins[name] if (r := piece.holds(n)) is not None), None):
+                held[name] = reason
     acting = [d for d in protection.defenses if isinstance(d, UpdateDefense)]
     frozen = _frozen(model, tensors)
     left_out = {n for d in acting for n in d.leaves_out(frozen)}
@@ -110,12 +113,32 @@ def sealed(
                 whole = passage.fed(defense, update)
                 update = defense.seal(whole, anatomy, protection.draws)
                 passage.keep(defense, whole, update)
+        for name in update.sealed:
+            if shown := next((n for n in twins.get(name, ()) if update.can_read(n)), None):
+                raise Unprotected(
+                    f"Expected {shown} to be sealed with {name}, with which it shares its values, "
+                    "got it readable. Select both, or untie them."
+                )
         return _past_gate(model, protection, update, batch, made if trained else None)
+
+
+def names_by_values(model: nn.Module) -> dict[str, list[str]]:
+    """Return, for each name in the state dict, all names of the same values: tied ones have some.
+
+    What a name hides another one of them would show.
+    """
+    found: dict[Any, list[str]] = {}
+    for name, tensor in model.state_dict().items():
+        whole = isinstance(tensor, Tensor) and not tensor.is_meta and tensor.numel()
+        place = (tensor.data_ptr(), tensor.shape) if whole else name
+        found.setdefault(place, []).append(canonical_name(name))
+    return {name: names for names in found.values() for name in names}
 
 
 def _frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the frozen parameters in a difference of whole state dicts; they are public."""
-    weights = {canonical_name(n): p for n, p in model.named_parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    weights = {canonical_name(n): p for n, p in named}
     return [n for n in tensors if n in weights and not weights[n].requires_grad]
 
 
@@ -132,7 +155,7 @@ def _past_gate(
     weights before it, so these are looked from as well.
     """
     gate = next((d for d in protection.defenses if isinstance(d, LeakGate)), None)
-    if gate is None or protection.ungated:
+    if gate is None or protection.ungating:
         return update
     if not gate.due(protection.tally):
         gate.skip(protection.tally)

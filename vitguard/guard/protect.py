@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vitguard import wrapping
-from vitguard.analysis import refuse_given_away
+from vitguard.analysis import refuse_given_away, refuse_idle
 from vitguard.defenses.base import (
     BatchDefense,
     Defense,
@@ -92,6 +92,7 @@ def protect(
     for defense in ordered:
         defense.check(model, anatomy, ordered)
     refuse_given_away(model, anatomy, ordered)
+    refuse_idle(model, anatomy, ordered)
     draws = Draws(generator)
     protection = Protection(anatomy, tuple(ordered), draws)
     before = list(model.parameters())
@@ -107,5 +108,7 @@ def protect(
     model.add_module("vitguard", protection.train(model.training))
     if any(isinstance(d, StepDefense) for d in ordered):
         protection.watch_training(model)
+    if any(isinstance(d, StepDefense | ModelDefense) for d in ordered):
+        protection.watch_loading(model)
     protection.watch_sending(model)
     return Guard(model)

@@ -35,9 +35,11 @@ def state_of(protection: Protection) -> dict[str, Any]:
     return state
 
 
-def to_bytes(state: Mapping[str, Any], *, draws: bool) -> bytes:
-    """Return the state as JSON; without `draws` the ledgers alone, which hold no secret."""
+def to_bytes(state: Mapping[str, Any], *, draws: bool, memory: bool) -> bytes:
+    """Return the state as JSON; without both the ledgers alone, which hold no secret."""
     state = dict(state)
+    if not memory:
+        state.pop("inspection", None)
     generator = state.pop("draws", None)
     if draws and generator is not None:
         state["draws"] = generator.numpy().tobytes().hex()
@@ -88,6 +90,11 @@ def load_state(protection: Protection, state: Mapping[str, Any]) -> None:
         raise expected(
             "a ledger of this stack's defenses", strangers[0], "Protect with it, as before."
         )
+    if missing := sorted(protection.ledgers.keys() - spent.keys()):
+        raise expected(
+            f"the ledger of {missing[0]} in a state of this stack", "a state of another stack",
+            "What was spent before would not count. Load the state that this stack saved.",
+        )  # fmt: skip
     for name, ledger in spent.items():
         copy.deepcopy(protection.ledgers[name]).load_state_dict(ledger)
     if "inspection" in state:

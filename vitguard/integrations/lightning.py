@@ -52,7 +52,7 @@ class GuardCallback(Callback):
             pl_module.log(name, value)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_STATE] = guard_inside(pl_module).state_bytes(draws=False).decode()
+        checkpoint[_STATE] = guard_inside(pl_module).state_bytes(draws=False, memory=False).decode()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         state = str(checkpoint[_STATE]).encode() if _STATE in checkpoint else None

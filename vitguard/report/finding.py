@@ -158,6 +158,8 @@ class Finding:
             sum; "" where it looks at one.
         undecided: What keeps this finding from deciding a gate, "" where nothing does: an attack
             that failed, was cut by its budget, or does not apply though the control leaks to it.
+        unseen: How it leaks in a way that no limit in dB sees (told from decoys, patches proved,
+            the update reproduced), "" where it does not, whatever its gain.
         gain: dB of the worst image above its own no-information baseline; when None the report
             takes `patch_psnr.max` above the report's baseline.
         corridor: Of a stack with differential privacy: what its bound allows, what canaries prove.
@@ -185,6 +187,7 @@ class Finding:
     clean_accuracy: float | None = None
     robust_accuracy: Mapping[float | str, float] | None = None
     undecided: str = ""
+    unseen: str = ""
     exposure: str = ""
     gain: float | None = None
     corridor: Corridor | None = None
@@ -243,6 +246,7 @@ class Finding:
                 "clean_accuracy": self.clean_accuracy,
                 "robust_accuracy": self.robust_accuracy,
                 "undecided": self.undecided,
+                "unseen": self.unseen,
                 "exposure": self.exposure,
                 "corridor": self.corridor and {**vars(self.corridor), "reached": self.identified},
             }

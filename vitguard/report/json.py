@@ -32,6 +32,7 @@ def to_json(report: AuditResults) -> dict[str, Any]:
             "threat": report.threat,
             "families_not_run": report.families_not_run,
             "notes": report.notes,
+            "interrupted": report.interrupted,
             "advice": report.advice,
         }
     )

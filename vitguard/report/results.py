@@ -70,6 +70,11 @@ class AuditResults:
         groups = self.configurations(defended=True)
         if not groups:
             return "No defended configuration was audited."
+        if self.interrupted:
+            return f"Interrupted before its end: {self._fared(groups)}"
+        return self._fared(groups)
+
+    def _fared(self, groups: dict[str, list[Finding]]) -> str:
         leaking, tried, resisting = 0, {}, 0
         for findings in groups.values():
             if any(f.verdict == "leaks" for f in findings):
@@ -157,7 +162,8 @@ class AuditResults:
 
         def exceeds(finding: Finding) -> bool:
             measured, gain = finding.patch_psnr, self.gain(finding)
-            if finding.verdict == "leaks" and (gain is None or gain < LEAK_GAIN):
+            by_gain = gain is not None and gain >= LEAK_GAIN
+            if finding.verdict == "leaks" and (finding.unseen or not by_gain):
                 return True  # told from decoys, or reproduces the update: no dB limit sees that
             too_close = max_psnr is not None and measured and measured.worst_above(max_psnr)
             too_far_up = max_gain is not None and gain is not None and gain > max_gain

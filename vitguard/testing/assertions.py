@@ -139,23 +139,29 @@ def _saved(report: AuditReport) -> str:
 def assert_eval_unchanged(model: nn.Module, images: Tensor, *, defenses: Stack) -> None:
     """Assert that in eval mode the protected model gives the model's own output to the last bit.
 
-    Compared is a copy of the model, never protected, that loads what `Guard.export` gives:
-    positions that a defense fixed stand in it.
+    Compared is a copy of the model, never protected, with the positions of `Guard.export` where a
+    defense fixed them. All other weights must be those of the model.
     Control: the output depends on the images.
 
     Args:
         images: Pixels in [0, 1].
 
     Raises:
-        AssertionError: An output differs; the message says by how much.
+        AssertionError: A weight or an output differs; the message says by how much.
         Inconclusive: The output is the same for other images, or the stack is empty.
     """
     guard = _protected(model, defenses)
     public, inputs = copy.deepcopy(model).eval(), _inputs(model, images)
+    exported = guard.export()
     try:
-        public.load_state_dict(guard.export())
+        public.load_state_dict(exported)
     except RuntimeError as error:
         raise AssertionError(f"The model cannot load what {_name(defenses)} exports.") from error
+    own, kept = model.state_dict(), _fixed(guard)
+    if moved := [k for k, t in own.items() if k not in kept and not torch.equal(t, exported[k])]:
+        raise AssertionError(
+            f"{_name(defenses)} changes {len(moved)} weights of the model: {moved[:5]}."
+        )
     with torch.no_grad():
         ours, theirs = logits_of(guard.model.eval()(inputs)), logits_of(public(inputs))
         others = logits_of(public(inputs.flip(-1) * 0.5 + 0.1))
@@ -207,6 +213,9 @@ def assert_checkpoint_compatible(model: nn.Module, *, defenses: Stack) -> None:
 def assert_removable(model: nn.Module, *, defenses: Stack) -> None:
     """Assert that `remove()` gives the architecture back: modules, keys, values and hooks.
 
+    Hooks of passes, of state dicts and of parameters count, and so do which parameters are trained
+    and the mode of each module.
+
     Control: the protected model is another one than the model.
 
     Raises:
@@ -214,11 +223,12 @@ def assert_removable(model: nn.Module, *, defenses: Stack) -> None:
         Inconclusive: The stack is empty, so there is nothing to remove.
     """
     guard = _protected(model, defenses)
-    if _architecture(guard.model) == _architecture(model):
+    before = _architecture(copy.deepcopy(model))  # a copy has no hooks of parameters
+    if _architecture(guard.model) == before:
         raise Inconclusive(f"{_name(defenses)} leaves nothing on the model that could be removed.")
     kept = _fixed(guard)
     guard.remove()
-    before, after = _architecture(model), _architecture(guard.model)
+    after = _architecture(guard.model)
     if odd := sorted({k for k in {*before, *after} if before.get(k) != after.get(k)}):
         text = "; ".join(f"{k or 'the model'}: {before.get(k)} became {after.get(k)}" for k in odd)
         raise AssertionError(f"remove() does not undo {_name(defenses)}: {text[:500]}.")
@@ -236,12 +246,15 @@ def assert_removable(model: nn.Module, *, defenses: Stack) -> None:
 
 
 def _architecture(model: nn.Module) -> dict[str, tuple[object, ...]]:
-    """Return what each module is and how many hooks it has, by name."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return {
-        name: (type(m), *(len(getattr(m, h, ())) for h in hooks), "forward" in vars(m))
-        for name, m in model.named_modules()
-    }
+    """Return what each module and parameter is and how many hooks it has, by name."""
+    found: dict[str, tuple[object, ...]] = {}
+    for name, m in model.named_modules():
+        hooks = {k: len(v) for k, v in vars(m).items() if k.endswith("_hooks") and v}
+        found[name] = (type(m), m.training, *sorted(hooks.items()), "forward" in vars(m))
+    for name, p in model.named_parameters():
+        kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+        found[f"parameter {name}"] = p.requires_grad, *(len(getattr(p, k) or ()) for k in kinds)
+    return found
 
 
 def _protected(model: nn.Module, defenses: Stack) -> Guard:

@@ -9,7 +9,7 @@ import torch
 import vitguard as vg
 from vitguard.defenses.encryption import Manifest, SigningKey
 from vitguard.defenses.masking import MaskingClient, MaskingServer, Terms
-from vitguard.errors import Blocked, InputError, Rejected, Unprotected
+from vitguard.errors import Blocked, Incompatible, InputError, Rejected, Unprotected
 from vitguard.registry import parse_stack
 
 
@@ -49,6 +49,18 @@ def test_a_weak_selection_is_refused_as_for_encryption():
     with pytest.raises(InputError):
         vg.protect(tiny(), [vg.MaskedAggregation("attention")])
     vg.protect(tiny(), [vg.MaskedAggregation("attention", force=True)])
+
+
+@pytest.mark.parametrize("hides", ["masking", "encryption:select=all", "masking:select=.*"])
+@pytest.mark.parametrize(
+    "idle", ["noise", "pruning", "sign-update", "low-rank", "batch-floor", "client-privacy"]
+)
+def test_a_defense_that_would_find_everything_sealed_is_refused(hides, idle):
+    with pytest.raises(Incompatible, match=f"Expected {idle} before"):
+        vg.protect(tiny(), f"{hides}+{idle}")
+    vg.protect(tiny(), f"{idle}+{hides}")
+    if idle != "client-privacy":  # something is left to act on
+        vg.protect(tiny(), f"masking:select=attention,force=true+{idle}")
 
 
 def test_updates_of_three_guards_add_up_to_their_average_in_a_bound_round():

@@ -1,5 +1,8 @@
 """Mixup and CutMix in a collate function or in the loop, of any library, are refused under DP."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import vitguard as vg
 from tests.conftest import CHECKED
+from vitguard.core import Batch
+from vitguard.defenses.base import BatchDefense
 from vitguard.defenses.privacy.mixing import refuse_mixed_targets
 from vitguard.errors import Incompatible, Unprotected
+from vitguard.registry import parse_stack
 
 pytest.importorskip("opacus")
 STACK = "privacy:noise=1,clip=1,delta=0.01,accountant=rdp"
@@ -79,6 +85,49 @@ def test_timms_collate_with_mixup_is_refused(small_vit):
     loader = DataLoader(images, 12, collate_fn=FastCollateMixup(num_classes=10))
     with pytest.raises(Incompatible, match="mixes examples"):
         guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1), loader)
+
+
+@dataclass(frozen=True)
+class OfBatch(BatchDefense):
+    """One of a third party."""
+
+    name: ClassVar[str] = "of-batch"
+    kind: str = "mixup"
+
+    def transform(self, batch, draws):
+        images, labels = batch.images, batch.labels
+        if self.kind == "mixup":
+            images = (images + images.roll(1, 0)) / 2
+        elif self.kind == "now and then" and float(draws.uniform(1)[0]) < 0.3:
+            images = (images + images.flip(0)) / 2
+        elif self.kind == "by torch's generator" and float(torch.rand(())) < 0.3:
+            images = images - images.mean(0)
+        elif self.kind == "labels":
+            labels = labels.roll(1)
+        elif self.kind == "fewer":
+            images, labels = images[:-1], labels[:-1]
+        elif self.kind == "each alone":
+            images = images.flip(-1) * torch.from_numpy(draws.uniform(len(images)))[
+                :, None, None, None
+            ].to(images)
+        return Batch(images, labels)
+
+
+@pytest.mark.parametrize("stack", ["privacy:noise=1", "sample-normalisation"])
+@pytest.mark.parametrize(
+    "kind", ["mixup", "now and then", "by torch's generator", "labels", "fewer"]
+)
+def test_a_defense_of_the_batch_that_mixes_examples_is_refused(small_vit, kind, stack):
+    with pytest.raises(Incompatible, match="of-batch, which mixes"):
+        vg.protect(small_vit(depth=1), [OfBatch(kind), *parse_stack(stack)])
+    vg.protect(small_vit(depth=1), [OfBatch(kind), *parse_stack("client-privacy:noise=1")])
+
+
+@pytest.mark.parametrize("stack", ["privacy:noise=1", "sample-normalisation:mode=clip"])
+def test_a_defense_of_the_batch_that_takes_each_example_alone_is_taken(small_vit, stack):
+    guard = vg.protect(small_vit(depth=1), [OfBatch("each alone"), *parse_stack(stack)])
+    update = guard.update(torch.randn(2, 3, 16, 16), torch.tensor([1, 2]))
+    assert update.batch_size == 2
 
 
 def test_trying_a_collate_function_out_leaves_the_seeds_of_the_process_as_they_were(small_vit):

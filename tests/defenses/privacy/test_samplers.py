@@ -274,6 +274,37 @@ def test_joined_data_sets_are_drawn_from():
     assert set(seen(loader)[0]) == {0, 1, 2, 3, 20, 21, 22, 23}
 
 
+class Files(Numbered):
+    def __init__(self, name):
+        self.samples = [(f"{name}/{i}.png", i) for i in range(COUNT)]
+
+
+_ONE, _TENSORS = Numbered(), TensorDataset(torch.randn(COUNT, 3, 32, 32), torch.arange(COUNT))
+JOINED = {
+    "one set twice": (ConcatDataset([_ONE, _ONE]), COUNT),
+    "a part of it again": (ConcatDataset([_ONE, Subset(_ONE, [3, 5])]), 2),
+    "a part of what is joined": (Subset(ConcatDataset([_ONE, _ONE]), range(COUNT + 4)), 4),
+    "parts that overlap": (ConcatDataset([Subset(_ONE, [0, 1]), Subset(_ONE, [1, 2])]), 1),
+    "joined sets that are joined": (ConcatDataset([ConcatDataset([_ONE]), _ONE]), COUNT),
+    "one tensor in two sets": (ConcatDataset([_TENSORS, TensorDataset(*_TENSORS.tensors)]), COUNT),
+    "the same files": (ConcatDataset([Files("photos"), Files("photos")]), COUNT),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_record_that_joined_data_sets_hold_twice_is_refused(name):
+    data, repeated = JOINED[name]
+    with pytest.raises(Incompatible, match=f"got {repeated} of .* more often"):
+        prepared(DataLoader(data, 4, shuffle=True, collate_fn=pairs))
+
+
+def test_joined_data_sets_of_which_each_record_is_drawn_once_are_taken():
+    twice = Subset(ConcatDataset([_ONE, _ONE]), range(COUNT))
+    apart = ConcatDataset([Files("photos"), Files("others")])
+    for data in (twice, apart, ConcatDataset([Numbered(), Numbered()])):
+        assert prepared(DataLoader(data, 4, collate_fn=pairs))[3].records == len(data)
+
+
 def test_an_empty_draw_never_shows_a_record_outside_the_subset():
     looked = []
 

@@ -16,6 +16,7 @@ from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.engine import Clipped, Engine, clipped_sum
 from vitguard.defenses.privacy.engines import engine_of
 from vitguard.defenses.privacy.losses import auxiliary_losses, per_example_losses
+from vitguard.defenses.privacy.mixing import refuse_mixing_defenses
 from vitguard.defenses.privacy.prepare import prepare_training
 from vitguard.defenses.privacy.probe import probe
 from vitguard.defenses.privacy.target import PrivacyTarget
@@ -40,8 +41,9 @@ class DifferentialPrivacy(PrivacyTarget):
         What many records have in common, and attacks at a large epsilon: read the audit's rate
         beside the bound. A training loss in which examples meet (a contrastive loss) voids the
         bound: wrap the criterion in `PerExample`, which refuses it. The loop itself tells mixup,
-        and class weights with a mean after some batches. The computed sum has the bound to within
-        its rounding (docs/randomness.md).
+        and class weights with a mean after some batches. A record that the data set holds several
+        times (copies, the same files under another transform) counts as several records. The
+        computed sum has the bound to within its rounding (docs/randomness.md).
 
     Args:
         epsilon: Target; needs `epochs`. Without it `noise` is used as it is.
@@ -76,8 +78,9 @@ class DifferentialPrivacy(PrivacyTarget):
     )
 
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
-        """Raise Incompatible if no per-example gradient can be told for the model."""
+        """Raise Incompatible if no gradient of one example alone can be told for the model."""
         check_model(model)
+        refuse_mixing_defenses(stack, anatomy)
 
     def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
         """Return that the gradient is no longer exact, where there is noise, and what it tells."""

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from vitguard.core import Batch
+from vitguard.defenses.base import BatchDefense, Defense, Draws
 from vitguard.errors import Incompatible, Unprotected
+from vitguard.vit import Anatomy
 
-__all__ = ["refuse_mixed_targets", "refuse_mixing_collate"]
+__all__ = ["refuse_mixed_targets", "refuse_mixing_collate", "refuse_mixing_defenses"]
 
 _TRIES = 16  # a mixing that happens in one of five batches goes unseen in 3 of 100 trials
 _FEW = 4  # classes below which smoothed labels and mixed ones look alike
@@ -43,6 +46,38 @@ def refuse_mixing_collate(collate: Callable[[list[Any]], Any], dataset: Any, rec
                 "Expected a collate function that keeps each example to itself, got one that mixes "
                 f"examples: clipping would bound what two records add together. {_REMEDY}"
             )
+
+
+def refuse_mixing_defenses(stack: Sequence[Defense], anatomy: Anatomy) -> None:
+    """Raise Incompatible if what a defense of the batch makes of an example depends on the others.
+
+    Clipping each example's gradient bounds nothing then. Tried out on noise, with equal draws.
+    """
+    shape = (4, anatomy.channels, *anatomy.image_size)
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    classes = anatomy.classes or 2
+    labels = torch.arange(4) % classes, (1 + 2 * torch.arange(4)) % classes
+    one, other = (Batch(i.clone(), t.clone()) for i, t in zip(noise, labels, strict=True))
+    other.images[0], other.labels[0] = one.images[0], one.labels[0]
+    for defense in (d for d in stack if isinstance(d, BatchDefense)):
+        for seed in range(_TRIES):
+            made = [_transformed(defense, batch, seed) for batch in (one, other)]
+            if any(len(m.labels) != 4 or len(m.images) != 4 for m in made) or not (
+                _same(made[0].images[0], made[1].images[0])
+                and _same(made[0].labels[0], made[1].labels[0])
+            ):
+                raise Incompatible(
+                    f"Expected defenses of the batch that keep each example to itself, got "
+                    f"{defense.name}, which mixes examples: clipping would bound what two records "
+                    f"add together. Leave {defense.name} out."
+                )
+
+
+def _transformed(defense: BatchDefense, batch: Batch, seed: int) -> Batch:
+    """Return what a defense makes of a batch with the draws of a seed, whatever it draws from."""
+    given = Batch(batch.images.clone(), batch.labels.clone())
+    with _seeded(seed):
+        return defense.transform(given, Draws(torch.Generator().manual_seed(seed)))
 
 
 def _first_rows(collate: Any, batch: Sequence[Any], seed: int) -> list[Tensor]:

@@ -6,6 +6,8 @@ is refused, because privacy would account for something else than what it does.
 
 from __future__ import annotations
 
+import bisect
+from collections import Counter
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any, cast
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -21,6 +24,7 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
+    TensorDataset,
 )
 
 from vitguard.defenses.base import Draws
@@ -97,7 +101,13 @@ def records_of(loader: Any) -> Sequence[int]:
             its own, so that Poisson draws would not be what was asked for.
     """
     _check_loader(loader)
-    size = len(loader.dataset)
+    records = _given(loader)
+    _refuse_repeats(loader.dataset, records)
+    return records
+
+
+def _given(loader: DataLoader) -> Sequence[int]:
+    size = len(cast(Sized, loader.dataset))
     sampler = _sampler_of(loader)
     kind = type(sampler)
     if kind is SequentialSampler:
@@ -187,6 +197,48 @@ def _distinct_subset(dataset: Any) -> None:
     while isinstance(dataset, Subset):
         _distinct(dataset.indices, len(cast(Sized, dataset.dataset)), "Subset")
         dataset = dataset.dataset
+
+
+def _refuse_repeats(dataset: Any, records: Sequence[int]) -> None:
+    """Raise Incompatible where joined data sets hold a record twice: it would join by two ways.
+
+    Seen where the parts lead to one data set or one tensor, or name the same files.
+    """
+    if not _joins(dataset):
+        return
+    counts = Counter(_origin(dataset, index) for index in records)
+    if repeated := sum(n > 1 for n in counts.values()):
+        raise Incompatible(
+            f"Expected each record once in the joined data sets, got {repeated} of {len(counts)} "
+            "more often: one that joins a batch by two ways spends more privacy than is counted. "
+            "Join different records; augment where a record is read, and weight its loss."
+        )
+
+
+def _joins(dataset: Any) -> bool:
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return isinstance(dataset, ConcatDataset)
+
+
+def _origin(dataset: Any, index: int) -> tuple[Any, ...]:
+    """Return what tells the record at an index of nested data sets from all others."""
+    while True:
+        if isinstance(dataset, Subset):
+            dataset, index = dataset.dataset, int(dataset.indices[index])
+        elif isinstance(dataset, ConcatDataset):
+            part = bisect.bisect_right(dataset.cumulative_sizes, index)
+            before = dataset.cumulative_sizes[part - 1] if part else 0
+            dataset, index = dataset.datasets[part], index - before
+        else:
+            break
+    if isinstance(dataset, TensorDataset):
+        row = dataset.tensors[0][index]
+        return (row.data_ptr(), tuple(row.shape), str(row.device))
+    named = getattr(dataset, "samples", None)  # of torchvision's folders: (file, class)
+    if isinstance(named, list) and len(named) == len(dataset):
+        return ("file", str(named[index]))
+    return (id(dataset), index)
 
 
 def _shared(sampler: DistributedSampler, size: int) -> Sequence[int]:

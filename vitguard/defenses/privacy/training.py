@@ -73,10 +73,6 @@ def refuse_compiled() -> None:
         frame = frame.f_back
 
 
-def _start_afresh(training: PrivateTraining, _: Any) -> None:
-    training.exposed = False
-
-
 @contextmanager
 def paused(model: nn.Module) -> Iterator[None]:
     """Let passes through that are protected, and no part of the loop, such as Guard.update's."""
@@ -129,7 +125,6 @@ class PrivateTraining(Installed):
         self._parameter_handles: list[Any] = []
         self.exposed = False
         """Whether a plain gradient reached a parameter since the weights were loaded."""
-        self.register_load_state_dict_post_hook(_start_afresh)
 
     def __getstate__(self) -> dict[str, Any]:
         transient = dict.fromkeys(("due", "tape", "_watch", "_key", "_reader"))
@@ -177,6 +172,9 @@ class PrivateTraining(Installed):
                 "model's parameters: it would be neither noised nor counted. Use the optimizer "
                 "that guard.prepare returned."
             )
+
+    def arrived(self) -> None:
+        self.exposed = False
 
     def settle(self) -> None:
         if self.exposed:

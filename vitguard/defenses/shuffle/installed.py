@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vitguard.defenses.base import Draws
+from vitguard.defenses.base import Draws, hooks_gone
 from vitguard.defenses.shuffle import masks
 from vitguard.defenses.shuffle.hooks import Hooked, hook
 from vitguard.defenses.shuffle.localization import LocalizationHead, dal_weight, localization_loss
@@ -65,7 +65,6 @@ class InstalledShuffle(Hooked):
         except BaseException:
             self.uninstall(model)
             raise
-        self.register_load_state_dict_post_hook(_start_afresh)
 
     def _forget(self) -> None:
         for name in _FORWARD:
@@ -80,6 +79,7 @@ class InstalledShuffle(Hooked):
             handle.remove()
 
     def verify(self, model: nn.Module) -> None:
+        self.intact(model)
         if not self.training:
             raise Unprotected(
                 "Expected a model in training mode, got one in eval mode, where patches are not "
@@ -87,7 +87,15 @@ class InstalledShuffle(Hooked):
             )
 
     def intact(self, model: nn.Module) -> None:
-        pass  # an evaluation after training takes no gradient: `settle` knows of one that did
+        # an evaluation after training takes no gradient: `settle` knows of one that did
+        if hooks_gone(self.handles):
+            raise Unprotected(
+                "Expected the shuffle's hooks on the model, got some that are gone: something "
+                "cleared the hooks or replaced a part. Protect the model again, after that."
+            )
+
+    def arrived(self) -> None:
+        self.exposed = False  # what was done to the weights before will not be sent
 
     def settle(self) -> None:
         if self.exposed:
@@ -326,12 +334,6 @@ class InstalledShuffle(Hooked):
         if first is None:
             self._left_out_at = self.forwards
         return first is not None and first < self.forwards
-
-
-def _start_afresh(piece: nn.Module, incompatible_keys: Any) -> None:
-    """New weights came: what was done to the old ones will not be sent."""
-    assert isinstance(piece, InstalledShuffle)
-    piece.exposed = False
 
 
 def _start(model: nn.Module, anatomy: Anatomy) -> Tensor:
