@@ -43,7 +43,10 @@ def build_model(spec: str, *, pretrained: bool = False, seed: int = 0) -> nn.Mod
         InputError: An unknown name or keyword, or weights that cannot be had.
     """
     name, _, rest = spec.strip().partition(":")
-    arguments = dict(_argument(item) for item in rest.split(",")) if rest else {}
+    given = [_argument(item) for item in rest.split(",")] if rest else []
+    arguments = dict(given)
+    if twice := [key for key, count in Counter(key for key, _ in given).items() if count > 1]:
+        raise expected(f"{twice[0]} once", f"it twice in {spec!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "april_vit":
@@ -51,7 +54,8 @@ def build_model(spec: str, *, pretrained: bool = False, seed: int = 0) -> nn.Mod
         import timm
 
         if not timm.is_model(name):
-            near = ", ".join(timm.list_models(f"*{name[:12]}*")[:3])
+            begun = timm.list_models(f"{name}*") or timm.list_models(f"*{name[:12]}*")
+            near = ", ".join(begun[:3]) if name else ""
             raise expected(
                 "a timm model name or april_vit",
                 repr(name),

@@ -151,6 +151,8 @@ def _build(
             keys = ", ".join(settings) or "no settings"
             near = _nearest(key, settings)
             raise expected(f"{name} settings among {keys} as key=value", repr(item), near)
+        if key in values:
+            raise expected(f"{name}:{key} once", f"it twice in {spec!r}")
         values[key] = parse_value(text, hints[key], f"{name}:{key}")
     missing = [
         k

@@ -251,7 +251,7 @@ def test_a_sealed_update_has_the_base_models_names_or_is_refused(small_vit):
     guard = protect(small_vit(), [WithheldPositions()])
     wrapped = {
         "module._orig_mod.cls_token": torch.ones(1, 1, 96),
-        "module.pos_embed": torch.ones(1),
+        "module.pos_embed": torch.ones_like(guard.model.pos_embed),
     }
     sealed = guard.seal(Update(wrapped))
     assert set(sealed.tensors) == {"cls_token"} and "pos_embed" in sealed.sealed

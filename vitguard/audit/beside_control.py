@@ -21,12 +21,13 @@ from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining, Loss, Normalization
 from vitguard.defenses.base import Defense
 from vitguard.errors import expected
-from vitguard.guard import Stack, protect, stack_of
+from vitguard.guard import Guard, Stack, protect, stack_of
 from vitguard.models import check_finite, normalization_of
 from vitguard.registry import AnyAttack, families_not_run, parse_attacks, stack_name
 from vitguard.report.audit_report import AuditReport
 from vitguard.threats.curious_server import Threat
 from vitguard.vit import Anatomy
+from vitguard.wrapping import require_bare
 
 __all__ = ["LocalTraining", "audit"]
 
@@ -95,6 +96,11 @@ def audit(
         Incompatible: A stack that cannot work.
     """
     seed = checked_seed(seed)
+    if isinstance(model, Guard):
+        raise expected(
+            "a model, before protect", "a Guard",
+            "Audit its stack beside a control: vg.audit(model, batch, defenses=stack).",
+        )  # fmt: skip
     if not isinstance(model, nn.Module | str):
         given = (batch, defenses or None, batch_size, normalization, training, names)
         if any(value is not None for value in given) or loss is not F.cross_entropy:
@@ -163,6 +169,7 @@ def _stacks(defenses: Stacks) -> dict[str, list[Defense]]:
 def _check_batch(
     model: nn.Module, batch: Sequence[Any] | None, batch_size: int | None
 ) -> tuple[Tensor, Tensor]:
+    require_bare(model)
     anatomy = Anatomy.of(model)
     pixels, labels = _tensors(batch)
     shape = (anatomy.channels, *anatomy.image_size)

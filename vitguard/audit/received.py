@@ -18,7 +18,7 @@ from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
 from vitguard.audit.scale import Scale, decoys_for
 from vitguard.audit.spreading import Progress, Work
-from vitguard.audit.stated import adversary_of, checked_seed, facts_of, names_of
+from vitguard.audit.stated import adversary_of, checked_seed, facts_of, given_tensor, names_of
 from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.errors import expected
@@ -29,6 +29,7 @@ from vitguard.report.audit_report import AuditReport
 from vitguard.report.finding import Finding
 from vitguard.threats.curious_server import Threat
 from vitguard.vit import Anatomy
+from vitguard.wrapping import require_bare
 
 __all__ = [
     "CONTROL_NOTE",
@@ -93,7 +94,9 @@ def audit_update(
         InputError: The update names parameters that the model does not have.
     """
     seed, work = checked_seed(seed), Work(workers, executor)
+    require_bare(model)
     anatomy = Anatomy.of(model)
+    truth, labels = given_tensor(truth, "truth"), given_tensor(labels, "labels")
     normalization = normalization or normalization_of(model)
     update = _taken_in(model, update)
     stack, adversary = stack_of(defenses), adversary_of(threat, withhold)
@@ -104,8 +107,10 @@ def audit_update(
     shape = (update.batch_size, anatomy.channels, *anatomy.image_size)
     if truth is not None and tuple(truth.shape) != shape:
         raise expected(f"the images behind the update, of shape {shape}", tuple(truth.shape))
-    if labels is not None and (truth is None or len(labels) != update.batch_size):
-        raise expected(f"{update.batch_size} labels beside the images", len(labels))
+    if labels is not None and (truth is None or tuple(labels.shape) != shape[:1]):
+        raise expected(f"{update.batch_size} labels beside the images", len(labels.reshape(-1)))
+    if labels is not None and anatomy.classes:
+        labels = data.check_labels(labels, anatomy.classes)
     photos = sample_photos(shape)
     control = Victim(
         model, normalization, training or LocalTraining(), loss, seed, photos,

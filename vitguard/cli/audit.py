@@ -105,9 +105,13 @@ def _check_options(options: argparse.Namespace) -> None:
             raise expected(f"--{name.replace('_', '-')} of at least 1", value)
     if options.update == "difference" and options.lr is None:
         raise expected("--lr with --update difference", "none")
-    rate = options.lr is not None or (options.local_steps or 1) > 1
-    if options.update != "difference" and not options.update_file and rate:
-        raise expected("--update difference with --lr or --local-steps", "--update gradient")
+    said = {
+        "--lr": options.lr is not None, "--local-steps": (options.local_steps or 1) > 1,
+        "--optimizer": options.optimizer is not None,
+    }  # fmt: skip
+    steps = [name for name, given in said.items() if given]
+    if options.update != "difference" and not options.update_file and steps:
+        raise expected(f"--update difference with {' and '.join(steps)}", "--update gradient")
     if options.lr is not None and not 0 < options.lr < float("inf"):
         raise expected("--lr above 0", options.lr)
     if options.optimizer not in (None, "sgd", "adam", "adamw"):

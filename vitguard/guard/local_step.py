@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from vitguard.core import Batch, LocalTraining, Loss
 from vitguard.defenses.protection import Protection
 from vitguard.errors import InputError, VitguardError, expected
-from vitguard.vit import Anatomy, canonical_parameters, checkpoints_refused, logits_of
+from vitguard.vit import (
+    Anatomy,
+    canonical_parameters,
+    checkpoints_refused,
+    logits_of,
+    loss_of,
+)
 
 __all__ = ["check_batch", "difference_of", "gradient_of", "trained"]
 
@@ -128,7 +134,8 @@ def _backward(
     if step is not None:
         with protection.counted([step]), protection.allowed():
             return dict(step.gradient(model, loss, batch, protection.draws))
-    total = loss(logits_of(model(batch.images)), batch.labels) + protection.auxiliary_loss(model)
+    own = loss_of(loss, logits_of(model(batch.images)), batch.labels)
+    total = own + protection.auxiliary_loss(model)
     with checkpoints_refused():
         gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
     return dict(zip(parameters, gradients, strict=True))
