@@ -26,7 +26,7 @@ def test_a_wrapped_model_is_told_from_one_that_is_no_vision_transformer(small_vi
 
 def test_a_guard_is_no_round(small_vit):
     guard = vg.protect(vit(small_vit), "shuffle")
-    with pytest.raises(InputError, match="got a Guard. Audit its stack"):
+    with pytest.raises(InputError, match=r"got a Guard\. Audit its stack"):
         vg.audit(guard, (IMAGES, LABELS))
 
 
@@ -41,7 +41,7 @@ def test_truth_and_labels_may_be_arrays(small_vit):
 
     assert told(IMAGES.numpy(), np.array([1, 2])) == told(IMAGES, LABELS)
     for wrong in ([1, 20], [0.5, 1.0], 3, [[1], [2]]):
-        with pytest.raises(InputError, match="labels|class indices"):
+        with pytest.raises(InputError, match=r"labels|class indices"):
             told(IMAGES, wrong)
     with pytest.raises(InputError, match="truth as a tensor or an array, got str"):
         told("photo.png", None)

@@ -28,7 +28,7 @@ from vitguard.guard.local_step import check_batch, difference_of, gradient_of, t
 from vitguard.guard.public import extras_of, public_copy
 from vitguard.guard.state import from_bytes, load_state, state_of, to_bytes
 from vitguard.inspection import Inspection, inspect_model, load_exactly
-from vitguard.joining import drop, embeddings, frozen_by_peft, join
+from vitguard.joining import drop, embeddings, frozen_by_peft, held_by, join
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters
 
 __all__ = ["Guard"]
@@ -103,12 +103,18 @@ class Guard:
             The optimizer, or `(optimizer, loader)` when a loader is given.
 
         Raises:
-            InputError: The model is frozen whole, or the optimizer cannot take in what was added.
+            InputError: The model is frozen whole, what is given is no optimizer or one of another
+                model, or the optimizer cannot take in what was added.
         """
-        trained(self.model, self._protection)
+        parameters = trained(self.model, self._protection)
+        known = held_by(optimizer)
         for parameter in frozen_by_peft(self.model):
             parameter.requires_grad_(True)
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in known for p in parameters.values()):
+            raise expected(
+                "an optimizer of this model's parameters", "one of others alone",
+                "Build it of model.parameters(), of the very model that was protected.",
+            )  # fmt: skip
         if gone := [p for p in self._protection.taken if id(p) in known]:
             drop(optimizer, gone)
         added = dict(self._protection.named_parameters(prefix="vitguard"))
