@@ -101,7 +101,7 @@ def by_trace(model):
 @pytest.mark.parametrize("way", [by_grad, by_vmap, by_trace])
 def test_a_shuffle_inside_a_transform_is_refused_in_words_and_idle_in_eval(model, way):
     vg.protect(model, "shuffle:ratio=0.5")
-    with pytest.raises(Incompatible, match="a transform of torch.func or a trace"):
+    with pytest.raises(Incompatible, match=r"a transform of torch\.func or a trace"):
         way(model)
     way(model.eval())
 

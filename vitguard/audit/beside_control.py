@@ -137,7 +137,11 @@ def audit(
     found = findings(runs, on_updates, seed=seed, work=work, progress=progress)
     on_inputs = [a for a in chosen if isinstance(a, InputAttack)]
     found += work.done([victim.on_input(n, s, a) for a in on_inputs for n, s in stacks.items()])
-    notes = [*notes, *(d.audit_note() for stack in stacks.values() for d in stack)]
+    notes = [
+        *notes,
+        data.faint_note(pixels),
+        *(d.audit_note() for stack in stacks.values() for d in stack),
+    ]
     if work.stop.is_set():
         notes.append("a keyboard interrupt ended this audit early: what is missing says so")
     return AuditReport(

@@ -138,6 +138,10 @@ def audit_update(
         for a in asked
         if not isinstance(a, Attack)
     ]
+    notes = (
+        CONTROL_NOTE if training is not None else f"{CONTROL_NOTE} {OTHER_CONTROL}",
+        "" if truth is None else data.faint_note(truth),
+    )
     made = str(training) if training is not None else _unknown(update)
     return AuditReport(
         model=facts_of(model, anatomy, model_name),
@@ -151,7 +155,7 @@ def audit_update(
         threat=adversary.describe(),
         families_not_run=families_not_run(chosen),
         interrupted=work.stop.is_set(),
-        notes=(CONTROL_NOTE if training is not None else f"{CONTROL_NOTE} {OTHER_CONTROL}",),
+        notes=tuple(note for note in notes if note),
     )
 
 

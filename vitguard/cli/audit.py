@@ -103,6 +103,8 @@ def _check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise expected(f"--{name.replace('_', '-')} of at least 1", value)
+    if options.optimizer not in (None, "sgd", "adam", "adamw"):
+        raise expected("--optimizer sgd, adam or adamw", repr(options.optimizer))
     if options.update == "difference" and options.lr is None:
         raise expected("--lr with --update difference", "none")
     said = {
@@ -114,8 +116,6 @@ def _check_options(options: argparse.Namespace) -> None:
         raise expected(f"--update difference with {' and '.join(steps)}", "--update gradient")
     if options.lr is not None and not 0 < options.lr < float("inf"):
         raise expected("--lr above 0", options.lr)
-    if options.optimizer not in (None, "sgd", "adam", "adamw"):
-        raise expected("--optimizer sgd, adam or adamw", repr(options.optimizer))
     if bool(options.mean) != bool(options.std):
         raise expected("--mean and --std together", "one of them")
     if options.html and not options.html.endswith(".html"):
@@ -172,6 +172,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
         if len(stacks) > 1:
             raise expected("one --defense, what the client ran", f"{len(stacks)}")
         truth = names = None
+        said: tuple[str, ...] = ()
         if options.images:
             if (given := data.count_images(options.images)) != update.batch_size:
                 raise expected(
@@ -182,11 +183,14 @@ def _run_audit(options: argparse.Namespace) -> Any:
                 options.images, anatomy.image_size, min_size=anatomy.patch_size
             )
             truth, names = data.with_channels(images.pixels, anatomy.channels), images.names
+            said = images.notes
         stack = next(iter(stacks.values()), [])
         with _Progress() as progress:
-            return audit_update(
+            report = audit_update(
                 model, update, defenses=stack, truth=truth, names=names, progress=progress, **common
             )
+        notes = tuple(dict.fromkeys((*report.notes, *said)))
+        return dataclasses.replace(report, notes=notes)
     images, labels, notes = _images(options, anatomy)
     if not options.attack:
         control_and_stacks = 1 + sum(map(bool, stacks.values())) + bool(options.withhold)

@@ -82,7 +82,7 @@ def _refuse_wrappers(model: nn.Module) -> None:
 
 
 def refuse_half(model: nn.Module) -> None:
-    """Raise Incompatible where what is trained has 16 bits; a model may be converted at any time."""
+    """Raise Incompatible where what is trained has 16 bits: a model may be converted later."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             raise Incompatible(
