@@ -105,8 +105,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
 
     Names may have a wrapper's prefix (`module.`, `model.`, `_fsdp_wrapped_module.`), and what
     vitguard added to a protected model is left out of a bare one. Two things may differ: a file
-    without any head leaves the model's own, and absolute positions of another square grid are
-    resampled as timm does.
+    without any head, or with one for other classes, leaves the model's own, and absolute positions
+    of another square grid are resampled as timm does.
 
     Returns:
         What was not taken as it is, in words for a report.
@@ -116,6 +116,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
             are not dense or of another kind of number, values that are not finite; the model is
             then unchanged.
     """
+    if Path(path).is_dir():
+        raise expected(
+            "a checkpoint file", f"the folder {path}",
+            "Give the file in it that holds the weights, such as model.safetensors.",
+        )  # fmt: skip
     if not Path(path).is_file():
         raise expected("a checkpoint file", f"no file at {path}")
     own, notes = dict(model.state_dict()), []
@@ -136,6 +141,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
             words.append(f"it has {', '.join(list(state)[:3])} ..." if state else "it has none")
         raise expected("a checkpoint of this model", f"{path} ({'; '.join(words)})")
     _resample_positions(model, state, own, notes)
+    _keep_own_head(model, state, own, notes)
     wrong = next((k for k in own if state[k].shape != own[k].shape), None)
     if wrong:
         raise expected(
@@ -215,6 +221,22 @@ def _head_names(model: nn.Module, own: Mapping[str, Tensor]) -> list[str]:
     except UnsupportedModel:
         return []
     return sorted(k for k in own if any(k.startswith(f"{head}.") for head in heads))
+
+
+def _keep_own_head(
+    model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor], notes: list[str]
+) -> None:
+    """Put the model's own layers in the place of those that tell other classes apart."""
+    heads = set(_head_names(model, own))
+    other = {k for k in own if state[k].shape != own[k].shape}
+    layers = {k.rpartition(".")[0] for k in other}
+    whole = {k for k in own if k.rpartition(".")[0] in layers}
+    counts = {state[k].shape[:1] for k in other}
+    alike = all(state[k].shape[1:] == own[k].shape[1:] and state[k].dim() for k in other)
+    if other and other <= heads and other == whole and alike and len(counts) == 1:
+        (count,) = counts.pop()
+        notes.append(f"the head was drawn at random: that of the checkpoint is for {count} classes")
+        state |= {name: own[name] for name in other}
 
 
 def _resample_positions(
