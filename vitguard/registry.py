@@ -171,6 +171,7 @@ def _build(
 def _nearest(text: str, choices: Iterable[str]) -> str:
     text = text.lower()
     begun = [c for c in choices if text.startswith(c)]  # withheld-positions: withheld
+    begun += [c for c in choices if text and c.startswith(text)]  # eps: epsilon
     near = begun or get_close_matches(text, choices, n=1)
     return f"Did you mean {near[0]}?" if near else ""
 

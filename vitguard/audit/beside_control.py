@@ -95,7 +95,7 @@ def audit(
         InputError: Pixels outside [0, 1], labels out of range, weights that are not finite, ...
         Incompatible: A stack that cannot work.
     """
-    seed = checked_seed(seed)
+    seed, notes = checked_seed(seed), [notes] if isinstance(notes, str) else notes
     if isinstance(model, Guard):
         raise expected(
             "a model, before protect", "a Guard",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitguard.errors import expected
 from vitguard.report.finding import ModelFacts
+from vitguard.selectors import several
 from vitguard.threats.curious_server import CuriousServer, Threat
 from vitguard.vit import Anatomy
 
@@ -25,7 +26,7 @@ def adversary_of(threat: Threat | None, withhold: Sequence[str]) -> Threat:
     """
     if threat is not None and withhold:
         raise expected("a threat or withhold", "both", "CuriousServer(withhold=...) says both.")
-    return threat or CuriousServer(tuple(withhold))
+    return threat or CuriousServer(several(withhold))
 
 
 def facts_of(model: nn.Module, anatomy: Anatomy, name: str | None) -> ModelFacts:
@@ -52,7 +53,8 @@ def names_of(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     Raises:
         InputError: Names were given, and not so many.
     """
-    told = tuple(names or (f"image {i}" for i in range(count)))
+    given = (names,) if isinstance(names, str) else names  # a name alone is no list of letters
+    told = tuple(given or (f"image {i}" for i in range(count)))
     if len(told) != count:
         raise expected(f"{count} names, one for each image", len(told))
     return told

@@ -47,6 +47,7 @@ class Guard:
     def of(model: nn.Module) -> Guard:
         """Return a guard for a protected model, such as a copy; its draws start afresh."""
         if Protection.of(model) is None:
+            wrapping.require_bare(model)
             raise expected(
                 "a model that was protected", type(model).__name__, "Call protect first."
             )
