@@ -114,7 +114,7 @@ def _misfit(model: nn.Module, anatomy: Anatomy, batch: Batch) -> InputError | No
             f"images of {own[0]} x {own[1]} pixels", f"{given[0]} x {given[1]}",
             "Resize them, or build the model for their size.",
         )  # fmt: skip
-    weight = model.get_parameter(anatomy.patch_weight)
+    weight: Tensor = model.get_submodule(anatomy.patch).weight  # may be parametrised
     images, labels = batch.images, batch.labels
     if (images.device, images.dtype) != (weight.device, weight.dtype):
         return expected(
