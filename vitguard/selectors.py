@@ -40,7 +40,7 @@ def several(selectors: object) -> tuple[str, ...]:
         InputError: Something that is no text, nor several texts.
     """
     given = (selectors,) if isinstance(selectors, str) else selectors
-    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    found: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(selector, str) for selector in found):
         raise expected("a selection as text, or several", repr(selectors), _AS_TEXT)
     return found

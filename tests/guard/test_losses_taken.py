@@ -51,6 +51,14 @@ def test_an_audit_says_it_too(small_vit, kind):
         vg.audit(vit(small_vit), (IMAGES, LABELS), attacks="position", loss=LOSSES[kind][0])
 
 
+def test_what_a_loss_of_ones_own_raises_stays_as_it_is(small_vit):
+    def broken(scores, labels):
+        raise RuntimeError("my own")
+
+    with pytest.raises(RuntimeError, match="my own"):
+        vg.protect(vit(small_vit), []).update(IMAGES, LABELS, loss=broken)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,7 +116,7 @@ def _misfit(model: nn.Module, anatomy: Anatomy, batch: Batch) -> InputError | No
             f"images of {own[0]} x {own[1]} pixels", f"{given[0]} x {given[1]}",
             "Resize them, or build the model for their size.",
         )  # fmt: skip
-    weight: Tensor = model.get_submodule(anatomy.patch).weight  # may be parametrised
+    weight: Any = model.get_submodule(anatomy.patch).weight  # may be parametrised
     images, labels = batch.images, batch.labels
     if (images.device, images.dtype) != (weight.device, weight.dtype):
         return expected(

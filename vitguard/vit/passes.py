@@ -59,10 +59,11 @@ def loss_of(loss: Any, scores: Tensor, labels: Tensor, *, graded: bool = True) -
             "Give a function or an instance, such as nn.CrossEntropyLoss().",
         )  # fmt: skip
     try:
-        found = loss(scores, labels)
+        found: Any = loss(scores, labels)
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         elsewhere = labels.device != scores.device  # said by who knows the model
-        if isinstance(error, VitguardError | torch.OutOfMemoryError) or elsewhere:
+        known = isinstance(error, VitguardError | torch.OutOfMemoryError)
+        if known or elsewhere or not _of_torch(error):
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise expected(f"a loss that takes {sizes}", f"an error of it: {first}") from error
@@ -76,6 +77,15 @@ def loss_of(loss: Any, scores: Tensor, labels: Tensor, *, graded: bool = True) -
             "Take the mean over the batch: reduction='mean'.",
         )  # fmt: skip
     return found
+
+
+def _of_torch(error: Exception) -> bool:
+    """Whether torch raised it, or the call itself: what a user's own lines raise stays theirs."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return where == __name__ or where.partition(".")[0] == "torch"
 
 
 _MATH_LOCK = threading.Lock()

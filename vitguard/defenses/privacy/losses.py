@@ -58,13 +58,13 @@ def _refuse_meeting(loss: Loss, outputs: Any, labels: Tensor, alone: Tensor) -> 
     if len(labels) < 2:
         return
 
-    def mean() -> Tensor:
+    def of_batch() -> Tensor:
         if isinstance(outputs, Tensor):
             return loss_of(loss, outputs, labels, graded=False).double().mean()
         return loss(outputs, labels).double().mean()
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        whole, again = mean(), mean()
+        whole, again = of_batch(), of_batch()
     fine = alone.dtype in (torch.float32, torch.float64)
     slack = (1e-4 if fine else 3e-2) * alone.double().abs().sum() + 1e-12
     total, count = alone.double().sum(), len(labels)

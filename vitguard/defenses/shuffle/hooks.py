@@ -107,7 +107,7 @@ class _Expose:
 class _Root(_Hook):
     @torch.compiler.disable
     def act(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:
+        if torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
             raise Incompatible(
                 "Expected a training pass that runs as it is, since each draws a permutation of "
                 "its own, got one inside a transform of torch.func or a trace. Train with "

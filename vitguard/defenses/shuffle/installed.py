@@ -336,7 +336,7 @@ def _start_afresh(piece: nn.Module, incompatible_keys: Any) -> None:
 
 def _start(model: nn.Module, anatomy: Anatomy) -> Tensor:
     """Return where the unknown embedding starts: the mean of the positions, which tells none."""
-    like: Tensor = model.get_submodule(anatomy.patch).weight  # may be parametrised
+    like: Any = model.get_submodule(anatomy.patch).weight  # may be parametrised
     if anatomy.positions is None:
         return torch.zeros(1, anatomy.width, dtype=like.dtype, device=like.device)
     path, _, attribute = anatomy.positions.rpartition(".")
