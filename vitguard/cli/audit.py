@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ def run(options: argparse.Namespace) -> int:
 
     _check_options(options)
     html = options.html or (None if options.json else DEFAULT_REPORT)
-    for path in (html, None if options.json == "-" else options.json):
-        if path:
-            check_writable(path)
+    written = [path for path in (html, None if options.json == "-" else options.json) if path]
+    _check_apart(written, options)
+    for path in written:
+        check_writable(path)
     if options.tensorboard:
         from vitguard.tracking import check_writable_folder
 
@@ -83,6 +85,16 @@ def _say_why(report: Any, options: argparse.Namespace) -> None:
         print(f"vitguard: gate: {' '.join(str(found).split())}", file=sys.stderr)
 
 
+def _check_apart(written: list[str], options: argparse.Namespace) -> None:
+    """Refuse to write one report over the other, or over a file that is read."""
+    read = [options.checkpoint, options.before, options.update_file, *(options.images or ())]
+    taken = {os.path.realpath(path) for path in read if path}
+    for path in written:
+        if (real := os.path.realpath(path)) in taken:
+            raise expected("files of their own for --html and --json", f"{path} twice")
+        taken.add(real)
+
+
 def _check_options(options: argparse.Namespace) -> None:
     if options.update_file and options.num_images is not None:
         raise expected("--update-file with --batch-size, or none", "--num-images")
@@ -94,6 +106,8 @@ def _check_options(options: argparse.Namespace) -> None:
                 "--before, which is the weights before the step",
                 "--checkpoint or --pretrained as well",
             )  # fmt: skip
+    if not all(options.images or ()):
+        raise expected("--images FILE or FOLDER", "an empty path")  # else the working folder
     if not options.update_file:
         options.batch_size = 1 if options.batch_size is None else options.batch_size
     for name in ("max_psnr", "max_gain"):

@@ -79,6 +79,8 @@ def load_images(
             class index is out of range; there are fewer than `count` images.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not all(map(str, paths)):
+        raise expected("an image file or a folder", "an empty path")  # else the working folder
     found = [item for path in paths for item in _find(Path(path), classes)]
     if not found:
         raise expected("at least one image", "none")
