@@ -45,7 +45,7 @@ def test_what_is_no_optimizer_is_refused_in_words(model, stack, kind):
 def test_an_optimizer_of_a_copy_is_refused(model, stack):
     other = sgd(copy.deepcopy(model))
     guard = vg.protect(model, stack)
-    with pytest.raises(InputError, match="this model's parameters, got one of others alone"):
+    with pytest.raises(InputError, match="model's own parameters, got one of others alone"):
         guard.prepare(other, DataLoader(DATA, batch_size=4))
     sides = torch.nn.Linear(3, 3)
     wider = torch.optim.SGD([*model.parameters(), *sides.parameters()], lr=0.1)

@@ -22,7 +22,7 @@ from vitguard.defenses.base import (
 )
 from vitguard.defenses.gate import Tally
 from vitguard.defenses.protection import Protection
-from vitguard.errors import Unprotected, expected
+from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.guard.leaving import require_released, require_sent, sealed
 from vitguard.guard.local_step import check_batch, difference_of, gradient_of, trained
 from vitguard.guard.public import extras_of, public_copy
@@ -104,18 +104,19 @@ class Guard:
             The optimizer, or `(optimizer, loader)` when a loader is given.
 
         Raises:
-            InputError: The model is frozen whole, what is given is no optimizer or one of another
-                model, or the optimizer cannot take in what was added.
+            InputError: The model is frozen whole, what is given is no optimizer, or the optimizer
+                cannot take in what was added.
+            Incompatible: The optimizer holds nothing of this model.
         """
         parameters = trained(self.model, self._protection)
         known = held_by(optimizer)
         for parameter in frozen_by_peft(self.model):
             parameter.requires_grad_(True)
         if not any(id(p) in known for p in parameters.values()):
-            raise expected(
-                "an optimizer of this model's parameters", "one of others alone",
-                "Build it of model.parameters(), of the very model that was protected.",
-            )  # fmt: skip
+            raise Incompatible(
+                "Expected an optimizer of the model's own parameters, got one of others alone. "
+                "Build it of model.parameters(), of the very model that was protected."
+            )
         if gone := [p for p in self._protection.taken if id(p) in known]:
             drop(optimizer, gone)
         added = dict(self._protection.named_parameters(prefix="vitguard"))

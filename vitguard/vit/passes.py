@@ -67,13 +67,12 @@ def loss_of(loss: Any, scores: Tensor, labels: Tensor, *, graded: bool = True) -
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise expected(f"a loss that takes {sizes}", f"an error of it: {first}") from error
-    single = isinstance(found, Tensor) and found.numel() == 1 and found.requires_grad
-    if graded and not single:
+    single = isinstance(found, Tensor) and found.numel() == 1
+    if graded and not (single and found.requires_grad >= scores.requires_grad):
         got = f"{type(found).__name__} of shape {tuple(getattr(found, 'shape', ()))}"
-        free = isinstance(found, Tensor) and found.numel() == 1
         raise expected(
             f"a loss that is one number with a gradient, for {sizes}",
-            f"{got}{' without one' if free else ''}",
+            f"{got}{' without one' if single else ''}",
             "Take the mean over the batch: reduction='mean'.",
         )  # fmt: skip
     return found
