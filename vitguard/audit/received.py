@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,8 +58,8 @@ def audit_update(
     *,
     defenses: Stack = (),
     attacks: str | AnyAttack | Sequence[str | AnyAttack] = "ladder",
-    truth: Tensor | None = None,
-    labels: Tensor | None = None,
+    truth: Any = None,
+    labels: Any = None,
     normalization: Normalization | None = None,
     withhold: Sequence[str] = (),
     threat: Threat | None = None,
@@ -85,7 +86,8 @@ def audit_update(
         update: What the client sent.
         defenses: The stack the client ran, in `protect`'s form or as a spec.
         attacks: As in `audit`; those on the input are reported as not applicable.
-        truth: The images behind the update, pixels in [0, 1].
+        truth: The images behind the update, pixels in [0, 1]: a tensor, or what `torch.as_tensor`
+            makes one of.
         withhold, threat: As in `audit`.
         labels: Their classes, shape (batch,), to score recovered labels; needs `truth`.
         workers, executor, progress: As in `audit`.

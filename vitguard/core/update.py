@@ -21,10 +21,10 @@ __all__ = ["LocalTraining", "Update"]
 
 _OPTIMIZERS = ("sgd", "adam", "adamw")
 
-if TYPE_CHECKING:  # what an update holds; it takes arrays in as well
-    TakenIn = Mapping[str, Tensor]
+if TYPE_CHECKING:  # what an update holds; it takes arrays, and their numbers, in as well
+    TakenIn, Whole, Real = Mapping[str, Tensor], int, float
 else:
-    TakenIn = Mapping[str, Any]
+    TakenIn, Whole, Real = Mapping[str, Any], Any, Any
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class LocalTraining:
         InputError: A value out of range, or steps without a learning rate.
     """
 
-    learning_rate: float | None = None
-    steps: int = 1
+    learning_rate: Real | None = None
+    steps: Whole = 1
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    momentum: Real = 0.0
+    weight_decay: Real = 0.0
 
     def __post_init__(self) -> None:
         if self.optimizer not in _OPTIMIZERS:
@@ -127,12 +127,12 @@ class Update:
 
     tensors: TakenIn
     kind: Literal["gradient", "difference"] = "gradient"
-    batch_size: int = 1
-    local_steps: int = 1
-    learning_rate: float | None = None
+    batch_size: Whole = 1
+    local_steps: Whole = 1
+    learning_rate: Real | None = None
     optimizer: str = "sgd"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    momentum: Real = 0.0
+    weight_decay: Real = 0.0
     sealed: Mapping[str, str] = field(default_factory=dict)
     payloads: Mapping[str, bytes] = field(default_factory=dict)
     clipped: Mapping[str, int] = field(default_factory=dict)

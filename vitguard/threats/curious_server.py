@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,7 +77,7 @@ class CuriousServer(Threat):
             expression) of parameters that the client does not send; a lone one may be text.
     """
 
-    withhold: tuple[str, ...] = ()
+    withhold: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "withhold", several(self.withhold))

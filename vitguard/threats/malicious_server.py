@@ -79,7 +79,7 @@ class MaliciousServer(Threat):
     """
 
     craft: Craft | str = "imprint"
-    withhold: tuple[str, ...] = ()
+    withhold: Sequence[str] = ()
     target: str = ""
     changing: bool = False
 
