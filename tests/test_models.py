@@ -153,8 +153,8 @@ def test_arbitrary_bytes_are_one_clear_error(tmp_path, content, name, pickled):
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
-    for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(InputError, match="no file"):
+    for path, said in ((tmp_path / "none.pt", "no file"), (tmp_path, "the folder")):
+        with pytest.raises(InputError, match=said):
             load_checkpoint(AprilViT(), path)
 
 

@@ -115,7 +115,7 @@ class Draws:
         blocks[..., 1] = np.arange(half, dtype=np.uint64) + np.uint64(stream << 32)
         cipher = _cipher(self._examples)
         numbers = np.frombuffer(cipher.update(blocks.tobytes()), np.uint64)
-        return ((numbers >> np.uint64(11)) * 2.0**-53).reshape(len(keys), -1)[:, :count]
+        return ((numbers >> np.uint64(11)) * 2.0**-53).reshape(len(keys), 2 * half)[:, :count]
 
     def normal(self, shape: tuple[int, ...] | torch.Size, *, like: Tensor | None = None) -> Tensor:
         """Return standard normal numbers, float64, or of the dtype and device of `like`."""

@@ -16,7 +16,7 @@ from torch import nn
 from vitguard.errors import expected
 from vitguard.vit import Anatomy
 
-__all__ = ["drop", "embeddings", "frozen_by_peft", "join"]
+__all__ = ["drop", "embeddings", "frozen_by_peft", "held_by", "join"]
 
 
 def join(
@@ -68,6 +68,21 @@ def drop(optimizer: torch.optim.Optimizer, gone: Iterable[nn.Parameter]) -> None
         del optimizer.state[parameter]
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer._numel_cache = None
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Return which parameters an optimizer steps, by id.
+
+    Raises:
+        InputError: It is no optimizer.
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(groups, list):
+        raise expected(
+            "an optimizer first", type(optimizer).__name__,
+            "Call guard.prepare(optimizer), or guard.prepare(optimizer, loader).",
+        )  # fmt: skip
+    return {id(p) for group in groups for p in group["params"]}
 
 
 def embeddings(model: nn.Module, anatomy: Anatomy) -> set[str]:

@@ -43,7 +43,10 @@ def build_model(spec: str, *, pretrained: bool = False, seed: int = 0) -> nn.Mod
         InputError: An unknown name or keyword, or weights that cannot be had.
     """
     name, _, rest = spec.strip().partition(":")
-    arguments = dict(_argument(item) for item in rest.split(",")) if rest else {}
+    given = [_argument(item) for item in rest.split(",")] if rest else []
+    arguments = dict(given)
+    if twice := [key for key, count in Counter(key for key, _ in given).items() if count > 1]:
+        raise expected(f"{twice[0]} once", f"it twice in {spec!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "april_vit":
@@ -51,7 +54,8 @@ def build_model(spec: str, *, pretrained: bool = False, seed: int = 0) -> nn.Mod
         import timm
 
         if not timm.is_model(name):
-            near = ", ".join(timm.list_models(f"*{name[:12]}*")[:3])
+            begun = timm.list_models(f"{name}*") or timm.list_models(f"*{name[:12]}*")
+            near = ", ".join(begun[:3]) if name else ""
             raise expected(
                 "a timm model name or april_vit",
                 repr(name),
@@ -101,8 +105,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
 
     Names may have a wrapper's prefix (`module.`, `model.`, `_fsdp_wrapped_module.`), and what
     vitguard added to a protected model is left out of a bare one. Two things may differ: a file
-    without any head leaves the model's own, and absolute positions of another square grid are
-    resampled as timm does.
+    without any head, or with one for other classes, leaves the model's own, and absolute positions
+    of another square grid are resampled as timm does.
 
     Returns:
         What was not taken as it is, in words for a report.
@@ -112,6 +116,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
             are not dense or of another kind of number, values that are not finite; the model is
             then unchanged.
     """
+    if Path(path).is_dir():
+        raise expected(
+            "a checkpoint file", f"the folder {path}",
+            "Give the file in it that holds the weights, such as model.safetensors.",
+        )  # fmt: skip
     if not Path(path).is_file():
         raise expected("a checkpoint file", f"no file at {path}")
     own, notes = dict(model.state_dict()), []
@@ -132,6 +141,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
             words.append(f"it has {', '.join(list(state)[:3])} ..." if state else "it has none")
         raise expected("a checkpoint of this model", f"{path} ({'; '.join(words)})")
     _resample_positions(model, state, own, notes)
+    _keep_own_head(model, state, own, notes)
     wrong = next((k for k in own if state[k].shape != own[k].shape), None)
     if wrong:
         raise expected(
@@ -211,6 +221,22 @@ def _head_names(model: nn.Module, own: Mapping[str, Tensor]) -> list[str]:
     except UnsupportedModel:
         return []
     return sorted(k for k in own if any(k.startswith(f"{head}.") for head in heads))
+
+
+def _keep_own_head(
+    model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor], notes: list[str]
+) -> None:
+    """Put the model's own layers in the place of those that tell other classes apart."""
+    heads = set(_head_names(model, own))
+    other = {k for k in own if state[k].shape != own[k].shape}
+    layers = {k.rpartition(".")[0] for k in other}
+    whole = {k for k in own if k.rpartition(".")[0] in layers}
+    counts = {state[k].shape[:1] for k in other}
+    alike = all(state[k].shape[1:] == own[k].shape[1:] and state[k].dim() for k in other)
+    if other and other <= heads and other == whole and alike and len(counts) == 1:
+        (count,) = counts.pop()
+        notes.append(f"the head was drawn at random: that of the checkpoint is for {count} classes")
+        state |= {name: own[name] for name in other}
 
 
 def _resample_positions(

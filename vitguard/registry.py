@@ -151,6 +151,8 @@ def _build(
             keys = ", ".join(settings) or "no settings"
             near = _nearest(key, settings)
             raise expected(f"{name} settings among {keys} as key=value", repr(item), near)
+        if key in values:
+            raise expected(f"{name}:{key} once", f"it twice in {spec!r}")
         values[key] = parse_value(text, hints[key], f"{name}:{key}")
     missing = [
         k
@@ -169,6 +171,7 @@ def _build(
 def _nearest(text: str, choices: Iterable[str]) -> str:
     text = text.lower()
     begun = [c for c in choices if text.startswith(c)]  # withheld-positions: withheld
+    begun += [c for c in choices if text and c.startswith(text)]  # eps: epsilon
     near = begun or get_close_matches(text, choices, n=1)
     return f"Did you mean {near[0]}?" if near else ""
 

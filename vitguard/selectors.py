@@ -8,7 +8,14 @@ from typing import Any, Protocol, runtime_checkable
 
 from vitguard.errors import InputError, expected
 
-__all__ = ["SELECTORS", "alternatives", "minimal_names", "require_all_match", "select_names"]
+__all__ = [
+    "SELECTORS",
+    "alternatives",
+    "minimal_names",
+    "require_all_match",
+    "select_names",
+    "several",
+]
 
 SELECTORS = ("attention", "mlp", "patch", "position", "token", "norm", "head", "embedding", "all")
 _EMBEDDING = ("patch", "position", "token")
@@ -26,6 +33,22 @@ class Roles(Protocol):
     def role(self, name: str) -> str: ...
 
 
+def several(selectors: object) -> tuple[str, ...]:
+    """Return selectors as a tuple; a lone one is no sequence of letters.
+
+    Raises:
+        InputError: Something that is no text, nor several texts.
+    """
+    given = (selectors,) if isinstance(selectors, str) else selectors
+    found: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(selector, str) for selector in found):
+        raise expected("a selection as text, or several", repr(selectors), _AS_TEXT)
+    return found
+
+
+_AS_TEXT = "Several parts of one are joined by '/', as in 'attention/mlp'."
+
+
 def select_names(anatomy: Roles, selector: str, names: Iterable[str]) -> list[str]:
     """Return those of `names` that a selection means, in their own order.
 
@@ -41,6 +64,8 @@ def select_names(anatomy: Roles, selector: str, names: Iterable[str]) -> list[st
         InputError: A part is empty, or as a regular expression matches no name, or has a role
             among its alternatives, which would be read as a pattern.
     """
+    if not isinstance(selector, str):
+        raise expected("a selection as text", repr(selector), _AS_TEXT)
     names = list(names)
     chosen: set[str] = set()
     for part in selector.split("/"):

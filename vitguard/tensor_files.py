@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import io
 import json
 import pathlib
@@ -39,6 +40,7 @@ _KINDS = frozenset(
     )
 )  # fmt: skip
 _HEADER = "vitguard.update"
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"  # how torch's files begin, now and before 1.6
 _LARGEST = 2**53  # whole numbers that are exact everywhere
 
 
@@ -180,6 +182,7 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
     """
     from safetensors.torch import load
 
+    _refuse_stand_ins(path)
     try:
         if _is_safetensors(path):
             state = load(path.read_bytes())
@@ -241,12 +244,71 @@ def _is_safetensors(path: Path) -> bool:
     """Whether a file begins as the format does: the length of a header, then its brace."""
     with path.open("rb") as file:
         start = file.read(9)
-    return path.suffix.lower() == ".safetensors" or start[8:] == b"{"
+    torch_file = start.startswith((_ZIP, _PICKLE))
+    return start[8:] == b"{" or (path.suffix.lower() == ".safetensors" and not torch_file)
+
+
+def _refuse_stand_ins(path: Path) -> None:
+    """Say what a file is that often lies where the weights should.
+
+    Raises:
+        InputError: It is a pointer of Git LFS, a page of a website, or an index of several files.
+    """
+    with path.open("rb") as file:
+        start = file.read(200)
+    if start[8:9] == b"{" and b"\0" in start[:8]:
+        return  # safetensors: the length of a header may begin with any byte
+    start = start.lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        raise expected("weights", f"a pointer of Git LFS in {path}", "Fetch them: git lfs pull.")
+    if start[:1] == b"<":
+        raise expected("weights", f"a web page in {path}", "Download the file itself.")
+    if start[:1] == b"{" and path.suffix.lower() == ".json":
+        raise expected(
+            "weights in one file", f"the text {path}, such as an index of several",
+            "Write them as one: torch.save(model.state_dict(), FILE).",
+        )  # fmt: skip
+
+
+class _LeftOut:
+    """Stands where a torch file has a value of NumPy's own, which is of no use here."""
+
+    def __init__(self, *given: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _left_out(module: str, name: str) -> type:
+    return type(name, (_LeftOut,), {"__module__": module, "__qualname__": name})
 
 
 def _harmless() -> list[Any]:
-    """Return classes that training scripts store beside weights: they only hold values."""
-    return [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+    """Return classes that training scripts store beside weights: they only hold values.
+
+    A metric that is a number of NumPy is not read, since its type could be one of objects.
+    """
+    return [
+        argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath,
+        datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone,
+        list, dict, int, float, _plain_dict, *_NUMBERS_OF_NUMPY,
+    ]  # fmt: skip
+
+
+def _plain_dict(*_: object) -> dict[Any, Any]:
+    """Return what torch's reader can fill in the place of `collections.defaultdict`."""
+    return {}
+
+
+# the name that a file asks for
+_plain_dict.__module__, _plain_dict.__qualname__ = "collections", "defaultdict"
+
+_NUMBERS_OF_NUMPY = [
+    _left_out("numpy._core.multiarray", "scalar"),
+    _left_out("numpy.core.multiarray", "scalar"),
+    _left_out("numpy", "dtype"),
+]
 
 
 def _foreign_objects(path: Path) -> list[str]:
@@ -277,7 +339,7 @@ def _archive(path: Path) -> dict[str, Tensor]:
 
 def _torch_file(path: Path) -> Any:
     with path.open("rb") as file:
-        if file.read(4) == b"PK\x03\x04":
+        if file.read(4) == _ZIP:
             content = _stored_members(file, path)
         else:  # a pickle, as torch wrote before 1.6
             file.seek(0)

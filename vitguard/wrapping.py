@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,7 @@ from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, UnsupportedModel, expected
 from vitguard.vit import Anatomy
 
-__all__ = ["anatomy_of", "bare", "gathered", "require_values", "require_whole"]
+__all__ = ["anatomy_of", "bare", "gathered", "require_bare", "require_values", "require_whole"]
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -22,12 +20,7 @@ def bare(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise expected("an nn.Module", type(model).__name__)
-    wrapped: Iterable[str] = ("_orig_mod", "module")
-    if any(isinstance(getattr(model, w, None), nn.Module) for w in wrapped):
-        raise InputError(
-            f"Expected the bare model, got {type(model).__name__} around it. Protect the model "
-            "first, then compile or distribute it."
-        )
+    require_bare(model, "Protect the model first, then compile or distribute it.")
     if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
         raise InputError(
             "Expected a model that is not compiled, got one after compile(): hooks added now would "
@@ -38,6 +31,20 @@ def bare(model: nn.Module) -> nn.Module:
     if any(c.__module__.startswith("peft.") for c in type(model).__mro__):
         return model.get_base_model()  # type: ignore[operator]
     return model
+
+
+def require_bare(model: nn.Module, do: str = "") -> None:
+    """Raise InputError where a model is compiled or distributed by a module around it.
+
+    Args:
+        do: What to do with a wrapped one; by default to give what is inside.
+    """
+    for inside in ("_orig_mod", "module"):
+        if isinstance(getattr(model, inside, None), nn.Module):
+            raise expected(
+                "the bare model", f"{type(model).__name__} around it",
+                do or f"Give the model inside, model.{inside}.",
+            )  # fmt: skip
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
@@ -53,9 +60,15 @@ def anatomy_of(model: nn.Module) -> Anatomy:
             if name and next(part.children(), None) is not None and _recognised(part):
                 raise UnsupportedModel(
                     f"Expected a Vision Transformer, got {type(model).__name__} with one at "
-                    f"{name}. Protect that part: protect(model.{name}, ...)."
+                    f"{name}. Protect that part: protect({_written(name)}, ...)."
                 ) from None
         raise
+
+
+def _written(name: str) -> str:
+    """Return a part of `model` as Python writes it: parts of a Sequential by their number."""
+    parts = (f"[{part}]" if part.isdecimal() else f".{part}" for part in name.split("."))
+    return f"model{''.join(parts)}"
 
 
 def _recognised(part: nn.Module) -> bool:

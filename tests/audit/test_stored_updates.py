@@ -184,3 +184,12 @@ def test_a_masked_sum_is_not_called_ciphertext_and_half_a_model_is_not_called_al
     file.write_bytes(data)
     with pytest.raises(InputError, match="values"):
         stored_update(file, model, batch_size=1)
+
+
+def test_the_same_weights_twice_are_no_step(tmp_path, model):
+    for name in ("before.pt", "after.pt"):
+        torch.save(model.state_dict(), tmp_path / name)
+    with pytest.raises(InputError, match="weights that a step has changed, got the same"):
+        stored_update(
+            tmp_path / "after.pt", copy.deepcopy(model), before=tmp_path / "before.pt", batch_size=1
+        )

@@ -359,10 +359,11 @@ def test_update_refuses_a_model_in_eval_mode_and_seal_what_was_made_in_it():
     guard.model.eval()
     with pytest.raises(Unprotected, match="training mode"):
         guard.update(IMAGES, LABELS)
-    guard.seal(Update({}))  # trained before, evaluated since
+    update = Update({n: torch.zeros_like(p) for n, p in guard.model.named_parameters()})
+    guard.seal(update)  # trained before, evaluated since
     guard.model(IMAGES).sum().backward()
     with pytest.raises(Unprotected, match="taken in eval mode"):
-        guard.seal(Update({}))
+        guard.seal(update)
 
 
 def test_seal_refuses_a_gradient_that_was_taken_in_eval_mode():

@@ -1,9 +1,13 @@
 """Checkpoints as people have them: wrapped, prefixed, averaged, without a head, of another grid."""
 
 import argparse
+import datetime
 import pathlib
+import pickle
 import re
+from collections import defaultdict
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -49,6 +53,13 @@ LAYOUTS = {
     "Lightning": lambda w: {"state_dict": renamed(w, "model."), "epoch": 3, "loops": {}},
     "Lightning with a loss of its own": lambda w: {
         "state_dict": renamed(w, "net.") | {"criterion.weight": torch.ones(3)},
+    },
+    "a metric that is a number of NumPy": lambda w: {
+        "state_dict": w, "metric": np.float64(0.5), "best": np.float32(1), "step": np.int64(3),
+    },
+    "dates and defaults": lambda w: {
+        "state_dict": w, "when": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+        "took": datetime.timedelta(1), "log": defaultdict(list, {"loss": [1.0]}),
     },
     "AveragedModel": lambda w: {"n_averaged": torch.tensor(3)} | renamed(w, "module."),
     "FSDP": lambda w: renamed(w, "_fsdp_wrapped_module."),
@@ -121,7 +132,17 @@ REFUSED = {
     "another architecture": (lambda w: {"conv1.weight": torch.ones(3)}, "such as conv1.weight"),
     "no tensors": (lambda w: {"epoch": 3}, "it has none"),
     "float8": (lambda w: {k: v.to(torch.float8_e5m2) for k, v in w.items()}, "float8_e5m2"),
-    "a head of other classes": (lambda w: w | {"head.weight": torch.ones(5, 64)}, "head.weight of"),
+    "half a head of other classes": (
+        lambda w: w | {"head.weight": torch.ones(5, 64)}, "head.weight of",
+    ),
+    "a head of another width": (
+        lambda w: w | {"head.weight": torch.ones(5, 32), "head.bias": torch.ones(5)},
+        "head.weight of",
+    ),
+    "a norm of another width": (
+        lambda w: w | {"norm.weight": torch.ones(5), "norm.bias": torch.ones(5)}, "norm.weight of",
+    ),
+    "arrays of NumPy": (lambda w: {k: v.numpy() for k, v in w.items()}, "numpy.ndarray"),
 }  # fmt: skip
 
 
@@ -166,6 +187,66 @@ def test_a_backbone_without_a_head_is_taken_and_the_drawn_head_is_named(tmp_path
     assert "head was drawn at random" in note
     state = target.state_dict()
     assert all(torch.equal(state[k], v) for k, v in (body | head).items())
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_head_for_other_classes_is_left_out_and_named(tmp_path, kind):
+    source, target = BACKBONES[kind](), BACKBONES[kind]()
+    heads = tuple(f"{head}." for head in vg.Anatomy.of(source).head)
+    names = [k for k in source.state_dict() if k.startswith(heads)]
+    wide = {k: torch.ones(1000, *v.shape[1:]) for k, v in source.state_dict().items() if k in names}
+    own = {k: v.clone() for k, v in target.state_dict().items() if k in names}
+    torch.save(source.state_dict() | wide, tmp_path / "w.pt")
+    (note,) = load_checkpoint(target, tmp_path / "w.pt")
+    assert note == "the head was drawn at random: that of the checkpoint is for 1000 classes"
+    state = target.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in (source.state_dict() | own).items())
+
+
+STAND_INS = {
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "w.pt"),
+    "a web page": (b"\n<!DOCTYPE html><html></html>", "w.pth"),
+    "an index of several": (b'{"metadata": {}, "weight_map": {}}', "model.safetensors.index.json"),
+}
+
+
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_what_lies_where_weights_should_is_named(tmp_path, kind):
+    content, name = STAND_INS[kind]
+    for file in {name, "model.safetensors"} - ({"model.safetensors"} if "index" in kind else set()):
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(InputError, match=f"{kind}.*[.] [A-Z]"):
+            load_checkpoint(vit(), tmp_path / file)
+    with pytest.raises(InputError, match=r"the folder .* Give the file in it"):
+        load_checkpoint(vit(), tmp_path)
+
+
+def test_a_torch_file_called_safetensors_is_known_by_what_it_holds(tmp_path):
+    weights = vit().state_dict()
+    for old in (True, False):
+        torch.save(weights, tmp_path / "w.safetensors", _use_new_zipfile_serialization=old)
+        target = vit()
+        load_checkpoint(target, tmp_path / "w.safetensors")
+        assert torch.equal(target.head.weight, weights["head.weight"])
+
+
+def test_safetensors_whose_header_begins_like_a_page_load(tmp_path):
+    weights = vit().state_dict()
+    for length in range(64):  # the header's length decides the first byte of the file
+        save_file(weights, tmp_path / "w.safetensors", metadata={"note": "x" * length})
+        load_checkpoint(vit(), tmp_path / "w.safetensors")
+
+
+def test_numbers_of_numpy_run_nothing(tmp_path):
+    """What stands in for them keeps no value: a type of objects would be a pointer."""
+    torch.save({"state_dict": vit().state_dict(), "metric": np.float64(2)}, tmp_path / "w.pt")
+    from vitguard.tensor_files import _harmless
+
+    with torch.serialization.safe_globals(_harmless()):
+        metric = torch.load(tmp_path / "w.pt", weights_only=True)["metric"]
+    assert not isinstance(metric, np.generic) and vars(metric) == {}
+    class_of_numpy = pickle.loads(pickle.dumps(np.float64(2)))
+    assert isinstance(class_of_numpy, np.generic)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,8 @@ def test_what_a_defense_adds_lives_under_vitguard_and_is_trained(small_vit):
     update = guard.update(IMAGES, LABELS)
     assert update.read("vitguard.adds.unknown").eq(4).all()
     assert update.sealed == {"cls_token": "it stays here"}
-    optimizer = torch.optim.SGD(guard.public_model().parameters(), lr=0.1)
+    own = [p for n, p in model.named_parameters() if not n.startswith("vitguard.")]
+    optimizer = torch.optim.SGD(own, lr=0.1)
     assert guard.prepare(optimizer) is optimizer
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert id(model.vitguard.adds.unknown) in trained
@@ -251,7 +252,7 @@ def test_a_sealed_update_has_the_base_models_names_or_is_refused(small_vit):
     guard = protect(small_vit(), [WithheldPositions()])
     wrapped = {
         "module._orig_mod.cls_token": torch.ones(1, 1, 96),
-        "module.pos_embed": torch.ones(1),
+        "module.pos_embed": torch.ones_like(guard.model.pos_embed),
     }
     sealed = guard.seal(Update(wrapped))
     assert set(sealed.tensors) == {"cls_token"} and "pos_embed" in sealed.sealed

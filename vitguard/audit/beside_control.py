@@ -21,12 +21,13 @@ from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining, Loss, Normalization
 from vitguard.defenses.base import Defense
 from vitguard.errors import expected
-from vitguard.guard import Stack, protect, stack_of
+from vitguard.guard import Guard, Stack, protect, stack_of
 from vitguard.models import check_finite, normalization_of
 from vitguard.registry import AnyAttack, families_not_run, parse_attacks, stack_name
 from vitguard.report.audit_report import AuditReport
 from vitguard.threats.curious_server import Threat
 from vitguard.vit import Anatomy
+from vitguard.wrapping import require_bare
 
 __all__ = ["LocalTraining", "audit"]
 
@@ -94,7 +95,12 @@ def audit(
         InputError: Pixels outside [0, 1], labels out of range, weights that are not finite, ...
         Incompatible: A stack that cannot work.
     """
-    seed = checked_seed(seed)
+    seed, notes = checked_seed(seed), [notes] if isinstance(notes, str) else notes
+    if isinstance(model, Guard):
+        raise expected(
+            "a model, before protect", "a Guard",
+            "Audit its stack beside a control: vg.audit(model, batch, defenses=stack).",
+        )  # fmt: skip
     if not isinstance(model, nn.Module | str):
         given = (batch, defenses or None, batch_size, normalization, training, names)
         if any(value is not None for value in given) or loss is not F.cross_entropy:
@@ -131,7 +137,11 @@ def audit(
     found = findings(runs, on_updates, seed=seed, work=work, progress=progress)
     on_inputs = [a for a in chosen if isinstance(a, InputAttack)]
     found += work.done([victim.on_input(n, s, a) for a in on_inputs for n, s in stacks.items()])
-    notes = [*notes, *(d.audit_note() for stack in stacks.values() for d in stack)]
+    notes = [
+        *notes,
+        data.faint_note(pixels),
+        *(d.audit_note() for stack in stacks.values() for d in stack),
+    ]
     if work.stop.is_set():
         notes.append("a keyboard interrupt ended this audit early: what is missing says so")
     return AuditReport(
@@ -165,6 +175,7 @@ def _stacks(defenses: Stacks) -> dict[str, list[Defense]]:
 def _check_batch(
     model: nn.Module, batch: Sequence[Any] | None, batch_size: int | None
 ) -> tuple[Tensor, Tensor]:
+    require_bare(model)
     anatomy = Anatomy.of(model)
     pixels, labels = _tensors(batch)
     shape = (anatomy.channels, *anatomy.image_size)

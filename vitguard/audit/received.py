@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
 from vitguard.audit.scale import Scale, decoys_for
 from vitguard.audit.spreading import Progress, Work
-from vitguard.audit.stated import adversary_of, checked_seed, facts_of, names_of
+from vitguard.audit.stated import adversary_of, checked_seed, facts_of, given_tensor, names_of
 from vitguard.audit.victim import Victim
 from vitguard.core import LocalTraining, Loss, Normalization, Update
 from vitguard.errors import expected
@@ -29,6 +30,7 @@ from vitguard.report.audit_report import AuditReport
 from vitguard.report.finding import Finding
 from vitguard.threats.curious_server import Threat
 from vitguard.vit import Anatomy
+from vitguard.wrapping import require_bare
 
 __all__ = [
     "CONTROL_NOTE",
@@ -56,8 +58,8 @@ def audit_update(
     *,
     defenses: Stack = (),
     attacks: str | AnyAttack | Sequence[str | AnyAttack] = "ladder",
-    truth: Tensor | None = None,
-    labels: Tensor | None = None,
+    truth: Any = None,
+    labels: Any = None,
     normalization: Normalization | None = None,
     withhold: Sequence[str] = (),
     threat: Threat | None = None,
@@ -84,7 +86,8 @@ def audit_update(
         update: What the client sent.
         defenses: The stack the client ran, in `protect`'s form or as a spec.
         attacks: As in `audit`; those on the input are reported as not applicable.
-        truth: The images behind the update, pixels in [0, 1].
+        truth: The images behind the update, pixels in [0, 1]: a tensor, or what `torch.as_tensor`
+            makes one of.
         withhold, threat: As in `audit`.
         labels: Their classes, shape (batch,), to score recovered labels; needs `truth`.
         workers, executor, progress: As in `audit`.
@@ -93,7 +96,9 @@ def audit_update(
         InputError: The update names parameters that the model does not have.
     """
     seed, work = checked_seed(seed), Work(workers, executor)
+    require_bare(model)
     anatomy = Anatomy.of(model)
+    truth, labels = given_tensor(truth, "truth"), given_tensor(labels, "labels")
     normalization = normalization or normalization_of(model)
     update = _taken_in(model, update)
     stack, adversary = stack_of(defenses), adversary_of(threat, withhold)
@@ -104,8 +109,10 @@ def audit_update(
     shape = (update.batch_size, anatomy.channels, *anatomy.image_size)
     if truth is not None and tuple(truth.shape) != shape:
         raise expected(f"the images behind the update, of shape {shape}", tuple(truth.shape))
-    if labels is not None and (truth is None or len(labels) != update.batch_size):
-        raise expected(f"{update.batch_size} labels beside the images", len(labels))
+    if labels is not None and (truth is None or tuple(labels.shape) != shape[:1]):
+        raise expected(f"{update.batch_size} labels beside the images", len(labels.reshape(-1)))
+    if labels is not None and anatomy.classes:
+        labels = data.check_labels(labels, anatomy.classes)
     photos = sample_photos(shape)
     control = Victim(
         model, normalization, training or LocalTraining(), loss, seed, photos,
@@ -133,6 +140,10 @@ def audit_update(
         for a in asked
         if not isinstance(a, Attack)
     ]
+    notes = (
+        CONTROL_NOTE if training is not None else f"{CONTROL_NOTE} {OTHER_CONTROL}",
+        "" if truth is None else data.faint_note(truth),
+    )
     made = str(training) if training is not None else _unknown(update)
     return AuditReport(
         model=facts_of(model, anatomy, model_name),
@@ -146,7 +157,7 @@ def audit_update(
         threat=adversary.describe(),
         families_not_run=families_not_run(chosen),
         interrupted=work.stop.is_set(),
-        notes=(CONTROL_NOTE if training is not None else f"{CONTROL_NOTE} {OTHER_CONTROL}",),
+        notes=tuple(note for note in notes if note),
     )
 
 

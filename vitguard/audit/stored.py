@@ -121,6 +121,10 @@ def _difference(after: Path, before: str | Path, model: nn.Module) -> dict[str, 
                 "difference needs both files whole."
             )
     first, second = model.state_dict(), later.state_dict()
-    return {
-        canonical_name(n): second[n] - t for n, t in first.items() if t.is_floating_point()
-    }  # fmt: skip
+    moved = {canonical_name(n): second[n] - t for n, t in first.items() if t.is_floating_point()}
+    if not any(bool(t.any()) for t in moved.values()):
+        raise expected(
+            "weights that a step has changed", f"the same in {before} and {after}",
+            "Give those before the step by --before, and those after it by --update-file.",
+        )  # fmt: skip
+    return moved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ def run(options: argparse.Namespace) -> int:
 
     _check_options(options)
     html = options.html or (None if options.json else DEFAULT_REPORT)
-    for path in (html, None if options.json == "-" else options.json):
-        if path:
-            check_writable(path)
+    written = [path for path in (html, None if options.json == "-" else options.json) if path]
+    _check_apart(written, options)
+    for path in written:
+        check_writable(path)
     if options.tensorboard:
         from vitguard.tracking import check_writable_folder
 
@@ -83,6 +85,16 @@ def _say_why(report: Any, options: argparse.Namespace) -> None:
         print(f"vitguard: gate: {' '.join(str(found).split())}", file=sys.stderr)
 
 
+def _check_apart(written: list[str], options: argparse.Namespace) -> None:
+    """Refuse to write one report over the other, or over a file that is read."""
+    read = [options.checkpoint, options.before, options.update_file, *(options.images or ())]
+    taken = {os.path.realpath(path) for path in read if path}
+    for path in written:
+        if (real := os.path.realpath(path)) in taken:
+            raise expected("files of their own for --html and --json", f"{path} twice")
+        taken.add(real)
+
+
 def _check_options(options: argparse.Namespace) -> None:
     if options.update_file and options.num_images is not None:
         raise expected("--update-file with --batch-size, or none", "--num-images")
@@ -94,6 +106,8 @@ def _check_options(options: argparse.Namespace) -> None:
                 "--before, which is the weights before the step",
                 "--checkpoint or --pretrained as well",
             )  # fmt: skip
+    if not all(options.images or ()):
+        raise expected("--images FILE or FOLDER", "an empty path")  # else the working folder
     if not options.update_file:
         options.batch_size = 1 if options.batch_size is None else options.batch_size
     for name in ("max_psnr", "max_gain"):
@@ -103,15 +117,19 @@ def _check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise expected(f"--{name.replace('_', '-')} of at least 1", value)
-    if options.update == "difference" and options.lr is None:
-        raise expected("--lr with --update difference", "none")
-    rate = options.lr is not None or (options.local_steps or 1) > 1
-    if options.update != "difference" and not options.update_file and rate:
-        raise expected("--update difference with --lr or --local-steps", "--update gradient")
-    if options.lr is not None and not 0 < options.lr < float("inf"):
-        raise expected("--lr above 0", options.lr)
     if options.optimizer not in (None, "sgd", "adam", "adamw"):
         raise expected("--optimizer sgd, adam or adamw", repr(options.optimizer))
+    if options.update == "difference" and options.lr is None:
+        raise expected("--lr with --update difference", "none")
+    said = {
+        "--lr": options.lr is not None, "--local-steps": (options.local_steps or 1) > 1,
+        "--optimizer": options.optimizer is not None,
+    }  # fmt: skip
+    steps = [name for name, given in said.items() if given]
+    if options.update != "difference" and not options.update_file and steps:
+        raise expected(f"--update difference with {' and '.join(steps)}", "--update gradient")
+    if options.lr is not None and not 0 < options.lr < float("inf"):
+        raise expected("--lr above 0", options.lr)
     if bool(options.mean) != bool(options.std):
         raise expected("--mean and --std together", "one of them")
     if options.html and not options.html.endswith(".html"):
@@ -167,6 +185,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
         if len(stacks) > 1:
             raise expected("one --defense, what the client ran", f"{len(stacks)}")
         truth = names = None
+        said: tuple[str, ...] = ()
         if options.images:
             if (given := data.count_images(options.images)) != update.batch_size:
                 raise expected(
@@ -177,11 +196,14 @@ def _run_audit(options: argparse.Namespace) -> Any:
                 options.images, anatomy.image_size, min_size=anatomy.patch_size
             )
             truth, names = data.with_channels(images.pixels, anatomy.channels), images.names
+            said = images.notes
         stack = next(iter(stacks.values()), [])
         with _Progress() as progress:
-            return audit_update(
+            report = audit_update(
                 model, update, defenses=stack, truth=truth, names=names, progress=progress, **common
             )
+        notes = tuple(dict.fromkeys((*report.notes, *said)))
+        return dataclasses.replace(report, notes=notes)
     images, labels, notes = _images(options, anatomy)
     if not options.defense:
         stacks, left_out = _default_stacks(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +21,10 @@ __all__ = ["LocalTraining", "Update"]
 
 _OPTIMIZERS = ("sgd", "adam", "adamw")
 
-if TYPE_CHECKING:  # what an update holds; it takes arrays in as well
-    TakenIn = Mapping[str, Tensor]
+if TYPE_CHECKING:  # what an update holds; it takes arrays, and their numbers, in as well
+    TakenIn, Whole, Real = Mapping[str, Tensor], int, float
 else:
-    TakenIn = Mapping[str, Any]
+    TakenIn, Whole, Real = Mapping[str, Any], Any, Any
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,19 @@ class LocalTraining:
         InputError: A value out of range, or steps without a learning rate.
     """
 
-    learning_rate: float | None = None
-    steps: int = 1
+    learning_rate: Real | None = None
+    steps: Whole = 1
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    momentum: Real = 0.0
+    weight_decay: Real = 0.0
 
     def __post_init__(self) -> None:
         if self.optimizer not in _OPTIMIZERS:
             raise expected(f"optimizer among {', '.join(_OPTIMIZERS)}", repr(self.optimizer))
-        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
-            raise expected("a finite learning rate above 0", self.learning_rate)
+        if not (steps := _count(self.steps)):
+            raise expected("whole local steps, at least 1", repr(self.steps))
+        object.__setattr__(self, "steps", steps)
+        _take_rates(self)
         if self.learning_rate is None and self.steps != 1:
             raise expected("a learning rate with several local steps", "none")
         if self.momentum and self.optimizer != "sgd":
@@ -124,12 +127,12 @@ class Update:
 
     tensors: TakenIn
     kind: Literal["gradient", "difference"] = "gradient"
-    batch_size: int = 1
-    local_steps: int = 1
-    learning_rate: float | None = None
+    batch_size: Whole = 1
+    local_steps: Whole = 1
+    learning_rate: Real | None = None
     optimizer: str = "sgd"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    momentum: Real = 0.0
+    weight_decay: Real = 0.0
     sealed: Mapping[str, str] = field(default_factory=dict)
     payloads: Mapping[str, bytes] = field(default_factory=dict)
     clipped: Mapping[str, int] = field(default_factory=dict)
@@ -137,20 +140,15 @@ class Update:
     def __post_init__(self) -> None:
         if self.kind not in ("gradient", "difference"):
             raise expected("kind 'gradient' or 'difference'", repr(self.kind))
-        counts = (self.batch_size, self.local_steps)
-        if not all(isinstance(n, int) and n >= 1 for n in counts):
+        counts = _count(self.batch_size), _count(self.local_steps)
+        if not all(counts):
             raise expected(
                 "whole batch_size and local_steps of at least 1",
-                f"batch_size={self.batch_size}, local_steps={self.local_steps}",
+                f"batch_size={self.batch_size!r}, local_steps={self.local_steps!r}",
             )
-        rate = self.learning_rate
-        if rate is not None and not 0 < rate < float("inf"):
-            raise expected("a finite learning rate above 0", rate)
-        if not (0 <= self.momentum < 1 and 0 <= self.weight_decay < float("inf")):
-            raise expected(
-                "momentum in [0, 1) and weight decay of at least 0",
-                f"momentum={self.momentum}, weight_decay={self.weight_decay}",
-            )
+        object.__setattr__(self, "batch_size", counts[0])
+        object.__setattr__(self, "local_steps", counts[1])
+        _take_rates(self)
         object.__setattr__(self, "tensors", tensors_by_name(self.tensors))
         if both := sorted(set(self.tensors) & set(self.sealed)):
             raise expected("sealed names without a readable tensor", both[0])
@@ -232,3 +230,39 @@ class Update:
         except InputError as error:
             message = str(error)
             raise InputError(message if str(path) in message else f"{path}: {message}") from error
+
+
+def _count(value: object) -> int:
+    """Return a whole number of at least 1, NumPy's and torch's too; 0 for anything else."""
+    try:
+        return max(operator.index(value), 0)  # type: ignore[arg-type]
+    except TypeError:
+        return 0
+
+
+def _take_rates(made: LocalTraining | Update) -> None:
+    """Take in the numbers of a training as Python's own, which files can hold.
+
+    Raises:
+        InputError: One is no number, or out of range.
+    """
+    said = f"momentum={made.momentum!r}, weight_decay={made.weight_decay!r}"
+    rate, momentum, decay = map(_number, (made.learning_rate, made.momentum, made.weight_decay))
+    if made.learning_rate is not None and not 0 < rate < float("inf"):
+        raise expected("a finite learning rate above 0", repr(made.learning_rate))
+    if not (0 <= momentum < 1 and 0 <= decay < float("inf")):
+        raise expected("momentum in [0, 1) and weight decay of at least 0", said)
+    if made.learning_rate is not None:
+        object.__setattr__(made, "learning_rate", rate)
+    object.__setattr__(made, "momentum", momentum)
+    object.__setattr__(made, "weight_decay", decay)
+
+
+def _number(value: object) -> float:
+    """Return a number as a float, not a number for anything else."""
+    try:
+        return value if isinstance(value, float) else operator.index(value)  # type: ignore
+    except TypeError:
+        pass
+    number = getattr(value, "item", lambda: None)()  # of NumPy and torch, of a single value
+    return float(number) if isinstance(number, int | float) else float("nan")

@@ -13,7 +13,7 @@ from vitguard.data.image_sets import (
     load_images,
 )
 from vitguard.data.photos import SAMPLE_NAMES, sample_images, sample_photos
-from vitguard.data.pixels import mean_image, pictured, with_channels
+from vitguard.data.pixels import faint_note, mean_image, pictured, with_channels
 
 __all__ = [
     "SAMPLE_NAMES",
@@ -22,6 +22,7 @@ __all__ = [
     "check_labels",
     "count_images",
     "decoys",
+    "faint_note",
     "load_images",
     "mean_image",
     "pictured",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitguard.data.pixels import BITS, cover, read_image, to_pixels
+from vitguard.data.pixels import BITS, FRAMES, cover, faint_note, read_image, to_pixels
 from vitguard.errors import expected
 
 __all__ = ["ImageSet", "assign_labels", "check_labels", "count_images", "load_images"]
@@ -22,6 +23,7 @@ _SUFFIXES = (
     ".tiff", ".webp",
 )  # fmt: skip
 _DARK = 14
+_DEEPEST = 4  # folders below the one that was given, to look for images in
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +79,15 @@ def load_images(
             class index is out of range; there are fewer than `count` images.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not all(map(str, paths)):
+        raise expected("an image file or a folder", "an empty path")  # else the working folder
     found = [item for path in paths for item in _find(Path(path), classes)]
     if not found:
         raise expected("at least one image", "none")
     if count is not None and not 1 <= count <= len(found):
         raise expected(f"1 to {len(found)} images", f"count={count}")
     found = found[:count]
-    pixels, enlarged, dark = [], 0, 0
+    pixels, enlarged, dark, several = [], 0, 0, 0
     for path, _, _ in found:
         image = read_image(path)
         if image.height < min_size[0] or image.width < min_size[1]:
@@ -91,6 +95,7 @@ def load_images(
                 f"images of at least {min_size[0]} x {min_size[1]} pixels, one patch",
                 f"{image.height} x {image.width} in {path}",
             )
+        several += image.info[FRAMES] > 1
         dark += image.info.get(BITS, 16) <= _DARK
         enlarged += image.height < size[0] or image.width < size[1]
         pixels.append(to_pixels(cover(image, size)))
@@ -104,10 +109,18 @@ def load_images(
             f"{dark} of {len(found)} images are dark: 16-bit files whose values need {_DARK} bits "
             "or fewer, divided by 65535; scale them to the full range to audit what they show"
         )
+    if several:
+        notes.append(
+            f"{several} of {len(found)} files have several frames, pages or bands: the first of "
+            "each is taken"
+        )
+    images = torch.stack(pixels)
+    if faint := faint_note(images):
+        notes.append(faint)
     notes += _skipped(paths)
     labels = _labels([label for _, _, label in found], classes, notes)
     names = _distinct([name for _, name, _ in found])
-    return ImageSet(names, torch.stack(pixels), labels, tuple(notes))
+    return ImageSet(names, images, labels, tuple(notes))
 
 
 def count_images(paths: str | Path | Iterable[str | Path]) -> int:
@@ -156,7 +169,11 @@ def _find(path: Path, classes: int | None) -> list[tuple[Path, str, int | None]]
         raise expected("either images or class folders", f"both in {path}")
     if not any(grouped.values()):
         if not direct:
-            raise expected("a folder with images", f"{path} without any")
+            deeper = _deeper(path)
+            raise expected(
+                "a folder with images", f"{path} without any",
+                f"There are some in {deeper}: give that folder." if deeper else "",
+            )  # fmt: skip
         return [(file, file.stem, None) for file in direct]
     numeric = all(folder.name.isdecimal() for folder in folders)
     found: list[tuple[Path, str, int | None]] = []
@@ -166,6 +183,19 @@ def _find(path: Path, classes: int | None) -> list[tuple[Path, str, int | None]]
             raise expected(f"class folders from 0 to {classes - 1}", f"class {label} in {folder}")
         found += [(file, f"{folder.name}/{file.stem}", label) for file in grouped[folder]]
     return found
+
+
+def _deeper(path: Path) -> Path | None:
+    """Return the first folder of class folders further down, such as `train` of a data set."""
+    for folder, inside, files in os.walk(path):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        here = Path(folder)
+        depth = len(here.relative_to(path).parts)
+        if depth and any(Path(name).suffix.lower() in _SUFFIXES for name in files):
+            return here.parent
+        if depth >= _DEEPEST:
+            inside.clear()
+    return None
 
 
 def _files(folder: Path) -> list[Path]:

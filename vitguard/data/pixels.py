@@ -16,7 +16,9 @@ from vitguard.errors import expected
 
 __all__ = [
     "BITS",
+    "FRAMES",
     "cover",
+    "faint_note",
     "mean_image",
     "pictured",
     "read_image",
@@ -26,6 +28,8 @@ __all__ = [
 ]
 
 BITS = "vitguard bits"  # of the largest value of a 16-bit file, among the facts of an image
+FRAMES = "vitguard frames"  # how many an image file has, where only the first is taken
+_FAINT = 0.1
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error,
     Image.DecompressionBombError,
@@ -40,8 +44,12 @@ def read_image(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 image.load()
+                # phones keep previews of the same photo behind it (MPO)
+                frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
                 upright = ImageOps.exif_transpose(image)
-            return _rgb(upright)
+            picture = _rgb(upright)
+            picture.info[FRAMES] = frames
+            return picture
     except UnidentifiedImageError as error:
         raise expected("an image file", f"{path}, which is not one") from error
     except _UNREADABLE as error:
@@ -73,6 +81,25 @@ def to_pixels(image: Image.Image) -> Float[Tensor, "3 height width"]:
 def to_picture(pixels: Tensor) -> Image.Image:
     values = pixels.detach().cpu().clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(values.permute(1, 2, 0).numpy())
+
+
+def faint_note(images: Float[Tensor, "images channels height width"]) -> str:
+    """Return what a report says of images that show next to nothing, "" where all use their range.
+
+    Those are nearly black or of one value: 98 % of the pixels of each channel lie within a tenth.
+    """
+    step = max(1, images[0, 0].numel() // 2**16)
+    rows = images.detach().float().flatten(2)[:, :, ::step].sort(dim=2).values
+    edge = rows.shape[2] // 100
+    spread = (rows[:, :, -1 - edge] - rows[:, :, edge]).amax(1)
+    count = int((spread < _FAINT).sum())
+    if not count:
+        return ""
+    return (
+        f"{count} of {len(images)} images are nearly black or of one value (98 % of the pixels "
+        f"within {_FAINT:g} of each other): dB and decoys say little of them; scale what they show "
+        "to 0..1"
+    )
 
 
 def mean_image(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitguard.core import Traits, Update
 from vitguard.defenses.base import Draws, UpdateDefense
+from vitguard.defenses.sealing import require_finite
 from vitguard.errors import expected
 from vitguard.vit import Anatomy
 
@@ -45,7 +46,12 @@ class GradientNoise(UpdateDefense):
         return replace(before, exact=exact, noise=noise, rank=rank)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
-        """Return the update with noise on every readable tensor; counters (integers) stay."""
+        """Return the update with noise on every readable tensor; counters (integers) stay.
+
+        Raises:
+            InputError: An entry is not finite.
+        """
+        require_finite(update)
         tensors = {
             name: self._noised(t, draws) if t.is_floating_point() and t.numel() else t
             for name, t in update.tensors.items()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitguard.core import Traits, Update
 from vitguard.defenses.base import Draws, UpdateDefense
+from vitguard.defenses.sealing import require_finite
 from vitguard.errors import expected
 from vitguard.vit import Anatomy
 
@@ -45,7 +46,12 @@ class GradientPruning(UpdateDefense):
         return replace(before, exact=before.exact and whole, sparse=before.sparse or not whole)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
-        """Return all but the largest entries of each tensor zeroed; counters (integers) stay."""
+        """Return all but the largest entries of each tensor zeroed; counters (integers) stay.
+
+        Raises:
+            InputError: An entry is not finite.
+        """
+        require_finite(update)
         tensors = {
             n: self._pruned(t) if t.is_floating_point() and t.numel() else t
             for n, t in update.tensors.items()

@@ -22,13 +22,13 @@ from vitguard.defenses.base import (
 )
 from vitguard.defenses.gate import Tally
 from vitguard.defenses.protection import Protection
-from vitguard.errors import Unprotected, expected
+from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.guard.leaving import names_by_values, require_released, require_sent, sealed
 from vitguard.guard.local_step import check_batch, difference_of, gradient_of, trained
 from vitguard.guard.public import extras_of, public_copy
 from vitguard.guard.state import from_bytes, load_state, state_of, to_bytes
 from vitguard.inspection import Inspection, inspect_model, load_exactly
-from vitguard.joining import drop, embeddings, frozen_by_peft, join
+from vitguard.joining import drop, embeddings, frozen_by_peft, held_by, join
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters
 
 __all__ = ["Guard"]
@@ -48,6 +48,7 @@ class Guard:
     def of(model: nn.Module) -> Guard:
         """Return a guard for a protected model, such as a copy; its draws start afresh."""
         if Protection.of(model) is None:
+            wrapping.require_bare(model)
             raise expected(
                 "a model that was protected", type(model).__name__, "Call protect first."
             )
@@ -104,12 +105,19 @@ class Guard:
             The optimizer, or `(optimizer, loader)` when a loader is given.
 
         Raises:
-            InputError: The model is frozen whole, or the optimizer cannot take in what was added.
+            InputError: The model is frozen whole, what is given is no optimizer, or the optimizer
+                cannot take in what was added.
+            Incompatible: The optimizer holds nothing of this model.
         """
-        trained(self.model, self._protection)
+        parameters = trained(self.model, self._protection)
+        known = held_by(optimizer)
         for parameter in frozen_by_peft(self.model):
             parameter.requires_grad_(True)
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in known for p in parameters.values()):
+            raise Incompatible(
+                "Expected an optimizer of the model's own parameters, got one of others alone. "
+                "Build it of model.parameters(), of the very model that was protected."
+            )
         if gone := [p for p in self._protection.taken if id(p) in known]:
             drop(optimizer, gone)
         added = dict(self._protection.named_parameters(prefix="vitguard"))

@@ -83,6 +83,7 @@ def sealed(
         )  # fmt: skip
     for name, tensor in tensors.items():
         check_plain(name, tensor, "the update")
+    _check_parameters(model, tensors, update)
     made = update = replace(update, tensors=tensors)
     held: dict[str, str] = {}
     for piece in protection.installed():
@@ -133,6 +134,28 @@ def names_by_values(model: nn.Module) -> dict[str, list[str]]:
         place = (tensor.data_ptr(), tensor.shape) if whole else name
         found.setdefault(place, []).append(canonical_name(name))
     return {name: names for names in found.values() for name in names}
+
+
+def _check_parameters(model: nn.Module, tensors: Mapping[str, Tensor], update: Update) -> None:
+    """Raise InputError unless parameters come as the model has them, before a ledger counts."""
+    if not tensors and not update.sealed:
+        raise expected(
+            "an update with tensors of the model", "none",
+            "Give the difference of each parameter, by its name.",
+        )  # fmt: skip
+    for named, own in model.named_parameters():
+        name = canonical_name(named)
+        given = tensors.get(name, own)
+        if own.shape != given.shape:
+            raise expected(
+                f"{name} of shape {tuple(own.shape)}", tuple(given.shape),
+                "Send each tensor as the model has it.",
+            )  # fmt: skip
+        if own.is_floating_point() and not given.is_floating_point():
+            raise expected(
+                f"{name} as floating-point numbers, as the model has it", given.dtype,
+                "Whole numbers would leave as they are: seal first, then round.",
+            )  # fmt: skip
 
 
 def _frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,13 @@ from torch import Tensor, nn
 from vitguard.core import Batch, LocalTraining, Loss
 from vitguard.defenses.protection import Protection
 from vitguard.errors import InputError, VitguardError, expected
-from vitguard.vit import Anatomy, canonical_parameters, checkpoints_refused, logits_of
+from vitguard.vit import (
+    Anatomy,
+    canonical_parameters,
+    checkpoints_refused,
+    logits_of,
+    loss_of,
+)
 
 __all__ = ["check_batch", "difference_of", "gradient_of", "trained"]
 
@@ -108,7 +116,7 @@ def _misfit(model: nn.Module, anatomy: Anatomy, batch: Batch) -> InputError | No
             f"images of {own[0]} x {own[1]} pixels", f"{given[0]} x {given[1]}",
             "Resize them, or build the model for their size.",
         )  # fmt: skip
-    weight = model.get_parameter(anatomy.patch_weight)
+    weight: Any = model.get_submodule(anatomy.patch).weight  # may be parametrised
     images, labels = batch.images, batch.labels
     if (images.device, images.dtype) != (weight.device, weight.dtype):
         return expected(
@@ -128,7 +136,8 @@ def _backward(
     if step is not None:
         with protection.counted([step]), protection.allowed():
             return dict(step.gradient(model, loss, batch, protection.draws))
-    total = loss(logits_of(model(batch.images)), batch.labels) + protection.auxiliary_loss(model)
+    own = loss_of(loss, logits_of(model(batch.images)), batch.labels)
+    total = own + protection.auxiliary_loss(model)
     with checkpoints_refused():
         gradients = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
     return dict(zip(parameters, gradients, strict=True))

@@ -80,6 +80,13 @@ def protect(
     """
     model = wrapping.bare(model)
     stack = stack_of(defenses)
+    if anatomy is not None and not isinstance(anatomy, Anatomy):
+        raise expected("an Anatomy", repr(anatomy))
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise expected(
+            "generator as a torch.Generator", repr(generator),
+            "Make one of a seed: torch.Generator().manual_seed(0).",
+        )  # fmt: skip
     anatomy = anatomy or wrapping.anatomy_of(model)
     ordered = [d for place in _PLACES for d in stack if isinstance(d, place)]
     names = [d.name for d in ordered]

@@ -157,8 +157,9 @@ class AuditResults:
 
     def _exceeding(self, max_psnr: float | None, max_gain: float | None) -> list[Finding]:
         for name, limit in (("max_psnr", max_psnr), ("max_gain", max_gain)):
-            if limit is not None and not math.isfinite(limit):
-                raise expected(f"{name} as a finite number of dB", limit)
+            number = isinstance(limit, int | float) and math.isfinite(limit)
+            if limit is not None and not number:
+                raise expected(f"{name} as a finite number of dB", repr(limit))
 
         def exceeds(finding: Finding) -> bool:
             measured, gain = finding.patch_psnr, self.gain(finding)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from vitguard.core import Loss, Normalization, Update, View
 from vitguard.errors import expected
 from vitguard.guard import Guard
+from vitguard.selectors import several
 from vitguard.threats.simulation import Simulation
 from vitguard.vit import canonical_name
 
@@ -73,10 +74,13 @@ class CuriousServer(Threat):
 
     Args:
         withhold: Selectors (`attention`, `mlp`, `patch`, `position`, `all` or a regular
-            expression) of parameters that the client does not send.
+            expression) of parameters that the client does not send; a lone one may be text.
     """
 
-    withhold: tuple[str, ...] = ()
+    withhold: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "withhold", several(self.withhold))
 
     def control(self) -> CuriousServer:
         """Return a server to which nothing is withheld."""

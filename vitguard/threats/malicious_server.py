@@ -16,6 +16,7 @@ from vitguard.discovery import discover
 from vitguard.errors import expected
 from vitguard.guard import Guard
 from vitguard.registry import parse_one
+from vitguard.selectors import several
 from vitguard.threats.crafts.base import Craft
 from vitguard.threats.curious_server import CuriousServer, Threat
 
@@ -49,11 +50,11 @@ def parse_threat(spec: str, withhold: Sequence[str] = ()) -> Threat:
     kind, _, rest = spec.strip().partition(":")
     key, _, craft = rest.partition("=")
     if kind == "curious" and not rest:
-        return CuriousServer(tuple(withhold))
+        return CuriousServer(several(withhold))
     if kind == "malicious" and not rest:
-        return MaliciousServer(withhold=tuple(withhold))
+        return MaliciousServer(withhold=several(withhold))
     if kind == "malicious" and key == "craft":
-        return MaliciousServer(parse_craft(craft), withhold=tuple(withhold))
+        return MaliciousServer(parse_craft(craft), withhold=several(withhold))
     raise expected("curious, malicious or malicious:craft=NAME[:key=value,...]", repr(spec))
 
 
@@ -78,7 +79,7 @@ class MaliciousServer(Threat):
     """
 
     craft: Craft | str = "imprint"
-    withhold: tuple[str, ...] = ()
+    withhold: Sequence[str] = ()
     target: str = ""
     changing: bool = False
 
@@ -87,6 +88,7 @@ class MaliciousServer(Threat):
             object.__setattr__(self, "craft", parse_craft(self.craft))
         elif not isinstance(self.craft, Craft):
             raise expected("a craft, or its name", repr(self.craft))
+        object.__setattr__(self, "withhold", several(self.withhold))
 
     @property
     def made(self) -> Craft:

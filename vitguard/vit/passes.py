@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.backends import cuda as backends
 
-from vitguard.errors import Incompatible, expected
+from vitguard.errors import Incompatible, VitguardError, expected
 
-__all__ = ["checkpoints_refused", "logits_of", "math_attention"]
+__all__ = ["checkpoints_refused", "logits_of", "loss_of", "math_attention"]
 
 
 @contextmanager
@@ -43,6 +44,47 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
     raise expected("a model that returns class scores", type(output).__name__)
+
+
+def loss_of(loss: Any, scores: Tensor, labels: Tensor, *, graded: bool = True) -> Tensor:
+    """Return `loss(scores, labels)`, one number with a gradient; anything if not `graded`.
+
+    Raises:
+        InputError: `loss` is no function, does not take both, or returns something else.
+    """
+    sizes = f"scores of shape {tuple(scores.shape)} and labels of shape {tuple(labels.shape)}"
+    if isinstance(loss, type) or not callable(loss):
+        raise expected(
+            "loss(scores, labels), a function", repr(loss),
+            "Give a function or an instance, such as nn.CrossEntropyLoss().",
+        )  # fmt: skip
+    try:
+        found: Any = loss(scores, labels)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        elsewhere = labels.device != scores.device  # said by who knows the model
+        known = isinstance(error, VitguardError | torch.OutOfMemoryError)
+        if known or elsewhere or not _of_torch(error):
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise expected(f"a loss that takes {sizes}", f"an error of it: {first}") from error
+    single = isinstance(found, Tensor) and found.numel() == 1
+    if graded and not (single and found.requires_grad >= scores.requires_grad):
+        got = f"{type(found).__name__} of shape {tuple(getattr(found, 'shape', ()))}"
+        raise expected(
+            f"a loss that is one number with a gradient, for {sizes}",
+            f"{got}{' without one' if single else ''}",
+            "Take the mean over the batch: reduction='mean'.",
+        )  # fmt: skip
+    return found
+
+
+def _of_torch(error: Exception) -> bool:
+    """Whether torch raised it, or the call itself: what a user's own lines raise stays theirs."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return where == __name__ or where.partition(".")[0] == "torch"
 
 
 _MATH_LOCK = threading.Lock()

@@ -419,7 +419,7 @@ def test_streams_without_a_length_are_refused():
 def test_an_optimizer_of_other_parameters_is_refused():
     _, guard, _, loader = protected()
     stranger = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    with pytest.raises(Incompatible, match="others among them"):
+    with pytest.raises(Incompatible, match="the model's own parameters, got one of others"):
         guard.prepare(stranger, loader)
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "check_model",
     "checkpointing",
     "refuse_checkpointing",
+    "refuse_half",
     "refuse_sharded",
 ]
 
@@ -37,6 +38,7 @@ def check_model(model: nn.Module) -> None:
     _refuse_wrappers(model)
     refuse_sharded(model)
     refuse_checkpointing(model)
+    refuse_half(model)
     for name, module in model.named_modules():
         where = f"{type(module).__name__} at {name or 'the root'}"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -52,12 +54,6 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            raise Incompatible(
-                f"Expected trainable parameters in float32 or float64, got {name} in "
-                f"{parameter.dtype}: clipped sums rounded to it move by more than the clip. Keep "
-                "the parameters in float32 and train under torch.autocast(device, torch.bfloat16)."
-            )
         first = names.setdefault(id(parameter), name)
         if first != name:
             raise Incompatible(
@@ -83,6 +79,17 @@ def _refuse_wrappers(model: nn.Module) -> None:
             f"Expected the bare model, got {type(model).__name__} around it. The private optimizer "
             "adds up over processes by itself; do not compile the model."
         )
+
+
+def refuse_half(model: nn.Module) -> None:
+    """Raise Incompatible where what is trained has 16 bits: a model may be converted later."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise Incompatible(
+                f"Expected trainable parameters in float32 or float64, got {name} in "
+                f"{parameter.dtype}: clipped sums rounded to it move by more than the clip. Keep "
+                "the parameters in float32 and train under torch.autocast(device, torch.bfloat16)."
+            )
 
 
 def refuse_checkpointing(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,10 +18,14 @@ from vitguard.randomness import seeded
 __all__ = ["Kept", "differing", "same_draws"]
 
 
-class Kept:
-    """What passes over a model may change: tensors, gradients, plain attributes, modes.
+_CONTAINERS = (list, dict, set, OrderedDict)
 
-    Lists, dicts and sets among the attributes are kept one level deep.
+
+class Kept:
+    """What passes over a model may change: tensors, gradients, plain attributes, modes, hooks.
+
+    Lists, dicts and sets among the attributes are kept one level deep. Hooks are such: a library
+    that registers some in the first pass, and notes it in an attribute, would do so in each.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,7 +37,7 @@ class Kept:
         plain = [v for v in attributes if isinstance(v, Tensor) and not v.requires_grad]
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers(), *plain)}
         self._tensors = [(t, t.detach().clone()) for t in tensors.values()]
-        self._containers = [(v, v.copy()) for v in attributes if type(v) in (list, dict, set)]
+        self._containers = [(v, v.copy()) for v in attributes if type(v) in _CONTAINERS]
         self._generators = [
             (v, v.get_state()) for v in attributes if isinstance(v, torch.Generator)
         ]

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from vitguard.core import Loss
 from vitguard.defenses.base import Installed
 from vitguard.errors import Unprotected, expected
+from vitguard.vit import loss_of
 
 __all__ = ["PerExample", "auxiliary_losses", "per_example_losses"]
 
@@ -37,13 +38,16 @@ def per_example_losses(loss: Loss, outputs: Any, labels: Tensor) -> Tensor:
     values = []
     for i in range(len(labels)):
         one = tree_map(lambda t, i=i: t[i : i + 1] if isinstance(t, Tensor) else t, outputs)
-        values.append(_number(loss(one, labels[i : i + 1])))
+        values.append(_number(loss, one, labels[i : i + 1]))
     found = torch.stack(values)
     _refuse_meeting(loss, outputs, labels, found.detach())
     return found
 
 
-def _number(value: Any) -> Tensor:
+def _number(loss: Loss, one: Any, label: Tensor) -> Tensor:
+    if isinstance(one, Tensor):
+        return loss_of(loss, one, label).reshape(())
+    value: Any = loss(one, label)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise expected("a loss that is one number for one example", value)
     return value.reshape(())
@@ -53,8 +57,14 @@ def _refuse_meeting(loss: Loss, outputs: Any, labels: Tensor, alone: Tensor) -> 
     """Raise Unprotected if a criterion of the batch is another one than of single examples."""
     if len(labels) < 2:
         return
+
+    def of_batch() -> Tensor:
+        if isinstance(outputs, Tensor):
+            return loss_of(loss, outputs, labels, graded=False).double().mean()
+        return loss(outputs, labels).double().mean()
+
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        whole, again = (loss(outputs, labels).double().mean() for _ in range(2))
+        whole, again = of_batch(), of_batch()
     fine = alone.dtype in (torch.float32, torch.float64)
     slack = (1e-4 if fine else 3e-2) * alone.double().abs().sum() + 1e-12
     total, count = alone.double().sum(), len(labels)

@@ -144,7 +144,8 @@ def _check_owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             "Expected an optimizer of the model's own parameters, got others among them (of shape "
             f"{', '.join(map(str, strangers))}): their gradients would not be clipped. If the "
             "optimizer is older than the protection, which may take parameters out of the model "
-            "(fixed positions take pos_embed), build it after protect."
+            "(fixed positions take pos_embed), build it after protect. A head beside the model "
+            "must be its own: in timm model.reset_classifier(classes)."
         )
 
 

@@ -184,7 +184,9 @@ def _first(source: Any, size: int, name: str) -> Sequence[int]:
 
 def _distinct(indices: Any, size: int, name: str) -> Sequence[int]:
     chosen = [int(i) for i in indices]
-    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(range(size)):
+    if not chosen:
+        raise expected(f"a {name} of at least one record", "an empty one")
+    if len(set(chosen)) != len(chosen) or not set(chosen) <= set(range(size)):
         raise Incompatible(
             f"Expected a {name} of different indices from 0 to {size - 1}, got {len(chosen)}, "
             f"{len(set(chosen))} of them different. A record that joins twice spends more privacy: "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vitguard.defenses.base import Installed, watch_gradients
-from vitguard.defenses.privacy.checks import refuse_checkpointing, refuse_sharded
+from vitguard.defenses.privacy.checks import refuse_checkpointing, refuse_half, refuse_sharded
 from vitguard.defenses.privacy.divisor import CommonDivisor
 from vitguard.defenses.privacy.engine import Engine, Watch
 from vitguard.defenses.privacy.mixing import refuse_mixed_targets
@@ -264,6 +264,7 @@ class PrivateTraining(Installed):
         refuse_compiled()
         refuse_sharded(model)
         refuse_checkpointing(model)
+        refuse_half(model)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._check_due(tensors)
         self.engine.close()

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from vitguard.defenses.base import Installed
 from vitguard.defenses.shuffle.settings import ShuffleSettings
 from vitguard.defenses.steps import watch_steps
-from vitguard.errors import Unprotected
+from vitguard.errors import Incompatible, Unprotected
 from vitguard.vit import Anatomy
 
 __all__ = ["Hooked", "hook"]
@@ -107,6 +107,12 @@ class _Expose:
 class _Root(_Hook):
     @torch.compiler.disable
     def act(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
+            raise Incompatible(
+                "Expected a training pass that runs as it is, since each draws a permutation of "
+                "its own, got one inside a transform of torch.func or a trace. Train with "
+                "loss.backward(), and trace the model in eval mode."
+            )
         watch_steps(self.piece, module)
 
 

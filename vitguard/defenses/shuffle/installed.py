@@ -338,7 +338,7 @@ class InstalledShuffle(Hooked):
 
 def _start(model: nn.Module, anatomy: Anatomy) -> Tensor:
     """Return where the unknown embedding starts: the mean of the positions, which tells none."""
-    like = model.get_parameter(anatomy.patch_weight)
+    like: Any = model.get_submodule(anatomy.patch).weight  # may be parametrised
     if anatomy.positions is None:
         return torch.zeros(1, anatomy.width, dtype=like.dtype, device=like.device)
     path, _, attribute = anatomy.positions.rpartition(".")

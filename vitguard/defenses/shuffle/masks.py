@@ -73,7 +73,7 @@ def block_masks(
         mask[active] |= proposed[rows, first] & some[:, None, None]
         active = active[some & (left > new[rows, first])]
         stream += 1
-    return torch.from_numpy(mask.reshape(len(keys), -1))
+    return torch.from_numpy(mask.reshape(len(keys), grid[0] * grid[1]))
 
 
 def _rectangles(
