@@ -221,24 +221,27 @@ def _run_audit(options: argparse.Namespace) -> Any:
 
 
 def _default_stacks(model: Any) -> tuple[dict[str, Any], list[str]]:
-    """Return the default defenses that the model takes, and a note on each that it does not."""
+    """Return the default defenses that the model takes, and a note on those that it does not."""
     import copy
 
     from vitguard.errors import InputError
     from vitguard.guard import protect
     from vitguard.registry import parse_stack
 
-    stacks, notes = {}, []
+    stacks: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     for spec in DEFAULT_DEFENSES:
         stack = parse_stack(spec)
         try:
             protect(copy.deepcopy(model), stack)
         except InputError as error:
-            why = str(error).partition(". ")[0].removesuffix(".")
-            notes.append(f"{spec}, one of the default defenses, does not fit this model: {why}")
+            left_out[spec] = str(error).partition(". ")[0].removesuffix(".")
         else:
             stacks[spec] = stack
-    return stacks, notes
+    if not left_out:
+        return stacks, []
+    why = next(iter(left_out.values()))
+    return stacks, [f"default defenses that do not fit this model: {', '.join(left_out)} ({why})"]
 
 
 def _stored(options: argparse.Namespace, model: Any) -> Any:
