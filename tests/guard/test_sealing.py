@@ -232,7 +232,8 @@ def test_weights_without_what_stays_local_or_frozen_are_all():
     F.cross_entropy(model.eval()(IMAGES[:4]), LABELS[:4]).backward()
     sent = {n: model.state_dict()[n] for n in guard.shared_names() if "head" not in n}
     model.train().load_state_dict(sent, strict=False)
-    guard.seal(vg.Update({}, kind="difference", batch_size=4, learning_rate=0.1))
+    moved = {n: torch.zeros_like(t) for n, t in sent.items()}
+    guard.seal(vg.Update(moved, kind="difference", batch_size=4, learning_rate=0.1))
 
 
 @pytest.mark.parametrize("kind", ["_forward_hooks", "_forward_pre_hooks"])
