@@ -333,7 +333,8 @@ def test_a_proof_of_honest_weights_is_none_on_crafted_ones_and_the_ladder_reads_
     """On crafted weights wrong patches solve the equations of `gelu-span`: it called all proved."""
     report = vg.audit(
         model, (photos[:2], torch.tensor([1, 2])), defenses={"shuffle": "shuffle:ratio=0.5"},
-        threat=MaliciousServer(), attacks=["gelu-span:seconds=1", "imprint", "ladder:seconds=2"],
+        threat=MaliciousServer(),
+        attacks=["gelu-span:seconds=0.3", "imprint", "ladder:seconds=0.5"],
     )  # fmt: skip
     found = {(f.configuration, f.attack): f for f in report.findings}
     for stack in ("none", "shuffle"):
