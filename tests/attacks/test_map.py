@@ -180,9 +180,8 @@ def test_a_shuffle_under_noise_is_fitted_like_any_other_image(small_vit, observe
     guess = MaximumAPosteriori(seconds=4, start=start).run(view, seeded())
     before, after = (float(patch_psnr(g.images, photo, (4, 4))) for g in (start, guess))
     assert after > before + 1.5, (before, after)
-    assert (
-        guess.details["misfit"] < 2
-    )  # times the noise: 1.4 here, and 1.1 after three times the work
+    # times the noise: 1.4 here, and 1.1 after three times the work
+    assert guess.details["misfit"] < 2
     assert int(guess.shuffled.sum()) == 8
 
 
