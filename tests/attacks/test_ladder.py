@@ -103,6 +103,14 @@ def test_nothing_applies_gives_every_reason(small_vit, observe, photo):
         run(Ladder(seconds=3), bare)
 
 
+def test_where_nothing_can_be_read_every_rung_is_blocked_by_the_one_reason(
+    small_vit, observe, photo
+):
+    view = observe(small_vit(), photo, defenses="encryption:select=all,rehearse=0")
+    with pytest.raises(Blocked, match="every tensor of the update cannot be read: encrypted"):
+        run(Ladder(seconds=1), view)
+
+
 def test_where_no_rung_gives_an_image_those_that_were_cut_come_first_and_one_reason_once(
     small_vit, observe, photo
 ):

@@ -116,7 +116,7 @@ def remarks(finding: Finding) -> list[str]:
         )
     if finding.verdict != "leaks" and finding.undecided not in finding.reason:
         lines.append(f"undecided: {finding.undecided}")
-    if finding.unseen not in finding.reason:
+    if finding.defended and finding.unseen not in finding.reason:
         lines.append(f"beyond any limit in dB: {finding.unseen}")
     return [line for line in (*lines, caution(finding)) if line]
 

@@ -82,6 +82,8 @@ class Ladder(Attack):
 
     def run(self, view: View, generator: torch.Generator) -> Guess:
         """Return the best guess of all rungs; a keyboard interrupt keeps what was found."""
+        if not view.update.tensors and view.update.sealed:
+            raise Blocked("every tensor of the update", next(iter(view.update.sealed.values())))
         climb = _Climb(view, generator, Budget.of(self.seconds))
         try:
             climb.all(self.parts().values())
