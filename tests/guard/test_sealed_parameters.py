@@ -3,22 +3,14 @@
 import re
 
 import pytest
-import timm
 import torch
 
 import vitguard as vg
+from tests.guard.test_sealing import vit
 from vitguard.errors import InputError
 
 CHANGING = ("noise:scale=0.5", "pruning", "low-rank", "sign-update", "quantised-update")
 CLIENT = "client-privacy:noise=1,clip=1,delta=0.00001"
-
-
-def vit():
-    torch.manual_seed(0)
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=10, embed_dim=32,
-        num_heads=2,
-    )  # fmt: skip
 
 
 def change(model):

@@ -59,9 +59,12 @@ def likely_mask(view: View, anatomy: Anatomy, generator: torch.Generator) -> tup
     Raises:
         NotApplicable: The update does not show any.
     """
-    mask, why = leaked_mask(view, anatomy, None, generator)
-    if mask is None and view.update.batch_size == 1 and view.update.local_steps == 1:
-        mask, why = _faint_rows(view, anatomy, sure=False), "the faintest rows"
+    if view.update.batch_size > 1 or view.update.local_steps > 1:
+        mask, why = leaked_mask(view, anatomy, None, generator)
+    else:
+        mask, why = _zero_rows(view, anatomy), "rows of zeros in the position gradient"
+        if mask is None:
+            mask, why = _faint_rows(view, anatomy, sure=False), "the faintest rows"
         if mask is None:
             mask, why = _residual(view, generator, sure=False), "the largest residuals of span"
     if mask is None:
