@@ -191,7 +191,10 @@ def test_every_form_of_the_report_names_what_was_seen_and_the_rest_of_the_json_i
     seen = federation("masking").round()
     report = vg.audit([seen.messages[0], seen.total], attacks="position")
     stored = json.loads(report.to_json_text())
-    assert stored["outcome"] == "0 of 2 messages and sums leak; 2 could not be decided."
+    assert stored["outcome"] == (
+        "0 of 2 messages and sums leak; 1 was not tested, because every attack was blocked; "
+        "1 could not be decided."
+    )
     assert stored["schema"] == 1
     names = [f["exposure"] for f in stored["findings"]]
     assert names[0] == names[1] == "message of ana, round 0 (1 image)"

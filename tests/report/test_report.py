@@ -296,7 +296,7 @@ class TestWords:
         )
         assert made.outcome() == (
             "1 of 3 defended configurations leaks; 1 resisted the attacks that were run (span); "
-            "1 could not be decided."
+            "1 was not tested, because every attack was blocked."
         )
 
     def test_without_defenses_the_outcome_says_so(self) -> None:

@@ -21,6 +21,7 @@ DEFAULT_DEFENSES = (
     "noise:scale=0.01",
     "privacy:epsilon=8.0,epochs=3",
     "encryption:select=plan",
+    "encryption:select=all",
 )
 DEFAULT_REPORT = "vitguard-report.html"
 DEFAULT_BUDGET = 50.0

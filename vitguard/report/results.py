@@ -75,10 +75,12 @@ class AuditResults:
         return self._fared(groups)
 
     def _fared(self, groups: dict[str, list[Finding]]) -> str:
-        leaking, tried, resisting = 0, {}, 0
+        leaking, tried, resisting, blocking = 0, {}, 0, 0
         for findings in groups.values():
             if any(f.verdict == "leaks" for f in findings):
                 leaking += 1
+            elif all(f.verdict == "blocked" for f in findings):
+                blocking += 1
             elif (resisted := [f.attack for f in findings if f.verdict == "resisted"]) and not any(
                 f.undecided for f in findings
             ):
@@ -94,7 +96,10 @@ class AuditResults:
             parts = [one if leaking else "No leak was shown"]
         if resisting:
             parts.append(f"{resisting} resisted the attacks that were run ({', '.join(tried)})")
-        if undecided := len(groups) - leaking - resisting:
+        if blocking:
+            verb = "was" if blocking == 1 else "were"
+            parts.append(f"{blocking} {verb} not tested, because every attack was blocked")
+        if undecided := len(groups) - leaking - resisting - blocking:
             parts.append(f"{undecided} could not be decided")
         return "; ".join(parts) + "."
 
@@ -188,6 +193,8 @@ class AuditResults:
                 return f"{f.attack}: a measurement is no finite number"
         if any(f.conclusive for f in findings):
             return ""
+        if all(f.verdict == "blocked" for f in findings):
+            return "every attack was blocked: what it needs cannot be read; add others"
         return "no attack was conclusive; add one that leaks on the undefended model"
 
     def _is_broken(self, finding: Finding) -> bool:
