@@ -115,27 +115,37 @@ def test_the_statement_on(spec, select, positions, attack, remains):
 @pytest.mark.parametrize("positions", ["learnable", "frozen", "sincos"])
 def test_the_minimal_plan_ends_every_closed_form_but_not_matching(spec, positions):
     remaining = report(spec, "plan", positions).remaining()
-    assert not set(remaining) & set(CLOSED)
+    assert not set(remaining) & {*CLOSED, "token-search"}
     assert "matching" in remaining
 
 
-@pytest.mark.parametrize("drop", ["embedding", r"blocks\.0\.attn", "head", r"blocks\.1\.mlp\.fc2"])
+PARTS = ["embedding", r"blocks\.0\.attn", "head", r"blocks\.1\.mlp\.fc2", r"blocks\.0\.mlp\.fc2"]
+
+
+@pytest.mark.parametrize("drop", PARTS)
 def test_no_part_of_the_minimal_plan_can_be_dropped(drop):
-    """On the CIFAR shape with two blocks each part alone opens a closed form again."""
+    """On the CIFAR shape with two blocks each part alone opens an attack again."""
     spec = CIFAR.replace("depth=4", "depth=2")
     model = build_model(spec)
     anatomy = Anatomy.of(model)
     names = [n for n, _ in model.named_parameters()]
     kept = set(minimal_names(anatomy, names)) - set(select_names(anatomy, drop, names))
     pattern = "|".join(f"^{n}$".replace(".", r"\.") for n in kept)
-    assert set(plan_report(model, pattern).remaining()) & set(CLOSED)
+    assert set(plan_report(model, pattern).remaining()) & {*CLOSED, "token-search"}
+
+
+def test_the_plan_hides_no_mlp_but_the_last_where_the_tokens_fill_the_width():
+    model = build_model("vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=48,depth=3")
+    hidden = minimal_names(Anatomy.of(model), [n for n, _ in model.named_parameters()])
+    assert [n for n in hidden if "mlp" in n] == ["blocks.2.mlp.fc2.weight", "blocks.2.mlp.fc2.bias"]
+    assert "token-search" not in plan_report(model, "plan").remaining()
 
 
 @pytest.mark.slow
 def test_the_shares_of_vit_base_are_those_of_the_full_model():
     found = plan_report("vit_base_patch16_224", "attention")
     assert abs(found.encrypted.share - 0.33) < 0.01
-    assert abs(found.minimal.share - 0.072) < 0.002
+    assert abs(found.minimal.share - 0.372) < 0.002
     everything = plan_report("vit_base_patch16_224", "all").encrypted
     assert everything.parameters == 86_567_656 and everything.share == 1
 

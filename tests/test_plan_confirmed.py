@@ -40,7 +40,7 @@ def small():
 
 STACKS = {  # stack -> (positions, selection, attacks that leak)
     "encryption:select=attention,force=true": ("learnable", "attention", {"position"}),
-    "positions:kind=frozen+encryption:select=attention": ("frozen", "attention", set()),
+    "positions:kind=frozen+encryption:select=attention,force=true": ("frozen", "attention", set()),
     r"positions:kind=frozen+encryption:select=attn\.qkv,force=true": (
         "frozen",
         r"attn\.qkv",
@@ -201,8 +201,8 @@ def test_later_blocks_give_the_image_away_as_counted_but_the_last_one_does_not(
     "stack, attack, bar",
     [
         ("encryption:select=attention,force=true", "position", 95),
-        ("positions:kind=frozen+encryption:select=attention", "position", None),
-        ("positions:kind=frozen+encryption:select=attention", "span", None),
+        ("positions:kind=frozen+encryption:select=attention,force=true", "position", None),
+        ("positions:kind=frozen+encryption:select=attention,force=true", "span", None),
         (r"positions:kind=frozen+encryption:select=attn\.qkv,force=true", "span", 55),
         ("encryption:select=plan", "position", None),
         ("encryption:select=plan", "span", None),

@@ -25,10 +25,16 @@ _CHOICES = (*SELECTORS, *_MINIMAL)
 
 @runtime_checkable
 class Roles(Protocol):
-    """What a selection asks an `Anatomy`: the role of each parameter, and its blocks."""
+    """What a selection asks an `Anatomy`: the role of each parameter, blocks and sizes."""
 
     @property
     def blocks(self) -> Sequence[Any]: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
 
     def role(self, name: str) -> str: ...
 
@@ -101,23 +107,26 @@ def require_all_match(anatomy: Roles, selector: str, names: Iterable[str]) -> No
 
 
 def minimal_names(anatomy: Roles, names: Iterable[str]) -> list[str]:
-    """Return the smallest set by role whose encryption leaves no closed form.
+    """Return the smallest set by role whose encryption leaves no closed form and no token search.
 
-    See docs/methods.md, 2.1 to 2.5c:
+    At batch size 1, where they are strongest. See docs/methods.md, 2.1 to 2.5e:
 
     - patch embedding, positions and prefix tokens: `position`, and the patches' span;
     - attention of the first block, projection included: without it neither the first norm nor,
       since every later token contains W_o o with o then unknown, any later block gives a linear
       equation about the patches;
-    - second MLP layer of the last block and the head: `cascade` and the labels.
+    - second MLP layer of the last block and the head: `cascade` and the labels;
+    - second MLP layer of every other block where an image has fewer tokens than a token has
+      numbers: one block with both layers plain gives `deep-tokens` all tokens, and they the image.
 
-    What it leaves to gradient matching and to searches over tokens is said by `vitguard plan`.
+    What it leaves to gradient matching and to searches over pixels is said by `vitguard plan`.
     """
     names = list(names)
     chosen = {n for n in names if anatomy.role(n) in (*_EMBEDDING, "head")}
     if anatomy.blocks:
-        first, last = anatomy.blocks[0], anatomy.blocks[-1]
-        inside = (f"{first.attention}.", f"{first.proj}.", f"{last.fc2}.")
+        first, every = anatomy.blocks[0], anatomy.blocks
+        searched = every if anatomy.tokens < anatomy.width else every[-1:]
+        inside = (f"{first.attention}.", f"{first.proj}.", *(f"{b.fc2}." for b in searched))
         chosen |= {n for n in names if n.startswith(inside) or n in first.qkv + first.qkv_bias}
     return [n for n in names if n in chosen]
 

@@ -3,14 +3,20 @@
 import pytest
 import torch
 
+from tests import conftest
 from tests.conftest import CIFAR_NORMALIZATION
-from vitguard.attacks.deep_tokens import DeepTokens
+from vitguard import data
+from vitguard.attacks.cascade.separate import LastBlock
+from vitguard.attacks.deep_tokens import DeepTokens, search
 from vitguard.attacks.deep_tokens import attack as deep
+from vitguard.attacks.deep_tokens.stem import Stem
 from vitguard.attacks.ladder import Ladder
 from vitguard.core import Normalization
 from vitguard.errors import Blocked, NotApplicable
 from vitguard.metrics import psnr
+from vitguard.models import build_model, load_checkpoint, normalization_of
 from vitguard.plan import plan_report
+from vitguard.vit import Anatomy
 
 STEM = ("embedding", r"^blocks\.0\.")
 
@@ -49,9 +55,9 @@ def test_what_is_found_is_not_verified_on_an_unrelated_gradient(cifar, narrow, o
 def test_nothing_is_verified_where_a_token_is_missing_or_the_image_makes_others(
     cifar, narrow, observe, monkeypatch, what
 ):
-    search, invert = deep._search, deep.Stem.invert
+    search, invert = deep.find_tokens, deep.Stem.invert
     if what == "a token is missing":
-        monkeypatch.setattr(deep, "_search", lambda *given: search(*given)[:-1])
+        monkeypatch.setattr(deep, "find_tokens", lambda *given: search(*given)[:-1])
     else:
         monkeypatch.setattr(
             deep.Stem, "invert", lambda *given, **named: 0.9 * invert(*given, **named)
@@ -60,6 +66,82 @@ def test_nothing_is_verified_where_a_token_is_missing_or_the_image_makes_others(
     view = observe(narrow, pixels, labels, withhold=STEM, normalization=CIFAR_NORMALIZATION)
     guess = DeepTokens().run(view, torch.Generator().manual_seed(0))
     assert guess.verified is not None and not bool(guess.verified.any())
+
+
+@pytest.fixture
+def large(small_vit):
+    """4,800 values an image, and patches of 192 pixels in tokens of 160 numbers; 26 tokens."""
+    return small_vit(img_size=40, patch_size=8, embed_dim=160, depth=2)
+
+
+def test_all_tokens_of_an_image_of_any_size_are_found_and_the_rest_comes_from_the_prior(
+    large, observe, photos
+):
+    image = torch.nn.functional.interpolate(photos[:1], (40, 40), mode="bilinear")
+    view = observe(large, image, defenses="encryption:select=attention/embedding,force=true")
+    guess = DeepTokens().run(view, torch.Generator().manual_seed(0))
+    assert guess.details["found"] == guess.details["tokens"] == 26
+    assert float(psnr(guess.images, image)) > 30, guess.details
+    # 192 pixels of 158 numbers: other images make the same tokens, and a proof would be wrong
+    assert guess.verified is not None and not bool(guess.verified.any())
+
+
+def test_a_token_that_was_found_tells_its_own_gradient_and_is_taken_out(large, observe, photos):
+    """The reference: each token's gradient behind fc2, by autograd of the public model."""
+    image = torch.nn.functional.interpolate(photos[:1], (40, 40), mode="bilinear")
+    view = observe(large, image, torch.tensor([3]))
+    stem = Stem(view, Anatomy.of(view.model), 0)
+    problem = LastBlock.at(view, stem.anatomy.blocks[0], 26, torch.ones(1, dtype=torch.float64))
+    with torch.no_grad():
+        tokens = stem.tokens(view.normalization.apply(image.double()))[0]
+    m = tokens @ problem.inner + problem.constant
+    held = []
+    layer = stem.model.get_submodule(stem.anatomy.blocks[0].fc2)
+    with layer.register_forward_hook(lambda module, given, made: held.append(made)):
+        loss = torch.nn.functional.cross_entropy(
+            stem.model(view.normalization.apply(image.double())), torch.tensor([3])
+        )
+    (true,) = torch.autograd.grad(loss, held[0])
+    found, apart = search._own_gradients(problem, m)
+    assert float(torch.cosine_similarity(found, true[0]).abs().min()) > 0.99
+    assert float(apart.max()) < search._APART
+    assert float(search._own_gradients(problem, torch.randn_like(m))[1].min()) > search._APART
+    _, basis = problem.without(m[:20], found[:20])
+    assert basis.shape == (26, 6)
+    outside = m[20:] - (m[20:] @ basis) @ basis.T  # the others stay solutions, those found do not
+    assert float((outside.norm(dim=1) / m[20:].norm(dim=1)).max()) < 1e-2
+    gone = m[:20] - (m[:20] @ basis) @ basis.T
+    assert float((gone.norm(dim=1) / m[:20].norm(dim=1)).min()) > 1e-2
+
+
+def test_an_image_of_which_a_token_is_missing_is_unfinished(cifar, narrow, observe, monkeypatch):
+    whole = deep.find_tokens
+    monkeypatch.setattr(deep, "find_tokens", lambda *given: whole(*given)[:-1])
+    view = observe(narrow, crop(cifar, 1)[0], withhold=STEM)
+    guess = DeepTokens().run(view, torch.Generator().manual_seed(0))
+    assert "all tokens were found" in guess.details["unfinished"]
+
+
+def test_the_ladder_leaves_it_work_where_gelu_span_does_not_apply(large, observe, photos):
+    """26 + 160 directions fill the width: without the patch gradient a token fits anywhere."""
+    image = torch.nn.functional.interpolate(photos[:1], (40, 40), mode="bilinear")
+    assert DeepTokens().share(observe(large, image)) == 0
+    assert DeepTokens().share(observe(large, image, withhold=("embedding",))) > 0
+
+
+@pytest.mark.slow
+def test_pretrained_weights_with_attention_and_embedding_encrypted_give_a_photo_away(data_folder):
+    model = build_model("vit_small_patch14_dinov2:img_size=112,num_classes=10")
+    load_checkpoint(model, data_folder / "weights" / "dinov2_small_timm_fp16.safetensors")
+    files = sorted((data_folder / "photos").iterdir())[30:31]
+    pixels = data.load_images(files, (112, 112)).pixels
+    view = conftest.observe(
+        model, pixels, defenses="encryption:select=attention/embedding,force=true,rehearse=0",
+        normalization=normalization_of(model),
+    )  # fmt: skip
+    guess = DeepTokens(seconds=120).run(view, torch.Generator().manual_seed(0))
+    assert guess.details["found"] == 65, guess.details
+    assert float(psnr(guess.images, pixels)) > 30, guess.details
 
 
 def test_it_says_what_it_cannot_do(cifar, small_vit, narrow, observe, photos):

@@ -114,7 +114,8 @@ def test_where_nothing_can_be_read_every_rung_is_blocked_by_the_one_reason(
 def test_where_no_rung_gives_an_image_those_that_were_cut_come_first_and_one_reason_once(
     small_vit, observe, photo
 ):
-    view = observe(small_vit(), photo, defenses="encryption:select=plan,rehearse=0")
+    hidden = "encryption:select=attention/embedding,force=true,rehearse=0"
+    view = observe(small_vit(), photo, defenses=hidden)
     climb = _Climb(view, torch.Generator(), Budget.of(60))
     climb.all([PositionInversion(), SpanInversion()])
     charge(products=1e15)

@@ -68,8 +68,8 @@ def test_a_sealed_tensor_cannot_be_read_from_the_update_read_raises_blocked(mode
 
 
 def test_what_is_not_selected_stays_plain(model, batch):
-    guard = rehearsed(copy.deepcopy(model), [FixedPositions(), EncryptedGradients("attention")])
-    update = guard.update(*batch)
+    stack = [FixedPositions(), EncryptedGradients("attention", force=True)]
+    update = rehearsed(copy.deepcopy(model), stack).update(*batch)
     anatomy = Anatomy.of(model)
     for name in names(model):
         assert update.can_read(name) == (anatomy.role(name) not in ("attention", "position"))
@@ -79,10 +79,17 @@ def test_attention_alone_with_learnable_positions_is_refused_unless_forced(model
     with pytest.raises(Incompatible, match=r"pos_embed, patch_embed.proj.weight.*force=True"):
         protect(copy.deepcopy(model), [EncryptedGradients("attention")])
     rehearsed(copy.deepcopy(model), [EncryptedGradients("attention", force=True)]).update(*batch)
-    for hidden in (FixedPositions(), WithheldPositions()):
-        protect(copy.deepcopy(model), [hidden, EncryptedGradients("attention")])
-    for fine in ("all", "plan", "embedding", "attention/patch"):
+    for fine in ("all", "plan", r"embedding/blocks\.\d\.attn/fc2"):
         protect(copy.deepcopy(model), [EncryptedGradients(fine)])
+
+
+@pytest.mark.parametrize("select", ["attention", "embedding", "attention/patch"])
+def test_a_block_whose_mlp_stays_plain_is_refused_whatever_hides_positions(model, select):
+    """`deep-tokens` finds every token there and the image from them: test_deep_tokens.py."""
+    for hidden in (FixedPositions(), WithheldPositions()):
+        with pytest.raises(Incompatible, match=r"`token-search`.*mlp\.fc1.*mlp\.fc2"):
+            protect(copy.deepcopy(model), [hidden, EncryptedGradients(select)])
+        protect(copy.deepcopy(model), [hidden, EncryptedGradients(f"{select}/fc2")])
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,11 @@ class LastBlock:
         outside = a - (a @ self.span) @ self.span.T
         return outside, a.norm(dim=1), u
 
+    def residual(self, m: Tensor) -> Tensor:
+        """Return the relative residual of each vector's activations."""
+        outside, size, _ = self.misfit(m)
+        return outside.norm(dim=1) / size
+
     def pre_activations(self, m: Tensor) -> Tensor:
         """Return fc1's outputs, shape (images, hidden)."""
         return m @ (self.weight @ self.inner).T + self.bias

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vitguard.attacks.base import Attack, Rung
 from vitguard.attacks.budget import Budget, CutShort, charge, worked
-from vitguard.attacks.cascade.separate import LastBlock, descend
-from vitguard.attacks.deep_tokens.stem import Stem
-from vitguard.attacks.equations.counts import token_search_remains
+from vitguard.attacks.cascade.separate import LastBlock
+from vitguard.attacks.deep_tokens.search import find_tokens, search_seconds
+from vitguard.attacks.deep_tokens.stem import ROUGH, Stem
+from vitguard.attacks.equations.counts import gelu_span_remains, token_search_remains
 from vitguard.attacks.equations.rows import guess_from_patches
 from vitguard.attacks.evidence import require_finite
 from vitguard.attacks.labels import try_labels
@@ -24,15 +25,11 @@ from vitguard.vit import Anatomy
 
 __all__ = ["DeepTokens"]
 
-_JACOBIANS = 6  # that an inversion takes at least
 _ORDERS = 4  # orders that are tried, each from the image that fits the last one roughly
-_ROUGH = 1e-2  # weight of the prior in those
 _DRAWS = 256  # images of the prior that starts and positions are read from
-_STARTS = 64  # of a round
-_PATIENCE = 4  # rounds without a new token
-_SAME = 1e-2  # relative distance below which two tokens are one
-_FLOOR = 1e-3  # of the largest variance, under which whitening counts no direction as sharper
-_WIDE = 4096  # pixels of an image: above, the Jacobian of the stem does not fit
+_TELL, _SHARP = 1e-3, 1e-6  # of the largest variance, below which no direction counts as sharper
+_EXACT, _FITS = 1e-3, 1e-2  # relative miss of every token: proved, and at least fitted
+_STEEP = 0.1  # of that miss times the condition of the patch embedding, in a proof
 
 
 @dataclass(frozen=True)
@@ -41,28 +38,32 @@ class DeepTokens(Attack):
 
     A true token's norm output l lies in the row space of dL/dW_fc1 of its block, and act(W1 l + b1)
     in that of dL/dW_fc2: T unknowns in hidden - T equations. Levenberg-Marquardt starts at tokens
-    of images drawn from a natural-image prior. Tokens found are told their positions by the
-    distance to what stands there in such images. The image is the one whose tokens these are, by
-    least squares through the known blocks below, under the prior, which gives way.
+    of images drawn from a natural-image prior; each token found is taken out of both gradients, so
+    that all are found in some T / 10 rounds. They are told their positions by the distance to what
+    stands there in such images. The image is the one whose tokens these are, by Gauss-Newton
+    through the known blocks below, under the prior, which gives way.
 
     Reads the two MLP layers of one block and nothing else: no patch embedding, position or
     attention gradient.
 
     Guarantees:
-        All patches are marked `verified` where every token was found to below `accept` and the
-        image makes every one of them to 1e-3; else none is.
+        All patches are marked `verified` where every token was found (`accept`), the image
+        makes every one of them to 1e-3, and to so much less that the patch embedding, inverted,
+        does not turn the miss into a tenth of a patch; else none is, and never where a patch has
+        more pixels than a token has numbers.
 
     Args:
         seconds: Budget of work, in nominal seconds (`Budget`).
-        accept: Relative residual below which a token counts as found.
+        accept: Relative residual below which a token counts as found; 30 times as much where its
+            gradient solves the equations of both layers as no other vector does.
 
     Raises:
-        NotApplicable: A batch, a shuffle, several steps, T >= D, images of more than 4,096 values,
-            a block whose rows do not span the tokens, or no token found.
+        NotApplicable: A batch, a shuffle, several steps, T >= D, a block whose rows do not span the
+            tokens, or no token found.
         Blocked: No block has both MLP layers readable.
 
     References:
-        docs/methods.md 4.5.
+        docs/methods.md 2.5e.
     """
 
     name: ClassVar[str] = "deep-tokens"
@@ -79,17 +80,15 @@ class DeepTokens(Attack):
 
     def share(self, view: View) -> float:
         """Return the share of the ladder's work left; none where `gelu-span` reads block 0."""
-        blocks = Anatomy.of(view.model).blocks
-        if view.update.batch_size > 1 or not blocks:
+        anatomy = Anatomy.of(view.model)
+        if view.update.batch_size > 1 or not anatomy.blocks:
             return 0.0
-        names = (f"{layer}.weight" for layer in (blocks[0].proj, blocks[0].fc1, blocks[0].fc2))
-        return 0.0 if all(view.update.can_read(name) for name in names) else 0.8
+        return 0.0 if gelu_span_remains(_released(view, anatomy)).possible else 0.8
 
     def least(self, view: View) -> float:
         """Return about how many nominal seconds the search for the tokens takes."""
         anatomy = Anatomy.of(view.model)
-        tokens, hidden = anatomy.tokens, 4 * anatomy.width
-        return 60 * _STARTS * 12.0 * hidden * tokens**2 / 4e10
+        return search_seconds(anatomy.tokens, 4 * anatomy.width)
 
     def require(self, view: View) -> None:
         """Find a block to read."""
@@ -107,33 +106,38 @@ class DeepTokens(Attack):
         number = _block(view, anatomy)
         require_finite(view)
         block = anatomy.blocks[number]
-        stem = Stem(view, anatomy, block.fc1)
+        stem = Stem(view, anatomy, number)
         problem = LastBlock.at(view, block, anatomy.tokens, torch.ones(1, dtype=torch.float64))
         natural = stem.natural(_DRAWS, generator)
-        found = _search(problem, natural, budget, self.accept, generator)
+        found = find_tokens(problem, natural.flatten(0, 1), budget, self.accept, generator)
         if not len(found):
             raise (CutShort if budget.over else NotApplicable)(
                 f"no token of block {number} was found"
             )
-        if _JACOBIANS * stem.jacobian_seconds > budget.left:
+        if stem.fit_seconds > budget.left:
             raise CutShort(f"to invert all below the MLP of block {number} exceeds the budget")
-        tokens, known, tell, whiten = _ordered(found @ problem.inner.T, natural)
-        white = None
+        back = found @ problem.inner.T
+        tokens, known, sharp = _ordered(back, natural)
+        white, settled = None, False
         for _ in range(_ORDERS):
-            white = stem.invert(
-                tokens, known, whiten, budget, generator, start=white, down_to=_ROUGH
-            )
-            made = stem.made(white)
-            again, known = _assigned(made, found @ problem.inner.T, tell)
+            white = stem.invert(tokens, known, budget, start=white, down_to=ROUGH)
+            again, known = _assigned(stem.made(white), back, sharp)
             settled = bool(torch.equal(again[known], tokens[known]))
             tokens = again
             if settled or budget.over:
                 break
-        white = stem.invert(tokens, known, whiten, budget, generator, start=white, weight=_ROUGH)
+        white = stem.invert(tokens, known, budget, start=white)
         image, made = stem.image(white), stem.made(white)
         gap = (made - tokens).norm(dim=1) / tokens.norm(dim=1).clamp_min(1e-300)
         worst = float(gap[known].max())
-        proved = bool(known.all()) and worst < 1e-3
+        exact = worst < min(_EXACT, _STEEP / _condition(view, anatomy))
+        proved = bool(known.all()) and exact and anatomy.patch_pixels <= anatomy.width - 2
+        left = {
+            "all tokens were found": len(found) < anatomy.tokens,
+            "their order was settled": not settled,
+            "the image made its tokens": worst > _FITS,
+            "the blocks below were inverted (budget)": budget.over,
+        }
         patches = anatomy.patchify(image[None])
         details = {
             "block": number,
@@ -142,13 +146,20 @@ class DeepTokens(Attack):
             "residual": worst,
             "seconds": round(1e-9 * (worked() - before), 2),
         }
-        if budget.over and not proved:
-            details["unfinished"] = ["the blocks below were inverted (budget)"]
+        if not proved and any(left.values()):
+            details["unfinished"] = [what for what, missing in left.items() if missing]
         verified = torch.full((1, anatomy.patches), proved, device=patches.device)
         return guess_from_patches(
             view, anatomy, patches, labels=try_labels(view, generator), verified=verified,
             details=details,
         )  # fmt: skip
+
+
+def _released(view: View, anatomy: Anatomy) -> Released:
+    """Return what of the update can be read."""
+    sizes = {name: tensor.numel() for name, tensor in view.update.tensors.items()}
+    plain = frozenset(name for name in sizes if view.update.can_read(name))
+    return Released(anatomy, sizes, plain, view.traits)
 
 
 def _block(view: View, anatomy: Anatomy) -> int:
@@ -162,13 +173,7 @@ def _block(view: View, anatomy: Anatomy) -> int:
             f"{anatomy.tokens} tokens fill the spans of width {anatomy.width}: "
             "no exact attack known"
         )
-    channels, height, width = view.image_shape
-    if channels * height * width > _WIDE:
-        raise NotApplicable(f"untried on images of more than {_WIDE} values")
-    plain = Released(
-        anatomy, {n: t.numel() for n, t in view.update.tensors.items()},
-        frozenset(view.update.tensors), view.traits,
-    )  # fmt: skip
+    plain = _released(view, anatomy)
     wanted = None
     for number, block in enumerate(anatomy.blocks):
         names = (f"{block.fc1}.weight", f"{block.fc2}.weight")
@@ -181,30 +186,18 @@ def _block(view: View, anatomy: Anatomy) -> int:
     raise Blocked(wanted, "no block whose rows span the tokens has both MLP layers plain")
 
 
-def _search(
-    problem: LastBlock, natural: Tensor, budget: Budget, accept: float, generator: torch.Generator
-) -> Tensor:
-    """Return the coordinates of the tokens found, from starts at natural ones."""
-    count = problem.inner.shape[1]
-    found, idle = problem.inner.new_zeros(0, count), 0
-    pool = natural.flatten(0, 1)
-    while len(found) < count and idle < _PATIENCE and not budget.over:
-        pick = pool[torch.randperm(len(pool), generator=generator)[:_STARTS].to(pool.device)]
-        ends, residual = descend(problem, pick @ problem.inner + problem.constant, budget)
-        before = len(found)
-        for row in residual.argsort().tolist():
-            near = (found - ends[row]).norm(dim=1) < _SAME * ends[row].norm()
-            if residual[row] < accept and len(found) < count and not bool(near.any()):
-                found = torch.cat([found, ends[row : row + 1]])
-        idle = 0 if len(found) > before else idle + 1
-    return found
+def _condition(view: View, anatomy: Anatomy) -> float:
+    """Return the condition number of the patch embedding: how much it may enlarge a miss."""
+    weight = view.weight(anatomy.patch_weight).flatten(1)
+    values = torch.linalg.svdvals(weight)
+    return float(values[0] / values[-1].clamp_min(1e-300 * values[0]))
 
 
-def _ordered(found: Tensor, natural: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return a token for each position, which positions have one, and two maps that whiten tokens.
+def _ordered(found: Tensor, natural: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a token for each position, which positions have one, and a map that whitens tokens.
 
     By assignment of the least distance to the mean token of each position, whitened by what varies
-    among natural images: roughly, to tell tokens apart, and sharply, to fit them.
+    among natural images: roughly here, and sharply in the map, for images that nearly fit.
     """
     mean = natural.mean(0)
     spread = (natural - mean).flatten(0, 1)
@@ -214,8 +207,7 @@ def _ordered(found: Tensor, natural: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     def whitening(floor: float) -> Tensor:
         return vectors / values.clamp_min(floor * values[-1]).sqrt()
 
-    tell = whitening(_FLOOR)
-    return *_assigned(mean, found, tell), tell, whitening(1e-6)
+    return *_assigned(mean, found, whitening(_TELL)), whitening(_SHARP)
 
 
 def _assigned(like: Tensor, found: Tensor, tell: Tensor) -> tuple[Tensor, Tensor]:

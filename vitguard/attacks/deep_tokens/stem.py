@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -9,16 +10,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitguard.attacks.budget import Budget, charge, nominal
+from vitguard.attacks.equations.linear import least_squares
 from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.core import View
 from vitguard.vit import Anatomy, math_attention
 
-__all__ = ["Stem"]
+__all__ = ["ROUGH", "Stem"]
 
-_ROWS = 256  # of the Jacobian at once
-_SKETCH = 1.5  # equations kept for each pixel
-_STEPS = 60
-_STALLED = 0.3  # share of the cost that a step has to take away, else the prior gives way
+ROUGH = 0.1  # error of the tokens, relative, that a first fit allows for
+_FINER = 0.3  # of each further fit, in terms of the one before
+_LEAST = 1e-8
+_BARELY = 0.7  # of the miss before: a fit that misses more than this ends the search
+_STEPS, _INNER = 3, 100  # of a fit, and iterations of each
+_SETTLED = 0.03  # share of the cost that a step has to take away
+_SHORTEST = 0.05  # of a step
+_ATTENTION = 0.4  # of a block's work
+_FORTH, _BACK = 4.0, 2.0  # passes that a product with the derivative and its adjoint take
+_AT_ONCE = 16  # images of the prior
 
 
 class _Reached(Exception):
@@ -30,14 +38,15 @@ class Stem:
     """The model up to the MLP of one block, in float64.
 
     Args:
+        view: What is attacked.
+        number: Of the block.
         model: A copy in float64 and eval mode.
-        layer: Name of the fc1 whose inputs are read.
         prior: Of images.
     """
 
     view: View
     anatomy: Anatomy
-    layer: str
+    number: int
     model: nn.Module = field(init=False)
     prior: NaturalImages = field(init=False)
 
@@ -47,31 +56,33 @@ class Stem:
         self.model = copy.deepcopy(self.view.model).double().eval()
         self.prior = NaturalImages.of(self.view, self.anatomy)
 
-    @property
-    def pass_seconds(self) -> float:
-        """Nominal seconds of one image through the model, forth and back."""
+    def work(self, passes: float) -> dict[str, float]:
+        """Return the work of so many passes of one image through the blocks below."""
         count = sum(p.numel() for p in self.model.parameters())
-        return nominal(products=6.0 * count * self.anatomy.tokens, calls=200)
+        below = (self.number + _ATTENTION) / len(self.anatomy.blocks)
+        return {
+            "products": 2.0 * passes * count * below * self.anatomy.tokens,
+            "calls": 50.0 * passes * (self.number + 1),
+        }
 
     @property
-    def jacobian_seconds(self) -> float:
-        """Nominal seconds of one Jacobian and its factorisation."""
-        channels, height, width = self.view.image_shape
-        pixels = channels * height * width
-        return _SKETCH * pixels * self.pass_seconds + nominal(qr=_SKETCH * pixels**3)
+    def fit_seconds(self) -> float:
+        """Nominal seconds of one rough fit."""
+        return nominal(**self.work(_STEPS * _INNER * (_FORTH + _BACK)))
 
     def tokens(
         self, images: Float[Tensor, "n channels height width"]
     ) -> Float[Tensor, "n tokens features"]:
-        """Return what enters the layer for images in model-input units; differentiable."""
+        """Return what enters the MLP for images in model-input units; differentiable."""
         held: list[Tensor] = []
 
         def reached(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             held.append(inputs[0])
             raise _Reached
 
-        charge(elements=0.0, calls=100)
-        handle = self.model.get_submodule(self.layer).register_forward_pre_hook(reached)
+        charge(**self.work(len(images)))
+        layer = self.anatomy.blocks[self.number].fc1
+        handle = self.model.get_submodule(layer).register_forward_pre_hook(reached)
         try:
             self.model(images)
         except _Reached:
@@ -82,12 +93,14 @@ class Stem:
 
     def natural(self, count: int, generator: torch.Generator) -> Float[Tensor, "n tokens features"]:
         """Return the tokens of images drawn from the prior."""
-        draws = torch.randn(count, *self.view.image_shape, generator=generator).double()
-        like = self.prior.mean
-        images = torch.stack([self.image(white.to(like)) for white in draws])
-        pixels = self.view.normalization.invert(images).clamp(0, 1)
-        with torch.no_grad():
-            return self.tokens(self.view.normalization.apply(pixels))
+        made = []
+        for some in torch.arange(count).split(_AT_ONCE):
+            draws = torch.randn(len(some), *self.view.image_shape, generator=generator).double()
+            images = torch.stack([self.image(white.to(self.prior.mean)) for white in draws])
+            pixels = self.view.normalization.invert(images).clamp(0, 1)
+            with torch.no_grad():
+                made.append(self.tokens(self.view.normalization.apply(pixels)))
+        return torch.cat(made)
 
     def made(self, white: Float[Tensor, "c h w"]) -> Float[Tensor, "tokens features"]:
         """Return the tokens of the image of these coordinates."""
@@ -102,78 +115,70 @@ class Stem:
         self,
         tokens: Float[Tensor, "tokens features"],
         known: Tensor,
-        whiten: Float[Tensor, "features features"],
         budget: Budget,
-        generator: torch.Generator,
         *,
-        start: Tensor | None = None,
-        weight: float = 1.0,
-        down_to: float = 1e-13,
+        start: Float[Tensor, "c h w"] | None = None,
+        down_to: float = _LEAST,
     ) -> Float[Tensor, "c h w"]:
         """Return the coordinates of the image whose tokens are these, where they are known.
 
-        Levenberg-Marquardt on a random part of the equations under the natural-image prior, which
-        gives way to the equations step by step. A Jacobian serves as long as its steps do well.
+        Gauss-Newton under the natural-image prior, without a Jacobian in memory. The tokens are
+        taken as less and less wrong, so that the prior gives way, until that brings them no nearer.
 
         Args:
-            start: Coordinates to start from.
-            weight: Of the prior at the start.
-            down_to: Weight of the prior below which to stop.
+            start: Coordinates to start from; else the prior's mean.
+            down_to: Relative error of the tokens at which to stop.
         """
         white = torch.zeros(self.view.image_shape).to(tokens) if start is None else start
-        pixels = white.numel()
-        mix = whiten
-        equations = int(known.sum()) * mix.shape[1]
-        rows = torch.randperm(equations, generator=generator)[: int(_SKETCH * pixels)]
-        rows = rows.sort().values.to(tokens.device)
+        size = tokens.norm(dim=1, keepdim=True) / math.sqrt(tokens.shape[1])
+        error, missed = ROUGH, math.inf
+        while True:
+            weight = known[:, None] / (error * size)
+            white = self._fit(white, tokens, weight, budget)
+            gap = float(((self.made(white) - tokens) * weight * error).norm())
+            if budget.over or error <= down_to or gap > _BARELY * missed:
+                return white
+            error, missed = _FINER * error, gap
 
-        def missed(white: Tensor) -> Tensor:
-            charge(elements=0.0, calls=1)
-            made = self.tokens(self.image(white)[None])[0]
-            return ((made - tokens)[known] @ mix).flatten()[rows]
+    def _fit(self, white: Tensor, tokens: Tensor, weight: Tensor, budget: Budget) -> Tensor:
+        """Minimise the weighted miss of the tokens plus what the prior says of the image."""
 
-        prior, damping, hessian = weight, weight, None
-        gap = missed(white).detach()
-        eye = torch.eye(pixels).to(tokens)
+        def cost(white: Tensor) -> float:
+            miss = (self.made(white) - tokens) * weight
+            return float(miss.square().sum() + white.square().sum())
+
+        before = cost(white)
         for _ in range(_STEPS):
-            if budget.over:
+            move = self._step(white, tokens, weight, budget)
+            length = 1.0
+            while (after := cost(white + length * move)) >= before and length > _SHORTEST:
+                length /= 2
+            if not after < before:
                 break
-            if hessian is None:
-                jacobian = self._jacobian(missed, white)
-                hessian = jacobian.T @ jacobian
-            cost = float(gap.square().sum() + prior * white.square().sum())
-            slope = jacobian.T @ gap + prior * white.flatten()
-            charge(qr=pixels**3 / 3, products=2.0 * jacobian.numel())
-            step = torch.linalg.solve(hessian + (prior + damping) * eye, slope)
-            trial = white - step.view_as(white)
-            with torch.no_grad():
-                new = missed(trial)
-            gain = 1 - float(new.square().sum() + prior * trial.square().sum()) / max(cost, 1e-300)
-            if gain > 0:
-                white, gap, damping = trial, new, max(0.2 * damping, 1e-14)
-            else:
-                damping *= 8
-            if 0 < gain < 0.9:
-                hessian = None
-            if 0 < gain < _STALLED:
-                if prior < down_to:
-                    break
-                prior *= 0.1
-            elif damping > 1e9:
+            white, gain, before = white + length * move, 1 - after / before, after
+            if budget.over or gain < _SETTLED:
                 break
         return white
 
-    def _jacobian(self, missed, white: Tensor) -> Float[Tensor, "rows pixels"]:  # type: ignore[no-untyped-def]
-        leaf = white.clone().requires_grad_()
+    def _step(self, white: Tensor, tokens: Tensor, weight: Tensor, budget: Budget) -> Tensor:
+        """Return the step to the least of what `_fit` minimises, the tokens taken as linear."""
+        leaf = white.detach().clone().requires_grad_()
         with math_attention(), torch.enable_grad():
-            gap = missed(leaf)
-            parts = []
-            for some in torch.arange(len(gap), device=gap.device).split(_ROWS):
-                charge(elements=0.0, calls=200 * len(some))
-                pick = torch.zeros(len(some), len(gap)).to(gap)
-                pick[torch.arange(len(some)), some] = 1
-                (part,) = torch.autograd.grad(
-                    gap, leaf, pick, is_grads_batched=True, retain_graph=True
-                )
-                parts.append(part.flatten(1))
-        return torch.cat(parts)
+            made = self.tokens(self.image(leaf)[None])[0] * weight
+            blank = torch.zeros_like(made, requires_grad=True)
+            (slope,) = torch.autograd.grad(made, leaf, blank, create_graph=True)
+
+        def forth(v: Tensor) -> Tensor:
+            charge(**self.work(_FORTH))
+            (moved,) = torch.autograd.grad(slope, blank, v, retain_graph=True)
+            return torch.cat([moved.flatten(), v.flatten()])
+
+        def back(u: Tensor) -> Tensor:
+            charge(**self.work(_BACK))
+            miss, own = u.split([made.numel(), white.numel()])
+            (pulled,) = torch.autograd.grad(made, leaf, miss.view_as(made), retain_graph=True)
+            return pulled + own.view_as(white)
+
+        miss = tokens * weight - made.detach()
+        rest = torch.cat([miss.flatten(), -white.flatten()])
+        return least_squares(forth, back, rest, iterations=_INNER, budget=budget, enough=1e-3)
