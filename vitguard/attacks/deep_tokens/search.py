@@ -61,8 +61,8 @@ def find_tokens(
         near = _distinct(ends[residual.argsort()][: int((residual < _NEAR).sum())])
         # what was taken out is known to rounding only: finish in the whole
         ends, residual = descend(problem, near @ basis.T, budget, iterations=_FINISH)
-        ends, residual = ends[residual < _LOOSE * accept], residual[residual < _LOOSE * accept]
-        new = _distinct(ends[residual.argsort()], found)[: count - len(found)]
+        order = residual.argsort()[: int((residual < _LOOSE * accept).sum())]
+        new = _distinct(ends[order], found)[: count - len(found)]
         own, apart = _own_gradients(problem, new)
         real = (problem.residual(new) < accept) | (apart < _APART)
         found, gradients = torch.cat([found, new[real]]), torch.cat([gradients, own[real]])
