@@ -62,9 +62,12 @@ def test_a_model_that_people_use_is_advised_on_in_two_seconds_and_never_called_s
     assert not [word for word in WORDS if word in said]
     if ends > 1:
         assert report.exact and f"from {ends} images on" in report.sentence()
-    for attack in ("span", "span-chain", "gelu-span", "token-search"):
-        one = next(a for a in report.attacks if a.attack == attack)
+    named = {a.attack: a for a in report.attacks}
+    for attack in ("span", "span-chain", "gelu-span"):
+        one = named[attack]
         assert (one.ends_at is not None and one.ends_at <= ends) or not one.applies
+    search = named["token-search"]  # in part, until the tokens fill three times the width
+    assert not search.applies or ends <= search.ends_at <= 3 * ends
     assert not advise_report(name, batch_size=ends).exact or ends == 1
 
 

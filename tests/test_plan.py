@@ -134,11 +134,14 @@ def test_no_part_of_the_minimal_plan_can_be_dropped(drop):
     assert set(plan_report(model, pattern).remaining()) & {*CLOSED, "token-search"}
 
 
-def test_the_plan_hides_no_mlp_but_the_last_where_the_tokens_fill_the_width():
-    model = build_model("vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=48,depth=3")
-    hidden = minimal_names(Anatomy.of(model), [n for n, _ in model.named_parameters()])
-    assert [n for n in hidden if "mlp" in n] == ["blocks.2.mlp.fc2.weight", "blocks.2.mlp.fc2.bias"]
-    assert "token-search" not in plan_report(model, "plan").remaining()
+def test_tokens_that_fill_the_width_are_searched_by_fc2_alone_and_found_in_part():
+    spec = "vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim={},depth=3,num_heads=3"
+    for width, remains in ((48, True), (24, True), (18, False)):  # 65 tokens, 4 times as wide MLPs
+        found = {a.attack: a for a in plan_report(spec.format(width), "embedding").attacks}
+        search = found["token-search"]
+        assert search.possible is remains and not search.gives_away
+        assert f"65 tokens fill the {width} dimensions" in search.reason
+    assert "token-search" not in plan_report(spec.format(48), "plan").remaining()
 
 
 @pytest.mark.slow

@@ -25,16 +25,10 @@ _CHOICES = (*SELECTORS, *_MINIMAL)
 
 @runtime_checkable
 class Roles(Protocol):
-    """What a selection asks an `Anatomy`: the role of each parameter, blocks and sizes."""
+    """What a selection asks an `Anatomy`: the role of each parameter, and its blocks."""
 
     @property
     def blocks(self) -> Sequence[Any]: ...
-
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def width(self) -> int: ...
 
     def role(self, name: str) -> str: ...
 
@@ -115,18 +109,17 @@ def minimal_names(anatomy: Roles, names: Iterable[str]) -> list[str]:
     - attention of the first block, projection included: without it neither the first norm nor,
       since every later token contains W_o o with o then unknown, any later block gives a linear
       equation about the patches;
-    - second MLP layer of the last block and the head: `cascade` and the labels;
-    - second MLP layer of every other block where an image has fewer tokens than a token has
-      numbers: one block with both layers plain gives `deep-tokens` all tokens, and they the image.
+    - the head and the second MLP layer of the last block: labels and `cascade`;
+    - the second MLP layer of every other block: one with both layers plain gives `deep-tokens` all
+      tokens of an image, and they the image, or some where they fill the width.
 
     What it leaves to gradient matching and to searches over pixels is said by `vitguard plan`.
     """
     names = list(names)
     chosen = {n for n in names if anatomy.role(n) in (*_EMBEDDING, "head")}
     if anatomy.blocks:
-        first, every = anatomy.blocks[0], anatomy.blocks
-        searched = every if anatomy.tokens < anatomy.width else every[-1:]
-        inside = (f"{first.attention}.", f"{first.proj}.", *(f"{b.fc2}." for b in searched))
+        first = anatomy.blocks[0]
+        inside = (f"{first.attention}.", f"{first.proj}.", *(f"{b.fc2}." for b in anatomy.blocks))
         chosen |= {n for n in names if n.startswith(inside) or n in first.qkv + first.qkv_bias}
     return [n for n in names if n in chosen]
 
