@@ -1,4 +1,4 @@
-"""Deep tokens: frozen or hidden first blocks do not hide an image that a later block has seen."""
+"""Deep tokens: one plain MLP gives an image away, whatever the layers before it send."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _STEEP = 0.1  # of that miss times the condition of the patch embedding, in a pr
 
 @dataclass(frozen=True)
 class DeepTokens(Attack):
-    """Find the tokens that enter the MLP of a later block, then invert the public blocks below.
+    """Find the tokens that enter the MLP of one block, then invert the public blocks below.
 
     A true token's norm output l lies in the row space of dL/dW_fc1 of its block, and act(W1 l + b1)
     in that of dL/dW_fc2: T unknowns in hidden - T equations. Levenberg-Marquardt starts at tokens

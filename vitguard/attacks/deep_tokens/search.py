@@ -68,7 +68,7 @@ def find_tokens(
         found, gradients = torch.cat([found, new[real]]), torch.cat([gradients, own[real]])
         told = torch.cat([told, apart[real] < _APART])
         idle = 0 if bool(real.any()) else idle + 1
-        if idle:  # a token that was told badly may have taken out another one
+        if idle:  # one that was told badly may have taken out another
             rest, basis = problem, torch.eye(count).to(problem.inner)
         elif bool(told.any()) and len(found) < count:
             rest, basis = problem.without(found[told], gradients[told])
