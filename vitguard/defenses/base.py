@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -377,6 +377,10 @@ class UpdateDefense(Defense):
 
         Asked before `seal`, of `Guard.update` and where `Guard.seal` is given a batch.
         """
+
+    def awaits(self) -> Collection[str]:
+        """Return the names of the tensors without which it can seal nothing: of its manifest."""
+        return ()
 
     def feeds_back(self) -> bool:
         """Whether what `seal` cuts from an update is added to the client's next one."""

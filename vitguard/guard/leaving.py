@@ -20,7 +20,7 @@ from vitguard.self_attack import attack_own
 from vitguard.tensor_files import check_plain
 from vitguard.vit import canonical_name, canonical_parameters
 
-__all__ = ["names_by_values", "require_released", "require_sent", "sealed"]
+__all__ = ["floating_buffers", "names_by_values", "require_released", "require_sent", "sealed"]
 
 
 def require_sent(protection: Protection) -> None:
@@ -109,6 +109,8 @@ def sealed(
                 if batch is not None:
                     defense.look(update, batch.images, anatomy)
                 if not defense.feeds_back():
+                    if not trained:
+                        update = _with_buffers(model, protection, defense, update)
                     update = defense.seal(update, anatomy, protection.draws)
                     continue
                 whole = passage.fed(defense, update)
@@ -134,6 +136,32 @@ def names_by_values(model: nn.Module) -> dict[str, list[str]]:
         place = (tensor.data_ptr(), tensor.shape) if whole else name
         found.setdefault(place, []).append(canonical_name(name))
     return {name: names for names in found.values() for name in names}
+
+
+def floating_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of floating point in the state dict, by the base model's names."""
+    own = {name for name, _ in model.named_buffers()}
+    return {
+        canonical_name(n): t
+        for n, t in model.state_dict().items()
+        if n in own and t.is_floating_point() and not n.startswith("vitguard.")
+    }
+
+
+def _with_buffers(
+    model: nn.Module, protection: Protection, defense: UpdateDefense, update: Update
+) -> Update:
+    """Return the update with no change of the buffers that a manifest has room for.
+
+    An update that `Guard.update` made is of parameters alone.
+    """
+    lacking = {*defense.awaits()} - {*update.tensors, *update.sealed}
+    if not lacking:
+        return update
+    buffers = floating_buffers(model)
+    there = {n: b for n, b in buffers.items() if n in lacking and not protection.holds(n)}
+    still = {n: torch.zeros_like(b) for n, b in there.items()}
+    return replace(update, tensors={**update.tensors, **still})
 
 
 def _check_parameters(model: nn.Module, tensors: Mapping[str, Tensor], update: Update) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from logging import ERROR
 from typing import Literal
 
@@ -26,7 +26,9 @@ from torch import Tensor
 from vitguard.core import Update
 from vitguard.defenses.base import Ledgered
 from vitguard.defenses.encryption import Decryptor, Encryptor, model_version
+from vitguard.defenses.sealing import require_finite
 from vitguard.errors import Rejected, Unprotected, VitguardError, expected
+from vitguard.federated.flower.changes import changes_of, moved, require_added, spelled
 from vitguard.federated.flower.keys import ClientKeys
 from vitguard.federated.flower.ledgers import LEDGER
 from vitguard.federated.flower.masked_client import asked_now, masking
@@ -69,6 +71,7 @@ class _Exchange:
 
     context: Context
     keys: Callable[[Context], ClientKeys]
+    received: Mapping[str, Array] = field(default_factory=dict)
     guards: list[Guard] = field(default_factory=list)
     reminder: ConfigRecord | None = None  # of the ledger, by the server
     ledger: _Ledger | None = None
@@ -96,10 +99,12 @@ def attach(guard: Guard) -> Guard:
 
     Raises:
         Unprotected: The app has no `ProtectMod`, or a guard was attached already.
+        InputError: A defense trains what the server does not share, or the ledger is another's.
     """
     exchange = _now()
     if exchange.guards:
         raise Unprotected("Expected one guard for a message, got a second. Attach it once.")
+    require_added(guard, exchange.received)
     kept = exchange.context.state.config_records.get(_KEPT, ConfigRecord())
     ledger = kept.get("guard")
     if isinstance(ledger, bytes):
@@ -186,6 +191,9 @@ class ProtectMod:
 
 
 def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message:
+    training = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
+    if not training and not message.content.array_records:  # such as a query
+        return _without_arrays(call_next(message, exchange.context))
     name, received = _only(message.content.array_records, "ArrayRecord of weights")
     before, settings = _opened(message, received, exchange)
     plain = settings is None or asked_now() is not None  # then they are as they came
@@ -193,19 +201,26 @@ def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message
     content = RecordDict({**message.content, name: given})
     exchange.reminder = content.config_records.get(LEDGER)
     content.pop(LEDGER, None)
+    exchange.received = given
     inner = make_message(message.metadata, content)
     reply = call_next(inner, exchange.context)
+    if not training:
+        return _without_arrays(reply)
     if reply.has_error():
         raise Rejected("app", "an error in the app", "a reply")
-    if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
-        if reply.content.array_records:
-            raise Unprotected("Expected arrays in replies to train messages only, got others.")
-        return reply
     if not exchange.guards:
         raise Unprotected(
             "Expected attach(guard) in the train function, got none: nothing was sealed."
         )
     return _sealed(reply, message, before, settings, exchange)
+
+
+def _without_arrays(reply: Message) -> Message:
+    if reply.has_error():
+        raise Rejected("app", "an error in the app", "a reply")
+    if reply.content.array_records:
+        raise Unprotected("Expected arrays in replies to train messages only, got others.")
+    return reply
 
 
 def _opened(
@@ -246,10 +261,12 @@ def _opened(
             keys.keys, keys.manifest, min_clients=keys.min_clients, opened=progress.opened
         )
         average = opener.decrypt(step.total, round_id=step.number, base=progress.base)
-        for name, change in {**step.plain, **average}.items():
+        spelling = spelled(weights, average)
+        sealed = {spelling.get(name, name): change for name, change in average.items()}
+        for name, change in {**step.plain, **sealed}.items():
             if name not in weights or weights[name].shape != change.shape:
                 raise Rejected("array", f"a step of {name}, which the model lacks")
-            weights[name] = weights[name] + change.to(weights[name].dtype)
+            weights[name] = moved(weights[name], change)
         progress = progress.after(step.number, step.version(progress.base))
     if progress.base != base:
         raise Rejected("base", "steps that lead to another version of the model")
@@ -274,21 +291,17 @@ def _sealed(
     """Return the reply with the sealed difference in place of the weights."""
     guard = exchange.guards[0]
     name, record = _only(reply.content.array_records, "ArrayRecord of weights in the reply")
-    after = from_arrays(record)
-    shared = [n for n in guard.shared_names() if n in before]
-    if missing := next((n for n in shared if n not in after), None):
-        raise expected("all weights in the reply", f"none of {missing}")
-    if other := next((n for n in shared if after[n].shape != before[n].shape), None):
-        raise expected(f"{other} of shape {tuple(before[other].shape)}", tuple(after[other].shape))
+    changes, spelling = changes_of(guard, before, from_arrays(record))
+    if stray := next(iter(reply.content.config_records), None):
+        raise expected(
+            "a reply of weights and metrics alone", f"the ConfigRecord {stray!r:.80} as well",
+            "It would not be sent: numbers go into the metrics.",
+        )  # fmt: skip
     metrics_name, metrics = _only(reply.content.metric_records, "MetricRecord in the reply")
     weight = metrics.get("num-examples")
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise expected("num-examples among the metrics", repr(weight)[:80])
-    update = Update(
-        {n: after[n] - before[n] for n in shared},
-        kind="difference",
-        batch_size=images_behind(weight),
-    )
+    update = Update(changes, kind="difference", batch_size=images_behind(weight))
     number, base = (asked.opened, asked.base) if asked else (0, "")
     try:
         with guard.round(number, base=base, weight=weight):
@@ -300,7 +313,7 @@ def _sealed(
             _keep(exchange, ledger=exchange.ledger.name, releases=exchange.ledger.releases)
     if spent := [d.name for d in guard.defenses if isinstance(d, Ledgered)]:
         metrics["epsilon"] = max(float(guard.privacy_spent(n).epsilon) for n in spent)
-    arrays = _leaving(sealed, before, secret=asked is not None)
+    arrays = _leaving(sealed, before, spelling, secret=asked is not None)
     if asked is not None:
         arrays = ArrayRecord({**arrays, **exchange.beside})
         metrics["vitguard-clipped"] = sum(sealed.clipped.values())
@@ -310,18 +323,29 @@ def _sealed(
     return Message(content=content, reply_to=message)
 
 
-def _leaving(sealed: Update, before: Mapping[str, Tensor], *, secret: bool) -> ArrayRecord:
-    """Return what leaves: ciphertext beside plain differences, or whole plain weights."""
+def _leaving(
+    sealed: Update, before: Mapping[str, Tensor], spelling: Mapping[str, str], *, secret: bool
+) -> ArrayRecord:
+    """Return what leaves: ciphertext beside plain differences, or whole plain weights.
+
+    Args:
+        spelling: Names in messages, by those of the update.
+
+    Raises:
+        Unprotected: The stack and the server's strategy do not fit.
+        InputError: A plain value is not finite.
+    """
     if secret != bool(sealed.payloads):
         raise Unprotected(
             "Expected EncryptedFedAvg with an encrypting stack, or a stock strategy with another, "
             f"got {'no ciphertext' if secret else 'ciphertext for a stock strategy'}."
         )
     if not secret:  # what is not sent stays as the server knows it
-        moved = {n: before[n] + t.to(before[n].dtype) for n, t in sealed.tensors.items()}
-        return to_arrays({**before, **moved})
+        plain = {spelling[n]: moved(before[spelling[n]], t) for n, t in sealed.tensors.items()}
+        require_finite(replace(sealed, tensors=plain))
+        return to_arrays({**before, **plain})
     (payload,) = sealed.payloads.values()
-    plain = {n: t for n, t in sealed.tensors.items() if t.is_floating_point()}
+    plain = {spelling[n]: t for n, t in sealed.tensors.items() if t.is_floating_point()}
     return ArrayRecord({SEALED: sealed_array(payload), **to_arrays(plain)})
 
 

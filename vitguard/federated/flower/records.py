@@ -49,8 +49,9 @@ def sealed_array(data: bytes) -> Array:
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return plain tensors as Flower's arrays."""
-    return ArrayRecord({n: Array(np.ascontiguousarray(t.numpy())) for n, t in tensors.items()})
+    """Return plain tensors as Flower's arrays, each of the shape it has."""
+    # np.ascontiguousarray would give a single number, such as a counter, a dimension
+    return ArrayRecord({n: Array(np.asarray(t.numpy(), order="C")) for n, t in tensors.items()})
 
 
 def from_arrays(record: Mapping[str, Array]) -> dict[str, Tensor]:
@@ -85,7 +86,10 @@ class Step:
     def arrays(self) -> dict[str, Array]:
         """Return the step as arrays by name."""
         start = f"vitguard.step.{self.number}"
-        plain = {f"{start}.plain.{n}": Array(t.numpy()) for n, t in self.plain.items()}
+        plain = {
+            f"{start}.plain.{n}": Array(np.asarray(t.numpy(), order="C"))
+            for n, t in self.plain.items()
+        }
         return {f"{start}.sum": sealed_array(self.total), **plain}
 
 

@@ -85,7 +85,8 @@ class PlainSum:
             start = self._start.get(name)
             if start is None or name in self._sealed or change.shape != start.shape:
                 raise Rejected("array", f"{name[:80]} of shape {tuple(change.shape)}")
-            if not (change.is_floating_point() and bool(change.isfinite().all())):
+            after = start + change.to(start.dtype)  # a larger type holds what this one does not
+            if not (change.is_floating_point() and bool(after.isfinite().all())):
                 raise Rejected("array", f"{name} with values that are not finite")
         if self._names not in (None, set(changes)):
             raise Rejected("array", "other plain tensors than the clients before it")

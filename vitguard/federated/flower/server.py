@@ -16,8 +16,15 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from vitguard.defenses.encryption import Aggregator
 from vitguard.errors import Incompatible, Rejected, VitguardError, expected
-from vitguard.federated.flower.adding import refuse_other_strategies, with_common_names
+from vitguard.federated.flower.adding import (
+    aggregate_metrics,
+    evaluated,
+    refuse_other_strategies,
+    require_tensors,
+    with_common_names,
+)
 from vitguard.federated.flower.arrivals import Arrivals
+from vitguard.federated.flower.changes import spelled
 from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.keys import Federation
 from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
@@ -85,11 +92,13 @@ class EncryptedFedAvg(FedAvg):
             )
         if type(catch_up) is not int or catch_up < 1:
             raise expected("catch_up, a whole number of sums, at least 1", repr(catch_up)[:80])
+        if settings.get("train_metrics_aggr_fn") is None:
+            settings["train_metrics_aggr_fn"] = aggregate_metrics
         super().__init__(**settings)
         self._catch_up = catch_up
         self._federation, self.min_clients = federation, min_clients
         self._max_clipped = max_clipped
-        self._history = History({})
+        self._history, self._started = History({}), False
         self._known: dict[int, int] = {}  # the last round that a node has opened
         self._sender: int | None = None  # the node that is asked to seal the model
         self.refused: dict[int, dict[int, str]] = {}
@@ -101,7 +110,9 @@ class EncryptedFedAvg(FedAvg):
             raise Incompatible(
                 "Expected evaluation by clients, got evaluate_fn: the server cannot read the model."
             )
-        self._history, self._known = History.of(initial_arrays), {}
+        history = History.of(initial_arrays)
+        require_tensors(self._federation.manifest, history.start)
+        self._history, self._known, self._started = history, {}, True
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
         counting = LedgerGrid(single, self.ledgers)
         result = super().start(counting, initial_arrays, *args, **named)
@@ -112,6 +123,12 @@ class EncryptedFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask nodes for sealed updates of the model's version; each is sent what it lacks."""
+        if not self._started:
+            raise Incompatible(
+                "Expected EncryptedFedAvg.start, got a strategy around it, which would read or "
+                "change what is encrypted. Use EncryptedFedAvg alone; for differential privacy "
+                "put ClientPrivacy before the encryption in the clients' stack."
+            )
         said = self._said(config)
         asked = len(self._history.steps) >= self._catch_up
         if asked:
@@ -134,6 +151,13 @@ class EncryptedFedAvg(FedAvg):
         messages = list(super().configure_evaluate(server_round, arrays, said, grid))
         lacks = self._lacking(messages)
         return [self._with(m, lacks) for m in messages]
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the metrics of the good replies; bad ones are left out, each with one line."""
+        made = self.evaluate_metrics_aggr_fn
+        return evaluated(server_round, replies, self.weighted_by_key, made)
 
     def _said(self, config: ConfigRecord) -> ConfigRecord:
         return ConfigRecord(
@@ -170,7 +194,9 @@ class EncryptedFedAvg(FedAvg):
             keys.keys, keys.manifest, signing=keys.signing,
             round_id=number, base=self._history.version(),
         )  # fmt: skip
-        plain = PlainSum(self._history.start, keys.manifest.names)
+        names = keys.manifest.names
+        sealed = {*names, *spelled(self._history.start, names).values()}
+        plain = PlainSum(self._history.start, sealed)
         good: list[MetricRecord] = []
         models = Vouched(number - 1, self._history.version())
         refused = self.refused[server_round] = {}

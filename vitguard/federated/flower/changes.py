@@ -1,0 +1,98 @@
+"""What a train function changed: differences by the model's own names, and back to what is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import Tensor, nn
+
+from vitguard.errors import expected
+from vitguard.guard import Guard
+from vitguard.vit import canonical_name
+
+__all__ = ["changes_of", "moved", "require_added", "spelled"]
+
+
+def spelled(names: Iterable[str], own: Collection[str]) -> dict[str, str]:
+    """Return how each of a model's own names is spelled in a message, for those that are in it.
+
+    A compiled model and a PEFT model put a prefix before each name, and PEFT leaves the name of
+    the adapter out of those that it saves.
+    """
+    short = {name.replace(".default.", "."): name for name in own}
+    found: dict[str, str] = {}
+    for name in names:
+        bare = canonical_name(name)
+        meant = bare if bare in own else short.get(bare)
+        if meant is not None and found.setdefault(meant, name) != name:
+            raise expected(f"{meant} once", f"it as {found[meant]} and as {name}")
+    return found
+
+
+def require_added(guard: Guard, names: Iterable[str]) -> None:
+    """Raise InputError where the server does not share what a defense trains beside the model."""
+    own = guard.shared_names()
+    there = spelled(names, own)
+    for name, parameter in guard.model.named_parameters():
+        added = name.startswith("vitguard.") and parameter.requires_grad
+        if added and name in own and name not in there:
+            raise expected(
+                f"{name} among the weights that the server sent", "none",
+                "What a client trains of it would be lost: protect the server's starting model "
+                "with the same defenses of the model, and send its whole state dict.",
+            )  # fmt: skip
+
+
+def changes_of(
+    guard: Guard, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the change of each tensor that is shared, by the model's own names; and the spelling.
+
+    Args:
+        before, after: Weights that came and that the train function returned, by the names in the
+            messages.
+
+    Raises:
+        InputError: A tensor is missing or of another shape, or one changed of which the guard
+            knows nothing: it would be lost.
+    """
+    require_added(guard, before)
+    spelling = spelled(before, guard.shared_names())
+    if missing := next((n for n in spelling.values() if n not in after), None):
+        raise expected("all weights in the reply", f"none of {missing}")
+    for name in spelling.values():
+        if after[name].shape != before[name].shape:
+            raise expected(f"{name} of shape {tuple(before[name].shape)}", tuple(after[name].shape))
+    _require_known(guard.model, {*spelling.values()}, before, after)
+    return {n: _change(before[sent], after[sent]) for n, sent in spelling.items()}, spelling
+
+
+def _require_known(
+    model: nn.Module, shared: set[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> None:
+    """Raise InputError where a tensor changed that is none of the model's: it is lost."""
+    local = {canonical_name(n) for n in model.state_dict()}
+    for name in sorted(after.keys() - shared):
+        if name.startswith("vitguard.") or (name in before and canonical_name(name) in local):
+            continue  # what a defense keeps local: it stays as the server knows it
+        start, end = before.get(name), after[name]
+        if start is None or start.shape != end.shape or not bool((start == end).all()):
+            raise expected(
+                f"{name} unchanged, which the protected model does not share", "a change",
+                "It would be lost: protect a model that holds it, have the server send it with "
+                "the others, or leave it out of the reply.",
+            )  # fmt: skip
+
+
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """Return the difference; that of whole numbers and truth values in whole numbers."""
+    if after.is_floating_point():
+        return after - before
+    return after.long() - before.long()  # a server's average has made numbers of them
+
+
+def moved(before: Tensor, change: Tensor) -> Tensor:
+    """Return a tensor after a change, of the type it had."""
+    if before.is_floating_point():
+        return before + change.to(before.dtype)
+    return (before.long() + change.long()).to(before.dtype)
