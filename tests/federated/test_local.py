@@ -241,3 +241,10 @@ def test_what_a_client_knows_that_it_sent_is_what_left_where_noise_comes_after_t
     assert message.update.tensors
     for name, sent in message.update.tensors.items():
         assert (left.update.tensors[name] - sent).abs().max() <= 1e-6, name
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, -1, float("nan"), float("inf"), True, "3"])
+def test_a_weight_that_is_none_is_refused_not_taken_for_the_number_of_images(clients, weight):
+    images, labels = next((c.images, c.labels) for c in clients.values())
+    with pytest.raises(InputError, match="a finite weight above 0"):
+        LocalClient(images, labels, weight=weight)

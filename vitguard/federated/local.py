@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,6 +55,13 @@ class LocalClient:
         for what, given in (("images", self.images), ("labels", self.labels)):
             if not isinstance(given, Tensor):
                 raise expected(f"{what} as a tensor", type(given).__name__)
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if self.weight is not None and not (number and 0 < self.weight < math.inf):
+            raise expected(
+                "a finite weight above 0", repr(self.weight)[:80],
+                "None stands for the number of images; a client that is not to count is left out "
+                "of the round: federation.round([...]).",
+            )  # fmt: skip
 
 
 class LocalFederation:
@@ -117,7 +125,9 @@ class LocalFederation:
         self._stacks = {
             n: stack if c.defenses is None else stack_of(c.defenses) for n, c in clients.items()
         }
-        self._weights = {n: float(c.weight or len(c.images)) for n, c in clients.items()}
+        self._weights = {
+            n: float(len(c.images) if c.weight is None else c.weight) for n, c in clients.items()
+        }
         self._scheme = self._scheme_of(stack, bound)
         self._kept: dict[str, dict[str, Tensor]] = {n: {} for n in clients}
         self.guards = {n: self._guard(n, generator) for n in clients}

@@ -1,0 +1,187 @@
+"""Metrics that disagree, evaluations that go wrong, and strategies around ours."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="needs vitguard[flower]")
+
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
+
+import vitguard as vg
+from tests.federated.flower_rounds import NODES, Federated
+from tests.federated.masked_rounds import Masked
+from vitguard.errors import Incompatible, InputError
+from vitguard.federated.flower import aggregate_metrics
+from vitguard.federated.flower.records import SEALED
+
+BOTH = pytest.mark.parametrize("kind", [Federated, Masked])
+
+
+def told(**metrics):
+    return lambda state, own: (state, own | metrics)
+
+
+@BOTH
+@pytest.mark.parametrize("node", [NODES[0], NODES[-1]])
+def test_a_metric_of_another_kind_or_length_is_left_out_and_the_rounds_go_on(small_vit, kind, node):
+    federated = kind(small_vit)
+    for each in federated.names:
+        federated.spoil[each] = told(losses=[1.0, 2.0], shared=3.0)
+    federated.spoil[node] = told(losses=[1.0], loss=[0.5, 0.25], shared=3.0)
+    strategy, result = federated.run(2)
+    assert strategy.refused == {1: {}, 2: {}}
+    assert result.train_metrics_clientapp[2]["shared"] == pytest.approx(3.0)
+    assert not {"losses", "loss"} & {*result.train_metrics_clientapp[2]}
+
+
+def answers(metrics):
+    def change(reply, message):
+        record = RecordDict({} if metrics is None else {"metrics": MetricRecord(metrics)})
+        return Message(record, reply_to=message)
+
+    return change
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        None, {"mean": 1e6}, {"mean": 1e6, "num-examples": 0}, {"mean": 1e6, "num-examples": -9},
+        {"mean": 1e6, "num-examples": math.nan}, {"mean": 1e6, "num-examples": math.inf},
+        {"mean": 1e6, "num-examples": [1, 2]},
+    ],
+    ids=["none", "no weight", "0", "-9", "nan", "inf", "list"],
+)  # fmt: skip
+def test_an_evaluation_without_a_weight_is_left_out_and_ends_no_run(small_vit, kind, metrics):
+    federated = kind(small_vit)
+    spoil_evaluation(federated, NODES[1], answers(metrics))
+    _, result = federated.run(2, fraction_evaluate=1.0)
+    assert abs(result.evaluate_metrics_clientapp[2]["mean"]) < 10
+
+
+@BOTH
+def test_an_evaluation_with_other_metrics_leaves_those_that_all_have(small_vit, kind):
+    federated = kind(small_vit)
+    other = answers({"accuracy": 1.0, "mean": [1.0], "num-examples": 1})
+    spoil_evaluation(federated, NODES[1], other)
+    _, result = federated.run(1, fraction_evaluate=1.0)
+    assert dict(result.evaluate_metrics_clientapp[1]) == {}
+
+
+def spoil_evaluation(federated, node, change):
+    app = federated.grid.apps[node]
+
+    def changed(message, context):
+        reply = app(message, context)
+        evaluation = message.metadata.message_type.startswith("evaluate")
+        return change(reply, message) if evaluation else reply
+
+    federated.grid.apps[node] = changed
+
+
+@BOTH
+def test_the_epsilon_of_a_round_is_the_largest_of_its_clients_and_clipped_values_add_up(
+    small_vit, kind
+):
+    """The average of clients that spent more and less is what nobody spent."""
+    private = [vg.ClientPrivacy(noise=2.0, rounds=9, clip=0.01)]
+    federated = kind(small_vit, private=private)
+    federated.run(1)
+    federated.grid.contexts[NODES[0]].state = RecordDict()  # a client that spent less
+    initial = ArrayRecord(federated.start)
+    if kind is Federated:
+        for node in NODES[1:]:
+            kept = federated.grid.contexts[node].state
+            kept.pop("vitguard.model", None)
+    strategy, result = federated.run(1, federated.strategy(**later(kind)), initial)
+    assert strategy.refused == {1: {}}
+    assert result.train_metrics_clientapp[1]["epsilon"] == private[0].spent(2).epsilon
+
+
+def later(kind):
+    return {"first_round": 2} if kind is Masked else {}
+
+
+def test_stock_strategies_can_take_the_largest_epsilon_too():
+    def of(weight, epsilon, clipped):
+        metrics = {"num-examples": weight, "epsilon": epsilon, "vitguard-clipped": clipped}
+        return RecordDict({"metrics": MetricRecord({**metrics, "loss": epsilon})})
+
+    together = aggregate_metrics([of(1, 4.0, 3), of(3, 2.0, 4)], "num-examples")
+    assert dict(together) == {"epsilon": 4.0, "vitguard-clipped": 7.0, "loss": 2.5}
+
+
+@pytest.mark.parametrize(
+    "around",
+    [DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyClientSideFixedClipping],
+)
+def test_a_strategy_around_encryption_is_refused_at_once(small_vit, around):
+    federated = Federated(small_vit)
+    outer = around(federated.strategy(), 1.0, 1.0, len(NODES))
+    with pytest.raises(Incompatible, match=r"EncryptedFedAvg\.start"):
+        outer.start(federated.grid, ArrayRecord(federated.start), num_rounds=2)
+    assert not federated.seen
+
+
+def test_noise_of_the_server_around_masks_keeps_ledgers_and_terms(small_vit):
+    """Central privacy around masks works, and nothing that the strategy guards is left out."""
+    private = [vg.ClientPrivacy(noise=1.0, rounds=9, clip=0.01)]
+    masked = Masked(small_vit, private=private)
+    inner = masked.strategy()
+    outer = DifferentialPrivacyClientSideFixedClipping(inner, 1e-6, 1.0, 6)
+    outer.start(masked.grid, ArrayRecord(masked.start), num_rounds=1)
+    assert set(inner.ledgers.nodes) == set(masked.names)
+    masked.grid.contexts[12].state = RecordDict()  # lost
+    outer.start(masked.grid, ArrayRecord(masked.start), num_rounds=1)
+    assert {n: len(w) for n, w in masked.seen.items()} == {n: 1 + (n != 12) for n in masked.names}
+    lacking = {k: t for k, t in masked.start.items() if k != "head.weight"}
+    with pytest.raises(InputError, match=r"head\.weight"):
+        outer.start(masked.grid, ArrayRecord(lacking), num_rounds=1)
+
+
+def test_keys_of_another_model_are_refused_before_the_first_round(small_vit):
+    federated = Federated(small_vit)
+    lacking = {k: t for k, t in federated.start.items() if k != "head.weight"}
+    with pytest.raises(InputError, match=r"head\.weight"):
+        federated.run(1, initial=ArrayRecord(lacking))
+    wider = {**federated.start, "head.weight": torch.zeros(3, 12)}
+    with pytest.raises(InputError, match=r"\(3, 12\)"):
+        federated.run(1, initial=ArrayRecord(wider))
+    assert not federated.seen
+
+
+def test_a_run_in_which_every_round_failed_ends_at_the_model_it_began_with(small_vit):
+    masked = Masked(small_vit)
+    masked.attached = dict.fromkeys(masked.attached, False)
+    _, result = masked.run(2)
+    after = result.arrays.to_torch_state_dict()
+    assert after.keys() == masked.start.keys()
+    assert all(torch.equal(after[n], t) for n, t in masked.start.items())
+
+
+@BOTH
+def test_plain_values_that_only_a_larger_type_holds_are_refused(small_vit, kind):
+    """Of a model in float32 one client's 1e300 would make infinity for all."""
+    federated = kind(small_vit, select="blocks")
+    app = federated.grid.apps[NODES[0]]
+
+    def huge(message, context):
+        reply = app(message, context)
+        if reply.has_error() or not reply.content.array_records:
+            return reply
+        ((name, arrays),) = reply.content.array_records.items()
+        large = {
+            k: a if k == SEALED else Array(torch.full(a.shape, 1e300, dtype=torch.float64).numpy())
+            for k, a in arrays.items()
+        }
+        return Message(RecordDict({**reply.content, name: ArrayRecord(large)}), reply_to=message)
+
+    federated.grid.apps[NODES[0]] = huge
+    strategy, _ = federated.run(1)
+    assert list(strategy.refused[1]) == [NODES[0]] and "finite" in strategy.refused[1][NODES[0]]
