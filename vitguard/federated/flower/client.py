@@ -156,6 +156,9 @@ class ProtectMod:
         No reply to a train message holds an array that the attached guard did not seal.
         A reply without an attached guard, or an exception in the app, becomes an Error reply that
         holds none of the app's values.
+        What the app trained is sent or refused: a change of a tensor that the guard does not share
+        becomes an Error reply.
+        No plain weights leave that are not finite.
 
     Does not protect against:
         What the app puts in its metrics, or writes to the network by itself.

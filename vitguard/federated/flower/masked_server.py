@@ -44,6 +44,8 @@ class MaskedFedAvg(FedAvg):
         A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
         restarts save `ledgers`.
         All clients of a sum trained the same model: each signs the version of the one it was sent.
+        Metrics of one client end no run: those that differ in kind are left out, and so is an
+        evaluation without a weight.
 
     Does not protect against:
         What the sum tells, which the server reads; put `ClientPrivacy` before the masks.

@@ -56,6 +56,8 @@ class EncryptedFedAvg(FedAvg):
         A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
         restarts save `ledgers`.
         A sealed model is taken only where most clients of the round vouch for the same weights.
+        Metrics of one client end no run: those that differ in kind are left out, and so is an
+        evaluation without a weight.
 
     Does not protect against:
         A server that works with a client: they share the key of the ciphertext.
