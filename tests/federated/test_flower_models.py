@@ -128,7 +128,7 @@ def test_buffers_are_in_the_secure_sum_that_the_guard_describes(small_vit, monke
     for module in (flower_rounds, masked_rounds):
         monkeypatch.setattr(module, "tiny", make)
     federated = kind(small_vit)
-    strategy, result = federated.run(2)
+    strategy, _ = federated.run(2)
     assert strategy.refused == {1: {}, 2: {}}
     names = (federated.manifest if kind is Federated else federated.terms.manifest).names
     buffers = {n for n, b in make(small_vit).named_buffers() if b.is_floating_point()}

@@ -100,7 +100,7 @@ class EncryptedFedAvg(FedAvg):
         self._catch_up = catch_up
         self._federation, self.min_clients = federation, min_clients
         self._max_clipped = max_clipped
-        self._history, self._started = History({}), False
+        self._history = History({})
         self._known: dict[int, int] = {}  # the last round that a node has opened
         self._sender: int | None = None  # the node that is asked to seal the model
         self.refused: dict[int, dict[int, str]] = {}
@@ -114,7 +114,7 @@ class EncryptedFedAvg(FedAvg):
             )
         history = History.of(initial_arrays)
         require_tensors(self._federation.manifest, history.start)
-        self._history, self._known, self._started = history, {}, True
+        self._history, self._known = history, {}
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
         counting = LedgerGrid(single, self.ledgers)
         result = super().start(counting, initial_arrays, *args, **named)
@@ -125,7 +125,7 @@ class EncryptedFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask nodes for sealed updates of the model's version; each is sent what it lacks."""
-        if not self._started:
+        if not self._history.start:  # `start` has not been called
             raise Incompatible(
                 "Expected EncryptedFedAvg.start, got a strategy around it, which would read or "
                 "change what is encrypted. Use EncryptedFedAvg alone; for differential privacy "

@@ -258,6 +258,8 @@ class SealFilter(_ClientFilter):
         self, tensors: dict[str, Tensor], weight: float, state: ClientState, fl_ctx: FLContext
     ) -> bytes:
         manifest = self._agreed()
+        counters = {n for n, t in tensors.items() if not t.is_floating_point()}
+        tensors = {n: t for n, t in tensors.items() if n not in counters}
         for name in tensors.keys() - set(manifest.names):
             still = name in state.weights and not bool(tensors[name].any())
             if not still:
@@ -286,9 +288,11 @@ class SealFilter(_ClientFilter):
         if state.guard:
             guard.load_state_bytes(state.guard.encode())
         images = images_behind(weight)
-        update = guard.seal(Update(tensors, kind="difference", batch_size=images))
-        if update.sealed:
-            raise Unprotected(f"Expected a difference that is readable, got {update!r}.")
-        state.guard = guard.state_bytes(draws=False).decode()
-        state.write(file)
+        try:
+            update = guard.seal(Update(tensors, kind="difference", batch_size=images))
+        finally:  # a release that was counted stays counted, whatever a later defense refuses
+            state.guard = guard.state_bytes(draws=False).decode()
+            state.write(file)
+        if hidden := [n for n in update.sealed if tensors[n].is_floating_point()]:
+            raise Unprotected(f"Expected a difference that is readable, got {hidden[0]} sealed.")
         return dict(update.tensors)
