@@ -14,6 +14,7 @@ import vitguard as vg
 from tests.federated import flower_rounds, masked_rounds
 from tests.federated.flower_rounds import Federated
 from tests.federated.masked_rounds import Masked
+from tests.federated.test_flower_faults import through_bytes
 from vitguard.federated.flower import InProcessGrid, ProtectMod, attach
 
 FROZEN = "positions:kind=frozen"
@@ -249,3 +250,42 @@ def test_a_query_without_arrays_is_answered_and_one_with_arrays_in_the_answer_is
 
     (reply,) = InProcessGrid({1: app}).send_and_receive([ask])
     assert reply.has_error() and "arrays" in reply.error.reason
+
+
+def test_a_schedule_goes_on_over_rounds_and_over_restarts_of_the_client(small_vit):
+    """A warm-up that began anew in every message would never end: nothing would be shuffled."""
+    stack = "shuffle:ratio=0.9,warmup=4,steps=8,schedule=linear"
+    shared = plain(small_vit)
+    vg.protect(shared, stack)
+    start, seen = shared.state_dict(), {}
+
+    def app(node):
+        app = ClientApp(mods=[ProtectMod()])
+
+        @app.train()
+        def train(message, context):
+            model = plain(small_vit)
+            guard = attach(vg.protect(model, stack))
+            model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+            model.train()
+            optimizer = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.01))
+            for _ in range(3):
+                model(torch.randn(2, 3, 8, 8)).sum().backward()
+                optimizer.step()
+            moved = guard.truth()["shuffled"].any()
+            seen.setdefault(node, []).append((int(model.vitguard.shuffle.step), bool(moved)))
+            arrays, metrics = ArrayRecord(model.state_dict()), MetricRecord({"num-examples": 1})
+            content = RecordDict({"arrays": arrays, "metrics": metrics})
+            return Message(content, reply_to=message)
+
+        return app
+
+    grid = InProcessGrid({1: app(1), 2: app(2)})
+    arrays = ArrayRecord(start)
+    for _ in range(3):  # the server sends what it has: a schedule that did not begin
+        result = FedAvg(fraction_evaluate=0.0).start(grid, arrays, num_rounds=1)
+        for node in grid.apps:
+            grid.contexts[node] = through_bytes(grid.contexts[node])
+        arrays = result.arrays
+    assert int(arrays.to_torch_state_dict()["vitguard.shuffle.step"]) == 0
+    assert seen == {n: [(3, False), (6, False), (9, True)] for n in (1, 2)}

@@ -10,7 +10,7 @@ from vitguard.errors import expected
 from vitguard.guard import Guard
 from vitguard.vit import canonical_name
 
-__all__ = ["changes_of", "moved", "require_added", "spelled"]
+__all__ = ["changes_of", "go_on", "local_of", "moved", "require_added", "spelled"]
 
 
 def spelled(names: Iterable[str], own: Collection[str]) -> dict[str, str]:
@@ -41,6 +41,25 @@ def require_added(guard: Guard, names: Iterable[str]) -> None:
                 "What a client trains of it would be lost: protect the server's starting model "
                 "with the same defenses of the model, and send its whole state dict.",
             )  # fmt: skip
+
+
+def local_of(guard: Guard) -> dict[str, Tensor]:
+    """Return what defenses keep beside the model and no client sends: how far schedules are."""
+    shared = guard.shared_names()
+    state = guard.model.state_dict()
+    return {
+        n: t.detach().cpu().clone()
+        for n, t in state.items()
+        if isinstance(t, Tensor) and n.startswith("vitguard.") and n not in shared
+    }
+
+
+def go_on(guard: Guard, local: Mapping[str, Tensor]) -> None:
+    """Take up what `local_of` returned of the guard of an earlier message."""
+    state = guard.model.state_dict()
+    for name in local_of(guard):
+        if name in local and local[name].shape == state[name].shape:
+            state[name].copy_(local[name])
 
 
 def changes_of(

@@ -28,7 +28,14 @@ from vitguard.defenses.base import Ledgered
 from vitguard.defenses.encryption import Decryptor, Encryptor, model_version
 from vitguard.defenses.sealing import require_finite
 from vitguard.errors import Rejected, Unprotected, VitguardError, expected
-from vitguard.federated.flower.changes import changes_of, moved, require_added, spelled
+from vitguard.federated.flower.changes import (
+    changes_of,
+    go_on,
+    local_of,
+    moved,
+    require_added,
+    spelled,
+)
 from vitguard.federated.flower.keys import ClientKeys
 from vitguard.federated.flower.ledgers import LEDGER
 from vitguard.federated.flower.masked_client import asked_now, masking
@@ -52,7 +59,8 @@ from vitguard.rounds import Progress
 
 __all__ = ["ProtectMod", "attach", "encryptor"]
 
-_MODEL, _KEPT = "vitguard.model", "vitguard.kept"  # records of context.state
+# records of context.state
+_MODEL, _KEPT, _LOCAL = "vitguard.model", "vitguard.kept", "vitguard.local"
 _REFUSED = 201  # code of an Error reply, among those that Flower leaves to users
 App = Callable[[Message, Context], Message]
 
@@ -93,7 +101,9 @@ def _now() -> _Exchange:
 
 
 def attach(guard: Guard) -> Guard:
-    """Name the guard that seals this message's reply; its ledger goes on from the last message.
+    """Name the guard that seals this message's reply.
+
+    Its ledger goes on from the last message, and so do the schedules of its defenses.
 
     Call it once in the train function, after `protect` and before training.
 
@@ -111,9 +121,15 @@ def attach(guard: Guard) -> Guard:
         guard.load_state_bytes(ledger)
     if any(isinstance(d, Ledgered) for d in guard.defenses):
         exchange.ledger = _ledger(kept, exchange.reminder)
+    go_on(guard, _local(exchange))
     guard.will_seal()
     exchange.guards.append(guard)
     return guard
+
+
+def _local(exchange: _Exchange) -> dict[str, Tensor]:
+    """Return how far the defenses' schedules had come at the end of the last message."""
+    return from_arrays(exchange.context.state.array_records.get(_LOCAL, ArrayRecord()))
 
 
 def _ledger(kept: ConfigRecord, reminder: ConfigRecord | None) -> _Ledger:
@@ -159,6 +175,7 @@ class ProtectMod:
         What the app trained is sent or refused: a change of a tensor that the guard does not share
         becomes an Error reply.
         No plain weights leave that are not finite.
+        Schedules of defenses go on over messages, as ledgers do.
 
     Does not protect against:
         What the app puts in its metrics, or writes to the network by itself.
@@ -201,6 +218,9 @@ def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message
     before, settings = _opened(message, received, exchange)
     plain = settings is None or asked_now() is not None  # then they are as they came
     given = received if plain else to_arrays(before)
+    if training and (local := _local(exchange)):  # the server knows the beginning of a schedule
+        own = {n: t for n, t in local.items() if n in given}
+        given = ArrayRecord({**given, **to_arrays(own)})
     content = RecordDict({**message.content, name: given})
     exchange.reminder = content.config_records.get(LEDGER)
     content.pop(LEDGER, None)
@@ -310,6 +330,7 @@ def _sealed(
         with guard.round(number, base=base, weight=weight):
             sealed = guard.seal(update)
     finally:  # a release that was counted stays counted
+        exchange.context.state[_LOCAL] = to_arrays(local_of(guard))
         _keep(exchange, guard=guard.state_bytes(draws=False))
         if exchange.ledger is not None:
             exchange.ledger.releases += 1
