@@ -289,3 +289,23 @@ def test_a_schedule_goes_on_over_rounds_and_over_restarts_of_the_client(small_vi
         arrays = result.arrays
     assert int(arrays.to_torch_state_dict()["vitguard.shuffle.step"]) == 0
     assert seen == {n: [(3, False), (6, False), (9, True)] for n in (1, 2)}
+
+
+def test_positions_that_the_server_drew_are_those_of_every_client_and_message(small_vit):
+    """A draw of its own for each message would train a model that fits none of them."""
+    stack = "positions:kind=random"
+    used = []
+
+    def read(model, given):
+        model.load_state_dict(given)
+        used.append(model.pos_embed.clone())
+
+    nodes = Nodes(lambda: plain(small_vit), stack, read=read)
+    assert nodes.run(plain(small_vit).state_dict(), rounds=1) is None
+    assert "vitguard.positions.fixed" in nodes.reasons[0] and not used
+    shared = plain(small_vit)
+    vg.protect(shared, stack)
+    nodes = Nodes(lambda: plain(small_vit), stack, read=read)
+    nodes.run(shared.state_dict(), rounds=3)
+    assert not nodes.reasons and len(used) == 9
+    assert all(torch.allclose(u, shared.pos_embed, atol=1e-6) for u in used)

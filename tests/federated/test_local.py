@@ -248,3 +248,10 @@ def test_a_weight_that_is_none_is_refused_not_taken_for_the_number_of_images(cli
     images, labels = next((c.images, c.labels) for c in clients.values())
     with pytest.raises(InputError, match="a finite weight above 0"):
         LocalClient(images, labels, weight=weight)
+
+
+def test_drawn_positions_are_the_same_for_all_clients(model, clients):
+    made = federation(model, clients, "positions:kind=random", generator=None)
+    made.run(2)
+    positions = [g.model.pos_embed for g in made.guards.values()]
+    assert all(torch.equal(p, positions[0]) for p in positions)

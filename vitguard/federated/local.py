@@ -136,6 +136,12 @@ class LocalFederation:
         state = {canonical_name(k): t for k, t in first.model.state_dict().items()}
         self.weights = {n: state[n].detach().clone() for n in first.shared_names()}
         """The model that the clients share, by name."""
+        # what a defense drew once, such as fixed positions, is the same for all
+        self._drawn = {
+            k: t.detach().clone()
+            for k, t in first.model.state_dict().items()
+            if k.startswith("vitguard.") and k not in self.weights and t.is_floating_point()
+        }
         self.version = model_version(self.weights)
 
     def __repr__(self) -> str:
@@ -215,7 +221,8 @@ class LocalFederation:
         guard = self.guards[name]
         own = guard.model.state_dict()
         given = {k: t for k in own for n, t in self.weights.items() if canonical_name(k) == n}
-        guard.model.load_state_dict({**own, **given})
+        drawn = {k: t for k, t in self._drawn.items() if k in own}
+        guard.model.load_state_dict({**own, **given, **drawn})
         threat = None if self._threat is None else self._threat.at(number, name)
         written = None if threat is None else threat.hand_out(self._public(name))
         if written is None:

@@ -30,27 +30,29 @@ def spelled(names: Iterable[str], own: Collection[str]) -> dict[str, str]:
 
 
 def require_added(guard: Guard, names: Iterable[str]) -> None:
-    """Raise InputError where the server does not share what a defense trains beside the model."""
-    own = guard.shared_names()
-    there = spelled(names, own)
-    for name, parameter in guard.model.named_parameters():
-        added = name.startswith("vitguard.") and parameter.requires_grad
-        if added and name in own and name not in there:
+    """Raise InputError where the server does not share what a defense added to the model.
+
+    Numbers of floating point: an unknown token, a head, positions that were drawn.
+    """
+    names = {*names}
+    frozen = {n for n, p in guard.model.named_parameters() if not p.requires_grad}
+    for name, tensor in guard.model.state_dict().items():
+        added = name.startswith("vitguard.") and isinstance(tensor, Tensor)
+        if added and tensor.is_floating_point() and name not in frozen and name not in names:
             raise expected(
                 f"{name} among the weights that the server sent", "none",
-                "What a client trains of it would be lost: protect the server's starting model "
-                "with the same defenses of the model, and send its whole state dict.",
+                "Each client would go on with its own, and what it trains of it would be lost: "
+                "protect the server's starting model with the same defenses of the model, and "
+                "send its whole state dict.",
             )  # fmt: skip
 
 
 def local_of(guard: Guard) -> dict[str, Tensor]:
-    """Return what defenses keep beside the model and no client sends: how far schedules are."""
-    shared = guard.shared_names()
-    state = guard.model.state_dict()
+    """Return what defenses count beside the model and no client sends: how far schedules are."""
     return {
         n: t.detach().cpu().clone()
-        for n, t in state.items()
-        if isinstance(t, Tensor) and n.startswith("vitguard.") and n not in shared
+        for n, t in guard.model.state_dict().items()
+        if n.startswith("vitguard.") and isinstance(t, Tensor) and not t.is_floating_point()
     }
 
 
