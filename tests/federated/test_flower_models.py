@@ -309,3 +309,48 @@ def test_positions_that_the_server_drew_are_those_of_every_client_and_message(sm
     nodes.run(shared.state_dict(), rounds=3)
     assert not nodes.reasons and len(used) == 9
     assert all(torch.allclose(u, shared.pos_embed, atol=1e-6) for u in used)
+
+
+def gated(small_vit, stack, batch=True):
+    """One node that trains on one image, under a stack with a gate."""
+    app, grads = ClientApp(mods=[ProtectMod()]), []
+    pixels = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    images, labels = 2 * pixels - 1, torch.tensor([1])
+
+    @app.train()
+    def train(message, context):
+        model = plain(small_vit)
+        guard = vg.protect(model, stack)
+        attach(guard, batch=(images, labels) if batch else None)
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        model.train()
+        optimizer = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.05))
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        grads.append(model.head.weight.detach().clone())
+        arrays, metrics = ArrayRecord(model.state_dict()), MetricRecord({"num-examples": 1})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    grid = InProcessGrid({1: app})
+    start = ArrayRecord(plain(small_vit).state_dict())
+    ask = Message(RecordDict({"arrays": start, "config": ConfigRecord()}), 1, "train")
+    (reply,) = grid.send_and_receive([ask])
+    return reply, grads
+
+
+def test_a_gate_gets_the_images_of_attach_and_the_server_is_not_told_how_well_they_are_seen(
+    small_vit,
+):
+    reply, grads = gated(small_vit, "gate:max_gain=6,work=5", batch=False)
+    assert reply.has_error() and "batch=(images, labels)" in reply.error.reason and not grads
+    reply, grads = gated(small_vit, "gate:max_gain=6,work=5")
+    assert grads and reply.has_error()
+    assert reply.error.reason == "GateClosed: the client's gate did not let the update leave"
+    reply, _ = gated(small_vit, "noise:scale=100+gate:max_gain=6,work=5,undecided=pass")
+    assert not reply.has_error() and reply.content.array_records
+
+
+def test_error_feedback_is_refused_before_training(small_vit):
+    nodes = Nodes(lambda: plain(small_vit), "low-rank:rank=1,feedback=true")
+    assert nodes.run(plain(small_vit).state_dict(), rounds=1) is None
+    assert not nodes.trained and "feedback" in nodes.reasons[0]

@@ -680,3 +680,8 @@ def test_a_release_that_a_later_defense_refuses_stays_counted_over_restarts(run,
     (file,) = (run.root / "site-1").rglob("*.safetensors")
     ledger = json.loads(ClientState.read(file, "").guard)["ledger"]["client-privacy"]
     assert sum(steps for history in ledger["runs"].values() for _, _, steps in history) == 2
+
+
+def test_error_feedback_is_refused_where_the_filter_is_made():
+    with pytest.raises(Unprotected, match="without feedback"):
+        SealFilter(defenses="low-rank:rank=1,feedback=true", model=NORMED)

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
-from logging import ERROR
+from logging import ERROR, WARNING
 from typing import Literal
 
 from flwr.app import (
@@ -24,10 +24,18 @@ from flwr.common.serde import make_message
 from torch import Tensor
 
 from vitguard.core import Update
-from vitguard.defenses.base import Ledgered
+from vitguard.defenses.base import Ledgered, UpdateDefense
 from vitguard.defenses.encryption import Decryptor, Encryptor, model_version
+from vitguard.defenses.gate import LeakGate
 from vitguard.defenses.sealing import require_finite
-from vitguard.errors import Rejected, Unprotected, VitguardError, expected
+from vitguard.errors import (
+    GateClosed,
+    Incompatible,
+    Rejected,
+    Unprotected,
+    VitguardError,
+    expected,
+)
 from vitguard.federated.flower.changes import (
     changes_of,
     go_on,
@@ -81,6 +89,7 @@ class _Exchange:
     keys: Callable[[Context], ClientKeys]
     received: Mapping[str, Array] = field(default_factory=dict)
     guards: list[Guard] = field(default_factory=list)
+    batch: tuple[Tensor, Tensor] | None = None  # behind the update, for a gate
     reminder: ConfigRecord | None = None  # of the ledger, by the server
     ledger: _Ledger | None = None
     beside: dict[str, Array] = field(default_factory=dict)  # of the model, for the server to keep
@@ -100,21 +109,38 @@ def _now() -> _Exchange:
     return found
 
 
-def attach(guard: Guard) -> Guard:
+def attach(guard: Guard, *, batch: tuple[Tensor, Tensor] | None = None) -> Guard:
     """Name the guard that seals this message's reply.
 
     Its ledger goes on from the last message, and so do the schedules of its defenses.
 
     Call it once in the train function, after `protect` and before training.
 
+    Args:
+        batch: Images (model input) and labels behind the update, which a `LeakGate` needs; they go
+            nowhere else.
+
     Raises:
-        Unprotected: The app has no `ProtectMod`, or a guard was attached already.
+        Unprotected: The app has no `ProtectMod`, or a guard was attached already; or the stack has
+            a gate and there is no batch.
         InputError: A defense trains what the server does not share, or the ledger is another's.
     """
     exchange = _now()
     if exchange.guards:
         raise Unprotected("Expected one guard for a message, got a second. Attach it once.")
+    if batch is None and any(isinstance(d, LeakGate) for d in guard.defenses):
+        raise Unprotected(
+            "Expected the images behind the update for the gate, got none. Call attach(guard, "
+            "batch=(images, labels)), with all that the client trains on in this message."
+        )
+    for defense in guard.defenses:
+        if isinstance(defense, UpdateDefense) and defense.feeds_back():
+            raise Incompatible(
+                f"Expected {defense.name} without feedback, got it with: what it cuts from updates "
+                "is secret, and context.state is no place for it. Leave feedback out."
+            )
     require_added(guard, exchange.received)
+    exchange.batch = batch
     kept = exchange.context.state.config_records.get(_KEPT, ConfigRecord())
     ledger = kept.get("guard")
     if isinstance(ledger, bytes):
@@ -201,9 +227,14 @@ class ProtectMod:
                 return answer or _exchanged(message, exchange, call_next)
         except Exception as error:  # noqa: BLE001 - whatever it was, nothing unsealed may leave
             # an error of the app may quote its data
-            told = isinstance(error, VitguardError)
+            told = isinstance(error, VitguardError) and not isinstance(error, GateClosed)
             said = f": {error}"[:500] if told else " in the app"
-            if not told:  # it stays in the client's own log, where Flower leaves it without the mod
+            if isinstance(error, GateClosed):  # how well an attack sees them is told to nobody
+                said = ": the client's gate did not let the update leave"
+                log(WARNING, "%s", error)
+            elif (
+                not told
+            ):  # it stays in the client's own log, where Flower leaves it without the mod
                 log(ERROR, "The app raised an exception; no text of it is sent", exc_info=error)
             return Message(Error(_REFUSED, type(error).__name__ + said), reply_to=message)
         finally:
@@ -328,7 +359,7 @@ def _sealed(
     number, base = (asked.opened, asked.base) if asked else (0, "")
     try:
         with guard.round(number, base=base, weight=weight):
-            sealed = guard.seal(update)
+            sealed = guard.seal(update, batch=exchange.batch)
     finally:  # a release that was counted stays counted
         exchange.context.state[_LOCAL] = to_arrays(local_of(guard))
         _keep(exchange, guard=guard.state_bytes(draws=False))

@@ -221,6 +221,11 @@ class SealFilter(_ClientFilter):
                     "training happens elsewhere, where a filter changes nothing. Protect the "
                     "model in the client's own code."
                 )
+            if defense.feeds_back():
+                raise Unprotected(
+                    f"Expected {defense.name} without feedback, got it with: what it cuts from "
+                    "updates is secret, and a site's state is no place for it. Leave feedback out."
+                )
         self.manifest, self.keys, self.passphrase = manifest, keys, passphrase
         self.defenses, self.model = defenses, model
         self.outliers, self.task = outliers, task
