@@ -15,7 +15,7 @@ from tests.federated import flower_rounds, masked_rounds
 from tests.federated.flower_rounds import Federated
 from tests.federated.masked_rounds import Masked
 from tests.federated.test_flower_faults import through_bytes
-from vitguard.federated.flower import InProcessGrid, ProtectMod, attach
+from vitguard.federated.flower import ClientKeys, InProcessGrid, ProtectMod, attach
 
 FROZEN = "positions:kind=frozen"
 
@@ -354,3 +354,61 @@ def test_error_feedback_is_refused_before_training(small_vit):
     nodes = Nodes(lambda: plain(small_vit), "low-rank:rank=1,feedback=true")
     assert nodes.run(plain(small_vit).state_dict(), rounds=1) is None
     assert not nodes.trained and "feedback" in nodes.reasons[0]
+
+
+def test_a_server_whose_model_has_other_positions_than_clients_train_with_is_told(small_vit):
+    """Its own evaluation, and the model that it saves, would be of positions nobody trained."""
+    nodes = Nodes(lambda: plain(small_vit), "positions:kind=sincos")
+    assert nodes.run(plain(small_vit).state_dict(), rounds=1) is None
+    assert "pos_embed" in nodes.reasons[0] and "starting model" in nodes.reasons[0]
+    shared = plain(small_vit)
+    vg.protect(shared, "positions:kind=sincos")
+    nodes = Nodes(lambda: plain(small_vit), "positions:kind=sincos")
+    assert nodes.run(shared.state_dict()) is not None and not nodes.reasons
+
+
+def tied(small_vit):
+    model = plain(small_vit)
+    model.blocks.append(model.blocks[0])
+    return model
+
+
+@pytest.mark.parametrize("kind", [Federated, Masked])
+def test_tied_parameters_are_in_the_secure_sum_by_each_of_their_names(small_vit, monkeypatch, kind):
+    for module in (flower_rounds, masked_rounds):
+        monkeypatch.setattr(module, "tiny", tied)
+    federated = kind(small_vit)
+    strategy, _ = federated.run(2)
+    assert strategy.refused == {1: {}, 2: {}}
+    seen = next(iter(federated.seen.values()))[1]
+    for name in ("blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight"):
+        moved = federated.start[name] + federated.moved()
+        assert torch.allclose(seen[name], moved, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Federated, Masked])
+def test_the_metric_that_a_strategy_weighs_by_is_the_weight_that_clients_sign(small_vit, kind):
+    federated = kind(small_vit)
+    for node in federated.names:
+        federated.spoil[node] = lambda state, own: (state, own | {"steps": 2.0})
+    strategy, _ = federated.run(2, weighted_by_key="steps")
+    assert strategy.refused == {1: {}, 2: {}}
+    seen = next(iter(federated.seen.values()))[1]["head.bias"]
+    even = sum(0.001 * (n - 10) for n in federated.names) / len(federated.names)
+    assert torch.allclose(seen, federated.start["head.bias"] + even, atol=2e-3)
+    assert even + 3e-4 < federated.moved()  # another average than that by examples
+
+
+def test_as_many_nodes_are_asked_as_a_sum_needs(small_vit):
+    federated = Federated(small_vit)
+    _, result = federated.run(1, min_clients=3, fraction_train=0.1)
+    assert result.train_metrics_clientapp[1]["loss"] == pytest.approx(0.5)
+
+
+def test_a_mod_that_is_there_twice_says_so(small_vit):
+    federated = Federated(small_vit)
+    keys = ClientKeys("1", federated.keys.for_client("1"), federated.manifest)
+    mods = [ProtectMod(lambda context: keys) for _ in range(2)]
+    federated.grid.apps[12] = federated.app(12, mods)
+    strategy, _ = federated.run(1)
+    assert "twice" in strategy.refused[1][12]

@@ -380,13 +380,20 @@ class Guard:
     def encrypted(self) -> dict[str, Tensor]:
         """Return the tensors that the stack encrypts, as they stand, by name.
 
-        Parameters, and the buffers of floating point that a client sends with them, such as the
-        means of batch norms. What `Manifest.of` describes: protect a copy of the model with the
-        stack, without an encryptor, make the manifest of this, then the encryptors, then protect
-        with them.
+        Parameters, tied ones by each of their names, and the buffers of floating point that a
+        client sends with them, such as the means of batch norms.
+
+        What `Manifest.of` describes: protect a copy of the model with the stack, without an
+        encryptor, make the manifest of this, then the encryptors, then protect with them.
         """
         trained = canonical_parameters(self.model)
-        sent = {n: p for n, p in trained.items() if not self._protection.holds(n)}
+        twins = names_by_values(self.model)
+        sent = {
+            twin: p
+            for n, p in trained.items()
+            if not self._protection.holds(n)
+            for twin in twins.get(n, [n])
+        }
         shared = self.shared_names()
         sent |= {n: b for n, b in floating_buffers(self.model).items() if n in shared}
         chosen = {n for s in self.traits.sealed for n in self.anatomy.select(s, sent)}

@@ -110,7 +110,7 @@ def sealed(
                     defense.look(update, batch.images, anatomy)
                 if not defense.feeds_back():
                     if not trained:
-                        update = _with_buffers(model, protection, defense, update)
+                        update = _completed(model, protection, defense, update, twins)
                     update = defense.seal(update, anatomy, protection.draws)
                     continue
                 whole = passage.fed(defense, update)
@@ -148,20 +148,30 @@ def floating_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _with_buffers(
-    model: nn.Module, protection: Protection, defense: UpdateDefense, update: Update
+def _completed(
+    model: nn.Module,
+    protection: Protection,
+    defense: UpdateDefense,
+    update: Update,
+    twins: Mapping[str, list[str]],
 ) -> Update:
-    """Return the update with no change of the buffers that a manifest has room for.
+    """Return the update with all that a manifest has room for.
 
-    An update that `Guard.update` made is of parameters alone.
+    An update that `Guard.update` made is of parameters alone, and has a tied one once: its other
+    names have the same change, and buffers have none.
     """
     lacking = {*defense.awaits()} - {*update.tensors, *update.sealed}
     if not lacking:
         return update
+    tensors = dict(update.tensors)
     buffers = floating_buffers(model)
-    there = {n: b for n, b in buffers.items() if n in lacking and not protection.holds(n)}
-    still = {n: torch.zeros_like(b) for n, b in there.items()}
-    return replace(update, tensors={**update.tensors, **still})
+    for name in sorted(lacking):
+        twin = next((n for n in twins.get(name, ()) if n in update.tensors), None)
+        if twin is not None:
+            tensors[name] = update.tensors[twin]
+        elif name in buffers and not protection.holds(name):
+            tensors[name] = torch.zeros_like(buffers[name])
+    return replace(update, tensors=tensors)
 
 
 def _check_parameters(model: nn.Module, tensors: Mapping[str, Tensor], update: Update) -> None:

@@ -113,3 +113,21 @@ def test_the_manifest_of_a_guard_has_the_buffers_that_a_client_sends():
     state.pop("head.0.running_mean")
     with pytest.raises(InputError, match=r"head\.0\.running_mean"):
         guard.seal(vg.Update(state, kind="difference", batch_size=2))
+
+
+def test_the_manifest_of_a_guard_names_tied_parameters_by_each_name():
+    def tied():
+        model = vit()
+        model.blocks.append(model.blocks[0])
+        return model
+
+    manifest = Manifest.of(vg.protect(tied(), "encryption").encrypted(), bounds=50.0)
+    assert {"blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"} <= {*manifest.names}
+    encryptor = Encryptor(KEYS, manifest, client_id="a")
+    encryptor.start_round(1)
+    guard = vg.protect(tied(), [vg.EncryptedGradients(encryptor=encryptor)])
+    seen = {}
+    encryptor.seal, seal = lambda u, **k: (seen.update(u.tensors), seal(u, **k))[1], encryptor.seal
+    update = guard.update(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert not update.tensors
+    assert torch.equal(seen["blocks.0.mlp.fc1.weight"], seen["blocks.1.mlp.fc1.weight"])

@@ -93,7 +93,14 @@ def _require_known(
 ) -> None:
     """Raise InputError where a tensor changed that is none of the model's: it is lost."""
     local = {canonical_name(n) for n in model.state_dict()}
+    fixed = {canonical_name(n): b for n, b in model.named_buffers() if b.is_floating_point()}
     for name in sorted(after.keys() - shared):
+        if name in before and name in fixed and not _alike(before[name], fixed[name]):
+            raise expected(
+                f"{name} from the server as the client's defense fixed it", "other values",
+                "The server's model would keep values that no client trains with: protect its "
+                "starting model with the same defenses of the model.",
+            )  # fmt: skip
         if name.startswith("vitguard.") or (name in before and canonical_name(name) in local):
             continue  # what a defense keeps local: it stays as the server knows it
         start, end = before.get(name), after[name]
@@ -103,6 +110,15 @@ def _require_known(
                 "It would be lost: protect a model that holds it, have the server send it with "
                 "the others, or leave it out of the reply.",
             )  # fmt: skip
+
+
+def _alike(sent: Tensor, own: Tensor) -> bool:
+    """Whether they are the same up to rounding, such as that of a server's average."""
+    if sent.shape != own.shape:
+        return False
+    own = own.detach().cpu()
+    gap = (sent.double() - own.double()).abs()
+    return bool((gap <= 1e-2 * own.double().square().mean().sqrt() + 1e-6).all())
 
 
 def _change(before: Tensor, after: Tensor) -> Tensor:

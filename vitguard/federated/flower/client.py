@@ -54,6 +54,7 @@ from vitguard.federated.flower.records import (
     SEALED,
     SNAPSHOT,
     VOUCH,
+    WEIGHTED,
     History,
     from_arrays,
     sealed_array,
@@ -69,6 +70,7 @@ __all__ = ["ProtectMod", "attach", "encryptor"]
 
 # records of context.state
 _MODEL, _KEPT, _LOCAL = "vitguard.model", "vitguard.kept", "vitguard.local"
+_EXAMPLES = "num-examples"
 _REFUSED = 201  # code of an Error reply, among those that Flower leaves to users
 App = Callable[[Message, Context], Message]
 
@@ -220,6 +222,10 @@ class ProtectMod:
         self._keys, self._identity = keys, identity
 
     def __call__(self, message: Message, context: Context, call_next: App) -> Message:
+        if _exchange.get() is not None:
+            raise Unprotected(
+                "Expected ProtectMod once for a message, got it twice. Leave one out."
+            )
         exchange = _Exchange(context, self._keys)
         token = _exchange.set(exchange)
         try:
@@ -352,10 +358,9 @@ def _sealed(
             "It would not be sent: numbers go into the metrics.",
         )  # fmt: skip
     metrics_name, metrics = _only(reply.content.metric_records, "MetricRecord in the reply")
-    weight = metrics.get("num-examples")
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise expected("num-examples among the metrics", repr(weight)[:80])
-    update = Update(changes, kind="difference", batch_size=images_behind(weight))
+    weight = _number(metrics, _weighted_by(message) if asked else _EXAMPLES)
+    images = weight if _EXAMPLES not in metrics else _number(metrics, _EXAMPLES)
+    update = Update(changes, kind="difference", batch_size=images_behind(images))
     number, base = (asked.opened, asked.base) if asked else (0, "")
     try:
         with guard.round(number, base=base, weight=weight):
@@ -376,6 +381,19 @@ def _sealed(
     if exchange.ledger is not None:
         content[LEDGER] = ConfigRecord(asdict(exchange.ledger))
     return Message(content=content, reply_to=message)
+
+
+def _weighted_by(message: Message) -> str:
+    """Return the metric that a strategy of vitguard takes for the weight."""
+    said = (r.get(WEIGHTED) for r in message.content.config_records.values())
+    return next((name for name in said if isinstance(name, str)), _EXAMPLES)
+
+
+def _number(metrics: Mapping, name: str) -> float:
+    value = metrics.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise expected(f"{name} among the metrics", repr(value)[:80])
+    return value
 
 
 def _leaving(

@@ -26,7 +26,7 @@ from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.ledgers import Ledgers
 from vitguard.federated.flower.masked_keys import MaskedFederation
 from vitguard.federated.flower.masked_round import MaskedRound
-from vitguard.federated.flower.records import BASE, ROUND, from_arrays, to_arrays
+from vitguard.federated.flower.records import BASE, ROUND, WEIGHTED, from_arrays, to_arrays
 
 __all__ = ["MaskedFedAvg"]
 
@@ -117,7 +117,7 @@ class MaskedFedAvg(FedAvg):
         now = MaskedRound(
             MaskingServer(keys.terms, signing=keys.signing, round_id=number, base=base),
             grid,
-            {ROUND: number, BASE: base},
+            {ROUND: number, BASE: base, WEIGHTED: self.weighted_by_key},
             start,
             refused,
             self.weighted_by_key,

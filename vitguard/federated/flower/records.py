@@ -24,6 +24,7 @@ __all__ = [
     "SEALED",
     "SNAPSHOT",
     "VOUCH",
+    "WEIGHTED",
     "History",
     "Step",
     "from_arrays",
@@ -35,6 +36,7 @@ __all__ = [
 
 ROUND, BASE = "vitguard-round", "vitguard-base"  # in the ConfigRecord of a message
 SNAPSHOT = "vitguard-snapshot"  # there too: "vouch" for the model, or "send" it
+WEIGHTED = "vitguard-weighted-by"  # there as well: the metric that is the client's weight
 VOUCH = "vitguard.vouch"
 """Name of the array with a client's proof of the weights it has."""
 SEALED = "vitguard.sealed"

@@ -33,6 +33,7 @@ from vitguard.federated.flower.records import (
     ROUND,
     SNAPSHOT,
     VOUCH,
+    WEIGHTED,
     History,
     Step,
     from_arrays,
@@ -73,7 +74,7 @@ class EncryptedFedAvg(FedAvg):
         max_clipped: The most values of a reply that were moved to their bound; None for any.
         catch_up: Sums that are kept before a client is asked to seal the model, at least 1. It
             sends 4 bytes a value, once in so many rounds; a sum has about 8.
-        settings: Arguments of `FedAvg`.
+        settings: Arguments of `FedAvg`; at least `min_clients` nodes are asked by default.
     """
 
     def __init_subclass__(cls) -> None:
@@ -96,6 +97,8 @@ class EncryptedFedAvg(FedAvg):
             raise expected("catch_up, a whole number of sums, at least 1", repr(catch_up)[:80])
         if settings.get("train_metrics_aggr_fn") is None:
             settings["train_metrics_aggr_fn"] = aggregate_metrics
+        for name in ("min_train_nodes", "min_available_nodes"):
+            settings.setdefault(name, min_clients)
         super().__init__(**settings)
         self._catch_up = catch_up
         self._federation, self.min_clients = federation, min_clients
@@ -163,7 +166,12 @@ class EncryptedFedAvg(FedAvg):
 
     def _said(self, config: ConfigRecord) -> ConfigRecord:
         return ConfigRecord(
-            {**config, ROUND: self._history.next_round, BASE: self._history.version()}
+            {
+                **config,
+                ROUND: self._history.next_round,
+                BASE: self._history.version(),
+                WEIGHTED: self.weighted_by_key,
+            }
         )
 
     def _lacking(self, messages: Iterable[Message]) -> dict[int | None, ArrayRecord]:
