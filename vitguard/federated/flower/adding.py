@@ -73,10 +73,12 @@ def aggregate_metrics(contents: list[RecordDict], weighted_by: str) -> MetricRec
     clients, whose average would be spent by none, and `vitguard-clipped` the sum.
     """
     together = aggregate_metricrecords(contents, weighted_by)
-    for name, of_all in ((EPSILON, max), (CLIPPED, math.fsum)):
+    of_all: dict[str, Callable[[list[float]], float]] = {EPSILON: max, CLIPPED: math.fsum}
+    for name, one in of_all.items():
         found = [r[name] for c in contents for r in c.metric_records.values() if name in r]
-        if found and not any(isinstance(value, list) for value in found):
-            together[name] = float(of_all(found))
+        numbers = [float(value) for value in found if not isinstance(value, list)]
+        if numbers and len(numbers) == len(found):
+            together[name] = one(numbers)
     return together
 
 
