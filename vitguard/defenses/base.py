@@ -293,6 +293,12 @@ class Ledgered(ABC):
             Unprotected: As `admit`; nothing is recorded.
         """
 
+    def require_covered(self, ledger: Any) -> None:  # noqa: B027 - without a target all is covered
+        """Raise Unprotected if a ledger holds more than the guarantee covers already.
+
+        As one may that was joined with another after the training.
+        """
+
     @abstractmethod
     def privacy_spent(self, ledger: Any) -> Any:
         """Return what the releases in the ledger add up to."""

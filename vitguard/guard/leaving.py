@@ -51,6 +51,7 @@ def require_released(protection: Protection, update: Update) -> None:
             f"{step.name} counts none. Train on the optimizer and loader that prepare "
             "returned; after a restart call guard.load_state_dict with what the guard saved."
         )
+    step.require_covered(protection.ledgers[step.name])
 
 
 def sealed(

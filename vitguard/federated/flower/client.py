@@ -233,14 +233,12 @@ class ProtectMod:
                 return answer or _exchanged(message, exchange, call_next)
         except Exception as error:  # noqa: BLE001 - whatever it was, nothing unsealed may leave
             # an error of the app may quote its data
-            told = isinstance(error, VitguardError) and not isinstance(error, GateClosed)
+            told = isinstance(error, VitguardError)
             said = f": {error}"[:500] if told else " in the app"
             if isinstance(error, GateClosed):  # how well an attack sees them is told to nobody
                 said = ": the client's gate did not let the update leave"
                 log(WARNING, "%s", error)
-            elif (
-                not told
-            ):  # it stays in the client's own log, where Flower leaves it without the mod
+            elif not told:  # it stays in the client's own log, where Flower leaves it otherwise
                 log(ERROR, "The app raised an exception; no text of it is sent", exc_info=error)
             return Message(Error(_REFUSED, type(error).__name__ + said), reply_to=message)
         finally:
