@@ -255,3 +255,22 @@ def test_drawn_positions_are_the_same_for_all_clients(model, clients):
     made.run(2)
     positions = [g.model.pos_embed for g in made.guards.values()]
     assert all(torch.equal(p, positions[0]) for p in positions)
+
+
+@pytest.mark.parametrize("spec", ["", "masking", "encryption"])
+def test_tied_parameters_move_by_each_of_their_names(model, clients, spec):
+    """The next load takes the last name: one that stayed would undo what the round did."""
+    model.blocks.append(model.blocks[0])
+    made = federation(model, clients, spec)
+    before = dict(made.weights)
+    made.run(2)
+    one, other = "blocks.0.mlp.fc2.weight", "blocks.1.mlp.fc2.weight"
+    assert not torch.equal(made.weights[one], before[one])
+    assert torch.allclose(made.weights[one], made.weights[other], atol=1e-3)
+    handed = made.round().messages[0].guard.model.state_dict()
+    assert not torch.equal(handed[one], before[one])
+
+
+def test_a_client_without_images_is_told_before_it_ends_a_round(clients):
+    with pytest.raises(InputError, match="at least one image"):
+        LocalClient(torch.zeros(0, 3, 8, 8), torch.zeros(0).long())
