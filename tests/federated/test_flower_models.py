@@ -412,3 +412,28 @@ def test_a_mod_that_is_there_twice_says_so(small_vit):
     federated.grid.apps[12] = federated.app(12, mods)
     strategy, _ = federated.run(1)
     assert "twice" in strategy.refused[1][12]
+
+
+def test_withheld_positions_go_on_on_each_client_and_never_leave_it(small_vit):
+    """Positions that began at the public ones in every message would never drift from them."""
+    used, ended = {}, {}
+
+    def read(model, given):
+        model.load_state_dict(given)
+        used.setdefault(len(used), model.pos_embed.detach().clone())
+        with torch.no_grad():  # what a client trains of them
+            model.pos_embed += 1.0
+        ended[len(ended)] = model.pos_embed.detach().clone()
+
+    start = plain(small_vit).state_dict()
+    nodes = Nodes(lambda: plain(small_vit), "withheld", read=read)
+    after = nodes.run(start, rounds=3)
+    assert not nodes.reasons and len(used) == 9
+    public = start["pos_embed"]
+    for place, positions in used.items():
+        assert torch.allclose(positions, public + place // 3, atol=1e-5)
+    assert torch.allclose(after["pos_embed"], public, atol=1e-6)
+    drifted = [t.numpy().tobytes()[:32] for t in ended.values()]
+    everything = b"".join(nodes.grid.sent)
+    assert public.numpy().tobytes()[:32] in everything  # the search finds
+    assert not any(d in everything for d in drifted)

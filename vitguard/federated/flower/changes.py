@@ -10,7 +10,15 @@ from vitguard.errors import expected
 from vitguard.guard import Guard
 from vitguard.vit import canonical_name
 
-__all__ = ["changes_of", "go_on", "local_of", "moved", "require_added", "spelled"]
+__all__ = [
+    "changes_of",
+    "go_on",
+    "local_of",
+    "moved",
+    "require_added",
+    "spelled",
+    "with_local",
+]
 
 
 def spelled(names: Iterable[str], own: Collection[str]) -> dict[str, str]:
@@ -48,20 +56,42 @@ def require_added(guard: Guard, names: Iterable[str]) -> None:
 
 
 def local_of(guard: Guard) -> dict[str, Tensor]:
-    """Return what defenses count beside the model and no client sends: how far schedules are."""
-    return {
-        n: t.detach().cpu().clone()
-        for n, t in guard.model.state_dict().items()
-        if n.startswith("vitguard.") and isinstance(t, Tensor) and not t.is_floating_point()
-    }
+    """Return what no client sends and each goes on from, by the model's own names.
+
+    How far the defenses' schedules are, and parameters that a defense keeps local, such as
+    withheld positions.
+    """
+    return {n: t.clone() for n, t in _kept(guard).items() if bool(t.isfinite().all())}
 
 
 def go_on(guard: Guard, local: Mapping[str, Tensor]) -> None:
     """Take up what `local_of` returned of the guard of an earlier message."""
-    state = guard.model.state_dict()
-    for name in local_of(guard):
-        if name in local and local[name].shape == state[name].shape:
-            state[name].copy_(local[name])
+    for name, tensor in _kept(guard).items():
+        if name in local and local[name].shape == tensor.shape:
+            tensor.copy_(local[name])
+
+
+def with_local(given: Mapping[str, Tensor], local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of the weights that came which a client goes on from by itself.
+
+    Args:
+        given: Weights by the names in messages.
+        local: What `local_of` returned.
+    """
+    own = {sent: local[name] for name, sent in spelled(given, local).items()}
+    return {n: t.to(given[n].dtype) for n, t in own.items() if t.shape == given[n].shape}
+
+
+def _kept(guard: Guard) -> dict[str, Tensor]:
+    shared = guard.shared_names()
+    trained = {n for n, p in guard.model.named_parameters() if p.requires_grad}
+    return {
+        canonical_name(n): t.detach()
+        for n, t in guard.model.state_dict().items()
+        if isinstance(t, Tensor)
+        and canonical_name(n) not in shared
+        and (n in trained or (n.startswith("vitguard.") and not t.is_floating_point()))
+    }
 
 
 def changes_of(

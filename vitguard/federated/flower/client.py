@@ -43,6 +43,7 @@ from vitguard.federated.flower.changes import (
     moved,
     require_added,
     spelled,
+    with_local,
 )
 from vitguard.federated.flower.keys import ClientKeys
 from vitguard.federated.flower.ledgers import LEDGER
@@ -114,7 +115,8 @@ def _now() -> _Exchange:
 def attach(guard: Guard, *, batch: tuple[Tensor, Tensor] | None = None) -> Guard:
     """Name the guard that seals this message's reply.
 
-    Its ledger goes on from the last message, and so do the schedules of its defenses.
+    Its ledger goes on from the last message, and so do the schedules of its defenses and the
+    positions that it withholds.
 
     Call it once in the train function, after `protect` and before training.
 
@@ -156,7 +158,7 @@ def attach(guard: Guard, *, batch: tuple[Tensor, Tensor] | None = None) -> Guard
 
 
 def _local(exchange: _Exchange) -> dict[str, Tensor]:
-    """Return how far the defenses' schedules had come at the end of the last message."""
+    """Return what the client goes on from, as it was at the end of the last message."""
     return from_arrays(exchange.context.state.array_records.get(_LOCAL, ArrayRecord()))
 
 
@@ -203,7 +205,7 @@ class ProtectMod:
         What the app trained is sent or refused: a change of a tensor that the guard does not share
         becomes an Error reply.
         No plain weights leave that are not finite.
-        Schedules of defenses go on over messages, as ledgers do.
+        Schedules of defenses and withheld positions go on over messages, as ledgers do.
 
     Does not protect against:
         What the app puts in its metrics, or writes to the network by itself.
@@ -253,9 +255,8 @@ def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message
     before, settings = _opened(message, received, exchange)
     plain = settings is None or asked_now() is not None  # then they are as they came
     given = received if plain else to_arrays(before)
-    if training and (local := _local(exchange)):  # the server knows the beginning of a schedule
-        own = {n: t for n, t in local.items() if n in given}
-        given = ArrayRecord({**given, **to_arrays(own)})
+    if local := with_local(before, _local(exchange)):  # of these the server knows the beginning
+        given = ArrayRecord({**given, **to_arrays(local)})
     content = RecordDict({**message.content, name: given})
     exchange.reminder = content.config_records.get(LEDGER)
     content.pop(LEDGER, None)
@@ -364,11 +365,11 @@ def _sealed(
         with guard.round(number, base=base, weight=weight):
             sealed = guard.seal(update, batch=exchange.batch)
     finally:  # a release that was counted stays counted
-        exchange.context.state[_LOCAL] = to_arrays(local_of(guard))
         _keep(exchange, guard=guard.state_bytes(draws=False))
         if exchange.ledger is not None:
             exchange.ledger.releases += 1
             _keep(exchange, ledger=exchange.ledger.name, releases=exchange.ledger.releases)
+        exchange.context.state[_LOCAL] = to_arrays(local_of(guard))
     if spent := [d.name for d in guard.defenses if isinstance(d, Ledgered)]:
         metrics["epsilon"] = max(float(guard.privacy_spent(n).epsilon) for n in spent)
     arrays = _leaving(sealed, before, spelling, secret=asked is not None)

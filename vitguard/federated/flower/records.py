@@ -53,7 +53,12 @@ def sealed_array(data: bytes) -> Array:
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Return plain tensors as Flower's arrays, each of the shape it has."""
     # np.ascontiguousarray would give a single number, such as a counter, a dimension
-    return ArrayRecord({n: Array(np.asarray(t.numpy(), order="C")) for n, t in tensors.items()})
+    return ArrayRecord({n: Array(np.asarray(_plain(t), order="C")) for n, t in tensors.items()})
+
+
+def _plain(tensor: Tensor) -> np.ndarray:
+    held = tensor.detach().cpu()
+    return (held.float() if held.dtype == torch.bfloat16 else held).numpy()  # NumPy has no bfloat16
 
 
 def from_arrays(record: Mapping[str, Array]) -> dict[str, Tensor]:
