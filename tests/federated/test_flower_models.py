@@ -141,13 +141,15 @@ def test_buffers_are_in_the_secure_sum_that_the_guard_describes(small_vit, monke
         assert seen[name].shape == federated.start[name].shape
 
 
+@pytest.mark.parametrize("by_server", [True, False], ids=["both", "client"])
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
-def test_names_of_a_wrapped_model_are_those_of_the_model(small_vit, prefix):
+def test_names_of_a_wrapped_model_are_those_of_the_model(small_vit, prefix, by_server):
     bare = plain(small_vit).state_dict()
-    start = {prefix + k: t for k, t in bare.items()}
+    sent = prefix if by_server else ""
+    start = {sent + k: t for k, t in bare.items()}
     nodes = Nodes(
         lambda: plain(small_vit),
-        read=lambda m, given: m.load_state_dict({k[len(prefix) :]: t for k, t in given.items()}),
+        read=lambda m, given: m.load_state_dict({k[len(sent) :]: t for k, t in given.items()}),
         change=lambda n, state: {prefix + k: t for k, t in added(n, state).items()},
     )
     after = nodes.run(start)

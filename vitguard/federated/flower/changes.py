@@ -108,7 +108,10 @@ def changes_of(
             knows nothing: it would be lost.
     """
     require_added(guard, before)
-    spelling = spelled(before, guard.shared_names())
+    own = guard.shared_names()
+    spelling = spelled(before, own)
+    meant = {sent: name for name, sent in spelled(after, own).items()}
+    after = {spelling.get(meant.get(n, n), n): t for n, t in after.items()}
     if missing := next((n for n in spelling.values() if n not in after), None):
         raise expected("all weights in the reply", f"none of {missing}")
     for name in spelling.values():
