@@ -293,7 +293,7 @@ def test_metrics_that_are_no_numbers_are_refused_in_words(metrics):
 
 
 def test_a_result_before_any_task_is_refused(run):
-    with pytest.raises(Rejected, match="round"):
+    with pytest.raises(Unprotected, match="OpenFilter"):  # the one that is missing then
         run.sealed("site-1", reply_of(change()))
 
 
@@ -685,3 +685,37 @@ def test_a_release_that_a_later_defense_refuses_stays_counted_over_restarts(run,
 def test_error_feedback_is_refused_where_the_filter_is_made():
     with pytest.raises(Unprotected, match="without feedback"):
         SealFilter(defenses="low-rank:rank=1,feedback=true", model=NORMED)
+
+
+@pytest.mark.parametrize(
+    ("said", "settings"),
+    [
+        ("neither", {"defenses": "none"}),
+        ("by keys and manifest", {"defenses": "encryption"}),
+        ("by keys and manifest", {"defenses": "noise+masking"}),
+        ("outliers 'refuse' or 'clip'", {"defenses": "noise", "outliers": "drop"}),
+        ("with keys", {"defenses": "noise", "outliers": "clip"}),
+    ],
+)
+def test_a_filter_that_would_not_do_what_it_says_is_refused_where_it_is_made(said, settings):
+    with pytest.raises((Unprotected, InputError), match=said):
+        SealFilter(model=NORMED, **settings)
+
+
+@pytest.mark.parametrize("weight", [np.int64(10), np.float32(10), 10])
+def test_numbers_of_numpy_are_numbers(run, weight):
+    """What `labels.size` sums up to, and a mean loss."""
+    run.opened("site-1", 0, change())
+    loss = {"loss": np.float32(0.5)}
+    sealed = run.sealed("site-1", reply_of(change(), weight, initial_metrics=loss))
+    meta = from_shareable(sealed).meta
+    assert meta[FLMetaKey.NUM_STEPS_CURRENT_ROUND] == 10.0 and meta["initial_metrics"] == {
+        "loss": 0.5
+    }
+    assert type(meta["initial_metrics"]["loss"]) is float
+
+
+def test_arguments_that_a_model_does_not_take_are_named(run):
+    model = {"path": "torch.nn.Linear", "args": {"width": 3}}
+    with pytest.raises(InputError, match="width"):
+        SumPersistor(run.manifest, model).load_model(context(run.root, "server"))
