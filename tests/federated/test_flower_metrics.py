@@ -185,3 +185,33 @@ def test_plain_values_that_only_a_larger_type_holds_are_refused(small_vit, kind)
     federated.grid.apps[NODES[0]] = huge
     strategy, _ = federated.run(1)
     assert list(strategy.refused[1]) == [NODES[0]] and "finite" in strategy.refused[1][NODES[0]]
+
+
+@BOTH
+@pytest.mark.parametrize("what", ["leaves out", "adds"])
+def test_one_client_does_not_say_which_plain_tensors_are_sent(small_vit, kind, what, monkeypatch):
+    """Were it the first to answer, all others would be refused, or fixed positions would move."""
+    monkeypatch.setattr("random.sample", lambda nodes, count: sorted(nodes)[:count])
+    federated = kind(small_vit, select="blocks")
+    first, app = NODES[0], federated.grid.apps[NODES[0]]
+
+    def change(message, context):
+        reply = app(message, context)
+        if reply.has_error() or not reply.content.array_records:
+            return reply
+        ((name, arrays),) = reply.content.array_records.items()
+        if what == "adds":
+            positions = torch.ones_like(federated.start["pos_embed"])
+            sent = {**arrays, "pos_embed": Array(positions.numpy())}
+        else:
+            sent = {SEALED: arrays[SEALED]}
+        return Message(RecordDict({**reply.content, name: ArrayRecord(sent)}), reply_to=message)
+
+    federated.grid.apps[first] = change
+    strategy, _ = federated.run(2)
+    assert strategy.refused == {1: {}, 2: {}}
+    seen, start = federated.seen[NODES[1]][1], federated.start
+    assert torch.allclose(seen["pos_embed"], start["pos_embed"], atol=1e-6)
+    moved = [(n - 10) * 0.001 * (n - 10) * (what == "adds" or n != first) for n in federated.names]
+    due = sum(moved) / sum(n - 10 for n in federated.names)
+    assert torch.allclose(seen["head.weight"], start["head.weight"] + due, atol=1e-5)
