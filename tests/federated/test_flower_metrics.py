@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("flwr", reason="needs vitguard[flower]")
 
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
@@ -17,7 +17,7 @@ import vitguard as vg
 from tests.federated.flower_rounds import NODES, Federated
 from tests.federated.masked_rounds import Masked
 from vitguard.errors import Incompatible, InputError
-from vitguard.federated.flower import aggregate_metrics
+from vitguard.federated.flower import ClientKeys, ProtectMod, aggregate_metrics
 from vitguard.federated.flower.records import SEALED
 
 BOTH = pytest.mark.parametrize("kind", [Federated, Masked])
@@ -215,3 +215,25 @@ def test_one_client_does_not_say_which_plain_tensors_are_sent(small_vit, kind, w
     moved = [(n - 10) * 0.001 * (n - 10) * (what == "adds" or n != first) for n in federated.names]
     due = sum(moved) / sum(n - 10 for n in federated.names)
     assert torch.allclose(seen["head.weight"], start["head.weight"] + due, atol=1e-5)
+
+
+@pytest.mark.parametrize("mod", ["fixedclipping_mod", "adaptiveclipping_mod"])
+@BOTH
+def test_the_clipping_mods_of_flower_work_behind_protect_mod(small_vit, kind, mod):
+    """They take a message with one ConfigRecord, as Flower sends it."""
+    federated = kind(small_vit)
+    clips = getattr(pytest.importorskip("flwr.clientapp.mod"), mod)
+    for node in federated.names:
+        outer = ProtectMod(identity=lambda context, node=node: federated.identity(node))
+        if kind is Federated:
+            name = federated.names[node]
+            keys = ClientKeys(name, federated.keys.for_client(name), federated.manifest)
+            outer = ProtectMod(lambda context, keys=keys: keys)
+        federated.grid.apps[node] = federated.app(node, [outer, clips])
+    strategy = federated.strategy()
+    start, config = ArrayRecord(federated.start), ConfigRecord({"clipping_norm": 1e-3})
+    strategy.start(federated.grid, start, num_rounds=2, train_config=config)
+    assert strategy.refused == {1: {}, 2: {}}
+    before, after = (next(iter(federated.seen.values()))[i] for i in (0, 1))
+    moved = torch.cat([(after[n] - before[n]).flatten() for n in after if n != "pos_embed"])
+    assert 0 < float(moved.norm()) < 2e-3

@@ -47,7 +47,7 @@ from vitguard.federated.flower.changes import (
 )
 from vitguard.federated.flower.keys import ClientKeys
 from vitguard.federated.flower.ledgers import LEDGER
-from vitguard.federated.flower.masked_client import asked_now, masking
+from vitguard.federated.flower.masked_client import ASKED, asked_now, masking
 from vitguard.federated.flower.masked_keys import MaskingIdentity
 from vitguard.federated.flower.records import (
     BASE,
@@ -260,13 +260,14 @@ def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message
     content = RecordDict({**message.content, name: given})
     exchange.reminder = content.config_records.get(LEDGER)
     content.pop(LEDGER, None)
+    if asked_now() is not None:  # Flower's own mods take a message with one ConfigRecord
+        content.pop(ASKED, None)
     exchange.received = given
     inner = make_message(message.metadata, content)
     reply = call_next(inner, exchange.context)
     if not training:
         return _without_arrays(reply)
-    if reply.has_error():
-        raise Rejected("app", "an error in the app", "a reply")
+    _require_answer(reply)
     if not exchange.guards:
         raise Unprotected(
             "Expected attach(guard) in the train function, got none: nothing was sealed."
@@ -274,9 +275,14 @@ def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message
     return _sealed(reply, message, before, settings, exchange)
 
 
-def _without_arrays(reply: Message) -> Message:
-    if reply.has_error():
+def _require_answer(reply: Message) -> None:
+    if reply.has_error():  # of a mod, or of the app: what it says may quote data
+        log(ERROR, "The app answered with an error, which is not sent: %s", reply.error.reason)
         raise Rejected("app", "an error in the app", "a reply")
+
+
+def _without_arrays(reply: Message) -> Message:
+    _require_answer(reply)
     if reply.content.array_records:
         raise Unprotected("Expected arrays in replies to train messages only, got others.")
     return reply

@@ -18,6 +18,7 @@ from vitguard.federated.flower.changes import moved, spelled
 from vitguard.federated.flower.masked_client import (
     AGREEMENT,
     ANSWERS,
+    ASKED,
     BODY,
     KEYS,
     PHASE,
@@ -151,7 +152,7 @@ class MaskedRound:
         self, node: int, phase: str, body: bytes, content: RecordDict | None = None
     ) -> Message:
         asked = ConfigRecord({**self.said, PHASE: phase, BODY: body})
-        records = RecordDict({**(content or {}), "vitguard": asked})
+        records = RecordDict({**(content or {}), ASKED: asked})
         return Message(content=records, dst_node_id=node, message_type=MessageType.TRAIN)
 
     def _note_silent(self, phase: str, asked: Iterable[int]) -> None:
