@@ -14,10 +14,20 @@ from flwr.serverapp.strategy import (
 )
 
 import vitguard as vg
-from tests.federated.flower_rounds import NODES, Federated
+from tests.federated.flower_rounds import NODES, Federated, tiny
 from tests.federated.masked_rounds import Masked
 from vitguard.errors import Incompatible, InputError
-from vitguard.federated.flower import ClientKeys, ProtectMod, aggregate_metrics
+from vitguard.federated.flower import (
+    ClientKeys,
+    EncryptedFedAvg,
+    Federation,
+    MaskedFedAvg,
+    MaskedFederation,
+    ProtectMod,
+    aggregate_metrics,
+    make_keys,
+    write_masked_keys,
+)
 from vitguard.federated.flower.records import SEALED
 
 BOTH = pytest.mark.parametrize("kind", [Federated, Masked])
@@ -237,3 +247,34 @@ def test_the_clipping_mods_of_flower_work_behind_protect_mod(small_vit, kind, mo
     before, after = (next(iter(federated.seen.values()))[i] for i in (0, 1))
     moved = torch.cat([(after[n] - before[n]).flatten() for n in after if n != "pos_embed"])
     assert 0 < float(moved.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("clients", ["01", "hospital", 3, [], ["0"], ["0", "0"], ["0", None]])
+def test_names_of_clients_that_are_none_leave_no_key_behind(small_vit, tmp_path, clients):
+    guard = vg.protect(tiny(small_vit), "encryption")
+    with pytest.raises(InputError, match="client"):
+        make_keys(tmp_path, "pass", guard.encrypted(), clients=clients, bounds=1.0, max_weight=4.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_parties_of_one_scheme_are_not_taken_for_those_of_the_other(small_vit):
+    federated, masked = Federated(small_vit), Masked(small_vit)
+    plain = Federation(federated.keys.for_server(), federated.signing, federated.manifest)
+    under = MaskedFederation(masked.signing, masked.terms)
+    for wrong in (None, under):
+        with pytest.raises(InputError, match=r"Federation\.from_environment"):
+            EncryptedFedAvg(wrong)
+    for wrong in (None, plain):
+        with pytest.raises(InputError, match=r"MaskedFederation\.from_environment"):
+            MaskedFedAvg(wrong)
+
+
+def test_keys_may_be_named_by_partition(small_vit, tmp_path, monkeypatch):
+    from vitguard.defenses.encryption import keyfile
+
+    monkeypatch.setattr(keyfile, "_COST", 1 << 4)
+    guard = vg.protect(tiny(small_vit), "encryption")
+    make_keys(tmp_path, "pass", guard.encrypted(), clients=range(2), bounds=1.0, max_weight=4.0)
+    assert (tmp_path / "client-1.keys").exists()
+    with pytest.raises(InputError, match="by its name"):
+        write_masked_keys(tmp_path, "pass", None, ["0", "1", "2"])

@@ -130,6 +130,8 @@ class Manifest:
             bound = bounds.get(name) if isinstance(bounds, Mapping) else bounds
             if bound is None:
                 raise expected(f"a bound for {name}", "none")
+            if isinstance(bound, str):
+                raise expected(f"a number as the bound of {name}", repr(bound)[:80])
             tensor = tensors[name]
             if not tensor.is_floating_point():
                 raise expected(f"floating-point values to encrypt in {name}", tensor.dtype)

@@ -73,6 +73,11 @@ class MaskedFedAvg(FedAvg):
         phase_timeout: float = 300.0,
         **settings: Any,
     ) -> None:
+        if not isinstance(federation, MaskedFederation):
+            raise expected(
+                "a MaskedFederation, as of MaskedFederation.from_environment",
+                type(federation).__name__,
+            )
         if type(first_round) is not int or first_round < 0:
             raise expected("first_round, a whole number of at least 0", repr(first_round)[:80])
         least = federation.terms.threshold

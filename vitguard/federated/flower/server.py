@@ -89,6 +89,10 @@ class EncryptedFedAvg(FedAvg):
         catch_up: int = 4,
         **settings: Any,
     ) -> None:
+        if not isinstance(federation, Federation):
+            raise expected(
+                "a Federation, of Federation.from_environment", type(federation).__name__
+            )
         if type(min_clients) is not int or not 2 <= min_clients <= federation.keys.max_clients:
             raise expected(
                 f"min_clients from 2 to {federation.keys.max_clients}", repr(min_clients)
