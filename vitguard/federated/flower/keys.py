@@ -78,7 +78,7 @@ def make_keys(
     passphrase: str,
     encrypted: Mapping[str, Tensor],
     *,
-    clients: Iterable[str],
+    clients: Iterable[str | int],
     bounds: float | Mapping[str, float],
     max_weight: float,
     preset: str = "quantised",
