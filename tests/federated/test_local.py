@@ -274,3 +274,10 @@ def test_tied_parameters_move_by_each_of_their_names(model, clients, spec):
 def test_a_client_without_images_is_told_before_it_ends_a_round(clients):
     with pytest.raises(InputError, match="at least one image"):
         LocalClient(torch.zeros(0, 3, 8, 8), torch.zeros(0).long())
+
+
+def test_a_client_whose_batch_is_too_small_for_batch_norms_ends_no_round(model, clients):
+    model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 2))
+    made = federation(model, clients, "noise:scale=0.01").round()
+    assert list(made.refused) == ["ana"] and "at least two images" in made.refused["ana"]
+    assert len(made.included) == 2

@@ -126,6 +126,12 @@ def _misfit(model: nn.Module, anatomy: Anatomy, batch: Batch) -> InputError | No
         )
     if labels.device != images.device:
         return expected(f"labels on {images.device}, as the images are", labels.device)
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    if len(images) == 1 and any(norm.training for norm in norms):
+        return expected(
+            "at least two images, of which batch norms take the mean", "one",
+            "Take larger batches, or put the batch norms in eval mode.",
+        )  # fmt: skip
     return None
 
 
