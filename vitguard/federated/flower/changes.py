@@ -157,7 +157,7 @@ def _alike(sent: Tensor, own: Tensor) -> bool:
 def _change(before: Tensor, after: Tensor) -> Tensor:
     """Return the difference; that of whole numbers and truth values in whole numbers."""
     if after.is_floating_point():
-        return after - before
+        return after - (before if before.is_floating_point() else before.to(after.dtype))
     return after.long() - before.long()  # a server's average has made numbers of them
 
 

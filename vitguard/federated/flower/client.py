@@ -224,7 +224,8 @@ class ProtectMod:
         self._keys, self._identity = keys, identity
 
     def __call__(self, message: Message, context: Context, call_next: App) -> Message:
-        if _exchange.get() is not None:
+        outer = _exchange.get()
+        if outer is not None and outer.context is context:  # a federation inside is another's
             raise Unprotected(
                 "Expected ProtectMod once for a message, got it twice. Leave one out."
             )
