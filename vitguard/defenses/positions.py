@@ -144,6 +144,7 @@ class _InstalledPositions(Installed):
         # drawn ones are in the state dict, or whoever loads it would go on with a draw of its own
         self.register_buffer("fixed", values, persistent=kind == "random")
         parent, attribute = _locate(model, anatomy)
+        assert anatomy.positions is not None
         self.order = list(parent._parameters)
         self.trained = getattr(parent, attribute).requires_grad
         delattr(parent, attribute)
