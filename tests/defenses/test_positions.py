@@ -56,7 +56,8 @@ def test_names_of_parameters_and_keys_of_the_state_dict_stay_as_they_are(small_v
     keys = set(model.state_dict())
     shapes = {n: p.shape for n, p in model.named_parameters()}
     guard = protect(model, [FixedPositions(kind)])
-    assert set(model.state_dict()) == keys
+    drawn = {"vitguard.positions.fixed"} if kind == "random" else set()
+    assert set(model.state_dict()) == keys | drawn
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: s for n, s in shapes.items() if n != "pos_embed"
     }
@@ -415,3 +416,31 @@ def test_anatomy_is_still_found_in_the_protected_model(small_vit):
     bare = Anatomy.of(model)
     protect(model, [FixedPositions()])
     assert Anatomy.of(model) == bare
+
+
+@pytest.mark.parametrize("family", ["timm", "huggingface"])
+def test_a_checkpoint_of_drawn_positions_is_loaded_with_them(small_vit, family):
+    """Whoever goes on from it would else train and evaluate under positions of another draw."""
+    if family == "timm":
+        models = [small_vit(seed=seed) for seed in (0, 1)]
+    else:
+        transformers = pytest.importorskip("transformers")
+        config = transformers.ViTConfig(
+            image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=1,
+            num_attention_heads=2, intermediate_size=48,
+        )  # fmt: skip
+        models = [transformers.ViTForImageClassification(config) for _ in range(2)]
+    guards = [protect(model, [FixedPositions("random")]) for model in models]
+    models[1].load_state_dict(models[0].state_dict())
+    for guard in guards:
+        guard.verify()
+    first, second = (dict(m.named_buffers())[guards[0].anatomy.positions] for m in models)
+    assert torch.equal(first, second)
+    images = torch.randn(1, 3, 16, 16)
+    outputs = [m.eval()(images) for m in models]
+    if family != "timm":
+        outputs = [o.logits for o in outputs]
+    assert torch.equal(*outputs)
+    for guard in guards:
+        guard.remove()
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()

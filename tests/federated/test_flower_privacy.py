@@ -276,3 +276,35 @@ def test_a_message_that_was_lost_stays_counted(rounds):
     result = rounds.run(1)
     assert rounds.errors() == []
     assert result.train_metrics_clientapp[1]["epsilon"] > 0
+
+
+def test_a_ledger_that_is_joined_after_training_lets_nothing_leave_past_the_target(small_vit):
+    """An app that attaches too late trains without its earlier rounds; what it made stays."""
+    defense = vg.DifferentialPrivacy(epsilon=8, delta=1e-3, epochs=1)
+    images, labels = torch.rand(RECORDS, 3, 8, 8), torch.arange(RECORDS) % 2
+    late = ClientApp(mods=[ProtectMod()])
+
+    @late.train()
+    def train(message, context):
+        model = tiny(small_vit)
+        guard = vg.protect(model, [defense])
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(images, labels), batch_size=BATCH
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer, loader = guard.prepare(optimizer, loader)
+        for x, y in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        attach(guard)
+        metrics = MetricRecord({"num-examples": 1})
+        content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
+        return Message(content=content, reply_to=message)
+
+    grid = InProcessGrid({1: late, 2: late})
+    start = ArrayRecord(tiny(small_vit).state_dict())
+    result = FedAvg(fraction_evaluate=0.0).start(grid, start, num_rounds=2)
+    assert list(result.train_metrics_clientapp) == [1]
+    assert result.train_metrics_clientapp[1]["epsilon"] <= 8

@@ -241,3 +241,43 @@ def test_what_a_client_knows_that_it_sent_is_what_left_where_noise_comes_after_t
     assert message.update.tensors
     for name, sent in message.update.tensors.items():
         assert (left.update.tensors[name] - sent).abs().max() <= 1e-6, name
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, -1, float("nan"), float("inf"), True, "3"])
+def test_a_weight_that_is_none_is_refused_not_taken_for_the_number_of_images(clients, weight):
+    images, labels = next((c.images, c.labels) for c in clients.values())
+    with pytest.raises(InputError, match="a finite weight above 0"):
+        LocalClient(images, labels, weight=weight)
+
+
+def test_drawn_positions_are_the_same_for_all_clients(model, clients):
+    made = federation(model, clients, "positions:kind=random", generator=None)
+    made.run(2)
+    positions = [g.model.pos_embed for g in made.guards.values()]
+    assert all(torch.equal(p, positions[0]) for p in positions)
+
+
+@pytest.mark.parametrize("spec", ["noise:scale=0.001", "masking", "encryption"])
+def test_tied_parameters_move_by_each_of_their_names(model, clients, spec):
+    """The next load takes the last name: one that stayed would undo what the round did."""
+    model.blocks.append(model.blocks[0])
+    made = federation(model, clients, spec)
+    before = dict(made.weights)
+    made.run(2)
+    one, other = "blocks.0.mlp.fc2.weight", "blocks.1.mlp.fc2.weight"
+    assert not torch.equal(made.weights[one], before[one])
+    assert torch.allclose(made.weights[one], made.weights[other], atol=1e-3)
+    handed = made.round().messages[0].guard.model.state_dict()
+    assert not torch.equal(handed[one], before[one])
+
+
+def test_a_client_without_images_is_told_before_it_ends_a_round(clients):
+    with pytest.raises(InputError, match="at least one image"):
+        LocalClient(torch.zeros(0, 3, 8, 8), torch.zeros(0).long())
+
+
+def test_a_client_whose_batch_is_too_small_for_batch_norms_ends_no_round(model, clients):
+    model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 2))
+    made = federation(model, clients, "noise:scale=0.01").round()
+    assert list(made.refused) == ["ana"] and "at least two images" in made.refused["ana"]
+    assert len(made.included) == 2

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
 
 pytest.importorskip("nvflare", reason="needs the extra nvflare", exc_type=ImportError)
@@ -27,6 +28,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.fuel.utils import fobs
 
+from tests.conftest import small_vit
 from vitguard.defenses.encryption import KeySet, Manifest, SigningKey, keyfile, worst_error
 from vitguard.errors import Incompatible, InputError, Rejected, Unprotected, UpdateRefused
 from vitguard.federated.nvflare import (
@@ -291,7 +293,7 @@ def test_metrics_that_are_no_numbers_are_refused_in_words(metrics):
 
 
 def test_a_result_before_any_task_is_refused(run):
-    with pytest.raises(Rejected, match="round"):
+    with pytest.raises(Unprotected, match="OpenFilter"):  # the one that is missing then
         run.sealed("site-1", reply_of(change()))
 
 
@@ -613,3 +615,107 @@ def test_a_site_keeps_the_progress_of_the_whole_package_and_refuses_another(run)
     file.write_bytes(data)
     with pytest.raises(Rejected, match="state"):
         run.opened("site-1", 2, dict(params))
+
+
+def test_a_server_that_starts_again_before_the_first_sum_hands_out_the_same_initial_model(run):
+    """Sites hold the model that it handed out first, and refuse another one in the same run."""
+    first = run.persistor().load_model(context(run.root, "server"))["weights"]
+    run.opened("site-1", 0, first)
+    again = run.persistor().load_model(context(run.root, "server"))["weights"]
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    run.opened("site-1", 0, again)
+    file = run.root / "server" / "job" / "vitguard" / "initial.safetensors"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    other = SumPersistor(run.manifest, MODEL)._initial()
+    file.write_bytes(save(other))
+    with pytest.raises(Rejected, match="another initial model"):
+        run.persistor().load_model(context(run.root, "server"))
+
+
+def normed_vit():
+    model = small_vit(img_size=8, embed_dim=12, depth=1, num_heads=3, num_classes=2)
+    model.head = nn.Sequential(nn.BatchNorm1d(12), nn.Linear(12, 2))
+    return model
+
+
+NORMED = {"path": f"{__name__}.normed_vit"}
+
+
+def test_counters_of_batch_norms_are_left_out_of_what_is_sealed(run):
+    """They fit no ciphertext, cannot be noised, and nobody can freeze them."""
+    whole = normed_vit().state_dict()
+    manifest = Manifest.of(whole, bounds=BOUND, max_weight=HEAVIEST)
+    normed = Run(run.root, manifest.to_json(), run.keys)
+    difference = {
+        n: torch.full_like(t, 0.01) if t.is_floating_point() else t + 3 for n, t in whole.items()
+    }
+    normed.opened("site-1", 0, whole)
+    assert list(from_shareable(normed.sealed("site-1", reply_of(difference))).data) == [
+        parts.MESSAGE
+    ]
+    private = SealFilter(defenses="client-privacy:noise=1", model=NORMED)
+    noised = private.process(reply_of(difference), context(run.root, "site-2"))
+    names = {n for n, t in whole.items() if t.is_floating_point()}
+    assert {*from_shareable(noised).data} == names
+
+
+def test_a_release_that_a_later_defense_refuses_stays_counted_over_restarts(run, monkeypatch):
+    """What is refused after the noise tells something; a site that restarts must know of it."""
+    stack = "client-privacy:noise=1+quantised-update"
+    whole = normed_vit().state_dict()
+    difference = {n: torch.full_like(t, 0.01) for n, t in whole.items() if t.is_floating_point()}
+
+    def refuses(*args, **named):
+        raise InputError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vitguard.defenses.quantised_update.QuantisedUpdate.seal", refuses)
+        with pytest.raises(InputError):
+            SealFilter(defenses=stack, model=NORMED).process(
+                reply_of(difference), context(run.root, "site-1")
+            )
+    SealFilter(defenses=stack, model=NORMED).process(
+        reply_of(difference, number=1), context(run.root, "site-1", number=1)
+    )
+    (file,) = (run.root / "site-1").rglob("*.safetensors")
+    ledger = json.loads(ClientState.read(file, "").guard)["ledger"]["client-privacy"]
+    assert sum(steps for history in ledger["runs"].values() for _, _, steps in history) == 2
+
+
+def test_error_feedback_is_refused_where_the_filter_is_made():
+    with pytest.raises(Unprotected, match="without feedback"):
+        SealFilter(defenses="low-rank:rank=1,feedback=true", model=NORMED)
+
+
+@pytest.mark.parametrize(
+    ("said", "settings"),
+    [
+        ("neither", {"defenses": "none"}),
+        ("by keys and manifest", {"defenses": "encryption"}),
+        ("by keys and manifest", {"defenses": "noise+masking"}),
+        ("outliers 'refuse' or 'clip'", {"defenses": "noise", "outliers": "drop"}),
+        ("with keys", {"defenses": "noise", "outliers": "clip"}),
+    ],
+)
+def test_a_filter_that_would_not_do_what_it_says_is_refused_where_it_is_made(said, settings):
+    with pytest.raises((Unprotected, InputError), match=said):
+        SealFilter(model=NORMED, **settings)
+
+
+@pytest.mark.parametrize("weight", [np.int64(10), np.float32(10), 10])
+def test_numbers_of_numpy_are_numbers(run, weight):
+    """What `labels.size` sums up to, and a mean loss."""
+    run.opened("site-1", 0, change())
+    loss = {"loss": np.float32(0.5)}
+    sealed = run.sealed("site-1", reply_of(change(), weight, initial_metrics=loss))
+    meta = from_shareable(sealed).meta
+    assert meta[FLMetaKey.NUM_STEPS_CURRENT_ROUND] == 10.0 and meta["initial_metrics"] == {
+        "loss": 0.5
+    }
+    assert type(meta["initial_metrics"]["loss"]) is float
+
+
+def test_arguments_that_a_model_does_not_take_are_named(run):
+    model = {"path": "torch.nn.Linear", "args": {"width": 3}}
+    with pytest.raises(InputError, match="width"):
+        SumPersistor(run.manifest, model).load_model(context(run.root, "server"))

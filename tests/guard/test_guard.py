@@ -449,3 +449,13 @@ def test_checkpoints_that_enter_autograd_again_are_refused_in_words(small_vit, p
     guard = protect(model, stack)
     with pytest.raises(Incompatible, match="use_reentrant=False"):
         guard.update(photo, torch.tensor([1]))
+
+
+def test_a_difference_leaves_batch_norms_as_they_were(small_vit):
+    model = small_vit()
+    model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(96), torch.nn.Linear(96, 10))
+    guard = protect(model, "shuffle:ratio=0.5,warmup=9,steps=10,schedule=linear")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    guard.update(torch.rand(2, 3, 16, 16), torch.tensor([1, 2]), learning_rate=0.1, local_steps=2)
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == {"vitguard.shuffle.step"}

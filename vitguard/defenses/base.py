@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -293,6 +293,12 @@ class Ledgered(ABC):
             Unprotected: As `admit`; nothing is recorded.
         """
 
+    def require_covered(self, ledger: Any) -> None:  # noqa: B027 - without a target all is covered
+        """Raise Unprotected if a ledger holds more than the guarantee covers already.
+
+        As one may that was joined with another after the training.
+        """
+
     @abstractmethod
     def privacy_spent(self, ledger: Any) -> Any:
         """Return what the releases in the ledger add up to."""
@@ -377,6 +383,10 @@ class UpdateDefense(Defense):
 
         Asked before `seal`, of `Guard.update` and where `Guard.seal` is given a batch.
         """
+
+    def awaits(self) -> Collection[str]:
+        """Return the names of the tensors without which it can seal nothing: of its manifest."""
+        return ()
 
     def feeds_back(self) -> bool:
         """Whether what `seal` cuts from an update is added to the client's next one."""

@@ -58,7 +58,8 @@ class FixedPositions(ModelDefense):
 
     Guarantees:
         No update contains a position gradient.
-        Names of parameters and keys of the state dict stay as they are.
+        Names of parameters and keys of the state dict stay as they are; `random` adds a key of its
+        own beside them.
         `frozen` leaves the output of the model as it is.
 
     Does not protect against:
@@ -70,7 +71,8 @@ class FixedPositions(ModelDefense):
             standard deviation 0.02) or `none` (zeros). Rows of prefix tokens are fixed too: zero
             but for `frozen` and `random`.
 
-    A strict load of an original checkpoint works; its position rows are taken by `frozen` only.
+    A strict load of an original checkpoint works; its position rows are taken by `frozen` only. Of
+    a protected one `random` takes the positions that were drawn (`vitguard.positions.fixed`).
 
     Examples:
         >>> import timm, vitguard as vg
@@ -139,13 +141,16 @@ class _InstalledPositions(Installed):
         super().__init__()
         self.anatomy = anatomy
         self.kind = kind
-        self.register_buffer("fixed", values, persistent=False)
+        # drawn ones are in the state dict, or whoever loads it would go on with a draw of its own
+        self.register_buffer("fixed", values, persistent=kind == "random")
         parent, attribute = _locate(model, anatomy)
+        assert anatomy.positions is not None
         self.order = list(parent._parameters)
         self.trained = getattr(parent, attribute).requires_grad
         delattr(parent, attribute)
         parent.register_buffer(attribute, values.clone())
         self.handles: list[Any] = [
+            model.register_load_state_dict_post_hook(_KeepFixed(self, anatomy.positions)),
             parent.register_load_state_dict_post_hook(_KeepFixed(self, attribute)),
             parent.register_forward_pre_hook(_RefuseLearnable(attribute)),
             parent.register_forward_pre_hook(_RequireValues(self)),
@@ -194,21 +199,26 @@ def _close(values: Tensor, fixed: Tensor) -> bool:
 
 
 class _KeepFixed:
-    """After a load: put the fixed values back, or take the checkpoint's where `frozen` says so."""
+    """After a load: put the fixed values back, or take the checkpoint's where `frozen` says so.
+
+    Of the model as well as of the part that holds them: the values may be loaded after that part.
+    """
 
     def __init__(self, installed: _InstalledPositions, attribute: str) -> None:
         self.installed, self.attribute = installed, attribute
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        current = getattr(module, self.attribute).detach()
+        path, _, attribute = self.attribute.rpartition(".")
+        module = module.get_submodule(path)
+        current = getattr(module, attribute).detach()
         if self.installed.kind == "frozen":
             self.installed.fixed = current.clone()
             missing = {k.rpartition(".")[2] for k in incompatible_keys.missing_keys}
-            if self.attribute not in missing:
+            if attribute not in missing:
                 self.installed.lost = frozenset()
         else:
             # a new tensor: after load_state_dict(assign=True) `current` is the checkpoint's own
-            setattr(module, self.attribute, self.installed.fixed.to(current).clone())
+            setattr(module, attribute, self.installed.fixed.to(current).clone())
 
 
 class _RequireValues:

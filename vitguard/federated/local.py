@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from vitguard.defenses.protection import Protection
 from vitguard.errors import Rejected, VitguardError, expected
 from vitguard.federated.schemes import Encrypted, Masked, Plain, Remembered, Scheme, sealing_of
 from vitguard.guard import Guard, Stack, protect, stack_of
+from vitguard.guard.leaving import names_by_values
 from vitguard.models import normalization_of
 from vitguard.registry import stack_name
 from vitguard.rounds import next_version
@@ -54,6 +56,15 @@ class LocalClient:
         for what, given in (("images", self.images), ("labels", self.labels)):
             if not isinstance(given, Tensor):
                 raise expected(f"{what} as a tensor", type(given).__name__)
+        if self.weight is None and not len(self.images):
+            raise expected("at least one image of a client, or its weight", "none of both")
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if self.weight is not None and not (number and 0 < self.weight < math.inf):
+            raise expected(
+                "a finite weight above 0", repr(self.weight)[:80],
+                "None stands for the number of images; a client that is not to count is left out "
+                "of the round: federation.round([...]).",
+            )  # fmt: skip
 
 
 class LocalFederation:
@@ -117,7 +128,9 @@ class LocalFederation:
         self._stacks = {
             n: stack if c.defenses is None else stack_of(c.defenses) for n, c in clients.items()
         }
-        self._weights = {n: float(c.weight or len(c.images)) for n, c in clients.items()}
+        self._weights = {
+            n: float(len(c.images) if c.weight is None else c.weight) for n, c in clients.items()
+        }
         self._scheme = self._scheme_of(stack, bound)
         self._kept: dict[str, dict[str, Tensor]] = {n: {} for n in clients}
         self.guards = {n: self._guard(n, generator) for n in clients}
@@ -126,6 +139,13 @@ class LocalFederation:
         state = {canonical_name(k): t for k, t in first.model.state_dict().items()}
         self.weights = {n: state[n].detach().clone() for n in first.shared_names()}
         """The model that the clients share, by name."""
+        self._twins = names_by_values(first.model)
+        # what a defense drew once, such as fixed positions, is the same for all
+        self._drawn = {
+            k: t.detach().clone()
+            for k, t in first.model.state_dict().items()
+            if k.startswith("vitguard.") and k not in self.weights and t.is_floating_point()
+        }
         self.version = model_version(self.weights)
 
     def __repr__(self) -> str:
@@ -178,13 +198,16 @@ class LocalFederation:
         version = next_version(base, sum_bytes)
         if advance and base == self.version:
             self.version = version
-            self.weights = {
-                n: w + total.update.tensors[n].to(w.dtype) if n in total.update.tensors else w
-                for n, w in self.weights.items()
-            }
+            self.weights = {n: self._moved(n, total.update.tensors) for n in self.weights}
         return replace(
             made, total=total, included=tuple(included), sum_bytes=sum_bytes, version=version
         )
+
+    def _moved(self, name: str, changes: Mapping[str, Tensor]) -> Tensor:
+        """Return a weight after a sum, in which a tied one may stand by another of its names."""
+        before = self.weights[name]
+        there = next((n for n in (name, *self._twins.get(name, ())) if n in changes), None)
+        return before if there is None else before + changes[there].to(before.dtype)
 
     def _total(
         self, number: int, messages: Sequence[Seen], opened: Mapping[str, Tensor]
@@ -205,7 +228,8 @@ class LocalFederation:
         guard = self.guards[name]
         own = guard.model.state_dict()
         given = {k: t for k in own for n, t in self.weights.items() if canonical_name(k) == n}
-        guard.model.load_state_dict({**own, **given})
+        drawn = {k: t for k, t in self._drawn.items() if k in own}
+        guard.model.load_state_dict({**own, **given, **drawn})
         threat = None if self._threat is None else self._threat.at(number, name)
         written = None if threat is None else threat.hand_out(self._public(name))
         if written is None:

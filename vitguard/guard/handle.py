@@ -23,7 +23,13 @@ from vitguard.defenses.base import (
 from vitguard.defenses.gate import Tally
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, Unprotected, expected
-from vitguard.guard.leaving import names_by_values, require_released, require_sent, sealed
+from vitguard.guard.leaving import (
+    floating_buffers,
+    names_by_values,
+    require_released,
+    require_sent,
+    sealed,
+)
 from vitguard.guard.local_step import check_batch, difference_of, gradient_of, trained
 from vitguard.guard.public import extras_of, public_copy
 from vitguard.guard.state import from_bytes, load_state, state_of, to_bytes
@@ -372,13 +378,24 @@ class Guard:
         )
 
     def encrypted(self) -> dict[str, Tensor]:
-        """Return the parameters that the stack encrypts, as they stand, by name.
+        """Return the tensors that the stack encrypts, as they stand, by name.
+
+        Parameters, tied ones by each of their names, and the buffers of floating point that a
+        client sends with them, such as the means of batch norms.
 
         What `Manifest.of` describes: protect a copy of the model with the stack, without an
         encryptor, make the manifest of this, then the encryptors, then protect with them.
         """
         trained = canonical_parameters(self.model)
-        sent = {n: p for n, p in trained.items() if not self._protection.holds(n)}
+        twins = names_by_values(self.model)
+        sent = {
+            twin: p
+            for n, p in trained.items()
+            if not self._protection.holds(n)
+            for twin in twins.get(n, [n])
+        }
+        shared = self.shared_names()
+        sent |= {n: b for n, b in floating_buffers(self.model).items() if n in shared}
         chosen = {n for s in self.traits.sealed for n in self.anatomy.select(s, sent)}
         return {n: p.detach() for n, p in sent.items() if n in chosen}
 

@@ -20,7 +20,7 @@ from vitguard.self_attack import attack_own
 from vitguard.tensor_files import check_plain
 from vitguard.vit import canonical_name, canonical_parameters
 
-__all__ = ["names_by_values", "require_released", "require_sent", "sealed"]
+__all__ = ["floating_buffers", "names_by_values", "require_released", "require_sent", "sealed"]
 
 
 def require_sent(protection: Protection) -> None:
@@ -51,6 +51,7 @@ def require_released(protection: Protection, update: Update) -> None:
             f"{step.name} counts none. Train on the optimizer and loader that prepare "
             "returned; after a restart call guard.load_state_dict with what the guard saved."
         )
+    step.require_covered(protection.ledgers[step.name])
 
 
 def sealed(
@@ -109,6 +110,8 @@ def sealed(
                 if batch is not None:
                     defense.look(update, batch.images, anatomy)
                 if not defense.feeds_back():
+                    if not trained:
+                        update = _completed(model, protection, defense, update, twins)
                     update = defense.seal(update, anatomy, protection.draws)
                     continue
                 whole = passage.fed(defense, update)
@@ -134,6 +137,42 @@ def names_by_values(model: nn.Module) -> dict[str, list[str]]:
         place = (tensor.data_ptr(), tensor.shape) if whole else name
         found.setdefault(place, []).append(canonical_name(name))
     return {name: names for names in found.values() for name in names}
+
+
+def floating_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of floating point in the state dict, by the base model's names."""
+    own = {name for name, _ in model.named_buffers()}
+    return {
+        canonical_name(n): t
+        for n, t in model.state_dict().items()
+        if n in own and t.is_floating_point() and not n.startswith("vitguard.")
+    }
+
+
+def _completed(
+    model: nn.Module,
+    protection: Protection,
+    defense: UpdateDefense,
+    update: Update,
+    twins: Mapping[str, list[str]],
+) -> Update:
+    """Return the update with all that a manifest has room for.
+
+    An update that `Guard.update` made is of parameters alone, and has a tied one once: its other
+    names have the same change, and buffers have none.
+    """
+    lacking = {*defense.awaits()} - {*update.tensors, *update.sealed}
+    if not lacking:
+        return update
+    tensors = dict(update.tensors)
+    buffers = floating_buffers(model)
+    for name in sorted(lacking):
+        twin = next((n for n in twins.get(name, ()) if n in update.tensors), None)
+        if twin is not None:
+            tensors[name] = update.tensors[twin]
+        elif name in buffers and not protection.holds(name):
+            tensors[name] = torch.zeros_like(buffers[name])
+    return replace(update, tensors=tensors)
 
 
 def _check_parameters(model: nn.Module, tensors: Mapping[str, Tensor], update: Update) -> None:

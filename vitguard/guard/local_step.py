@@ -92,6 +92,8 @@ def difference_of(
     """Return how far the training moves each weight; the model is as it was afterwards."""
     parameters = trained(model, protection)
     before = {name: p.detach().clone() for name, p in parameters.items()}
+    added = {id(b) for b in protection.buffers()}  # schedules go on
+    counted = [(b, b.detach().clone()) for b in model.buffers() if id(b) not in added]
     stepper = training.stepper(parameters.values())
     held = {name: p.grad for name, p in parameters.items()}
     try:
@@ -106,6 +108,9 @@ def difference_of(
             for name, p in parameters.items():
                 p.copy_(before[name])
                 p.grad = held[name]
+            for buffer, start in counted:  # such as the means of batch norms
+                if not torch.equal(buffer, start):
+                    buffer.copy_(start)
 
 
 def _misfit(model: nn.Module, anatomy: Anatomy, batch: Batch) -> InputError | None:
@@ -126,6 +131,12 @@ def _misfit(model: nn.Module, anatomy: Anatomy, batch: Batch) -> InputError | No
         )
     if labels.device != images.device:
         return expected(f"labels on {images.device}, as the images are", labels.device)
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    if len(images) == 1 and any(norm.training for norm in norms):
+        return expected(
+            "at least two images, of which batch norms take the mean", "one",
+            "Take larger batches, or put the batch norms in eval mode.",
+        )  # fmt: skip
     return None
 
 

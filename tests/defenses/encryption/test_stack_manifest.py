@@ -89,3 +89,45 @@ def test_a_difference_of_a_whole_state_dict_is_encrypted_under_a_manifest_of_it(
     zero = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
     sealed = guard.seal(vg.Update(zero, kind="difference", batch_size=1))
     assert not sealed.tensors and "encryption" in sealed.payloads
+
+
+def normed():
+    model = vit()
+    model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 10))
+    return model
+
+
+def test_the_manifest_of_a_guard_has_the_buffers_that_a_client_sends():
+    """An update of a step is of parameters alone: it says that buffers did not change."""
+    manifest = Manifest.of(vg.protect(normed(), "encryption").encrypted(), bounds=50.0)
+    assert {"head.0.running_mean", "head.0.running_var"} <= {*manifest.names}
+    assert "head.0.num_batches_tracked" not in manifest.names
+    encryptor = Encryptor(KEYS, manifest, client_id="a")
+    encryptor.start_round(1)
+    guard = vg.protect(normed(), [vg.EncryptedGradients(encryptor=encryptor)])
+    update = guard.update(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert not update.tensors and "encryption" in update.payloads
+    state = {n: torch.zeros_like(t) for n, t in guard.model.state_dict().items() if n[:2] != "vi"}
+    sealed = guard.seal(vg.Update(state, kind="difference", batch_size=2))
+    assert not sealed.tensors and "encryption" in sealed.payloads
+    state.pop("head.0.running_mean")
+    with pytest.raises(InputError, match=r"head\.0\.running_mean"):
+        guard.seal(vg.Update(state, kind="difference", batch_size=2))
+
+
+def test_the_manifest_of_a_guard_names_tied_parameters_by_each_name():
+    def tied():
+        model = vit()
+        model.blocks.append(model.blocks[0])
+        return model
+
+    manifest = Manifest.of(vg.protect(tied(), "encryption").encrypted(), bounds=50.0)
+    assert {"blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"} <= {*manifest.names}
+    encryptor = Encryptor(KEYS, manifest, client_id="a")
+    encryptor.start_round(1)
+    guard = vg.protect(tied(), [vg.EncryptedGradients(encryptor=encryptor)])
+    seen = {}
+    encryptor.seal, seal = lambda u, **k: (seen.update(u.tensors), seal(u, **k))[1], encryptor.seal
+    update = guard.update(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    assert not update.tensors
+    assert torch.equal(seen["blocks.0.mlp.fc1.weight"], seen["blocks.1.mlp.fc1.weight"])

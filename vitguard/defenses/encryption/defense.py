@@ -98,6 +98,11 @@ class EncryptedGradients(UpdateDefense):
         encryptor: Encryptor | None = self._encryptor  # type: ignore[attr-defined]
         return () if encryptor is None else [n for n in frozen if n not in encryptor.manifest.names]
 
+    def awaits(self) -> Sequence[str]:
+        """Return the names in the manifest."""
+        encryptor: Encryptor | None = self._encryptor  # type: ignore[attr-defined]
+        return () if encryptor is None else encryptor.manifest.names
+
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return the update with the selected tensors sealed.
 

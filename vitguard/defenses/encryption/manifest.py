@@ -130,6 +130,8 @@ class Manifest:
             bound = bounds.get(name) if isinstance(bounds, Mapping) else bounds
             if bound is None:
                 raise expected(f"a bound for {name}", "none")
+            if isinstance(bound, str):
+                raise expected(f"a number as the bound of {name}", repr(bound)[:80])
             tensor = tensors[name]
             if not tensor.is_floating_point():
                 raise expected(f"floating-point values to encrypt in {name}", tensor.dtype)
@@ -246,5 +248,6 @@ def model_version(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if tensor.numel():  # an empty one that NumPy made has no stride to read bytes by
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

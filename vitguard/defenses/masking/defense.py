@@ -83,6 +83,11 @@ class MaskedAggregation(UpdateDefense):
         client: MaskingClient | None = self._client  # type: ignore[attr-defined]
         return () if client is None else [n for n in frozen if n not in client.terms.manifest.names]
 
+    def awaits(self) -> Sequence[str]:
+        """Return the names in the manifest."""
+        client: MaskingClient | None = self._client  # type: ignore[attr-defined]
+        return () if client is None else client.terms.manifest.names
+
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return the update with the selected tensors sealed.
 

@@ -82,6 +82,16 @@ class PrivacyTarget(StepDefense, Ledgered):
                 "with more epochs from the start, or with noise in place of epsilon."
             )
 
+    def require_covered(self, ledger: Ledger) -> None:
+        """Raise Unprotected if a ledger has spent more than the target epsilon."""
+        spent = ledger.spent(self.delta, self.accountant).epsilon if self.epsilon else 0.0
+        if self.epsilon and spent > self.epsilon:
+            raise Unprotected(
+                f"Expected at most epsilon {self.epsilon:g}, got {spent:.4g} after {ledger.steps} "
+                "steps, those of earlier rounds among them; nothing was released. Load the saved "
+                "state (in Flower: attach) before prepare, so that training stops in time."
+            )
+
     def privacy_spent(self, ledger: Ledger) -> PrivacySpent:
         """Return what the releases in the ledger add up to."""
         return ledger.statement(self.delta, self.accountant)

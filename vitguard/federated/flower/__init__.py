@@ -9,6 +9,7 @@ from vitguard.errors import missing_extra
 if find_spec("flwr") is None:
     raise missing_extra("vitguard.federated.flower", "flwr", "flower")
 
+from vitguard.federated.flower.adding import aggregate_metrics
 from vitguard.federated.flower.client import ProtectMod, attach, encryptor
 from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.keys import ClientKeys, Federation, make_keys
@@ -33,6 +34,7 @@ __all__ = [
     "MaskedFederation",
     "MaskingIdentity",
     "ProtectMod",
+    "aggregate_metrics",
     "attach",
     "encryptor",
     "make_keys",

@@ -1,13 +1,32 @@
-"""What the strategies that add sealed updates share: no others on top, and metrics in common."""
+"""What the strategies that add sealed updates share: checks, and metrics of several clients."""
 
 from __future__ import annotations
 
-from flwr.app import MetricRecord, RecordDict
+import math
+from collections.abc import Callable, Iterable, Mapping
+from logging import WARNING
+from typing import Any
+
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.common.logger import log
 from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
-from vitguard.errors import Incompatible
+from vitguard.defenses.encryption import Manifest
+from vitguard.errors import Incompatible, Rejected, VitguardError, expected
+from vitguard.federated.flower.changes import spelled
+from vitguard.federated.flower.replies import content_of
 
-__all__ = ["refuse_other_strategies", "with_common_names"]
+__all__ = [
+    "aggregate_metrics",
+    "evaluated",
+    "refuse_other_strategies",
+    "require_tensors",
+    "with_common_names",
+]
+
+Aggregate = Callable[[list[RecordDict], str], MetricRecord]
+EPSILON, CLIPPED = "epsilon", "vitguard-clipped"
 
 
 def refuse_other_strategies(kind: type, own: type) -> None:
@@ -29,9 +48,78 @@ def refuse_other_strategies(kind: type, own: type) -> None:
         )
 
 
+def require_tensors(manifest: Manifest, shapes: Mapping[str, Any]) -> None:
+    """Raise InputError where a model lacks a tensor of the manifest, or has it in another shape.
+
+    Args:
+        shapes: What has a `shape`, by the names in messages.
+    """
+    spelling = spelled(shapes, manifest.names)
+    for entry in manifest.entries:
+        name = spelling.get(entry.name)
+        if name is None or tuple(shapes[name].shape) != entry.shape:
+            raise expected(
+                f"a model with {entry.name} of shape {entry.shape}, as in the manifest",
+                "none" if name is None else f"one of shape {tuple(shapes[name].shape)}",
+                "Make the manifest of the model that the clients protect, and start from the "
+                "state dict of that model.",
+            )  # fmt: skip
+
+
+def aggregate_metrics(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
+    """Return the metrics of several clients as one record, for `train_metrics_aggr_fn`.
+
+    Averages weighted by `weighted_by`, as Flower makes them; but `epsilon` is the largest of all
+    clients, whose average would be spent by none, and `vitguard-clipped` the sum.
+    """
+    together = aggregate_metricrecords(contents, weighted_by)
+    of_all: dict[str, Callable[[list[float]], float]] = {EPSILON: max, CLIPPED: math.fsum}
+    for name, one in of_all.items():
+        found = [r[name] for c in contents for r in c.metric_records.values() if name in r]
+        numbers = [float(value) for value in found if not isinstance(value, list)]
+        if numbers and len(numbers) == len(found):
+            together[name] = one(numbers)
+    return together
+
+
 def with_common_names(contents: list[MetricRecord]) -> list[RecordDict]:
-    """Return metrics of several clients with the names that all have: others cannot be averaged."""
+    """Return metrics of several clients with the names that all have: others cannot be averaged.
+
+    Nor can a number with a list, or lists of several lengths.
+    """
     names = set.intersection(*(set(c) for c in contents))
+    alike = {n for n in names if len({_length(c[n]) for c in contents}) == 1}
     return [
-        RecordDict({"metrics": MetricRecord({n: c[n] for n in c if n in names})}) for c in contents
+        RecordDict({"metrics": MetricRecord({n: c[n] for n in c if n in alike})}) for c in contents
     ]
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, list) else None
+
+
+def evaluated(
+    server_round: int, replies: Iterable[Message], weighted_by: str, aggregate: Aggregate
+) -> MetricRecord | None:
+    """Return what the good replies of an evaluation say together, None where there is none.
+
+    A reply that is an error, or has no weight above 0, is left out with one line in the log.
+    """
+    good: list[MetricRecord] = []
+    for reply in replies:
+        try:
+            good.append(_measured(reply, weighted_by))
+        except VitguardError as refusal:
+            node = reply.metadata.src_node_id
+            log(WARNING, "Round %s: evaluation of node %s: %s", server_round, node, str(refusal))
+    return aggregate(with_common_names(good), weighted_by) if good else None
+
+
+def _measured(reply: Message, weighted_by: str) -> MetricRecord:
+    found = list(content_of(reply).metric_records.values())
+    if len(found) != 1:
+        raise Rejected("records", f"{len(found)} records of metrics", "one")
+    weight = found[0].get(weighted_by)
+    if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+        raise Rejected("weight", f"{weighted_by} of {weight!r:.80}", "a number above 0")
+    return found[0]

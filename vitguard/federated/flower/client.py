@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
-from logging import ERROR
+from dataclasses import asdict, dataclass, field, replace
+from logging import ERROR, WARNING
 from typing import Literal
 
 from flwr.app import (
@@ -24,12 +24,30 @@ from flwr.common.serde import make_message
 from torch import Tensor
 
 from vitguard.core import Update
-from vitguard.defenses.base import Ledgered
+from vitguard.defenses.base import Ledgered, UpdateDefense
 from vitguard.defenses.encryption import Decryptor, Encryptor, model_version
-from vitguard.errors import Rejected, Unprotected, VitguardError, expected
+from vitguard.defenses.gate import LeakGate
+from vitguard.defenses.sealing import require_finite
+from vitguard.errors import (
+    GateClosed,
+    Incompatible,
+    Rejected,
+    Unprotected,
+    VitguardError,
+    expected,
+)
+from vitguard.federated.flower.changes import (
+    changes_of,
+    go_on,
+    local_of,
+    moved,
+    require_added,
+    spelled,
+    with_local,
+)
 from vitguard.federated.flower.keys import ClientKeys
 from vitguard.federated.flower.ledgers import LEDGER
-from vitguard.federated.flower.masked_client import asked_now, masking
+from vitguard.federated.flower.masked_client import ASKED, asked_now, masking
 from vitguard.federated.flower.masked_keys import MaskingIdentity
 from vitguard.federated.flower.records import (
     BASE,
@@ -37,6 +55,7 @@ from vitguard.federated.flower.records import (
     SEALED,
     SNAPSHOT,
     VOUCH,
+    WEIGHTED,
     History,
     from_arrays,
     sealed_array,
@@ -50,7 +69,9 @@ from vitguard.rounds import Progress
 
 __all__ = ["ProtectMod", "attach", "encryptor"]
 
-_MODEL, _KEPT = "vitguard.model", "vitguard.kept"  # records of context.state
+# records of context.state
+_MODEL, _KEPT, _LOCAL = "vitguard.model", "vitguard.kept", "vitguard.local"
+_EXAMPLES = "num-examples"
 _REFUSED = 201  # code of an Error reply, among those that Flower leaves to users
 App = Callable[[Message, Context], Message]
 
@@ -69,7 +90,9 @@ class _Exchange:
 
     context: Context
     keys: Callable[[Context], ClientKeys]
+    received: Mapping[str, Array] = field(default_factory=dict)
     guards: list[Guard] = field(default_factory=list)
+    batch: tuple[Tensor, Tensor] | None = None  # behind the update, for a gate
     reminder: ConfigRecord | None = None  # of the ledger, by the server
     ledger: _Ledger | None = None
     beside: dict[str, Array] = field(default_factory=dict)  # of the model, for the server to keep
@@ -89,26 +112,54 @@ def _now() -> _Exchange:
     return found
 
 
-def attach(guard: Guard) -> Guard:
-    """Name the guard that seals this message's reply; its ledger goes on from the last message.
+def attach(guard: Guard, *, batch: tuple[Tensor, Tensor] | None = None) -> Guard:
+    """Name the guard that seals this message's reply.
+
+    Its ledger goes on from the last message, and so do the schedules of its defenses and the
+    positions that it withholds.
 
     Call it once in the train function, after `protect` and before training.
 
+    Args:
+        batch: Images (model input) and labels behind the update, which a `LeakGate` needs; they go
+            nowhere else.
+
     Raises:
-        Unprotected: The app has no `ProtectMod`, or a guard was attached already.
+        Unprotected: The app has no `ProtectMod`, or a guard was attached already; or the stack has
+            a gate and there is no batch.
+        InputError: A defense trains what the server does not share, or the ledger is another's.
     """
     exchange = _now()
     if exchange.guards:
         raise Unprotected("Expected one guard for a message, got a second. Attach it once.")
+    if batch is None and any(isinstance(d, LeakGate) for d in guard.defenses):
+        raise Unprotected(
+            "Expected the images behind the update for the gate, got none. Call attach(guard, "
+            "batch=(images, labels)), with all that the client trains on in this message."
+        )
+    for defense in guard.defenses:
+        if isinstance(defense, UpdateDefense) and defense.feeds_back():
+            raise Incompatible(
+                f"Expected {defense.name} without feedback, got it with: what it cuts from updates "
+                "is secret, and context.state is no place for it. Leave feedback out."
+            )
+    require_added(guard, exchange.received)
+    exchange.batch = batch
     kept = exchange.context.state.config_records.get(_KEPT, ConfigRecord())
     ledger = kept.get("guard")
     if isinstance(ledger, bytes):
         guard.load_state_bytes(ledger)
     if any(isinstance(d, Ledgered) for d in guard.defenses):
         exchange.ledger = _ledger(kept, exchange.reminder)
+    go_on(guard, _local(exchange))
     guard.will_seal()
     exchange.guards.append(guard)
     return guard
+
+
+def _local(exchange: _Exchange) -> dict[str, Tensor]:
+    """Return what the client goes on from, as it was at the end of the last message."""
+    return from_arrays(exchange.context.state.array_records.get(_LOCAL, ArrayRecord()))
 
 
 def _ledger(kept: ConfigRecord, reminder: ConfigRecord | None) -> _Ledger:
@@ -151,6 +202,10 @@ class ProtectMod:
         No reply to a train message holds an array that the attached guard did not seal.
         A reply without an attached guard, or an exception in the app, becomes an Error reply that
         holds none of the app's values.
+        What the app trained is sent or refused: a change of a tensor that the guard does not share
+        becomes an Error reply.
+        No plain weights leave that are not finite.
+        Schedules of defenses and withheld positions go on over messages, as ledgers do.
 
     Does not protect against:
         What the app puts in its metrics, or writes to the network by itself.
@@ -169,6 +224,11 @@ class ProtectMod:
         self._keys, self._identity = keys, identity
 
     def __call__(self, message: Message, context: Context, call_next: App) -> Message:
+        outer = _exchange.get()
+        if outer is not None and outer.context is context:  # a federation inside is another's
+            raise Unprotected(
+                "Expected ProtectMod once for a message, got it twice. Leave one out."
+            )
         exchange = _Exchange(context, self._keys)
         token = _exchange.set(exchange)
         try:
@@ -178,7 +238,10 @@ class ProtectMod:
             # an error of the app may quote its data
             told = isinstance(error, VitguardError)
             said = f": {error}"[:500] if told else " in the app"
-            if not told:  # it stays in the client's own log, where Flower leaves it without the mod
+            if isinstance(error, GateClosed):  # how well an attack sees them is told to nobody
+                said = ": the client's gate did not let the update leave"
+                log(WARNING, "%s", error)
+            elif not told:  # it stays in the client's own log, where Flower leaves it otherwise
                 log(ERROR, "The app raised an exception; no text of it is sent", exc_info=error)
             return Message(Error(_REFUSED, type(error).__name__ + said), reply_to=message)
         finally:
@@ -186,26 +249,44 @@ class ProtectMod:
 
 
 def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message:
+    training = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
+    if not training and not message.content.array_records:  # such as a query
+        return _without_arrays(call_next(message, exchange.context))
     name, received = _only(message.content.array_records, "ArrayRecord of weights")
     before, settings = _opened(message, received, exchange)
     plain = settings is None or asked_now() is not None  # then they are as they came
     given = received if plain else to_arrays(before)
+    if local := with_local(before, _local(exchange)):  # of these the server knows the beginning
+        given = ArrayRecord({**given, **to_arrays(local)})
     content = RecordDict({**message.content, name: given})
     exchange.reminder = content.config_records.get(LEDGER)
     content.pop(LEDGER, None)
+    if asked_now() is not None:  # Flower's own mods take a message with one ConfigRecord
+        content.pop(ASKED, None)
+    exchange.received = given
     inner = make_message(message.metadata, content)
     reply = call_next(inner, exchange.context)
-    if reply.has_error():
-        raise Rejected("app", "an error in the app", "a reply")
-    if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
-        if reply.content.array_records:
-            raise Unprotected("Expected arrays in replies to train messages only, got others.")
-        return reply
+    if not training:
+        return _without_arrays(reply)
+    _require_answer(reply)
     if not exchange.guards:
         raise Unprotected(
             "Expected attach(guard) in the train function, got none: nothing was sealed."
         )
     return _sealed(reply, message, before, settings, exchange)
+
+
+def _require_answer(reply: Message) -> None:
+    if reply.has_error():  # of a mod, or of the app: what it says may quote data
+        log(ERROR, "The app answered with an error, which is not sent: %s", reply.error.reason)
+        raise Rejected("app", "an error in the app", "a reply")
+
+
+def _without_arrays(reply: Message) -> Message:
+    _require_answer(reply)
+    if reply.content.array_records:
+        raise Unprotected("Expected arrays in replies to train messages only, got others.")
+    return reply
 
 
 def _opened(
@@ -246,10 +327,12 @@ def _opened(
             keys.keys, keys.manifest, min_clients=keys.min_clients, opened=progress.opened
         )
         average = opener.decrypt(step.total, round_id=step.number, base=progress.base)
-        for name, change in {**step.plain, **average}.items():
+        spelling = spelled(weights, average)
+        sealed = {spelling.get(name, name): change for name, change in average.items()}
+        for name, change in {**step.plain, **sealed}.items():
             if name not in weights or weights[name].shape != change.shape:
                 raise Rejected("array", f"a step of {name}, which the model lacks")
-            weights[name] = weights[name] + change.to(weights[name].dtype)
+            weights[name] = moved(weights[name], change)
         progress = progress.after(step.number, step.version(progress.base))
     if progress.base != base:
         raise Rejected("base", "steps that lead to another version of the model")
@@ -274,33 +357,29 @@ def _sealed(
     """Return the reply with the sealed difference in place of the weights."""
     guard = exchange.guards[0]
     name, record = _only(reply.content.array_records, "ArrayRecord of weights in the reply")
-    after = from_arrays(record)
-    shared = [n for n in guard.shared_names() if n in before]
-    if missing := next((n for n in shared if n not in after), None):
-        raise expected("all weights in the reply", f"none of {missing}")
-    if other := next((n for n in shared if after[n].shape != before[n].shape), None):
-        raise expected(f"{other} of shape {tuple(before[other].shape)}", tuple(after[other].shape))
+    changes, spelling = changes_of(guard, before, from_arrays(record))
+    if stray := next(iter(reply.content.config_records), None):
+        raise expected(
+            "a reply of weights and metrics alone", f"the ConfigRecord {stray!r:.80} as well",
+            "It would not be sent: numbers go into the metrics.",
+        )  # fmt: skip
     metrics_name, metrics = _only(reply.content.metric_records, "MetricRecord in the reply")
-    weight = metrics.get("num-examples")
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise expected("num-examples among the metrics", repr(weight)[:80])
-    update = Update(
-        {n: after[n] - before[n] for n in shared},
-        kind="difference",
-        batch_size=images_behind(weight),
-    )
+    weight = _number(metrics, _weighted_by(message) if asked else _EXAMPLES)
+    images = weight if _EXAMPLES not in metrics else _number(metrics, _EXAMPLES)
+    update = Update(changes, kind="difference", batch_size=images_behind(images))
     number, base = (asked.opened, asked.base) if asked else (0, "")
     try:
         with guard.round(number, base=base, weight=weight):
-            sealed = guard.seal(update)
+            sealed = guard.seal(update, batch=exchange.batch)
     finally:  # a release that was counted stays counted
         _keep(exchange, guard=guard.state_bytes(draws=False))
         if exchange.ledger is not None:
             exchange.ledger.releases += 1
             _keep(exchange, ledger=exchange.ledger.name, releases=exchange.ledger.releases)
+        exchange.context.state[_LOCAL] = to_arrays(local_of(guard))
     if spent := [d.name for d in guard.defenses if isinstance(d, Ledgered)]:
         metrics["epsilon"] = max(float(guard.privacy_spent(n).epsilon) for n in spent)
-    arrays = _leaving(sealed, before, secret=asked is not None)
+    arrays = _leaving(sealed, before, spelling, secret=asked is not None)
     if asked is not None:
         arrays = ArrayRecord({**arrays, **exchange.beside})
         metrics["vitguard-clipped"] = sum(sealed.clipped.values())
@@ -310,18 +389,42 @@ def _sealed(
     return Message(content=content, reply_to=message)
 
 
-def _leaving(sealed: Update, before: Mapping[str, Tensor], *, secret: bool) -> ArrayRecord:
-    """Return what leaves: ciphertext beside plain differences, or whole plain weights."""
+def _weighted_by(message: Message) -> str:
+    """Return the metric that a strategy of vitguard takes for the weight."""
+    said = (r.get(WEIGHTED) for r in message.content.config_records.values())
+    return next((name for name in said if isinstance(name, str)), _EXAMPLES)
+
+
+def _number(metrics: Mapping, name: str) -> float:
+    value = metrics.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise expected(f"{name} among the metrics", repr(value)[:80])
+    return value
+
+
+def _leaving(
+    sealed: Update, before: Mapping[str, Tensor], spelling: Mapping[str, str], *, secret: bool
+) -> ArrayRecord:
+    """Return what leaves: ciphertext beside plain differences, or whole plain weights.
+
+    Args:
+        spelling: Names in messages, by those of the update.
+
+    Raises:
+        Unprotected: The stack and the server's strategy do not fit.
+        InputError: A plain value is not finite.
+    """
     if secret != bool(sealed.payloads):
         raise Unprotected(
             "Expected EncryptedFedAvg with an encrypting stack, or a stock strategy with another, "
             f"got {'no ciphertext' if secret else 'ciphertext for a stock strategy'}."
         )
     if not secret:  # what is not sent stays as the server knows it
-        moved = {n: before[n] + t.to(before[n].dtype) for n, t in sealed.tensors.items()}
-        return to_arrays({**before, **moved})
+        plain = {spelling[n]: moved(before[spelling[n]], t) for n, t in sealed.tensors.items()}
+        require_finite(replace(sealed, tensors=plain))
+        return to_arrays({**before, **plain})
     (payload,) = sealed.payloads.values()
-    plain = {n: t for n, t in sealed.tensors.items() if t.is_floating_point()}
+    plain = {spelling[n]: t for n, t in sealed.tensors.items() if t.is_floating_point()}
     return ArrayRecord({SEALED: sealed_array(payload), **to_arrays(plain)})
 
 

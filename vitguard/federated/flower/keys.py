@@ -78,7 +78,7 @@ def make_keys(
     passphrase: str,
     encrypted: Mapping[str, Tensor],
     *,
-    clients: Iterable[str],
+    clients: Iterable[str | int],
     bounds: float | Mapping[str, float],
     max_weight: float,
     preset: str = "quantised",
@@ -92,7 +92,7 @@ def make_keys(
         bounds: The largest absolute value of an update.
         max_weight: The largest weight of a client: its number of examples.
     """
-    names, place = [_checked(c) for c in clients], Path(folder)
+    names, place = _names(clients), Path(folder)
     signing = SigningKey.generate()
     keys = KeySet.generate(
         preset=preset, max_clients=max(2, len(names)), server=signing.public_bytes()
@@ -125,8 +125,18 @@ def _environment(name: str) -> str:
     return value
 
 
-def _checked(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+def _names(clients: object) -> list[str]:
+    """Return the names of clients, each once; a text alone would be taken for its letters."""
+    if isinstance(clients, str | bytes) or not isinstance(clients, Iterable):
+        raise expected("the names of all clients in a list", repr(clients)[:80])
+    names = [_checked(str(c) if type(c) is int else c) for c in clients]
+    if len(names) < 2 or len({*names}) < len(names):
+        raise expected("at least two clients, each by a name of its own", repr(names)[:80])
+    return names
+
+
+def _checked(name: object) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise expected(
             "a client's name of letters, digits, - and _", repr(name)[:80],
             "Set VITGUARD_CLIENT, or partition-id in the node's configuration.",

@@ -74,6 +74,33 @@ class Ledgers:
             )  # fmt: skip
         self.nodes[node], self.most[name] = name, releases
 
+    def reminding(self, message: Message) -> Message:
+        """Return a message that reminds its node of its ledger."""
+        about = message.metadata
+        known = self.known(about.dst_node_id)
+        if known is None:
+            return message
+        return Message(
+            RecordDict({**message.content, LEDGER: known}),
+            about.dst_node_id,
+            about.message_type,
+            ttl=about.ttl,
+            group_id=about.group_id,
+        )
+
+    def counted(self, reply: Message) -> Message:
+        """Return a reply whose ledger grew, or an Error reply in place of another."""
+        about = reply.metadata
+        if reply.has_error() or about.message_type.split(".")[0] != MessageType.TRAIN:
+            return reply
+        try:
+            self.count(about.src_node_id, reply.content.config_records.get(LEDGER))
+        except Rejected as refusal:
+            said = str(refusal)
+            log(WARNING, "Node %s refused: %s", about.src_node_id, said)
+            return make_message(about, error=Error(_REFUSED, said))
+        return reply
+
     def to_json(self) -> str:
         """Return it as JSON, for a server that restarts."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -120,30 +147,5 @@ class LedgerGrid(Around):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
         """Remind nodes, and pass on what they reply."""
-        reminded = [self._reminding(m) for m in messages]
-        return map(self._counted, self._grid.send_and_receive(reminded, timeout=timeout))
-
-    def _reminding(self, message: Message) -> Message:
-        about = message.metadata
-        known = self.ledgers.known(about.dst_node_id)
-        if known is None:
-            return message
-        return Message(
-            RecordDict({**message.content, LEDGER: known}),
-            about.dst_node_id,
-            about.message_type,
-            ttl=about.ttl,
-            group_id=about.group_id,
-        )
-
-    def _counted(self, reply: Message) -> Message:
-        about = reply.metadata
-        if reply.has_error() or about.message_type.split(".")[0] != MessageType.TRAIN:
-            return reply
-        try:
-            self.ledgers.count(about.src_node_id, reply.content.config_records.get(LEDGER))
-        except Rejected as refusal:
-            said = str(refusal)
-            log(WARNING, "Node %s refused: %s", about.src_node_id, said)
-            return make_message(about, error=Error(_REFUSED, said))
-        return reply
+        reminded = [self.ledgers.reminding(m) for m in messages]
+        return map(self.ledgers.counted, self._grid.send_and_receive(reminded, timeout=timeout))

@@ -18,9 +18,10 @@ from vitguard.federated.flower.masked_keys import MaskingIdentity
 from vitguard.federated.flower.records import BASE, ROUND
 from vitguard.rounds import Progress
 
-__all__ = ["KEYS", "SHARES", "VALUES", "AGREEMENT", "ANSWERS", "BODY", "PHASE", "masker"]
+__all__ = ["ASKED", "KEYS", "SHARES", "VALUES", "AGREEMENT", "ANSWERS", "BODY", "PHASE", "masker"]
 
-PHASE, BODY = "vitguard-phase", "vitguard-body"  # in the ConfigRecord of a message
+ASKED = "vitguard"  # name of the ConfigRecord of a phase
+PHASE, BODY = "vitguard-phase", "vitguard-body"  # in it
 KEYS, SHARES, VALUES, AGREEMENT, ANSWERS = "keys", "shares", "values", "agreement", "answers"
 _RESTING = "vitguard.masks"  # record of context.state
 
@@ -124,4 +125,4 @@ def _answered(now: Asked, message: Message) -> Message | None:
         body = client.answer(now.body)
     else:
         raise Rejected("phase", f"{now.phase[:40]!r}", "a phase of a masked round")
-    return Message(content=RecordDict({"vitguard": ConfigRecord({BODY: body})}), reply_to=message)
+    return Message(content=RecordDict({ASKED: ConfigRecord({BODY: body})}), reply_to=message)

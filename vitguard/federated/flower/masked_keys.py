@@ -86,6 +86,8 @@ def write_masked_keys(
         signing: The server's key; by default the one in the folder's `signing.keys`, or a new one.
         threshold: As in `Terms`.
     """
+    if not isinstance(identities, Mapping):
+        raise expected("a signing key of each client by its name", type(identities).__name__)
     place = Path(folder)
     public = {
         _checked(name): key.public_bytes() if isinstance(key, SigningKey) else key

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from vitguard.defenses.masking import MaskingServer
 from vitguard.errors import Rejected, VitguardError
+from vitguard.federated.flower.changes import moved, spelled
 from vitguard.federated.flower.masked_client import (
     AGREEMENT,
     ANSWERS,
+    ASKED,
     BODY,
     KEYS,
     PHASE,
@@ -58,7 +60,8 @@ class MaskedRound:
     metrics: list[MetricRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._plain = PlainSum(self.start, self.server.terms.manifest.names)
+        sealed = spelled(self.start, self.server.terms.manifest.names).values()
+        self._plain = PlainSum(self.start, {*sealed, *self.server.terms.manifest.names})
 
     def begin(self, messages: Iterable[Message]) -> list[Message]:
         """Exchange keys and shares; return the messages of training for who took part in both.
@@ -110,8 +113,10 @@ class MaskedRound:
             dict.fromkeys(self.names, agreements),
             lambda node, body: server.add_answer(body, sender=self.names[node]),
         )
-        changes = {**server.mean(), **self._plain.mean(weight)}
-        return {n: t + changes[n].to(t.dtype) if n in changes else t for n, t in self.start.items()}
+        mean = server.mean()
+        spelling = spelled(self.start, mean)
+        changes = {**{spelling[n]: t for n, t in mean.items()}, **self._plain.mean(weight)}
+        return {n: moved(t, changes[n]) if n in changes else t for n, t in self.start.items()}
 
     def _add_keys(self, node: int, body: bytes) -> None:
         self.names[node] = self.server.add_keys(body)
@@ -147,7 +152,7 @@ class MaskedRound:
         self, node: int, phase: str, body: bytes, content: RecordDict | None = None
     ) -> Message:
         asked = ConfigRecord({**self.said, PHASE: phase, BODY: body})
-        records = RecordDict({**(content or {}), "vitguard": asked})
+        records = RecordDict({**(content or {}), ASKED: asked})
         return Message(content=records, dst_node_id=node, message_type=MessageType.TRAIN)
 
     def _note_silent(self, phase: str, asked: Iterable[int]) -> None:

@@ -14,13 +14,19 @@ from flwr.serverapp.strategy import FedAvg, Result
 from vitguard.defenses.encryption import model_version
 from vitguard.defenses.masking import MaskingServer
 from vitguard.errors import Rejected, expected
-from vitguard.federated.flower.adding import refuse_other_strategies, with_common_names
+from vitguard.federated.flower.adding import (
+    aggregate_metrics,
+    evaluated,
+    refuse_other_strategies,
+    require_tensors,
+    with_common_names,
+)
 from vitguard.federated.flower.arrivals import Arrivals
 from vitguard.federated.flower.grid import InProcessGrid
-from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
+from vitguard.federated.flower.ledgers import Ledgers
 from vitguard.federated.flower.masked_keys import MaskedFederation
 from vitguard.federated.flower.masked_round import MaskedRound
-from vitguard.federated.flower.records import BASE, ROUND, from_arrays, to_arrays
+from vitguard.federated.flower.records import BASE, ROUND, WEIGHTED, from_arrays, to_arrays
 
 __all__ = ["MaskedFedAvg"]
 
@@ -38,6 +44,8 @@ class MaskedFedAvg(FedAvg):
         A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
         restarts save `ledgers`.
         All clients of a sum trained the same model: each signs the version of the one it was sent.
+        Metrics of one client end no run: those that differ in kind are left out, and so is an
+        evaluation without a weight.
 
     Does not protect against:
         What the sum tells, which the server reads; put `ClientPrivacy` before the masks.
@@ -65,16 +73,22 @@ class MaskedFedAvg(FedAvg):
         phase_timeout: float = 300.0,
         **settings: Any,
     ) -> None:
+        if not isinstance(federation, MaskedFederation):
+            raise expected(
+                "a MaskedFederation, as of MaskedFederation.from_environment",
+                type(federation).__name__,
+            )
         if type(first_round) is not int or first_round < 0:
             raise expected("first_round, a whole number of at least 0", repr(first_round)[:80])
         least = federation.terms.threshold
         for name in ("min_train_nodes", "min_available_nodes"):
             settings.setdefault(name, least)
+        if settings.get("train_metrics_aggr_fn") is None:
+            settings["train_metrics_aggr_fn"] = aggregate_metrics
         super().__init__(**settings)
         self._federation, self._max_clipped = federation, max_clipped
         self._phase_timeout = phase_timeout
         self._now: MaskedRound | None = None
-        self._short: Grid | None = None  # for exchanges in which no ledger is told
         self.next_round = first_round
         self.refused: dict[int, dict[int, str]] = {}
         self.ledgers = Ledgers()
@@ -85,16 +99,12 @@ class MaskedFedAvg(FedAvg):
         Raises:
             InputError: The model lacks a tensor of the manifest, or has it in another shape.
         """
-        for entry in self._federation.terms.manifest.entries:
-            array = initial_arrays.get(entry.name)
-            if array is None or tuple(array.shape) != entry.shape:
-                raise expected(
-                    f"a model with {entry.name} of shape {entry.shape}, as in the terms",
-                    "none" if array is None else f"one of shape {tuple(array.shape)}",
-                )
+        require_tensors(self._federation.terms.manifest, initial_arrays)
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
-        self._short = single
-        return super().start(LedgerGrid(single, self.ledgers), initial_arrays, *args, **named)
+        result = super().start(single, initial_arrays, *args, **named)
+        if not result.arrays:  # every round failed
+            result.arrays = initial_arrays
+        return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -108,10 +118,11 @@ class MaskedFedAvg(FedAvg):
         start, number = from_arrays(arrays), self.next_round
         self.next_round += 1
         base, keys = model_version(start), self._federation
+        require_tensors(keys.terms.manifest, start)
         now = MaskedRound(
             MaskingServer(keys.terms, signing=keys.signing, round_id=number, base=base),
-            self._short or grid,
-            {ROUND: number, BASE: base},
+            grid,
+            {ROUND: number, BASE: base, WEIGHTED: self.weighted_by_key},
             start,
             refused,
             self.weighted_by_key,
@@ -124,7 +135,7 @@ class MaskedFedAvg(FedAvg):
             self._failed(server_round, refusal)
             return []
         self._now = now
-        return training
+        return [self.ledgers.reminding(m) for m in training]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -133,7 +144,7 @@ class MaskedFedAvg(FedAvg):
         now, self._now = self._now, None
         if now is None:
             return None, None
-        now.add(replies)
+        now.add(map(self.ledgers.counted, replies))
         try:
             weights = now.finish()
         except Rejected as refusal:
@@ -141,6 +152,13 @@ class MaskedFedAvg(FedAvg):
             return None, None
         metrics = self.train_metrics_aggr_fn(with_common_names(now.metrics), self.weighted_by_key)
         return to_arrays(weights), metrics
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the metrics of the good replies; bad ones are left out, each with one line."""
+        made = self.evaluate_metrics_aggr_fn
+        return evaluated(server_round, replies, self.weighted_by_key, made)
 
     def _failed(self, server_round: int, refusal: Rejected) -> None:
         log(WARNING, "Round %s failed, the model is as it was: %s", server_round, refusal)

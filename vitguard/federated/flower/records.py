@@ -24,6 +24,7 @@ __all__ = [
     "SEALED",
     "SNAPSHOT",
     "VOUCH",
+    "WEIGHTED",
     "History",
     "Step",
     "from_arrays",
@@ -35,6 +36,7 @@ __all__ = [
 
 ROUND, BASE = "vitguard-round", "vitguard-base"  # in the ConfigRecord of a message
 SNAPSHOT = "vitguard-snapshot"  # there too: "vouch" for the model, or "send" it
+WEIGHTED = "vitguard-weighted-by"  # there as well: the metric that is the client's weight
 VOUCH = "vitguard.vouch"
 """Name of the array with a client's proof of the weights it has."""
 SEALED = "vitguard.sealed"
@@ -49,8 +51,14 @@ def sealed_array(data: bytes) -> Array:
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return plain tensors as Flower's arrays."""
-    return ArrayRecord({n: Array(np.ascontiguousarray(t.numpy())) for n, t in tensors.items()})
+    """Return plain tensors as Flower's arrays, each of the shape it has."""
+    # np.ascontiguousarray would give a single number, such as a counter, a dimension
+    return ArrayRecord({n: Array(np.asarray(_plain(t), order="C")) for n, t in tensors.items()})
+
+
+def _plain(tensor: Tensor) -> np.ndarray:
+    held = tensor.detach().cpu()
+    return (held.float() if held.dtype == torch.bfloat16 else held).numpy()  # NumPy has no bfloat16
 
 
 def from_arrays(record: Mapping[str, Array]) -> dict[str, Tensor]:
@@ -85,7 +93,10 @@ class Step:
     def arrays(self) -> dict[str, Array]:
         """Return the step as arrays by name."""
         start = f"vitguard.step.{self.number}"
-        plain = {f"{start}.plain.{n}": Array(t.numpy()) for n, t in self.plain.items()}
+        plain = {
+            f"{start}.plain.{n}": Array(np.asarray(t.numpy(), order="C"))
+            for n, t in self.plain.items()
+        }
         return {f"{start}.sum": sealed_array(self.total), **plain}
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from logging import WARNING
 
 from flwr.app import Array, Message, MetricRecord, RecordDict
+from flwr.common.logger import log
 from torch import Tensor
 
 from vitguard.errors import Rejected
@@ -69,6 +72,9 @@ class Reply:
 class PlainSum:
     """The weighted sum of what clients send in the clear.
 
+    A tensor that half of the clients or fewer send stays as it is: no single client says what is
+    sent. One that a client leaves out counts as unchanged by it.
+
     Args:
         start: Weights before the round.
         sealed: Names that nobody may send in the clear.
@@ -77,7 +83,8 @@ class PlainSum:
     def __init__(self, start: Mapping[str, Tensor], sealed: Collection[str]) -> None:
         self._start, self._sealed = start, sealed
         self._sums: dict[str, Tensor] = {}
-        self._names: set[str] | None = None
+        self._sent: Counter[str] = Counter()
+        self._clients = 0
 
     def check(self, changes: Mapping[str, Tensor]) -> None:
         """Raise Rejected where changes cannot be added."""
@@ -85,18 +92,21 @@ class PlainSum:
             start = self._start.get(name)
             if start is None or name in self._sealed or change.shape != start.shape:
                 raise Rejected("array", f"{name[:80]} of shape {tuple(change.shape)}")
-            if not (change.is_floating_point() and bool(change.isfinite().all())):
+            after = start + change.to(start.dtype)  # a larger type holds what this one does not
+            if not (change.is_floating_point() and bool(after.isfinite().all())):
                 raise Rejected("array", f"{name} with values that are not finite")
-        if self._names not in (None, set(changes)):
-            raise Rejected("array", "other plain tensors than the clients before it")
 
     def add(self, changes: Mapping[str, Tensor], weight: float) -> None:
         """Add changes that `check` let through."""
-        self._names = set(changes)
+        self._clients += 1
         for name, change in changes.items():
             share = change.double() * weight
             self._sums[name] = self._sums[name] + share if name in self._sums else share
+            self._sent[name] += 1
 
     def mean(self, weight: float) -> dict[str, Tensor]:
-        """Return the average for clients of that weight together."""
-        return {name: total / weight for name, total in self._sums.items()}
+        """Return the average for clients of that weight together, of what most of them sent."""
+        few = sorted(n for n, count in self._sent.items() if 2 * count <= self._clients)
+        if few:
+            log(WARNING, "Plain tensors that no more than half sent stay as they are: %s", few)
+        return {name: total / weight for name, total in self._sums.items() if name not in few}

@@ -16,8 +16,15 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from vitguard.defenses.encryption import Aggregator
 from vitguard.errors import Incompatible, Rejected, VitguardError, expected
-from vitguard.federated.flower.adding import refuse_other_strategies, with_common_names
+from vitguard.federated.flower.adding import (
+    aggregate_metrics,
+    evaluated,
+    refuse_other_strategies,
+    require_tensors,
+    with_common_names,
+)
 from vitguard.federated.flower.arrivals import Arrivals
+from vitguard.federated.flower.changes import spelled
 from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.keys import Federation
 from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
@@ -26,6 +33,7 @@ from vitguard.federated.flower.records import (
     ROUND,
     SNAPSHOT,
     VOUCH,
+    WEIGHTED,
     History,
     Step,
     from_arrays,
@@ -49,6 +57,8 @@ class EncryptedFedAvg(FedAvg):
         A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
         restarts save `ledgers`.
         A sealed model is taken only where most clients of the round vouch for the same weights.
+        Metrics of one client end no run: those that differ in kind are left out, and so is an
+        evaluation without a weight.
 
     Does not protect against:
         A server that works with a client: they share the key of the ciphertext.
@@ -64,7 +74,7 @@ class EncryptedFedAvg(FedAvg):
         max_clipped: The most values of a reply that were moved to their bound; None for any.
         catch_up: Sums that are kept before a client is asked to seal the model, at least 1. It
             sends 4 bytes a value, once in so many rounds; a sum has about 8.
-        settings: Arguments of `FedAvg`.
+        settings: Arguments of `FedAvg`; at least `min_clients` nodes are asked by default.
     """
 
     def __init_subclass__(cls) -> None:
@@ -79,12 +89,20 @@ class EncryptedFedAvg(FedAvg):
         catch_up: int = 4,
         **settings: Any,
     ) -> None:
+        if not isinstance(federation, Federation):
+            raise expected(
+                "a Federation, of Federation.from_environment", type(federation).__name__
+            )
         if type(min_clients) is not int or not 2 <= min_clients <= federation.keys.max_clients:
             raise expected(
                 f"min_clients from 2 to {federation.keys.max_clients}", repr(min_clients)
             )
         if type(catch_up) is not int or catch_up < 1:
             raise expected("catch_up, a whole number of sums, at least 1", repr(catch_up)[:80])
+        if settings.get("train_metrics_aggr_fn") is None:
+            settings["train_metrics_aggr_fn"] = aggregate_metrics
+        for name in ("min_train_nodes", "min_available_nodes"):
+            settings.setdefault(name, min_clients)
         super().__init__(**settings)
         self._catch_up = catch_up
         self._federation, self.min_clients = federation, min_clients
@@ -101,7 +119,9 @@ class EncryptedFedAvg(FedAvg):
             raise Incompatible(
                 "Expected evaluation by clients, got evaluate_fn: the server cannot read the model."
             )
-        self._history, self._known = History.of(initial_arrays), {}
+        history = History.of(initial_arrays)
+        require_tensors(self._federation.manifest, history.start)
+        self._history, self._known = history, {}
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
         counting = LedgerGrid(single, self.ledgers)
         result = super().start(counting, initial_arrays, *args, **named)
@@ -112,6 +132,12 @@ class EncryptedFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask nodes for sealed updates of the model's version; each is sent what it lacks."""
+        if not self._history.start:  # `start` has not been called
+            raise Incompatible(
+                "Expected EncryptedFedAvg.start, got a strategy around it, which would read or "
+                "change what is encrypted. Use EncryptedFedAvg alone; for differential privacy "
+                "put ClientPrivacy before the encryption in the clients' stack."
+            )
         said = self._said(config)
         asked = len(self._history.steps) >= self._catch_up
         if asked:
@@ -135,9 +161,21 @@ class EncryptedFedAvg(FedAvg):
         lacks = self._lacking(messages)
         return [self._with(m, lacks) for m in messages]
 
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the metrics of the good replies; bad ones are left out, each with one line."""
+        made = self.evaluate_metrics_aggr_fn
+        return evaluated(server_round, replies, self.weighted_by_key, made)
+
     def _said(self, config: ConfigRecord) -> ConfigRecord:
         return ConfigRecord(
-            {**config, ROUND: self._history.next_round, BASE: self._history.version()}
+            {
+                **config,
+                ROUND: self._history.next_round,
+                BASE: self._history.version(),
+                WEIGHTED: self.weighted_by_key,
+            }
         )
 
     def _lacking(self, messages: Iterable[Message]) -> dict[int | None, ArrayRecord]:
@@ -170,7 +208,9 @@ class EncryptedFedAvg(FedAvg):
             keys.keys, keys.manifest, signing=keys.signing,
             round_id=number, base=self._history.version(),
         )  # fmt: skip
-        plain = PlainSum(self._history.start, keys.manifest.names)
+        names = keys.manifest.names
+        sealed = {*names, *spelled(self._history.start, names).values()}
+        plain = PlainSum(self._history.start, sealed)
         good: list[MetricRecord] = []
         models = Vouched(number - 1, self._history.version())
         refused = self.refused[server_round] = {}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vitguard.core import Update
 from vitguard.defenses.base import UpdateDefense
 from vitguard.defenses.encryption import Decryptor, Encryptor, KeySet, Manifest, model_version
-from vitguard.errors import Rejected, Unprotected
+from vitguard.errors import Rejected, Unprotected, expected
 from vitguard.federated.nvflare.messages import (
     MESSAGE,
     bare,
@@ -44,6 +44,7 @@ from vitguard.federated.nvflare.state import (
     private_folder,
     site_of,
 )
+from vitguard.federated.schemes import sealing_of
 from vitguard.federated.weights import images_behind
 from vitguard.guard import Guard, protect
 from vitguard.registry import parse_stack
@@ -208,18 +209,36 @@ class SealFilter(_ClientFilter):
         task: str = "train",
     ) -> None:
         super().__init__()
-        if not keys and not defenses:
+        stack = parse_stack(defenses) if defenses else []
+        if not keys and not stack:
             raise Unprotected("Expected keys or defenses, got neither: nothing would be sealed.")
+        if outliers not in ("refuse", "clip"):
+            raise expected("outliers 'refuse' or 'clip'", repr(outliers)[:80])
+        if outliers == "clip" and not keys:
+            raise expected(
+                "outliers='clip' with keys, whose manifest has the bounds", "it without",
+                "Nothing would be clipped: leave it out.",
+            )  # fmt: skip
         if bool(keys) != bool(manifest):
             raise Unprotected("Expected keys and manifest together, got one of them.")
         if defenses and model is None:
             raise Unprotected("Expected the model's path and args beside defenses, got none.")
-        for defense in parse_stack(defenses) if defenses else ():
+        for defense in stack:
+            if sealing_of([defense]) is not None:
+                raise Unprotected(
+                    f"Expected {defense.name} by keys and manifest, got it among the defenses, "
+                    "where it has none. Give keys= and manifest=; masks are for Flower."
+                )
             if not isinstance(defense, UpdateDefense):
                 raise Unprotected(
                     f"Expected defenses of the update, such as noise, got {defense.name}: the "
                     "training happens elsewhere, where a filter changes nothing. Protect the "
                     "model in the client's own code."
+                )
+            if defense.feeds_back():
+                raise Unprotected(
+                    f"Expected {defense.name} without feedback, got it with: what it cuts from "
+                    "updates is secret, and a site's state is no place for it. Leave feedback out."
                 )
         self.manifest, self.keys, self.passphrase = manifest, keys, passphrase
         self.defenses, self.model = defenses, model
@@ -246,7 +265,12 @@ class SealFilter(_ClientFilter):
         data: dict[str, Any] = tensors
         if self.keys:
             number = shareable.get_header(AppConstants.CURRENT_ROUND, state.training)
-            if state.training < 0 or number != state.training:
+            if state.training < 0:
+                raise Unprotected(
+                    "Expected a result of a task that was opened, got one before the first. Make "
+                    "OpenFilter the first client filter of incoming tasks."
+                )
+            if number != state.training:
                 raise Rejected("round", f"a result of round {number}", f"one of {state.training}")
             data = {MESSAGE: self._encrypted(tensors, weight, state, fl_ctx)}
         else:
@@ -258,6 +282,9 @@ class SealFilter(_ClientFilter):
         self, tensors: dict[str, Tensor], weight: float, state: ClientState, fl_ctx: FLContext
     ) -> bytes:
         manifest = self._agreed()
+        tensors = {  # counters fit no ciphertext
+            n: t for n, t in tensors.items() if t.is_floating_point() or n in manifest.names
+        }
         for name in tensors.keys() - set(manifest.names):
             still = name in state.weights and not bool(tensors[name].any())
             if not still:
@@ -286,9 +313,11 @@ class SealFilter(_ClientFilter):
         if state.guard:
             guard.load_state_bytes(state.guard.encode())
         images = images_behind(weight)
-        update = guard.seal(Update(tensors, kind="difference", batch_size=images))
-        if update.sealed:
-            raise Unprotected(f"Expected a difference that is readable, got {update!r}.")
-        state.guard = guard.state_bytes(draws=False).decode()
-        state.write(file)
+        try:
+            update = guard.seal(Update(tensors, kind="difference", batch_size=images))
+        finally:  # a release that was counted stays counted, whatever a later defense refuses
+            state.guard = guard.state_bytes(draws=False).decode()
+            state.write(file)
+        if hidden := [n for n in update.sealed if tensors[n].is_floating_point()]:
+            raise Unprotected(f"Expected a difference that is readable, got {hidden[0]} sealed.")
         return dict(update.tensors)

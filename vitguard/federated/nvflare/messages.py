@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from nvflare.apis.dxo import DXO, from_shareable
 from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReturnCode
@@ -113,13 +114,15 @@ def weight_of(dxo: DXO) -> float:
     if weight is None or not (math.isfinite(weight) and weight > 0):
         raise Unprotected(
             f"Expected a weight above 0 in meta[{FLMetaKey.NUM_STEPS_CURRENT_ROUND!r}], "
-            f"got {str(stated)[:80]!r}."
+            f"got {repr(stated)[:80]}. Give one number: int(weight)."
         )
     return weight
 
 
 def _number(value: Any) -> float | None:
     """Return a number as float64; None for anything else, and for integers beyond it."""
+    if isinstance(value, np.generic):  # what a mean or a sum of NumPy is
+        value = value.item()
     try:
         return float(value) if type(value) in (int, float) else None
     except OverflowError:
@@ -202,7 +205,7 @@ def metrics_of(dxo: DXO) -> dict[str, float]:
     metrics = {} if metrics is None else metrics  # an array has no truth value
     if not isinstance(metrics, dict) or any(_number(v) is None for v in metrics.values()):
         raise Unprotected("Expected metrics that are numbers, got something else.")
-    return {str(name): float(value) for name, value in metrics.items()}
+    return {str(name): float(_number(value) or 0.0) for name, value in metrics.items()}
 
 
 def _require_plain(name: str, value: Any, depth: int = 0) -> None:

@@ -32,7 +32,10 @@ def build_model(config: Mapping[str, Any] | nn.Module) -> nn.Module:
             "a model as {'path': 'package.Class', 'args': {...}}", repr(path),
             "Its module must be importable where the job runs.",
         ) from error  # fmt: skip
-    model = kind(**(config.get("args") or {}))
+    try:
+        model = kind(**(config.get("args") or {}))
+    except TypeError as error:
+        raise expected(f"arguments that {path} takes", str(error)) from error
     if not isinstance(model, nn.Module):
         raise expected("a torch module", type(model).__name__)
     return model

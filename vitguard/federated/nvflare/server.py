@@ -22,6 +22,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
+from safetensors.torch import load, save
 from torch import nn
 
 from vitguard.defenses.encryption import (
@@ -179,13 +180,24 @@ class SumPersistor(ModelPersistor):
         fobs.register(TensorDecomposer)
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
-        """Return the initial model, or after a restart the sums that were kept."""
+        """Return the initial model, or after a restart the sums that were kept.
+
+        The initial model is kept as well: sites may hold it when the server starts again.
+        """
         run = Manifest.from_json(self.manifest).digest().hex()
         state = ServerState.read(_state_file(fl_ctx), run)
         if state is not None and state.rounds:
             return make_model_learnable(self._kept(state, fl_ctx), {})
+        file = _folder(fl_ctx) / "initial.safetensors"
+        if state is not None and file.exists():
+            weights = load(file.read_bytes())
+            if model_version(weights) != state.base:
+                raise Rejected("state", f"another initial model in {file}", "that of this run")
+            return make_model_learnable(weights, {})
         weights = self._initial()
         Manifest.from_json(self.manifest).check(weights)
+        whole = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+        write_atomically(file, save(whole), private=True)
         ServerState(run, model_version(weights)).write(_state_file(fl_ctx))
         return make_model_learnable(weights, {})
 
