@@ -133,6 +133,26 @@ def test_a_shuffle_with_its_loss_ends_at_the_weights_of_a_loop_by_hand(tmp_path)
     assert made.state.log_history[0]["auxiliary_loss"] > 0
 
 
+@pytest.mark.parametrize("scaled", [None, False])
+def test_accumulated_batches_weigh_the_loss_of_a_defense_as_one_batch_does(tmp_path, scaled):
+    class Accumulated(Watched):
+        loss_is_scaled_for_ga = scaled
+        model_accepts_loss_kwargs = property(lambda self: scaled is None, lambda self, value: None)
+
+    model, _ = guarded(SHUFFLE)
+    size = 6 if scaled is None else 8  # 6, 6 and 4: a mean of means is another loss
+    settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 3}
+    made = trainer(model, tmp_path, Accumulated, num_train_epochs=1, **settings)
+    made.train()
+    reference, guard = guarded(SHUFFLE)
+    optimizer = guard.prepare(torch.optim.SGD(reference.parameters(), lr=0.1))
+    for inputs in made.seen:
+        loss = reference.train()(**inputs).loss + guard.auxiliary_loss()
+        (loss * len(inputs["labels"]) / RECORDS).backward()
+    optimizer.step()
+    assert gap(model, reference) < 1e-6 < gap(model, guarded(SHUFFLE)[0])
+
+
 def test_the_unknown_embedding_shares_the_group_of_the_positions(tmp_path):
     model, _ = guarded(SHUFFLE)
     made = trainer(model, tmp_path, weight_decay=0.1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +62,8 @@ class GuardMixin:
     accelerator: Any
     optimizer: Any
     state: Any
+    compute_loss_func: Any
+    model_accepts_loss_kwargs: Any
     _prepare_inputs: Any
     _get_output_dir: Any
 
@@ -69,6 +71,7 @@ class GuardMixin:
         self._private: WholeBatches | None = None
         self._piece: int | None = None
         self._auxiliary: list[Tensor] = []
+        self._images = 0
         super().__init__(*args, **kwargs)
         self.guard = guard_inside(self.model)
         if is_private(self.guard):
@@ -142,6 +145,7 @@ class GuardMixin:
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
+        images = _images_in(inputs)
         made = super().compute_loss(  # type: ignore[misc]
             model, inputs, return_outputs, *args, **kwargs
         )
@@ -150,7 +154,25 @@ class GuardMixin:
         auxiliary = self.guard.auxiliary_loss()
         if auxiliary.requires_grad:
             self._auxiliary.append(auxiliary.detach())
+        counted = kwargs.get("num_items_in_batch", args[0] if args else None)
+        if self._private is None and self._is_share(counted):
+            auxiliary = auxiliary * (images / max(self._images, images, 1))
         return with_auxiliary(made, auxiliary)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._images = sum(map(_images_in, made[0]))
+        return made
+
+    def _is_share(self, counted: Any) -> bool:
+        """Whether the Trainer's own loss is a share of that of all batches that it accumulates.
+
+        Else it is a mean, which the Trainer divides by their number, and what is added to it too.
+        """
+        if (said := getattr(self, "loss_is_scaled_for_ga", None)) is not None:
+            return bool(said)
+        takes = self.model_accepts_loss_kwargs and counted is not None
+        return takes or self.compute_loss_func is not None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs or "train_loss" in logs:
@@ -174,6 +196,12 @@ class GuardMixin:
         if checkpoint is not None:
             load_state(self.guard, checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+
+def _images_in(inputs: Any) -> int:
+    values = inputs.values() if isinstance(inputs, Mapping) else ()
+    tensors = (t for t in values if isinstance(t, Tensor) and t.dim())
+    return next((len(t) for t in tensors), 0)
 
 
 class GuardedTrainer(GuardMixin, Trainer):
