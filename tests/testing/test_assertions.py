@@ -10,9 +10,9 @@ import torch
 
 from vitguard.core import Batch, Update
 from vitguard.defenses.base import Installed, ModelDefense
-from vitguard.defenses.privacy import DifferentialPrivacy
+from vitguard.defenses.privacy import DifferentialPrivacy, one_run_audit
 from vitguard.defenses.privacy.accounting import gaussian_epsilon
-from vitguard.errors import Inconclusive, Unprotected
+from vitguard.errors import Inconclusive, InputError, Unprotected
 from vitguard.guard import protect
 from vitguard.testing import (
     assert_checkpoint_compatible,
@@ -166,6 +166,16 @@ def test_sensitivity_holds_at_the_clip_fails_above_and_is_inconclusive_below(tin
         assert_sensitivity(lambda indices: torch.tensor([float("nan")]), 3, clip=1.0)
 
 
+@pytest.mark.parametrize("left_out", range(3))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sum_that_is_not_finite_without_one_example_fails_whichever_it_is(left_out, value):
+    def total(indices):
+        return torch.tensor([value if left_out not in indices else float(len(indices))])
+
+    with pytest.raises(AssertionError, match="One example moves the sum by"):
+        assert_sensitivity(total, 3, clip=1.0)
+
+
 def gaussian(noise, seen=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return lambda included: seen * included + noise * float(torch.randn((), generator=generator))
@@ -178,6 +188,20 @@ def test_canaries_hold_a_claim_break_a_false_one_and_say_when_they_see_nothing()
         assert_epsilon_not_exceeded(gaussian(0.1), epsilon=claim, delta=1e-5)
     with pytest.raises(Inconclusive, match="sees the canary"):
         assert_epsilon_not_exceeded(gaussian(0.2, seen=0.0), epsilon=claim, delta=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_release_that_is_now_and_then_not_finite_is_no_sound_one(value):
+    claim, sound, count = gaussian_epsilon(1 / 0.2, 1e-5), gaussian(0.2), iter(range(10**6))
+
+    def release(included):
+        score = sound(included)
+        return value if included and next(count) % 50 == 7 else score
+
+    with pytest.raises(InputError, match="finite scores"):
+        assert_epsilon_not_exceeded(release, epsilon=claim, delta=1e-5)
+    with pytest.raises(InputError, match="finite scores"):
+        one_run_audit(lambda included: included.sum(0) * value)
     with pytest.raises(Inconclusive, match="nothing is claimed"):
         assert_epsilon_not_exceeded(gaussian(0.0), epsilon=float("inf"), delta=1e-5)
 
