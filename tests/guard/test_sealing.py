@@ -147,6 +147,45 @@ def test_a_plain_step_beside_the_private_ones_keeps_the_difference_from_seal(sta
     guard.seal(difference(model, before))
 
 
+def adapters(model):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["qkv"]))
+
+
+TRAINED = {
+    "the head": lambda m: m.requires_grad_(False).head.requires_grad_(True),
+    "the last block": lambda m: m.requires_grad_(False).blocks[-1].mlp.requires_grad_(True),
+    "adapters": adapters,
+}  # fmt: skip
+IDLE = {
+    "eval mode": lambda m: m.eval(),
+    "all parts but the head in eval mode": lambda m: [
+        part.eval() for name, part in m.train().named_children() if name != "head"
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("idle", IDLE)
+def test_a_part_that_was_trained_on_images_as_they_are_is_not_sealed(trained, idle):
+    model, guard, _ = protected("shuffle")
+    TRAINED[trained](model)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    update = vg.Update({n: torch.zeros_like(model.get_parameter(n)) for n in names})
+    IDLE[idle](model)
+    with torch.no_grad():
+        model(IMAGES[:4])
+    model(IMAGES[:4])  # a look without a gradient does no harm
+    model.train()(IMAGES[:4]).sum().backward()
+    guard.seal(update)
+    IDLE[idle](model)
+    outputs = features(model) if trained == "the last block" else model(IMAGES[:4])
+    outputs.sum().backward()
+    model.train()
+    with pytest.raises(Unprotected, match="taken in eval mode"):
+        guard.seal(update)
+
+
 @pytest.mark.parametrize("stack", PRIVATE_STACKS)
 def test_an_update_while_the_ledger_counts_no_step_is_refused(stack):
     model, guard, before = protected(stack)

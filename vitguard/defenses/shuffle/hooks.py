@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from vitguard.defenses.base import Installed
 from vitguard.defenses.shuffle.settings import ShuffleSettings
@@ -50,6 +50,9 @@ def hook(piece: Hooked, model: nn.Module) -> Iterator[Any]:
     """Register the hooks one by one and yield their handles."""
     anatomy = piece.anatomy
     yield model.register_forward_pre_hook(_Root(piece))
+    yield model.register_forward_hook(_Passing(piece))
+    if anatomy.blocks:
+        yield model.get_submodule(anatomy.blocks[-1].name).register_forward_hook(_Passing(piece))
     stage = model.get_submodule(anatomy.patch_stage)
     if anatomy.positions is None:
         yield stage.register_forward_hook(_EmbedAndPlace(piece))
@@ -87,13 +90,28 @@ class _Placing(_Hook):
         if self.piece.training:
             return self.act(module, args, output)
         sequence = args[0] if output is None else output
-        sequence = sequence[0] if isinstance(sequence, tuple) else sequence
-        if torch.is_grad_enabled() and sequence.requires_grad:
-            if torch.compiler.is_compiling():
-                self.piece.exposed = True
-            else:
-                sequence.register_hook(_Expose(self.piece))
+        _watch(self.piece, sequence[0] if isinstance(sequence, tuple) else sequence)
         return None
+
+
+class _Passing(_Hook):
+    """Notes them behind the placing too: where all before it is frozen, they never reach it."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        if not self.piece.training and torch.is_grad_enabled():
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor):
+                    _watch(self.piece, leaf)
+        return None
+
+
+def _watch(piece: Hooked, tensor: Tensor) -> None:
+    """Note it if a gradient comes by a tensor of a pass that did not shuffle."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        if torch.compiler.is_compiling():
+            piece.exposed = True
+        else:
+            tensor.register_hook(_Expose(piece))
 
 
 class _Expose:
