@@ -111,26 +111,64 @@ PLAIN = {
 }  # fmt: skip
 
 
+WHEN = ["before prepare", "before the private steps", "after them"]
+
+
+def plain_gradient(model, plain):
+    outputs = PLAIN[plain](model)
+    if outputs.shape[1] == 1:
+        return outputs.sum().backward()
+    F.cross_entropy(outputs, LABELS[: len(outputs)] % outputs.shape[1]).backward()
+
+
+def move(model):
+    """A step of nobody's: an optimizer is told off before it moves anything."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p -= 0.1 * p.grad
+                p.grad = None
+
+
 @pytest.mark.parametrize(
-    ("stack", "plain", "when"),
-    crossed(
-        PRIVATE_STACKS, PLAIN, ["before prepare", "before the private steps", "after them"],
-        rounds=2,
-    ),
-)  # fmt: skip
+    ("stack", "plain", "when"), crossed(PRIVATE_STACKS, PLAIN, WHEN, rounds=2)
+)
+def test_an_optimizer_that_is_not_the_private_one_moves_nothing_on_a_plain_gradient(
+    stack, plain, when
+):
+    if "shuffle" in stack and plain == "a part of the model":
+        pytest.skip("the shuffle refuses a part of the model itself")
+    model, guard, _ = protected(stack)
+    if when != "before prepare":
+        optimizer, loader = prepare(guard)
+    if when == "after them":
+        train(guard, optimizer, loader)
+    before = copy.deepcopy(model.state_dict())
+    plain_gradient(model, plain)
+    for held in (model.parameters(), model.head.parameters()):
+        with pytest.raises(Unprotected, match=r"neither (clipped nor noised|noised nor counted)"):
+            torch.optim.SGD(held, lr=0.1).step()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    model.load_state_dict(before)
+    model.zero_grad()
+    torch.optim.SGD(model.head.parameters(), lr=0.1).step()  # of no gradient
+    if when == "before prepare":
+        optimizer, loader = prepare(guard)
+    train(guard, optimizer, loader)
+    assert not all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("stack", "plain", "when"), crossed(PRIVATE_STACKS, PLAIN, WHEN, rounds=2)
+)
 def test_a_plain_step_beside_the_private_ones_keeps_the_difference_from_seal(stack, plain, when):
     if "shuffle" in stack and plain == "a part of the model":
         pytest.skip("the shuffle refuses a part of the model itself")
     model, guard, before = protected(stack)
 
     def step():
-        other = torch.optim.SGD(model.parameters(), lr=0.1)
-        outputs = PLAIN[plain](model)
-        F.cross_entropy(outputs, LABELS[: len(outputs)] % outputs.shape[1]).backward() if (
-            outputs.shape[1] > 1
-        ) else outputs.sum().backward()
-        other.step()
-        other.zero_grad()
+        plain_gradient(model, plain)
+        move(model)
 
     if when == "before prepare":
         step()
@@ -325,9 +363,10 @@ def test_a_plain_step_of_a_copy_before_its_own_prepare_keeps_the_difference_from
         train(guard, *prepare(guard))
     twin = COPIES[copied](model)
     before = {n: p.detach().clone() for n, p in twin.named_parameters()}
-    other = torch.optim.SGD(twin.parameters(), lr=0.1)
     F.cross_entropy(twin.eval()(IMAGES[:4]), LABELS[:4]).backward()
-    other.step()
+    with pytest.raises(Unprotected, match="neither clipped nor noised"):
+        torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    move(twin)
     guard = vg.Guard.of(twin.train())
     train(guard, *prepare(guard))
     with pytest.raises(Unprotected, match="got a plain one"):

@@ -160,8 +160,9 @@ class PrivateTraining(Installed):
         finally:
             self._open = False
 
-    def stepped(self) -> None:
-        if self.due is not None:  # else it trains on something else, of which `settle` tells
+    def moving(self) -> None:
+        # without either it trains on something that came from elsewhere, such as a server's average
+        if self.due is not None or self.exposed:
             self.refuse_others()
 
     def refuse_others(self) -> None:
