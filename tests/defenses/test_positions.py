@@ -56,7 +56,8 @@ def test_names_of_parameters_and_keys_of_the_state_dict_stay_as_they_are(small_v
     keys = set(model.state_dict())
     shapes = {n: p.shape for n, p in model.named_parameters()}
     guard = protect(model, [FixedPositions(kind)])
-    assert set(model.state_dict()) == keys
+    kept = {"vitguard.positions.fixed"} if kind == "random" else set()  # beside the model's own
+    assert set(model.state_dict()) == keys | kept
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: s for n, s in shapes.items() if n != "pos_embed"
     }
@@ -94,6 +95,42 @@ def test_a_load_through_a_wrapper_does_not_bring_learned_positions_back(small_vi
     state = {f"module.{k}": v for k, v in other_checkpoint(small_vit).items()}
     torch.nn.DataParallel(model).load_state_dict(state)
     assert torch.equal(model.pos_embed, fixed) == (kind != "frozen")
+
+
+def hf_vit():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            image_size=32, patch_size=16, hidden_size=16, num_hidden_layers=1,
+            num_attention_heads=2, intermediate_size=32,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stack", ["positions:kind=random", "positions:kind=random+shuffle"])
+@pytest.mark.parametrize("family", ["timm", "transformers"])
+@pytest.mark.parametrize("how", ["all of it", "assigned", "what defenses added", "without the draw"])
+def test_what_a_protected_model_saved_brings_a_draw_of_positions_back(
+    small_vit, stack, family, how
+):
+    build = small_vit if family == "timm" else hf_vit
+    guard, again = (protect(build(), stack) for _ in range(2))
+    where = guard.anatomy.positions
+    drawn = again.model.get_buffer(where).clone()
+    assert not torch.equal(guard.model.get_buffer(where), drawn)
+    state = guard.extras() if how == "what defenses added" else guard.model.state_dict()
+    if how == "without the draw":  # as older checkpoints are
+        state.pop("vitguard.positions.fixed")
+    whole = how != "what defenses added"
+    again.model.load_state_dict(state, strict=whole, assign=how == "assigned")
+    wanted = drawn if how == "without the draw" else guard.model.get_buffer(where)
+    assert torch.equal(again.model.get_buffer(where), wanted)
+    again.verify()
+    again.model.load_state_dict(build().state_dict())  # of a model without vitguard
+    assert torch.equal(again.model.get_buffer(where), wanted)
+    again.remove()
+    assert not again.model._load_state_dict_post_hooks
 
 
 @pytest.mark.parametrize("frozen_by_user", [False, True])

@@ -70,7 +70,8 @@ class FixedPositions(ModelDefense):
             standard deviation 0.02) or `none` (zeros). Rows of prefix tokens are fixed too: zero
             but for `frozen` and `random`.
 
-    A strict load of an original checkpoint works; its position rows are taken by `frozen` only.
+    A strict load of an original checkpoint works; its position rows are taken by `frozen` only. One
+    of a protected model brings a `random` draw back, which it keeps under `vitguard.`.
 
     Examples:
         >>> import timm, vitguard as vg
@@ -139,7 +140,8 @@ class _InstalledPositions(Installed):
         super().__init__()
         self.anatomy = anatomy
         self.kind = kind
-        self.register_buffer("fixed", values, persistent=False)
+        # a draw is in no settings: a checkpoint of the protected model has to bring it back
+        self.register_buffer("fixed", values, persistent=kind == "random")
         parent, attribute = _locate(model, anatomy)
         self.order = list(parent._parameters)
         self.trained = getattr(parent, attribute).requires_grad
@@ -150,6 +152,15 @@ class _InstalledPositions(Installed):
             parent.register_forward_pre_hook(_RefuseLearnable(attribute)),
             parent.register_forward_pre_hook(_RequireValues(self)),
         ]
+        if kind == "random":
+            self._parent = (parent,)  # in a tuple: it is no part of this module
+            self.register_load_state_dict_pre_hook(_tolerate_absence)
+            self.register_load_state_dict_post_hook(_put_back)
+
+    def place(self) -> None:
+        """Put the fixed values where the model reads them."""
+        assert self.anatomy.positions is not None
+        _set_fixed(self._parent[0], self.anatomy.positions.rpartition(".")[2], self.fixed)
 
     def restore(self) -> None:
         if self.kind in ("sincos", "none") and not self.fixed.is_meta:
@@ -193,6 +204,17 @@ def _close(values: Tensor, fixed: Tensor) -> bool:
     return bool(gap <= 0.01 * fixed.double().square().mean().sqrt() + 1e-6)  # false for NaN
 
 
+def _tolerate_absence(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a strict load take a checkpoint that does not know the draw."""
+    state.setdefault(f"{prefix}fixed", module.get_buffer("fixed"))
+
+
+def _put_back(module: nn.Module, incompatible_keys: Any) -> None:
+    """After a load of the draw, which may come after that of the model's own tensors."""
+    assert isinstance(module, _InstalledPositions)
+    module.place()
+
+
 class _KeepFixed:
     """After a load: put the fixed values back, or take the checkpoint's where `frozen` says so."""
 
@@ -207,8 +229,13 @@ class _KeepFixed:
             if self.attribute not in missing:
                 self.installed.lost = frozenset()
         else:
-            # a new tensor: after load_state_dict(assign=True) `current` is the checkpoint's own
-            setattr(module, self.attribute, self.installed.fixed.to(current).clone())
+            _set_fixed(module, self.attribute, self.installed.fixed)
+
+
+def _set_fixed(parent: nn.Module, attribute: str, fixed: Tensor) -> None:
+    current = getattr(parent, attribute).detach()
+    # a new tensor: after load_state_dict(assign=True) `current` is the checkpoint's own
+    setattr(parent, attribute, fixed.to(current).clone())
 
 
 class _RequireValues:
