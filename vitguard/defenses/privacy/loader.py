@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 from vitguard.defenses.base import Draws
+from vitguard.defenses.privacy.holders import change_tensors, tensors_of
 from vitguard.defenses.privacy.samplers import PoissonSampler, place, records_of, refuse_change
 from vitguard.defenses.privacy.training import Due, PrivateTraining
 from vitguard.errors import expected
@@ -30,7 +30,7 @@ class _Collate:
         if examples:
             return len(examples), self.collate(examples)
         blank = self.collate([self.dataset[self.like]])
-        return 0, tree_map(lambda t: torch.zeros_like(t) if isinstance(t, Tensor) else t, blank)
+        return 0, change_tensors(torch.zeros_like, blank)
 
 
 class PoissonLoader:
@@ -191,14 +191,19 @@ class _Batches:
 
 
 def _rows(batch: Any, start: int, stop: int, size: int) -> Any:
-    if any(len(t) != size for t in tree_leaves(batch) if isinstance(t, Tensor)):
-        raise expected("a batch of tensors with a row for each example", "another shape")
-    return tree_map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, batch)
+    rows = [t.shape[:1] for t in tensors_of(batch)]
+    if not rows or any(r != (size,) for r in rows):
+        got = f"tensors of {', '.join(str(len(r) and r[0]) for r in rows)}" if rows else "no tensor"
+        raise expected(
+            f"a batch of {size} examples whose tensors have a row for each, to cut it in pieces",
+            f"{got} in a {type(batch).__name__}",
+            "Let the collate function return a dictionary, tuple or list of such tensors.",
+        )  # fmt: skip
+    return change_tensors(lambda t: t[start:stop], batch)
 
 
 def _mark(batch: Any, due: Due) -> Any:
     """Note on the tensors themselves which batch they are of; a copy of them is not known."""
-    for tensor in tree_leaves(batch):
-        if isinstance(tensor, Tensor):
-            tensor._vitguard_batch = due  # type: ignore[attr-defined]
+    for tensor in tensors_of(batch):
+        tensor._vitguard_batch = due  # type: ignore[attr-defined]
     return batch

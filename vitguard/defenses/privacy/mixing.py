@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from vitguard.core import Batch
 from vitguard.defenses.base import BatchDefense, Defense, Draws
+from vitguard.defenses.privacy.holders import tensors_of
 from vitguard.errors import Incompatible, Unprotected
 from vitguard.vit import Anatomy
 
@@ -83,7 +83,7 @@ def _transformed(defense: BatchDefense, batch: Batch, seed: int) -> Batch:
 def _first_rows(collate: Any, batch: Sequence[Any], seed: int) -> list[Tensor]:
     with _seeded(seed):
         made = collate(list(batch))
-    return [t[0] for t in tree_leaves(made) if isinstance(t, Tensor) and t.dim()]
+    return [t[0] for t in tensors_of(made) if t.dim()]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
