@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vitguard.defenses.base import Ledgered, StepDefense
@@ -15,13 +16,17 @@ from vitguard.files import write_atomically
 from vitguard.guard import Guard
 
 __all__ = [
-    "STATE_FILE", "epsilons", "guard_inside", "is_private", "load_state", "refuse_accumulation",
-    "refuse_compiled", "refuse_float16", "refuse_idle", "refuse_spread", "require_state",
-    "save_state", "take_state", "with_auxiliary",
+    "EXTRAS_FILE", "STATE_FILE", "epsilons", "guard_inside", "is_private", "join_ledgers",
+    "load_extras", "load_state", "refuse_accumulation", "refuse_compiled", "refuse_float16",
+    "refuse_idle", "refuse_spread", "require_state", "save_extras", "save_state", "take_state",
+    "with_auxiliary",
 ]  # fmt: skip
 
 STATE_FILE = "vitguard.json"
 """The guard's state in a checkpoint folder, readable by its owner alone."""
+
+EXTRAS_FILE = "vitguard.safetensors"
+"""What defenses added to the model, which the weights in a checkpoint folder may leave out."""
 
 
 def guard_inside(model: nn.Module) -> Guard:
@@ -118,6 +123,30 @@ def load_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
     """Go on from the guard's state in a checkpoint folder."""
     path = Path(folder) / STATE_FILE
     take_state(guard, path.read_bytes() if path.is_file() else None, f"without {path}")
+
+
+def save_extras(guard: Guard, folder: str | os.PathLike[str]) -> None:
+    """Write what the defenses added to the model into a checkpoint folder, if anything."""
+    if extras := guard.extras():
+        tensors = {name: t.cpu().contiguous() for name, t in extras.items()}
+        write_atomically(Path(folder) / EXTRAS_FILE, save(tensors))
+
+
+def load_extras(guard: Guard, folder: str | os.PathLike[str]) -> set[str]:
+    """Load what `save_extras` wrote, if anything, and return its names."""
+    path = Path(folder) / EXTRAS_FILE
+    if not path.is_file():
+        return set()
+    extras = load(path.read_bytes())
+    guard.model.load_state_dict(extras, strict=False)
+    return set(extras)
+
+
+def join_ledgers(guard: Guard, earlier: Guard) -> None:
+    """Let a guard of another model, trained on the same records, go on from what was spent."""
+    for name, ledger in earlier._ledgers.items():
+        if name in guard._ledgers:
+            guard._ledgers[name].load_state_dict(ledger.state_dict())
 
 
 def take_state(guard: Guard, state: bytes | None, missing: str) -> None:

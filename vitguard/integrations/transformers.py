@@ -8,20 +8,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitguard.defenses.privacy.whole import WholeBatches
-from vitguard.errors import Incompatible, missing_extra
+from vitguard.errors import Incompatible, expected, missing_extra
+from vitguard.guard import Guard
 from vitguard.integrations.found import (
     epsilons,
     guard_inside,
     is_private,
+    join_ledgers,
+    load_extras,
     load_state,
     refuse_compiled,
     refuse_float16,
     refuse_idle,
     refuse_spread,
     require_state,
+    save_extras,
     save_state,
     with_auxiliary,
 )
@@ -42,8 +47,9 @@ class GuardMixin:
         Under differential privacy every step is private; batches are Poisson samples of as many
         images, on average, as one step of the Trainer has (device batch times accumulation times
         processes), and pass through the model in pieces of one device batch. A step is a step.
-        Each checkpoint holds `vitguard.json` (mode 600); resuming goes on from its ledger, and is
-        refused without it.
+        Each checkpoint holds `vitguard.json` (mode 600); resuming goes on from its ledger and its
+        weights, those in `vitguard.safetensors` that defenses added too, and is refused without.
+        A model that `model_init` makes anew goes on from the ledger of the one before.
         Training whose defenses act on updates alone is refused, unless it is inside `guard.round`,
         or `guard.will_seal` or `guard.keep_local` was called.
 
@@ -72,10 +78,21 @@ class GuardMixin:
         self._piece: int | None = None
         self._auxiliary: list[Tensor] = []
         self._images = 0
+        self._missing: list[str] = []
+        self._found: tuple[Any, Guard] | None = None
         super().__init__(*args, **kwargs)
-        self.guard = guard_inside(self.model)
         if is_private(self.guard):
             self._plan()
+
+    @property
+    def guard(self) -> Guard:
+        """The guard of the model; of the one that `model_init` made last, which goes on counting."""
+        if self._found is None or self._found[0] is not self.model:
+            earlier, guard = self._found, guard_inside(self.model)
+            if earlier is not None:
+                join_ledgers(guard, earlier[1])
+            self._found = self.model, guard
+        return self._found[1]
 
     def _plan(self) -> None:
         """Turn accumulation into pieces of one batch, and refuse what privacy cannot have."""
@@ -185,23 +202,62 @@ class GuardMixin:
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
         if self.args.should_save:
-            folder = f"checkpoint-{self.state.global_step}"
-            save_state(self.guard, os.path.join(self._get_output_dir(trial=trial), folder))
+            name = f"checkpoint-{self.state.global_step}"
+            folder = os.path.join(self._get_output_dir(trial=trial), name)
+            save_state(self.guard, folder)
+            save_extras(self.guard, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         require_state(self.guard, resume_from_checkpoint)
+        self._missing = []
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        self._load_the_rest(resume_from_checkpoint)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_state(self.guard, checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+    def _load_best_model(self) -> None:
+        self._missing = []
+        super()._load_best_model()  # type: ignore[misc]
+        self._load_the_rest(self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        self._missing = [n for n in load_result.missing_keys if n in self.model.state_dict()]
+        if not self._missing:
+            super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+
+    def _load_the_rest(self, folder: str) -> None:
+        """Load what a checkpoint holds under other names than the model's, and what defenses added.
+
+        transformers 5 writes weights by the names of earlier releases, parts of vitguard's among
+        them, and its Trainer reads them by the model's: most of a ViT would stay as it was. PEFT
+        writes adapters only.
+        """
+        loaded, adapters = load_extras(self.guard, folder), _of_peft(self.model)
+        missing = {n for n in self._missing if n not in loaded}
+        if adapters:
+            missing |= self.guard.extras().keys() - loaded
+        if not missing:
+            return
+        state, known = {}, set()
+        if hasattr(type(self.model), "from_pretrained") and not adapters:
+            with torch.random.fork_rng(devices=[]):
+                whole, said = type(self.model).from_pretrained(folder, output_loading_info=True)
+            state, known = whole.state_dict(), {*whole.state_dict()} - {*said["missing_keys"]}
+        if lost := sorted(missing - known):
+            raise expected(
+                "a checkpoint with all that the model has", f"{folder} without {lost[0]}",
+                "Resume from a checkpoint that vitguard's trainer wrote, or load the weights with "
+                "from_pretrained, protect the model and train anew.",
+            )  # fmt: skip
+        self.model.load_state_dict({**state, **self.guard.extras()}, strict=False)
 
 
 def _images_in(inputs: Any) -> int:
     values = inputs.values() if isinstance(inputs, Mapping) else ()
     tensors = (t for t in values if isinstance(t, Tensor) and t.dim())
     return next((len(t) for t in tensors), 0)
+
+
+def _of_peft(model: Any) -> bool:
+    return type(model).__module__.startswith("peft.")
 
 
 class GuardedTrainer(GuardMixin, Trainer):
