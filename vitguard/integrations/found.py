@@ -108,9 +108,18 @@ def epsilons(guard: Guard) -> dict[str, float]:
     return {"epsilon" if len(spent) == 1 else f"epsilon_{n}": e for n, e in spent.items()}
 
 
-def save_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
-    """Write the guard's state into a checkpoint folder, mode 600."""
-    write_atomically(Path(folder) / STATE_FILE, guard.state_bytes(), private=True)
+def save_state(guard: Guard, folder: str | os.PathLike[str], number: int = 0) -> None:
+    """Write the guard's state into a checkpoint folder, mode 600.
+
+    Args:
+        number: Which of several protected models it is of.
+    """
+    write_atomically(_state_file(folder, number), guard.state_bytes(), private=True)
+
+
+def _state_file(folder: str | os.PathLike[str], number: int) -> Path:
+    path = Path(folder) / STATE_FILE
+    return path.with_stem(f"{path.stem}_{number}") if number else path
 
 
 def require_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
@@ -119,9 +128,9 @@ def require_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
         raise _no_state(f"without {STATE_FILE}, {folder}")
 
 
-def load_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
+def load_state(guard: Guard, folder: str | os.PathLike[str], number: int = 0) -> None:
     """Go on from the guard's state in a checkpoint folder."""
-    path = Path(folder) / STATE_FILE
+    path = _state_file(folder, number)
     take_state(guard, path.read_bytes() if path.is_file() else None, f"without {path}")
 
 
