@@ -440,3 +440,39 @@ def test_a_second_name_of_what_is_frozen_is_as_frozen():
     update = vg.protect(model, "client-privacy:noise=1").seal(update)
     assert {n.partition(".")[0] for n in update.sealed} == {"also", "blocks"}
     assert update.can_read("head.weight")
+
+
+@pytest.mark.parametrize("stack", [s for s in STACKS if "shuffle" in s and "privacy" not in s])
+@pytest.mark.parametrize("idle", IDLE)
+def test_an_optimizer_moves_nothing_on_a_gradient_of_images_as_they_are(stack, idle):
+    model, guard, _ = protected(stack)
+    optimizer, _ = prepare(guard)
+    before = copy.deepcopy(model.state_dict())
+
+    def step():
+        (F.cross_entropy(model(IMAGES[:4]), LABELS[:4]) + guard.auxiliary_loss()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    IDLE[idle](model)
+    with pytest.raises(Unprotected, match=r"got an optimizer's step after a pass in eval mode"):
+        step()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    optimizer.zero_grad()
+    images = IMAGES[:2].clone().requires_grad_()
+    torch.autograd.grad(model.eval()(images).sum(), images)  # an attack, in the middle of training
+    model.train()
+    step()
+    assert not torch.equal(model.head.weight, before["head.weight"])
+    guard.release()  # nobody sees what it trains
+    IDLE[idle](model)
+    step()
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_an_optimizer_of_a_copy_moves_nothing_either_on_images_as_they_are(copied):
+    model, _, _ = protected("shuffle")
+    twin = COPIES[copied](model).eval()
+    F.cross_entropy(twin(IMAGES[:4]), LABELS[:4]).backward()
+    with pytest.raises(Unprotected, match="after a pass in eval mode"):
+        torch.optim.SGD(twin.parameters(), lr=0.1).step()

@@ -228,7 +228,7 @@ class Installed(nn.Module):
     def abandon(self) -> None:
         """Drop what a forward left behind that broke off, so that the next one starts clean."""
 
-    def moving(self) -> None:
+    def moving(self, model: nn.Module) -> None:
         """Raise Unprotected if an optimizer, about to step, must move no parameter of the model."""
 
     def stepped(self) -> None:

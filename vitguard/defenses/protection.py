@@ -161,7 +161,7 @@ class Protection(nn.Module):
         if self.idle():
             watch_steps(self, model)
 
-    def moving(self) -> None:
+    def moving(self, model: nn.Module) -> None:
         """Refuse a step on plain gradients, which nobody prepared: of a pass in eval mode, say."""
         if self.exposed and not self.passing:
             raise Unprotected(

@@ -21,7 +21,7 @@ _HOOKS: list[Any] = []
 def watch_steps(piece: nn.Module, model: nn.Module) -> None:
     """From now on check each optimizer step of `model`; `piece.stepped()` is called for each.
 
-    `piece.moving()` is called before, and also where the optimizer holds only some of what is trained.
+    `piece.moving(model)` is called before, and also where the optimizer holds only some of what is trained.
 
     Args:
         piece: What a defense left on the model, with the parameters that must be trained too.
@@ -54,7 +54,7 @@ def _check(piece: Any, model: nn.Module, held: set[int]) -> None:
     base = [id(p) for p in model.parameters() if p.requires_grad and id(p) not in known]
     if not any(i in held for i in (*base, *added)):
         return  # an optimizer of something else
-    piece.moving()
+    piece.moving(model)
     if all(i in held for i in added):
         piece.stepped()
     elif all(i in held for i in base) or piece.left_out():

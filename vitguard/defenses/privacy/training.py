@@ -160,7 +160,7 @@ class PrivateTraining(Installed):
         finally:
             self._open = False
 
-    def moving(self) -> None:
+    def moving(self, model: nn.Module) -> None:
         # without either it trains on something that came from elsewhere, such as a server's average
         if self.due is not None or self.exposed:
             self.refuse_others()

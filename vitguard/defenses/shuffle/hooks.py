@@ -23,7 +23,10 @@ class Hooked(Installed):
 
     anatomy: Anatomy
     settings: ShuffleSettings
-    exposed: bool
+
+    def expose(self) -> None:
+        """Note that a gradient was taken through a pass that did not shuffle."""
+        raise NotImplementedError
 
     def begin(self, tokens: Tensor, grid: tuple[int, int]) -> None:
         """Take the embedded patches of a forward."""
@@ -109,7 +112,7 @@ def _watch(piece: Hooked, tensor: Tensor) -> None:
     """Note it if a gradient comes by a tensor of a pass that did not shuffle."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         if torch.compiler.is_compiling():
-            piece.exposed = True
+            piece.expose()
         else:
             tensor.register_hook(_Expose(piece))
 
@@ -119,10 +122,17 @@ class _Expose:
         self.piece = piece
 
     def __call__(self, gradient: Tensor) -> None:
-        self.piece.exposed = True
+        self.piece.expose()
 
 
 class _Root(_Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        if self.piece.training:
+            return self.act(module, args, output)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            watch_steps(self.piece, module)
+        return None
+
     @torch.compiler.disable
     def act(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
