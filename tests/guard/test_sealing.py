@@ -469,6 +469,21 @@ def test_an_optimizer_moves_nothing_on_a_gradient_of_images_as_they_are(stack, i
     step()
 
 
+@pytest.mark.parametrize("stack", ["shuffle", "privacy"])
+def test_a_closure_in_eval_mode_is_told_at_its_first_step(stack):
+    model, _, _ = protected(stack)
+    optimizer = torch.optim.SGD(model.eval().parameters(), lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(IMAGES[:4]), LABELS[:4])
+        loss.backward()
+        return loss
+
+    with pytest.raises(Unprotected, match=r"after a (pass in eval mode|plain gradient)"):
+        optimizer.step(closure)
+
+
 @pytest.mark.parametrize("copied", COPIES)
 def test_an_optimizer_of_a_copy_moves_nothing_either_on_images_as_they_are(copied):
     model, _, _ = protected("shuffle")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, Unprotected, expected
 from vitguard.files import write_atomically
 from vitguard.guard import Guard
+from vitguard.guard.state import from_bytes
 
 __all__ = [
     "EXTRAS_FILE", "STATE_FILE", "epsilons", "guard_inside", "is_private", "join_ledgers",
     "load_extras", "load_state", "refuse_accumulation", "refuse_compiled", "refuse_float16",
-    "refuse_idle", "refuse_spread", "require_state", "save_extras", "save_state", "take_state",
-    "with_auxiliary",
+    "refuse_idle", "refuse_spread", "require_state", "save_extras", "save_state", "take_counts",
+    "take_state", "with_auxiliary",
 ]  # fmt: skip
 
 STATE_FILE = "vitguard.json"
@@ -156,6 +158,19 @@ def join_ledgers(guard: Guard, earlier: Guard) -> None:
     for name, ledger in earlier._ledgers.items():
         if name in guard._ledgers:
             guard._ledgers[name].load_state_dict(ledger.state_dict())
+
+
+def take_counts(guard: Guard, state: bytes) -> None:
+    """Count what the state of a checkpoint has spent, where the stack counts it too.
+
+    For weights that are loaded by themselves. An older state has nothing that is not counted.
+    """
+    ledgers = from_bytes(state)["ledger"] or {}
+    for defense in guard.defenses:
+        if isinstance(defense, Ledgered) and defense.name in ledgers:
+            defense.ledger().load_state_dict(ledgers[defense.name])  # raises for what is none
+            with suppress(InputError):
+                guard._ledgers[defense.name].load_state_dict(ledgers[defense.name])
 
 
 def take_state(guard: Guard, state: bytes | None, missing: str) -> None:
