@@ -67,6 +67,10 @@ class Touches(ModelDefense):
             model.head.weight.requires_grad_(False)
         elif self.what == "mode":
             model.blocks.eval()
+        elif self.what == "attribute":
+            model.last_draw = torch.zeros(1)
+        elif self.what == "method":
+            model.blocks[0].attn.forward = model.blocks[0].attn.forward
         elif self.what == "weights":
             with torch.no_grad():
                 model.head.weight.mul_(2)
@@ -206,10 +210,15 @@ def test_a_release_that_is_now_and_then_not_finite_is_no_sound_one(value):
         assert_epsilon_not_exceeded(gaussian(0.0), epsilon=float("inf"), delta=1e-5)
 
 
-@pytest.mark.parametrize("what", ["state", "loads", "parameter", "frozen", "mode"])
+@pytest.mark.parametrize(
+    "what", ["state", "loads", "parameter", "frozen", "mode", "attribute", "method"]
+)
 def test_whatever_a_defense_leaves_behind_is_found(tiny, what):
-    with pytest.raises(AssertionError, match="does not undo touches"):
+    with pytest.raises(AssertionError, match="does not undo touches") as told:
         assert_removable(tiny, defenses=[Touches(what)])
+    if what in ("attribute", "method"):
+        name = "last_draw" if what == "attribute" else "forward"
+        assert f"nothing became ['{name}']" in str(told.value)
 
 
 def test_a_defense_that_changes_weights_is_not_what_the_model_was(tiny, photo):
