@@ -111,12 +111,12 @@ def test_an_attack_that_fails_on_the_control_is_inconclusive(tiny, photos):
     assert not issubclass(Inconclusive, AssertionError)
 
 
-def test_each_attack_that_is_named_must_work_on_the_control(tiny, photo):
+@pytest.mark.parametrize("given", [list, iter])
+def test_each_attack_that_is_named_must_work_on_the_control(tiny, photo, given):
     """One that works makes up for no other that was asked for."""
+    attacks = given(["position", "dlg:iterations=1"])
     with pytest.raises(Inconclusive, match="dlg does not work on the undefended model"):
-        assert_not_reconstructable(
-            tiny, photo, defenses="noise:scale=10", attacks=["position", "dlg:iterations=1"]
-        )
+        assert_not_reconstructable(tiny, photo, defenses="noise:scale=10", attacks=attacks)
 
 
 @pytest.mark.parametrize("stack", ["positions:kind=frozen", "shuffle", "privacy:noise=1"])
@@ -168,6 +168,14 @@ def test_sensitivity_holds_at_the_clip_fails_above_and_is_inconclusive_below(tin
         assert_sensitivity(sums(tiny, pixels, 1e6), 3, clip=1e6)
     with pytest.raises(AssertionError):
         assert_sensitivity(lambda indices: torch.tensor([float("nan")]), 3, clip=1.0)
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_clip_that_is_none_is_no_bound(clip):
+    with pytest.raises(InputError, match="a finite clip above 0"):
+        assert_sensitivity(lambda indices: torch.zeros(1), 3, clip=clip)
+    with pytest.raises(InputError, match="at least one example, got 0"):
+        assert_sensitivity(lambda indices: torch.zeros(1), 0, clip=1.0)
 
 
 @pytest.mark.parametrize("left_out", range(3))
@@ -236,6 +244,7 @@ def test_what_is_sealed_too_little_is_found():
     update = Update(PLAIN)
     sealed = update.seal({"a": "encrypted"})
     assert_sealed(sealed, ["a"], plain=PLAIN)
+    assert_sealed(sealed, "a", plain=PLAIN)
     with pytest.raises(AssertionError, match="1 can be read"):
         assert_sealed(update, ["a"])
     with pytest.raises(AssertionError, match="1 are not listed"):

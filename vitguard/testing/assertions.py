@@ -71,6 +71,7 @@ def assert_not_reconstructable(
     """
     if attacks is None:
         attacks = "ladder" if budget() == "full" else "ladder:seconds=10"
+    attacks = attacks if isinstance(attacks, str) else list(attacks)  # it is gone through twice
     if labels is None:
         labels = data.assign_labels(len(images), Anatomy.of(model).classes)
     stack = stack_of(defenses)

@@ -37,6 +37,8 @@ def measure_sensitivity(total: Total, count: int) -> float:
 
     NaN where the sum of all, or of all but one, is NaN.
     """
+    if count < 1:
+        raise expected("at least one example", count)
     everyone = range(count)
     whole = total(list(everyone)).double()
     moved = [
