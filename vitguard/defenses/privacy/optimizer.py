@@ -314,8 +314,9 @@ class BookKeepingOptimizer(DPOptimizer):
 def _around(name: str) -> Unprotected:
     return Unprotected(
         f"Expected every gradient to come through clipping, got one of {name} around it: a loss "
-        "outside the model's own forward pass, or a pass in eval mode. Call optimizer.zero_grad() "
-        "before each batch and keep the loss a function of outputs."
+        "outside the model's own forward pass, a pass in eval mode, or a torch.autograd.Function of "
+        "one's own (LoHa and OFT of PEFT). Call optimizer.zero_grad() before each batch and keep "
+        "the loss a function of outputs."
     )
 
 
