@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.holders import change_tensors, tensors_of
+from vitguard.defenses.privacy.mixing import reads_batches
 from vitguard.defenses.privacy.samplers import PoissonSampler, place, records_of, refuse_change
 from vitguard.defenses.privacy.training import Due, PrivateTraining
 from vitguard.errors import expected
@@ -31,6 +32,27 @@ class _Collate:
             return len(examples), self.collate(examples)
         blank = self.collate([self.dataset[self.like]])
         return 0, change_tensors(torch.zeros_like, blank)
+
+
+class _Records:
+    """A data set that reads batches, and is never asked for an empty one."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return self.dataset.__getitems__(indices) if indices else []
+
+    def __getattr__(self, name: str) -> Any:  # for `worker_init_fn`, which finds it in its worker
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
 
 class PoissonLoader:
@@ -77,7 +99,7 @@ class PoissonLoader:
         )
         kept = ("in_order", "pin_memory_device")  # newer than the oldest torch
         self._loader = DataLoader(
-            loader.dataset,
+            _Records(loader.dataset) if reads_batches(loader.dataset) else loader.dataset,
             batch_sampler=self.batch_sampler,
             num_workers=loader.num_workers,
             collate_fn=_Collate(loader.collate_fn, loader.dataset, self.first),
