@@ -97,6 +97,15 @@ def test_a_load_through_a_wrapper_does_not_bring_learned_positions_back(small_vi
     assert torch.equal(model.pos_embed, fixed) == (kind != "frozen")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_difference_of_whole_state_dicts_does_not_send_what_fixes_positions(small_vit, kind):
+    guard = protect(small_vit(), [FixedPositions(kind)])
+    state = {n: torch.zeros_like(t) for n, t in guard.model.state_dict().items()}
+    sealed = guard.seal(Update(state, kind="difference", learning_rate=0.1))
+    assert not {n for n in sealed.tensors if "pos" in n}
+    assert not {n for n in guard.shared_names() if "pos" in n}
+
+
 def hf_vit():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -1,6 +1,8 @@
 """Lightning: what a loop by hand gives, private or not, and resumes that count."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import timm
@@ -164,6 +166,18 @@ def test_weights_that_are_loaded_by_themselves_bring_what_was_spent_on_them(tmp_
     torch.save({**state, "vitguard": json.dumps({"ledger": {"privacy": {"version": 9}}})}, path)
     with pytest.raises(InputError, match="ledger"):
         Guarded.load_from_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_a_module_after_training_trains_on_its_own(how):
+    module = Guarded(PRIVATE)
+    fit(module, epochs=1)
+    twin = copy.deepcopy(module) if how == "deepcopy" else pickle.loads(pickle.dumps(module))
+    fit(twin, epochs=1)
+    fit(module, epochs=2)
+    spent = [m.guard.privacy_spent().steps for m in (module, twin)]
+    assert spent == [12, 8] and gap(module.net, twin.net) > 0
 
 
 @pytest.mark.filterwarnings("ignore")

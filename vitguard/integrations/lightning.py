@@ -115,6 +115,11 @@ class GuardMixin:
     _loader: PrivateBatches | None = None
     _optimizer: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has no private optimizer and loader of its own: its `fit` makes them
+        state = super().__getstate__()  # type: ignore[misc]
+        return {k: v for k, v in state.items() if k not in ("_optimizer", "_loader")}
+
     @property
     def guard(self) -> Guard:
         """The guard of the protected part."""
