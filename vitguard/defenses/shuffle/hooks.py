@@ -127,11 +127,11 @@ class _Expose:
 
 class _Root(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
-        if self.piece.training:
-            return self.act(module, args, output)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            watch_steps(self.piece, module)
-        return None
+        if not self.piece.training:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                watch_steps(self.piece, module)
+            return None
+        return self.act(module, args, output)
 
     @torch.compiler.disable
     def act(self, module: nn.Module, args: Any, output: Any) -> None:
