@@ -119,7 +119,9 @@ def hf_vit():
 
 @pytest.mark.parametrize("stack", ["positions:kind=random", "positions:kind=random+shuffle"])
 @pytest.mark.parametrize("family", ["timm", "transformers"])
-@pytest.mark.parametrize("how", ["all of it", "assigned", "what defenses added", "without the draw"])
+@pytest.mark.parametrize(
+    "how", ["all of it", "assigned", "what defenses added", "without the draw"]
+)
 def test_what_a_protected_model_saved_brings_a_draw_of_positions_back(
     small_vit, stack, family, how
 ):

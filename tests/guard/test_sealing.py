@@ -157,9 +157,7 @@ def test_an_optimizer_that_is_not_the_private_one_moves_nothing_on_a_plain_gradi
     assert not all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("stack", "plain", "when"), crossed(PRIVATE_STACKS, PLAIN, WHEN, rounds=2)
-)
+@pytest.mark.parametrize(("stack", "plain", "when"), crossed(PRIVATE_STACKS, PLAIN, WHEN, rounds=2))
 def test_a_plain_step_beside_the_private_ones_keeps_the_difference_from_seal(stack, plain, when):
     if "shuffle" in stack and plain == "a part of the model":
         pytest.skip("the shuffle refuses a part of the model itself")

@@ -247,5 +247,5 @@ def test_batches_to_skip_after_a_resume_are_told_to_be_none(small_vit):
     accelerator = accelerate.Accelerator(cpu=True)
     model, _ = guarded(small_vit, PRIVATE)
     _, _, loader = prepare(accelerator, model, sgd(model), DataLoader(DATA, 4))
-    with pytest.raises(AttributeError, match="every draw is fresh.*nothing to skip"):
+    with pytest.raises(AttributeError, match=r"every draw is fresh.*nothing to skip"):
         accelerator.skip_first_batches(loader, 1)

@@ -397,7 +397,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
     model = build()
     vg.protect(model, PRIVATE)
-    with pytest.raises(InputError, match="all that the model has, got .* without .*layernorm"):
+    with pytest.raises(InputError, match=r"all that the model has, got .* without .*layernorm"):
         trainer(model, tmp_path, max_steps=4).train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -419,7 +419,7 @@ def test_a_resume_of_adapters_goes_on_from_what_defenses_added(tmp_path):
     trainer(other, tmp_path, **ONE_EPOCH).train(resume_from_checkpoint=str(checkpoint))
     assert gap(again.model, guard.model) == 0
     (checkpoint / "vitguard.safetensors").unlink()
-    with pytest.raises(InputError, match="all that the model has, got .* without vitguard"):
+    with pytest.raises(InputError, match=r"all that the model has, got .* without vitguard"):
         trainer(with_adapters(RANDOM)[1], tmp_path, **ONE_EPOCH).train(
             resume_from_checkpoint=str(checkpoint)
         )
@@ -427,8 +427,8 @@ def test_a_resume_of_adapters_goes_on_from_what_defenses_added(tmp_path):
 
 def test_every_model_that_model_init_makes_is_trained_privately_on_one_ledger(tmp_path):
     made = GuardedTrainer(
-        model_init=lambda: vg.protect(build(), PRIVATE).model, args=arguments(tmp_path, max_steps=2),
-        train_dataset=Photos(), data_collator=collate_fn,
+        model_init=lambda: vg.protect(build(), PRIVATE).model, train_dataset=Photos(),
+        args=arguments(tmp_path, max_steps=2), data_collator=collate_fn,
     )  # fmt: skip
     models = [made.model]
     for trials in (1, 2):

@@ -165,10 +165,10 @@ class Protection(nn.Module):
         """Refuse a step on plain gradients, which nobody prepared: of a pass in eval mode, say."""
         if self.exposed and not self.passing:
             raise Unprotected(
-                "Expected training through guard.prepare(optimizer, loader), got an optimizer's step "
-                "after a plain gradient (of a pass in eval mode, or around the model's own forward): "
-                "it would be neither clipped nor noised. Call prepare, in training mode, or take the "
-                "gradient on a copy."
+                "Expected training through guard.prepare(optimizer, loader), got an optimizer's "
+                "step after a plain gradient (of a pass in eval mode, or around the model's own "
+                "forward): it would be neither clipped nor noised. Call prepare, in training mode, "
+                "or take the gradient on a copy."
             )
 
     def stepped(self) -> None:

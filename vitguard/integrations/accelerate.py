@@ -72,8 +72,8 @@ def prepare(
 def register(accelerator: Accelerator, guard: Guard) -> None:
     """Let `save_state` write the guard's state, mode 600, and `load_state` refuse to go on without.
 
-    For a loop that calls `guard.prepare` and then `accelerator.prepare` itself. Of several protected
-    models each has a file of its own, in the order in which accelerate counts models.
+    For a loop that calls `guard.prepare` and then `accelerator.prepare` itself. Of several
+    protected models each has a file of its own, in the order in which accelerate counts models.
     """
     guards = _REGISTERED.setdefault(accelerator, [])
     if any(known._protection is guard._protection for known in guards):

@@ -117,7 +117,7 @@ class GuardMixin:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no private optimizer and loader of its own: its `fit` makes them
-        state = super().__getstate__()  # type: ignore[misc]
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
         return {k: v for k, v in state.items() if k not in ("_optimizer", "_loader")}
 
     @property
@@ -163,8 +163,9 @@ class GuardMixin:
         if epochs := trainer.reload_dataloaders_every_n_epochs:
             raise Incompatible(
                 "Expected one loader for the whole training under differential privacy, got "
-                f"reload_dataloaders_every_n_epochs={epochs}: noise and ledger go by the loader that "
-                "was prepared. Leave it out: every draw is fresh; for other records call fit again."
+                f"reload_dataloaders_every_n_epochs={epochs}: noise and ledger go by the loader "
+                "that was prepared. Leave it out: every draw is fresh; for other records call "
+                "fit again."
             )
         _ = trainer.estimated_stepping_batches  # asks for the loaders
         used = trainer.train_dataloader

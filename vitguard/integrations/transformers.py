@@ -20,7 +20,6 @@ from vitguard.integrations.found import (
     is_private,
     join_ledgers,
     load_extras,
-    load_state,
     refuse_compiled,
     refuse_float16,
     refuse_idle,
@@ -86,7 +85,7 @@ class GuardMixin:
 
     @property
     def guard(self) -> Guard:
-        """The guard of the model; of the one that `model_init` made last, which goes on counting."""
+        """The guard of the model: of the last that `model_init` made, which goes on counting."""
         if self._found is None or self._found[0] is not self.model:
             earlier, guard = self._found, guard_inside(self.model)
             if earlier is not None:

@@ -32,7 +32,7 @@ class Record:
     count: Any = field(init=False, default=0)
 
 
-Pair = namedtuple("Pair", "images labels")  # noqa: PYI024
+Pair = namedtuple("Pair", "images labels")
 
 
 class Opaque:
@@ -78,13 +78,9 @@ def test_a_large_batch_comes_in_pieces_whatever_holds_it(small_vit, holder):
 
 def test_what_cannot_be_cut_is_told_with_its_kind(small_vit):
     with pytest.raises(InputError, match=r"no tensor in a Opaque. Let the collate function return"):
-        trained(
-            small_vit(), lambda e: Opaque(*default_collate(e)), lambda b: (b.images, b.labels)
-        )
+        trained(small_vit(), lambda e: Opaque(*default_collate(e)), lambda b: (b.images, b.labels))
     with pytest.raises(InputError, match=r"got tensors of \d+, \d+, 0 in a list"):
-        trained(
-            small_vit(), lambda e: [*default_collate(e), torch.tensor(1.0)], lambda b: b[:2]
-        )
+        trained(small_vit(), lambda e: [*default_collate(e), torch.tensor(1.0)], lambda b: b[:2])
 
 
 @pytest.mark.parametrize("holder", HOLDERS)

@@ -86,7 +86,9 @@ def test_the_state_of_a_plain_optimizer_is_refused_and_nothing_is_loaded(small_v
 def test_a_private_optimizer_is_not_copied_and_others_train_on(small_vit, how):
     """torch patches the class of an optimizer that is copied."""
     guard, optimizer, loader = prepared(small_vit(depth=1), 2)
-    with pytest.raises(Incompatible, match=r"got a copy or pickle of it.*guard.prepare of Guard.of"):
+    with pytest.raises(
+        Incompatible, match=r"got a copy or pickle of it.*guard.prepare of Guard.of"
+    ):
         how(optimizer)
     trained(guard.model, guard, optimizer, loader, 2)
     assert guard.privacy_spent().steps == 2

@@ -241,8 +241,8 @@ def _compare(tape: Tape, outputs: Any, images: Tensor | None) -> None:
     if not roots:
         raise Unprotected(
             "Expected a forward pass whose use of trainable parameters can be followed, got none. "
-            "Unfreeze what is trained: parameter.requires_grad_(True). A torch.autograd.Function of "
-            "one's own hides them (LoHa and OFT of PEFT): use LoRA."
+            "Unfreeze what is trained: parameter.requires_grad_(True). A torch.autograd.Function "
+            "of one's own hides them (LoHa and OFT of PEFT): use LoRA."
         )
     chosen = sorted({0, tape.batch // 2, tape.batch - 1})
     tape.checking = True

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.holders import change_tensors, tensors_of
@@ -34,7 +33,7 @@ class _Collate:
         return 0, change_tensors(torch.zeros_like, blank)
 
 
-class _Records:
+class _Records(Dataset[Any]):
     """A data set that reads batches, and is never asked for an empty one."""
 
     def __init__(self, dataset: Any) -> None:

@@ -1,8 +1,9 @@
 """Mixup, CutMix and their like, which put two records into one example: refused.
 
 Clipping bounds what one example adds, so an example of two records voids the bound. A collate
-function, and a data set that reads batches, are tried out on a few records. Mixing that happens later shows in the targets: the gradient
-at the class scores tells them, whatever the criterion looks like.
+function, and a data set that reads batches, are tried out on a few records. Mixing that happens
+later shows in the targets: the gradient at the class scores tells them, whatever the criterion
+looks like.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ _REMEDY = "Leave mixup and CutMix out: what changes one image alone (crop, flip,
 def refuse_mixing_collate(collate: Callable[[list[Any]], Any], dataset: Any, records: Any) -> None:
     """Raise Incompatible if the first example of a batch depends on the others in it.
 
-    A data set that reads a batch at once (`__getitems__`, as those of the hub do) may mix as well. It
-    is asked with equal draws of torch, numpy and Python; where it draws from elsewhere it is not told.
+    A data set that reads a batch at once (`__getitems__`, as those of the hub do) may mix as well.
+    It is asked with equal draws of torch, numpy and Python; where it draws from elsewhere it is not
+    told.
 
     Args:
         records: Indices of `dataset` that are trained on.
@@ -55,11 +57,11 @@ def refuse_mixing_collate(collate: Callable[[list[Any]], Any], dataset: Any, rec
         return
     read = {i: dataset[i] for i in dict.fromkeys(chosen)}
     for seed in range(_TRIES):
-        made = []
-        for indices in (together, others):
-            with _seeded(seed):
-                made.append(_first_rows(collate, [read[i] for i in indices]))
-        _refuse_other(*made, "a collate function that keeps", "one that mixes")
+        with _seeded(seed):
+            first = _first_rows(collate, [read[i] for i in together])
+        with _seeded(seed):
+            second = _first_rows(collate, [read[i] for i in others])
+        _refuse_other(first, second, "a collate function that keeps", "one that mixes")
 
 
 def reads_batches(dataset: Any) -> bool:
@@ -74,7 +76,7 @@ def _repeats(collate: Any, dataset: Any, indices: Sequence[int]) -> bool:
     for _ in range(2):
         with _seeded(0):
             made.append(_first_rows(collate, dataset.__getitems__(indices)))
-    return _alike(*made)
+    return _alike(made[0], made[1])
 
 
 def _refuse_other(first: Sequence[Tensor], second: Sequence[Tensor], wanted: str, got: str) -> None:

@@ -67,11 +67,11 @@ class BookKeepingOptimizer(DPOptimizer):
         self._handle = optimizer.register_step_pre_hook(lambda *_: training.refuse_others())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raise: a copy would step the model of the original, and torch patches its class for it."""
+        """Raise: a copy would step the original's model, and torch patches its class for it."""
         raise Incompatible(
-            "Expected a private optimizer to stay as it is, got a copy or pickle of it: steps of both "
-            "would go by one loader. Copy the model, call guard.prepare of Guard.of(copy) with an "
-            "optimizer of the copy, and give it state_dict(), which holds the ledger too."
+            "Expected a private optimizer to stay as it is, got a copy or pickle of it: steps of "
+            "both would go by one loader. Copy the model, call guard.prepare of Guard.of(copy) "
+            "with an optimizer of the copy, and give it state_dict(), which holds the ledger too."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -322,9 +322,9 @@ class BookKeepingOptimizer(DPOptimizer):
 def _around(name: str) -> Unprotected:
     return Unprotected(
         f"Expected every gradient to come through clipping, got one of {name} around it: a loss "
-        "outside the model's own forward pass, a pass in eval mode, or a torch.autograd.Function of "
-        "one's own (LoHa and OFT of PEFT). Call optimizer.zero_grad() before each batch and keep "
-        "the loss a function of outputs."
+        "outside the model's own forward pass, a pass in eval mode, or a torch.autograd.Function "
+        "of one's own (LoHa and OFT of PEFT). Call optimizer.zero_grad() before each batch and "
+        "keep the loss a function of outputs."
     )
 
 

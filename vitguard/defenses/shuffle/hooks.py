@@ -131,7 +131,7 @@ class _Root(_Hook):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 watch_steps(self.piece, module)
             return None
-        return self.act(module, args, output)
+        return super().__call__(module, args, output)
 
     @torch.compiler.disable
     def act(self, module: nn.Module, args: Any, output: Any) -> None:
