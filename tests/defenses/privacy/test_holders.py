@@ -35,8 +35,23 @@ class Record:
 Pair = namedtuple("Pair", "images labels")
 
 
+class Plain:
+    """As people write it."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels, self.owner = images, labels, self  # a circle
+
+
+@dataclass(frozen=True)
+class Frozen:
+    images: Any
+    labels: Any
+
+
 class Opaque:
     """Holds tensors where nothing can find them."""
+
+    __slots__ = ("images", "labels")
 
     def __init__(self, images, labels):
         self.images, self.labels = images, labels
@@ -48,6 +63,11 @@ HOLDERS = {
     "dictionary": (lambda b: dict(zip("xy", b, strict=True)), lambda b: (b["x"], b["y"])),
     "mapping": (lambda b: Feature(x=b[0], y=b[1]), lambda b: (b.x, b["y"])),
     "dataclass": (lambda b: Record(*b), lambda b: (b.images, b.labels)),
+    "frozen dataclass": (lambda b: Frozen(*b), lambda b: (b.images, b.labels)),
+    "object": (lambda b: Plain(*b), lambda b: (b.images, b.labels)),
+    "arrays": (
+        lambda b: tuple(t.numpy() for t in b), lambda b: tuple(map(torch.from_numpy, b)),
+    ),
     "mapping in a list": (lambda b: [Feature(x=b[0]), b[1]], lambda b: (b[0].x, b[1])),
 }  # fmt: skip
 
@@ -77,7 +97,7 @@ def test_a_large_batch_comes_in_pieces_whatever_holds_it(small_vit, holder):
 
 
 def test_what_cannot_be_cut_is_told_with_its_kind(small_vit):
-    with pytest.raises(InputError, match=r"no tensor in a Opaque. Let the collate function return"):
+    with pytest.raises(Incompatible, match=r"got a Opaque without any. Return tensors in"):
         trained(small_vit(), lambda e: Opaque(*default_collate(e)), lambda b: (b.images, b.labels))
     with pytest.raises(InputError, match=r"got tensors of \d+, \d+, 0 in a list"):
         trained(small_vit(), lambda e: [*default_collate(e), torch.tensor(1.0)], lambda b: b[:2])

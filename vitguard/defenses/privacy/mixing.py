@@ -56,6 +56,14 @@ def refuse_mixing_collate(collate: Callable[[list[Any]], Any], dataset: Any, rec
             )
         return
     read = {i: dataset[i] for i in dict.fromkeys(chosen)}
+    with _seeded(0):
+        made = collate([read[i] for i in together])
+    if not tensors_of(made):
+        raise Incompatible(
+            "Expected a collate function whose tensors can be found in what it returns, to see "
+            f"that it keeps each example to itself, got a {type(made).__name__} without any. "
+            "Return tensors in a dictionary, a tuple or an object's attributes."
+        )
     for seed in range(_TRIES):
         with _seeded(seed):
             first = _first_rows(collate, [read[i] for i in together])
