@@ -115,7 +115,7 @@ def difference(model, before):
 @pytest.mark.parametrize("way", ["eval mode", "around the forward", "torch.autograd.grad"])
 def test_plain_training_beside_a_prepared_optimizer_is_not_sealed(way, engine):
     model, guard, *_ = prepared(engine=engine)
-    other = torch.optim.SGD(model.parameters(), lr=0.1)  # made after prepare: nobody watches it
+    other = torch.optim.SGD(model.parameters(), lr=0.1)  # made after prepare
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     if way == "around the forward":
@@ -125,12 +125,14 @@ def test_plain_training_beside_a_prepared_optimizer_is_not_sealed(way, engine):
     loss, trained = F.cross_entropy(outputs, labels), list(model.parameters())
     if way == "torch.autograd.grad":
         found = torch.autograd.grad(loss, trained)
-        with torch.no_grad():
-            for p, gradient in zip(trained, found, strict=True):
-                p -= 0.1 * gradient
     else:
         loss.backward()
-        other.step()
+        with pytest.raises(Unprotected, match="neither noised nor counted"):
+            other.step()
+        found = [p.grad for p in trained]
+    with torch.no_grad():  # a step that nobody watches
+        for p, gradient in zip(trained, found, strict=True):
+            p -= 0.1 * gradient
     with pytest.raises(Unprotected, match="plain"):
         guard.seal(difference(model, before))
     model.load_state_dict(before, strict=False)

@@ -301,8 +301,9 @@ def _plain_dict(*_: object) -> dict[Any, Any]:
     return {}
 
 
-# the name that a file asks for
-_plain_dict.__module__, _plain_dict.__qualname__ = "collections", "defaultdict"
+# the name that a file asks for; older releases of torch look at `__name__`
+_plain_dict.__module__ = "collections"
+_plain_dict.__qualname__ = _plain_dict.__name__ = "defaultdict"
 
 _NUMBERS_OF_NUMPY = [
     _left_out("numpy._core.multiarray", "scalar"),

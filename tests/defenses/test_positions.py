@@ -97,6 +97,48 @@ def test_a_load_through_a_wrapper_does_not_bring_learned_positions_back(small_vi
     assert torch.equal(model.pos_embed, fixed) == (kind != "frozen")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_difference_of_whole_state_dicts_does_not_send_what_fixes_positions(small_vit, kind):
+    guard = protect(small_vit(), [FixedPositions(kind)])
+    state = {n: torch.zeros_like(t) for n, t in guard.model.state_dict().items()}
+    sealed = guard.seal(Update(state, kind="difference", learning_rate=0.1))
+    assert not {n for n in sealed.tensors if "pos" in n}
+    assert not {n for n in guard.shared_names() if "pos" in n}
+
+
+def hf_vit():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            image_size=32, patch_size=16, hidden_size=16, num_hidden_layers=1,
+            num_attention_heads=2, intermediate_size=32,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stack", ["positions:kind=random", "positions:kind=random+shuffle"])
+@pytest.mark.parametrize("family", ["timm", "transformers"])
+@pytest.mark.parametrize("how", ["all of it", "assigned", "what defenses added"])
+def test_what_a_protected_model_saved_brings_a_draw_of_positions_back(
+    small_vit, stack, family, how
+):
+    build = small_vit if family == "timm" else hf_vit
+    guard, again = (protect(build(), stack) for _ in range(2))
+    where = guard.anatomy.positions
+    wanted = guard.model.get_buffer(where)
+    assert not torch.equal(again.model.get_buffer(where), wanted)
+    state = guard.extras() if how == "what defenses added" else guard.model.state_dict()
+    whole = how != "what defenses added"
+    again.model.load_state_dict(state, strict=whole, assign=how == "assigned")
+    assert torch.equal(again.model.get_buffer(where), wanted)
+    again.verify()
+    again.model.load_state_dict(build().state_dict())  # of a model without vitguard
+    assert torch.equal(again.model.get_buffer(where), wanted)
+    again.remove()
+    assert not again.model._load_state_dict_post_hooks
+
+
 @pytest.mark.parametrize("frozen_by_user", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_remove_restores_order_parameters_and_hooks(small_vit, kind, frozen_by_user):
@@ -444,3 +486,12 @@ def test_a_checkpoint_of_drawn_positions_is_loaded_with_them(small_vit, family):
     for guard in guards:
         guard.remove()
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
+
+
+def test_a_checkpoint_of_a_protected_model_without_its_draw_is_refused(small_vit):
+    """As older ones are: another draw would be another model, and nobody would be told."""
+    guard, again = (protect(small_vit(), "positions:kind=random+shuffle") for _ in range(2))
+    state = guard.model.state_dict()
+    state.pop("vitguard.positions.fixed")
+    with pytest.raises(RuntimeError, match=r"vitguard\.positions\.fixed"):
+        again.model.load_state_dict(state)

@@ -204,8 +204,12 @@ def test_a_plain_gradient_of_what_was_unfrozen_later_is_not_sealed(later, when):
     model.head.requires_grad_(False), model.norm.requires_grad_(False)  # only what came later
     features = model.forward_head(model.forward_features(IMAGES[:4]))
     F.cross_entropy(features, DATA.tensors[1][:4]).backward()
-    other.step()
-    other.zero_grad()
+    with pytest.raises(Unprotected, match=r"neither (clipped nor noised|noised nor counted)"):
+        other.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.1 * (0 if p.grad is None else p.grad)
+            p.grad = None
     if when == "before prepare":
         optimizer, loader = guard.prepare(optimizer, DataLoader(DATA, batch_size=6))
     step(guard, optimizer, next(iter(loader)))

@@ -111,26 +111,61 @@ PLAIN = {
 }  # fmt: skip
 
 
+WHEN = ["before prepare", "before the private steps", "after them"]
+
+
+def plain_gradient(model, plain):
+    outputs = PLAIN[plain](model)
+    if outputs.shape[1] == 1:
+        return outputs.sum().backward()
+    F.cross_entropy(outputs, LABELS[: len(outputs)] % outputs.shape[1]).backward()
+
+
+def move(model):
+    """A step of nobody's: an optimizer is told off before it moves anything."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p -= 0.1 * p.grad
+                p.grad = None
+
+
 @pytest.mark.parametrize(
     ("stack", "plain", "when"),
-    crossed(
-        PRIVATE_STACKS, PLAIN, ["before prepare", "before the private steps", "after them"],
-        rounds=2,
-    ),
-)  # fmt: skip
+    crossed(PRIVATE_STACKS, [p for p in PLAIN if p != "a part of the model"], WHEN, rounds=2),
+)
+def test_an_optimizer_that_is_not_the_private_one_moves_nothing_on_a_plain_gradient(
+    stack, plain, when
+):
+    model, guard, _ = protected(stack)
+    if when != "before prepare":
+        optimizer, loader = prepare(guard)
+    if when == "after them":
+        train(guard, optimizer, loader)
+    before = copy.deepcopy(model.state_dict())
+    plain_gradient(model, plain)
+    for held in (model.parameters(), model.head.parameters()):
+        with pytest.raises(Unprotected, match=r"neither (clipped nor noised|noised nor counted)"):
+            torch.optim.SGD(held, lr=0.1).step()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    model.load_state_dict(before)
+    model.zero_grad()
+    torch.optim.SGD(model.head.parameters(), lr=0.1).step()  # of no gradient
+    if when == "before prepare":
+        optimizer, loader = prepare(guard)
+    train(guard, optimizer, loader)
+    assert not all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("stack", "plain", "when"), crossed(PRIVATE_STACKS, PLAIN, WHEN, rounds=2))
 def test_a_plain_step_beside_the_private_ones_keeps_the_difference_from_seal(stack, plain, when):
     if "shuffle" in stack and plain == "a part of the model":
         pytest.skip("the shuffle refuses a part of the model itself")
     model, guard, before = protected(stack)
 
     def step():
-        other = torch.optim.SGD(model.parameters(), lr=0.1)
-        outputs = PLAIN[plain](model)
-        F.cross_entropy(outputs, LABELS[: len(outputs)] % outputs.shape[1]).backward() if (
-            outputs.shape[1] > 1
-        ) else outputs.sum().backward()
-        other.step()
-        other.zero_grad()
+        plain_gradient(model, plain)
+        move(model)
 
     if when == "before prepare":
         step()
@@ -145,6 +180,45 @@ def test_a_plain_step_beside_the_private_ones_keeps_the_difference_from_seal(sta
     model.load_state_dict(before, strict=False)
     train(guard, optimizer, loader)
     guard.seal(difference(model, before))
+
+
+def adapters(model):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["qkv"]))
+
+
+TRAINED = {
+    "the head": lambda m: m.requires_grad_(False).head.requires_grad_(True),
+    "the last block": lambda m: m.requires_grad_(False).blocks[-1].mlp.requires_grad_(True),
+    "adapters": adapters,
+}  # fmt: skip
+IDLE = {
+    "eval mode": lambda m: m.eval(),
+    "all parts but the head in eval mode": lambda m: [
+        part.eval() for name, part in m.train().named_children() if name != "head"
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("idle", IDLE)
+def test_a_part_that_was_trained_on_images_as_they_are_is_not_sealed(trained, idle):
+    model, guard, _ = protected("shuffle")
+    TRAINED[trained](model)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    update = vg.Update({n: torch.zeros_like(model.get_parameter(n)) for n in names})
+    IDLE[idle](model)
+    with torch.no_grad():
+        model(IMAGES[:4])
+    model(IMAGES[:4])  # a look without a gradient does no harm
+    model.train()(IMAGES[:4]).sum().backward()
+    guard.seal(update)
+    IDLE[idle](model)
+    outputs = features(model) if trained == "the last block" else model(IMAGES[:4])
+    outputs.sum().backward()
+    model.train()
+    with pytest.raises(Unprotected, match="taken in eval mode"):
+        guard.seal(update)
 
 
 @pytest.mark.parametrize("stack", PRIVATE_STACKS)
@@ -286,9 +360,10 @@ def test_a_plain_step_of_a_copy_before_its_own_prepare_keeps_the_difference_from
         train(guard, *prepare(guard))
     twin = COPIES[copied](model)
     before = {n: p.detach().clone() for n, p in twin.named_parameters()}
-    other = torch.optim.SGD(twin.parameters(), lr=0.1)
     F.cross_entropy(twin.eval()(IMAGES[:4]), LABELS[:4]).backward()
-    other.step()
+    with pytest.raises(Unprotected, match="neither clipped nor noised"):
+        torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    move(twin)
     guard = vg.Guard.of(twin.train())
     train(guard, *prepare(guard))
     with pytest.raises(Unprotected, match="got a plain one"):
@@ -363,3 +438,54 @@ def test_a_second_name_of_what_is_frozen_is_as_frozen():
     update = vg.protect(model, "client-privacy:noise=1").seal(update)
     assert {n.partition(".")[0] for n in update.sealed} == {"also", "blocks"}
     assert update.can_read("head.weight")
+
+
+@pytest.mark.parametrize("stack", [s for s in STACKS if "shuffle" in s and "privacy" not in s])
+@pytest.mark.parametrize("idle", IDLE)
+def test_an_optimizer_moves_nothing_on_a_gradient_of_images_as_they_are(stack, idle):
+    model, guard, _ = protected(stack)
+    optimizer, _ = prepare(guard)
+    before = copy.deepcopy(model.state_dict())
+
+    def step():
+        (F.cross_entropy(model(IMAGES[:4]), LABELS[:4]) + guard.auxiliary_loss()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    IDLE[idle](model)
+    with pytest.raises(Unprotected, match=r"got an optimizer's step after a pass in eval mode"):
+        step()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    optimizer.zero_grad()
+    images = IMAGES[:2].clone().requires_grad_()
+    torch.autograd.grad(model.eval()(images).sum(), images)  # an attack, in the middle of training
+    model.train()
+    step()
+    assert not torch.equal(model.head.weight, before["head.weight"])
+    guard.release()  # nobody sees what it trains
+    IDLE[idle](model)
+    step()
+
+
+@pytest.mark.parametrize("stack", ["shuffle", "privacy"])
+def test_a_closure_in_eval_mode_is_told_at_its_first_step(stack):
+    model, _, _ = protected(stack)
+    optimizer = torch.optim.SGD(model.eval().parameters(), lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(IMAGES[:4]), LABELS[:4])
+        loss.backward()
+        return loss
+
+    with pytest.raises(Unprotected, match=r"after a (pass in eval mode|plain gradient)"):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_an_optimizer_of_a_copy_moves_nothing_either_on_images_as_they_are(copied):
+    model, _, _ = protected("shuffle")
+    twin = COPIES[copied](model).eval()
+    F.cross_entropy(twin(IMAGES[:4]), LABELS[:4]).backward()
+    with pytest.raises(Unprotected, match="after a pass in eval mode"):
+        torch.optim.SGD(twin.parameters(), lr=0.1).step()

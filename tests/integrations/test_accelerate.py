@@ -210,3 +210,42 @@ def test_accumulation_is_refused_with_what_to_set(small_vit):
     model, _ = guarded(small_vit, PRIVATE)
     with pytest.raises(Incompatible, match="set physical_batch"):
         prepare(accelerator, model, sgd(model), DataLoader(DATA, 4))
+
+
+@pytest.mark.parametrize("stack", [PRIVATE, f"{SHUFFLE}+client-privacy:noise=1"])
+def test_two_protected_models_keep_their_own_ledgers(small_vit, tmp_path, stack):
+    def both():
+        accelerator, made = accelerate.Accelerator(cpu=True), []
+        for _ in range(2):
+            model, guard = guarded(small_vit, stack, seed=None)
+            guard.will_seal()
+            accelerator.prepare(small_vit(depth=1))  # of no guard
+            made.append((guard, *prepare(accelerator, model, sgd(model), DataLoader(DATA, 4))))
+        return accelerator, made
+
+    accelerator, made = both()
+    for times, (guard, *parts) in zip((2, 1), made, strict=True):
+        if "client" in stack:
+            for _ in range(times):
+                guard.update(DATA.tensors[0][:2], DATA.tensors[1][:2])
+        else:
+            train(accelerator, *parts, guard, epochs=times)
+    accelerator.save_state(tmp_path / "two")
+    again, later = both()
+    again.load_state(tmp_path / "two")
+    spent = [[g.privacy_spent().steps for g, *_ in pair] for pair in (made, later)]
+    assert spent[0] == spent[1] == ([2, 1] if "client" in stack else [8, 4])
+    one = accelerate.Accelerator(cpu=True)
+    model, guard = guarded(small_vit, stack, seed=None)
+    guard.will_seal()
+    prepare(one, model, sgd(model), DataLoader(DATA, 4))
+    one.load_state(tmp_path / "two")
+    assert guard.privacy_spent().steps == spent[0][0]
+
+
+def test_batches_to_skip_after_a_resume_are_told_to_be_none(small_vit):
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, _ = guarded(small_vit, PRIVATE)
+    _, _, loader = prepare(accelerator, model, sgd(model), DataLoader(DATA, 4))
+    with pytest.raises(AttributeError, match=r"every draw is fresh.*nothing to skip"):
+        accelerator.skip_first_batches(loader, 1)

@@ -1,6 +1,8 @@
 """Lightning: what a loop by hand gives, private or not, and resumes that count."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import timm
@@ -124,6 +126,77 @@ def test_epsilon_after_a_resume_is_that_of_one_run_and_a_plain_model_loads_the_w
     state = torch.load(path, weights_only=False)["state_dict"]
     plain = {n.removeprefix("net."): t for n, t in state.items() if ".vitguard." not in n}
     build().load_state_dict(plain, strict=True)
+
+
+class Tested(Guarded):
+    def test_step(self, batch, batch_idx):
+        self.log("tested", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def test_dataloader(self):
+        return DataLoader(DATA, 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_older_checkpoint_is_tested_and_what_was_spent_stays(tmp_path):
+    module = Tested(PRIVATE)
+    trainer = fit(module, epochs=1)
+    trainer.save_checkpoint(tmp_path / "best.ckpt")
+    best = {n: t.clone() for n, t in module.net.state_dict().items()}
+    trainer = fit(module, epochs=1)
+    trainer.test(module, ckpt_path=tmp_path / "best.ckpt", verbose=False)
+    assert all(torch.equal(t, best[n]) for n, t in module.net.state_dict().items())
+    assert module.guard.privacy_spent().steps == 8
+    fit(module, epochs=1)
+    assert module.guard.privacy_spent().steps == 12
+    fresh = Tested(PRIVATE)
+    trainer.test(fresh, ckpt_path=tmp_path / "best.ckpt", verbose=False)
+    assert fresh.guard.privacy_spent().steps == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_are_loaded_by_themselves_bring_what_was_spent_on_them(tmp_path):
+    path = tmp_path / "last.ckpt"
+    fit(Guarded(PRIVATE), epochs=1).save_checkpoint(path)
+    loaded = Guarded.load_from_checkpoint(path)
+    assert loaded.guard.privacy_spent().steps == 4
+    fit(loaded, epochs=1)
+    assert loaded.guard.privacy_spent().steps == 8
+    assert not Guarded.load_from_checkpoint(path, stack=SHUFFLE, strict=False).guard._ledgers
+    state = torch.load(path, weights_only=False)
+    torch.save({**state, "vitguard": json.dumps({"ledger": {"privacy": {"version": 9}}})}, path)
+    with pytest.raises(InputError, match="ledger"):
+        Guarded.load_from_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_a_module_after_training_trains_on_its_own(how):
+    module = Guarded(PRIVATE)
+    fit(module, epochs=1)
+    twin = copy.deepcopy(module) if how == "deepcopy" else pickle.loads(pickle.dumps(module))
+    fit(twin, epochs=1)
+    fit(module, epochs=2)
+    spent = [m.guard.privacy_spent().steps for m in (module, twin)]
+    assert spent == [12, 8] and gap(module.net, twin.net) > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loader_that_is_made_anew_is_refused_before_the_first_step():
+    module = Guarded(PRIVATE)
+    with pytest.raises(Incompatible, match="reload_dataloaders_every_n_epochs=1"):
+        fit(module, reload_dataloaders_every_n_epochs=1)
+    assert module.guard.privacy_spent().steps == 0
+    fit(Guarded(SHUFFLE), reload_dataloaders_every_n_epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_lightning_leaves_in_eval_mode_is_told_at_the_first_step():
+    module = Guarded(SHUFFLE)
+    module.net.eval()
+    start = module.net.head.weight.clone()
+    with pytest.raises(Unprotected, match=r"Call model.train\(\) before the pass"):
+        fit(module)
+    assert torch.equal(module.net.head.weight, start)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -113,6 +113,30 @@ def test_privacy_clips_over_the_adapters_alone(small_vit, order, stack):
     assert all("lora" in n or "modules_to_save" in n or "vitguard" in n for n in trained)
 
 
+HIDDEN = {  # their parameters pass by a torch.autograd.Function
+    "LoHa": lambda: peft.LoHaConfig(r=2, target_modules=["qkv"]),
+    "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["proj"]),
+}
+
+
+@pytest.mark.parametrize("stack", [PRIVATE, f"{SHUFFLE}+{PRIVATE}"])
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_adapters_whose_use_cannot_be_followed_are_refused_before_a_weight_moves(
+    small_vit, kind, stack
+):
+    pytest.importorskip("opacus")
+    model = small_vit(depth=1)
+    guard = vg.protect(model, stack)
+    wrapped = peft.get_peft_model(model, HIDDEN[kind]())
+    before = kept(wrapped)
+    with pytest.raises(Unprotected, match=r"torch.autograd.Function of one's own .*(LoHa|OFT)"):
+        optimizer, loader = guard.prepare(sgd(wrapped), DataLoader(DATA, 8))
+        images, labels = next(iter(loader))
+        F.cross_entropy(wrapped.train()(images), labels).backward()
+        optimizer.step()
+    assert not moved(wrapped, before) and guard.privacy_spent().steps == 0
+
+
 def test_physical_batch_changes_neither_the_steps_nor_the_adapters(small_vit):
     pytest.importorskip("opacus")
     ends = []

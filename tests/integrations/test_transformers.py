@@ -133,6 +133,26 @@ def test_a_shuffle_with_its_loss_ends_at_the_weights_of_a_loop_by_hand(tmp_path)
     assert made.state.log_history[0]["auxiliary_loss"] > 0
 
 
+@pytest.mark.parametrize("scaled", [None, False])
+def test_accumulated_batches_weigh_the_loss_of_a_defense_as_one_batch_does(tmp_path, scaled):
+    class Accumulated(Watched):
+        loss_is_scaled_for_ga = scaled
+        model_accepts_loss_kwargs = property(lambda self: scaled is None, lambda self, value: None)
+
+    model, _ = guarded(SHUFFLE)
+    size = 6 if scaled is None else 8  # 6, 6 and 4: a mean of means is another loss
+    settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 3}
+    made = trainer(model, tmp_path, Accumulated, num_train_epochs=1, **settings)
+    made.train()
+    reference, guard = guarded(SHUFFLE)
+    optimizer = guard.prepare(torch.optim.SGD(reference.parameters(), lr=0.1))
+    for inputs in made.seen:
+        loss = reference.train()(**inputs).loss + guard.auxiliary_loss()
+        (loss * len(inputs["labels"]) / RECORDS).backward()
+    optimizer.step()
+    assert gap(model, reference) < 1e-6 < gap(model, guarded(SHUFFLE)[0])
+
+
 def test_the_unknown_embedding_shares_the_group_of_the_positions(tmp_path):
     model, _ = guarded(SHUFFLE)
     made = trainer(model, tmp_path, weight_decay=0.1)
@@ -192,11 +212,15 @@ def test_epsilon_after_a_resume_is_that_of_one_run(tmp_path):
     assert [e["epsilon"] for e in made.state.log_history if "loss" in e][-1] == spent
 
 
-def saved(folder, stack=PRIVATE):
+ONE_EPOCH = {"num_train_epochs": 1, "save_strategy": "epoch"}
+
+
+def saved(folder, stack=PRIVATE, **changes):
     model = build()
     vg.protect(model, stack)
-    trainer(model, folder, save_strategy="steps", save_steps=2, max_steps=2).train()
-    return model, folder / "checkpoint-2"
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer(model, folder, **(changes or settings)).train()
+    return model, folder / ("checkpoint-4" if changes else "checkpoint-2")
 
 
 def test_the_state_of_the_guard_is_the_owners_alone_and_a_plain_model_loads_the_weights(tmp_path):
@@ -333,3 +357,83 @@ def test_the_mixin_goes_before_any_trainer_of_ones_own(tmp_path):
     model, _ = guarded(PRIVATE)
     trainer(model, tmp_path, Both).train()
     assert gap(model, hand(PRIVATE)[0]) < 1e-6
+
+
+RANDOM = f"positions:kind=random+{SHUFFLE},warmup=1"
+
+
+@pytest.mark.parametrize("stack", [RANDOM, BOTH])
+def test_a_resume_goes_on_from_every_weight_of_the_checkpoint(tmp_path, stack):
+    model, checkpoint = saved(tmp_path, stack, **ONE_EPOCH)
+    again = build()
+    vg.protect(again, stack)
+    assert gap(again, model) > 1e-3
+    made = trainer(again, tmp_path, **ONE_EPOCH)
+    made.train(resume_from_checkpoint=str(checkpoint))
+    assert gap(again, model) == 0 and made.state.global_step == 4
+
+
+def test_the_best_model_at_the_end_has_every_weight_of_its_checkpoint(tmp_path):
+    model, _ = guarded(SHUFFLE)
+    made = GuardedTrainer(
+        model=model, train_dataset=Photos(), eval_dataset=Photos(), data_collator=collate_fn,
+        args=arguments(
+            tmp_path, save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True,
+            greater_is_better=True,
+        ),
+    )  # fmt: skip
+    made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-4") and made.state.global_step == 8
+    best = ViTForImageClassification.from_pretrained(made.state.best_model_checkpoint)
+    assert gap(best, model) == 0
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    _, checkpoint = saved(tmp_path)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights = {n: t for n, t in weights.items() if "layernorm_before" not in n}
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    model = build()
+    vg.protect(model, PRIVATE)
+    with pytest.raises(InputError, match=r"all that the model has, got .* without .*layernorm"):
+        trainer(model, tmp_path, max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+
+
+def with_adapters(stack):
+    peft = pytest.importorskip("peft")
+    guard = vg.protect(build(), stack)
+    wanted = ["q_proj", "query"]  # by release
+    return guard, peft.get_peft_model(
+        guard.model, peft.LoraConfig(r=2, target_modules=wanted, modules_to_save=["classifier"])
+    )
+
+
+def test_a_resume_of_adapters_goes_on_from_what_defenses_added(tmp_path):
+    guard, model = with_adapters(RANDOM)
+    trainer(model, tmp_path, **ONE_EPOCH).train()
+    again, other = with_adapters(RANDOM)
+    assert gap(again.model, guard.model) > 1e-3
+    checkpoint = tmp_path / "checkpoint-4"
+    trainer(other, tmp_path, **ONE_EPOCH).train(resume_from_checkpoint=str(checkpoint))
+    assert gap(again.model, guard.model) == 0
+    (checkpoint / "vitguard.safetensors").unlink()
+    with pytest.raises(InputError, match=r"all that the model has, got .* without vitguard"):
+        trainer(with_adapters(RANDOM)[1], tmp_path, **ONE_EPOCH).train(
+            resume_from_checkpoint=str(checkpoint)
+        )
+
+
+def test_every_model_that_model_init_makes_is_trained_privately_on_one_ledger(tmp_path):
+    made = GuardedTrainer(
+        model_init=lambda: vg.protect(build(), PRIVATE).model, train_dataset=Photos(),
+        args=arguments(tmp_path, max_steps=2), data_collator=collate_fn,
+    )  # fmt: skip
+    models = [made.model]
+    for trials in (1, 2):
+        made.train()
+        models.append(made.model)
+        assert made.guard.model is made.model
+        assert made.guard.privacy_spent().steps == 2 * trials
+    assert len(set(map(id, models))) == 3

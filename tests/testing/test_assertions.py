@@ -10,9 +10,9 @@ import torch
 
 from vitguard.core import Batch, Update
 from vitguard.defenses.base import Installed, ModelDefense
-from vitguard.defenses.privacy import DifferentialPrivacy
+from vitguard.defenses.privacy import DifferentialPrivacy, one_run_audit
 from vitguard.defenses.privacy.accounting import gaussian_epsilon
-from vitguard.errors import Inconclusive, Unprotected
+from vitguard.errors import Inconclusive, InputError, Unprotected
 from vitguard.guard import protect
 from vitguard.testing import (
     assert_checkpoint_compatible,
@@ -67,6 +67,10 @@ class Touches(ModelDefense):
             model.head.weight.requires_grad_(False)
         elif self.what == "mode":
             model.blocks.eval()
+        elif self.what == "attribute":
+            model.last_draw = torch.zeros(1)
+        elif self.what == "method":
+            model.blocks[0].attn.forward = model.blocks[0].attn.forward
         elif self.what == "weights":
             with torch.no_grad():
                 model.head.weight.mul_(2)
@@ -107,12 +111,12 @@ def test_an_attack_that_fails_on_the_control_is_inconclusive(tiny, photos):
     assert not issubclass(Inconclusive, AssertionError)
 
 
-def test_each_attack_that_is_named_must_work_on_the_control(tiny, photo):
+@pytest.mark.parametrize("given", [list, iter])
+def test_each_attack_that_is_named_must_work_on_the_control(tiny, photo, given):
     """One that works makes up for no other that was asked for."""
+    attacks = given(["position", "dlg:iterations=1"])
     with pytest.raises(Inconclusive, match="dlg does not work on the undefended model"):
-        assert_not_reconstructable(
-            tiny, photo, defenses="noise:scale=10", attacks=["position", "dlg:iterations=1"]
-        )
+        assert_not_reconstructable(tiny, photo, defenses="noise:scale=10", attacks=attacks)
 
 
 @pytest.mark.parametrize("stack", ["positions:kind=frozen", "shuffle", "privacy:noise=1"])
@@ -166,6 +170,24 @@ def test_sensitivity_holds_at_the_clip_fails_above_and_is_inconclusive_below(tin
         assert_sensitivity(lambda indices: torch.tensor([float("nan")]), 3, clip=1.0)
 
 
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_clip_that_is_none_is_no_bound(clip):
+    with pytest.raises(InputError, match="a finite clip above 0"):
+        assert_sensitivity(lambda indices: torch.zeros(1), 3, clip=clip)
+    with pytest.raises(InputError, match="at least one example, got 0"):
+        assert_sensitivity(lambda indices: torch.zeros(1), 0, clip=1.0)
+
+
+@pytest.mark.parametrize("left_out", range(3))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sum_that_is_not_finite_without_one_example_fails_whichever_it_is(left_out, value):
+    def total(indices):
+        return torch.tensor([value if left_out not in indices else float(len(indices))])
+
+    with pytest.raises(AssertionError, match="One example moves the sum by"):
+        assert_sensitivity(total, 3, clip=1.0)
+
+
 def gaussian(noise, seen=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return lambda included: seen * included + noise * float(torch.randn((), generator=generator))
@@ -178,14 +200,33 @@ def test_canaries_hold_a_claim_break_a_false_one_and_say_when_they_see_nothing()
         assert_epsilon_not_exceeded(gaussian(0.1), epsilon=claim, delta=1e-5)
     with pytest.raises(Inconclusive, match="sees the canary"):
         assert_epsilon_not_exceeded(gaussian(0.2, seen=0.0), epsilon=claim, delta=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_release_that_is_now_and_then_not_finite_is_no_sound_one(value):
+    claim, sound, count = gaussian_epsilon(1 / 0.2, 1e-5), gaussian(0.2), iter(range(10**6))
+
+    def release(included):
+        score = sound(included)
+        return value if included and next(count) % 50 == 7 else score
+
+    with pytest.raises(InputError, match="finite scores"):
+        assert_epsilon_not_exceeded(release, epsilon=claim, delta=1e-5)
+    with pytest.raises(InputError, match="finite scores"):
+        one_run_audit(lambda included: included.sum(0) * value)
     with pytest.raises(Inconclusive, match="nothing is claimed"):
         assert_epsilon_not_exceeded(gaussian(0.0), epsilon=float("inf"), delta=1e-5)
 
 
-@pytest.mark.parametrize("what", ["state", "loads", "parameter", "frozen", "mode"])
+@pytest.mark.parametrize(
+    "what", ["state", "loads", "parameter", "frozen", "mode", "attribute", "method"]
+)
 def test_whatever_a_defense_leaves_behind_is_found(tiny, what):
-    with pytest.raises(AssertionError, match="does not undo touches"):
+    with pytest.raises(AssertionError, match="does not undo touches") as told:
         assert_removable(tiny, defenses=[Touches(what)])
+    if what in ("attribute", "method"):
+        name = "last_draw" if what == "attribute" else "forward"
+        assert f"nothing became ['{name}']" in str(told.value)
 
 
 def test_a_defense_that_changes_weights_is_not_what_the_model_was(tiny, photo):
@@ -203,6 +244,7 @@ def test_what_is_sealed_too_little_is_found():
     update = Update(PLAIN)
     sealed = update.seal({"a": "encrypted"})
     assert_sealed(sealed, ["a"], plain=PLAIN)
+    assert_sealed(sealed, "a", plain=PLAIN)
     with pytest.raises(AssertionError, match="1 can be read"):
         assert_sealed(update, ["a"])
     with pytest.raises(AssertionError, match="1 are not listed"):

@@ -158,12 +158,12 @@ def test_two_bugs_of_a_third_party_are_found_without_a_line_of_test_code(said):
     assert failed == {
         "test_defense[batch-noise-check_noise]", "test_defense[token-shuffle-check_tokens]",
     }, said  # fmt: skip
-    assert "2 failed, 42 passed" in said, said
+    assert "2 failed, 50 passed" in said, said
     assert "on a batch of 3" in said and "the class token of" in said, said
 
 
 def test_every_check_has_a_name_and_a_claim():
-    assert len(CHECKS) == 10
+    assert len(CHECKS) == 12
     assert all(check.__doc__ for check in CHECKS.values())
 
 

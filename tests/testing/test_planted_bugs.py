@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import pytest
@@ -12,13 +12,20 @@ from vitguard import registry
 from vitguard.defenses import protection
 from vitguard.defenses.base import Installed, ModelDefense, UpdateDefense
 from vitguard.defenses.privacy import DifferentialPrivacy
+from vitguard.defenses.shuffle import PatchShuffle
+from vitguard.defenses.shuffle.installed import InstalledShuffle
 from vitguard.guard import Guard
 from vitguard.testing import defense_contracts
 from vitguard.testing.defense_contracts import (
     check_copies,
+    check_draws,
     check_fails_closed,
     check_model,
+    check_noise,
     check_spec,
+    check_state,
+    check_tokens,
+    check_values,
 )
 
 # the spec
@@ -130,6 +137,175 @@ def test_a_copy_with_other_defenses_is_found(monkeypatch):
     )
     with pytest.raises(AssertionError, match="deepcopy of marked has"):
         check_copies(Marked())
+
+
+# eval mode, in every way that a model is evaluated
+
+
+class Now:
+    """Adds to the output in eval mode where a condition holds, which may count passes."""
+
+    def __init__(self, when):
+        self.when, self.evaluated, self.trained = when, 0, False
+
+    def __call__(self, module, args, out):
+        if module.training:
+            self.trained = True
+            return None
+        self.evaluated += 1
+        holds = {
+            "never": False,
+            "without gradients": not torch.is_grad_enabled(),
+            "with gradients": torch.is_grad_enabled(),
+            "in inference mode": torch.is_inference_mode_enabled(),
+            "of one image": len(out) == 1,
+            "of more images": len(out) > 2,
+            "the second time": self.evaluated == 2,
+            "after training passes": self.trained,
+            "after training passes, with gradients": self.trained and torch.is_grad_enabled(),
+        }
+        return out + 1e-3 if holds[self.when] else None
+
+
+@dataclass(frozen=True)
+class Evaluated(ModelDefense):
+    """Changes what the model gives in eval mode, now and then."""
+
+    name: ClassVar[str] = "evaluated"
+    when: str = "never"
+
+    def install(self, model, anatomy, draws):
+        return Piece(model.register_forward_hook(Now(self.when)), {}, goes=True)
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        "without gradients", "with gradients", "in inference mode", "of one image",
+        "of more images", "the second time", "after training passes",
+        "after training passes, with gradients",
+    ],
+)  # fmt: skip
+def test_a_defense_that_acts_in_eval_mode_now_and_then_is_found(when):
+    check_model(Evaluated())
+    with pytest.raises(AssertionError, match="changes the output in eval mode") as told:
+        check_model(Evaluated(when))
+    assert when == "without gradients" or f"eval mode {when}:" in str(told.value)
+
+
+# draws
+
+
+@dataclass(frozen=True)
+class Noisy(UpdateDefense):
+    """Adds noise that somebody may know, or that nobody does."""
+
+    name: ClassVar[str] = "noisy"
+    source: str = "draws"
+    steps: ClassVar[list] = []
+
+    def traits(self, before, anatomy):
+        return replace(before, exact=False, noise=0.5)
+
+    def seal(self, update, anatomy, draws):
+        self.steps.append(1)
+        seed = {"step": len(self.steps), "constant": 7, "round": 7 + len(self.steps) % 2}
+        generator = None
+        if self.source in seed:
+            generator = torch.Generator().manual_seed(seed[self.source])
+        made = {}
+        for name, t in update.tensors.items():
+            drawn = torch.randn(t.shape, generator=generator)
+            if self.source == "draws":
+                drawn = draws.normal(t.shape, like=t)
+            made[name] = t + 0.5 * t.square().mean().sqrt() * drawn
+        return replace(update, tensors=made)
+
+
+@pytest.mark.parametrize("source", ["step", "constant", "round", "process"])
+def test_noise_that_somebody_knows_is_found(source):
+    """It has the standard deviation that its traits claim, so that its size tells nothing."""
+    check_draws(Noisy())
+    Noisy.steps.clear()
+    check_noise(Noisy(source))
+    with pytest.raises(AssertionError, match=r"from elsewhere|adds the same noise"):
+        check_draws(Noisy(source))
+
+
+class Rolls(InstalledShuffle):
+    """A shuffle with a bug."""
+
+    bug = "none"
+
+    def place(self, sequence):
+        placed = super().place(sequence)
+        if self.bug == "state":
+            self.register_buffer("last", self._source.clone())
+        if self.bug == "first batch" and self.forwards == 1:
+            return placed.roll(1, 1)
+        return placed.roll(1, 1) if self.bug == "one image" and len(sequence) == 1 else placed
+
+    def __getstate__(self):
+        if self.bug != "copies":
+            return super().__getstate__()
+        return {**super().__getstate__(), "_mask": self._mask, "_source": self._source}
+
+
+@dataclass(frozen=True)
+class RollingShuffle(PatchShuffle):
+    """A patch shuffle with a bug, or none."""
+
+    name: ClassVar[str] = "rolling"
+    bug: str = "none"
+
+    def install(self, model, anatomy, draws):
+        piece = Rolls(model, anatomy, draws, self)
+        piece.bug = self.bug
+        return piece
+
+
+@pytest.mark.parametrize("bug", ["first batch", "one image"])
+def test_a_shuffle_that_moves_class_tokens_now_and_then_is_found(bug):
+    check_tokens(RollingShuffle())
+    with pytest.raises(AssertionError, match="changes the class token"):
+        check_tokens(RollingShuffle(bug=bug))
+
+
+@pytest.mark.parametrize(
+    ("bug", "why"), [("state", "leaves vitguard.rolling.last in"), ("copies", "its last draw")]
+)
+def test_a_shuffle_that_keeps_its_draw_where_others_see_it_is_found(bug, why):
+    check_state(RollingShuffle())
+    with pytest.raises(AssertionError, match=why):
+        check_state(RollingShuffle(bug=bug))
+
+
+# what a defense of the model does to the gradient
+
+
+class Blurs:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, module, args, out):
+        return self.scale * out if module.training else None
+
+
+@dataclass(frozen=True)
+class Damps(ModelDefense):
+    """Scales the class scores in training, and says nothing of it in its traits."""
+
+    name: ClassVar[str] = "damps"
+    scale: float = 1.0
+
+    def install(self, model, anatomy, draws):
+        return Piece(model.register_forward_hook(Blurs(self.scale)), {}, goes=True)
+
+
+def test_a_defense_of_the_model_that_does_more_than_its_traits_say_is_found():
+    check_values(Damps())
+    with pytest.raises(AssertionError, match=r"damps is exact by its traits, yet .* is off by"):
+        check_values(Damps(0.5))
 
 
 # failing closed

@@ -81,6 +81,14 @@ def test_a_run_counts_what_held_failed_and_was_inconclusive_and_writes_it_down(t
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("path", ["missing/found.json", "."])
+def test_a_report_that_cannot_be_written_is_told_before_the_first_test(tmp_path, path):
+    (tmp_path / "test_it.py").write_text("def test_nothing():\n    pass\n")
+    done = pytest_in(tmp_path, f"--vitguard-report={path}")
+    assert done.returncode == 4 and "passed" not in done.stdout
+    assert "ERROR: --vitguard-report: Expected" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_project_sees_green_red_and_inconclusive_with_a_picture_and_a_report(tmp_path):
     (tmp_path / "test_it.py").write_text(TESTS)

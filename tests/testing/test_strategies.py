@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 
 from vitguard.core import Batch, Update
 from vitguard.defenses.base import Defense, ModelDefense, UpdateDefense
-from vitguard.errors import Rejected, VitguardError
+from vitguard.defenses.noise import GradientNoise
+from vitguard.defenses.positions import FixedPositions
+from vitguard.defenses.shuffle import PatchShuffle
+from vitguard.errors import InputError, Rejected, VitguardError
 from vitguard.guard import protect
 from vitguard.registry import defense_types, parse_stack, stack_name
 from vitguard.testing import messages, strategies
@@ -52,6 +55,52 @@ def test_every_model_takes_every_stack_and_batch_that_are_drawn_for_it(examples)
         assert update.batch_size == len(batch.labels) and parse_stack(stack_name(stack)) == stack
 
     takes()
+
+
+def drawn_names(model):
+    found = set()
+
+    @settings(few, max_examples=25)
+    @given(strategies.stacks(model, each=st.sampled_from(SIMPLE), most=1))
+    def draw(stack):
+        found.update(d.name for d in stack)
+
+    draw()
+    return found
+
+
+SIMPLE = [GradientNoise(0.5), FixedPositions(), PatchShuffle()]
+
+
+@pytest.mark.parametrize("first", ["frozen", "trained"])
+def test_what_one_model_cannot_take_is_not_kept_from_another_of_its_shape(first):
+    """Nor given to one that cannot take it."""
+    strategies._TAKEN.clear()
+    kinds = {"frozen": False, "trained": True}
+    for kind in sorted(kinds, key=lambda k: k != first):
+        model = strategies._built(strategies.ViTShape()).requires_grad_(kinds[kind])
+        try:
+            found = drawn_names(model)
+        finally:
+            model.requires_grad_(True)
+        assert found == ({d.name for d in SIMPLE} if kinds[kind] else set())
+
+
+def test_batches_of_a_model_without_a_head_have_labels_too():
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=0
+    )
+
+    @settings(few, max_examples=5)
+    @given(strategies.batches(model))
+    def draw(batch):
+        assert len(batch.labels) == len(batch.images)
+
+    draw()
+    with pytest.raises(InputError, match="at least one class, got 0"):
+        find(strategies.labels(2, 0), lambda _: True)
 
 
 def test_models_are_built_once_for_a_shape_and_never_shared():

@@ -228,6 +228,9 @@ class Installed(nn.Module):
     def abandon(self) -> None:
         """Drop what a forward left behind that broke off, so that the next one starts clean."""
 
+    def moving(self, model: nn.Module) -> None:
+        """Raise Unprotected if an optimizer, about to step, must move no parameter of the model."""
+
     def stepped(self) -> None:
         """Note that an optimizer is about to step the parameters of this defense."""
 

@@ -177,7 +177,8 @@ class _InstalledPositions(Installed):
 
     def withheld(self) -> Mapping[str, str]:
         assert self.anatomy.positions is not None
-        return {self.anatomy.positions: "fixed positions have no gradient"}
+        own = (self.anatomy.positions, f"vitguard.{FixedPositions.name}.fixed")
+        return dict.fromkeys(own, "fixed positions have no gradient")
 
     def verify(self, model: nn.Module) -> None:
         parent, attribute = _locate(model, self.anatomy)

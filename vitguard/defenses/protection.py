@@ -116,11 +116,13 @@ class Protection(nn.Module):
             model.register_forward_pre_hook(_require_preparation),
             *watch_gradients(model.parameters(), self._expose),
         ]
+        watch_steps(self, model)
 
     def watch_again(self, model: nn.Module) -> None:
         """Note gradients around a copy too, whose parameters came without their hooks."""
         if len(self.watches) == 1 and not self.passing:
             self.watches += watch_gradients(model.parameters(), self._expose)
+            watch_steps(self, model)
 
     def _expose(self, parameter: Tensor) -> None:
         if not self.passing:
@@ -158,6 +160,16 @@ class Protection(nn.Module):
         """Warn at the first optimizer step of `model` where `idle` has something to say."""
         if self.idle():
             watch_steps(self, model)
+
+    def moving(self, model: nn.Module) -> None:
+        """Refuse a step on plain gradients, which nobody prepared: of a pass in eval mode, say."""
+        if self.exposed and not self.passing:
+            raise Unprotected(
+                "Expected training through guard.prepare(optimizer, loader), got an optimizer's "
+                "step after a plain gradient (of a pass in eval mode, or around the model's own "
+                "forward): it would be neither clipped nor noised. Call prepare, in training mode, "
+                "or take the gradient on a copy."
+            )
 
     def stepped(self) -> None:
         """Note that an optimizer is about to step the model."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,18 +72,39 @@ def prepare(
 def register(accelerator: Accelerator, guard: Guard) -> None:
     """Let `save_state` write the guard's state, mode 600, and `load_state` refuse to go on without.
 
-    For a loop that calls `guard.prepare` and then `accelerator.prepare` itself.
+    For a loop that calls `guard.prepare` and then `accelerator.prepare` itself. Of several
+    protected models each has a file of its own, in the order in which accelerate counts models.
     """
+    guards = _REGISTERED.setdefault(accelerator, [])
+    if any(known._protection is guard._protection for known in guards):
+        return
+    guards.append(guard)
 
     def save(models: Any, weights: Any, folder: str | os.PathLike[str]) -> None:
-        if accelerator.is_main_process:
-            save_state(guard, folder)
+        number = _number(guard, guards, models)
+        if accelerator.is_main_process and number is not None:
+            save_state(guard, folder, number)
 
     def load(models: Any, folder: str | os.PathLike[str]) -> None:
-        load_state(guard, folder)
+        if (number := _number(guard, guards, models)) is not None:
+            load_state(guard, folder, number)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+_REGISTERED: weakref.WeakKeyDictionary[Accelerator, list[Guard]] = weakref.WeakKeyDictionary()
+
+
+def _number(guard: Guard, guards: Sequence[Guard], models: Sequence[torch.nn.Module]) -> int | None:
+    """Return which of the protected models of an accelerator a guard's is, None where it has gone.
+
+    Where the accelerator was given none of them, the guard registered last is the first.
+    """
+    held = [m for model in models for m in model.modules()]
+    found = [g for m in held for g in guards if g.model is m]
+    order = [g._protection for g in found or guards[-1:]]
+    return next((i for i, p in enumerate(order) if p is guard._protection), None)
 
 
 def _refuse(accelerator: Accelerator) -> None:
@@ -114,3 +136,10 @@ class PlacedBatches:
     def skip(self) -> None:
         """Leave the batch handed out last out of training, as `PoissonLoader.skip` does."""
         self.loader.skip()
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"Expected a plain loader for its {name}, got the private one, of which every draw is "
+            "fresh: after a resume there is nothing to skip (skip_first_batches). The loader that "
+            "it stands in for is loader.source."
+        )

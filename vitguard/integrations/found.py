@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vitguard.defenses.base import Ledgered, StepDefense
@@ -13,15 +15,20 @@ from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, Unprotected, expected
 from vitguard.files import write_atomically
 from vitguard.guard import Guard
+from vitguard.guard.state import from_bytes
 
 __all__ = [
-    "STATE_FILE", "epsilons", "guard_inside", "is_private", "load_state", "refuse_accumulation",
-    "refuse_compiled", "refuse_float16", "refuse_idle", "refuse_spread", "require_state",
-    "save_state", "take_state", "with_auxiliary",
+    "EXTRAS_FILE", "STATE_FILE", "epsilons", "guard_inside", "is_private", "join_ledgers",
+    "load_extras", "load_state", "refuse_accumulation", "refuse_compiled", "refuse_float16",
+    "refuse_idle", "refuse_spread", "require_state", "save_extras", "save_state", "take_counts",
+    "take_state", "with_auxiliary",
 ]  # fmt: skip
 
 STATE_FILE = "vitguard.json"
 """The guard's state in a checkpoint folder, readable by its owner alone."""
+
+EXTRAS_FILE = "vitguard.safetensors"
+"""What defenses added to the model, which the weights in a checkpoint folder may leave out."""
 
 
 def guard_inside(model: nn.Module) -> Guard:
@@ -103,9 +110,18 @@ def epsilons(guard: Guard) -> dict[str, float]:
     return {"epsilon" if len(spent) == 1 else f"epsilon_{n}": e for n, e in spent.items()}
 
 
-def save_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
-    """Write the guard's state into a checkpoint folder, mode 600."""
-    write_atomically(Path(folder) / STATE_FILE, guard.state_bytes(), private=True)
+def save_state(guard: Guard, folder: str | os.PathLike[str], number: int = 0) -> None:
+    """Write the guard's state into a checkpoint folder, mode 600.
+
+    Args:
+        number: Which of several protected models it is of.
+    """
+    write_atomically(_state_file(folder, number), guard.state_bytes(), private=True)
+
+
+def _state_file(folder: str | os.PathLike[str], number: int) -> Path:
+    path = Path(folder) / STATE_FILE
+    return path.with_stem(f"{path.stem}_{number}") if number else path
 
 
 def require_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
@@ -114,10 +130,47 @@ def require_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
         raise _no_state(f"without {STATE_FILE}, {folder}")
 
 
-def load_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
+def load_state(guard: Guard, folder: str | os.PathLike[str], number: int = 0) -> None:
     """Go on from the guard's state in a checkpoint folder."""
-    path = Path(folder) / STATE_FILE
+    path = _state_file(folder, number)
     take_state(guard, path.read_bytes() if path.is_file() else None, f"without {path}")
+
+
+def save_extras(guard: Guard, folder: str | os.PathLike[str]) -> None:
+    """Write what the defenses added to the model into a checkpoint folder, if anything."""
+    if extras := guard.extras():
+        tensors = {name: t.cpu().contiguous() for name, t in extras.items()}
+        write_atomically(Path(folder) / EXTRAS_FILE, save(tensors))
+
+
+def load_extras(guard: Guard, folder: str | os.PathLike[str]) -> set[str]:
+    """Load what `save_extras` wrote, if anything, and return its names."""
+    path = Path(folder) / EXTRAS_FILE
+    if not path.is_file():
+        return set()
+    extras = load(path.read_bytes())
+    guard.model.load_state_dict(extras, strict=False)
+    return set(extras)
+
+
+def join_ledgers(guard: Guard, earlier: Guard) -> None:
+    """Let a guard of another model, trained on the same records, go on from what was spent."""
+    for name, ledger in earlier._ledgers.items():
+        if name in guard._ledgers:
+            guard._ledgers[name].load_state_dict(ledger.state_dict())
+
+
+def take_counts(guard: Guard, state: bytes) -> None:
+    """Count what the state of a checkpoint has spent, where the stack counts it too.
+
+    For weights that are loaded by themselves. An older state has nothing that is not counted.
+    """
+    ledgers = from_bytes(state)["ledger"] or {}
+    for defense in guard.defenses:
+        if isinstance(defense, Ledgered) and defense.name in ledgers:
+            defense.ledger().load_state_dict(ledgers[defense.name])  # raises for what is none
+            with suppress(InputError):
+                guard._ledgers[defense.name].load_state_dict(ledgers[defense.name])
 
 
 def take_state(guard: Guard, state: bytes | None, missing: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from vitguard.integrations.found import (
     refuse_accumulation,
     refuse_compiled,
     refuse_idle,
+    take_counts,
     take_state,
     with_auxiliary,
 )
 
 try:
     from lightning.pytorch import Callback
+    from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as error:
     raise missing_extra("vitguard.integrations.lightning", "lightning", "lightning") from error
 
@@ -39,13 +41,20 @@ class GuardCallback(Callback):
     it along.
 
     Guarantees:
-        A checkpoint holds the ledger, which holds no secret; resuming without it is refused.
+        A checkpoint holds the ledger, which holds no secret; resuming without it is refused, and
+        testing on an older one changes nothing of it.
         Training whose defenses act on updates alone is refused, unless it is inside `guard.round`,
         or `guard.will_seal` or `guard.keep_local` was called.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         refuse_idle(guard_inside(pl_module))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        # Lightning makes the gradient in a closure, which torch's own hook comes before
+        guard = guard_inside(pl_module)
+        for piece in () if is_private(guard) else guard._protection.installed():
+            piece.moving(guard.model)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         for name, value in epsilons(guard_inside(pl_module)).items():
@@ -55,8 +64,15 @@ class GuardCallback(Callback):
         checkpoint[_STATE] = guard_inside(pl_module).state_bytes(draws=False, memory=False).decode()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        state = str(checkpoint[_STATE]).encode() if _STATE in checkpoint else None
-        take_state(guard_inside(pl_module), state, "without")
+        state = _state_in(checkpoint)
+        if trainer.state.fn == TrainerFn.FITTING:
+            take_state(guard_inside(pl_module), state, "without")
+        elif state is not None:
+            take_counts(guard_inside(pl_module), state)
+
+
+def _state_in(checkpoint: Mapping[str, Any]) -> bytes | None:
+    return str(checkpoint[_STATE]).encode() if _STATE in checkpoint else None
 
 
 class PrivateBatches:
@@ -88,7 +104,7 @@ class GuardMixin:
         What defenses added is trained, and their auxiliary loss is part of the loss.
         Under differential privacy every step is private, on Poisson batches; `physical_batch` cuts
         them inside `training_step`, so that a step is a step.
-        What `GuardCallback` says.
+        What `GuardCallback` says; weights that `load_from_checkpoint` loads bring their ledger.
 
     Under differential privacy a loader that is no `train_dataloader` of the module is given as
     `trainer.fit(module, module.private(loader))`; a data module returns
@@ -98,6 +114,11 @@ class GuardMixin:
 
     _loader: PrivateBatches | None = None
     _optimizer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has no private optimizer and loader of its own: its `fit` makes them
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
+        return {k: v for k, v in state.items() if k not in ("_optimizer", "_loader")}
 
     @property
     def guard(self) -> Guard:
@@ -112,6 +133,11 @@ class GuardMixin:
     def configure_callbacks(self) -> list[Any]:
         made = super().configure_callbacks()  # type: ignore[misc]
         return [*(made if isinstance(made, list | tuple) else [made]), GuardCallback()]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        if (state := _state_in(checkpoint)) is not None:
+            take_counts(self.guard, state)
 
     def train_dataloader(self) -> Any:
         loader = super().train_dataloader()  # type: ignore[misc]
@@ -134,6 +160,13 @@ class GuardMixin:
         compiled = getattr(self, "_compiler_ctx", None) is not None
         refuse_compiled("torch.compile", compiled, "Give the module itself to fit")
         refuse_accumulation("accumulate_grad_batches", trainer.accumulate_grad_batches)
+        if epochs := trainer.reload_dataloaders_every_n_epochs:
+            raise Incompatible(
+                "Expected one loader for the whole training under differential privacy, got "
+                f"reload_dataloaders_every_n_epochs={epochs}: noise and ledger go by the loader "
+                "that was prepared. Leave it out: every draw is fresh; for other records call "
+                "fit again."
+            )
         _ = trainer.estimated_stepping_batches  # asks for the loaders
         used = trainer.train_dataloader
         if self._loader is None or used is not self._loader:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ __all__ = [
     "assert_not_reconstructable",
     "assert_removable",
 ]
+
+Grad = Callable[[], AbstractContextManager[None]]
 
 
 @noted
@@ -68,6 +71,7 @@ def assert_not_reconstructable(
     """
     if attacks is None:
         attacks = "ladder" if budget() == "full" else "ladder:seconds=10"
+    attacks = attacks if isinstance(attacks, str) else list(attacks)  # it is gone through twice
     if labels is None:
         labels = data.assign_labels(len(images), Anatomy.of(model).classes)
     stack = stack_of(defenses)
@@ -139,6 +143,7 @@ def _saved(report: AuditReport) -> str:
 def assert_eval_unchanged(model: nn.Module, images: Tensor, *, defenses: Stack) -> None:
     """Assert that in eval mode the protected model gives the model's own output to the last bit.
 
+    With gradients and without, of one image and of several, again, and after training passes.
     Compared is a copy of the model, never protected, with the positions of `Guard.export` where a
     defense fixed them. All other weights must be those of the model.
     Control: the output depends on the images.
@@ -163,16 +168,35 @@ def assert_eval_unchanged(model: nn.Module, images: Tensor, *, defenses: Stack) 
             f"{_name(defenses)} changes {len(moved)} weights of the model: {moved[:5]}."
         )
     with torch.no_grad():
-        ours, theirs = logits_of(guard.model.eval()(inputs)), logits_of(public(inputs))
-        others = logits_of(public(inputs.flip(-1) * 0.5 + 0.1))
+        theirs, others = logits_of(public(inputs)), logits_of(public(inputs.flip(-1) * 0.5 + 0.1))
     if torch.equal(theirs, others):
         raise Inconclusive("The model's output does not depend on the images: nothing is compared.")
-    if not torch.equal(ours, theirs):
-        differs = (ours - theirs).abs()
-        raise AssertionError(
-            f"{_name(defenses)} changes the output in eval mode: {int((differs != 0).sum())} of "
-            f"{differs.numel()} logits, by up to {float(differs.max()):.3g}."
-        )
+    for where, seen, grad in _evaluations(guard, inputs):
+        with grad():
+            guard.model.eval()
+            ours, theirs = (logits_of(m(seen)).detach() for m in (guard.model, public))
+        if not torch.equal(ours, theirs):
+            differs = (ours - theirs).abs()
+            raise AssertionError(
+                f"{_name(defenses)} changes the output in eval mode{where}: "
+                f"{int((differs != 0).sum())} of {differs.numel()} logits, by up to "
+                f"{float(differs.max()):.3g}."
+            )
+
+
+def _evaluations(guard: Guard, inputs: Tensor) -> Iterator[tuple[str, Tensor, Grad]]:
+    """Yield each way to evaluate a model, in words, with its images and its mode of gradients."""
+    yield "", inputs, torch.no_grad
+    yield " the second time", inputs, torch.no_grad
+    yield " of one image", inputs[:1], torch.no_grad
+    yield " of more images", torch.cat([inputs, inputs, inputs]), torch.no_grad
+    yield " with gradients", inputs, torch.enable_grad
+    yield " in inference mode", inputs, torch.inference_mode
+    for _ in range(2):
+        with guard.rehearsing(), torch.no_grad():
+            guard.model.train()(inputs)
+    yield " after training passes", inputs, torch.no_grad
+    yield " after training passes, with gradients", inputs, torch.enable_grad
 
 
 @noted
@@ -213,8 +237,8 @@ def assert_checkpoint_compatible(model: nn.Module, *, defenses: Stack) -> None:
 def assert_removable(model: nn.Module, *, defenses: Stack) -> None:
     """Assert that `remove()` gives the architecture back: modules, keys, values and hooks.
 
-    Hooks of passes, of state dicts and of parameters count, and so do which parameters are trained
-    and the mode of each module.
+    Hooks of passes, of state dicts and of parameters count, and so do which parameters are trained,
+    the mode of each module and the names of its attributes.
 
     Control: the protected model is another one than the model.
 
@@ -230,7 +254,7 @@ def assert_removable(model: nn.Module, *, defenses: Stack) -> None:
     guard.remove()
     after = _architecture(guard.model)
     if odd := sorted({k for k in {*before, *after} if before.get(k) != after.get(k)}):
-        text = "; ".join(f"{k or 'the model'}: {before.get(k)} became {after.get(k)}" for k in odd)
+        text = "; ".join(_changed(k, before.get(k, ()), after.get(k, ())) for k in odd)
         raise AssertionError(f"remove() does not undo {_name(defenses)}: {text[:500]}.")
     state = guard.model.state_dict()
     lost = [
@@ -245,12 +269,20 @@ def assert_removable(model: nn.Module, *, defenses: Stack) -> None:
         )
 
 
+def _changed(name: str, before: tuple[object, ...], after: tuple[object, ...]) -> str:
+    gone, new = (
+        [x for x in one if x not in two] for one, two in ((before, after), (after, before))
+    )
+    return f"{name or 'the model'}: {gone or 'nothing'} became {new or 'nothing'}"
+
+
 def _architecture(model: nn.Module) -> dict[str, tuple[object, ...]]:
     """Return what each module and parameter is and how many hooks it has, by name."""
     found: dict[str, tuple[object, ...]] = {}
     for name, m in model.named_modules():
         hooks = {k: len(v) for k, v in vars(m).items() if k.endswith("_hooks") and v}
-        found[name] = (type(m), m.training, *sorted(hooks.items()), "forward" in vars(m))
+        own = sorted(k for k in vars(m) if not k.endswith(("_hooks", "_kwargs", "_called")))
+        found[name] = (type(m), m.training, *sorted(hooks.items()), *own)
     for name, p in model.named_parameters():
         kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
         found[f"parameter {name}"] = p.requires_grad, *(len(getattr(p, k) or ()) for k in kinds)
@@ -266,7 +298,7 @@ def _protected(model: nn.Module, defenses: Stack) -> Guard:
 
 def _fixed(guard: Guard) -> set[str]:
     """Return the names whose values a defense sets on purpose, by its own traits."""
-    own = guard.traits.positions in ("fixed", "withheld")
+    own = guard.traits.positions in ("fixed", "withheld", "none")
     return {guard.anatomy.positions} if own and guard.anatomy.positions else set()
 
 

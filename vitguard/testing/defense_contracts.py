@@ -16,9 +16,12 @@ import io
 import logging
 import math
 import pickle
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,12 +50,14 @@ __all__ = [
     "check_composes",
     "check_copies",
     "check_defense",
+    "check_draws",
     "check_fails_closed",
     "check_model",
     "check_names",
     "check_noise",
     "check_quiet",
     "check_spec",
+    "check_state",
     "check_tokens",
     "check_values",
 ]
@@ -74,6 +79,8 @@ def check_defense(defense: Defense, others: Sequence[Defense] | None = None) -> 
     check_tokens(defense)
     check_values(defense)
     check_noise(defense)
+    check_draws(defense)
+    check_state(defense)
     check_fails_closed(defense)
     check_quiet(defense)
     check_composes(defense, others)
@@ -146,14 +153,14 @@ def check_tokens(defense: Defense) -> None:
     anatomy, shuffle = guard.anatomy, guard.traits.shuffle
     plain = copy.deepcopy(_model())
     plain.load_state_dict(guard.export())
-    for _ in range(8):  # draws: a token that is moved now and then shows in one of them
-        ours, theirs = (_embedded(m, anatomy.embedded, images) for m in (guard.model, plain))
+    for size in (3, 1) * 4:  # draws: a token that is moved now and then shows in one of them
+        seen = images[:size]
+        ours, theirs = (_embedded(m, anatomy.embedded, seen) for m in (guard.model, plain))
         assert ours.shape == theirs.shape, f"{defense.name} gives the blocks {tuple(ours.shape)}"
         differs = (ours != theirs).any(-1)
         prefix = differs[:, : anatomy.prefix_tokens]
         assert not bool(prefix.any()), (
-            f"{defense.name} changes the class token of {int(prefix.any(1).sum())} of "
-            f"{len(images)} images"
+            f"{defense.name} changes the class token of {int(prefix.any(1).sum())} of {size} images"
         )
         most, moved = (shuffle.most if shuffle else 0), int(differs.sum(1).max())
         assert moved <= most, (
@@ -162,12 +169,18 @@ def check_tokens(defense: Defense) -> None:
 
 
 def check_values(defense: Defense) -> None:
-    """Tensors are exact and of low rank where traits say so; zeros that are new are told."""
-    if isinstance(defense, ModelDefense | BatchDefense):
+    """Tensors are exact and of low rank where traits say so; zeros that are new are told.
+
+    Of a defense of the model they are compared with the gradient of the public model, unless its
+    traits say that patches are moved.
+    """
+    if isinstance(defense, BatchDefense):
         return
     for size in (_size(defense, size) for size in SIZES):
         guard, plain, update = _beside(defense, size)
         traits = guard.traits
+        if isinstance(defense, ModelDefense) and traits.shuffle is not None:
+            return
         for name, tensor in update.tensors.items():
             truth = plain.tensors[name]
             if traits.exact:
@@ -225,6 +238,116 @@ def check_noise(defense: Defense) -> None:
             f"the noise of {defense.name} on a batch of {size} has {fit.ratio:.4g} times the "
             f"standard deviation that its traits claim (p = {fit.p_value:.2g})"
         )
+
+
+def check_draws(defense: Defense) -> None:
+    """What is drawn repeats from the generator given to protect, and from no seed of the process.
+
+    Noise that traits claim, and moved tokens that are drawn, are others in each process and each
+    update.
+    """
+    seeded = [_drawn(defense, torch.Generator().manual_seed(0), process) for process in (1, 2)]
+    odd = _first_difference(*seeded)
+    assert odd is None, (
+        f"{defense.name} draws {odd} from elsewhere than the draws that it is given: of one "
+        "generator it makes two, so that no audit of it repeats, and its seed may be known"
+    )
+    other = _drawn(defense, torch.Generator().manual_seed(1), 1)
+    try:
+        secret = [_drawn(defense, None, 1) for _ in range(2)]
+    except Unprotected:
+        return  # it gives nothing without keys or others, but for a rehearsal
+    varying = [n for n, t in seeded[0].items() if not torch.equal(t, other[n])]
+    assert not varying or any(not torch.equal(secret[0][n], secret[1][n]) for n in varying), (
+        f"{defense.name} draws the same in two processes with the same seeds: who knows them "
+        "takes it off again"
+    )
+    if not _claims_noise(defense):
+        return
+    for name, tensor in secret[0].items():
+        if not name.startswith("update 1") or tensor.numel() == 1 or not bool(tensor.any()):
+            continue
+        assert not torch.equal(tensor, secret[1][name]), (
+            f"{defense.name} adds the same noise in two processes with the same seeds ({name})"
+        )
+        assert not torch.equal(tensor, secret[0][name.replace("update 1", "update 2")]), (
+            f"{defense.name} adds the same noise to two updates ({name})"
+        )
+
+
+def _claims_noise(defense: Defense) -> bool:
+    if isinstance(defense, ModelDefense | BatchDefense):
+        return False
+    traits = _guard(defense).traits
+    return not traits.sealed and (traits.noise > 0 or math.isfinite(traits.information))
+
+
+def _drawn(defense: Defense, generator: torch.Generator | None, process: int) -> dict[str, Tensor]:
+    """Return what two updates hold and what the blocks got in four passes.
+
+    Args:
+        process: Seed of every generator that a process has.
+    """
+    with _same_process(process):
+        guard = protect(_model().train(), [defense], generator=generator)
+        found = {}
+        for i in (1, 2):
+            with guard.ungated():
+                update = guard.update(*_inputs(_size(defense)))
+            found |= {f"update {i}, {n}": t for n, t in update.tensors.items()}
+        for i in range(4 if isinstance(defense, ModelDefense) else 0):
+            found[f"tokens {i}"] = _embedded(guard.model, guard.anatomy.embedded, _batch(3)[0])
+    return found
+
+
+@contextmanager
+def _same_process(seed: int) -> Iterator[None]:
+    """Seed what a process draws from, and put it back afterwards."""
+    legacy = np.random.mtrand  # what `np.random.rand` and its like draw from
+    states: tuple[Any, Any] = random.getstate(), legacy.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            legacy.seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        legacy.set_state(states[1])
+
+
+def _first_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
+    for name in (*one, *other):
+        if name not in one or name not in other or not torch.equal(one[name], other[name]):
+            return name
+    return None
+
+
+def check_state(defense: Defense) -> None:
+    """No draw is left in a state dict, nor what is secret in a copy of the model."""
+    guard = protect(_model().train(), [defense])
+    twin = Guard.of(copy.deepcopy(guard.model))
+    for one in (guard, twin):
+        for size in (3, 1, 3, 3):
+            with one.rehearsing(), torch.no_grad():
+                one.model.train()(_batch(size)[0] * 2 - 1)
+        with one.ungated(), suppress(Unprotected):  # keys or others are missing: nothing is made
+            one.update(*_inputs(_size(defense)))
+    states = [
+        {n: t for n, t in g.model.state_dict().items() if isinstance(t, Tensor)}
+        for g in (guard, twin)
+    ]
+    odd = _first_difference(*states)
+    assert odd is None, (
+        f"{defense.name} leaves {odd} in the state dict, which tells of a draw: a checkpoint or an "
+        "average would hold it"
+    )
+    for how, model in (
+        ("deepcopy", copy.deepcopy(guard.model)),
+        ("pickle", pickle.loads(pickle.dumps(guard.model))),
+    ):
+        left = sorted(Guard.of(model).truth())
+        assert not left, f"a {how} of a model under {defense.name} holds its last draw: {left[:5]}"
 
 
 def check_fails_closed(defense: Defense) -> None:
@@ -311,11 +434,14 @@ def _names() -> list[str]:
 
 
 def _beside(defense: Defense, size: int) -> tuple[Guard, Update, Update]:
-    """Return a guard, the plain update, and the update under the defense, of one batch."""
+    """Return a guard, the public model's update, and the one under the defense, of one batch."""
     guard = _guard(defense)
     with guard.ungated():
         update = guard.update(*_inputs(size))
-    return guard, protect(_model(), []).update(*_inputs(size)), update
+    public = guard.public_model().train()
+    for parameter in public.parameters():
+        parameter.requires_grad_(True)
+    return guard, protect(public, []).update(*_inputs(size)), update
 
 
 def _embedded(model: nn.Module, where: str | None, images: Tensor) -> Tensor:

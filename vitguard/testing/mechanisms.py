@@ -21,6 +21,7 @@ from vitguard.errors import (
     InputError,
     Unprotected,
     VitguardError,
+    expected,
 )
 from vitguard.testing.noted import noted
 
@@ -49,7 +50,10 @@ def assert_sensitivity(
     Raises:
         AssertionError: An example moves the sum further.
         Inconclusive: No example reaches the clip, so a missing clip would not show.
+        InputError: A clip of zero or less, or no example.
     """
+    if not 0 < clip < math.inf:
+        raise expected("a finite clip above 0", clip)
     moved = measure_sensitivity(total, count)
     if not moved <= clip * (1 + 1e-4):  # so that NaN fails
         raise AssertionError(
@@ -129,14 +133,14 @@ def assert_sealed(
 
     Args:
         update: What leaves the client.
-        names: The names that must be sealed.
+        names: The names that must be sealed, or one.
         plain: The tensors before they were sealed, by name.
 
     Raises:
         AssertionError: A name can be read or is not listed as sealed, or its values are there.
         Inconclusive: There is no name, or a plain tensor is constant and cannot be told.
     """
-    wanted = list(names)
+    wanted = [names] if isinstance(names, str) else list(names)
     if not wanted:
         raise Inconclusive("Expected names that must be sealed, got none.")
     readable = [n for n in wanted if update.can_read(n)]

@@ -36,6 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
     if chosen := config.getoption("--vitguard-budget"):
         os.environ[BUDGET] = chosen
+    if path := config.getoption("--vitguard-report"):  # now: at the end the run would be lost
+        from vitguard.errors import InputError
+        from vitguard.files import check_writable
+
+        try:
+            check_writable(path)
+        except InputError as error:
+            raise pytest.UsageError(f"--vitguard-report: {error}") from error
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

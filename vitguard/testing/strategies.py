@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vitguard import data
 from vitguard.core import Batch, LocalTraining, Normalization, Update
 from vitguard.defenses.base import Defense
-from vitguard.errors import Incompatible, InputError, Unprotected
+from vitguard.errors import Incompatible, InputError, Unprotected, expected
 from vitguard.guard import protect
 from vitguard.registry import defense_types, stack_name
 from vitguard.testing.contracts import alternatives
@@ -124,6 +124,8 @@ def images(
 @st.composite
 def labels(draw: Draw, count: int, classes: int = 10) -> Tensor:
     """Class indices, shape (count,), int64."""
+    if classes < 1:
+        raise expected("at least one class", classes)
     chosen = st.lists(st.integers(0, classes - 1), min_size=count, max_size=count)
     return torch.tensor(draw(chosen), dtype=torch.int64)
 
@@ -136,7 +138,7 @@ def batches(draw: Draw, model: nn.Module | None = None, *, most: int = 4) -> Bat
         anatomy = Anatomy.of(model)
         size, channels, classes = anatomy.image_size, anatomy.channels, anatomy.classes
     pixels = draw(images(size, most=most, channels=channels))
-    return Batch(pixels * 2 - 1, draw(labels(len(pixels), classes)))
+    return Batch(pixels * 2 - 1, draw(labels(len(pixels), classes or 1)))  # 0: without a head
 
 
 @st.composite
@@ -282,8 +284,11 @@ _TAKEN: dict[tuple[object, str], bool] = {}
 
 
 def _takes(model: nn.Module, stack: Sequence[Defense]) -> bool:
-    shapes_of = tuple((n, tuple(p.shape)) for n, p in model.named_parameters())
-    key = (type(model), shapes_of), stack_name(stack)
+    # all that a stack may be refused for: what is frozen or fixed already, types, other layers
+    named = (*model.named_parameters(), *model.named_buffers())
+    parts = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in named)
+    layers = tuple(type(m) for m in model.modules())
+    key = (layers, parts), stack_name(stack)
     if key not in _TAKEN:
         _TAKEN[key] = _gives_an_update(copy.deepcopy(model).train(), stack)
     return _TAKEN[key]

@@ -210,6 +210,22 @@ def test_a_loader_of_an_earlier_prepare_or_of_a_removed_guard_is_refused():
 # backward passes and steps
 
 
+def test_an_optimizer_of_an_earlier_prepare_or_of_a_removed_guard_is_refused():
+    model, guard, first, _ = prepared()
+    body = [p for n, p in model.named_parameters() if not n.startswith("head")]
+    given = DataLoader(TensorDataset(torch.randn(24, 3, 32, 32).double(), torch.arange(24) % 10), 6)
+    second, loader = guard.prepare(torch.optim.SGD(body, lr=1.0), given)
+    learn(model, next(iter(loader)))
+    before = weights(model)
+    with pytest.raises(Unprotected, match=r"Put all that is trained into one optimizer, in groups"):
+        first.step()
+    assert torch.equal(weights(model), before)
+    second.step()
+    guard.remove()
+    with pytest.raises(Unprotected, match="prepared again or removed"):
+        second.step()
+
+
 @pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
 def test_two_backward_passes_before_one_step_are_both_in_it_or_raise(engine):
     model, guard, optimizer, loader = prepared(clip=1e3, engine=engine)

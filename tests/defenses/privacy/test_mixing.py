@@ -1,6 +1,8 @@
 """Mixup and CutMix in a collate function or in the loop, of any library, are refused under DP."""
 
+import os
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.mixup import FastCollateMixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 import vitguard as vg
 from tests.conftest import CHECKED
@@ -76,6 +78,75 @@ def test_trying_a_collate_function_out_leaves_the_generators_of_accelerators_alo
 def test_a_collate_function_that_mixes_records_is_refused_by_prepare(small_vit, kind):
     with pytest.raises(Incompatible, match="mixes examples"):
         prepared(small_vit(depth=1), collate_fn=COLLATES[kind]())
+
+
+class Read(Dataset):
+    """Reads a batch at once, as data sets of the hub do."""
+
+    def __init__(self, change=lambda images: images):
+        self.change = change
+
+    def __len__(self):
+        return len(DATA)
+
+    def __getitem__(self, index):
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices):
+        images = self.change(DATA.tensors[0][torch.tensor(indices)])
+        return [(image, DATA.tensors[1][i]) for image, i in zip(images, indices, strict=True)]
+
+
+READ_MIXED = {
+    "the mean image taken off": lambda b: b - b.mean(0) if len(b) > 1 else b,
+    "half of the next one": lambda b: (b + b.roll(-1, 0)) / 2,
+    "now and then": lambda b: b.flip(0) if torch.rand(()) < 0.5 else b,
+}
+READ_ALONE = {
+    "nothing": lambda b: b,
+    "flips": lambda b: torch.where(torch.rand(len(b), 1, 1, 1) < 0.5, b.flip(-1), b),
+    "noise of a generator of its own": lambda b: b + torch.randn(
+        b.shape, generator=torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "big"))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("kind", [*READ_MIXED, *READ_ALONE])
+def test_a_data_set_that_mixes_the_records_that_it_reads_at_once_is_refused(small_vit, kind, part):
+    data = Read({**READ_MIXED, **READ_ALONE}[kind])
+    loader = DataLoader(Subset(data, range(3, 21)) if part else data, 6)
+    guard = vg.protect(model := small_vit(), STACK)
+    prepare = partial(guard.prepare, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    if kind in READ_ALONE:
+        return prepare()
+    with pytest.raises(
+        Incompatible, match="a data set and collate function that keep each example"
+    ):
+        prepare()
+
+
+class NeverEmpty(Read):
+    """Cannot read an empty batch, as transforms that stack cannot."""
+
+    def __getitems__(self, indices):
+        torch.stack([DATA.tensors[0][i] for i in indices])
+        return super().__getitems__(indices)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_reads_batches_is_asked_for_no_empty_one(small_vit, workers):
+    def look(number):
+        assert torch.utils.data.get_worker_info().dataset.change is not None  # as without a guard
+
+    given = DataLoader(NeverEmpty(), 1, num_workers=workers, worker_init_fn=look)
+    guard = vg.protect(model := small_vit(depth=1), STACK)
+    optimizer, loader = guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1), given)
+    for images, labels in loader:
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert guard.privacy_spent().steps == len(DATA)
 
 
 def test_timms_collate_with_mixup_is_refused(small_vit):

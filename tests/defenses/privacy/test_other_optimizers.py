@@ -1,12 +1,15 @@
 """Any optimizer but the private one is refused at its first step, and so is its state."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
-from vitguard.errors import InputError, Unprotected
+from vitguard.errors import Incompatible, InputError, Unprotected
 
 pytest.importorskip("opacus")
 STACK = "privacy:noise=1,clip=1,delta=0.01,accountant=rdp"
@@ -77,3 +80,15 @@ def test_the_state_of_a_plain_optimizer_is_refused_and_nothing_is_loaded(small_v
     with pytest.raises(InputError, match="without a ledger"):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_private_optimizer_is_not_copied_and_others_train_on(small_vit, how):
+    """torch patches the class of an optimizer that is copied."""
+    guard, optimizer, loader = prepared(small_vit(depth=1), 2)
+    with pytest.raises(
+        Incompatible, match=r"got a copy or pickle of it.*guard.prepare of Guard.of"
+    ):
+        how(optimizer)
+    trained(guard.model, guard, optimizer, loader, 2)
+    assert guard.privacy_spent().steps == 2

@@ -240,8 +240,9 @@ def _compare(tape: Tape, outputs: Any, images: Tensor | None) -> None:
     roots = tape.entered()
     if not roots:
         raise Unprotected(
-            "Expected a forward pass that uses trainable parameters, got none. Unfreeze what is "
-            "trained: parameter.requires_grad_(True)."
+            "Expected a forward pass whose use of trainable parameters can be followed, got none. "
+            "Unfreeze what is trained: parameter.requires_grad_(True). A torch.autograd.Function "
+            "of one's own hides them (LoHa and OFT of PEFT): use LoRA."
         )
     chosen = sorted({0, tape.batch // 2, tape.batch - 1})
     tape.checking = True

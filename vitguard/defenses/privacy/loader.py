@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vitguard.defenses.base import Draws
+from vitguard.defenses.privacy.holders import change_tensors, tensors_of
+from vitguard.defenses.privacy.mixing import reads_batches
 from vitguard.defenses.privacy.samplers import PoissonSampler, place, records_of, refuse_change
 from vitguard.defenses.privacy.training import Due, PrivateTraining
 from vitguard.errors import expected
@@ -30,7 +30,28 @@ class _Collate:
         if examples:
             return len(examples), self.collate(examples)
         blank = self.collate([self.dataset[self.like]])
-        return 0, tree_map(lambda t: torch.zeros_like(t) if isinstance(t, Tensor) else t, blank)
+        return 0, change_tensors(torch.zeros_like, blank)
+
+
+class _Records(Dataset[Any]):
+    """A data set that reads batches, and is never asked for an empty one."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return self.dataset.__getitems__(indices) if indices else []
+
+    def __getattr__(self, name: str) -> Any:  # for `worker_init_fn`, which finds it in its worker
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
 
 class PoissonLoader:
@@ -77,7 +98,7 @@ class PoissonLoader:
         )
         kept = ("in_order", "pin_memory_device")  # newer than the oldest torch
         self._loader = DataLoader(
-            loader.dataset,
+            _Records(loader.dataset) if reads_batches(loader.dataset) else loader.dataset,
             batch_sampler=self.batch_sampler,
             num_workers=loader.num_workers,
             collate_fn=_Collate(loader.collate_fn, loader.dataset, self.first),
@@ -191,14 +212,19 @@ class _Batches:
 
 
 def _rows(batch: Any, start: int, stop: int, size: int) -> Any:
-    if any(len(t) != size for t in tree_leaves(batch) if isinstance(t, Tensor)):
-        raise expected("a batch of tensors with a row for each example", "another shape")
-    return tree_map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, batch)
+    rows = [t.shape[:1] for t in tensors_of(batch)]
+    if not rows or any(r != (size,) for r in rows):
+        got = f"tensors of {', '.join(str(len(r) and r[0]) for r in rows)}" if rows else "no tensor"
+        raise expected(
+            f"a batch of {size} examples whose tensors have a row for each, to cut it in pieces",
+            f"{got} in a {type(batch).__name__}",
+            "Let the collate function return a dictionary, tuple or list of such tensors.",
+        )  # fmt: skip
+    return change_tensors(lambda t: t[start:stop], batch)
 
 
 def _mark(batch: Any, due: Due) -> Any:
     """Note on the tensors themselves which batch they are of; a copy of them is not known."""
-    for tensor in tree_leaves(batch):
-        if isinstance(tensor, Tensor):
-            tensor._vitguard_batch = due  # type: ignore[attr-defined]
+    for tensor in tensors_of(batch):
+        tensor._vitguard_batch = due  # type: ignore[attr-defined]
     return batch

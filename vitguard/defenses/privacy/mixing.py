@@ -1,8 +1,9 @@
 """Mixup, CutMix and their like, which put two records into one example: refused.
 
 Clipping bounds what one example adds, so an example of two records voids the bound. A collate
-function is tried out on a few records. Mixing that happens later shows in the targets: the gradient
-at the class scores tells them, whatever the criterion looks like.
+function, and a data set that reads batches, are tried out on a few records. Mixing that happens
+later shows in the targets: the gradient at the class scores tells them, whatever the criterion
+looks like.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils.data import Subset
 
 from vitguard.core import Batch
 from vitguard.defenses.base import BatchDefense, Defense, Draws
+from vitguard.defenses.privacy.holders import tensors_of
 from vitguard.errors import Incompatible, Unprotected
 from vitguard.vit import Anatomy
 
@@ -32,20 +34,69 @@ _REMEDY = "Leave mixup and CutMix out: what changes one image alone (crop, flip,
 def refuse_mixing_collate(collate: Callable[[list[Any]], Any], dataset: Any, records: Any) -> None:
     """Raise Incompatible if the first example of a batch depends on the others in it.
 
+    A data set that reads a batch at once (`__getitems__`, as those of the hub do) may mix as well.
+    It is asked with equal draws of torch, numpy and Python; where it draws from elsewhere it is not
+    told.
+
     Args:
         records: Indices of `dataset` that are trained on.
     """
     if len(records) < 3:
         return
-    chosen = [dataset[records[i * (len(records) - 1) // 6]] for i in range(7)]
+    chosen = [records[i * (len(records) - 1) // 6] for i in range(7)]
     together, others = chosen[:4], [chosen[0], *chosen[4:]]
-    for seed in range(_TRIES):
-        first, second = (_first_rows(collate, batch, seed) for batch in (together, others))
-        if len(first) != len(second) or not all(map(_same, first, second)):
-            raise Incompatible(
-                "Expected a collate function that keeps each example to itself, got one that mixes "
-                f"examples: clipping would bound what two records add together. {_REMEDY}"
+    if reads_batches(dataset) and _repeats(collate, dataset, together):
+        for seed in range(_TRIES):
+            with _seeded(seed):
+                first = _first_rows(collate, dataset.__getitems__(together))
+            with _seeded(seed):
+                second = _first_rows(collate, dataset.__getitems__(others))
+            _refuse_other(
+                first, second, "a data set and collate function that keep", "ones that mix"
             )
+        return
+    read = {i: dataset[i] for i in dict.fromkeys(chosen)}
+    with _seeded(0):
+        made = collate([read[i] for i in together])
+    if not tensors_of(made):
+        raise Incompatible(
+            "Expected a collate function whose tensors can be found in what it returns, to see "
+            f"that it keeps each example to itself, got a {type(made).__name__} without any. "
+            "Return tensors in a dictionary, a tuple or an object's attributes."
+        )
+    for seed in range(_TRIES):
+        with _seeded(seed):
+            first = _first_rows(collate, [read[i] for i in together])
+        with _seeded(seed):
+            second = _first_rows(collate, [read[i] for i in others])
+        _refuse_other(first, second, "a collate function that keeps", "one that mixes")
+
+
+def reads_batches(dataset: Any) -> bool:
+    """Whether a loader asks a data set for all examples of a batch at once."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return callable(getattr(dataset, "__getitems__", None))
+
+
+def _repeats(collate: Any, dataset: Any, indices: Sequence[int]) -> bool:
+    made = []
+    for _ in range(2):
+        with _seeded(0):
+            made.append(_first_rows(collate, dataset.__getitems__(indices)))
+    return _alike(made[0], made[1])
+
+
+def _refuse_other(first: Sequence[Tensor], second: Sequence[Tensor], wanted: str, got: str) -> None:
+    if not _alike(first, second):
+        raise Incompatible(
+            f"Expected {wanted} each example to itself, got {got} examples: clipping would bound "
+            f"what two records add together. {_REMEDY}"
+        )
+
+
+def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(_same, first, second))
 
 
 def refuse_mixing_defenses(stack: Sequence[Defense], anatomy: Anatomy) -> None:
@@ -80,10 +131,8 @@ def _transformed(defense: BatchDefense, batch: Batch, seed: int) -> Batch:
         return defense.transform(given, Draws(torch.Generator().manual_seed(seed)))
 
 
-def _first_rows(collate: Any, batch: Sequence[Any], seed: int) -> list[Tensor]:
-    with _seeded(seed):
-        made = collate(list(batch))
-    return [t[0] for t in tree_leaves(made) if isinstance(t, Tensor) and t.dim()]
+def _first_rows(collate: Any, batch: Sequence[Any]) -> list[Tensor]:
+    return [t[0] for t in tensors_of(collate(list(batch))) if t.dim()]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -66,6 +66,14 @@ class BookKeepingOptimizer(DPOptimizer):
         """Examples so far whose gradient was not finite; for this machine alone."""
         self._handle = optimizer.register_step_pre_hook(lambda *_: training.refuse_others())
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise: a copy would step the original's model, and torch patches its class for it."""
+        raise Incompatible(
+            "Expected a private optimizer to stay as it is, got a copy or pickle of it: steps of "
+            "both would go by one loader. Copy the model, call guard.prepare of Guard.of(copy) "
+            "with an optimizer of the copy, and give it state_dict(), which holds the ledger too."
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer, and the ledger: tools that save optimizers save both.
 
@@ -314,8 +322,9 @@ class BookKeepingOptimizer(DPOptimizer):
 def _around(name: str) -> Unprotected:
     return Unprotected(
         f"Expected every gradient to come through clipping, got one of {name} around it: a loss "
-        "outside the model's own forward pass, or a pass in eval mode. Call optimizer.zero_grad() "
-        "before each batch and keep the loss a function of outputs."
+        "outside the model's own forward pass, a pass in eval mode, or a torch.autograd.Function "
+        "of one's own (LoHa and OFT of PEFT). Call optimizer.zero_grad() before each batch and "
+        "keep the loss a function of outputs."
     )
 
 

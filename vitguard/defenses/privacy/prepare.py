@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.accelerated import opened, put_back
 from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.checks import check_model
 from vitguard.defenses.privacy.engines import engine_of
+from vitguard.defenses.privacy.holders import tensors_of
 from vitguard.defenses.privacy.loader import PoissonLoader
 from vitguard.defenses.privacy.mixing import refuse_mixing_collate
 from vitguard.defenses.privacy.probe import probe
@@ -158,8 +158,8 @@ def _examples(loader: PoissonLoader, model: nn.Module) -> Tensor:
     try:
         anatomy = Anatomy.of(model)
     except UnsupportedModel:
-        parts = tree_leaves(loader.one())
-        rows = [t for t in parts if isinstance(t, Tensor) and t.dim() > 1 and t.is_floating_point()]
+        parts = tensors_of(loader.one())
+        rows = [t for t in parts if t.dim() > 1 and t.is_floating_point()]
         images = next((t for t in rows if t.dim() > 2), rows[0] if rows else None)
         if images is None:
             raise expected("batches that hold images or features", "none in the loader") from None

@@ -160,8 +160,9 @@ class PrivateTraining(Installed):
         finally:
             self._open = False
 
-    def stepped(self) -> None:
-        if self.due is not None:  # else it trains on something else, of which `settle` tells
+    def moving(self, model: nn.Module) -> None:
+        # without either it trains on something that came from elsewhere, such as a server's average
+        if self.due is not None or self.exposed:
             self.refuse_others()
 
     def refuse_others(self) -> None:
@@ -246,6 +247,12 @@ class PrivateTraining(Installed):
 
     def take(self) -> tuple[Tape, Due]:
         """Return the pass of the announced batch, once."""
+        if not self._handles:
+            raise Unprotected(
+                "Expected the optimizer of the last guard.prepare, got one whose training was "
+                "prepared again or removed. Put all that is trained into one optimizer, in groups, "
+                "and step the one that guard.prepare returned last."
+            )
         if self.tape is None or self.due is None:
             raise Unprotected(
                 "Expected one training pass between a batch of the private loader and the step, "

@@ -34,13 +34,17 @@ def measure_sensitivity(total: Total, count: int) -> float:
         total: Returns the flat clipped sum of the examples with the given indices. Every random
             draw (mask, dropout, drop path) must follow the example's index: otherwise this
             measures how the generator shifts.
+
+    NaN where the sum of all, or of all but one, is NaN.
     """
+    if count < 1:
+        raise expected("at least one example", count)
     everyone = range(count)
     whole = total(list(everyone)).double()
     moved = [
         float((whole - total([j for j in everyone if j != i]).double()).norm()) for i in everyone
     ]
-    return max(moved)
+    return float(torch.tensor(moved, dtype=torch.float64).max())  # built-in `max` drops NaN
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ def one_run_audit(
     gradients = torch.zeros(canaries, dimension)
     gradients[torch.arange(canaries), torch.arange(canaries)] = size
     scores = release(gradients[included])[:canaries]
+    _require_finite(scores)
     order = scores.argsort()
     half = guesses // 2
     correct = int(included[order[-half:]].sum()) + int((~included[order[:half]]).sum())
@@ -181,7 +186,7 @@ def canary_bound(
     """Return the epsilon that scores without and with a canary prove.
 
     Args:
-        absent, present: Independent scores, shape (trials,), larger where the canary is in.
+        absent, present: Independent finite scores, shape (trials,), larger where the canary is in.
         delta: Chance that the bound on epsilon may fail, in (0, 1).
         confidence: Chance that both bounds hold, in (0, 1).
 
@@ -196,6 +201,7 @@ def canary_bound(
             "at least 20 scores a side, delta and confidence in (0, 1)",
             f"{len(absent)}, {len(present)}, {delta}, {confidence}",
         )
+    _require_finite(torch.cat([absent, present]))
     from vitguard.defenses.privacy.accounting import gaussian_epsilon
 
     failure = (1 - confidence) / 2  # for each of the two bounds
@@ -203,6 +209,15 @@ def canary_bound(
     gaussian = gaussian_epsilon(mu, delta) if mu < _FARTHEST else math.inf
     thresholds = _best_threshold(absent, present, delta, failure)
     return CanaryBound(thresholds, gaussian, mu, ratio, delta, confidence)
+
+
+def _require_finite(scores: Tensor) -> None:
+    """Raise InputError unless all scores are numbers: with NaN nothing would be proved."""
+    if lost := int((~scores.isfinite()).sum()):
+        raise expected(
+            "finite scores", f"{lost} of {scores.numel()} that are not",
+            "A release that overflows tells its records by that: leave such examples out of it.",
+        )  # fmt: skip
 
 
 _FARTHEST = 30.0  # mu beyond which epsilon is taken as infinite

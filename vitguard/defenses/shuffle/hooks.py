@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from vitguard.defenses.base import Installed
 from vitguard.defenses.shuffle.settings import ShuffleSettings
@@ -23,7 +23,10 @@ class Hooked(Installed):
 
     anatomy: Anatomy
     settings: ShuffleSettings
-    exposed: bool
+
+    def expose(self) -> None:
+        """Note that a gradient was taken through a pass that did not shuffle."""
+        raise NotImplementedError
 
     def begin(self, tokens: Tensor, grid: tuple[int, int]) -> None:
         """Take the embedded patches of a forward."""
@@ -50,6 +53,9 @@ def hook(piece: Hooked, model: nn.Module) -> Iterator[Any]:
     """Register the hooks one by one and yield their handles."""
     anatomy = piece.anatomy
     yield model.register_forward_pre_hook(_Root(piece))
+    yield model.register_forward_hook(_Passing(piece))
+    if anatomy.blocks:
+        yield model.get_submodule(anatomy.blocks[-1].name).register_forward_hook(_Passing(piece))
     stage = model.get_submodule(anatomy.patch_stage)
     if anatomy.positions is None:
         yield stage.register_forward_hook(_EmbedAndPlace(piece))
@@ -87,13 +93,28 @@ class _Placing(_Hook):
         if self.piece.training:
             return self.act(module, args, output)
         sequence = args[0] if output is None else output
-        sequence = sequence[0] if isinstance(sequence, tuple) else sequence
-        if torch.is_grad_enabled() and sequence.requires_grad:
-            if torch.compiler.is_compiling():
-                self.piece.exposed = True
-            else:
-                sequence.register_hook(_Expose(self.piece))
+        _watch(self.piece, sequence[0] if isinstance(sequence, tuple) else sequence)
         return None
+
+
+class _Passing(_Hook):
+    """Notes them behind the placing too: where all before it is frozen, they never reach it."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        if not self.piece.training and torch.is_grad_enabled():
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor):
+                    _watch(self.piece, leaf)
+        return None
+
+
+def _watch(piece: Hooked, tensor: Tensor) -> None:
+    """Note it if a gradient comes by a tensor of a pass that did not shuffle."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        if torch.compiler.is_compiling():
+            piece.expose()
+        else:
+            tensor.register_hook(_Expose(piece))
 
 
 class _Expose:
@@ -101,10 +122,17 @@ class _Expose:
         self.piece = piece
 
     def __call__(self, gradient: Tensor) -> None:
-        self.piece.exposed = True
+        self.piece.expose()
 
 
 class _Root(_Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        if not self.piece.training:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                watch_steps(self.piece, module)
+            return None
+        return super().__call__(module, args, output)
+
     @torch.compiler.disable
     def act(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]

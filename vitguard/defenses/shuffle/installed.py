@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vitguard.defenses.base import Draws, hooks_gone
+from vitguard.defenses.protection import Protection
 from vitguard.defenses.shuffle import masks
 from vitguard.defenses.shuffle.hooks import Hooked, hook
 from vitguard.defenses.shuffle.localization import LocalizationHead, dal_weight, localization_loss
@@ -50,6 +51,7 @@ class InstalledShuffle(Hooked):
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.forwards = 0
         self.exposed = False  # a gradient was taken through a forward that did not shuffle
+        self._idle = False  # the last gradient was one
         self._left_out_at: int | None = None
         self._unread = False
         self._keys: Tensor | None = None
@@ -72,7 +74,7 @@ class InstalledShuffle(Hooked):
 
     def __getstate__(self) -> dict[str, Any]:
         forgotten = dict.fromkeys((*_FORWARD, "_keys", "_pinned")) | {"_rows": ()}
-        return {**self.__dict__, **forgotten, "_unread": False}
+        return {**self.__dict__, **forgotten, "_unread": False, "_idle": False}
 
     def uninstall(self, model: nn.Module) -> None:
         for handle in self.handles:
@@ -94,8 +96,11 @@ class InstalledShuffle(Hooked):
                 "cleared the hooks or replaced a part. Protect the model again, after that."
             )
 
+    def expose(self) -> None:
+        self.exposed = self._idle = True
+
     def arrived(self) -> None:
-        self.exposed = False  # what was done to the weights before will not be sent
+        self.exposed = self._idle = False  # what was done to the weights before will not be sent
 
     def settle(self) -> None:
         if self.exposed:
@@ -212,6 +217,7 @@ class InstalledShuffle(Hooked):
 
     def begin(self, tokens: Float[Tensor, "batch patches width"], grid: tuple[int, int]) -> None:
         """Draw for these tokens and remember them."""
+        self._idle = False
         self.require_values()
         if torch._C._current_graph_task_id() != -1:
             raise Incompatible(
@@ -321,7 +327,17 @@ class InstalledShuffle(Hooked):
         patches = torch.where(mask[..., None], moved.to(sequence.dtype), kept)
         return torch.cat([sequence[:, : self._prefix], patches], 1) if self._prefix else patches
 
-    # optimizers, see _steps.py
+    # optimizers, see defenses/steps.py
+
+    def moving(self, model: nn.Module) -> None:
+        protection = Protection.of(model)
+        if self._idle and (protection is None or not protection.rehearsal):
+            raise Unprotected(
+                "Expected a model in training mode, got an optimizer's step after a pass in eval "
+                "mode, where patches are not shuffled. Call model.train() before the pass (a model "
+                "of from_pretrained comes in eval mode), and put single layers into eval mode for "
+                "what they do there; evaluate under torch.no_grad()."
+            )
 
     def stepped(self) -> None:
         self._left_out_at = None
