@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -50,7 +51,7 @@ def change_tensors(change: Callable[[Tensor], Any], batch: Any, *, depth: int = 
     return tree_map(each, batch)
 
 
-def _of_array(change: Callable[[Tensor], Any], array: np.ndarray[Any, Any]) -> Any:
+def _of_array(change: Callable[[Tensor], Any], array: NDArray[Any]) -> Any:
     if array.dtype.kind not in "fib" and array.dtype != np.uint8:
         return array
     changed = change(torch.from_numpy(np.array(array)))
