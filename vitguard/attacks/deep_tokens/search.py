@@ -54,10 +54,17 @@ def find_tokens(
     count = problem.inner.shape[1]
     found, gradients = problem.inner.new_zeros(0, count), problem.inner.new_zeros(0, len(pool[0]))
     told = torch.zeros(0, dtype=torch.bool, device=found.device)
-    rest, basis, idle = problem, torch.eye(count).to(problem.inner), 0
+    every = torch.eye(count).to(problem.inner)
+    left, idle = (problem, every), 0
     while len(found) < count and idle < _PATIENCE and not budget.over:
+        # one that was told badly may have taken out another: then the whole is searched again
+        rest, basis = (problem, every) if idle and idle % 2 == 0 else left
         pick = pool[torch.randperm(len(pool), generator=generator)[:_STARTS].to(pool.device)]
-        ends, residual = descend(rest, pick @ rest.inner + rest.constant, budget)
+        start = pick @ rest.inner + rest.constant
+        if idle % 2:  # few are left, and what natural ones have along these says little
+            draw = torch.randn(start.shape, generator=generator, dtype=torch.float64).to(start)
+            start = draw / draw.norm(dim=1, keepdim=True) * pick.norm(dim=1, keepdim=True)
+        ends, residual = descend(rest, start, budget)
         near = _distinct(ends[residual.argsort()][: int((residual < _NEAR).sum())])
         # what was taken out is known to rounding only: finish in the whole
         ends, residual = descend(problem, near @ basis.T, budget, iterations=_FINISH)
@@ -68,10 +75,8 @@ def find_tokens(
         found, gradients = torch.cat([found, new[real]]), torch.cat([gradients, own[real]])
         told = torch.cat([told, apart[real] < _APART])
         idle = 0 if bool(real.any()) else idle + 1
-        if idle:  # one that was told badly may have taken out another
-            rest, basis = problem, torch.eye(count).to(problem.inner)
-        elif bool(told.any()) and len(found) < count:
-            rest, basis = problem.without(found[told], gradients[told])
+        if bool(real.any()) and bool(told.any()) and len(found) < count:
+            left = problem.without(found[told], gradients[told])
     return found
 
 
