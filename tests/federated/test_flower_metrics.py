@@ -1,6 +1,7 @@
 """Metrics that disagree, evaluations that go wrong, and strategies around ours."""
 
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -139,6 +140,10 @@ def test_a_strategy_around_encryption_is_refused_at_once(small_vit, around):
     assert not federated.seen
 
 
+@pytest.mark.skipif(
+    tuple(map(int, version("flwr").split(".")[:2])) < (1, 27),
+    reason="wrappers of older Flower read replies before the exchanges of masks: the round fails",
+)
 def test_noise_of_the_server_around_masks_keeps_ledgers_and_terms(small_vit):
     """Central privacy around masks works, and nothing that the strategy guards is left out."""
     private = [vg.ClientPrivacy(noise=1.0, rounds=9, clip=0.01)]

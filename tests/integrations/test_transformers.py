@@ -1,6 +1,7 @@
 """Hugging Face's Trainer: what a loop by hand gives, private or not, and resumes that count."""
 
 import functools
+import inspect
 import os
 import stat
 
@@ -133,6 +134,10 @@ def test_a_shuffle_with_its_loss_ends_at_the_weights_of_a_loop_by_hand(tmp_path)
     assert made.state.log_history[0]["auxiliary_loss"] > 0
 
 
+@pytest.mark.skipif(
+    "loss_is_scaled_for_ga" not in inspect.getsource(transformers.Trainer),
+    reason="older Trainers divide a short accumulation by what it would have had",
+)
 @pytest.mark.parametrize("scaled", [None, False])
 def test_accumulated_batches_weigh_the_loss_of_a_defense_as_one_batch_does(tmp_path, scaled):
     class Accumulated(Watched):
