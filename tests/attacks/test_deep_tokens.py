@@ -6,6 +6,7 @@ import torch
 from tests import conftest
 from tests.conftest import CIFAR_NORMALIZATION
 from vitguard import data
+from vitguard.attacks.budget import ENDLESS
 from vitguard.attacks.cascade.separate import LastBlock
 from vitguard.attacks.deep_tokens import DeepTokens, search
 from vitguard.attacks.deep_tokens import attack as deep
@@ -121,6 +122,19 @@ def test_the_ladder_leaves_it_work_where_gelu_span_does_not_apply(large, observe
     image = torch.nn.functional.interpolate(photos[:1], (40, 40), mode="bilinear")
     assert DeepTokens().share(observe(large, image)) == 0
     assert DeepTokens().share(observe(large, image, withhold=("embedding",))) > 0
+
+
+def test_tokens_that_no_natural_start_leads_to_are_found_from_other_directions(
+    large, observe, photos
+):
+    """Natural starts are all the same here; what is left is reached by directions of their size."""
+    image = torch.nn.functional.interpolate(photos[:1], (40, 40), mode="bilinear")
+    view = observe(large, image)
+    stem = Stem(view, Anatomy.of(view.model), 0)
+    problem = LastBlock.at(view, stem.anatomy.blocks[0], 26, torch.ones(1, dtype=torch.float64))
+    draw = torch.Generator().manual_seed(0)
+    pool = stem.natural(1, draw)[0, :1].expand(64, -1)
+    assert len(search.find_tokens(problem, pool, ENDLESS, 1e-4, draw)) == 26
 
 
 @pytest.mark.slow

@@ -23,14 +23,19 @@ ROUNDS = 50
 RECORDS, BATCH = 12, 4
 
 
-def app(small_vit, defense, counts=None):
-    """Train as the defense wants it; `counts` collects the steps of each message."""
+def app(small_vit, defense, counts=None, late=False):
+    """Train as the defense wants it; `counts` collects the steps of each message.
+
+    A late one attaches after the training.
+    """
     app = ClientApp(mods=[ProtectMod()])
 
     @app.train()
     def train(message, context):
         model = tiny(small_vit)
-        guard = attach(vg.protect(model, [defense]))
+        guard = vg.protect(model, [defense])
+        if not late:
+            attach(guard)
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
         if isinstance(defense, vg.DifferentialPrivacy):
             images, labels = torch.rand(RECORDS, 3, 8, 8), torch.arange(RECORDS) % 2
@@ -45,6 +50,8 @@ def app(small_vit, defense, counts=None):
                 optimizer.step()
                 if counts is not None:
                     counts.append(1)
+        if late:
+            attach(guard)
         state = {k: t.clone() for k, t in model.state_dict().items()}
         metrics = MetricRecord({"num-examples": 1})
         content = RecordDict({"arrays": ArrayRecord(state), "metrics": metrics})
@@ -281,28 +288,7 @@ def test_a_message_that_was_lost_stays_counted(rounds):
 def test_a_ledger_that_is_joined_after_training_lets_nothing_leave_past_the_target(small_vit):
     """An app that attaches too late trains without its earlier rounds; what it made stays."""
     defense = vg.DifferentialPrivacy(epsilon=8, delta=1e-3, epochs=1)
-    images, labels = torch.rand(RECORDS, 3, 8, 8), torch.arange(RECORDS) % 2
-    late = ClientApp(mods=[ProtectMod()])
-
-    @late.train()
-    def train(message, context):
-        model = tiny(small_vit)
-        guard = vg.protect(model, [defense])
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        loader = torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(images, labels), batch_size=BATCH
-        )
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer, loader = guard.prepare(optimizer, loader)
-        for x, y in loader:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-        attach(guard)
-        metrics = MetricRecord({"num-examples": 1})
-        content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
-        return Message(content=content, reply_to=message)
-
+    late = app(small_vit, defense, late=True)
     grid = InProcessGrid({1: late, 2: late})
     start = ArrayRecord(tiny(small_vit).state_dict())
     result = FedAvg(fraction_evaluate=0.0).start(grid, start, num_rounds=2)

@@ -36,7 +36,8 @@ class EncryptedGradients(UpdateDefense):
 
     Args:
         select: `attention`, `embedding`, `all`, `plan` (the smallest set that ends the closed
-            forms), another role, a regular expression, or several joined by `/`.
+            forms and the search over tokens), another role, a regular expression, or several
+            joined by `/`.
         preset: `quantised` (3.8 bytes a value, 10 clients), `many` (4.0, 100 clients), `precise`
             (7.6, 1,000 clients) or `compact` (2.7, coarse).
         force: Accept a selection under which an attack that gives the image back remains, by the
