@@ -22,7 +22,10 @@ LONG = {  # `inverting` stands for the matching attacks, the rungs for their lad
     "april-opt",
     "idlg",
     "dlg",
+    "cascade",
+    "containment",
     "deep-tokens",
+    "gelu-span",
     "span-robust",
     "position-robust",
 }  # seconds of processor time each

@@ -14,7 +14,16 @@ from vitguard.errors import MissingExtra
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONG = dict.fromkeys(
-    ("README.md-1", "encryption.md-0", "exact-attacks.md-0", "federated.md-2"), pytest.mark.slow
+    (
+        "README.md-1",
+        "encryption.md-0",
+        "exact-attacks.md-0",
+        "federated.md-2",
+        "flower.md-0",
+        "nvflare.md-0",
+        "testing.md-2",
+    ),
+    pytest.mark.slow,
 )
 BLOCKS = [
     pytest.param(code, id=f"{page.name}-{i}", marks=LONG.get(f"{page.name}-{i}", ()))

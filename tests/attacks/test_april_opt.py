@@ -44,6 +44,7 @@ def gain(attacked, photo, **settings):
     return float(after - before)
 
 
+@pytest.mark.slow
 def test_it_ends_3_db_above_its_own_start(attacked, photos):
     assert gain(attacked, photos[1:2], iterations=10) >= 3
 

@@ -35,7 +35,7 @@ def plain(report):
 @pytest.mark.parametrize(
     ("defenses", "count", "seconds"),
     [
-        pytest.param(FROZEN, 2, 0.4, id="a batch, cut"),
+        pytest.param(FROZEN, 2, 0.4, id="a batch, cut", marks=pytest.mark.slow),
         pytest.param(NOISY, 1, 0.5, id="noise, cut", marks=pytest.mark.slow),  # by the same budget
         pytest.param(FROZEN, 1, 60.0, id="to the end"),
     ],
@@ -86,6 +86,7 @@ def test_a_rung_that_its_budget_cut_says_so(small_vit, observe, photos, attack):
     assert "unfinished" not in long.details
 
 
+@pytest.mark.slow
 def test_the_ladder_names_a_rung_that_found_nothing_before_its_budget_ended(
     small_vit, observe, photos, monkeypatch
 ):

@@ -53,6 +53,7 @@ def test_it_ends_3_db_above_its_own_start(attacked):
     assert gain.mean() >= 3
 
 
+@pytest.mark.slow
 def test_restarts_are_drawn_together(attacked):
     view, _ = attacked([2, 7])
     spread = {}

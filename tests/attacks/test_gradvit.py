@@ -34,6 +34,7 @@ def test_the_switch_at_half_time_halves_the_gradient_and_brings_in_the_features(
     assert recipe.phase(0.0)[4] == 0 and recipe.phase(0.4)[4] == 1e-2
 
 
+@pytest.mark.slow
 def test_it_ends_3_db_above_its_own_start(attacked):
     view, truth = attacked([2])
     attack = GradViT.fast(iterations=300, restarts=1)

@@ -172,6 +172,7 @@ def test_robust_forms_are_no_worse_than_the_exact_ones_under_noise(
         assert after > before - 3
 
 
+@pytest.mark.slow
 def test_robust_span_beats_span_under_strong_noise(small_vit, observe, photo):
     view = observe(small_vit(), photo, defenses=FROZEN)
     generator = torch.Generator().manual_seed(0)

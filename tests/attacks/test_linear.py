@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from vitguard.attacks.equations.linear import conjugate_gradients, solve_positive
@@ -32,6 +33,7 @@ def test_a_matrix_that_is_not_positive_gives_no_step_and_spoils_no_other() -> No
     assert torch.equal(solved[0], alone[0]) and torch.equal(solved[3], alone[3])
 
 
+@pytest.mark.slow
 def test_wide_systems_return_on_several_threads() -> None:
     """Batched LU hangs there in some builds of torch."""
     code = (

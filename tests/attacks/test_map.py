@@ -292,6 +292,7 @@ def test_the_discrepancy_says_whether_the_misfit_is_down_to_the_noise(tiny, obse
     assert fit.reached == (steps > 1) == (fit.discrepancy < 1.05)
 
 
+@pytest.mark.slow
 def test_a_spent_budget_is_unfinished_and_the_same_budget_gives_the_same_image(
     small_vit, observe, photo
 ):
@@ -346,7 +347,8 @@ def test_the_ladder_takes_it_as_a_rung_for_damaged_updates_only(small_vit, obser
     assert "map" not in clean.details["rungs"]
 
 
-@pytest.mark.parametrize("steps", fast_for([1, 2], fast=[2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 2])
 def test_steps_of_adamw_are_simulated_by_the_ladder_and_have_not_resisted(
     small_vit, observe, photo, steps
 ):

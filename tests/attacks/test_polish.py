@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.fast import fast_for
 from vitguard.attacks.budget import ENDLESS, Budget
 from vitguard.attacks.equations.linear import WholeUpdate, least_squares
 from vitguard.attacks.evidence import mismatch
@@ -199,7 +198,8 @@ def test_the_whole_update_is_linearised_as_differences_say(exact, photo):
     torch.testing.assert_close((made * u).sum(), (update.back(u) * v).sum())
 
 
-@pytest.mark.parametrize("sketched", fast_for([True, False], fast=[True]))  # the less that is known
+@pytest.mark.slow
+@pytest.mark.parametrize("sketched", [True, False])
 def test_the_whole_update_gives_patches_back(exact, photo, monkeypatch, sketched):
     view, _, _ = exact
     anatomy = Anatomy.of(view.model)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.fast import fast_for
 from vitguard.attacks.budget import Budget
 from vitguard.attacks.cascade import Cascade
 from vitguard.attacks.equations.linear import conjugate_gradients
@@ -142,7 +143,7 @@ def test_containment_gains_over_plain_span_under_noise_on_most_photos(small_vit,
     assert sorted(gains)[2] > 3
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["position", "span"])
+@pytest.mark.parametrize("which", fast_for([0, 1], fast=[0]), ids=["position", "span"])
 def test_an_undamaged_update_stays_exact(small_vit, observe, photo, which):
     _, strong, stack = PAIRS[which]
     guess = run(strong, observe(small_vit(), photo, defenses=stack))
@@ -151,6 +152,7 @@ def test_an_undamaged_update_stays_exact(small_vit, observe, photo, which):
     assert guess.details["chosen"] == "by the simulated update"
 
 
+@pytest.mark.slow
 def test_several_local_steps_are_read_by_both(small_vit, observe, photo):
     how = {"learning_rate": 0.01, "local_steps": 3}
     position = run(RobustPosition(), observe(small_vit(), photo, **how))

@@ -45,6 +45,7 @@ def trade_off(mu, prior=0.01):
     return norm.cdf(norm.ppf(prior) + mu)
 
 
+@pytest.mark.slow
 def test_bound_of_a_corridor_is_the_trade_off_of_one_update_and_the_proof_lies_below_it():
     of = finding_of("records").corridor
     assert of.bound == pytest.approx(trade_off(1 / 1.1))
@@ -118,6 +119,7 @@ def test_noise_that_is_less_than_claimed_shows_as_a_broken_mechanism_in_words(mo
     assert "do not rely on the bound" in said["Proved"]
 
 
+@pytest.mark.slow
 def test_an_update_that_was_received_has_the_corridor_of_the_stack_that_is_stated_for_it():
     model = build("vit", torch.float32)
     guard = protect(model, STACKS["records"])

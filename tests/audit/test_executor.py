@@ -155,6 +155,7 @@ def pool():
     made.shutdown(cancel_futures=True)
 
 
+@pytest.mark.slow
 def test_threads_and_pickled_jobs_give_the_report_that_one_process_gives(audited):
     torch.manual_seed(1)
     alone = told(audited())
@@ -196,6 +197,7 @@ def test_ray_gives_the_same_report(audited):
         ray.shutdown()
 
 
+@pytest.mark.slow
 def test_rounds_by_an_executor_say_the_same(small_vit, photos):
     clients = {
         n: LocalClient(photos[i : i + 1], assign_labels(2, 10)[i : i + 1])

@@ -27,7 +27,7 @@ SIZES = [(36, 36), (33, 33), (39, 39), (36, 44), (32, 37), (39, 32)]
 
 
 # a border on both sides, and on one; the others have borders of other widths
-@pytest.mark.parametrize("size", fast_for(SIZES, fast=[(33, 33), (39, 32)]))
+@pytest.mark.parametrize("size", fast_for(SIZES, fast=[(39, 32)]))
 def test_what_the_patches_cover_is_scored_where_they_do_not_divide_the_image(size):
     torch.manual_seed(0)
     model = vit(img_size=size)
@@ -54,7 +54,7 @@ def test_images_of_another_size_are_not_taken_for_a_border():
 
 
 # fewer than 3 channels, and more; the others are as many more
-@pytest.mark.parametrize("channels", fast_for([1, 2, 4, 5, 6, 12], fast=[1, 5]))
+@pytest.mark.parametrize("channels", fast_for([1, 2, 4, 5, 6, 12], fast=[5]))
 def test_models_of_any_number_of_channels_are_audited_and_reported(channels, tmp_path):
     torch.manual_seed(0)
     model = vit(in_chans=channels, embed_dim=96)

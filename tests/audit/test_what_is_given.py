@@ -33,6 +33,7 @@ def test_a_guard_is_no_round(small_vit):
         vg.audit(guard, (IMAGES, LABELS))
 
 
+@pytest.mark.slow
 def test_truth_and_labels_may_be_arrays(small_vit):
     guard = vg.protect(vit(small_vit), [])
     update, model = guard.update(IMAGES, LABELS), guard.public_model()

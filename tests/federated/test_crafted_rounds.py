@@ -8,6 +8,7 @@ import tenseal.sealapi as sealapi
 import torch
 
 import vitguard as vg
+from tests.fast import fast_for
 from vitguard import data
 from vitguard.attacks.imprint import ImprintReading
 from vitguard.audit.seen import together
@@ -52,7 +53,7 @@ def row(report):
     return found
 
 
-@pytest.mark.parametrize("spec", ["none", "encryption:preset=precise"])
+@pytest.mark.parametrize("spec", fast_for(["none", "encryption:preset=precise"], fast=["none"]))
 def test_of_a_sum_of_four_the_clients_whose_gradient_is_suppressed_leave_the_target_alone(
     small_vit, photos, spec
 ):
@@ -170,6 +171,7 @@ def test_rounds_of_other_images_prove_no_wrong_patch(changing):
     assert claims > 20 and not mistaken
 
 
+@pytest.mark.slow
 def test_an_audit_of_rounds_reads_them_together_beside_an_equal_control(photos):
     threat = MaliciousServer("imprint:directions=1", changing=True)
     seen = federation(build_model(SPEC), photos, threat).run(2)

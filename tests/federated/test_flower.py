@@ -296,6 +296,7 @@ def test_client_privacy_adds_up_over_rounds_under_a_stock_strategy(small_vit):
     assert closed[-1] <= 4.0
 
 
+@pytest.mark.slow
 def test_keys_come_from_files_that_the_environment_names(federated, tmp_path, monkeypatch):
     guard = vg.protect(tiny(federated.small_vit), federated.stack(), generator=torch.Generator())
     make_keys(tmp_path, "pass", guard.encrypted(), clients=["0", "1"], bounds=BOUND, max_weight=4.0)

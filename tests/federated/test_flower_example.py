@@ -10,6 +10,7 @@ pytest.importorskip("flwr", reason="needs vitguard[flower]")
 
 from flwr.app import Context, RecordDict
 
+from tests.fast import fast_for
 from tests.inspection.crafts import PUBLISHED
 from vitguard.defenses.encryption import keyfile
 from vitguard.federated.flower import InProcessGrid
@@ -64,7 +65,7 @@ def test_clients_of_the_example_refuse_crafted_weights_in_one_line(example, monk
 
 
 @pytest.mark.parametrize(
-    "variant", ["encrypted", "masks", "private", pytest.param("records", marks=pytest.mark.slow)]
+    "variant", fast_for(["encrypted", "masks", "private", "records"], fast=["encrypted"])
 )
 def test_the_example_trains_on_four_clients(variant, example, monkeypatch):
     server_app, grid = example

@@ -15,6 +15,7 @@ pytest.importorskip("flwr", reason="needs vitguard[flower]")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.common.serde import context_from_proto, context_to_proto
 
+from tests.fast import crossed
 from tests.federated.flower_rounds import each, raises, weighs
 from tests.federated.masked_rounds import NODES, PHASES, Masked, phase_of
 from vitguard.defenses.encryption import SigningKey
@@ -89,8 +90,9 @@ GARBAGE = {
 }
 
 
-@pytest.mark.parametrize("garbage", GARBAGE)
-@pytest.mark.parametrize("phase", [p for p in PHASES if p != "values"])
+@pytest.mark.parametrize(
+    ("phase", "garbage"), crossed([p for p in PHASES if p != "values"], GARBAGE)
+)
 def test_garbage_in_a_short_phase_leaves_the_client_out_of_those_after_it(masked, phase, garbage):
     altered(masked, phase, lambda m, reply: Message(content=GARBAGE[garbage](reply), reply_to=m))
     strategy, result = masked.run(1)

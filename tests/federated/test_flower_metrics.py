@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import (
 )
 
 import vitguard as vg
+from tests.fast import crossed
 from tests.federated.flower_rounds import NODES, Federated, tiny
 from tests.federated.masked_rounds import Masked
 from vitguard.errors import Incompatible, InputError
@@ -59,19 +60,21 @@ def answers(metrics):
     return change
 
 
-@BOTH
-@pytest.mark.parametrize(
-    "metrics",
-    [
-        None, {"mean": 1e6}, {"mean": 1e6, "num-examples": 0}, {"mean": 1e6, "num-examples": -9},
-        {"mean": 1e6, "num-examples": math.nan}, {"mean": 1e6, "num-examples": math.inf},
-        {"mean": 1e6, "num-examples": [1, 2]},
-    ],
-    ids=["none", "no weight", "0", "-9", "nan", "inf", "list"],
-)  # fmt: skip
-def test_an_evaluation_without_a_weight_is_left_out_and_ends_no_run(small_vit, kind, metrics):
+WEIGHTLESS = {
+    "none": None,
+    "no weight": {"mean": 1e6},
+    "0": {"mean": 1e6, "num-examples": 0},
+    "-9": {"mean": 1e6, "num-examples": -9},
+    "nan": {"mean": 1e6, "num-examples": math.nan},
+    "inf": {"mean": 1e6, "num-examples": math.inf},
+    "list": {"mean": 1e6, "num-examples": [1, 2]},
+}
+
+
+@pytest.mark.parametrize(("what", "kind"), crossed(WEIGHTLESS, [Federated, Masked]))
+def test_an_evaluation_without_a_weight_is_left_out_and_ends_no_run(small_vit, kind, what):
     federated = kind(small_vit)
-    spoil_evaluation(federated, NODES[1], answers(metrics))
+    spoil_evaluation(federated, NODES[1], answers(WEIGHTLESS[what]))
     _, result = federated.run(2, fraction_evaluate=1.0)
     assert abs(result.evaluate_metrics_clientapp[2]["mean"]) < 10
 

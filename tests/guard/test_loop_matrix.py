@@ -356,14 +356,8 @@ FAULTS = [
 ]
 
 
-# the first of each fault; the others are the same fault in another loop or beside another defense
-ONCE = {case[0]: case for case in reversed(FAULTS)}.values()
-
-
-@pytest.mark.parametrize(
-    ("fault", "loop", "column"),
-    [case if case in ONCE else pytest.param(*case, marks=pytest.mark.slow) for case in FAULTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "loop", "column"), FAULTS)
 def test_a_fault_in_a_loop_is_further_away_than_the_tolerance(fault, loop, column):
     loop, column = named(loop, column)
     extras = Run(loop, column, BUILT[0]).extras
@@ -412,6 +406,7 @@ BREAKS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", BREAKS)
 def test_a_defense_that_is_broken_turns_its_cell_red(broken, monkeypatch):
     path, instead, column = BREAKS[broken]

@@ -74,6 +74,7 @@ def test_training_ends_at_the_weights_of_a_loop_by_hand(small_vit, stack):
     assert counted.state_dict()["ledger"].keys() == guard.state_dict()["ledger"].keys()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_that_of_a_loop_under_autocast(small_vit):
     """accelerate puts autocast around the model's own forward, where a hook does not see it."""
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
@@ -212,7 +213,10 @@ def test_accumulation_is_refused_with_what_to_set(small_vit):
         prepare(accelerator, model, sgd(model), DataLoader(DATA, 4))
 
 
-@pytest.mark.parametrize("stack", [PRIVATE, f"{SHUFFLE}+client-privacy:noise=1"])
+TWO = [PRIVATE, f"{SHUFFLE}+client-privacy:noise=1"]
+
+
+@pytest.mark.parametrize("stack", fast_for(TWO, fast=TWO[1:]))
 def test_two_protected_models_keep_their_own_ledgers(small_vit, tmp_path, stack):
     def both():
         accelerator, made = accelerate.Accelerator(cpu=True), []

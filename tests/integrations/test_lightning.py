@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
+from tests.fast import fast_for
 from vitguard.errors import Incompatible, InputError, Unprotected
 
 L = pytest.importorskip("lightning")
@@ -95,7 +96,7 @@ STACKS = [SHUFFLE, PRIVATE, f"positions:kind=sincos+{SHUFFLE}+{PRIVATE},physical
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack", fast_for(STACKS, fast=STACKS[::2]))  # privacy is in the last
 def test_training_ends_at_the_weights_of_a_loop_by_hand(stack):
     module = Guarded(stack, 3)
     start = {n: t.clone() for n, t in module.net.state_dict().items()}
@@ -137,6 +138,7 @@ class Tested(Guarded):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_an_older_checkpoint_is_tested_and_what_was_spent_stays(tmp_path):
     module = Tested(PRIVATE)
     trainer = fit(module, epochs=1)
@@ -169,7 +171,7 @@ def test_weights_that_are_loaded_by_themselves_bring_what_was_spent_on_them(tmp_
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", fast_for(["deepcopy", "pickle"], fast=["pickle"]))
 def test_a_copy_of_a_module_after_training_trains_on_its_own(how):
     module = Guarded(PRIVATE)
     fit(module, epochs=1)

@@ -367,7 +367,7 @@ def test_the_mixin_goes_before_any_trainer_of_ones_own(tmp_path):
 RANDOM = f"positions:kind=random+{SHUFFLE},warmup=1"
 
 
-@pytest.mark.parametrize("stack", [RANDOM, BOTH])
+@pytest.mark.parametrize("stack", fast_for([RANDOM, BOTH], fast=[RANDOM]))
 def test_a_resume_goes_on_from_every_weight_of_the_checkpoint(tmp_path, stack):
     model, checkpoint = saved(tmp_path, stack, **ONE_EPOCH)
     again = build()
@@ -430,6 +430,7 @@ def test_a_resume_of_adapters_goes_on_from_what_defenses_added(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_every_model_that_model_init_makes_is_trained_privately_on_one_ledger(tmp_path):
     made = GuardedTrainer(
         model_init=lambda: vg.protect(build(), PRIVATE).model, train_dataset=Photos(),

@@ -176,6 +176,7 @@ PLAIN = Page(Filled("plain").report().to_html()).skeleton()
     st.text(alphabet="<>&\"'={}%#/!-`;: abonscript\x00\x1b\u2028\ud800", min_size=1)
     | st.text(st.characters(), min_size=1)
 )
+@pytest.mark.slow
 def test_the_tags_of_the_page_do_not_depend_on_any_text_in_it(text: str):
     assert harmless(Filled(text).report().to_html()).skeleton() == PLAIN
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from tests.fast import fast_for
 from vitguard.core import Traits
 from vitguard.defenses.base import UpdateDefense
 from vitguard.defenses.privacy import ClientPrivacy, DifferentialPrivacy
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 TYPES = defense_types()
 COSTLY = {"privacy": 0, "gate": 1}
 NAMES = sorted(TYPES, key=lambda name: COSTLY.get(name, 2))
+FAST = ["privacy", "noise", "pruning", "shuffle", "frozen-stem", "encryption", "masking"]
 
 BUGS = '''
 import torch
@@ -122,7 +124,7 @@ def said(tmp_path):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", fast_for(NAMES, fast=FAST))
 def test_an_installed_defense_does_what_its_traits_say(name):
     """Beside those that are listed before it: each pair once, in either order."""
     before = NAMES[: NAMES.index(name)]

@@ -113,6 +113,7 @@ def test_models_are_built_once_for_a_shape_and_never_shared():
     assert not torch.equal(next(one.parameters()), next(other.parameters()))
 
 
+@pytest.mark.slow
 def test_a_failure_shrinks_to_a_small_vit_the_first_photo_and_a_short_stack():
     assert smallest(strategies.shapes()) == strategies.ViTShape()
     assert smallest(strategies.shapes(), lambda s: s.depth > 1) == strategies.ViTShape(depth=2)

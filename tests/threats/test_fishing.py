@@ -58,6 +58,7 @@ def test_the_difference_of_one_step_is_fished_as_its_gradient_is(small_vit, phot
     assert report.findings[0].verdict == "leaks"
 
 
+@pytest.mark.slow
 def test_a_feature_leaves_one_image_of_a_batch_of_one_class(small_vit, photos):
     """By class all four count; above its threshold an image has no gradient at all."""
     labels, alone = torch.full((4,), 3), []

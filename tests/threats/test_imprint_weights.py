@@ -61,6 +61,7 @@ def test_images_of_the_class_that_the_head_favours_are_read_like_others(kind):
     assert share > 0.5
 
 
+@pytest.mark.slow
 def test_the_ladder_takes_what_reads_the_bins_before_attacks_made_for_honest_weights():
     """Patches of 192 pixels in tokens of 96 numbers: read, and none of them proved."""
     sizes = "img_size=32,patch_size=8,embed_dim=96,depth=2,num_heads=4,"

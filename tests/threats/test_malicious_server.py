@@ -140,6 +140,7 @@ def test_a_verified_patch_is_right_where_bins_hold_mixtures(model, photos, spec)
     assert len(claimed) and error.max() < 1e-4
 
 
+@pytest.mark.slow
 def test_no_patch_is_proved_wrong_where_many_tokens_share_a_bin(model):
     """By its length alone one in two hundred was wrong: three tokens cancel where two cannot."""
     anatomy, wrong, claims = Anatomy.of(model), 0, 0
@@ -254,6 +255,7 @@ def test_an_architecture_without_room_is_refused():
         Imprint().weights(build_model(SPEC.replace("depth=3", "depth=1")))
 
 
+@pytest.mark.slow
 def test_the_command_line_audits_a_malicious_server(tmp_path, capsys):
     path = tmp_path / "report.json"
     code = main(

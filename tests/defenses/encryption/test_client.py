@@ -83,7 +83,7 @@ def test_sums_of_quantised_values_are_exact(preset):
 
 @pytest.mark.parametrize(
     ("preset", "count"),
-    [("many", 100), ("precise", 1000)],
+    [("many", 100), pytest.param("precise", 1000, marks=pytest.mark.slow)],
 )
 def test_as_many_clients_as_a_preset_takes_sum_exactly(preset, count):
     keys = KeySet.generate(preset=preset, max_clients=count, server=SERVER)

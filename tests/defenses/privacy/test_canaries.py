@@ -32,7 +32,7 @@ def benchmark(name):
 
 canaries = benchmark("canaries")
 
-LONG = ("resumed", "physical_batch")  # as `loop`, with more work in each trial
+LONG = ("resumed", "physical_batch", "forked")  # as another, with more work in each trial
 
 
 def audited(path, fault, confidence):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
+from tests.fast import crossed
 from vitguard.defenses.privacy import PerExample
 from vitguard.defenses.privacy.divisor import CommonDivisor
 from vitguard.errors import Unprotected
@@ -73,13 +74,13 @@ def test_a_common_divisor_is_told_within_a_few_batches(kind, dtype):
         assert seen(DIVIDED[kind], batches, dtype=dtype) in range(12, 30)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize(("kind", "dtype"), crossed(ALONE, [torch.float32, torch.bfloat16]))
 def test_terms_of_one_example_each_pass(kind, dtype):
     for scale in (0.01, 1.0, 5.0):
         assert seen(ALONE[kind], 300, scale=scale, dtype=dtype) is None
 
 
+@pytest.mark.slow
 def test_weights_of_single_examples_that_add_up_to_one_by_chance_pass():
     def halves(scores, labels):
         generator = torch.Generator().manual_seed(int(1e6 * scores.sum().abs()) % 2**31)

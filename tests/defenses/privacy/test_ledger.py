@@ -207,6 +207,7 @@ def test_little_noise_has_a_large_epsilon_and_takes_no_memory(noise):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 * 1024  # KiB
 
 
+@pytest.mark.slow
 def test_what_is_planned_covers_no_step_with_less_noise():
     defense = DifferentialPrivacy(epsilon=1.0, epochs=10)
     noise = defense.multiplier(0.1, 100)
