@@ -42,7 +42,7 @@ from vitguard.models import build_model, load_checkpoint
 
 PIECE, SIZE, WIDTH, CLASSES = 2500, 112, 384, 10
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-LENGTH = 10.0  # of every feature vector
+LENGTH = 10.0  # of the public feature vectors on average
 DELTA, BATCH, RATE = 1e-5, 5000, 4.0
 EPOCHS = {1.0: 10, 2.0: 10}  # elsewhere:
 LONG = 30
@@ -108,9 +108,11 @@ def photos(folder: Path) -> np.ndarray:
 
 
 def features(cache: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Return feature vectors of one length, (count, width), and labels."""
+    """Return feature vectors, (count, width), as the public ones are centred and scaled; labels."""
+    public, _ = _read(cache, "public")
+    centre = public.mean(0)
     vectors, labels = _read(cache, split)
-    return F.normalize(vectors - _read(cache, "public")[0].mean(0)) * LENGTH, labels
+    return (vectors - centre) * (LENGTH / (public - centre).norm(dim=1).mean()), labels
 
 
 def _read(cache: Path, split: str) -> tuple[Tensor, Tensor]:
