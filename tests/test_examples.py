@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from vitguard.errors import InputError
+from vitguard.models import build_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = "vit_tiny_patch16_224:img_size=32,patch_size=4,depth=1"
@@ -31,6 +34,7 @@ ARGUMENTS = {
     "lightning_trainer.py": ["--out", "{tmp}/run"],
     "accelerate_loop.py": ["--out", "{tmp}/run"],
     "timm_training.py": ["--out", "{tmp}/run"],
+    "private_head.py": ["--images", "{folder}", "--out", "{tmp}/run"],
 }  # fmt: skip
 NEEDS = {  # beside vitguard's own requirements
     "huggingface_trainer.py": ("transformers", "accelerate"),
@@ -44,6 +48,7 @@ FILES = {
     "lightning_trainer.py": ["run/last.ckpt"],
     "accelerate_loop.py": ["run/state/vitguard.json", "run/plain.pt"],
     "timm_training.py": ["run/averaged.pt"],
+    "private_head.py": ["run/model.pt", "run/privacy.json"],
 }
 
 
@@ -94,6 +99,22 @@ def test_a_failure_says_what_the_docs_show_and_saves_the_picture(tmp_path):
     saved, docs = (Image.open(p) for p in (picture, ROOT / "docs/images/testing-failure.png"))
     assert saved.size == docs.size
     assert np.abs(np.asarray(saved, float) - np.asarray(docs, float)).mean() < 8
+
+
+@pytest.mark.slow
+def test_a_private_head_is_part_of_a_plain_model_that_knows_the_classes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import private_head
+
+    private_head.main(["--epsilon", "8", "--out", str(tmp_path)])
+    assert 0 < json.loads((tmp_path / "privacy.json").read_text())["epsilon"] <= 8
+    model = build_model(f"{private_head.SMALL},num_classes=4").eval()
+    model.load_state_dict(torch.load(tmp_path / "model.pt"))
+    config = timm.data.resolve_model_data_config(model) | {"input_size": (3, 32, 32)}
+    data = private_head.made_here(timm.data.create_transform(**config))
+    images, labels = data.tensors
+    with torch.inference_mode():
+        assert float((model(images).argmax(1) == labels).double().mean()) > 0.95
 
 
 @pytest.fixture

@@ -235,6 +235,24 @@ def test_classes_that_happen_to_be_as_likely_are_not_taken_for_a_mixed_target(cl
         refuse_mixed_targets(scores, gradient)
 
 
+@pytest.mark.parametrize("classes", [4, 10, 100])
+@pytest.mark.parametrize("sharp", [5, 20, 60])
+def test_a_model_that_is_sure_of_two_classes_trains_on_labels_of_one(classes, sharp):
+    """Its own chances are two classes above a flat rest, and so is any small part of a step."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (38,), generator=generator)
+    both = F.one_hot(labels, classes) + F.one_hot((labels + 2) % classes, classes)
+    near = 0.1 * torch.rand(38, classes, generator=generator)
+    scores = sharp * torch.where(both > 0, near, torch.randn(38, classes, generator=generator) - 3)
+    scores.requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(scores, labels), scores)
+    refuse_mixed_targets(scores, gradient)
+    soft = 0.7 * F.one_hot(labels, classes) + 0.3 * F.one_hot((labels + 1) % classes, classes)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(scores, soft), scores)
+    with pytest.raises(Unprotected, match="mix two"):
+        refuse_mixed_targets(scores, gradient)
+
+
 def weighted(outputs, one, other, share):
     return share * F.cross_entropy(outputs, one) + (1 - share) * F.cross_entropy(outputs, other)
 

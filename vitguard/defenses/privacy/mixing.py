@@ -159,8 +159,10 @@ def refuse_mixed_targets(scores: Tensor, gradient: Tensor) -> None:
 
     Cross-entropy against targets t has the gradient w (softmax(scores) - t), its binary form
     w (sigmoid(scores) - t), whether t is one soft target or two criteria were weighted. A target
-    is mixed if exactly two classes stand out above a flat rest; a smoothed label has one. Of two or
-    three classes nothing is told. Gradients in half precision are too coarse to try weights on:
+    is mixed if exactly two classes stand out above a flat rest; a smoothed label has one. Where some
+    weight w makes one class stand out in every row, that is what the loss was: with another weight
+    a model that is sure of two classes looks like a mixed target. Of two or three classes nothing is
+    told. Gradients in half precision are too coarse to try weights on:
     there only the mean of cross-entropy is looked at, with second shares of more than a tenth.
 
     Args:
@@ -173,13 +175,16 @@ def refuse_mixed_targets(scores: Tensor, gradient: Tensor) -> None:
     fine = gradient.dtype in (torch.float32, torch.float64)
     rounding, least = (2e-5, 0.01) if fine else (1e-2, 0.1)
     soft, binary = z.softmax(1), z.sigmoid()
-    tried = [(soft, float(len(z)))]
+    tried = [(soft, [float(len(z))])]
     if fine:
-        tried += [(soft, 1.0), (soft, _ratio(soft, g))]
-        tried += [(binary, size) for size in (z.numel(), len(z), 1.0, _ratio(binary, g))]
+        tried[0][1].extend([1.0, _ratio(soft, g)])
+        tried.append((binary, [z.numel(), len(z), 1.0, _ratio(binary, g)]))
     taken = g.any(1)  # the others have no part in the loss
-    for chances, size in tried:
-        if _mixed(chances[taken], (chances - g * size)[taken], rounding, least):
+    for chances, sizes in tried:
+        targets = [(chances - g * size)[taken] for size in sizes]
+        if any(_alone(t, rounding) for t in targets):
+            continue
+        if any(_mixed(chances[taken], t, rounding, least) for t in targets):
             raise Unprotected(
                 "Expected a label of one class for each example, got targets that mix two "
                 f"(mixup, CutMix): an example would hold two records. {_REMEDY}"
@@ -196,6 +201,13 @@ def _targets(values: Tensor, rounding: float) -> Tensor:
     """Return which rows are shares that add up to 1, shape (batch,)."""
     inside = ((values > -rounding) & (values < 1 + rounding)).all(1)
     return inside & ((values.sum(1) - 1).abs() < rounding * values.shape[1])
+
+
+def _alone(values: Tensor, rounding: float) -> bool:
+    """Whether each row of `values` is a target in which one class stands out of a flat rest."""
+    ordered = values.sort(1, descending=True).values
+    alone = (_spread(ordered[:, 1:]) < rounding) & (ordered[:, 0] - ordered[:, 1] > 10 * rounding)
+    return bool((alone & _targets(values, rounding)).all())
 
 
 def _mixed(chances: Tensor, values: Tensor, rounding: float, least: float) -> bool:
