@@ -172,6 +172,8 @@ def test_bins_in_the_hidden_layer_of_a_head_are_suspicious_and_honest_ones_are_n
     found = guard.inspect(weights, *batch())
     assert {"parallel rows", "ordered biases"} <= {s.name for s in found.worst}
     assert "head.0" in found.reason
+    other = dict(sorted(weights.items(), reverse=True))  # a server chooses the order
+    assert inspect_weights(other, Anatomy.of(model), Memory()).suspicious
 
 
 def test_bins_in_the_mlp_of_a_pooling_attention_are_suspicious():

@@ -84,8 +84,10 @@ def _hidden(weights: Mapping[str, Tensor], anatomy: Anatomy) -> set[str]:
         if t.dim() == 2 and n.endswith(".weight") and not n.startswith(blocks)
     ]
     found = set()
-    for (name, (rows, columns)), (after, (_, reads)) in itertools.pairwise(matrices):
-        beside = _parent(name) == _parent(after) or after.startswith(heads)
+    # in any order: a server chooses that of what it sends
+    for (name, (rows, columns)), (after, (_, reads)) in itertools.permutations(matrices, 2):
+        in_head = name.startswith(heads) and after.startswith(heads)
+        beside = in_head or _parent(name) == _parent(after)
         if rows == reads and beside and (rows != columns or after.startswith(heads)):
             found.add(name)
     return found
