@@ -122,6 +122,9 @@ def _scored(name: str, guess: Guess, truth: Tensor, patch: tuple[int, int]) -> T
         return replace(failed, reason="an image with values that are not finite")
     high, wide = (n - n % p for n, p in zip(truth.shape[-2:], patch, strict=True))
     truth, images = (t[..., :high, :wide].detach().cpu() for t in (truth, guess.images))
+    if images.shape[1:] != truth.shape[1:]:
+        given, made = tuple(truth.shape[1:]), tuple(images.shape[1:])
+        return replace(failed, reason=f"Expected images of shape {made}, as it makes, got {given}")
     least, most = (float(end) for end in truth.aminmax())
     if not (least >= -_OUTSIDE and most <= 1 + _OUTSIDE):
         reason = (
