@@ -15,13 +15,16 @@ from vitguard.attacks.budget import Budget, CutShort
 from vitguard.core import Batch, Guess, Traits, Update, View
 from vitguard.defenses.base import Defense, traits_of
 from vitguard.defenses.gate import Tried
-from vitguard.errors import Blocked, NotApplicable
+from vitguard.errors import Blocked, InputError, NotApplicable
 from vitguard.metrics import baseline, score
 from vitguard.models import normalization_of
 from vitguard.registry import attack_types
 from vitguard.vit import Anatomy, canonical_name, logits_of
 
 __all__ = ["attack_own"]
+
+_OUTSIDE = 1e-3
+"""Of the range of pixels: rounding."""
 
 
 def attack_own(
@@ -111,15 +114,31 @@ def _scored(name: str, guess: Guess, truth: Tensor, patch: tuple[int, int]) -> T
         cut = Tried(name, "ran")
     if not len(guess.images):
         return replace(cut, state="not applicable", reason="it gives labels alone")
+    verified = None if guess.verified is None else guess.verified.detach().cpu()
+    # a proof needs no truth: it counts beside images that cannot be compared
+    proved = 0.0 if verified is None else float(verified.double().mean())
+    failed = Tried(name, "failed", proved=proved)
     if not bool(guess.images.isfinite().all()):
-        return Tried(name, "failed", "an image with values that are not finite")
+        return replace(failed, reason="an image with values that are not finite")
     high, wide = (n - n % p for n, p in zip(truth.shape[-2:], patch, strict=True))
     truth, images = (t[..., :high, :wide].detach().cpu() for t in (truth, guess.images))
-    verified = None if guess.verified is None else guess.verified.detach().cpu()
-    scores = score(images, truth, patch, verified=verified)
-    level = baseline(truth, patch)
+    if images.shape[1:] != truth.shape[1:]:
+        given, made = tuple(truth.shape[1:]), tuple(images.shape[1:])
+        return replace(failed, reason=f"Expected images of shape {made}, as it makes, got {given}")
+    least, most = (float(end) for end in truth.aminmax())
+    if not (least >= -_OUTSIDE and most <= 1 + _OUTSIDE):
+        reason = (
+            "Expected images as the model takes them, got some whose pixels are from "
+            f"{least:.3g} to {most:.3g} without the model's normalisation, where 0 to 1 is right. "
+            "Normalise them with vitguard.models.normalization_of(model).apply(pixels)."
+        )
+        return replace(failed, reason=reason)
+    try:
+        scores = score(images, truth, patch, verified=verified)
+        level = baseline(truth, patch)
+    except InputError as error:
+        return replace(failed, reason=f"{type(error).__name__}: {error}")
     gains = (scores.psnr - level.psnr, scores.patch_psnr - level.patch_psnr)
-    proved = 0.0 if verified is None else float(verified.double().mean())
     return replace(
         cut,
         gain=max(float(g.max()) for g in gains),

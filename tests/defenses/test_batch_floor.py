@@ -87,3 +87,27 @@ def test_an_audit_of_a_batch_below_the_floor_has_nothing_to_attack(small_vit, ph
     report = vg.audit(small_vit(), batch, defenses="batch-floor", attacks="position")
     finding = report.findings[-1]
     assert finding.verdict == "blocked" and "at least" in finding.reason
+
+
+def small(**more):
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes, **more).train()
+
+
+def test_a_model_that_drops_patches_in_training_is_refused():
+    with pytest.raises(Incompatible, match="drops some"):
+        protect(small(patch_drop_rate=0.75), "batch-floor")
+    assert protect(small(), "batch-floor")
+
+
+def test_images_smaller_than_the_models_count_by_their_own_tokens():
+    """A model that takes other sizes: 5 tokens of 8 px in place of 17 of 16 px, 24 wide."""
+    guard = protect(small(dynamic_img_size=True), "batch-floor:multiple=1")
+    whole = torch.randn(2, 3, 16, 16)
+    assert guard.update(whole, torch.arange(2)).batch_size == 2
+    with pytest.raises(Unprotected, match="2 of 5 tokens each"):
+        guard.update(whole[..., :8, :8].contiguous(), torch.arange(2))
+    many = torch.randn(7, 3, 8, 8)
+    assert guard.update(many, torch.arange(7)).batch_size == 7
+    with pytest.raises(Unprotected, match=r"4 different .* of 5 tokens each"):  # 20 tokens
+        guard.update(many[[0, 1, 2, 3, 3, 3, 3]], torch.arange(7))

@@ -140,6 +140,28 @@ def test_what_an_attack_proves_is_refused_beside_other_images_too() -> None:
         LeakGate().passage(vg.Update({}, batch_size=1), lambda _: [tried], Tally())
 
 
+@pytest.mark.parametrize("wrong", ["scale", "size", "number"])
+def test_a_proof_counts_beside_images_that_cannot_be_compared(wrong: str) -> None:
+    """No truth is needed for it; `undecided="pass"` lets nothing through that is proved."""
+    truth = torch.rand(1, 3, 8, 8)
+    guess = Guess(truth.clone(), verified=torch.tensor([[True, False, False, False]]))
+    if wrong == "number":
+        guess.images[0, 0, 0, 0] = torch.nan
+    given = {"scale": 255 * truth, "size": torch.rand(1, 3, 16, 16)}.get(wrong, truth)
+    tried = self_attack._scored("one", guess, given, (4, 4))
+    assert tried.state == "failed" and tried.proved == 0.25
+    with pytest.raises(GateClosed, match="proves 25% of the patches"):
+        LeakGate(undecided="pass").passage(vg.Update({}, batch_size=1), lambda _: [tried], Tally())
+
+
+def test_images_under_another_normalisation_are_told_and_not_decided() -> None:
+    net = model()
+    guard = vg.protect(net, LeakGate())
+    images, labels = batch_of(net)
+    with pytest.raises(GateClosed, match=r"not decided.*normalization_of\(model\)"):
+        guard.update(images * 2 + 1, labels)
+
+
 def vg_ran() -> self_attack.Tried:
     return self_attack.Tried("one", "ran", gain=0.0, psnr=1.0)
 

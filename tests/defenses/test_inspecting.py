@@ -1,6 +1,7 @@
 """A client under InspectWeights refuses rounds with crafted weights, and no honest one."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -259,3 +260,56 @@ def test_the_shares_of_tokens_are_those_of_outer_products():
     wanted = outer[:, 1:].amax((0, 1)) / outer.sum((0, 1))
     assert torch.allclose(shares.rows, wanted, rtol=1e-4)
     assert shares.rows.argmax() == 3
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_pass_that_overflowed_is_no_pass_and_the_next_one_is_read(size):
+    """Under a scaler of 16-bit training the first gradient of a round is often infinite."""
+    guard = guarded()
+    guard.will_seal()
+    images, labels = batch(size)
+    before = {n: p.detach().clone() for n, p in guard.model.named_parameters()}
+    (F.cross_entropy(guard.model(images), labels) * math.inf).backward()
+    guard.model.zero_grad()  # the scaler skips the step
+    nothing = vg.Update({n: torch.zeros_like(t) for n, t in before.items()}, kind="difference")
+    with pytest.raises(Unprotected, match="none with finite values"):
+        guard.seal(nothing)
+    assert guard.seal(step(guard, images, labels)).tensors
+
+
+def test_a_craft_behind_a_pass_that_overflowed_does_not_leave(monkeypatch):
+    """Of rows so short that the backward pass alone shows them."""
+    monkeypatch.setattr("vitguard.inspection.look.structure_signs", lambda *_: [])
+    guard = guarded()
+    guard.model.load_state_dict(imprint(make(), steepness=1.0), strict=False)
+    guard.will_seal()
+    images, labels = batch(1)
+    (F.cross_entropy(guard.model(images), labels) * math.inf).backward()
+    guard.model.zero_grad()
+    with pytest.raises(SuspiciousWeights):
+        guard.seal(step(guard, images, labels))
+
+
+def test_a_loop_on_a_copy_is_inspected_and_its_update_leaves():
+    guard = guarded()
+    for model in (copy.deepcopy(guard.model), pickle.loads(pickle.dumps(guard.model))):
+        twin = Guard.of(model)
+        twin.will_seal()
+        for _ in range(2):
+            step(twin, *batch())
+            assert twin.seal(step(twin, *batch())).tensors
+
+
+def test_weights_that_arrived_after_an_update_left_do_not_leave_by_a_pass_in_eval_mode():
+    guard = guarded()
+    guard.will_seal()
+    images, labels = batch()
+    step(guard, images, labels)
+    guard.seal(step(guard, images, labels))
+    with torch.no_grad():
+        copied(guard.model, imprint(make()))
+    guard.model.eval()
+    F.cross_entropy(guard.model(images), labels).backward()
+    gradients = {n: p.grad for n, p in guard.model.named_parameters()}
+    with pytest.raises(Unprotected, match="inspected when they arrived"):
+        guard.seal(vg.Update(gradients, batch_size=len(labels)))

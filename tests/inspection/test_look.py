@@ -157,3 +157,70 @@ def test_the_page_lists_every_sign_with_its_limit():
     for name, (limit, meaning) in SIGNS.items():
         shown = "none" if math.isinf(limit) else f"{limit:g}"
         assert f"| {name} | {meaning} | {shown} |" in page
+
+
+def test_bins_in_the_hidden_layer_of_a_head_are_suspicious_and_honest_ones_are_not():
+    model = make()
+    model.head = torch.nn.Sequential(
+        torch.nn.Linear(48, 96), torch.nn.GELU(), torch.nn.Linear(96, 10)
+    )
+    guard = protect(model, [])
+    assert not guard.inspect({}, *batch()).suspicious
+    weights = {n: t.clone() for n, t in guard.export().items()}
+    weights["head.0.weight"][:] = torch.randn(48)
+    weights["head.0.bias"][:] = torch.linspace(-1, 1, 96)
+    found = guard.inspect(weights, *batch())
+    assert {"parallel rows", "ordered biases"} <= {s.name for s in found.worst}
+    assert "head.0" in found.reason
+    other = dict(sorted(weights.items(), reverse=True))  # a server chooses the order
+    assert inspect_weights(other, Anatomy.of(model), Memory()).suspicious
+
+
+def test_bins_in_the_mlp_of_a_pooling_attention_are_suspicious():
+    model = make(global_pool="map", class_token=False)
+    guard = protect(model, [])
+    assert not guard.inspect({}, *batch()).suspicious
+    weights = {n: t.clone() for n, t in guard.export().items()}
+    weights["attn_pool.mlp.fc1.weight"][:] = torch.randn(48)
+    found = guard.inspect(weights, *batch())
+    assert found.suspicious and "attn_pool.mlp.fc1" in found.reason
+
+
+def test_bins_before_the_last_layer_of_a_head_of_torchvision_are_suspicious():
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(32, 8, 2, 4, 48, 96, num_classes=10, representation_size=48)
+    torch.nn.init.trunc_normal_(model.heads.head.weight, std=0.02)  # zeros there have no gradient
+    guard = protect(model, [])
+    assert not guard.inspect({}, *batch()).suspicious
+    weights = {n: t.clone() for n, t in guard.export().items()}
+    weights["heads.pre_logits.weight"][:] = torch.randn(48)
+    assert guard.inspect(weights, *batch()).suspicious
+
+
+@pytest.mark.parametrize("muted", ["fc1", "values"])
+def test_a_branch_that_is_muted_before_its_last_layer_is_suspicious(muted):
+    guard = protect(make(), [])
+    weights = {n: t.clone() for n, t in guard.export().items()}
+    if muted == "fc1":
+        weights["blocks.1.mlp.fc1.weight"] *= 1e-4
+    else:
+        weights["blocks.1.attn.qkv.weight"][96:] *= 1e-4
+    found = guard.inspect(weights, *batch())
+    assert [s.name for s in found.worst] == ["muted branch"] and "blocks.1" in found.reason
+
+
+def test_what_is_no_number_hides_no_other_sign():
+    from vitguard.inspection.signs import largest
+
+    places = [("a", 1.0), ("b", math.nan), ("c", 100.0)]
+    for order in (places, places[::-1], places[1:] + places[:1]):
+        (sign,) = largest("scaled row", order)
+        assert sign.where == "b" and sign.excess == math.inf
+
+
+def test_a_model_of_which_nothing_is_trained_is_inspected_by_its_weights():
+    guard = protect(make().requires_grad_(False), [])
+    found = guard.inspect({}, *batch())
+    assert not found.suspicious and "no parameter is trained" in str(found)
+    assert guard.inspect(imprint(make()), *batch()).suspicious

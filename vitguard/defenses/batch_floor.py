@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitguard.core import Update
 from vitguard.defenses.base import Defense, Draws, UpdateDefense
 from vitguard.errors import Incompatible, UpdateRefused, expected
-from vitguard.vit import Anatomy
+from vitguard.vit import Anatomy, drops_patches
 
 __all__ = ["BatchFloor"]
 
@@ -38,8 +38,9 @@ class BatchFloor(UpdateDefense):
         (add `sample-normalisation`). The last block under a class token, which passes one token of
         each image: labels and features of that token (`cascade`) take as many images as the width.
         A client that states a wrong number of images: to `Guard.seal` without a batch repeats count
-        as new images, and so do copies that differ in one pixel (augmented ones). Several local
-        steps on the same images. Attacks that count nothing.
+        as new images, and so do copies that differ in one pixel (augmented ones); images smaller
+        than the model's count whole there. Several local steps on the same images. Attacks that
+        count nothing.
 
     Args:
         multiple: Tokens over width, at least 1: below, equations are left.
@@ -62,10 +63,16 @@ class BatchFloor(UpdateDefense):
             raise expected("a finite multiple of at least 1", self.multiple)
 
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
-        """Raise Incompatible where blocks have several widths: tokens are no one count there."""
+        """Raise Incompatible where tokens are no one count: several widths, dropped patches."""
         sizes = {n: p.shape for n, p in model.named_parameters()}
         layers = (f"{block.fc1}.weight" for block in anatomy.blocks)
         widths = {sizes[n][-1] for n in layers if n in sizes}
+        if drops_patches(model):
+            raise Incompatible(
+                f"Expected a model that keeps all patches for {self.name}, got one that drops some "
+                "in training: an image has fewer tokens than it counts. Build it without patch "
+                "dropout, or leave this defense out."
+            )
         if len(widths) > 1 or not anatomy.blocks:
             raise Incompatible(
                 f"Expected blocks of one width for {self.name}, got widths {sorted(widths)}: its "
@@ -86,11 +93,18 @@ class BatchFloor(UpdateDefense):
         return update
 
     def look(self, update: Update, images: Tensor, anatomy: Anatomy) -> None:
-        """Raise UpdateRefused where the floor is reached by repeats of few images alone."""
+        """Raise UpdateRefused where repeats of few images, or small ones, reach the floor."""
         different = len({_bytes(image) for image in images})
+        counted, got = update.batch_size - len(images) + different, ""
         if different < len(images):
-            repeats = f"{different} different (others repeat these)"
-            self._require(update, update.batch_size - len(images) + different, anatomy, repeats)
+            got = f"{different} different (others repeat these)"
+        high, wide = (n // p for n, p in zip(images.shape[-2:], anatomy.patch_size, strict=True))
+        tokens = high * wide + anatomy.prefix_tokens
+        if tokens < anatomy.tokens:  # a model that takes other sizes
+            got = f"{got or counted} of {tokens} tokens each"
+            counted = counted * tokens // anatomy.tokens
+        if got:
+            self._require(update, counted, anatomy, got)
 
     def _require(self, update: Update, images: int, anatomy: Anatomy, got: str = "") -> None:
         least = self.least_batch(anatomy)

@@ -197,6 +197,11 @@ class LeakGate(Defense):
         )
 
     def _said(self, tried: Tried) -> str:
+        if tried.state == "failed":  # there is no dB
+            return (
+                f"{tried.attack} proves {tried.proved:.0%} of the patches it rebuilds, whatever "
+                f"images were given ({tried.reason})"
+            )
         proof = f", {tried.proved:.0%} of the patches proved" if tried.proved else ""
         return (
             f"{tried.attack} rebuilds an image at {tried.psnr:.1f} dB, {tried.gain:.1f} dB above "

@@ -146,10 +146,15 @@ class InstalledInspection(Installed):
 
     def passing(self, model: nn.Module) -> None:
         """A pass with a gradient begins: it is read where it is the first one of a round."""
+        watch_steps(self, model)  # a copy came without
         before = self.found
         self.verify(model)
-        if self.found is before and self.recorder.finished:
+        if self.found is not before:
+            return
+        if self.recorder.finished:
             self.recorder.armed = False
+        elif self.recorder.overflowed:
+            self.recorder.arm()
 
     def stepped(self) -> None:
         """Note that an optimizer is about to step the model."""
@@ -196,7 +201,7 @@ class InstalledInspection(Installed):
         """
         if not self._acts():
             return
-        if self.found is not None and not self.left and self._replaced(model):
+        if self.found is not None and self._replaced(model):
             self.begin()  # written over since the last pass
         if self.found is None:
             raise Unprotected(
@@ -207,7 +212,8 @@ class InstalledInspection(Installed):
         if not self.recorder.finished and gated_layers(model, self.anatomy):
             raise Unprotected(
                 "Expected a training pass whose gradient was inspected, got none of the protected "
-                "model since the weights arrived. Train it in training mode, by calling it."
+                "model since the weights arrived, or none with finite values. Train it in training "
+                "mode, by calling it."
             )
         found = self.found.and_also(signs)
         if found.suspicious:  # no numbers: they come from the images

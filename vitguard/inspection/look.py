@@ -19,6 +19,8 @@ from vitguard.vit import Anatomy, canonical_name, logits_of
 
 __all__ = ["inspect_model", "inspect_weights", "load_exactly", "weights_of"]
 
+NOTHING_TRAINED = "no parameter is trained: there is no gradient to look at"
+
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that a server sends, by the base model's name."""
@@ -90,6 +92,8 @@ def inspect_model(
         with torch.enable_grad():
             trained = [p for p in model.parameters() if p.requires_grad]
             total = loss(logits_of(model(images)), labels)
+            if not trained:
+                return found.and_also((), [NOTHING_TRAINED])
             torch.autograd.grad(total, trained, allow_unused=True)
     finally:
         for handle in handles:

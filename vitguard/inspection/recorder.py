@@ -35,8 +35,15 @@ class Recorder:
     armed: bool = False
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
     """Values of signs by module name."""
-    finished: bool = False
+    came: bool = False
     """Whether a gradient came back to a gated layer since the recorder was armed."""
+    overflowed: bool = False
+    """Whether one had values that are not finite, as where a scaler of 16-bit training is high."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether a pass was read: one that overflowed shows nothing, and moves no weight."""
+        return self.came and not self.overflowed
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> list[Any]:
         """Watch the gated layers and heads of a model; returns the handles that end it."""
@@ -55,7 +62,7 @@ class Recorder:
 
     def drop(self) -> None:
         """Read nothing, and forget what was read."""
-        self.armed, self.finished, self.numbers = False, False, {}
+        self.armed, self.came, self.overflowed, self.numbers = False, False, False, {}
 
     def signs(self) -> list[Sign]:
         """Return the signs of the pass that was read; none where none was."""
@@ -88,11 +95,15 @@ class Recorder:
         numbers = self.numbers.setdefault(name, {})
         with torch.no_grad():
             gradient = gradient.detach()
+            if not bool(gradient.float().sum(tuple(range(gradient.dim() - 1))).isfinite().all()):
+                self.overflowed = True
+                numbers["not finite"] = 1.0
+                return
             if inputs.dim() != 3 or head:
                 if inputs.dim() == 2:
                     numbers["lone sample"] = separation(gram_of_samples(inputs, gradient))
                 return
-            self.finished = True
+            self.came = True
             bias = gradient.float().sum(1)
             numbers["lone sample"] = separation(gram_of_samples(bias.new_ones(len(bias), 1), bias))
             if inputs.shape[0] * (inputs.shape[1] - self.prefix) < _FEWEST:

@@ -39,6 +39,7 @@ SIGNS: dict[str, tuple[float, str]] = {
 
 def largest(name: str, values: Iterable[tuple[str, float]]) -> list[Sign]:
     """Return the sign at the place with the largest value; nothing where there is no place."""
-    found = sorted(values, key=lambda item: -item[1])
+    # what is no number stands first: it compares with nothing, and would hide what is large
+    found = sorted(values, key=lambda item: -math.inf if math.isnan(item[1]) else -item[1])
     limit, meaning = SIGNS[name]
     return [Sign(name, *found[0], limit, meaning)] if found else []

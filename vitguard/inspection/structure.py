@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -57,15 +58,43 @@ def _matrices(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[tuple
 
     The second one (B of LoRA) reads few channels, most of them alike, and honest training of it
     makes rows that are parallel, or tiny beside others. Of LoRA beside fc1 it counts in the sum.
+    Behind the blocks they are the hidden layers of a head, and of an MLP that pools.
     """
     known = {f"{m}.weight" for b in anatomy.blocks for m in (b.proj, b.fc2)}
     known |= {n for b in anatomy.blocks for n in b.qkv}
+    hidden = _hidden(weights, anatomy)
     for name, tensor in weights.items():
-        inside = any(name.startswith(f"{b.name}.") for b in anatomy.blocks)
+        inside = name in hidden or any(name.startswith(f"{b.name}.") for b in anatomy.blocks)
         if not inside or tensor.dim() != 2 or len(tensor) < 2 or name in known:
             continue
         if tensor.shape[1] == anatomy.width and ".lora_B." not in name:
             yield name, tensor + _added(name, weights)
+
+
+def _hidden(weights: Mapping[str, Tensor], anatomy: Anatomy) -> set[str]:
+    """Return the matrices outside the blocks whose outputs another one beside them reads.
+
+    In a head, or with more outputs than inputs or fewer: square ones elsewhere are of attention.
+    """
+    blocks = tuple(f"{b.name}." for b in anatomy.blocks)
+    heads = tuple(f"{h}." for h in anatomy.head)
+    matrices = [
+        (n, t.shape)
+        for n, t in weights.items()
+        if t.dim() == 2 and n.endswith(".weight") and not n.startswith(blocks)
+    ]
+    found = set()
+    # in any order: a server chooses that of what it sends
+    for (name, (rows, columns)), (after, (_, reads)) in itertools.permutations(matrices, 2):
+        in_head = name.startswith(heads) and after.startswith(heads)
+        beside = in_head or _parent(name) == _parent(after)
+        if rows == reads and beside and (rows != columns or after.startswith(heads)):
+            found.add(name)
+    return found
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0].rpartition(".")[0]
 
 
 def _added(name: str, weights: Mapping[str, Tensor]) -> Tensor | float:
@@ -98,11 +127,18 @@ def _ordered(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]
 
 def _muted(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
     for block in anatomy.blocks:
-        for module in (block.proj, block.fc2):
-            weight = weights.get(f"{module}.weight")
+        named = {
+            f"{m}.weight": weights.get(f"{m}.weight") for m in (block.proj, block.fc1, block.fc2)
+        }
+        if block.qkv:  # of query, key and value the last moves the tokens
+            values = weights.get(block.qkv[-1])
+            if values is not None and len(block.qkv) == 1:
+                values = values[len(values) // 3 * 2 :]
+            named[block.qkv[-1]] = values
+        for name, weight in named.items():
             if weight is not None and weight.dim() == 2:
                 gain = float(weight.float().square().sum(1).mean().sqrt())
-                yield f"{module}.weight", 1 / max(gain, _LEAST)
+                yield name, 1 / max(gain, _LEAST)
 
 
 def _shut(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:

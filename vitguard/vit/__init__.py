@@ -7,7 +7,13 @@ each. Everything else asks an `Anatomy`, which names parameters and modules by r
 from vitguard.core.parameters import canonical_name, canonical_parameters
 from vitguard.vit import huggingface, timm, torchvision
 from vitguard.vit.anatomy import READERS, Anatomy, Block
-from vitguard.vit.passes import checkpoints_refused, logits_of, loss_of, math_attention
+from vitguard.vit.passes import (
+    checkpoints_refused,
+    drops_patches,
+    logits_of,
+    loss_of,
+    math_attention,
+)
 
 __all__ = [
     "Anatomy",
@@ -15,6 +21,7 @@ __all__ = [
     "canonical_name",
     "canonical_parameters",
     "checkpoints_refused",
+    "drops_patches",
     "logits_of",
     "loss_of",
     "math_attention",

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.backends import cuda as backends
 
 from vitguard.errors import Incompatible, VitguardError, expected
 
-__all__ = ["checkpoints_refused", "logits_of", "loss_of", "math_attention"]
+__all__ = ["checkpoints_refused", "drops_patches", "logits_of", "loss_of", "math_attention"]
 
 
 @contextmanager
@@ -33,6 +33,12 @@ def checkpoints_refused() -> Iterator[None]:
             "use_reentrant=True. Give torch.utils.checkpoint use_reentrant=False; in transformers "
             'model.gradient_checkpointing_enable({"use_reentrant": False}).'
         ) from error
+
+
+def drops_patches(model: nn.Module) -> bool:
+    """Whether a training pass leaves out some patches of each image (timm's `patch_drop_rate`)."""
+    layers = (m for m in model.modules() if type(m).__name__.startswith("PatchDropout"))
+    return any(float(getattr(layer, "prob", 1)) > 0 for layer in layers)
 
 
 def logits_of(output: Any) -> Tensor:
