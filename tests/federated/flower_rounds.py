@@ -6,6 +6,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 import vitguard as vg
+from vitguard.data import load_images
 from vitguard.defenses.encryption import KeySet, Manifest, SigningKey, worst_error
 from vitguard.federated.flower import (
     ClientKeys,
@@ -133,6 +134,11 @@ class Federated:
 
 def raises(state, metrics):
     raise RuntimeError("a secret pixel 123456789")
+
+
+def quotes(state, metrics):
+    """As a check of the client's own data does: an error of ours with a name of a file in it."""
+    load_images("a secret pixel 123456789.png", (8, 8))
 
 
 def each(change):

@@ -17,6 +17,7 @@ from tests.federated.flower_rounds import (
     NODES,
     Federated,
     each,
+    quotes,
     raises,
     tiny,
     weighs,
@@ -62,6 +63,7 @@ def test_nothing_that_left_holds_the_weights_of_a_client(federated):
 
 FAULTS = {
     "raises": (raises, "RuntimeError"),
+    "quotes its data": (quotes, "input that the app takes"),
     "NaN": (each(lambda t: torch.full_like(t, math.nan)), "finite"),
     "infinity": (each(lambda t: torch.full_like(t, math.inf)), "finite"),
     "beyond the bound": (each(lambda t: t + 100), "bound"),

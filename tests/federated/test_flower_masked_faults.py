@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.common.serde import context_from_proto, context_to_proto
 
 from tests.fast import crossed
-from tests.federated.flower_rounds import each, raises, weighs
+from tests.federated.flower_rounds import each, quotes, raises, weighs
 from tests.federated.masked_rounds import NODES, PHASES, Masked, phase_of
 from vitguard.defenses.encryption import SigningKey
 from vitguard.federated.flower.masked_client import BODY
@@ -43,6 +43,7 @@ def left_out(masked, said, **settings):
 
 OF_THE_APP = {
     "raises": (raises, "RuntimeError in the app"),
+    "quotes its data": (quotes, "input that the app takes"),
     "NaN": (each(lambda t: torch.full_like(t, math.nan)), "finite"),
     "infinity": (each(lambda t: torch.full_like(t, math.inf)), "finite"),
     "beyond the bound": (each(lambda t: t + 100), "bound"),

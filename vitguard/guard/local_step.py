@@ -43,7 +43,8 @@ def check_batch(
         _check_targets(labels, classes)
     indices = not labels.is_floating_point()
     if indices and classes and not bool(((labels >= 0) & (labels < classes)).all()):
-        raise expected(f"labels from 0 to {classes - 1}", labels.tolist())
+        reach = f"some from {int(labels.min())} to {int(labels.max())}"
+        raise expected(f"labels from 0 to {classes - 1}", reach)
 
 
 def _check_targets(labels: Tensor, classes: int) -> None:

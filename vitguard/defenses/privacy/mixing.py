@@ -159,11 +159,11 @@ def refuse_mixed_targets(scores: Tensor, gradient: Tensor) -> None:
 
     Cross-entropy against targets t has the gradient w (softmax(scores) - t), its binary form
     w (sigmoid(scores) - t), whether t is one soft target or two criteria were weighted. A target
-    is mixed if exactly two classes stand out above a flat rest; a smoothed label has one. Where some
-    weight w makes one class stand out in every row, that is what the loss was: with another weight
-    a model that is sure of two classes looks like a mixed target. Of two or three classes nothing is
-    told. Gradients in half precision are too coarse to try weights on:
-    there only the mean of cross-entropy is looked at, with second shares of more than a tenth.
+    is mixed if exactly two classes stand out above a flat rest; a smoothed label has one. Where
+    some weight w makes one class stand out in every row, that is what the loss was: with another
+    weight a model that is sure of two classes looks like a mixed target. Of two or three classes
+    nothing is told. Gradients in half precision are too coarse to try weights on: there only the
+    mean of cross-entropy is looked at, with second shares of more than a tenth.
 
     Args:
         scores: Shape (batch, classes).

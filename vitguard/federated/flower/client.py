@@ -6,8 +6,9 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
+from functools import wraps
 from logging import ERROR, WARNING
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 from flwr.app import (
     Array,
@@ -31,6 +32,7 @@ from vitguard.defenses.sealing import require_finite
 from vitguard.errors import (
     GateClosed,
     Incompatible,
+    InputError,
     Rejected,
     Unprotected,
     VitguardError,
@@ -74,6 +76,8 @@ _MODEL, _KEPT, _LOCAL = "vitguard.model", "vitguard.kept", "vitguard.local"
 _EXAMPLES = "num-examples"
 _REFUSED = 201  # code of an Error reply, among those that Flower leaves to users
 App = Callable[[Message, Context], Message]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
@@ -96,6 +100,7 @@ class _Exchange:
     reminder: ConfigRecord | None = None  # of the ledger, by the server
     ledger: _Ledger | None = None
     beside: dict[str, Array] = field(default_factory=dict)  # of the model, for the server to keep
+    own: InputError | None = None  # raised by a function of this module, which quotes no data
 
 
 _exchange: ContextVar[_Exchange | None] = ContextVar("vitguard_flower", default=None)
@@ -112,6 +117,21 @@ def _now() -> _Exchange:
     return found
 
 
+def _quoting_no_data(function: Callable[P, R]) -> Callable[P, R]:
+    """Let the server read what an error of a function says: it is of keys, states and names."""
+
+    @wraps(function)
+    def noting(*args: P.args, **settings: P.kwargs) -> R:
+        try:
+            return function(*args, **settings)
+        except InputError as error:
+            _now().own = error
+            raise
+
+    return noting
+
+
+@_quoting_no_data
 def attach(guard: Guard, *, batch: tuple[Tensor, Tensor] | None = None) -> Guard:
     """Name the guard that seals this message's reply.
 
@@ -182,6 +202,7 @@ def _ledger(kept: ConfigRecord, reminder: ConfigRecord | None) -> _Ledger:
     return _Ledger(name, releases)
 
 
+@_quoting_no_data
 def encryptor(*, outliers: Literal["refuse", "clip"] = "refuse") -> Encryptor:
     """Return the encryptor of the client that this message is for.
 
@@ -235,7 +256,7 @@ class ProtectMod:
             with masking(message, context, self._identity) as answer:
                 return answer or _exchanged(message, exchange, call_next)
         except Exception as error:  # noqa: BLE001 - whatever it was, nothing unsealed may leave
-            # an error of the app may quote its data
+            # an error of the app may quote its data; of our own, `_answer` sees to those that do
             told = isinstance(error, VitguardError)
             said = f": {error}"[:500] if told else " in the app"
             if isinstance(error, GateClosed):  # how well an attack sees them is told to nobody
@@ -251,7 +272,7 @@ class ProtectMod:
 def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message:
     training = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
     if not training and not message.content.array_records:  # such as a query
-        return _without_arrays(call_next(message, exchange.context))
+        return _without_arrays(_answer(call_next, message, exchange))
     name, received = _only(message.content.array_records, "ArrayRecord of weights")
     before, settings = _opened(message, received, exchange)
     plain = settings is None or asked_now() is not None  # then they are as they came
@@ -265,7 +286,7 @@ def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message
         content.pop(ASKED, None)
     exchange.received = given
     inner = make_message(message.metadata, content)
-    reply = call_next(inner, exchange.context)
+    reply = _answer(call_next, inner, exchange)
     if not training:
         return _without_arrays(reply)
     _require_answer(reply)
@@ -274,6 +295,17 @@ def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message
             "Expected attach(guard) in the train function, got none: nothing was sealed."
         )
     return _sealed(reply, message, before, settings, exchange)
+
+
+def _answer(call_next: App, message: Message, exchange: _Exchange) -> Message:
+    """Return the app's reply. What it was given wrongly may be its data: labels, names of files."""
+    try:
+        return call_next(message, exchange.context)
+    except InputError as error:
+        if error is exchange.own:
+            raise
+        log(ERROR, "The app was given what it does not take; no text of it is sent: %s", error)
+        raise expected("input that the app takes", "other: its own log has more") from error
 
 
 def _require_answer(reply: Message) -> None:
