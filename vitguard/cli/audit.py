@@ -361,7 +361,6 @@ class _Progress:
     """A progress bar on standard error, gone when it is done."""
 
     def __enter__(self) -> _Progress:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._bar = Progress(
@@ -369,7 +368,7 @@ class _Progress:
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=console(to_error=True),
             transient=True,
         )
         self._bar.start()

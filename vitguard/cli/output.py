@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["console", "shown", "shows_what_it_can"]
 
+_ENDING = ("strict", "surrogateescape")  # the second is Python's own where the locale is C
+
 
 def shows_what_it_can() -> None:
     """Let what standard output cannot encode be shown by its number, not end the command."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in _ENDING:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -44,14 +46,14 @@ def shown() -> Iterator[None]:
 
 
 def console(*, to_error: bool = False) -> Console:
-    """Return a console that tells of a reader who leaves; rich's own would end the process."""
+    """Return a console that falls silent when its reader leaves; rich's own ends the process."""
     from rich.console import Console
 
-    class Telling(Console):
+    class Silent(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
+            self.quiet = True
 
-    return Telling(stderr=to_error)
+    return Silent(stderr=to_error)
 
 
 def _close() -> None:
