@@ -40,13 +40,17 @@ def build_model(spec: str, *, pretrained: bool = False, seed: int = 0) -> nn.Mod
         pretrained: Take timm's weights from the hub or its cache.
 
     Raises:
-        InputError: An unknown name or keyword, or weights that cannot be had.
+        InputError: An unknown name or keyword, one that loads weights, or weights that cannot be
+            had.
     """
     name, _, rest = spec.strip().partition(":")
     given = [_argument(item) for item in rest.split(",")] if rest else []
     arguments = dict(given)
     if twice := [key for key, count in Counter(key for key, _ in given).items() if count > 1]:
         raise expected(f"{twice[0]} once", f"it twice in {spec!r}")
+    for key, option in _WEIGHTS.items():
+        if key in arguments:  # else a report would call them random
+            raise expected(f"weights by {option}", f"{key} among the arguments of {name}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "april_vit":
@@ -97,6 +101,7 @@ def _construct(
         raise expected(what, f"{given or 'none'} ({first})", _SIZES if sizes else "") from error
 
 
+_WEIGHTS = {"pretrained": "--pretrained", "checkpoint_path": "--checkpoint FILE"}
 _SIZES = "A size of height and width is written img_size=32x64, a square one img_size=32."
 
 
@@ -287,7 +292,9 @@ def find_device(name: str) -> torch.device:
         InputError: There is no such device, or it cannot be used.
     """
     try:
-        return torch.zeros(1, device=name).device
+        held = torch.zeros(1, device=name)
+        held.item()  # the meta device holds no values
+        return held.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).partition("\n")[0]
         raise expected("a device of this machine", f"{name!r} ({first})") from error

@@ -65,3 +65,45 @@ def test_no_report_is_written_over_another_or_over_what_is_read(
     assert main(["audit", *given]) == 2
     assert "files of their own for --html and --json" in capsys.readouterr().err
     assert all(p.read_bytes() == b"precious" for p in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["audit", "--checkpoint", ""], ["audit", "--update-file", ""], ["audit", "--before", " "],
+        ["audit", "--mean", "", "--std", ""], ["audit", "--tensorboard", ""],
+        ["audit", "--html", ""], ["audit", "--json", ""], ["advise", "--json", ""],
+        ["plan", "--encrypt", "all", "--json", ""],
+    ],
+)  # fmt: skip
+def test_an_empty_value_is_not_an_option_left_out(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([given[0], "--model", "april_vit", *given[1:]]) == 2
+    assert f"Expected {given[-2]} with a value" in capsys.readouterr().err.replace(
+        "--mean", "--std"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argument", "do"),
+    [
+        ("pretrained=true", "--pretrained"), ("pretrained=1", "--pretrained"),
+        ("checkpoint_path=w.pt", "--checkpoint"),
+    ],
+)  # fmt: skip
+def test_weights_come_by_an_option_that_the_report_names(argument, do, capsys):
+    for command in ("audit", "advise"):
+        assert main([command, "--model", f"vit_tiny_patch16_224:{argument}"]) == 2
+        said = capsys.readouterr().err
+        assert f"got {argument.partition('=')[0]}" in said
+        assert do in said
+
+
+@pytest.mark.parametrize(
+    "given", [["--seed", str(2**64)], ["--seed", str(2**63)], ["--device", "meta"]]
+)
+def test_a_seed_or_device_that_torch_cannot_use_is_one_line(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["audit", "--model", "april_vit", *given]) == 2
+    assert "vitguard: error: Expected" in capsys.readouterr().err

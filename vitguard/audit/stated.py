@@ -71,5 +71,5 @@ def checked_seed(seed: int) -> int:
     except TypeError:
         whole = -1
     if not 0 <= whole < 2**63:
-        raise expected("seed as a whole number of at least 0", repr(seed))
+        raise expected("seed as a whole number of at least 0 and below 2**63", repr(seed))
     return whole

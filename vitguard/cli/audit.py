@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vitguard.cli.output import console, shown
 from vitguard.errors import expected
 
 __all__ = ["DEFAULT_REPORT", "INTERRUPTED", "run"]
@@ -48,14 +49,18 @@ def run(options: argparse.Namespace) -> int:
 
         check_writable_folder(options.tensorboard)
     report = _advised(_run_audit(options), options)
-    _print_report(report, to_error=options.json == "-")
-    if options.json:
+    if options.json and options.json != "-":
         write_text(report.to_json_text(), options.json)
     if html:
         report.save(html)
-        print(f"Report: {html}", file=sys.stderr)
     if options.tensorboard:
         report.to_tensorboard(options.tensorboard)
+    with shown():  # last: whoever reads it may leave, and the gate stays
+        _print_report(report, to_error=options.json == "-")
+        if options.json == "-":
+            write_text(report.to_json_text(), "-")
+    if html:
+        _tell(f"Report: {html}")
     if report.interrupted and options.max_psnr is None and options.max_gain is None:
         return INTERRUPTED
     if code := report.gate(options.max_psnr, options.max_gain):
@@ -83,7 +88,12 @@ def _say_why(report: Any, options: argparse.Namespace) -> None:
     try:
         report.raise_if_leaks(options.max_psnr, options.max_gain)
     except LeakFound as found:
-        print(f"vitguard: gate: {' '.join(str(found).split())}", file=sys.stderr)
+        _tell(f"vitguard: gate: {' '.join(str(found).split())}")
+
+
+def _tell(text: str) -> None:
+    with shown():
+        print(text, file=sys.stderr)
 
 
 def _check_apart(written: list[str], options: argparse.Namespace) -> None:
@@ -111,6 +121,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise expected("--images FILE or FOLDER", "an empty path")  # else the working folder
     if not options.update_file:
         options.batch_size = 1 if options.batch_size is None else options.batch_size
+    if not 0 <= options.seed < 2**63:
+        raise expected("seed as a whole number of at least 0 and below 2**63", options.seed)
     for name in ("max_psnr", "max_gain"):
         if (limit := getattr(options, name)) is not None and not math.isfinite(limit):
             raise expected(f"--{name.replace('_', '-')} as a finite number of dB", limit)
@@ -349,7 +361,6 @@ class _Progress:
     """A progress bar on standard error, gone when it is done."""
 
     def __enter__(self) -> _Progress:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._bar = Progress(
@@ -357,7 +368,7 @@ class _Progress:
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=console(to_error=True),
             transient=True,
         )
         self._bar.start()
@@ -372,6 +383,4 @@ class _Progress:
 
 
 def _print_report(report: Any, *, to_error: bool) -> None:
-    from rich.console import Console
-
-    report.print_to(Console(stderr=to_error))
+    report.print_to(console(to_error=to_error))

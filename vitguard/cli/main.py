@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 from vitguard import __version__
 from vitguard.cli import audit as audit_command
-from vitguard.errors import InputError, VitguardError
+from vitguard.cli.output import console, shown, shows_what_it_can
+from vitguard.errors import InputError, VitguardError, expected
 
 __all__ = ["main"]
 
@@ -30,20 +31,30 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (see `vitguard audit --help`)."""
     parser = _parser()
+    shows_what_it_can()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.prog += f" {options.command}"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return options.run(options)
+        _check_empty(options)
+        code = 2 if options.command == "audit" else 0  # of a reader who leaves: no gate passes
+        with shown():
+            code = options.run(options)
+        return code
     except VitguardError as error:
         print(f"vitguard: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        return 0
     except KeyboardInterrupt:
         print("vitguard: interrupted; nothing was written", file=sys.stderr)
         return audit_command.INTERRUPTED
+
+
+def _check_empty(options: argparse.Namespace) -> None:
+    """Refuse empty values, as of a variable that is not set: no option is passed over."""
+    for name, value in vars(options).items():
+        if isinstance(value, str) and not value.strip():
+            raise expected(f"--{name.replace('_', '-')} with a value", repr(value))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -217,8 +228,6 @@ def _add_advise(commands: Any) -> None:
 
 
 def _advise(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from vitguard.advise import advise_report
     from vitguard.files import check_writable, write_text
 
@@ -231,13 +240,11 @@ def _advise(options: argparse.Namespace) -> int:
     if options.json:
         write_text(json.dumps(report.to_json(), indent=2, allow_nan=False), options.json)
     if options.json != "-":
-        report.print_to(Console())
+        report.print_to(console())
     return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from vitguard.files import check_writable, write_text
     from vitguard.plan import plan_report
 
@@ -252,7 +259,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         write_text(json.dumps(report.to_json(), indent=2, allow_nan=False), options.json)
     if options.json != "-":
-        report.print_to(Console())
+        report.print_to(console())
     return 0
 
 
