@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitguard import data
 from vitguard.attacks.base import Attack
+from vitguard.audit.agreement import disagreement
 from vitguard.audit.corridor import corridor_of
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
@@ -77,9 +78,10 @@ def audit_update(
     A guess is a leak if it reproduces the update (relative error of the simulated update, and of
     its patch embedding, at most 5 %) or if its patches are proved, whichever `truth` was given.
     Reproducing the update proves nothing where the guess was fitted to it (gradient matching).
-    With `truth`, guesses are scored against it as well. Without it, every other guess is
-    inconclusive, because nothing shows whether it is wrong. The control is the same attack on the
-    same model with sample photos and no defense.
+    With `truth`, guesses are scored against it as well, and nothing has resisted unless the stated
+    weights, images and stack make an update like the one that was received. Without it, every other
+    guess is inconclusive, because nothing shows whether it is wrong. The control is the same attack
+    on the same model with sample photos and no defense.
 
     Args:
         model: The public model the update refers to.
@@ -135,6 +137,10 @@ def audit_update(
     found = findings(runs, chosen, seed=seed, work=work, progress=progress)
     if training is None:
         found = [without_control(f) for f in found]
+    if truth is not None and any(f.verdict == "resisted" for f in found):
+        stated = replace(control, pixels=truth, names=facts.names, size=len(truth))
+        why = disagreement(stated, stack, update, expose().view, labels)
+        found = [without_control(f, why) if why else f for f in found]
     found += [
         Finding(name, a.name, "not applicable", ON_INPUT, settings=a.settings())
         for a in asked
@@ -194,7 +200,7 @@ def without_control(finding: Finding, reason: str = OTHER_CONTROL) -> Finding:
     """Turn `resisted` into `inconclusive` where no control was made like the update."""
     if finding.verdict != "resisted":
         return finding
-    return replace(finding, verdict="inconclusive", reason=reason)
+    return replace(finding, verdict="inconclusive", reason=reason, undecided=reason)
 
 
 def sample_photos(shape: tuple[int, int, int, int]) -> Tensor:

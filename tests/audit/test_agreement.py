@@ -1,0 +1,82 @@
+"""An update that other weights or images made has not resisted."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.fast import crossed
+from vitguard.audit.received import audit_update
+from vitguard.core import LocalTraining, Normalization
+from vitguard.guard import protect
+
+LABEL = torch.tensor([3])
+FROZEN, NOISE = "positions:kind=frozen", "noise:scale=0.01"
+
+
+def sent(model, image, stack, training):
+    seed = torch.Generator().manual_seed(5)
+    guard = protect(copy.deepcopy(model).train(), stack, generator=seed)
+    return guard.update(Normalization().apply(image), LABEL, training=training)
+
+
+def audited(model, update, stack, truth, labels=None, attacks="position"):
+    report = audit_update(
+        model, update, defenses=stack, attacks=attacks, truth=truth, labels=labels,
+        normalization=Normalization(),
+    )  # fmt: skip
+    (finding,) = (f for f in report.findings if f.defended)
+    return report, finding
+
+
+@pytest.mark.parametrize(
+    ("stack", "training", "given"),
+    crossed(
+        ["noise:scale=10", NOISE, "sign-update"],
+        [LocalTraining(), LocalTraining(1e-3, 2, "adam")],
+        [None, LABEL],
+    ),
+)
+def test_what_is_stated_rightly_keeps_its_verdict(small_vit, photo, stack, training, given):
+    model = small_vit()
+    update = sent(model, photo, stack, training)
+    _, finding = audited(model, update, stack, photo, given)
+    assert "stated" not in finding.reason
+
+
+@pytest.mark.parametrize("training", [LocalTraining(), LocalTraining(0.05)], ids=str)
+def test_other_weights_have_not_resisted_and_pass_no_gate(small_vit, photo, training):
+    model, other = small_vit(), small_vit()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(p[torch.randperm(len(p), generator=torch.Generator().manual_seed(1))])
+    update = sent(model, photo, FROZEN, training)
+    report, finding = audited(other, update, FROZEN, photo, attacks="span")
+    assert finding.verdict == "inconclusive" and "Check the checkpoint" in finding.reason
+    assert report.gate(max_gain=6) == 3
+
+
+def test_other_images_have_not_resisted(small_vit, photos):
+    model = small_vit()
+    update = sent(model, photos[:1], NOISE, LocalTraining())
+    _, finding = audited(model, update, NOISE, 1 - photos[1:2].flip(-1))
+    assert finding.verdict != "resisted"
+
+
+def test_what_noise_covers_is_not_told_apart(small_vit, photo):
+    """Else an audit would tell a record from a private update."""
+    from vitguard.audit.agreement import disagreement
+    from vitguard.audit.victim import Victim
+    from vitguard.guard import stack_of
+    from vitguard.threats import CuriousServer
+
+    pytest.importorskip("opacus")
+    model, stack = small_vit(), stack_of("privacy:noise=1,clip=1,delta=0.01")
+    update = sent(model, photo, stack, LocalTraining())
+    victim = Victim(
+        model, Normalization(), LocalTraining(), F.cross_entropy, 0, 1 - photo, LABEL, ("a",), 1
+    )
+    guard = protect(copy.deepcopy(model).train(), stack)
+    view = CuriousServer(()).view(guard, update, Normalization(), loss=F.cross_entropy)
+    assert disagreement(victim, stack, update, view, None) == ""
