@@ -569,8 +569,8 @@ def test_an_update_without_a_readable_tensor_proves_nothing(small_vit, photo):
     ("how", "said"),
     [
         ({"names": ["a"] * 3}, r"\d names?, one for each image, got 3"),
-        ({"seed": "a"}, "seed as a whole number of at least 0, got 'a'"),
-        ({"seed": -1}, "seed as a whole number of at least 0, got -1"),
+        ({"seed": "a"}, r"seed as a whole number of at least 0 and below 2\*\*63, got 'a'"),
+        ({"seed": -1}, r"seed as a whole number of at least 0 and below 2\*\*63, got -1"),
         ({"seed": 1.5}, "seed as a whole number"),
     ],
 )
