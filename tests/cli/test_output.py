@@ -45,10 +45,13 @@ def test_a_reader_that_leaves_changes_neither_reports_nor_the_gate(
 
 
 def test_a_reader_of_errors_that_leaves_passes_no_gate(monkeypatch):
+    from rich.console import Console
+
+    leaves = 1 if hasattr(Console, "on_broken_pipe") else 2  # older ones raise: no gate passes
     gone = _Reader(BrokenPipeError, 32, "Broken pipe")
     monkeypatch.setattr(sys, "stderr", gone)
     monkeypatch.setattr(sys, "stdout", gone)
-    assert main([*AUDIT, "--defense", "positions:kind=frozen", "--max-gain", "6"]) == 1
+    assert main([*AUDIT, "--defense", "positions:kind=frozen", "--max-gain", "6"]) == leaves
 
 
 def test_json_to_a_reader_that_leaves_still_gates(monkeypatch):
