@@ -26,6 +26,7 @@ _NEAR = 0.3
 
 Images stored as JPEG or resized, and dropout, stay below; other weights make 1.4.
 """
+_LEAST = 1e-30
 _CLASSES = 20
 """Up to so many are tried for one image."""
 _SPREAD = 1.25
@@ -61,8 +62,8 @@ def disagreement(
         return ""
     return (
         "the update is not what the stated weights, images and stack make: it is "
-        f"{gap / length:.0%} of its length away. Check the checkpoint, the images, mean and "
-        "deviation"
+        f"{gap / max(length, _LEAST):.0%} of its length away. Check the checkpoint, the images, "
+        "mean and deviation"
     )
 
 
