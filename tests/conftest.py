@@ -9,10 +9,13 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, os.environ.get("OMP_NUM_THREADS", "1"))
 
 # ruff: noqa: E402
+import collections
+import copy
 import functools
 import gc
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 gc.disable()  # until the tests are collected: nothing of what is made until then is garbage
 
@@ -42,6 +45,11 @@ hypothesis.settings.load_profile("no clock")
 if os.environ["OMP_NUM_THREADS"] == "1":  # a plugin may have imported torch before this file
     torch.set_num_threads(1)
 
+if not torch.cuda.is_available():  # torch would keep each seed, and who called, for a GPU to come
+    for _device in (torch.cuda, getattr(torch, "xpu", None)):
+        if _device is not None:
+            _device.manual_seed_all = lambda seed: None
+
 # Audits share their decoys, of which an audit keeps two kinds; tests ask for many kinds in turn.
 decoy_images._pool = functools.lru_cache(maxsize=16)(decoy_images._pool.__wrapped__)
 
@@ -49,6 +57,34 @@ decoy_images._pool = functools.lru_cache(maxsize=16)(decoy_images._pool.__wrappe
 def pytest_collection_finish():
     gc.freeze()  # thousands of tests and all modules: no later collection looks at them again
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def _probed_once(request, monkeypatch):
+    """In the fast suite each kind of model is tried out once, and not each model of that kind.
+
+    Only models made of their library's layers alone. The full suite tries each of them out, as the
+    package does.
+    """
+    probe = sys.modules.get("vitguard.defenses.privacy.probe")
+    fast = request.config.option.markexpr == "not slow and not browser"
+    if probe is not None and fast and "probe" not in request.node.path.name:
+        monkeypatch.setattr(probe, "_PROBED", _Probed(probe._PROBED))
+
+
+class _Probed:
+    kinds: ClassVar[dict] = collections.defaultdict(set)
+
+    def __init__(self, by_model):
+        self.by_model = by_model
+
+    def setdefault(self, model, empty):
+        libraries = {type(m).__module__.partition(".")[0] for m in model.modules()}
+        if not libraries <= {"torch", "timm", "transformers", "vitguard"} or any(
+            "forward" in m.__dict__ for m in model.modules()
+        ):
+            return self.by_model.setdefault(model, empty)
+        return self.kinds[repr(model), str(next(model.parameters()).dtype)]
 
 
 CIFAR_VIT = (
@@ -141,6 +177,14 @@ def generator():
 
 def small_vit(name="vit_tiny_patch16_224", *, seed=0, **changes):
     """A timm ViT of 16 tokens, every parameter moved away from its initial value."""
+    try:
+        return copy.deepcopy(_made(name, seed, **changes))
+    except TypeError:  # a change that has no hash
+        return _made.__wrapped__(name, seed, **changes)
+
+
+@functools.lru_cache(maxsize=64)
+def _made(name, seed, **changes):
     import timm
 
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 2, "num_heads": 4}
@@ -176,8 +220,6 @@ def observe(
     model, pixels, labels=None, *, defenses="none", withhold=(), normalization=None, seed=0, **how
 ):
     """Return what a curious server sees of one update of a copy of `model`."""
-    import copy
-
     stack = parse_stack(defenses) if isinstance(defenses, str) else defenses
     normalization = normalization or Normalization()
     secret = torch.Generator().manual_seed(1000 + seed)

@@ -52,6 +52,7 @@ STACKS = {  # stack -> (positions, selection, attacks that leak)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", fast_for(STACKS, fast=[s for s in STACKS if "plan" in s]))
 def test_the_audit_finds_what_the_plan_states(small, stack):
     positions, select, leaking = STACKS[stack]

@@ -101,6 +101,7 @@ def lora(model, rank, *, stepped=True, targets=("qkv", "fc1")):
     return adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "index"),
     [(4, 1), pytest.param(2, 1, marks=SLOW), pytest.param(2, 21, marks=SLOW)],

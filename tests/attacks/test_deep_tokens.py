@@ -52,7 +52,10 @@ def test_what_is_found_is_not_verified_on_an_unrelated_gradient(cifar, narrow, o
         DeepTokens(seconds=5.0).run(view, torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("what", ["a token is missing", "the image makes others"])
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param("a token is missing", marks=pytest.mark.slow), "the image makes others"],
+)
 def test_nothing_is_verified_where_a_token_is_missing_or_the_image_makes_others(
     cifar, narrow, observe, monkeypatch, what
 ):
@@ -77,6 +80,7 @@ def large(small_vit):
     return small_vit(img_size=40, patch_size=8, embed_dim=160, depth=2)
 
 
+@pytest.mark.slow
 def test_all_tokens_of_an_image_of_any_size_are_found_and_the_rest_comes_from_the_prior(
     large, observe, photos
 ):
@@ -124,6 +128,7 @@ def test_the_ladder_leaves_it_work_where_gelu_span_does_not_apply(large, observe
     assert DeepTokens().share(observe(large, image, withhold=("embedding",))) > 0
 
 
+@pytest.mark.slow
 def test_tokens_that_no_natural_start_leads_to_are_found_from_other_directions(
     large, observe, photos
 ):
@@ -175,6 +180,7 @@ def test_plan_names_it_where_a_later_block_is_plain(narrow):
     assert "token-search" not in plan_report(narrow, "mlp").remaining()
 
 
+@pytest.mark.slow
 def test_the_ladder_climbs_to_it_where_the_first_block_sends_nothing(cifar, narrow, observe):
     pixels, labels = crop(cifar, 1)
     view = observe(narrow, pixels, labels, withhold=STEM, normalization=CIFAR_NORMALIZATION)

@@ -28,6 +28,7 @@ def test_defaults_are_the_papers(attacked):
     assert not IDLG().recipe(view, anatomy).joint_labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", fast_for([DLG, IDLG], fast=[DLG]))  # it finds the label as well
 def test_it_ends_3_db_above_its_own_start_and_finds_the_label(attacked, kind):
     view, truth = attacked([2])

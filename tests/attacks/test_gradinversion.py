@@ -41,6 +41,7 @@ def test_without_a_network_the_feature_statistics_are_off_and_it_says_so(attacke
     assert terms["feature statistics"] > 0
 
 
+@pytest.mark.slow
 def test_it_ends_3_db_above_its_own_start(attacked):
     view, truth = attacked([2, 7])
     attack = GradInversion.fast(iterations=80)

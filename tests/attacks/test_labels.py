@@ -196,6 +196,7 @@ def test_solutions_that_are_no_image_give_no_label(cifar, cifar_vit, observe, ge
     assert labels_overlap(infer_labels(view, generator), labels) == 1
 
 
+@pytest.mark.slow
 def test_a_trained_model_without_the_cascade_takes_every_class_alike(
     cifar, cifar_vit, observe, generator
 ):

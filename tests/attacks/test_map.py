@@ -63,6 +63,7 @@ def dense(view, prior, images, names):
 DAMAGES = ["noise:scale=0.1", "pruning:keep=0.2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defenses", fast_for(DAMAGES, fast=DAMAGES[:1]))  # one code for both
 def test_products_of_the_normal_equations_are_those_of_a_dense_jacobian(
     tiny, observe, photo, defenses

@@ -83,6 +83,7 @@ def test_a_shuffle_adds_nothing_where_there_are_no_positions(cifar, small_vit, o
     check(small_vit(), observe, pixels, labels, f"{NONE}+shuffle:ratio=0.4")
 
 
+@pytest.mark.slow
 def test_both_images_of_a_batch_without_positions_are_found(cifar, small_vit, observe):
     pixels, labels = cropped(cifar, 16, count=2)
     guess = check(drawn(small_vit()), observe, pixels, labels, NONE)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.fast import fast_for
 from vitguard.attacks.budget import ENDLESS, Budget
 from vitguard.attacks.equations.linear import WholeUpdate, least_squares
 from vitguard.attacks.evidence import mismatch
@@ -47,7 +48,7 @@ def near(view, photo, levels, patches=slice(None)):
 # The polish itself.
 
 
-@pytest.mark.parametrize("known", ["view", "hidden"])
+@pytest.mark.parametrize("known", fast_for(["view", "hidden"], fast=["hidden"]))
 def test_an_image_on_the_grid_becomes_exact_where_most_patches_are_near_it(known, photo, request):
     view = request.getfixturevalue(known)
     guess = near(view, photo, 0.05)
@@ -158,7 +159,9 @@ def test_misfits_of_the_truth_are_of_the_expected_size(view, photo):
     assert 0.3 < float(misfits.square().mean().sqrt()) < 3
 
 
-@pytest.mark.parametrize("spread", [0, 2], ids=["alike", "uneven"])
+@pytest.mark.parametrize(
+    "spread", [pytest.param(0, marks=pytest.mark.slow, id="alike"), pytest.param(2, id="uneven")]
+)
 def test_the_preconditioner_is_adjoint_and_narrows_the_spectrum(exact, spread):
     _, equations, c = exact
     weights = (torch.logspace(0, spread, len(c)).double(),) * 2

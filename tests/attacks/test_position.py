@@ -118,6 +118,7 @@ def test_the_normalization_is_undone(small_vit, observe, photo, generator):
     assert float(quality(view, photo, generator)) > 95
 
 
+@pytest.mark.slow
 def test_trained_cifar_vit_median_over_40_images(cifar_vit, cifar, observe, generator):
     from tests.conftest import CIFAR_NORMALIZATION
 

@@ -154,6 +154,7 @@ def _cifar(observe, cifar_vit, cifar, count, **how):
     return float(torch.tensor(found).median())
 
 
+@pytest.mark.slow
 def test_trained_cifar_vit_with_fixed_positions(cifar_vit, cifar, observe):
     assert _cifar(observe, cifar_vit, cifar, 40) >= 100
 

@@ -54,6 +54,7 @@ def test_bound_of_a_corridor_is_the_trade_off_of_one_update_and_the_proof_lies_b
     assert of.prior == 0.01 and not of.broken
 
 
+@pytest.mark.slow
 def test_every_local_step_counts_for_the_corridor_of_records_and_the_whole_for_a_client():
     training = {"learning_rate": 0.1, "steps": 3}
     assert finding_of("records", **training).corridor.bound == pytest.approx(

@@ -211,7 +211,10 @@ def test_rounds_by_an_executor_say_the_same(small_vit, photos):
     assert told(audit(seen, attacks=attacks, executor=Carried())) == alone
 
 
-@pytest.mark.parametrize("truth", [True, False], ids=["truth", "no truth"])
+@pytest.mark.parametrize(
+    "truth",
+    [pytest.param(True, marks=pytest.mark.slow, id="truth"), pytest.param(False, id="no truth")],
+)
 def test_an_update_by_itself_is_audited_by_an_executor_too(small_vit, photo, truth):
     model = small_vit()
     guard = protect(model.train(), FROZEN)
@@ -228,6 +231,7 @@ def test_an_update_by_itself_is_audited_by_an_executor_too(small_vit, photo, tru
     assert {f.verdict for f in lost if f.attack != "fgsm"} == {"inconclusive"}
 
 
+@pytest.mark.slow
 def test_every_attack_on_every_configuration_is_a_job_of_its_own(audited):
     seen = []
     carried = Carried()

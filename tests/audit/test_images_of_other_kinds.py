@@ -53,6 +53,7 @@ def test_images_of_another_size_are_not_taken_for_a_border():
             anatomy.patchify(torch.rand(1, 3, *size))
 
 
+@pytest.mark.slow
 # fewer than 3 channels, and more; the others are as many more
 @pytest.mark.parametrize("channels", fast_for([1, 2, 4, 5, 6, 12], fast=[5]))
 def test_models_of_any_number_of_channels_are_audited_and_reported(channels, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import vitguard as vg
+from tests.fast import fast_for
 from vitguard.errors import InputError
 from vitguard.registry import parse_stack
 from vitguard.threats.curious_server import CuriousServer
@@ -69,7 +70,9 @@ def test_the_part_to_protect_is_written_as_python_reads_it(small_vit, path):
     assert vg.Anatomy.of(eval(written, {"model": holder}))
 
 
-@pytest.mark.parametrize("withhold", ["attention", ["attention"], ("attention",)])
+@pytest.mark.parametrize(
+    "withhold", fast_for(["attention", ["attention"], ("attention",)], fast=["attention"])
+)
 def test_a_lone_selector_is_no_list_of_letters(small_vit, withhold):
     model, given = vit(small_vit), {"attacks": "position", "withhold": withhold}
     report = vg.audit(model, (IMAGES[:1], LABELS[:1]), **given)

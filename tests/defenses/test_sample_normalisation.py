@@ -76,6 +76,7 @@ def test_what_the_adversary_simulates_is_the_update(photos):
         torch.testing.assert_close(made[name].detach(), tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_image_that_outweighs_its_batch_comes_back_without_it_and_not_with_it(cifar_vit, cifar):
     """A wrong label among sure right ones: its gradient is nearly all of the batch's."""
     from tests.conftest import CIFAR_NORMALIZATION

@@ -285,6 +285,7 @@ def test_a_message_that_was_lost_stays_counted(rounds):
     assert result.train_metrics_clientapp[1]["epsilon"] > 0
 
 
+@pytest.mark.slow
 def test_a_ledger_that_is_joined_after_training_lets_nothing_leave_past_the_target(small_vit):
     """An app that attaches too late trains without its earlier rounds; what it made stays."""
     defense = vg.DifferentialPrivacy(epsilon=8, delta=1e-3, epochs=1)

@@ -181,6 +181,7 @@ def test_the_tags_of_the_page_do_not_depend_on_any_text_in_it(text: str):
     assert harmless(Filled(text).report().to_html()).skeleton() == PLAIN
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zl", "Zp", "Lu"]), min_size=1))
 def test_no_form_lets_a_control_character_through(text: str):

@@ -329,6 +329,7 @@ def test_suppressed_clients_leave_one_client_alone_in_a_sum(model, photos):
     assert all(torch.equal(2 * total[n], honest[n]) for n in total if n != "head.bias")
 
 
+@pytest.mark.slow
 def test_a_proof_of_honest_weights_is_none_on_crafted_ones_and_the_ladder_reads_the_bins(
     model, photos
 ):

@@ -135,6 +135,7 @@ def test_a_forked_child_does_not_share_the_file_in_memory(engine):
     child.join()
 
 
+@pytest.mark.slow
 def test_importing_loads_neither_tenseal_nor_cryptography_and_a_missing_one_names_pip():
     code = (
         "import sys\n"

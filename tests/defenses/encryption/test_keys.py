@@ -73,6 +73,7 @@ def secrets_of(keys, signing):
     yield base64.b64encode(own)[60:90]
 
 
+@pytest.mark.slow
 def test_saved_keys_load_again_under_the_passphrase(keys, signing, tmp_path):
     path = tmp_path / "keys.json"
     for held in (keys, keys.for_client("a")):

@@ -78,6 +78,7 @@ def test_bound_of_a_defense_is_the_gaussian_trade_off_of_one_update(prior, noise
     assert client == pytest.approx(trade_off(prior, noise, 1), rel=1e-9)  # one release at the end
 
 
+@pytest.mark.slow
 def test_a_finding_under_a_guarantee_has_the_bound_of_its_update_beside_the_rate():
     finding = finding_of("records")
     assert finding.identified is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -290,15 +291,13 @@ def _runs_of(state: Mapping[str, Any]) -> dict[str, list[Entry]]:
 
 def _epsilon(history: Sequence[tuple[float, float, int]], delta: float, accountant: str) -> float:
     try:
-        from opacus.accountants import PRVAccountant, RDPAccountant
+        from opacus.accountants import PRVAccountant
     except ImportError as error:
         raise missing_extra("Privacy accounting", "opacus") from error
     if any(noise < _SMALLEST for noise, _, _ in history):
         return _unsampled(history, delta)
-    rdp = RDPAccountant()
-    rdp.history = list(history)
     try:
-        bound = float(rdp.get_epsilon(delta=delta))
+        bound = _renyi(history, delta)
     except (ArithmeticError, ValueError):
         return _unsampled(history, delta)
     if not (math.isfinite(bound) and bound >= 0):
@@ -310,7 +309,7 @@ def _epsilon(history: Sequence[tuple[float, float, int]], delta: float, accounta
     # Opacus's default error of 0.01 would be most of a small epsilon and nothing of a large one.
     error = min(0.5, max(1e-4, min(5e-3 * bound, 1e-2), 1e-3 * bound))
     # Its mesh reaches about as far as the RDP bound at delta / 4000; memory grows with the points.
-    reach, steps = float(rdp.get_epsilon(delta=delta / 4000)), sum(n for _, _, n in history)
+    reach, steps = _renyi(history, delta / 4000), sum(n for _, _, n in history)
     mesh = error / math.sqrt(steps * math.log(12_000 / delta) / 2)
     if not (reach < _FARTHEST and 2 * reach / mesh < _MOST_POINTS):
         return bound
@@ -319,6 +318,25 @@ def _epsilon(history: Sequence[tuple[float, float, int]], delta: float, accounta
     except (RuntimeError, ValueError, FloatingPointError, MemoryError):
         return bound  # the discretisation does not fit; RDP is an upper bound as well
     return min(epsilon, bound) if math.isfinite(epsilon) and epsilon >= 0 else bound
+
+
+def _renyi(history: Sequence[Entry], delta: float) -> float:
+    """Return the epsilon of Opacus's RDP accountant."""
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
+    total = sum(n * _curve(noise, rate) for noise, rate, n in history)
+    return float(get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta)[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _curve(noise: float, rate: float) -> Any:
+    """Return the Renyi divergences of one release: steps of one kind add up to their multiple."""
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    orders = RDPAccountant.DEFAULT_ALPHAS
+    return compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=orders)
 
 
 def _unsampled(history: Sequence[Entry], delta: float) -> float:
@@ -359,6 +377,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return _least(lambda epsilon: gaussian_delta(mu, epsilon) - delta, low, high, precision=1e-15)
 
 
+@functools.lru_cache(maxsize=64)
 def noise_for(
     epsilon: float, delta: float, rate: float, steps: int, accountant: str = "prv"
 ) -> float:
