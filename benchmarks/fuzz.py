@@ -1,6 +1,7 @@
 """Mutations of everything that is read from others: nothing changed is accepted, nothing crashes.
 
     OMP_NUM_THREADS=1 python benchmarks/fuzz.py --count 500000   # about half an hour of one core
+    OMP_NUM_THREADS=1 python benchmarks/fuzz.py --seconds 600 --only checkpoint  # of processor time
 
 Each try changes one honest input with its structure in mind: fields, counts, lengths, numbers that
 are not finite, cuts, swapped sections, bit flips, types, deep nesting, compression. Insiders prove
@@ -21,13 +22,16 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
+import math
 import os
 import resource
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,7 @@ from fuzzing.masks import Masked
 from fuzzing.messages import Messages
 from fuzzing.mutations import Chance, Fault
 from fuzzing.records import installed
-from fuzzing.states import CommandLines, States
+from fuzzing.states import CommandLines, States, Stored
 
 from vitguard.defenses.encryption import keyfile
 
@@ -58,13 +62,25 @@ KINDS: dict[str, tuple[type, str, float]] = {  # name: class, method, share of a
     "masked sum": (Masked, "told", 0.02),
     "progress": (States, "kept", 0.04),
     "state of a guard": (States, "spent", 0.02),
+    "what a run keeps": (Stored, "tried", 0.02),
     "command line": (CommandLines, "tried", 0.02),
     **installed(),
 }
 
 
-def batch(count: int, seed: int) -> dict[str, dict[str, int]]:
-    """Try `count` mutations in this process; return how each kind ended, faults by their text."""
+def batch(
+    count: int, seed: int, only: Collection[str] = (), seconds: float = math.inf
+) -> dict[str, dict[str, int]]:
+    """Try `count` mutations in this process; return how each kind ended, faults by their text.
+
+    Args:
+        only: Kinds whose name holds one of these words, which share the tries; all where it is
+            empty.
+        seconds: Processor time after which no further try begins.
+    """
+    kinds = {n: k for n, k in KINDS.items() if not only or any(word in n for word in only)}
+    whole = sum(share for *_, share in kinds.values()) if only else 1.0
+    end = time.process_time() + seconds
     found: dict[str, dict[str, int]] = {}
     before = keyfile._derived
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -74,11 +90,13 @@ def batch(count: int, seed: int) -> dict[str, dict[str, int]]:
             for path in ("keys",):
                 os.close(os.open(os.path.join(folder, path), os.O_CREAT, 0o600))
             worlds: dict[type, Any] = {}
-            for name, (kind, method, share) in KINDS.items():
+            for name, (kind, method, share) in kinds.items():
                 chance = Chance(f"{seed} {name}")
                 world = worlds.get(kind) or worlds.setdefault(kind, kind(Path(folder)))
                 counts = collections.Counter()
-                for number in range(round(count * share)):
+                for number in range(round(count * share / whole)):
+                    if time.process_time() > end:
+                        break
                     try:
                         counts[getattr(world, method)(chance)] += 1
                     except Exception as error:  # noqa: BLE001 - any is the fault that is looked for
@@ -94,14 +112,16 @@ def batch(count: int, seed: int) -> dict[str, dict[str, int]]:
     return found
 
 
-def batch_in_child(count: int, seed: int) -> dict[str, dict[str, int]]:
+def batch_in_child(
+    count: int, seed: int, only: Collection[str], seconds: float
+) -> dict[str, dict[str, int]]:
     """Run a batch in a forked child; how it ended is counted if it crashed."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         with os.fdopen(writer, "w") as out:
-            json.dump(batch(count, seed), out)
+            json.dump(batch(count, seed, only, seconds), out)
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as file:
@@ -118,14 +138,23 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=5_000)
+    parser.add_argument("--only", nargs="+", default=(), help="kinds whose name has such a word")
+    parser.add_argument("--seconds", type=float, help="processor time, in place of --count")
     options = parser.parse_args()
     torch.set_num_threads(1)
     start, found = time.perf_counter(), collections.defaultdict(collections.Counter)
-    for number in range(-(-options.count // options.batch)):
-        count = min(options.batch, options.count - number * options.batch)
-        for name, counts in batch_in_child(count, options.seed + number).items():
+    whole, left, done = options.seconds is None, options.seconds or math.inf, 0
+    for number in itertools.count():
+        count = min(options.batch, options.count - done) if whole else options.batch
+        if count <= 0 or left <= 0:
+            break
+        spent = _children()
+        for name, counts in batch_in_child(
+            count, options.seed + number, options.only, left
+        ).items():
             found[name].update(counts)
-        print(f"\r{min(options.count, (number + 1) * options.batch):,}", end="", file=sys.stderr)
+        left, done = left - (_children() - spent), done + count
+        print(f"\r{done:,}", end="", file=sys.stderr)
     print(f"\n{'':30s}{'tries':>9s}{'refused':>9s}{'same':>7s}{'other':>7s}{'FAULTS':>8s}")
     faults = []
     for name, counts in found.items():
@@ -134,14 +163,19 @@ def main() -> None:
         row = [sum(counts.values()), *(counts[k] for k in ("refused", "same", "other"))]
         print(f"{name:30s}{row[0]:9,}{row[1]:9,}{row[2]:7,}{row[3]:7,}{sum(bad.values()):8,}")
     total = sum(sum(c.values()) for c in found.values())
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(
         f"{total:,} tries, {len(faults)} faults, {time.perf_counter() - start:.0f} s, "
-        f"{usage.ru_utime + usage.ru_stime:.0f} s of processor time, "
-        f"largest process {usage.ru_maxrss / 1024:.0f} MiB"
+        f"{_children():.0f} s of processor time, largest process {largest:.0f} MiB"
     )
     print("\n".join(faults[:50]))
     raise SystemExit(bool(faults))
+
+
+def _children() -> float:
+    """Return the processor time of the batches so far, in seconds."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ def built_without_values():
     return True
 
 
-@pytest.mark.parametrize("name, ends", MODELS)
+@pytest.mark.parametrize(
+    "name, ends",
+    [*MODELS[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in MODELS[3:])],
+)
 def test_a_model_that_people_use_is_advised_on_in_two_seconds_and_never_called_safe(name, ends):
     timm.list_models("vit_tiny*")  # the import is not counted
     began = time.process_time()

@@ -81,7 +81,18 @@ def test_paths_that_cannot_be_written_are_clear_errors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 200_000, '{"a":' * 200_000, "NaN", "[-Infinity]", "1" * 5000, "", b"\xff", "{"]
+    "text",
+    [
+        "[" * 200_000,
+        '{"a":' * 200_000,
+        "NaN",
+        "[-Infinity]",
+        "[1e400]",
+        "1" * 5000,
+        "",
+        b"\xff",
+        "{",
+    ],
 )
 def test_every_fault_of_json_is_one_kind_of_error(text):
     with pytest.raises(ValueError):

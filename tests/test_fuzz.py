@@ -52,6 +52,7 @@ def test_no_mutation_changes_a_value_and_all_errors_are_typed(fuzz, count):
         "mask signature",
         "ledger",
         "usage",
+        "types",
     ],
 )
 def test_the_program_finds_a_hole_that_is_made_on_purpose(fuzz, monkeypatch, hole):
@@ -59,8 +60,11 @@ def test_the_program_finds_a_hole_that_is_made_on_purpose(fuzz, monkeypatch, hol
         "proof": "message", "undo": "message of an insider",
         "range and canary": "sum of the server", "tag": "key file", "json": "manifest",
         "mask signature": "masked message", "ledger": "state of a guard", "usage": "command line",
+        "types": "what a run keeps",
     }  # fmt: skip
-    monkeypatch.setattr(fuzz, "KINDS", {k: v for k, v in fuzz.KINDS.items() if k == kinds[hole]})
+    share = fuzz.KINDS[kinds[hole]][2]
+    kind = (*fuzz.KINDS[kinds[hole]][:2], max(share, 0.1))
+    monkeypatch.setattr(fuzz, "KINDS", {kinds[hole]: kind})
     if hole == "proof":
         monkeypatch.setattr(wire, "_check_proof", lambda *arguments: None)
     elif hole == "undo":
@@ -89,6 +93,9 @@ def test_the_program_finds_a_hole_that_is_made_on_purpose(fuzz, monkeypatch, hol
     elif hole == "usage":
         parser = sys.modules["vitguard.cli.main"]._Parser
         monkeypatch.setattr(parser, "error", lambda self, message: 1 / 0)
+    elif hole == "types":
+        state = pytest.importorskip("vitguard.federated.nvflare.state")
+        monkeypatch.setattr(state, "_require", lambda stored, kinds: None)
     else:
         from vitguard.defenses.encryption import manifest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -122,10 +123,15 @@ def parsed_json(text: str | bytes) -> Any:
         ValueError: For every fault: syntax, encoding, nesting, numbers that are not finite.
     """
     try:
-        return json.loads(text, parse_constant=_not_finite)
+        return json.loads(text, parse_constant=_not_finite, parse_float=_finite)
     except RecursionError:
         problem = "it is nested too deeply"
     raise ValueError(problem)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _not_finite(text)  # 1e400
 
 
 def _not_finite(text: str) -> NoReturn:

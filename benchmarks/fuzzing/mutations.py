@@ -14,10 +14,10 @@ __all__ = ["COUNTS", "FLOATS", "Chance", "Fault", "changed_safetensors", "plainl
 
 FLOATS = (float("nan"), float("inf"), -float("inf"), -1.0, 0.0, -0.0, 1e308, 5e-324, 2.0, 0.5)
 COUNTS = (0, 1, 2, 3, 7, 255, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
-DEEP = "@deep@"
+DEEP, HUGE = "@deep@", "@huge@"  # what json.dumps would not write
 ODD = (
     None, True, False, -1, 0, 1, 2, 0.5, -0.0, 1e308, 2**31, 2**63, 10**400, "", "x", "x" * 100,
-    "\ud800", "\0", [], {}, [[]], {"a": 1}, DEEP, *FLOATS[:3],
+    "\ud800", "\0", [], {}, [[]], {"a": 1}, DEEP, HUGE, *FLOATS[:3],
 )  # fmt: skip
 
 
@@ -54,6 +54,7 @@ class Chance(random.Random):
         text = json.dumps(self.nodes(thing))
         if self.random() < 0.05:
             text = self.choice(("[" * 20_000, '{"a":' * 20_000, text[:-1], text + ",", f"[{text}]"))
+        text = text.replace(f'"{HUGE}"', "1e400")
         return text.replace(f'"{DEEP}"', "[" * 20_000 + "]" * 20_000)
 
     def nodes(self, thing: Any) -> Any:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from fuzzing.mutations import Chance, Fault
 from vitguard.cli.main import main
+from vitguard.defenses.encryption import Manifest, SigningKey
+from vitguard.defenses.masking import Terms
 from vitguard.defenses.privacy import ClientPrivacy
-from vitguard.errors import VitguardError
+from vitguard.errors import InputError, VitguardError
+from vitguard.files import parsed_json
 from vitguard.guard import protect
+from vitguard.inspection.memory import Memory
 from vitguard.models import AprilViT
 from vitguard.rounds import Progress
 
-__all__ = ["CommandLines", "States"]
+__all__ = ["CommandLines", "States", "Stored"]
 
 
 class States:
@@ -72,6 +81,91 @@ class States:
 
     def close(self) -> None:
         """Nothing is left to check."""
+
+
+class Stored:
+    """JSON that a run keeps between rounds: terms of masks, ledgers of nodes, what is inspected."""
+
+    def __init__(self, folder: Path) -> None:
+        signing = SigningKey.generate()
+        manifest = Manifest.of({"w": torch.zeros(4)}, bounds=1.0)
+        keys = {c: SigningKey.generate().public_bytes() for c in "abc"}
+        terms = Terms(manifest, keys, signing.public_bytes())
+        memory = Memory()
+        memory.accept({"p": torch.ones(8, 8)})
+        self.kinds: list[tuple[Any, str, Callable[[bytes], Any], Callable[[Any], str]]] = [
+            (terms, terms.to_json(), Terms.from_json, Terms.to_json),
+            (memory, json.dumps(memory.state_dict()), remembered, told),
+        ]
+        if find_spec("flwr"):
+            from vitguard.federated.flower.ledgers import Ledgers
+
+            ledgers = Ledgers({"a": 3, "b": 1}, {11: "a", 12: "b"}, ["b"])
+            self.kinds.append((ledgers, ledgers.to_json(), Ledgers.from_json, Ledgers.to_json))
+        if find_spec("nvflare"):
+            from vitguard.federated.nvflare.state import ServerState
+
+            file = folder / "server.json"
+            state = ServerState("a run", "a base", [1, 2])
+
+            def read(data: bytes) -> ServerState:
+                file.unlink(missing_ok=True)
+                file.touch(0o600)
+                file.write_bytes(data)
+                found = ServerState.read(file, "a run")
+                assert found is not None
+                return found
+
+            self.kinds.append(
+                (state, json.dumps(asdict(state)), read, lambda s: json.dumps(asdict(s)))
+            )
+
+    def tried(self, chance: Chance) -> str:
+        """Read a changed state; what is accepted is what it says."""
+        _, text, read, written = chance.choice(self.kinds)
+        data = chance.json(json.loads(text)).encode("utf-8", "surrogatepass")
+        if chance.random() < 0.2:
+            data = chance.flip(text.encode(), [text.encode()])
+        try:
+            found = read(data)
+        except VitguardError:
+            return "refused"
+        again, said = json.loads(written(found)), json.loads(data)
+        if plain(again) != plain(said):
+            raise Fault(f"a state that changes when it is read: {said} as {again}"[:200])
+        return "same" if again == json.loads(text) else "other"
+
+    def close(self) -> None:
+        """Nothing is left to check."""
+
+
+def plain(thing: Any) -> Any:
+    """Return JSON without what carries no value: case of hexadecimals, float64, nested lists."""
+    if isinstance(thing, dict):
+        return {name: plain(value) for name, value in thing.items()}
+    if isinstance(thing, list):
+        parts = [plain(value) for value in thing]
+        return [leaf for part in parts for leaf in (part if isinstance(part, list) else [part])]
+    if isinstance(thing, str):
+        return thing.lower()
+    return float(np.float32(thing)) if isinstance(thing, float) else thing
+
+
+def remembered(data: bytes) -> Memory:
+    """Read the memory of an inspection as an NVFlare site does."""
+    memory = Memory()
+    try:
+        memory.load_state_dict(parsed_json(data))
+    except ValueError as error:
+        if isinstance(error, VitguardError):
+            raise
+        raise InputError(str(error)) from error
+    return memory
+
+
+def told(memory: Memory) -> str:
+    """Return a memory as JSON."""
+    return json.dumps(memory.state_dict())
 
 
 class CommandLines:

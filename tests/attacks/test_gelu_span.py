@@ -152,6 +152,7 @@ def test_a_layer_without_bias_is_read(small_vit, observe, photos):
     assert bool(guess.verified.all())
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_an_image_is_taken_out_keeps_its_patches_once(
     small_vit, observe, photos, monkeypatch
 ):

@@ -60,6 +60,7 @@ def test_saturated_spans_are_called_unknown_and_not_safe(small_vit, observe, pho
     assert "no exact attack known" in guess.details["rungs"]["gelu-span"]
 
 
+@pytest.mark.slow
 def test_cascade_labels_are_handed_on(small_vit, observe, photos):
     view = observe(small_vit(), photos[:2], torch.tensor([8, 8]), defenses=FROZEN)
     assert run(Ladder(seconds=200), view).labels.tolist() == [8, 8]

@@ -392,7 +392,7 @@ def test_whitened_coordinates_decode_back_and_have_the_spectrum_of_photos():
     assert power[4, 0] / power[2, 0] == pytest.approx(0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+@pytest.mark.parametrize("optimizer", fast_for(["adam", "lbfgs"], fast=["lbfgs"]))
 def test_a_whitened_search_starts_where_it_is_told_and_converges(optimizer):
     view, images, _ = make_view()
     exact = Plain(iterations=1, spectrum=1.0, optimizer=optimizer, start=Guess(images=images))

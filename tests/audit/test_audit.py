@@ -583,6 +583,7 @@ def test_names_and_seeds_that_fit_nothing_are_refused_in_words(small_vit, photo,
         audit_update(model, update, attacks="position", **how)
 
 
+@pytest.mark.slow
 def test_a_seed_of_numpy_is_one(small_vit, photo, unchecked):
     batch = photo, torch.tensor([1])
     seeds = 3, np.int64(3)

@@ -56,6 +56,7 @@ def test_a_model_of_any_dtype_is_audited(small_vit, dtype):
     assert "Attacks on the input" in report.to_html()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_robustness(small_vit):
     def confidences(seed):
         how = {"attacks": FGSM((0.03,)), "defenses": "positions:kind=random", "seed": seed}

@@ -117,6 +117,7 @@ def test_an_interrupt_that_an_attack_does_not_take_loses_nothing(small_vit, phot
 EXACT = ["ladder:seconds=20", "gelu-span:seconds=20"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", fast_for(EXACT, fast=EXACT[1:]))  # the ladder as its rungs
 def test_an_interrupt_of_the_exact_attacks_ends_the_audit(small_vit, photos, attack, monkeypatch):
     run, calls = Search.run, []
@@ -194,6 +195,7 @@ def test_files_that_two_runs_would_share_are_refused_before_the_first(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_several_local_steps_do_not_end_the_ladder(small_vit, photo):
     report = audit(
         small_vit(), labelled(photo), attacks="ladder:seconds=10",

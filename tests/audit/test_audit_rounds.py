@@ -185,6 +185,7 @@ def test_frozen_positions_resist_the_attack_that_reads_them_in_the_sum_as_well(f
     assert all(f.control.verdict == "leaks" for f in rows(report).values())
 
 
+@pytest.mark.slow
 def test_every_form_of_the_report_names_what_was_seen_and_the_rest_of_the_json_is_as_it_was(
     federation, tmp_path
 ):

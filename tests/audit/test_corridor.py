@@ -63,6 +63,7 @@ def test_every_local_step_counts_for_the_corridor_of_records_and_the_whole_for_a
     assert finding_of("client", **training).corridor.bound == pytest.approx(trade_off(1 / 2))
 
 
+@pytest.mark.slow
 def test_of_two_guarantees_the_corridor_is_that_of_the_stronger_one():
     of = finding_of("both").corridor
     assert of.defense == "client-privacy:noise=4.0"

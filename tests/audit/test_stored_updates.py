@@ -145,6 +145,7 @@ def test_what_cannot_be_an_update_is_one_clear_error(model, trained, tmp_path):
         stored_update(tmp_path / "objects.npz", model, before=path, batch_size=1)
 
 
+@pytest.mark.slow
 def test_the_command_line_audits_what_a_strategy_saved_before_and_after_a_client(
     model, trained, photo, tmp_path, monkeypatch, capsys
 ):

@@ -103,6 +103,7 @@ def test_the_defense_is_named_as_it_was_written():
     assert names == {"none", "positions:kind=sincos"}
 
 
+@pytest.mark.slow
 def test_same_seed_same_report():
     arguments = ("--num-images", "2", "--defense", "noise:scale=0.1", "--attack", "span")
     arguments += ("--seed", "3")

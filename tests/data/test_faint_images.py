@@ -56,6 +56,7 @@ def test_large_images_and_borders_do_not_hide_it():
     assert not faint_note(image)
 
 
+@pytest.mark.slow
 def test_audits_of_tensors_and_of_updates_say_it_too(small_vit):
     model = small_vit(img_size=32, patch_size=8, depth=1)
     once, label = torch.rand(1, 3, 32, 32), torch.tensor([3])

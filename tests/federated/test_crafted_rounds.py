@@ -53,6 +53,7 @@ def row(report):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", fast_for(["none", "encryption:preset=precise"], fast=["none"]))
 def test_of_a_sum_of_four_the_clients_whose_gradient_is_suppressed_leave_the_target_alone(
     small_vit, photos, spec

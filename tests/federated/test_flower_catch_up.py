@@ -50,6 +50,7 @@ def sizes(federated):
     return [len(b) for b in federated.grid.sent[::2]]
 
 
+@pytest.mark.slow
 def test_no_more_sums_are_kept_than_the_limit_however_many_rounds(federated):
     strategy, kept = federated.strategy(catch_up=2), []
     before_each_round(federated, lambda _: kept.append(len(strategy._history.steps)))

@@ -259,6 +259,13 @@ def test_a_ledger_that_tells_nonsense_is_refused(told):
         '{"most": {}, "nodes": {}, "copied": [3]}',
         '{"most": {}, "nodes": {"1": "a"}}',
         '{"most": {"a": "x"}, "nodes": {}}',
+        '{"most": {"a": 3}, "nodes": {"1": "a"}}',  # which node was copied is not said
+        '{"most": {"a": 2.9}, "nodes": {"1": "a"}, "copied": []}',
+        '{"most": {"a": true}, "nodes": {"1": "a"}, "copied": []}',
+        '{"most": {"a": -1}, "nodes": {"1": "a"}, "copied": []}',
+        '{"most": {"a": 3}, "nodes": {"01": "a"}, "copied": []}',
+        '{"most": {"a": 3}, "nodes": {"1": "a"}, "copied": ""}',
+        '{"most": {"a": 3}, "nodes": {"1": "a"}, "copied": [], "more": 1}',
     ],
 )
 def test_ledgers_that_were_not_saved_here_are_refused(text):

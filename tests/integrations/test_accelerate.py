@@ -103,6 +103,7 @@ def test_float16_that_begins_inside_the_model_is_refused_too(small_vit):
         model.train()(next(iter(loader))[0])
 
 
+@pytest.mark.slow
 def test_epsilon_after_a_resume_is_that_of_one_run_and_a_plain_model_loads_the_weights(
     small_vit, tmp_path
 ):

@@ -111,6 +111,7 @@ def test_training_ends_at_the_weights_of_a_loop_by_hand(stack):
         assert "epsilon" in trainer.callback_metrics
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_epsilon_after_a_resume_is_that_of_one_run_and_a_plain_model_loads_the_weights(tmp_path):
     whole = Guarded(PRIVATE)
@@ -155,6 +156,7 @@ def test_an_older_checkpoint_is_tested_and_what_was_spent_stays(tmp_path):
     assert fresh.guard.privacy_spent().steps == 4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_weights_that_are_loaded_by_themselves_bring_what_was_spent_on_them(tmp_path):
     path = tmp_path / "last.ckpt"

@@ -85,6 +85,7 @@ def test_averaged_weights_of_private_training_load_strictly_into_a_plain_model()
     assert not torch.equal(plain.head.weight, build().head.weight)
 
 
+@pytest.mark.slow
 def test_a_resume_by_timms_saver_counts_what_was_spent_before(tmp_path):
     pytest.importorskip("opacus")
     stack = f"{SHUFFLE}+{PRIVATE}"

@@ -99,15 +99,20 @@ class Memory:
         try:
             if state["version"] != _VERSION:
                 raise expected(f"a memory of version {_VERSION}", state["version"])
-            key, rounds, farthest = int(state["key"]), int(state["rounds"]), state["farthest"]
+            if state.keys() != {"version", "key", "rounds", "farthest", "last"}:
+                raise KeyError("fields")
+            key, rounds, farthest = state["key"], state["rounds"], state["farthest"]
+            whole = type(key) is int and type(rounds) is int and type(farthest) is float
             last = {
                 str(n): torch.tensor(values, dtype=torch.float32).view(_SIDE, _SIDE)
                 for n, values in state["last"].items()
             }
-            sound = 0 <= key < 2**62 and rounds >= 0 and 0 <= float(farthest) < math.inf
+            sound = whole and 0 <= key < 2**62 and rounds >= 0 and 0 <= float(farthest) < math.inf
             if not sound or not all(bool(t.isfinite().all()) for t in last.values()):
                 raise expected("finite values", "others")
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (
+            AttributeError, KeyError, OverflowError, TypeError, ValueError, RuntimeError
+        ) as error:  # fmt: skip
             raise expected("what Memory.state_dict returned", repr(error)[:200]) from error
         self.key, self.rounds, self.farthest, self.last = key, rounds, float(farthest), last
 

@@ -42,10 +42,12 @@ def identification(
     guess, truth = checked(guess, "guess"), checked(truth, "truth", strict=True)
     same_shape(guess, truth, "a guess")
     same_shape(decoys, truth, "decoys")
-    sets = _standardized(guess)[None]
-    rows = _standardized(truth)
-    same = _correlations(rows, decoys) > _SAME
-    margin = _margins(_correlations(sets[0], decoys)[None], (sets[0] @ rows.T)[None], same)
+    found, rows = _standardized(guess), _standardized(truth)
+    to_found, to_rows = _correlations(torch.cat([found, rows]), decoys).split(
+        [len(found), len(rows)]
+    )
+    same = to_rows > _SAME
+    margin = _margins(to_found[None], (found @ rows.T)[None], same)
     told = margin[0] > 1e-9
     if uninformed is None or not bool(told.any()):
         return told

@@ -87,6 +87,7 @@ def test_a_finding_under_a_guarantee_has_the_bound_of_its_update_beside_the_rate
     assert json.dumps(finding.to_json())
 
 
+@pytest.mark.slow
 def test_every_local_step_counts_for_records_and_the_whole_for_a_client():
     training = {"learning_rate": 0.1, "steps": 3}
     records = details_of("records", **training)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
 from tests.defenses.privacy.privacy_models import hugging_face
+from tests.fast import fast_for
 
 IMAGES, LABELS = torch.rand(8, 3, 32, 32), torch.arange(8)
 PRIVATE = "privacy:noise=1,delta=0.01,accountant=rdp"
@@ -46,7 +47,7 @@ def test_a_library_that_notes_its_hooks_in_an_attribute_registers_them_once(smal
     assert seen == [8]
 
 
-@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+@pytest.mark.parametrize("kind", fast_for(["ViT", "Dinov2"], fast=["ViT"]))
 def test_hidden_states_of_transformers_are_recorded_once(kind):
     model = hugging_face(kind)
     count = len(copy.deepcopy(model)(IMAGES, output_hidden_states=True).hidden_states)

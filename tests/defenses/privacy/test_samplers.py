@@ -331,6 +331,7 @@ class Tagged(Numbered):
         return torch.full((3, 32, 32), float(index)), index, self.worker
 
 
+@pytest.mark.slow
 def test_workers_collate_function_and_other_settings_are_carried_over():
     generator = torch.Generator().manual_seed(4)
     given = DataLoader(

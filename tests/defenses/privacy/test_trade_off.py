@@ -43,6 +43,7 @@ def test_power_of_sampled_releases_is_that_of_the_best_test_and_not_below(noise,
         assert reached * 0.85 <= power(level) <= reached * 1.15 + 0.002
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "steps", "rate"), SAMPLED)
 def test_power_agrees_with_the_privacy_loss_distribution_of_dp_accounting(noise, steps, rate):
     pld = pytest.importorskip("dp_accounting.pld.privacy_loss_distribution")

@@ -37,6 +37,7 @@ def train(monkeypatch, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_pieces_of_a_batch_are_one_step_of_the_schedule(train):
     run = train("privacy:noise=1,delta=0.001,physical_batch=2")
     rates = []

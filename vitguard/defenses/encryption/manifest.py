@@ -223,6 +223,8 @@ _KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _entry(stored: dict[str, Any]) -> Entry:
+    if type(stored["shape"]) is not list:
+        raise TypeError("a shape that is no list")
     return _exactly(Entry, {**stored, "shape": tuple(stored["shape"])})
 
 

@@ -106,6 +106,8 @@ class Terms:
             stored = parsed_json(text)
             if stored.keys() != {"manifest", "identities", "server", "threshold"}:
                 raise KeyError("fields")
+            if not stored["threshold"]:
+                raise ValueError("no threshold, which would be chosen anew")
             return Terms(
                 Manifest.from_json(json.dumps(stored["manifest"])),
                 {c: bytes.fromhex(k) for c, k in stored["identities"].items()},

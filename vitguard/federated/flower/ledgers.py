@@ -114,9 +114,14 @@ class Ledgers:
         """
         try:
             stored = parsed_json(text)
-            most = {str(n): int(r) for n, r in stored["most"].items()}
-            nodes = {int(n): str(name) for n, name in stored["nodes"].items()}
-            copied = list(stored.get("copied", ()))
+            if stored.keys() != {"most", "nodes", "copied"}:
+                raise KeyError("fields")
+            most, copied = dict(stored["most"].items()), stored["copied"]
+            nodes = {int(n): name for n, name in stored["nodes"].items()}
+            if [str(n) for n in nodes] != list(stored["nodes"]):
+                raise ValueError("nodes")
+            if any(type(r) is not int or r < 0 for r in most.values()) or type(copied) is not list:
+                raise TypeError("counts")
             if not {*nodes.values(), *copied} <= most.keys():
                 raise KeyError("a ledger that was never counted")
             return Ledgers(most, nodes, copied)

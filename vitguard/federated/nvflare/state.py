@@ -72,6 +72,7 @@ class ClientState:
             size = int.from_bytes(data[:8], "little")
             facts = parsed_json(parsed_json(data[8 : 8 + size])["__metadata__"][_KIND])
             progress = Progress.from_json(facts.pop("progress"))
+            _require(facts, {"run": str, "total": str, "training": int, "guard": str})
             state = ClientState(**facts, progress=progress, weights=load(data))
         except (InputError, KeyError, TypeError, ValueError, SafetensorError) as error:
             problem = type(error).__name__
@@ -108,12 +109,22 @@ class ServerState:
         if not path.exists():
             return None
         try:
-            state = ServerState(**parsed_json(_private_bytes(path)))
+            stored = parsed_json(_private_bytes(path))
+            _require(stored, {"run": str, "base": str, "rounds": list})
+            if any(type(number) is not int for number in stored["rounds"]):
+                raise TypeError("rounds")
+            state = ServerState(**stored)
         except (TypeError, ValueError) as error:
             problem = type(error).__name__
             raise Rejected("state", f"{path} ({problem})", "the state of a server") from error
         _same_run(state.run, run, path)
         return state
+
+
+def _require(stored: Any, kinds: dict[Any, type]) -> None:
+    """Raise TypeError unless it is a dict with these fields, each of its type."""
+    if type(stored) is not dict or {n: type(value) for n, value in stored.items()} != kinds:
+        raise TypeError("other fields")
 
 
 def _private_bytes(path: Path) -> bytes:
