@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from tests.fast import crossed
+from tests.fast import crossed, fast_for
 from vitguard.attacks.inverting import InvertingGradients
 from vitguard.attacks.matching import run as matching_run
 from vitguard.attacks.matching.attack import MatchingAttack
