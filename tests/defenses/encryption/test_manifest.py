@@ -59,7 +59,8 @@ def test_a_changed_manifest_is_one_clear_error(manifest, change):
     "change",
     [
         {"name": ""}, {"name": 5}, {"name": None}, {"shape": [-1]}, {"shape": [1.0]},
-        {"shape": [True]}, {"shape": "12"}, {"shape": None}, {"shape": [2**50]},
+        {"shape": [True]}, {"shape": "12"}, {"shape": ""}, {"shape": {}}, {"shape": None},
+        {"shape": [2**50]},
         {"shape": [10**400]}, {"bound": math.nan}, {"bound": math.inf}, {"bound": 0.0},
         {"bound": -1.0}, {"bound": 1e308}, {"bound": 5e-324}, {"bound": 10**400}, {"bound": "1"},
         {"bound": True}, {"double": 1}, {"double": None}, {"double": "yes"}, {"more": 1},

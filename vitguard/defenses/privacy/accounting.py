@@ -329,7 +329,7 @@ def _renyi(history: Sequence[Entry], delta: float) -> float:
     return float(get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta)[0])
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)  # schedules have a noise for each step
 def _curve(noise: float, rate: float) -> Any:
     """Return the Renyi divergences of one release: steps of one kind add up to their multiple."""
     from opacus.accountants import RDPAccountant
