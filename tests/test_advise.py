@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,15 @@ def test_keys_hide_from_the_server_and_not_from_the_other_clients():
         proven = [p.stack for p in report.proven]
         assert ({"encryption", "masking"} <= set(proven)) is (see == "server")
         assert "privacy:epsilon=8.0" in proven and "encryption" not in str(report.options)
+
+
+def test_a_stack_with_keys_that_stood_is_offered_against_the_server_alone():
+    keyed = "encryption:select=plan"
+    table = replace(TABLE, cells=(cell("none", verdict="leaks"), cell(keyed), cell(STOOD)))
+    for see in ("server", "clients", "both"):
+        options = advise_report(small_vit(), table=table, see=see).options
+        assert [o.stack for o in options] == ([STOOD, keyed] if see == "server" else [STOOD])
+        assert all(o.hides_from == "server" for o in options if o.stack == keyed)
 
 
 def test_what_holds_by_proof_is_read_from_the_defenses_and_no_name_stands_in_the_code(monkeypatch):
