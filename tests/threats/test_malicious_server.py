@@ -9,11 +9,13 @@ import torch.nn.functional as F
 
 import vitguard as vg
 from vitguard import data
+from vitguard.attacks.base import guess_of
 from vitguard.attacks.equations.rows import Embedding
 from vitguard.attacks.imprint import ImprintReading
 from vitguard.attacks.ladder import Ladder
+from vitguard.attacks.position import PositionInversion
 from vitguard.cli.main import main
-from vitguard.core import LocalTraining, Normalization
+from vitguard.core import Guess, LocalTraining, Normalization
 from vitguard.errors import Blocked, InputError, NotApplicable
 from vitguard.federated.local import LocalClient, LocalFederation
 from vitguard.guard import protect
@@ -346,6 +348,32 @@ def test_a_proof_of_honest_weights_is_none_on_crafted_ones_and_the_ladder_reads_
         assert found[stack, "imprint"].verdict == found[stack, "ladder"].verdict == "leaks"
         assert found[stack, "ladder"].patch_psnr.mean > 40
     assert "one craft: imprint" in report.headline()
+
+
+@pytest.mark.parametrize("crafted", [True, False])
+def test_what_an_attack_proves_counts_on_crafted_weights_only_if_its_proofs_hold_there(
+    model, photos, crafted
+):
+    class Proving(PositionInversion):
+        def run(self, view, generator):
+            every = torch.ones(1, 16, dtype=torch.bool)
+            return Guess(photos[:1], verified=every, details={"verified": 16, "rank": 3})
+
+    class ProvingThere(Proving):
+        proves_crafted = True
+
+    threat = MaliciousServer() if crafted else CuriousServer()
+    if crafted:
+        view = exposed(model, photos[:1], threat)
+    else:
+        guard = protect(build_model(SPEC).train(), ())
+        update = guard.update(PLAIN.apply(photos[:1]), torch.tensor([1]))
+        view = threat.view(guard, update, PLAIN)
+    plain, there = (guess_of(a(), view, torch.Generator()) for a in (Proving, ProvingThere))
+    assert there.verified is not None and there.details == {"verified": 16, "rank": 3}
+    assert (plain.verified is None) is crafted and plain.details["rank"] == 3
+    assert ("verified" in plain.details) is not crafted
+    assert ("unproved" in plain.details) is crafted
 
 
 def test_an_update_of_honest_weights_proves_nothing_to_a_server_that_believes_it_crafted_them(
