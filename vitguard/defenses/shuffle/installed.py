@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from vitguard.vit import Anatomy
 __all__ = ["InstalledShuffle"]
 
 # what one forward leaves behind: draws are secret, so none of it is copied or pickled
-_FORWARD = ("_mask", "_source", "_tokens", "_outputs", "_losses")
+_FORWARD = ("_mask", "_source", "_begun", "_outputs", "_losses")
 
 
 class InstalledShuffle(Hooked):
@@ -237,7 +238,8 @@ class InstalledShuffle(Hooked):
         mask, source = self.draw(len(tokens), grid)
         self._mask = mask.to(tokens.device, non_blocking=True)
         self._source = source.to(tokens.device, non_blocking=True)
-        self._tokens = tokens
+        # in one piece: another thread that begins meanwhile replaces all of it or nothing
+        self._begun = (threading.get_ident(), tokens, self._mask, self._source)
         self.forwards += 1
         self._unread = self.settings.dal != "none" and torch.is_grad_enabled()
 
@@ -307,14 +309,28 @@ class InstalledShuffle(Hooked):
         done = min(1.0, (step - s.warmup) / (s.steps - s.warmup))
         return s.ratio * (done if s.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2)
 
+    def require_placed(self) -> None:
+        """Raise Unprotected if the patches of a whole forward went round the placing."""
+        if self._begun is not None:
+            raise Unprotected(
+                f"Expected a training pass that takes its patches through {self.anatomy.embedded}, "
+                f"got one that never reached {self.anatomy.embedded}: no patch was shuffled. "
+                "Protect the model again after its parts or its forward were replaced."
+            )
+
     def place(self, sequence: Float[Tensor, "batch tokens width"]) -> Tensor:
         """Return the embedded sequence with shuffled patches in the masked slots."""
-        tokens, mask, source = self._tokens, self._mask, self._source
-        self._tokens = None
-        if tokens is None or mask is None or source is None:
+        begun, self._begun = self._begun, None
+        if begun is None:
             raise Unprotected(
                 f"Expected {self.anatomy.patch_stage} to embed the patches of this forward, got a "
                 "sequence that did not come from it."
+            )
+        thread, tokens, mask, source = begun
+        if thread != threading.get_ident():
+            raise Unprotected(
+                "Expected one training pass of a model at a time, got the patches of another "
+                "thread's: images would be mixed. Give each thread a copy of the model."
             )
         self._prefix = sequence.shape[1] - tokens.shape[1]
         if self._prefix < 0 or len(sequence) != len(tokens):
@@ -330,6 +346,7 @@ class InstalledShuffle(Hooked):
     # optimizers, see defenses/steps.py
 
     def moving(self, model: nn.Module) -> None:
+        self.intact(model)
         protection = Protection.of(model)
         if self._idle and (protection is None or not protection.rehearsal):
             raise Unprotected(
