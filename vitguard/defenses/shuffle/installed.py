@@ -104,6 +104,7 @@ class InstalledShuffle(Hooked):
         self.exposed = self._idle = False  # what was done to the weights before will not be sent
 
     def settle(self) -> None:
+        self._require_read("the update was sealed")
         if self.exposed:
             raise Unprotected(
                 "Expected gradients of shuffled images only, got one that was taken in eval mode "
@@ -139,7 +140,9 @@ class InstalledShuffle(Hooked):
 
     def auxiliary_loss(self) -> Tensor | None:
         losses = self.per_example_auxiliary()
-        return None if losses is None else losses.mean()
+        if losses is None:
+            return None
+        return losses.mean() if len(losses) else losses.sum()  # of no example: zero
 
     def per_example_auxiliary(self) -> Float[Tensor, " batch"] | None:
         """Return each example's weighted DAL loss of the last training forward; read once.
@@ -225,14 +228,7 @@ class InstalledShuffle(Hooked):
                 "Expected activation checkpointing inside the model, got it around the patch "
                 "embedding, where recomputing would shuffle anew. Checkpoint the blocks only."
             )
-        if self._unread:
-            self._unread = False
-            raise Unprotected(
-                "Expected guard.auxiliary_loss() to be read after each training forward, got a "
-                "forward whose loss was never read before the next. Add it to the loss; with "
-                "several forwards in a step, after each of them: loss = criterion(model(a), y) + "
-                "guard.auxiliary_loss(), then the same for b."
-            )
+        self._require_read("the next")
         self._forget()
         self._grid = grid
         mask, source = self.draw(len(tokens), grid)
@@ -242,6 +238,16 @@ class InstalledShuffle(Hooked):
         self._begun = (threading.get_ident(), tokens, self._mask, self._source)
         self.forwards += 1
         self._unread = self.settings.dal != "none" and torch.is_grad_enabled()
+
+    def _require_read(self, before: str) -> None:
+        if self._unread:
+            self._unread = False  # said once, then the loop may go on
+            raise Unprotected(
+                "Expected guard.auxiliary_loss() to be read after each training forward, got "
+                f"a forward whose loss was never read before {before}. Add it to the loss; with "
+                "several forwards in a step, after each of them: loss = criterion(model(a), y) + "
+                "guard.auxiliary_loss(), then the same for b."
+            )
 
     def draw(self, batch: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return mask and source, who sits where, (batch, patches) each."""
@@ -347,6 +353,7 @@ class InstalledShuffle(Hooked):
 
     def moving(self, model: nn.Module) -> None:
         self.intact(model)
+        self._require_read("the optimizer's step")
         protection = Protection.of(model)
         if self._idle and (protection is None or not protection.rehearsal):
             raise Unprotected(
