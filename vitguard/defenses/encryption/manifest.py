@@ -23,7 +23,7 @@ from vitguard.core import tensors_by_name
 from vitguard.errors import InputError, Rejected, expected
 from vitguard.files import parsed_json
 
-__all__ = ["LIGHTEST", "Entry", "Manifest", "model_version"]
+__all__ = ["LIGHTEST", "Entry", "Manifest", "check_manifest", "model_version"]
 
 Outliers = Literal["refuse", "clip"]
 LIGHTEST = 2.0**-40
@@ -217,6 +217,20 @@ class Manifest:
             if tensor.dtype not in _KINDS or tensor.layout != torch.strided or tensor.is_meta:
                 kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
                 raise Rejected("manifest", f"{entry.name} of type {kind}")
+
+
+def check_manifest(given: object) -> Manifest:
+    """Return a manifest if it is one.
+
+    Raises:
+        InputError: It is something else, such as its JSON.
+    """
+    if not isinstance(given, Manifest):
+        raise expected(
+            "a Manifest", type(given).__name__,
+            "Manifest.of makes one, Manifest.from_json reads its text.",
+        )  # fmt: skip
+    return given
 
 
 _KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from vitguard.defenses.encryption.authority import check_id
 from vitguard.defenses.encryption.manifest import Manifest
 from vitguard.defenses.encryption.signing import check_public
-from vitguard.defenses.encryption.wire import check_id
 from vitguard.errors import InputError, expected
 from vitguard.files import parsed_json
 
