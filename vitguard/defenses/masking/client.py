@@ -13,13 +13,14 @@ from torch import Tensor
 
 from vitguard import rounds
 from vitguard.core import Update, tensors_by_name
+from vitguard.defenses.encryption.authority import check_id
 from vitguard.defenses.encryption.secret import Secret
 from vitguard.defenses.encryption.signing import SigningKey
 from vitguard.defenses.masking import secret_sharing as sharing
 from vitguard.defenses.masking import wire
 from vitguard.defenses.masking.journal import Journal
 from vitguard.defenses.masking.resting import RoundState, read_state, write_state
-from vitguard.defenses.masking.terms import Terms
+from vitguard.defenses.masking.terms import Terms, check_terms
 from vitguard.defenses.masking.values import integers
 from vitguard.draws import Draws
 from vitguard.errors import Rejected, Unprotected, expected
@@ -67,6 +68,14 @@ class MaskingClient:
             raise expected("outliers 'refuse' or 'clip'", repr(outliers)[:80])
         if type(last) is not int or last < -1:
             raise expected("the number of the last round started, or -1", repr(last)[:80])
+        check_terms(terms)
+        check_id(client_id)
+        if not isinstance(identity, SigningKey):
+            raise expected(
+                "the client's own SigningKey", type(identity).__name__, "SigningKey.load reads one."
+            )
+        if journal is not None and not isinstance(journal, Journal):
+            raise expected("a Journal", type(journal).__name__, "Give Journal(path).")
         if terms.identities.get(client_id) != identity.public_bytes():
             raise expected(f"the identity key of {client_id!r:.80} in the terms", "another")
         self.terms, self.client_id = terms, client_id
