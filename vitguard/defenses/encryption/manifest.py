@@ -121,6 +121,10 @@ class Manifest:
             InputError: A name or a bound is missing.
         """
         tensors = tensors_by_name(tensors)
+        if isinstance(bounds, Mapping) and (
+            odd := sorted(map(str, bounds.keys() - tensors.keys()))
+        ):
+            raise expected("bounds of the tensors alone", f"one of {odd[0]!r}")
         if names is None:  # counters, such as those of batch norms, are not encrypted
             names = [n for n, t in tensors.items() if t.is_floating_point()]
         entries = []
@@ -130,14 +134,11 @@ class Manifest:
             bound = bounds.get(name) if isinstance(bounds, Mapping) else bounds
             if bound is None:
                 raise expected(f"a bound for {name}", "none")
-            if isinstance(bound, str):
-                raise expected(f"a number as the bound of {name}", repr(bound)[:80])
+            bound = _number(name, bound)
             tensor = tensors[name]
             if not tensor.is_floating_point():
                 raise expected(f"floating-point values to encrypt in {name}", tensor.dtype)
-            entries.append(
-                Entry(name, tuple(tensor.shape), float(bound), tensor.dtype == torch.float64)
-            )
+            entries.append(Entry(name, tuple(tensor.shape), bound, tensor.dtype == torch.float64))
         return Manifest(tuple(entries), max_weight, run or secrets.token_hex(16))
 
     def new_run(self) -> Manifest:
@@ -249,20 +250,41 @@ def _exactly(kind: Any, stored: dict[str, Any]) -> Any:
     return kind(**stored)
 
 
+def _number(name: str, bound: Any) -> float:
+    """Return a bound as Python's own number, of a tensor or array of just one as well."""
+    if isinstance(bound, Tensor | np.ndarray | np.generic) and bound.shape in ((), (1,)):
+        bound = bound.item()
+    if type(bound) not in (int, float):
+        raise expected(f"a number as the bound of {name}", repr(bound)[:80])
+    return float(bound)
+
+
 def _check_scale(what: str, number: object) -> None:
     if type(number) not in (int, float) or not 1 / _SCALE <= number <= _SCALE:  # type: ignore
         raise expected(f"a finite {what} from {1 / _SCALE:g} to {_SCALE:g}", repr(number)[:80])
 
 
-def model_version(tensors: Mapping[str, Tensor]) -> str:
+def model_version(tensors: Mapping[str, Any]) -> str:
     """Return a hexadecimal name for public weights, such as `model.state_dict()`.
 
     A weight difference means something only beside the weights it was taken from, so each message
     names them; a client that skipped a round names others and is refused.
+
+    Args:
+        tensors: Tensors or NumPy arrays by name; the same values give the same version.
+
+    Raises:
+        InputError: They are something else, sparse, or without values (meta).
     """
     digest = hashlib.sha256()
+    tensors = tensors_by_name(tensors)
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach()
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise expected(
+                f"{name} as a dense tensor with values", f"{tensor.layout}, on {tensor.device}"
+            )
+        tensor = tensor.cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         if tensor.numel():  # an empty one that NumPy made has no stride to read bytes by
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
