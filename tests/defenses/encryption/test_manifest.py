@@ -200,16 +200,10 @@ def test_what_is_no_model_has_no_version(given):
 
 @pytest.mark.parametrize("bounds", [True, [0.1], torch.ones(2), 1j, {"w": None}, {"w": False}])
 def test_bounds_that_are_no_numbers_make_no_manifest(bounds):
-    with pytest.raises(InputError, match="bound (of|for) w"):
+    with pytest.raises(InputError, match=r"bound (of|for) w"):
         Manifest.of({"w": torch.zeros(2)}, bounds=bounds)
 
 
 def test_a_bound_may_be_the_one_number_of_an_array():
     for bound in (np.float32(0.5), np.array([0.5]), torch.tensor(0.5), 0.5):
         assert Manifest.of({"w": torch.zeros(2)}, bounds=bound).entries[0].bound == 0.5
-
-
-def test_bounds_of_tensors_that_are_not_there_are_refused():
-    with pytest.raises(InputError, match="bounds of the tensors alone, got one of 'head.wieght'"):
-        Manifest.of({"w": torch.zeros(2)}, bounds={"w": 0.1, "head.wieght": 0.5})
-    assert Manifest.of(TENSORS, ["w"], bounds={"w": 0.1, "b": 0.5}).names == ("w",)

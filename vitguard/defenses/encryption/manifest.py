@@ -121,10 +121,6 @@ class Manifest:
             InputError: A name or a bound is missing.
         """
         tensors = tensors_by_name(tensors)
-        if isinstance(bounds, Mapping) and (
-            odd := sorted(map(str, bounds.keys() - tensors.keys()))
-        ):
-            raise expected("bounds of the tensors alone", f"one of {odd[0]!r}")
         if names is None:  # counters, such as those of batch norms, are not encrypted
             names = [n for n, t in tensors.items() if t.is_floating_point()]
         entries = []
