@@ -117,7 +117,7 @@ class _Passed(_Passing):
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
         if self.piece.training:
-            return self.act(module, args, output)
+            return _Hook.__call__(self, module, args, output)
         return super().__call__(module, args, output)
 
     @torch.compiler.disable

@@ -63,8 +63,8 @@ class ShuffleSettings:
             raise expected(f"steps beyond the warm-up of {self.warmup}", self.steps)
 
 
-def _number(name: str, value: object) -> Real:
+def _number(name: str, value: object) -> float:
     """Return a setting that is one number; 0 and 1 are, true and false are none."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise expected(f"{name} as a number", repr(value)[:80])
-    return value
+    return float(value)
