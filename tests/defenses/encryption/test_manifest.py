@@ -207,3 +207,12 @@ def test_bounds_that_are_no_numbers_make_no_manifest(bounds):
 def test_a_bound_may_be_the_one_number_of_an_array():
     for bound in (np.float32(0.5), np.array([0.5]), torch.tensor(0.5), 0.5):
         assert Manifest.of({"w": torch.zeros(2)}, bounds=bound).entries[0].bound == 0.5
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("outliers", ["refuse", "clip"])
+def test_values_at_a_bound_that_float32_does_not_hold_are_within_it(kind, outliers):
+    for bound in (0.1, 0.7, 1e-3, 1 / 3):
+        values = torch.tensor([9.0, -9.0, 0.0], dtype=kind).clamp(-bound, bound).numpy()
+        kept, moved = Entry("w", (3,), bound).within(values, outliers)
+        assert moved == 0 and np.array_equal(kept, values)

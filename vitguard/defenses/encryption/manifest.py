@@ -61,16 +61,17 @@ class Entry:
         Raises:
             InputError: A value is not finite or beyond the bound, and `outliers` is `refuse`.
         """
-        if -self.bound <= values.min() and values.max() <= self.bound:  # false for NaN
+        bound = values.dtype.type(self.bound)  # NumPy 1 would compare a float32 as a float64
+        if -bound <= values.min() and values.max() <= bound:  # false for NaN
             return values, 0
-        count = int((~(np.abs(values) <= self.bound)).sum())
+        count = int((~(np.abs(values) <= bound)).sum())
         if outliers == "refuse":
             raise expected(
                 f"finite values of {self.name} within its bound {self.bound:g}",
                 f"{count} others",
                 "Clip the update, raise the bound, or choose outliers='clip'.",
             )
-        return np.clip(np.nan_to_num(values, nan=0.0), -self.bound, self.bound), count
+        return np.clip(np.nan_to_num(values, nan=0.0), -bound, bound), count
 
 
 @dataclass(frozen=True)

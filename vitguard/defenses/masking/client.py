@@ -27,6 +27,8 @@ from vitguard.errors import Rejected, Unprotected, expected
 
 __all__ = ["MaskingClient", "read_keys"]
 
+_PHASES = ("keys", "shares", "values", "agreement", "answer", "over")  # as a state names them
+
 
 class MaskingClient:
     """One client of a masked run: keys, shares, masked values, agreement, answer.
@@ -83,6 +85,7 @@ class MaskingClient:
         self.clipped: dict[str, int] = {}
         self._identity, self._last, self._journal = identity, last, journal
         self._round: RoundState | None = None
+        self._joined = False  # this very object was in the round `last`
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -112,13 +115,20 @@ class MaskingClient:
         """Go on from what `state_bytes` returned.
 
         Raises:
-            Rejected: It was changed, is of another client or other terms, or of an earlier round.
+            Rejected: It was changed, is of another client or other terms, or of an earlier round,
+                or of an earlier phase than this very client has come to in that round.
         """
         with self._lock:
             last, now = read_state(data, *self._resting())
             if last < self._last:
                 raise Rejected("replay", f"the state of round {last} after round {self._last}")
-            self._last, self._round = last, now
+            if last == self._last and self._joined:
+                found, here = _phase(now), _phase(self._round)
+                if _PHASES.index(found) < _PHASES.index(here):
+                    raise Rejected(
+                        "replay", f"a state of the phase of {found} after that of {here}"
+                    )
+            self._last, self._round, self._joined = last, now, True
 
     def _resting(self) -> tuple[Secret[bytes], bytes]:
         about = self.terms.binding(0, "state of " + self.client_id)
@@ -140,7 +150,7 @@ class MaskingClient:
             if round_id <= self._last:
                 raise Rejected("replay", f"round {round_id} after round {self._last}")
             now = RoundState(binding, weight, _seed(), _seed(), _seed())
-            self._last, self._round = round_id, now
+            self._last, self._round, self._joined = round_id, now, True
             body = {
                 "transport": sharing.public_half(now.transport, binding).hex(),
                 "pairs": sharing.public_half(now.pairs, binding).hex(),
@@ -362,6 +372,10 @@ class MaskingClient:
     def _message(self, kind: int, body: bytes | tuple[bytes | memoryview, ...]) -> bytes:
         binding = self._round.binding if self._round else b""
         return wire.write_message(kind, self.client_id, body, binding, self._identity)
+
+
+def _phase(now: RoundState | None) -> str:
+    return "over" if now is None else now.phase
 
 
 def _seed() -> Secret[bytes]:
