@@ -116,9 +116,9 @@ class _Passed(_Passing):
     """Ends a pass of the whole model, in which the patches must have found their places."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
-        if self.piece.training:
-            return _Hook.__call__(self, module, args, output)
-        return super().__call__(module, args, output)
+        if not self.piece.training:
+            return super().__call__(module, args, output)
+        return _Hook.__call__(self, module, args, output)
 
     @torch.compiler.disable
     def act(self, module: nn.Module, args: Any, output: Any) -> None:
