@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.fast import crossed
+from vitguard.core import Update
 from vitguard.defenses.positions import FixedPositions
 from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.defenses.shuffle.localization import (
@@ -139,6 +140,35 @@ def test_an_auxiliary_loss_never_read_makes_the_next_training_forward_raise():
         guard.model(IMAGES)
     guard.model.eval()(IMAGES)
     assert guard.auxiliary_loss() == 0
+
+
+def test_an_auxiliary_loss_never_read_makes_the_step_and_the_seal_after_one_pass_raise():
+    model = net()
+    guard = protect(model, [PatchShuffle(0.5, dal="tokens")])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.head.weight.detach().clone()
+    model(IMAGES).sum().backward()
+    with pytest.raises(Unprotected, match="never read before the optimizer's step"):
+        optimizer.step()
+    assert torch.equal(model.head.weight, before)
+    model(IMAGES).sum().backward()
+    update = Update({"head.weight": model.head.weight.grad})
+    with pytest.raises(Unprotected, match="never read before the update was sealed"):
+        guard.seal(update)
+    (model(IMAGES).sum() + guard.auxiliary_loss()).backward()
+    optimizer.step()
+    assert guard.seal(update).tensors
+
+
+@pytest.mark.parametrize("dal", ["tokens", "positions"])
+def test_the_loss_of_an_empty_batch_is_zero(dal):
+    model = net()
+    guard = protect(model, [PatchShuffle(0.5, dal=dal)])
+    model(IMAGES[:0])
+    loss = guard.auxiliary_loss()
+    loss.backward()
+    assert loss == 0
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 def test_dal_over_positions_leaves_masked_rows_without_gradient():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
 
 import pytest
 import timm
@@ -434,6 +435,76 @@ def test_a_part_of_the_model_that_skips_the_patch_embedding_is_refused():
         model._pos_embed(torch.rand(3, 16, 16))
 
 
+def test_a_step_on_a_model_whose_part_was_replaced_is_refused():
+    model = net()
+    guard = protect(model, [PatchShuffle(0.5)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.pos_drop = nn.Dropout(0.1)  # whose hook put the patches in their places
+    before = model.patch_embed.proj.weight.detach().clone()
+    with pytest.raises(Unprotected, match="never reached pos_drop"):
+        model(IMAGES)
+    model.forward_head(model.forward_features(IMAGES)).sum().backward()
+    with pytest.raises(Unprotected, match="some that are gone"):
+        optimizer.step()
+    assert torch.equal(model.patch_embed.proj.weight, before)
+    guard.remove()
+    optimizer.step()
+
+
+def test_a_pass_that_goes_round_the_shuffle_is_refused():
+    model = net()
+    guard = protect(model, [PatchShuffle(0.5)])
+
+    def embed(tokens):
+        sequence = torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], 1)
+        return sequence + model.pos_embed
+
+    model._pos_embed = embed
+    with pytest.raises(Unprotected, match="never reached pos_drop"):
+        model(IMAGES)
+    with pytest.raises(Unprotected, match="never reached pos_drop"):
+        guard.update(IMAGES, LABELS)
+    model.eval()(IMAGES)
+    del model._pos_embed
+    model.train()(IMAGES).sum().backward()
+    assert guard.update(IMAGES, LABELS).tensors
+
+
+def test_threads_that_share_a_model_are_refused_and_never_get_each_others_images():
+    model = net()
+    protect(model, [PatchShuffle(0.5)])
+    inside, go_on, refused = threading.Event(), threading.Event(), []
+
+    def wait(module, args, output):  # behind the shuffle's hook: the draws are made
+        if threading.current_thread() is other:
+            inside.set()
+            go_on.wait(30)
+
+    def pass_through():
+        try:
+            model(IMAGES)
+        except Unprotected as error:
+            refused.append(str(error))
+
+    model.patch_embed.register_forward_hook(wait)
+    other = threading.Thread(target=pass_through)
+    other.start()
+    assert inside.wait(30)
+    model(IMAGES)  # a whole pass in between
+    go_on.set()
+    other.join()
+    other = threading.Thread(target=pass_through)
+    inside.clear(), go_on.clear()
+    other.start()
+    assert inside.wait(30)
+    model.patch_embed(IMAGES)  # begun in between, and not ended
+    go_on.set()
+    other.join()
+    assert len(refused) == 2
+    assert "of another thread" in refused[1]
+    assert embedded(model, IMAGES).shape == (3, 17, 16)
+
+
 def test_checkpointing_around_the_patch_embedding_is_refused():
     from torch.utils.checkpoint import checkpoint
 
@@ -450,6 +521,17 @@ def test_checkpointing_around_the_patch_embedding_is_refused():
         ({"ratio": 1.3}, r"Expected ratio in \[0, 1\], got 1.3."),
         ({"ratio": -0.1}, "ratio in"),
         ({"ratio": float("nan")}, "ratio in"),
+        ({"ratio": "0.7"}, "Expected ratio as a number, got '0.7'"),
+        ({"ratio": None}, "ratio as a number"),
+        ({"ratio": True}, "ratio as a number"),
+        ({"ratio": torch.tensor(0.5)}, "ratio as a number"),
+        ({"probability": "1"}, "probability as a number"),
+        ({"derangement": "no"}, "derangement to be true or false, got 'no'"),
+        ({"warmup": math.inf}, "warmup as a whole number of at least 0, got inf"),
+        ({"warmup": 1.5}, "warmup as a whole number"),
+        ({"warmup": "3"}, "warmup as a whole number"),
+        ({"steps": True}, "steps as a whole number"),
+        ({"dal_weight": "x"}, "dal_weight as a number"),
         ({"probability": 2}, "probability in"),
         ({"mask": "round"}, "mask among blockwise, uniform"),
         ({"draw": "epoch"}, "draw among"),

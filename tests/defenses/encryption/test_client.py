@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vitguard import rounds
 from vitguard.core import Update
 from vitguard.defenses.encryption import (
     PRESETS,
@@ -173,6 +174,69 @@ def test_weights_outside_the_manifest_are_refused(weight):
     encryptor = Encryptor(KEYS["quantised"], Manifest.of(tensors, bounds=1.0), client_id="a")
     with pytest.raises(InputError, match="Expected a weight above 0 and up to"):
         encryptor.encrypt(tensors, round_id=0, weight=weight)
+
+
+def test_a_round_number_beside_a_started_round_keeps_its_weight_and_base(run):
+    aggregator = run.aggregator(round_id=7, base="v2")
+    started = Encryptor(run.keys, run.manifest, client_id="a")
+    started.start_round(7, weight=3.0, base="v2")
+    aggregator.add(started.encrypt(run.tensors(), round_id=7))
+    with rounds.bound(rounds.Round(7, "v2", 2.0)):
+        bound = Encryptor(run.keys, run.manifest, client_id="b")
+        aggregator.add(bound.encrypt(run.tensors(), round_id=7))
+        other = Encryptor(run.keys, run.manifest, client_id="c")
+        aggregator.add(other.encrypt(run.tensors(), round_id=7, weight=1.5))
+    assert aggregator.weights == {"a": 3.0, "b": 2.0, "c": 1.5}
+
+
+def test_a_round_number_beside_another_round_or_client_is_refused(run):
+    encryptor = Encryptor(run.keys, run.manifest, client_id="a")
+    encryptor.start_round(7, weight=3.0)
+    with pytest.raises(InputError, match="one round, 7 by start_round, got round_id=8"):
+        encryptor.encrypt(run.tensors(), round_id=8)
+    encryptor = Encryptor(run.keys, run.manifest, client_id="a")
+    with (
+        rounds.bound(rounds.Round(6, "v1")),
+        pytest.raises(InputError, match=r"one round, 6 by Guard\.round, got round_id=8"),
+    ):
+        encryptor.encrypt(run.tensors(), round_id=8)
+    with (
+        rounds.bound(rounds.Round(8, "v1", client="b")),
+        pytest.raises(InputError, match="a round of client 'a'"),
+    ):
+        encryptor.encrypt(run.tensors(), round_id=8)
+
+
+@pytest.mark.parametrize("given", [None, "keys.json", b"keys", "server", "manifest"])
+def test_keys_of_another_kind_are_refused_when_the_encryptor_is_made(run, given):
+    keys = {"server": run.keys.for_server(), "manifest": run.manifest}.get(given, given)
+    with pytest.raises(InputError, match="Expected a client's keys, got"):
+        Encryptor(keys, run.manifest, client_id="a")
+
+
+def test_a_manifest_as_text_is_refused_with_how_to_read_it(run):
+    for text in (run.manifest.to_json(), None, run.template):
+        with pytest.raises(InputError, match=r"Manifest\.from_json"):
+            Encryptor(run.keys, text, client_id="a")
+        with pytest.raises(InputError, match=r"Manifest\.from_json"):
+            Decryptor(run.keys, text)
+        with pytest.raises(InputError, match=r"Manifest\.from_json"):
+            run.aggregator(manifest=text or 5)
+
+
+def test_the_worst_error_refuses_weights_that_no_client_may_have():
+    keys = KEYS["quantised"]
+    assert worst_error(0.1, keys, [50, 50], max_weight=100) == pytest.approx(
+        200 / 100 * 0.1 / keys.layout.levels
+    )
+    with pytest.raises(InputError, match=r"up to max_weight 1.0, got 50.*max_weight=manifest"):
+        worst_error(0.1, keys, [50, 50])
+    for weights in ([], [0, 1], [-1.0], [float("nan")]):
+        with pytest.raises(InputError, match="weights above 0"):
+            worst_error(0.1, keys, weights)
+    for bound in (0, -0.1, float("nan"), float("inf"), "0.1"):
+        with pytest.raises(InputError, match="a finite bound"):
+            worst_error(bound, keys, [1.0])
 
 
 def test_seal_makes_the_tensors_unreadable_and_carries_the_message():

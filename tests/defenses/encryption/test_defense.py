@@ -48,6 +48,12 @@ def rehearsed(model, stack):
     return protect(model, stack, generator=torch.Generator().manual_seed(0))
 
 
+def test_a_rehearsal_inside_a_round_of_a_client_needs_no_other_name_or_weight(model, batch):
+    guard = rehearsed(copy.deepcopy(model), [EncryptedGradients()])
+    with guard.round(3, base="v1", weight=50.0, client="hospital"):
+        assert "thrown away" in guard.update(*batch).sealed["head.bias"]
+
+
 @pytest.mark.parametrize("rehearse", [10, 1_000_000])
 def test_a_client_without_an_encryptor_sends_nothing(model, batch, rehearse):
     guard = protect(copy.deepcopy(model), [EncryptedGradients(rehearse=rehearse)])

@@ -465,3 +465,34 @@ def test_more_clients_than_the_preset_takes_are_refused():
             KeySet.generate(preset=preset, max_clients=clients)
     with pytest.raises(InputError, match="as the preset"):
         KeySet.generate(preset="strong")
+
+
+@pytest.mark.parametrize("clients", [2.5, 10.0, True, "10", None, float("nan")])
+def test_a_client_limit_that_is_no_whole_number_makes_no_keys(clients):
+    with pytest.raises(InputError, match="Expected a whole number of clients, 1 to 10"):
+        KeySet.generate(max_clients=clients)
+
+
+@pytest.mark.parametrize("preset", [["quantised"], None, 5])
+def test_a_preset_that_is_no_name_makes_no_keys(preset):
+    with pytest.raises(InputError, match="as the preset, got"):
+        KeySet.generate(preset=preset)
+
+
+@pytest.mark.parametrize("client", ["", "x" * 65, None, 5, b"a", "\ud800"])
+def test_no_client_is_given_keys_under_a_name_that_cannot_send(keys, client):
+    with pytest.raises(InputError, match="a client id of 1 to 64 bytes"):
+        keys.for_client(client)
+
+
+def test_an_encryptor_of_another_kind_is_refused_when_the_defense_is_made(keys):
+    for given in (keys, "client.json"):
+        with pytest.raises(InputError, match="Expected an Encryptor, got"):
+            EncryptedGradients(encryptor=given)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"keys.json", "keys\0.json"])
+def test_a_path_that_is_none_is_refused(keys, path):
+    for act in (keys.save, KeySet.load):
+        with pytest.raises(InputError, match="Expected the path of a key file, got"):
+            act(path, PASSPHRASE)

@@ -4,11 +4,12 @@ import json
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from vitguard import draws as source
-from vitguard.defenses.encryption import Encryptor, Entry, KeySet, Manifest
+from vitguard.defenses.encryption import Encryptor, Entry, KeySet, Manifest, model_version
 from vitguard.defenses.encryption.wire import MESSAGE, Context, open_message
 from vitguard.errors import InputError, Rejected
 
@@ -167,3 +168,52 @@ def test_a_generator_makes_the_rounding_reproducible():
 
     assert rounded(1) == rounded(1) != rounded(2)
     assert rounded(None) != rounded(None)
+
+
+def test_the_version_of_a_model_is_that_of_its_values_however_they_are_held():
+    weights = {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3), "e": torch.zeros(0)}
+    arrays = {n: t.numpy() for n, t in weights.items()}
+    big = {**arrays, "w": arrays["w"].astype(">f4")}  # the bytes of another machine
+    assert model_version(arrays) == model_version(big) == model_version(weights)
+    assert model_version(
+        {
+            n: t.clone().requires_grad_(t.dtype.is_floating_point)
+            for n, t in reversed(weights.items())
+        }
+    ) == model_version(weights)
+    transposed = {**weights, "w": weights["w"].t().contiguous().t()}
+    assert model_version(transposed) == model_version(weights)
+    assert model_version({**weights, "w": weights["w"].half()}) != model_version(weights)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None, "weights.safetensors", torch.nn.Linear(2, 2), [torch.zeros(2)], {"x": {"y": 1}},
+        {"x": torch.eye(2).to_sparse()}, {"x": torch.zeros(2, device="meta")},
+    ],
+    ids=["none", "path", "model", "list", "extra state", "sparse", "meta"],
+)  # fmt: skip
+def test_what_is_no_model_has_no_version(given):
+    with pytest.raises(InputError, match="Expected"):
+        model_version(given)
+
+
+@pytest.mark.parametrize("bounds", [True, [0.1], torch.ones(2), 1j, {"w": None}, {"w": False}])
+def test_bounds_that_are_no_numbers_make_no_manifest(bounds):
+    with pytest.raises(InputError, match=r"bound (of|for) w"):
+        Manifest.of({"w": torch.zeros(2)}, bounds=bounds)
+
+
+def test_a_bound_may_be_the_one_number_of_an_array():
+    for bound in (np.float32(0.5), np.array([0.5]), torch.tensor(0.5), 0.5):
+        assert Manifest.of({"w": torch.zeros(2)}, bounds=bound).entries[0].bound == 0.5
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("outliers", ["refuse", "clip"])
+def test_values_at_a_bound_that_float32_does_not_hold_are_within_it(kind, outliers):
+    for bound in (0.1, 0.7, 1e-3, 1 / 3):
+        values = torch.tensor([9.0, -9.0, 0.0], dtype=kind).clamp(-bound, bound).numpy()
+        kept, moved = Entry("w", (3,), bound).within(values, outliers)
+        assert moved == 0 and np.array_equal(kept, values)

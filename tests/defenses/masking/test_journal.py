@@ -107,3 +107,32 @@ def test_a_mark_behind_half_a_line_is_found_again(tmp_path):
     Journal(path).mark(32 * b"a", "shares")
     with pytest.raises(Rejected, match="second time"):
         Journal(path).mark(32 * b"a", "shares")
+
+
+@pytest.mark.parametrize("until", ["inbox", "values", "agreement", "answers"])
+def test_a_client_without_a_journal_takes_no_earlier_state_of_its_round_back(make_run, until):
+    run = make_run(4)
+    clients, server = run.drive(until="shares")
+    client = clients["client-0"]
+    early = client.state_bytes()
+    for name, each in clients.items():
+        each.take_shares(server.inbox(name))
+    earlier = client.state_bytes()
+    if until != "inbox":
+        for name, each in clients.items():
+            server.add_masked(each.mask(run.update(name)))
+        survivors = server.survivors()
+    if until in ("agreement", "answers"):
+        for each in clients.values():
+            server.add_agreement(each.agree(survivors))
+        agreements = server.agreements()
+    if until == "answers":
+        client.answer(agreements)
+    for state in (early, *([earlier] if until != "inbox" else ())):
+        with pytest.raises(Rejected, match=r"a state of the phase of (shares|values) after"):
+            client.load_state_bytes(state)
+    now = client.state_bytes()
+    client.load_state_bytes(now)  # the same one is no step back
+    after = run.client("client-0", last=client.last)
+    after.load_state_bytes(now)
+    assert after.state_bytes() and after.last == client.last

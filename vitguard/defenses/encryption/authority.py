@@ -8,12 +8,29 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from vitguard.defenses.encryption.secret import Secret
-from vitguard.errors import Rejected
+from vitguard.errors import Rejected, expected
 from vitguard.files import parsed_json
 
-__all__ = ["Authority"]
+__all__ = ["LONGEST_ID", "Authority", "check_id"]
 
 _CLIENT = "client:"
+LONGEST_ID = 64
+"""Bytes of the longest client id."""
+
+
+def check_id(client_id: str) -> bytes:
+    """Return the bytes of a client id.
+
+    Raises:
+        InputError: It is no text, empty, or longer than 64 bytes.
+    """
+    try:
+        encoded = client_id.encode()
+    except (AttributeError, UnicodeEncodeError):
+        encoded = b""
+    if not 0 < len(encoded) <= LONGEST_ID:
+        raise expected(f"a client id of 1 to {LONGEST_ID} bytes", repr(client_id)[:80])
+    return encoded
 
 
 class Authority:
@@ -52,7 +69,12 @@ class Authority:
         return hmac.digest(self._key(_CLIENT + client_id).reveal(), digest, "sha256")
 
     def only(self, client_id: str) -> Authority:
-        """Return an authority that can act for this client alone."""
+        """Return an authority that can act for this client alone.
+
+        Raises:
+            InputError: It is no client id.
+        """
+        check_id(client_id)
         who = _CLIENT + client_id
         return Authority(None, {who: self._key(who)})
 

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from vitguard import rounds
 from vitguard.core import Update, tensors_by_name
+from vitguard.defenses.encryption.authority import check_id
 from vitguard.defenses.encryption.backend import shared_engine
 from vitguard.defenses.encryption.keys import KeySet
-from vitguard.defenses.encryption.manifest import LIGHTEST, Manifest
+from vitguard.defenses.encryption.manifest import LIGHTEST, Manifest, check_manifest
 from vitguard.defenses.encryption.packing import canary, pack, quantise, unpack
 from vitguard.defenses.encryption.wire import (
     MESSAGE,
     SUM,
     Context,
     Header,
-    check_id,
     open_message,
     write_message,
 )
@@ -44,7 +44,24 @@ def worst_error(
 
     Each client errs by less than one step of `bound / levels`, half of one when rounding to the
     nearest; steps count as the heaviest weight does, and the sum is divided by all weights.
+
+    Args:
+        bound: Of the tensor, in the manifest.
+        weights: Of the clients in the sum.
+        max_weight: Of the manifest. The further the weights are below it, the larger the error.
+
+    Raises:
+        InputError: No weights, or some that no client of such a manifest may have.
     """
+    if isinstance(bound, str) or not 0 < bound < math.inf:
+        raise expected("a finite bound above 0", repr(bound)[:80])
+    if not len(weights) or not all(0 < w < math.inf for w in weights):
+        raise expected("finite weights above 0", repr(weights)[:80])
+    if max(weights) > max_weight:
+        raise expected(
+            f"weights up to max_weight {max_weight}", max(weights),
+            "Give the manifest's: max_weight=manifest.max_weight.",
+        )  # fmt: skip
     step = bound / keys.layout.levels
     error = len(weights) * step * max_weight / math.fsum(weights)
     return error / 2 if nearest else error
@@ -87,6 +104,9 @@ class Encryptor:
             raise expected("outliers 'refuse' or 'clip'", repr(outliers))
         if rounding not in ("stochastic", "nearest"):
             raise expected("rounding 'stochastic' or 'nearest'", repr(rounding))
+        if not isinstance(keys, KeySet):
+            raise expected("a client's keys", type(keys).__name__, "KeySet.load reads a file.")
+        check_manifest(manifest)
         check_id(client_id)
         self.keys, self.manifest, self.client_id = keys, manifest, client_id
         self.outliers: Outliers = outliers
@@ -126,8 +146,11 @@ class Encryptor:
         Args:
             update: An update, or tensors or NumPy arrays by name; those of the manifest are read.
             round_id: Number of the round; default from `start_round`, then from `Guard.round`.
-            weight: Weight in the average, up to the manifest's `max_weight`; it is public.
-            base: Version of the public model that the update refers to (`model_version`).
+                Beside one of them it must be the same.
+            weight: Weight in the average, up to the manifest's `max_weight`; it is public. Default
+                from the round, 1 outside of one.
+            base: Version of the public model that the update refers to (`model_version`). Default
+                from the round, "" outside of one.
 
         Raises:
             Rejected: The tensors are not those of the manifest.
@@ -174,37 +197,43 @@ class Encryptor:
     def _settled(
         self, round_id: int | None, weight: SupportsFloat | None, base: str | None
     ) -> _Round:
-        started = self._started() if round_id is None else None
-        default = started or _Round(round_id or 0, 1.0, "")
+        default = self._started(round_id)
         return _Round(
             default.round_id,
             default.weight if weight is None else weight,
             default.base if base is None else base,
         )
 
-    def _started(self) -> _Round:
-        """Return the round that `start_round` named, or the one that the block is bound to."""
-        now = rounds.current()
+    def _started(self, round_id: int | None) -> _Round:
+        """Return the round that `start_round` named, or the one that the block is bound to.
+
+        A number given beside it must be the same: its weight and base would be lost in silence.
+        """
+        now, own = rounds.current(), self._round
         if now is not None and now.client not in ("", self.client_id):
             raise expected(
                 f"a round of client {self.client_id!r}, whose encryptor this is", repr(now.client)
             )
-        if self._round is not None:
-            if now is not None and (now.number, now.base) != (
-                self._round.round_id,
-                self._round.base,
-            ):
-                raise expected(
-                    f"one round, {now.number} by Guard.round", f"{self._round.round_id} by "
-                    "start_round", "Drop start_round.",
-                )  # fmt: skip
-            return self._round
-        if now is None:
+        if now is not None and own is not None and (now.number, now.base) != (
+            own.round_id, own.base,
+        ):  # fmt: skip
+            raise expected(
+                f"one round, {now.number} by Guard.round", f"{own.round_id} by start_round",
+                "Drop start_round.",
+            )  # fmt: skip
+        if own is None and now is not None:
+            own = _Round(now.number, now.weight, now.base)
+        if own is None and round_id is None:
             raise expected(
                 "a round number", "none",
                 "Make the update inside guard.round(...), give round_id=, or call start_round.",
             )  # fmt: skip
-        return _Round(now.number, now.weight, now.base)
+        if own is not None and round_id not in (None, own.round_id):
+            raise expected(
+                f"one round, {own.round_id} by {'start_round' if self._round else 'Guard.round'}",
+                f"round_id={round_id!r:.80}", "Leave round_id out.",
+            )  # fmt: skip
+        return own or _Round(round_id, 1.0, "")  # type: ignore[arg-type]
 
     def _integers(self, tensors: Mapping[str, Tensor], share: float) -> Iterator[np.ndarray]:
         levels = self.keys.layout.levels
@@ -242,6 +271,7 @@ class Decryptor:
     ) -> None:
         if not isinstance(keys, KeySet):
             raise expected("a client's keys", type(keys).__name__)
+        check_manifest(manifest)
         if keys.server is None:
             raise expected(
                 "keys that name the server whose sums they open", "keys that name none",

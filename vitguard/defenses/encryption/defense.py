@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from vitguard import rounds
 from vitguard.core import Traits, Update
 from vitguard.defenses.base import Defense, Draws, UpdateDefense
 from vitguard.defenses.encryption.backend import require_tenseal
@@ -71,6 +72,8 @@ class EncryptedGradients(UpdateDefense):
             raise expected("rehearse of at least 0 values", self.rehearse)
         if not self.select:
             raise expected("a selection of parameters", "an empty one")
+        if encryptor is not None and not isinstance(encryptor, Encryptor):
+            raise expected("an Encryptor", type(encryptor).__name__)
         if encryptor is not None and encryptor.keys.preset != self.preset:
             raise expected(f"an encryptor of preset {self.preset!r}", repr(encryptor.keys.preset))
         object.__setattr__(self, "_encryptor", encryptor)
@@ -142,7 +145,8 @@ class EncryptedGradients(UpdateDefense):
         keys = KeySet.generate(preset=self.preset)
         manifest = Manifest.of(tensors, bounds=_own_bounds(tensors))
         encryptor = Encryptor(keys, manifest, client_id="rehearsal", generator=draws.seeded)
-        sealed = encryptor.seal(update, round_id=0)
+        with rounds.bound(rounds.Round(0, "")):  # one of its own, whatever round this is in
+            sealed = encryptor.seal(update)
         reason = f"encrypted ({self.preset}) under a key that was thrown away"
         return sealed.seal(dict.fromkeys(chosen, reason))
 

@@ -50,6 +50,7 @@ def write_key_file(
         InputError: The passphrase is empty, the folder cannot be written, or the file is there
             already and `overwrite` is false.
     """
+    path = _path(path)
     if not overwrite and os.path.lexists(path):  # before the work; the writer checks for good
         raise _taken(path)
     salt, nonce = secrets.token_bytes(16), secrets.token_bytes(12)
@@ -76,7 +77,7 @@ def read_key_file(
         Rejected: Wrong passphrase, a changed file, one of another kind, or one that others read.
         InputError: There is no such file.
     """
-    content = _read_private(Path(path))
+    content = _read_private(_path(path))
     try:
         stored = parsed_json(content)
         sealed = base64.b64decode(stored.pop("secret"), validate=True)
@@ -93,6 +94,17 @@ def read_key_file(
         raise Rejected("key", f"a file of kind {found!r}", f"a key file of kind {kind!r}")
     plain = _decrypted(_cipher(passphrase, salt, cost), nonce, sealed, associated)
     return stored, _parted(plain)
+
+
+def _path(given: object) -> Path:
+    """Return what names a file.
+
+    Raises:
+        InputError: It names none.
+    """
+    if not isinstance(given, str | os.PathLike) or "\0" in str(given):
+        raise expected("the path of a key file", repr(given)[:80])
+    return Path(given)
 
 
 def _kind_and_cost(stored: Mapping[str, Any]) -> tuple[str, int]:

@@ -212,7 +212,12 @@ class KeySet(_Named):
         return KeySet(facts, fresh.__secret, fresh.authority, fresh.server)
 
     def for_client(self, client_id: str) -> KeySet:
-        """Return keys that can send as `client_id` only."""
+        """Return keys that can send as `client_id` only.
+
+        Raises:
+            InputError: It is no text of 1 to 64 bytes.
+            Rejected: These are another client's keys.
+        """
         return KeySet(self._facts, self.__secret, self.authority.only(client_id), self.server)
 
     def for_server(self) -> ServerKeys:

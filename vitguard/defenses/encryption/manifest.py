@@ -23,7 +23,7 @@ from vitguard.core import tensors_by_name
 from vitguard.errors import InputError, Rejected, expected
 from vitguard.files import parsed_json
 
-__all__ = ["LIGHTEST", "Entry", "Manifest", "model_version"]
+__all__ = ["LIGHTEST", "Entry", "Manifest", "check_manifest", "model_version"]
 
 Outliers = Literal["refuse", "clip"]
 LIGHTEST = 2.0**-40
@@ -61,16 +61,17 @@ class Entry:
         Raises:
             InputError: A value is not finite or beyond the bound, and `outliers` is `refuse`.
         """
-        if -self.bound <= values.min() and values.max() <= self.bound:  # false for NaN
+        bound = values.dtype.type(self.bound)  # NumPy 1 would compare a float32 as a float64
+        if -bound <= values.min() and values.max() <= bound:  # false for NaN
             return values, 0
-        count = int((~(np.abs(values) <= self.bound)).sum())
+        count = int((~(np.abs(values) <= bound)).sum())
         if outliers == "refuse":
             raise expected(
                 f"finite values of {self.name} within its bound {self.bound:g}",
                 f"{count} others",
                 "Clip the update, raise the bound, or choose outliers='clip'.",
             )
-        return np.clip(np.nan_to_num(values, nan=0.0), -self.bound, self.bound), count
+        return np.clip(np.nan_to_num(values, nan=0.0), -bound, bound), count
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,11 @@ class Manifest:
             bound = bounds.get(name) if isinstance(bounds, Mapping) else bounds
             if bound is None:
                 raise expected(f"a bound for {name}", "none")
-            if isinstance(bound, str):
-                raise expected(f"a number as the bound of {name}", repr(bound)[:80])
+            bound = _number(name, bound)
             tensor = tensors[name]
             if not tensor.is_floating_point():
                 raise expected(f"floating-point values to encrypt in {name}", tensor.dtype)
-            entries.append(
-                Entry(name, tuple(tensor.shape), float(bound), tensor.dtype == torch.float64)
-            )
+            entries.append(Entry(name, tuple(tensor.shape), bound, tensor.dtype == torch.float64))
         return Manifest(tuple(entries), max_weight, run or secrets.token_hex(16))
 
     def new_run(self) -> Manifest:
@@ -219,6 +217,20 @@ class Manifest:
                 raise Rejected("manifest", f"{entry.name} of type {kind}")
 
 
+def check_manifest(given: object) -> Manifest:
+    """Return a manifest if it is one.
+
+    Raises:
+        InputError: It is something else, such as its JSON.
+    """
+    if not isinstance(given, Manifest):
+        raise expected(
+            "a Manifest", type(given).__name__,
+            "Manifest.of makes one, Manifest.from_json reads its text.",
+        )  # fmt: skip
+    return given
+
+
 _KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -235,20 +247,41 @@ def _exactly(kind: Any, stored: dict[str, Any]) -> Any:
     return kind(**stored)
 
 
+def _number(name: str, bound: Any) -> float:
+    """Return a bound as Python's own number, of a tensor or array of just one as well."""
+    if isinstance(bound, Tensor | np.ndarray | np.generic) and bound.shape in ((), (1,)):
+        bound = bound.item()
+    if type(bound) not in (int, float):
+        raise expected(f"a number as the bound of {name}", repr(bound)[:80])
+    return float(bound)
+
+
 def _check_scale(what: str, number: object) -> None:
     if type(number) not in (int, float) or not 1 / _SCALE <= number <= _SCALE:  # type: ignore
         raise expected(f"a finite {what} from {1 / _SCALE:g} to {_SCALE:g}", repr(number)[:80])
 
 
-def model_version(tensors: Mapping[str, Tensor]) -> str:
+def model_version(tensors: Mapping[str, Any]) -> str:
     """Return a hexadecimal name for public weights, such as `model.state_dict()`.
 
     A weight difference means something only beside the weights it was taken from, so each message
     names them; a client that skipped a round names others and is refused.
+
+    Args:
+        tensors: Tensors or NumPy arrays by name; the same values give the same version.
+
+    Raises:
+        InputError: They are something else, sparse, or without values (meta).
     """
     digest = hashlib.sha256()
+    tensors = tensors_by_name(tensors)
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach()
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise expected(
+                f"{name} as a dense tensor with values", f"{tensor.layout}, on {tensor.device}"
+            )
+        tensor = tensor.cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         if tensor.numel():  # an empty one that NumPy made has no stride to read bytes by
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

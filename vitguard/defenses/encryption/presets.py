@@ -90,8 +90,12 @@ class Preset:
         """Return the numbers for sums of up to `max_clients` messages.
 
         Raises:
-            InputError: `max_clients` is below 1 or above the preset's limit.
+            InputError: `max_clients` is no whole number, below 1 or above the preset's limit.
         """
+        if type(max_clients) is not int:  # a key file would hold no other
+            raise expected(
+                f"a whole number of clients, 1 to {self.client_limit}", repr(max_clients)[:80]
+            )
         if not 1 <= max_clients <= self.client_limit:
             raise expected(
                 f"1 to {self.client_limit} clients for preset {self.name!r}",
@@ -126,6 +130,6 @@ def preset(name: str) -> Preset:
     Raises:
         InputError: There is none.
     """
-    if name not in PRESETS:
-        raise expected(f"one of {', '.join(PRESETS)} as the preset", repr(name))
+    if not isinstance(name, str) or name not in PRESETS:
+        raise expected(f"one of {', '.join(PRESETS)} as the preset", repr(name)[:80])
     return PRESETS[name]

@@ -24,8 +24,9 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from vitguard.defenses.encryption.authority import LONGEST_ID, check_id
 from vitguard.defenses.encryption.keys import KeySet, ServerKeys
-from vitguard.defenses.encryption.manifest import LIGHTEST, Manifest
+from vitguard.defenses.encryption.manifest import LIGHTEST, Manifest, check_manifest
 from vitguard.defenses.encryption.signing import verify
 from vitguard.errors import Rejected, expected
 
@@ -34,7 +35,6 @@ __all__ = [
     "SUM",
     "Context",
     "Header",
-    "check_id",
     "count_values",
     "open_message",
     "write_message",
@@ -46,7 +46,6 @@ MESSAGE, SUM = 1, 2
 SERVER = "server"
 _FIXED = struct.Struct(">4sBB12s16s32sQ32s16sHHdQIB")
 _PROOF = {MESSAGE: 32, SUM: 64}  # bytes
-_LONGEST_ID = 64
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ class Context:
     base: str
 
     def __post_init__(self) -> None:
+        check_manifest(self.manifest)
         if type(self.round_id) is not int or not 0 <= self.round_id < 2**63:
             raise expected("a whole round number of at least 0", repr(self.round_id))
         if not isinstance(self.base, str):
@@ -95,21 +95,6 @@ class Header:
     clients: int
     weight: float
     nonce: bytes = field(default_factory=lambda: secrets.token_bytes(16))
-
-
-def check_id(client_id: str) -> bytes:
-    """Return the bytes of a client id.
-
-    Raises:
-        InputError: It is no text, empty, or longer than 64 bytes.
-    """
-    try:
-        encoded = client_id.encode()
-    except (AttributeError, UnicodeEncodeError):
-        encoded = b""
-    if not 0 < len(encoded) <= _LONGEST_ID:
-        raise expected(f"a client id of 1 to {_LONGEST_ID} bytes", repr(client_id)[:80])
-    return encoded
 
 
 def write_message(
@@ -157,7 +142,7 @@ def open_message(data: bytes, kind: int, context: Context) -> tuple[Header, list
         raise Rejected("type", f"{type(data).__name__} where bytes were due")
     keys, layout, size = context.keys, context.keys.layout, _PROOF[kind]
     chunks = layout.chunks(context.manifest.values)
-    most = _FIXED.size + _LONGEST_ID + chunks * (16 * layout.degree + 4096 + 4) + size
+    most = _FIXED.size + LONGEST_ID + chunks * (16 * layout.degree + 4096 + 4) + size
     length = data.nbytes if isinstance(data, memoryview) else len(data)
     if length > most:
         raise Rejected("oversize", f"{length} bytes where at most {most} can be right")

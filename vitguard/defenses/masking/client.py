@@ -13,18 +13,21 @@ from torch import Tensor
 
 from vitguard import rounds
 from vitguard.core import Update, tensors_by_name
+from vitguard.defenses.encryption.authority import check_id
 from vitguard.defenses.encryption.secret import Secret
 from vitguard.defenses.encryption.signing import SigningKey
 from vitguard.defenses.masking import secret_sharing as sharing
 from vitguard.defenses.masking import wire
 from vitguard.defenses.masking.journal import Journal
 from vitguard.defenses.masking.resting import RoundState, read_state, write_state
-from vitguard.defenses.masking.terms import Terms
+from vitguard.defenses.masking.terms import Terms, check_terms
 from vitguard.defenses.masking.values import integers
 from vitguard.draws import Draws
 from vitguard.errors import Rejected, Unprotected, expected
 
 __all__ = ["MaskingClient", "read_keys"]
+
+_PHASES = ("keys", "shares", "values", "agreement", "answer", "over")  # as a state names them
 
 
 class MaskingClient:
@@ -67,6 +70,14 @@ class MaskingClient:
             raise expected("outliers 'refuse' or 'clip'", repr(outliers)[:80])
         if type(last) is not int or last < -1:
             raise expected("the number of the last round started, or -1", repr(last)[:80])
+        check_terms(terms)
+        check_id(client_id)
+        if not isinstance(identity, SigningKey):
+            raise expected(
+                "the client's own SigningKey", type(identity).__name__, "SigningKey.load reads one."
+            )
+        if journal is not None and not isinstance(journal, Journal):
+            raise expected("a Journal", type(journal).__name__, "Give Journal(path).")
         if terms.identities.get(client_id) != identity.public_bytes():
             raise expected(f"the identity key of {client_id!r:.80} in the terms", "another")
         self.terms, self.client_id = terms, client_id
@@ -74,6 +85,7 @@ class MaskingClient:
         self.clipped: dict[str, int] = {}
         self._identity, self._last, self._journal = identity, last, journal
         self._round: RoundState | None = None
+        self._joined = False  # this very object was in the round `last`
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -103,13 +115,20 @@ class MaskingClient:
         """Go on from what `state_bytes` returned.
 
         Raises:
-            Rejected: It was changed, is of another client or other terms, or of an earlier round.
+            Rejected: It was changed, is of another client or other terms, or of an earlier round,
+                or of an earlier phase than this very client has come to in that round.
         """
         with self._lock:
             last, now = read_state(data, *self._resting())
             if last < self._last:
                 raise Rejected("replay", f"the state of round {last} after round {self._last}")
-            self._last, self._round = last, now
+            if last == self._last and self._joined:
+                found, here = _phase(now), _phase(self._round)
+                if _PHASES.index(found) < _PHASES.index(here):
+                    raise Rejected(
+                        "replay", f"a state of the phase of {found} after that of {here}"
+                    )
+            self._last, self._round, self._joined = last, now, True
 
     def _resting(self) -> tuple[Secret[bytes], bytes]:
         about = self.terms.binding(0, "state of " + self.client_id)
@@ -131,7 +150,7 @@ class MaskingClient:
             if round_id <= self._last:
                 raise Rejected("replay", f"round {round_id} after round {self._last}")
             now = RoundState(binding, weight, _seed(), _seed(), _seed())
-            self._last, self._round = round_id, now
+            self._last, self._round, self._joined = round_id, now, True
             body = {
                 "transport": sharing.public_half(now.transport, binding).hex(),
                 "pairs": sharing.public_half(now.pairs, binding).hex(),
@@ -353,6 +372,10 @@ class MaskingClient:
     def _message(self, kind: int, body: bytes | tuple[bytes | memoryview, ...]) -> bytes:
         binding = self._round.binding if self._round else b""
         return wire.write_message(kind, self.client_id, body, binding, self._identity)
+
+
+def _phase(now: RoundState | None) -> str:
+    return "over" if now is None else now.phase
 
 
 def _seed() -> Secret[bytes]:

@@ -25,6 +25,8 @@ class Journal:
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+            raise expected("the path of a journal", repr(path)[:80])
         self.path = Path(path)
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitguard.defenses.encryption.manifest import LIGHTEST
 from vitguard.defenses.masking import wire
-from vitguard.defenses.masking.terms import Terms
+from vitguard.defenses.masking.terms import Terms, check_terms
 from vitguard.defenses.masking.values import average
 from vitguard.errors import Rejected, expected
 
@@ -29,6 +29,7 @@ class SumOpener:
     """
 
     def __init__(self, terms: Terms, *, opened: int = -1) -> None:
+        check_terms(terms)
         if type(opened) is not int or opened < -1:
             raise expected("the number of the last round opened, or -1", repr(opened)[:80])
         self.terms, self._opened = terms, opened

@@ -14,7 +14,7 @@ from vitguard.defenses.encryption.signing import SigningKey
 from vitguard.defenses.masking import secret_sharing as sharing
 from vitguard.defenses.masking import wire
 from vitguard.defenses.masking.client import read_keys
-from vitguard.defenses.masking.terms import Terms
+from vitguard.defenses.masking.terms import Terms, check_terms
 from vitguard.defenses.masking.values import average
 from vitguard.errors import InputError, Rejected, expected
 
@@ -43,6 +43,11 @@ class MaskingServer:
 
     def __init__(self, terms: Terms, *, signing: SigningKey, round_id: int, base: str = "") -> None:
         sharing.require_masking()
+        check_terms(terms)
+        if not isinstance(signing, SigningKey):
+            raise expected(
+                "the server's own SigningKey", type(signing).__name__, "SigningKey.load reads one."
+            )
         if signing.public_bytes() != terms.server:
             raise expected("the server's signing key that the terms name", "another")
         self.terms, self._signing = terms, signing
@@ -112,7 +117,7 @@ class MaskingServer:
         """Close the phase of shares; return those that were made for one client."""
         with self._lock:
             self._close(1, self._shares)
-            if client not in self._shares:
+            if not isinstance(client, str) or client not in self._shares:
                 raise Rejected("client", f"{client!r:.80}, who made no shares")
             body = {c: found[client] for c, found in self._shares.items() if c != client}
             return self._message(wire.INBOX, json.dumps(body).encode())
@@ -265,7 +270,10 @@ class MaskingServer:
         if self._phase == phase + 1:  # closed before: the same answer again
             return
         if self._phase != phase:
-            raise Rejected("phase", f"the phase of {self._name}, not of {_PHASES[phase]}")
+            raise Rejected(
+                "phase", f"one in the phase of {self._name}",
+                f"a round in the phase of {_PHASES[phase]}",
+            )  # fmt: skip
         if len(found) < self.terms.threshold:
             raise Rejected(
                 "clients",

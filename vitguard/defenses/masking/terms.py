@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from vitguard.defenses.encryption.authority import check_id
 from vitguard.defenses.encryption.manifest import Manifest
 from vitguard.defenses.encryption.signing import check_public
-from vitguard.defenses.encryption.wire import check_id
 from vitguard.errors import InputError, expected
 from vitguard.files import parsed_json
 
-__all__ = ["Terms"]
+__all__ = ["Terms", "check_terms"]
 
 _MOST_CLIENTS = 1024
 _HALF = 2**31 - 1  # the largest magnitude of a sum, modulo 2^32
@@ -48,6 +48,11 @@ class Terms:
     def __post_init__(self) -> None:
         if not isinstance(self.manifest, Manifest):
             raise expected("a Manifest", type(self.manifest).__name__)
+        if not isinstance(self.identities, Mapping):
+            raise expected(
+                "the public key of each client by its id", type(self.identities).__name__,
+                "Give a dictionary: {name: key.public_bytes(), ...}.",
+            )  # fmt: skip
         if not 3 <= len(self.identities) <= _MOST_CLIENTS:
             raise expected(
                 f"3 to {_MOST_CLIENTS} clients with an identity key each", len(self.identities),
@@ -156,3 +161,16 @@ class Terms:
         if not LIGHTEST * most <= weight <= most:
             raise expected(f"a weight from {LIGHTEST * most:g} to {most}", weight)
         return float(weight)
+
+
+def check_terms(given: object) -> Terms:
+    """Return terms if they are some.
+
+    Raises:
+        InputError: They are something else, such as their JSON.
+    """
+    if not isinstance(given, Terms):
+        raise expected(
+            "the Terms of the run", type(given).__name__, "Terms.from_json reads their text."
+        )
+    return given

@@ -18,8 +18,8 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+from vitguard.defenses.encryption.authority import check_id
 from vitguard.defenses.encryption.signing import SigningKey, verify
-from vitguard.defenses.encryption.wire import check_id
 from vitguard.defenses.masking.terms import Terms
 from vitguard.errors import InputError, Rejected
 from vitguard.files import parsed_json

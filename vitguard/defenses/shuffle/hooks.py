@@ -36,6 +36,10 @@ class Hooked(Installed):
         """Return the embedded sequence with the shuffled patches in it."""
         raise NotImplementedError
 
+    def require_placed(self) -> None:
+        """Raise Unprotected if the patches of a whole forward went round the placing."""
+        raise NotImplementedError
+
     def remember(self, rows: Tensor) -> None:
         """Take the position embedding of this forward."""
         raise NotImplementedError
@@ -53,7 +57,7 @@ def hook(piece: Hooked, model: nn.Module) -> Iterator[Any]:
     """Register the hooks one by one and yield their handles."""
     anatomy = piece.anatomy
     yield model.register_forward_pre_hook(_Root(piece))
-    yield model.register_forward_hook(_Passing(piece))
+    yield model.register_forward_hook(_Passed(piece))
     if anatomy.blocks:
         yield model.get_submodule(anatomy.blocks[-1].name).register_forward_hook(_Passing(piece))
     stage = model.get_submodule(anatomy.patch_stage)
@@ -106,6 +110,19 @@ class _Passing(_Hook):
                 if isinstance(leaf, Tensor):
                     _watch(self.piece, leaf)
         return None
+
+
+class _Passed(_Passing):
+    """Ends a pass of the whole model, in which the patches must have found their places."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        if not self.piece.training:
+            return super().__call__(module, args, output)
+        return _Hook.__call__(self, module, args, output)
+
+    @torch.compiler.disable
+    def act(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.piece.require_placed()
 
 
 def _watch(piece: Hooked, tensor: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from vitguard.vit import Anatomy
 __all__ = ["InstalledShuffle"]
 
 # what one forward leaves behind: draws are secret, so none of it is copied or pickled
-_FORWARD = ("_mask", "_source", "_tokens", "_outputs", "_losses")
+_FORWARD = ("_mask", "_source", "_begun", "_outputs", "_losses")
 
 
 class InstalledShuffle(Hooked):
@@ -103,6 +104,7 @@ class InstalledShuffle(Hooked):
         self.exposed = self._idle = False  # what was done to the weights before will not be sent
 
     def settle(self) -> None:
+        self._require_read("the update was sealed")
         if self.exposed:
             raise Unprotected(
                 "Expected gradients of shuffled images only, got one that was taken in eval mode "
@@ -138,7 +140,9 @@ class InstalledShuffle(Hooked):
 
     def auxiliary_loss(self) -> Tensor | None:
         losses = self.per_example_auxiliary()
-        return None if losses is None else losses.mean()
+        if losses is None:
+            return None
+        return losses.mean() if len(losses) else losses.sum()  # of no example: zero
 
     def per_example_auxiliary(self) -> Float[Tensor, " batch"] | None:
         """Return each example's weighted DAL loss of the last training forward; read once.
@@ -224,22 +228,26 @@ class InstalledShuffle(Hooked):
                 "Expected activation checkpointing inside the model, got it around the patch "
                 "embedding, where recomputing would shuffle anew. Checkpoint the blocks only."
             )
-        if self._unread:
-            self._unread = False
-            raise Unprotected(
-                "Expected guard.auxiliary_loss() to be read after each training forward, got a "
-                "forward whose loss was never read before the next. Add it to the loss; with "
-                "several forwards in a step, after each of them: loss = criterion(model(a), y) + "
-                "guard.auxiliary_loss(), then the same for b."
-            )
+        self._require_read("the next")
         self._forget()
         self._grid = grid
         mask, source = self.draw(len(tokens), grid)
         self._mask = mask.to(tokens.device, non_blocking=True)
         self._source = source.to(tokens.device, non_blocking=True)
-        self._tokens = tokens
+        # in one piece: another thread that begins meanwhile replaces all of it or nothing
+        self._begun = (threading.get_ident(), tokens, self._mask, self._source)
         self.forwards += 1
         self._unread = self.settings.dal != "none" and torch.is_grad_enabled()
+
+    def _require_read(self, before: str) -> None:
+        if self._unread:
+            self._unread = False  # said once, then the loop may go on
+            raise Unprotected(
+                "Expected guard.auxiliary_loss() to be read after each training forward, got "
+                f"a forward whose loss was never read before {before}. Add it to the loss; with "
+                "several forwards in a step, after each of them: loss = criterion(model(a), y) + "
+                "guard.auxiliary_loss(), then the same for b."
+            )
 
     def draw(self, batch: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return mask and source, who sits where, (batch, patches) each."""
@@ -307,14 +315,28 @@ class InstalledShuffle(Hooked):
         done = min(1.0, (step - s.warmup) / (s.steps - s.warmup))
         return s.ratio * (done if s.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2)
 
+    def require_placed(self) -> None:
+        """Raise Unprotected if the patches of a whole forward went round the placing."""
+        if self._begun is not None:
+            raise Unprotected(
+                f"Expected a training pass that takes its patches through {self.anatomy.embedded}, "
+                f"got one that never reached {self.anatomy.embedded}: no patch was shuffled. "
+                "Protect the model again after its parts or its forward were replaced."
+            )
+
     def place(self, sequence: Float[Tensor, "batch tokens width"]) -> Tensor:
         """Return the embedded sequence with shuffled patches in the masked slots."""
-        tokens, mask, source = self._tokens, self._mask, self._source
-        self._tokens = None
-        if tokens is None or mask is None or source is None:
+        begun, self._begun = self._begun, None
+        if begun is None:
             raise Unprotected(
                 f"Expected {self.anatomy.patch_stage} to embed the patches of this forward, got a "
                 "sequence that did not come from it."
+            )
+        thread, tokens, mask, source = begun
+        if thread != threading.get_ident():
+            raise Unprotected(
+                "Expected one training pass of a model at a time, got the patches of another "
+                "thread's: images would be mixed. Give each thread a copy of the model."
             )
         self._prefix = sequence.shape[1] - tokens.shape[1]
         if self._prefix < 0 or len(sequence) != len(tokens):
@@ -330,6 +352,8 @@ class InstalledShuffle(Hooked):
     # optimizers, see defenses/steps.py
 
     def moving(self, model: nn.Module) -> None:
+        self.intact(model)
+        self._require_read("the optimizer's step")
         protection = Protection.of(model)
         if self._idle and (protection is None or not protection.rehearsal):
             raise Unprotected(

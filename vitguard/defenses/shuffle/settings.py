@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from vitguard.defenses.shuffle.localization import Head
@@ -47,12 +48,23 @@ class ShuffleSettings:
                     f"{name} among {', '.join(get_args(kind))}", repr(getattr(self, name))
                 )
         for name in ("ratio", "probability"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= _number(name, getattr(self, name)) <= 1:
                 raise expected(f"{name} in [0, 1]", getattr(self, name))
         for name in ("dal_weight", "dal_final"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if not 0 <= _number(name, getattr(self, name)) < float("inf"):
                 raise expected(f"a finite {name} of at least 0", getattr(self, name))
-        if self.warmup < 0 or self.steps < 0:
-            raise expected("warmup and steps of at least 0", f"{self.warmup} and {self.steps}")
+        for name in ("warmup", "steps"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+                raise expected(f"{name} as a whole number of at least 0", repr(count)[:80])
+        if not isinstance(self.derangement, bool):
+            raise expected("derangement to be true or false", repr(self.derangement)[:80])
         if self.steps <= self.warmup and (self.steps or self.schedule != "constant"):
             raise expected(f"steps beyond the warm-up of {self.warmup}", self.steps)
+
+
+def _number(name: str, value: object) -> float:
+    """Return a setting that is one number; 0 and 1 are, true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise expected(f"{name} as a number", repr(value)[:80])
+    return float(value)
