@@ -26,6 +26,8 @@ class Chance(random.Random):
 
     def flip(self, data: bytes, donors: list[bytes]) -> bytes:
         """Change bytes: flip, cut, insert, zero, repeat, swap sections, join with another."""
+        if not data:  # a mutation before this one cut all of it
+            return self.randbytes(4)
         out = bytearray(data)
         at, other = sorted((self.randrange(len(out)), self.randrange(len(out))))
         kind = self.randrange(8)
