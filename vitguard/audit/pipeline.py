@@ -142,7 +142,9 @@ def _judge(
     beside = []
     for i, attack in enumerate(attacks):
         found = finding_of(UNDEFENDED, attack, of(CONTROL, i))
-        beside.append(Beside(found, of(CONTROL, i), _Alone(control, attack, found, seed, work)))
+        alone = _Alone(control, attack, seed, work)
+        beside.append(Beside(found, of(CONTROL, i), alone))
+        alone.knows(beside[i])
     findings = []
     if all(run.name != UNDEFENDED for run in runs):
         findings += [replace(b.finding, control=_itself(b.finding)) for b in beside]
@@ -159,19 +161,25 @@ def _itself(control: Finding) -> Control:
 class _Alone:
     """What the parts of an attack, run alone on the control, do there; each is run once."""
 
-    def __init__(self, control: Run, attack: Attack, found: Finding, seed: int, work: Work) -> None:
+    def __init__(self, control: Run, attack: Attack, seed: int, work: Work) -> None:
         self.control, self.attack, self.seed, self.work = control, attack, seed, work
-        self.known: dict[str, Finding] = {}
-        if found.verdict == "leaks" and isinstance(rung := found.details.get("rung"), str):
-            self.known[rung] = found
+        self.known: dict[str, Beside] = {}
 
-    def __call__(self, name: str) -> Finding:
+    def knows(self, beside: Beside) -> None:
+        """Take in what the whole attack did, where one part made all of its images."""
+        rungs = {a.guess.details.get("rung") if a.guess else None for a in beside.attempts}
+        if beside.finding.verdict == "leaks" and len(rungs) == 1 and isinstance(
+            rung := rungs.pop(), str
+        ):  # fmt: skip
+            self.known[rung] = beside
+
+    def __call__(self, name: str) -> Beside:
         if name not in self.known:
             part = self.attack.parts()[name]
             batches = range(len(self.control.batches))
             jobs = [_job(self.control, b, [part], self.seed) for b in batches]
             made = [attempts[0] for attempts in self.work.done(jobs)]
-            self.known[name] = finding_of(UNDEFENDED, part, made)
+            self.known[name] = Beside(finding_of(UNDEFENDED, part, made), made, self)
         return self.known[name]
 
 
