@@ -470,3 +470,26 @@ def test_of_one_batch_it_says_how_many_images_leak(small_vit, photos):
     report = audit(small_vit(), batch, defenses=NOISE, attacks=[One(photos[:3])])
     assert report.findings[-1].verdict == "resisted"
     assert report.findings[-1].reason.endswith("attack (1 of 3 images leak there)")
+
+
+@pytest.mark.parametrize("where", ["judging", "progress"])
+def test_an_interrupt_between_two_attacks_keeps_what_was_found(
+    small_vit, photo, monkeypatch, where
+):
+    from vitguard.audit import pipeline
+
+    left = [KeyboardInterrupt()]
+
+    def once(*arguments):
+        if left:
+            raise left.pop()
+
+    if where == "judging":
+        judge = pipeline.finding_of
+        monkeypatch.setattr(pipeline, "finding_of", lambda *a: once() or judge(*a))
+    report, (finding,) = judged(
+        small_vit(), photo, Part(), progress=once if where == "progress" else None
+    )
+    assert report.interrupted and report.findings[0].verdict != "resisted"
+    assert report.gate(max_gain=6) == 3 and report.gate() == 3
+    assert not left and (finding.verdict == "inconclusive" or where == "judging")

@@ -57,7 +57,13 @@ def findings(
     for exposure in dict.fromkeys(run.exposure for run in runs):
         own = [run for run in runs if run.exposure == exposure]
         each = {run.name: tried[run.key] for run in own}
-        judged = _judge(own, attacks, each, seed, work)
+        try:
+            judged = _judge(own, attacks, each, seed, work)
+        except (
+            KeyboardInterrupt
+        ):  # what was found is judged all the same, with nothing run any more
+            work.stop.set()
+            judged = _judge(own, attacks, each, seed, work)
         found += [replace(finding, exposure=exposure) for finding in judged]
     return found
 
