@@ -431,7 +431,7 @@ def test_one_that_is_weak_on_some_does_not_beside_one_that_is_not(small_vit, pho
 def test_a_batch_without_a_guess_beside_a_weak_control_is_judged(small_vit, photos):
     @dataclass(frozen=True)
     class Some(Partly):
-        def run(view, generator):
+        def run(self, view, generator):
             if view.settings and int(view.update.tensors["head.bias"].argmin()) == 3:
                 raise NotApplicable("needs another class")
             return super().run(view, generator)
@@ -460,7 +460,7 @@ def test_a_part_that_ran_on_the_wrong_update_is_no_witness(small_vit, photos):
 def test_of_one_batch_it_says_how_many_images_leak(small_vit, photos):
     @dataclass(frozen=True)
     class One(Faint):
-        def run(view, generator):
+        def run(self, view, generator):
             guess = torch.full_like(self.truth, 0.5)
             if not view.settings:
                 guess[0] = self.truth[0]
@@ -493,3 +493,58 @@ def test_an_interrupt_between_two_attacks_keeps_what_was_found(
     assert report.interrupted and report.findings[0].verdict != "resisted"
     assert report.gate(max_gain=6) == 3 and report.gate() == 3
     assert not left and (finding.verdict == "inconclusive" or where == "judging")
+
+
+@dataclass(frozen=True)
+class Dim(Attack):
+    """Finds the image; with a defense a dim one, which leaks in dB and in nothing else."""
+
+    name: ClassVar[str] = "dim"
+    family: ClassVar[str] = "closed-form"
+    truth: Any = None
+    told: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
+    tried: Mapping[str, Any] = field(default_factory=dict)
+    fails: tuple[int, ...] = ()
+
+    def parts(self):
+        return dict(self.tried)
+
+    def run(self, view, generator):
+        own = int(view.update.tensors["head.bias"].argmin()) - 3
+        truth = self.truth[own : own + 1]
+        if not view.settings:
+            return Guess(truth)
+        if own in self.fails:
+            raise RuntimeError("out of memory")
+        return Guess(0.9 * truth, details=dict(self.told), others=dict(self.others))
+
+
+@pytest.mark.parametrize("open_", ["cut", "part failed", "part refused", "spared", "batch failed"])
+def test_a_leak_below_the_limit_passes_no_gate_that_something_else_leaves_open(
+    small_vit, photos, open_
+):
+    """What was cut or failed might have come closer than the limit that one allows."""
+    two = photos[:2]
+    attack = {
+        "cut": Dim(two, {"unfinished": ["the last rung"]}),
+        "part failed": Dim(two, {"outcomes": {"first": "failed"}}, tried={"first": Part()}),
+        "part refused": Dim(two, {"outcomes": {"first": "refused"}}, tried={"first": Part()}),
+        "spared": Dim(two, others={"first": two[:1]}),
+        "batch failed": Dim(two, fails=(1,)),
+    }[open_]
+    noise = [GradientNoise(1e-3)]
+    batch = (photos[:1], torch.tensor([3]))  # two that are told from decoys pass no limit
+    fine = audit(small_vit(), batch, defenses=noise, attacks=Dim(two))
+    gain = fine.gain(fine.findings[-1])
+    assert fine.findings[-1].verdict == "leaks" and fine.findings[-1].unseen == ""
+    assert fine.gate(max_gain=gain + 1) == 0 and fine.gate(max_gain=gain - 1) == 1
+    if open_ == "batch failed":
+        batch = (two, torch.tensor([3, 4]))
+    report = audit(small_vit(), batch, defenses=noise, attacks=attack, batch_size=1)
+    assert report.findings[-1].verdict == "leaks" and report.findings[-1].undecided
+    assert report.gate(max_gain=gain + 1) == 3 and report.gate(max_gain=gain - 1) == 1
+    with pytest.raises(LeakFound, match="Undecided"):
+        report.raise_if_leaks(max_gain=gain + 1)
+    with pytest.raises(LeakFound, match="leaks"):
+        report.raise_if_leaks()

@@ -28,6 +28,8 @@ _ALIKE = 40.0
 """PSNR in dB from which a guess is the image that was given; a flat one is no leak by its gain."""
 _WORST = ("failed", "cut", "refused", "not applicable", "bounded", "blocked")
 """Outcomes and states by what they leave open, the most first."""
+_CLEAR = 40.0
+"""dB of gain from which nothing else is asked of a leak: no limit of a gate allows it."""
 _NAMED = 3
 """Updates that a sentence names."""
 _REPRODUCED = 0.05
@@ -91,8 +93,8 @@ def finding_of(
     if len(guessed) < len(attempts):
         missing = failed[0].reason if failed else "it gave no image"
         reason = f"{reason}; {len(attempts) - len(guessed)} of {len(attempts)} batches: {missing}"
-        if verdict != "leaks":  # the control may leak on the very batches that were not attacked
-            verdict, cut = "inconclusive", missing
+        # the control may leak on the very batches that were not attacked
+        verdict, cut = "leaks" if verdict == "leaks" else "inconclusive", cut or missing
     shown = pictures(scored, beside.attempts if beside else scored) if scored else guesses(guessed)
     return replace(
         measured, verdict=verdict, reason=reason, images=shown, undecided=cut, unseen=unseen
@@ -158,7 +160,7 @@ def _verdict(
 ) -> tuple[Verdict, str, str]:
     """Return the verdict, its reason, and what would have to run to its end to decide it."""
     if why := _leak(measured, scored):
-        return "leaks", why, ""
+        return "leaks", why, _closer(measured, attack, scored, beside)
     if beside is None:
         return "inconclusive", "the undefended model does not leak to this attack", _cut(scored)
     control = beside.finding.verdict
@@ -190,6 +192,20 @@ def _verdict(
         said = _said(scored, bounded[0]).rpartition("; ")[2]
         why += f"; {', '.join(bounded)} did not, but {said}"
     return "resisted", why, ""
+
+
+def _closer(
+    measured: Finding, attack: Attack, scored: Sequence[Attempt], beside: Beside | None
+) -> str:
+    """Return what might have come closer than a leak did, "" where nothing is left open.
+
+    A gate may allow a leak up to a limit, and what was cut or refused is not known to keep to it.
+    """
+    gain = measured.gain
+    if beside is None or (gain is not None and gain >= _CLEAR):
+        return ""
+    least = LEAK_GAIN if gain is None else max(LEAK_GAIN, gain)
+    return _cut(scored) or _refused(attack, scored, beside) or _spared(scored, least)
 
 
 def _leaking(attempts: Sequence[Attempt]) -> list[bool]:
@@ -314,7 +330,7 @@ def _refused(attack: Attack, scored: Sequence[Attempt], beside: Beside) -> str:
     return ""
 
 
-def _spared(scored: Sequence[Attempt]) -> str:
+def _spared(scored: Sequence[Attempt], least: float = LEAK_GAIN) -> str:
     """Name a part whose image leaks though the attack chose another one, "" where there is none.
 
     The choice never saw the truth and may be wrong; whoever runs that part alone has the image.
@@ -329,7 +345,7 @@ def _spared(scored: Sequence[Attempt]) -> str:
                 continue
             seen = score(covered(images, facts.patch_size), truths, facts.patch_size).patch_psnr
             gain = float((seen - facts.scale.baseline.patch_psnr).max())
-            if gain >= LEAK_GAIN:
+            if gain >= least:
                 told = f"{name} by itself comes {gain:.1f} dB above the best no-information guess"
                 return f"{told}, but another image was chosen: run {name} alone"
     return ""
