@@ -153,7 +153,7 @@ def _judge(
         alone.knows(beside[i])
     findings = []
     if all(run.name != UNDEFENDED for run in runs):
-        findings += [replace(b.finding, control=_itself(b.finding)) for b in beside]
+        findings += [replace(b.finding, control=_itself(b.finding), itself=True) for b in beside]
     for run in runs:
         for i, attack in enumerate(attacks) if run.name != CONTROL else ():
             findings.append(_bounded(finding_of(run.name, attack, of(run.name, i), beside[i]), run))

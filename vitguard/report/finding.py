@@ -163,6 +163,8 @@ class Finding:
         gain: dB of the worst image above its own no-information baseline; when None the report
             takes `patch_psnr.max` above the report's baseline.
         corridor: Of a stack with differential privacy: what its bound allows, what canaries prove.
+        itself: Whether it is the control itself, from which nothing was withheld, whatever the
+            report says of its adversary.
         images: Pictures; they are in the HTML, PNG and TensorBoard forms only.
         examples: Attacked inputs of `fgsm`; their pictures are in HTML and TensorBoard only.
     """
@@ -191,6 +193,7 @@ class Finding:
     exposure: str = ""
     gain: float | None = None
     corridor: Corridor | None = None
+    itself: bool = False
     images: Pictures | None = field(default=None, compare=False, repr=False)
     examples: tuple[Triptych, ...] = field(default=(), compare=False, repr=False)
 

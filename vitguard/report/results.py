@@ -50,7 +50,7 @@ class AuditResults:
 
     def is_control(self, finding: Finding) -> bool:
         """Whether a finding is the control itself: no defense, and nothing withheld."""
-        return not finding.defended and not self.threat.get("withheld")
+        return not finding.defended and (finding.itself or not self.threat.get("withheld"))
 
     def configurations(self, *, defended: bool = False) -> dict[str, list[Finding]]:
         """Return the findings by configuration, in the order of the report.
