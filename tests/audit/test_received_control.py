@@ -187,3 +187,17 @@ def test_the_control_is_no_configuration_from_which_something_is_withheld(small_
     report.print_to(Console(file=text, width=80))
     assert "tensors withheld" not in page and "tensors withheld" not in text.getvalue()
     assert "the undefended control" in text.getvalue()
+
+
+@pytest.mark.parametrize("attack", ["gelu-span", "span", "position", "deep-tokens"])
+def test_an_update_of_nothing_but_ciphertext_blocks_and_is_not_called_zero(
+    small_vit, photo, attack
+):
+    model = small_vit()
+    sealed = dict.fromkeys((n for n, _ in model.named_parameters()), "ciphertext")
+    report = audit_update(model, Update({}, batch_size=1, sealed=sealed), attacks=attack)
+    found = report.findings[-1]
+    assert (found.verdict, report.gate(max_gain=6)) == (
+        "blocked",
+        3,
+    ) and "ciphertext" in found.reason

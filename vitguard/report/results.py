@@ -213,7 +213,7 @@ class AuditResults:
         text = f"{worst.configuration} under {worst.attack}: {worst.verdict}"
         if worst.patch_psnr is not None:
             text += f", {worst.patch_psnr.max:.1f} dB matched-patch PSNR"
-            text += f" where knowing nothing scores {self.baseline.patch_psnr:.1f} dB"
+            text += f" where knowing nothing scores at most {self.baseline.patch_psnr:.1f} dB"
         if worst.reason:
             text += f" ({worst.reason})"
         return text + (f"; {len(findings) - 1} more." if len(findings) > 1 else ".")
