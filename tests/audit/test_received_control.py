@@ -200,4 +200,4 @@ def test_an_update_of_nothing_but_ciphertext_blocks_and_is_not_called_zero(
     assert (found.verdict, report.gate(max_gain=6)) == (
         "blocked",
         3,
-    ) and "ciphertext" in found.reason
+    ) and "cannot be read" in found.reason
