@@ -97,3 +97,40 @@ def test_paths_that_cannot_be_written_are_clear_errors(tmp_path):
 def test_every_fault_of_json_is_one_kind_of_error(text):
     with pytest.raises(ValueError):
         parsed_json(text)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("private", [True, False])
+def test_what_is_no_file_is_never_replaced_by_one(tmp_path, private, overwrite):
+    """A device such as /dev/null would be gone for the whole machine; nobody may read a pipe."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(InputError, match=r"no file|is there already"):
+            write_atomically(tmp_path / name, "content", private=private, overwrite=overwrite)
+        with pytest.raises(InputError, match="no file"):
+            check_writable(tmp_path / name)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_a_report_is_written_where_its_link_points(tmp_path):
+    """Else whoever reads the file itself reads an older report."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "5").write_text("old")
+    (tmp_path / "latest").symlink_to("runs/5")
+    (tmp_path / "next").symlink_to("runs/6")
+    for name in ("latest", "next"):
+        write_atomically(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink() and (tmp_path / name).read_text() == "new"
+    assert sorted(os.listdir(tmp_path / "runs")) == ["5", "6"]
+    (tmp_path / "gone").symlink_to("missing/7")
+    with pytest.raises(InputError, match="gone"):
+        check_writable(tmp_path / "gone")
+
+
+def test_secrets_do_not_follow_a_link(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "key").symlink_to("theirs")
+    write_atomically(tmp_path / "key", "secret", private=True)
+    assert (tmp_path / "theirs").read_text() == "theirs" and not (tmp_path / "key").is_symlink()

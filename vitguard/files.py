@@ -20,23 +20,33 @@ def check_writable(path: str | Path) -> Path:
     """Return `path` as a Path if a file can be written there; nothing is left behind.
 
     Raises:
-        InputError: The folder is missing or cannot be written, or `path` is a folder.
+        InputError: The folder is missing or cannot be written, or `path` is a folder, a device or a
+            pipe.
     """
     target = Path(path)
+    _check(target, Path(os.path.realpath(target)))
+    return target
+
+
+def _check(target: Path, place: Path) -> None:
+    """Refuse a target whose file cannot be put in its place."""
     try:
         if target.is_dir():
             raise expected("a file to write", f"the folder {target}")
-        with tempfile.TemporaryFile(dir=target.parent):
+        if target.exists() and not target.is_file():  # it would be gone for every program
+            raise expected("a file to write", f"{target}, which is no file but a device or a pipe")
+        with tempfile.TemporaryFile(dir=place.parent):
             pass
     except OSError as error:
         raise _not_written(target, error) from error
-    return target
 
 
 def write_atomically(
     path: str | Path, content: bytes | str, *, private: bool = False, overwrite: bool = True
 ) -> None:
     """Write the whole content beside `path`, flush it to the disk, then move it into place.
+
+    A link is followed, so that no older file stays behind it; not where the content is private.
 
     Args:
         private: Readable by its owner alone, from the first byte on.
@@ -45,20 +55,23 @@ def write_atomically(
     Raises:
         InputError: The file cannot be written, or it is there and `overwrite` is false.
     """
-    target = check_writable(path)
+    target = Path(path)
+    follow = overwrite and not private
+    place = Path(os.path.realpath(target)) if follow else target
+    _check(target, place)
     data = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:200]}.")
+        handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name[:200]}.")
         _fill(handle, data)
         if not private:
             os.chmod(temporary, 0o644)
         if overwrite:
-            os.replace(temporary, target)
+            os.replace(temporary, place)
             temporary = None
         else:
             _place_once(temporary, target, data)
-        _flush_folder(target.parent)
+        _flush_folder(place.parent)
     except FileExistsError as error:
         raise expected("a new file", f"{target}, which is there already") from error
     except OSError as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn import functional as F
 
 from vitguard import data
@@ -161,3 +163,41 @@ def test_steps_that_are_said_twice_are_refused_and_none_is_dropped(small_vit, ph
     for twice in ({"learning_rate": 0.1}, {"learning_rate": 0.1, "local_steps": 2}):
         with pytest.raises(InputError, match="LocalTraining says all of them"):
             guard.update(images, LABEL, training=LocalTraining(0.05), **twice)
+
+
+@pytest.mark.parametrize("kind", ["update", "rounds"])
+def test_the_control_is_no_configuration_from_which_something_is_withheld(small_vit, photo, kind):
+    """It shows what the attack does with everything: it decides no gate, and says what it is."""
+    model, told = small_vit(), {"attacks": "position", "withhold": ["position"]}
+    if kind == "update":
+        update = protect(copy.deepcopy(model), []).update(Normalization().apply(photo), LABEL)
+        report = audit_update(model, update, truth=photo, normalization=Normalization(), **told)
+    else:
+        from vitguard.federated.local import LocalClient, LocalFederation
+
+        clients = {name: LocalClient(photo, LABEL) for name in "ab"}
+        report = audit(LocalFederation(model, clients).round(), **told)
+    control, seen = report.findings[0], report.findings[1]
+    assert control.verdict == "leaks" and seen.verdict == "blocked"
+    assert report.is_control(control) and not report.is_control(seen)
+    assert report.gate(max_gain=6) == 3
+    assert "not tested, because every attack was blocked" in report.outcome()
+    assert "leak." not in report.outcome() and "leaks." not in report.outcome()
+    page, text = report.to_html(), io.StringIO()
+    report.print_to(Console(file=text, width=80))
+    assert "tensors withheld" not in page and "tensors withheld" not in text.getvalue()
+    assert "the undefended control" in text.getvalue()
+
+
+@pytest.mark.parametrize("attack", ["gelu-span", "span", "position", "deep-tokens"])
+def test_an_update_of_nothing_but_ciphertext_blocks_and_is_not_called_zero(
+    small_vit, photo, attack
+):
+    model = small_vit()
+    sealed = dict.fromkeys((n for n, _ in model.named_parameters()), "ciphertext")
+    report = audit_update(model, Update({}, batch_size=1, sealed=sealed), attacks=attack)
+    found = report.findings[-1]
+    assert (found.verdict, report.gate(max_gain=6)) == (
+        "blocked",
+        3,
+    ) and "cannot be read" in found.reason

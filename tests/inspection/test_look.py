@@ -9,7 +9,7 @@ import torch
 
 from tests.inspection.crafts import PUBLISHED, imprint
 from vitguard.defenses.inspecting import InspectWeights
-from vitguard.errors import InputError
+from vitguard.errors import InputError, SuspiciousWeights
 from vitguard.guard import protect
 from vitguard.inspection import SIGNS, Memory, inspect_model, inspect_weights
 from vitguard.threats.malicious_server import craft_types
@@ -224,3 +224,45 @@ def test_a_model_of_which_nothing_is_trained_is_inspected_by_its_weights():
     found = guard.inspect({}, *batch())
     assert not found.suspicious and "no parameter is trained" in str(found)
     assert guard.inspect(imprint(make()), *batch()).suspicious
+
+
+@pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode])
+def test_an_inspection_works_wherever_gradients_are_off(outer):
+    model, (images, labels) = make(), batch()
+    crafted = PUBLISHED["imprint"](model) if "imprint" in PUBLISHED else imprint(model)
+    guard = protect(model, [])
+    known = guard.inspect(crafted, images, labels)
+    with outer():
+        made = {name: tensor.clone() for name, tensor in crafted.items()}
+        found = guard.inspect(made, images.clone(), labels.clone())
+        assert not guard.inspect({}, *batch()).suspicious
+    assert found.suspicious and {s.name for s in found.signs} == {s.name for s in known.signs}
+
+
+def test_a_model_made_in_inference_mode_is_one_clear_error():
+    with torch.inference_mode():
+        model = make()
+    with pytest.raises(InputError, match="inference"):
+        protect(model, []).inspect({}, *batch())
+
+
+def test_buffers_are_no_weights_and_the_inspection_says_so():
+    model = make()
+    model.register_buffer("running_var", torch.ones(3))
+    model.register_buffer("count", torch.tensor(1))
+    model.register_buffer("own", torch.ones(3), persistent=False)
+    guard = protect(model, [])
+    found = guard.inspect({}, *batch())
+    assert not found.suspicious
+    (note,) = [n for n in found.notes if "buffer" in n]
+    assert "(running_var)" in note and note in str(found)
+    for bad in (math.nan, math.inf):
+        found = guard.inspect({"running_var": torch.full((3,), bad)}, *batch())
+        assert found.suspicious and found.worst[0].where == "running_var"
+
+
+def test_a_client_that_inspects_refuses_buffers_that_are_no_numbers():
+    model = make()
+    model.register_buffer("running_var", torch.full((3,), math.nan))
+    with pytest.raises(SuspiciousWeights, match="running_var"):
+        protect(model, [InspectWeights()]).update(*batch())

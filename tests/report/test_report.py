@@ -550,3 +550,16 @@ def test_importing_the_report_loads_no_optional_dependency() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_sentence_of_a_gate_does_not_set_one_image_against_the_baseline_of_another():
+    """Gain is of each image, the baseline the highest of all: they need not add up."""
+    each = Summary.of([12.7, 24.5])
+    found = Finding(
+        "positions:kind=frozen", "span", "leaks", "12.8 dB above", patch_psnr=each, gain=12.8
+    )
+    report = AuditReport(
+        ModelFacts("vit", 1), ("a", "b"), 1, Baseline(16.1, 16.3), (found,), "random", "a gradient"
+    )
+    with pytest.raises(errors.LeakFound, match=r"where knowing nothing scores at most 16\.3 dB"):
+        report.raise_if_leaks()

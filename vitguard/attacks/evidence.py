@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitguard.attacks.budget import charge_update
 from vitguard.core import Guess, View
-from vitguard.errors import NotApplicable, VitguardError, expected
+from vitguard.errors import Blocked, NotApplicable, VitguardError, expected
 from vitguard.vit import Anatomy
 
 __all__ = ["check_seconds", "likeliest", "mismatch", "require_finite", "surprise"]
@@ -140,7 +140,13 @@ def _simulated(view: View, guess: Guess) -> Iterator[tuple[str, Tensor, Tensor]]
 
 
 def require_finite(view: View) -> None:
-    """Raise NotApplicable where a readable tensor is not finite, or all are zero."""
+    """Raise NotApplicable where a readable tensor is not finite, or all are zero.
+
+    Raises:
+        Blocked: No tensor can be read.
+    """
+    if not view.update.tensors and view.update.sealed:
+        raise Blocked("every tensor of the update", next(iter(view.update.sealed.values())))
     tensors = view.update.tensors.values()
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise NotApplicable("the update is not finite")

@@ -57,7 +57,13 @@ def findings(
     for exposure in dict.fromkeys(run.exposure for run in runs):
         own = [run for run in runs if run.exposure == exposure]
         each = {run.name: tried[run.key] for run in own}
-        judged = _judge(own, attacks, each, seed, work)
+        try:
+            judged = _judge(own, attacks, each, seed, work)
+        except (
+            KeyboardInterrupt
+        ):  # what was found is judged all the same, with nothing run any more
+            work.stop.set()
+            judged = _judge(own, attacks, each, seed, work)
         found += [replace(finding, exposure=exposure) for finding in judged]
     return found
 
@@ -142,10 +148,12 @@ def _judge(
     beside = []
     for i, attack in enumerate(attacks):
         found = finding_of(UNDEFENDED, attack, of(CONTROL, i))
-        beside.append(Beside(found, of(CONTROL, i), _Alone(control, attack, found, seed, work)))
+        alone = _Alone(control, attack, seed, work)
+        beside.append(Beside(found, of(CONTROL, i), alone))
+        alone.knows(beside[i])
     findings = []
     if all(run.name != UNDEFENDED for run in runs):
-        findings += [replace(b.finding, control=_itself(b.finding)) for b in beside]
+        findings += [replace(b.finding, control=_itself(b.finding), itself=True) for b in beside]
     for run in runs:
         for i, attack in enumerate(attacks) if run.name != CONTROL else ():
             findings.append(_bounded(finding_of(run.name, attack, of(run.name, i), beside[i]), run))
@@ -159,19 +167,25 @@ def _itself(control: Finding) -> Control:
 class _Alone:
     """What the parts of an attack, run alone on the control, do there; each is run once."""
 
-    def __init__(self, control: Run, attack: Attack, found: Finding, seed: int, work: Work) -> None:
+    def __init__(self, control: Run, attack: Attack, seed: int, work: Work) -> None:
         self.control, self.attack, self.seed, self.work = control, attack, seed, work
-        self.known: dict[str, Finding] = {}
-        if found.verdict == "leaks" and isinstance(rung := found.details.get("rung"), str):
-            self.known[rung] = found
+        self.known: dict[str, Beside] = {}
 
-    def __call__(self, name: str) -> Finding:
+    def knows(self, beside: Beside) -> None:
+        """Take in what the whole attack did, where one part made all of its images."""
+        rungs = {a.guess.details.get("rung") if a.guess else None for a in beside.attempts}
+        if beside.finding.verdict == "leaks" and len(rungs) == 1 and isinstance(
+            rung := rungs.pop(), str
+        ):  # fmt: skip
+            self.known[rung] = beside
+
+    def __call__(self, name: str) -> Beside:
         if name not in self.known:
             part = self.attack.parts()[name]
             batches = range(len(self.control.batches))
             jobs = [_job(self.control, b, [part], self.seed) for b in batches]
             made = [attempts[0] for attempts in self.work.done(jobs)]
-            self.known[name] = finding_of(UNDEFENDED, part, made)
+            self.known[name] = Beside(finding_of(UNDEFENDED, part, made), made, self)
         return self.known[name]
 
 

@@ -81,7 +81,7 @@ class Work:
         if self.executor is not None:
             return self._elsewhere(self.executor, jobs, told)
         if self.workers <= 1:  # threads get no interrupt
-            return [told(job, job.whole(job.run(self.stop))) for job in jobs]
+            return [self._here(job, told) for job in jobs]
         with ThreadPoolExecutor(max_workers=self.workers) as pool:
             running = [
                 pool.submit(lambda j: told(j, j.whole(j.run(self.stop))), job) for job in jobs
@@ -92,6 +92,13 @@ class Work:
                 except KeyboardInterrupt:  # a second one cannot hurry them either
                     self.stop.set()
             return [one.result() for one in running]
+
+    def _here(self, job: Job[Result], told: _Told) -> Result:
+        try:
+            return told(job, job.whole(job.run(self.stop)))
+        except KeyboardInterrupt:  # outside of the attack, which keeps its best
+            self.stop.set()
+            return job.lost(INTERRUPTED)
 
     def _elsewhere(
         self, executor: Executor, jobs: Sequence[Job[Result]], told: _Told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from vitguard.attacks.base import Attack
 from vitguard.audit.attempts import Attempt
@@ -27,6 +28,10 @@ _ALIKE = 40.0
 """PSNR in dB from which a guess is the image that was given; a flat one is no leak by its gain."""
 _WORST = ("failed", "cut", "refused", "not applicable", "bounded", "blocked")
 """Outcomes and states by what they leave open, the most first."""
+_CLEAR = 40.0
+"""dB of gain from which nothing else is asked of a leak: no limit of a gate allows it."""
+_NAMED = 3
+"""Updates that a sentence names."""
 _REPRODUCED = 0.05
 """Relative error of the simulated update up to which a guess explains the update."""
 
@@ -37,17 +42,22 @@ class Beside:
 
     Args:
         finding: What the attack did there.
-        attempts: Its attempts, for the pictures.
+        attempts: Its attempts, one for each batch.
         alone: What one part of the attack (`Attack.parts`), run alone there, did.
     """
 
     finding: Finding
     attempts: Sequence[Attempt]
-    alone: Callable[[str], Finding]
+    alone: Callable[[str], Beside]
 
-    def leaks(self, part: str) -> bool:
-        """Whether a part of the attack leaks on the control."""
-        return self.alone(part).verdict == "leaks"
+    def leaks(self, part: str, batch: int) -> bool:
+        """Whether a part of the attack leaks on one batch of the control."""
+        return self.alone(part).leaking[batch]
+
+    @cached_property
+    def leaking(self) -> list[bool]:
+        """Whether the control leaks, batch by batch: what it does on one says nothing of others."""
+        return _leaking(self.attempts)
 
 
 def finding_of(
@@ -83,8 +93,8 @@ def finding_of(
     if len(guessed) < len(attempts):
         missing = failed[0].reason if failed else "it gave no image"
         reason = f"{reason}; {len(attempts) - len(guessed)} of {len(attempts)} batches: {missing}"
-        if verdict != "leaks":  # the control may leak on the very batches that were not attacked
-            verdict, cut = "inconclusive", missing
+        # the control may leak on the very batches that were not attacked
+        verdict, cut = "leaks" if verdict == "leaks" else "inconclusive", cut or missing
     shown = pictures(scored, beside.attempts if beside else scored) if scored else guesses(guessed)
     return replace(
         measured, verdict=verdict, reason=reason, images=shown, undecided=cut, unseen=unseen
@@ -150,7 +160,7 @@ def _verdict(
 ) -> tuple[Verdict, str, str]:
     """Return the verdict, its reason, and what would have to run to its end to decide it."""
     if why := _leak(measured, scored):
-        return "leaks", why, ""
+        return "leaks", why, _closer(measured, attack, scored, beside)
     if beside is None:
         return "inconclusive", "the undefended model does not leak to this attack", _cut(scored)
     control = beside.finding.verdict
@@ -162,18 +172,80 @@ def _verdict(
     if hits := [n for a in scored for n, h in _identified(a) if h]:
         why = f"{hits[0]} was picked out of {measured.decoys} decoys: more images would decide"
         return "inconclusive", why, why
+    if untested := [i for i, leaks in enumerate(beside.leaking) if not leaks]:
+        why = f"the undefended control does not leak on {_updates(beside, untested)}"
+        unknown = [_open(beside.attempts[i]) for i in untested]
+        return "inconclusive", why, next(filter(None, unknown), "")
     if not (parts := _outcomes(attack, scored)):
-        return "resisted", "the undefended control leaks to the same attack", ""
-    witness = next((n for n, outcome in parts.items() if outcome == "ran" and beside.leaks(n)), "")
-    if not witness:
-        ran = ", ".join(n for n, outcome in parts.items() if outcome == "ran") or "none"
-        why = f"no rung that ran here ({ran}) leaks on the undefended control"
+        return "resisted", f"the undefended control leaks to the same attack{_part(beside)}", ""
+    ran = [[n for n, o in _outcomes(attack, [a]).items() if o == "ran"] for a in scored]
+    seen = [next((n for n in each if beside.leaks(n, i)), "") for i, each in enumerate(ran)]
+    if not all(seen):
+        names = ", ".join(dict.fromkeys(n for each in ran for n in each)) or "none"
+        why = f"no rung that ran here ({names}) leaks on the undefended control"
+        if any(seen):
+            why += f" of {_updates(beside, [i for i, n in enumerate(seen) if not n])}"
         return "inconclusive", why, why
-    why = f"the undefended control leaks to {witness}, which ran to its end here"
+    witness = ", ".join(dict.fromkeys(seen))
+    why = f"the undefended control leaks to {witness}, which ran to its end here{_part(beside)}"
     if bounded := [n for n, outcome in parts.items() if outcome == "bounded"]:
         said = _said(scored, bounded[0]).rpartition("; ")[2]
         why += f"; {', '.join(bounded)} did not, but {said}"
     return "resisted", why, ""
+
+
+def _closer(
+    measured: Finding, attack: Attack, scored: Sequence[Attempt], beside: Beside | None
+) -> str:
+    """Return what might have come closer than a leak did, "" where nothing is left open.
+
+    A gate may allow a leak up to a limit, and what was cut or refused is not known to keep to it.
+    """
+    gain = measured.gain
+    if beside is None or (gain is not None and gain >= _CLEAR):
+        return ""
+    least = LEAK_GAIN if gain is None else max(LEAK_GAIN, gain)
+    return _cut(scored) or _refused(attack, scored, beside) or _spared(scored, least)
+
+
+def _leaking(attempts: Sequence[Attempt]) -> list[bool]:
+    """Return for each batch whether its own image, or one of them, leaks."""
+    told = _told([a for a in attempts if a.scores is not None])
+    return [bool(_explanation(a)) or any(_images(a, told)) for a in attempts]
+
+
+def _images(attempt: Attempt, told: bool) -> list[bool]:
+    """Return for each image of a batch whether it leaks by its own numbers.
+
+    Args:
+        told: Whether the images of all batches were told from decoys more often than chance.
+    """
+    scores, scale = attempt.scores, attempt.facts.scale
+    if scores is None or scale is None:
+        return [False] * len(attempt.facts.names)
+    above = (scores.patch_psnr - scale.baseline.patch_psnr >= LEAK_GAIN).tolist()
+    proved = [False] * len(above) if scores.recovered is None else scores.recovered.any(1).tolist()
+    hits = [told and hit for _, hit in _identified(attempt)]
+    return [any(each) for each in zip(above, proved, hits, strict=True)]
+
+
+def _part(beside: Beside) -> str:
+    """Say of how many images alone the control leaks; "" where it is all of them."""
+    told = _told([a for a in beside.attempts if a.scores is not None])
+    each = [leaks for a in beside.attempts for leaks in _images(a, told)]
+    return f" ({sum(each)} of {len(each)} images leak there)" if 0 < sum(each) < len(each) else ""
+
+
+def _updates(beside: Beside, which: Sequence[int]) -> str:
+    """Name some of the updates by their first images."""
+    names = [a.facts.names[0] for a in (beside.attempts[i] for i in which[:_NAMED])]
+    more = ", ..." if len(which) > _NAMED else ""
+    return f"{len(which)} of {len(beside.attempts)} updates ({', '.join(names)}{more})"
+
+
+def _open(attempt: Attempt) -> str:
+    """Return why nobody knows whether an attempt would have leaked, "" where it ran to its end."""
+    return attempt.reason if attempt.state == "failed" else _cut([attempt])
 
 
 def _leak(measured: Finding, scored: Sequence[Attempt]) -> str:
@@ -186,14 +258,20 @@ def _leak(measured: Finding, scored: Sequence[Attempt]) -> str:
 
 def _unseen(measured: Finding, scored: Sequence[Attempt]) -> str:
     """Return why the guesses leak whatever their dB, "" where they do not."""
-    hits = [bool(h) for a in scored for _, h in _identified(a)]
-    if identification_p(sum(hits), len(hits), EQUALS) < CHANCE:
+    if _told(scored):
+        hits = [bool(h) for a in scored for _, h in _identified(a)]
         return f"{sum(hits)} of {len(hits)} images told from {measured.decoys} decoys"
     found = [a.scores.recovered for a in scored if a.scores and a.scores.recovered is not None]
     if exact := sum(int(patches.sum()) for patches in found):
         total = sum(patches.numel() for patches in found)
         return f"{exact} of {total} patches recovered, each proved by the attack itself"
     return ""
+
+
+def _told(scored: Sequence[Attempt]) -> bool:
+    """Whether images were told from decoys more often than chance, over all batches."""
+    hits = [bool(h) for a in scored for _, h in _identified(a)]
+    return identification_p(sum(hits), len(hits), EQUALS) < CHANCE
 
 
 def _identified(attempt: Attempt) -> list[tuple[str, bool]]:
@@ -242,7 +320,7 @@ def _refused(attack: Attack, scored: Sequence[Attempt], beside: Beside) -> str:
             return f"{name} failed ({_said(scored, name)})"
         if outcome != "refused" or name in made_up:
             continue
-        control = beside.alone(name)
+        control = beside.alone(name).finding
         if control.verdict == "leaks":
             told = f"{name}, to which the undefended control leaks, does not apply here"
             return f"{told} ({_said(scored, name)})"
@@ -252,7 +330,7 @@ def _refused(attack: Attack, scored: Sequence[Attempt], beside: Beside) -> str:
     return ""
 
 
-def _spared(scored: Sequence[Attempt]) -> str:
+def _spared(scored: Sequence[Attempt], least: float = LEAK_GAIN) -> str:
     """Name a part whose image leaks though the attack chose another one, "" where there is none.
 
     The choice never saw the truth and may be wrong; whoever runs that part alone has the image.
@@ -267,7 +345,7 @@ def _spared(scored: Sequence[Attempt]) -> str:
                 continue
             seen = score(covered(images, facts.patch_size), truths, facts.patch_size).patch_psnr
             gain = float((seen - facts.scale.baseline.patch_psnr).max())
-            if gain >= LEAK_GAIN:
+            if gain >= least:
                 told = f"{name} by itself comes {gain:.1f} dB above the best no-information guess"
                 return f"{told}, but another image was chosen: run {name} alone"
     return ""

@@ -49,16 +49,18 @@ def run(options: argparse.Namespace) -> int:
 
         check_writable_folder(options.tensorboard)
     report = _advised(_run_audit(options), options)
-    if options.json and options.json != "-":
-        write_text(report.to_json_text(), options.json)
-    if html:
-        report.save(html)
-    if options.tensorboard:
-        report.to_tensorboard(options.tensorboard)
-    with shown():  # last: whoever reads it may leave, and the gate stays
-        _print_report(report, to_error=options.json == "-")
-        if options.json == "-":
-            write_text(report.to_json_text(), "-")
+    done: list[str] = []
+    try:
+        failed = _write(report, html, options, done)
+        with shown():  # last: whoever reads it may leave, and the gate stays
+            _print_report(report, to_error=options.json == "-")
+            if options.json == "-":
+                write_text(report.to_json_text(), "-")
+    except KeyboardInterrupt:
+        _tell(f"vitguard: interrupted; written: {', '.join(done) or 'nothing'}")
+        return INTERRUPTED
+    if failed:
+        raise expected("reports that can be written", "; ".join(failed))
     if html:
         _tell(f"Report: {html}")
     if report.interrupted and options.max_psnr is None and options.max_gain is None:
@@ -68,17 +70,57 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
+def _write(
+    report: Any, html: str | None, options: argparse.Namespace, done: list[str]
+) -> list[str]:
+    """Write every form that was asked for, and return what failed: one takes no other with it.
+
+    Args:
+        done: Gets the paths as they are written.
+    """
+    from vitguard.files import write_text
+
+    json = None if options.json == "-" else options.json
+    forms: list[tuple[str | None, Any]] = [
+        (json, lambda path: write_text(report.to_json_text(), path)),
+        (html, report.save),
+        (options.tensorboard, report.to_tensorboard),
+    ]
+    failed = []
+    for path, write in forms:
+        if not path:
+            continue
+        try:
+            write(path)
+        except Exception as error:  # noqa: BLE001  whatever it is, the audit is done
+            failed.append(f"{path} ({_line(error)})")
+        else:
+            done.append(path)
+    return failed
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(".")
+
+
 def _advised(report: Any, options: argparse.Namespace) -> Any:
-    """Add the one sentence of `vitguard advise`, for the model and batch that were audited."""
+    """Add the one sentence of `vitguard advise`, for the model and batch that were audited.
+
+    Where it fails, the audit is done all the same: a note says so.
+    """
     from vitguard.advise import advise_report
 
     trained = options.pretrained or options.checkpoint or options.before
-    said = advise_report(
-        options.model,
-        batch_size=report.batch_size,
-        setting="finetune" if trained else "scratch",
-    )
-    return dataclasses.replace(report, advice=said.sentence())
+    try:
+        said = advise_report(
+            options.model,
+            batch_size=report.batch_size,
+            setting="finetune" if trained else "scratch",
+        )
+        return dataclasses.replace(report, advice=said.sentence())
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
+        note = f"no advice on what to use could be given ({_line(error)})"
+        return dataclasses.replace(report, notes=(*report.notes, note))
 
 
 def _say_why(report: Any, options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from vitguard.defenses.base import Defense, Draws, Installed, ModelDefense
 from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Incompatible, SuspiciousWeights, Unprotected, VitguardError, expected
 from vitguard.inspection import Inspection, Memory, Recorder, inspect_weights, weights_of
+from vitguard.inspection.look import buffer_signs
 from vitguard.inspection.memory import Traces
 from vitguard.inspection.recorder import gated_layers
 from vitguard.inspection.rows import fresh_generator
@@ -230,7 +231,8 @@ class InstalledInspection(Installed):
     def _look(self, model: nn.Module) -> tuple[Inspection, Traces]:
         weights, memory = weights_of(model), memory_of(model)
         traces, limit = memory.traces(weights, self.anatomy), self.settings.limit
-        return inspect_weights(weights, self.anatomy, memory, limit=limit, traces=traces), traces
+        found = inspect_weights(weights, self.anatomy, memory, limit=limit, traces=traces)
+        return found.and_also(*buffer_signs(model)), traces
 
 
 def memory_of(model: nn.Module) -> Memory:

@@ -240,12 +240,22 @@ class Guard:
             limit: Factor on the limits of all signs.
 
         Raises:
-            InputError: Names, shapes or types that the model does not have.
+            InputError: Names, shapes or types that the model does not have, or a model that was
+                built in `torch.inference_mode`.
         """
         check_batch(self.anatomy, images, labels, loss)
-        model, memory = self.public_model(), self._protection.memory
-        load_exactly(model, weights)
-        return inspect_model(model, self.anatomy, images, labels, memory, loss=loss, limit=limit)
+        if any(p.is_inference() for p in self.model.parameters()):
+            raise expected(
+                "a model that was built outside torch.inference_mode", "inference tensors",
+                "Their gradient cannot be looked at: build or load it outside.",
+            )  # fmt: skip
+        with torch.inference_mode(False):
+            model, memory = self.public_model(), self._protection.memory
+            load_exactly(model, weights)
+            images, labels = images.clone(), labels.clone()  # they may be of inference mode
+            return inspect_model(
+                model, self.anatomy, images, labels, memory, loss=loss, limit=limit
+            )
 
     def accept(self, weights: Mapping[str, Tensor]) -> None:
         """Remember weights as accepted, for the next `inspect`. `InspectWeights` does it by itself.

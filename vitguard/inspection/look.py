@@ -13,12 +13,15 @@ from vitguard.errors import expected
 from vitguard.inspection.memory import Memory, Traces
 from vitguard.inspection.recorder import Recorder
 from vitguard.inspection.rows import fresh_generator
-from vitguard.inspection.structure import structure_signs
-from vitguard.inspection.verdict import Inspection
+from vitguard.inspection.signs import largest
+from vitguard.inspection.structure import finite, structure_signs
+from vitguard.inspection.verdict import Inspection, Sign
 from vitguard.vit import Anatomy, canonical_name, logits_of
 
-__all__ = ["inspect_model", "inspect_weights", "load_exactly", "weights_of"]
+__all__ = ["buffer_signs", "inspect_model", "inspect_weights", "load_exactly", "weights_of"]
 
+_NAMED = 3
+"""Buffers that a note names."""
 NOTHING_TRAINED = "no parameter is trained: there is no gradient to look at"
 
 
@@ -26,6 +29,27 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that a server sends, by the base model's name."""
     named = ((canonical_name(n), p.detach()) for n, p in model.named_parameters())
     return {n: p for n, p in named if not n.startswith("vitguard.")}
+
+
+def buffer_signs(model: nn.Module) -> tuple[list[Sign], list[str]]:
+    """Return what is seen of the buffers that a server sends, and a note on what is not.
+
+    The statistics of batch norms in eval mode scale what passes, as weights do; no limit on them is
+    known that honest ones keep.
+    """
+    own = dict(model.named_parameters()).keys()
+    sent = {
+        canonical_name(n): t.detach()
+        for n, t in model.state_dict().items()
+        if n not in own and not n.startswith("vitguard.") and t.is_floating_point()
+    }
+    if not sent:
+        return [], []
+    names = ", ".join([*sent][:_NAMED]) + (", ..." if len(sent) > _NAMED else "")
+    count = "1 buffer was" if len(sent) == 1 else f"{len(sent)} buffers were"
+    return largest("not finite", [(n, float(not finite(t))) for n, t in sent.items()]), [
+        f"{count} searched for values that are no numbers, and for nothing else ({names})"
+    ]
 
 
 def load_exactly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -83,6 +107,7 @@ def inspect_model(
 ) -> Inspection:
     """Look at a model and at the gradient of a batch, which is computed for it and dropped."""
     found = inspect_weights(weights_of(model), anatomy, memory, limit=limit)
+    found = found.and_also(*buffer_signs(model))
     if any(s.name == "not finite" and s.value for s in found.signs):
         return found
     recorder = Recorder(anatomy.prefix_tokens)

@@ -13,7 +13,7 @@ from vitguard.inspection.signs import largest
 from vitguard.inspection.verdict import Sign
 from vitguard.vit import Anatomy
 
-__all__ = ["structure_signs"]
+__all__ = ["finite", "structure_signs"]
 
 Place = tuple[str, float]
 _LEAST = 1e-6  # what is shorter counts as so long: a muted branch is no infinity
@@ -30,7 +30,7 @@ def structure_signs(
         generator: Draws the projection in which parallel rows are looked for.
     """
     weights = {n: t.detach() for n, t in weights.items() if t.is_floating_point()}
-    broken = [(n, float(not _finite(t))) for n, t in weights.items()]
+    broken = [(n, float(not finite(t))) for n, t in weights.items()]
     signs = largest("not finite", broken)
     if signs and signs[0].value:
         return signs  # nothing else can be computed
@@ -48,7 +48,7 @@ def structure_signs(
         return signs + [s for name, places in named.items() for s in largest(name, places)]
 
 
-def _finite(tensor: Tensor) -> bool:
+def finite(tensor: Tensor) -> bool:
     """Whether all values are numbers: the least and the largest hand on what is not."""
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 

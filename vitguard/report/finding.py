@@ -36,14 +36,14 @@ MEANINGS: Mapping[str, str] = {
     "leaks": "The attack came at least 6 dB closer than the luckiest guess without information, or "
     "told the true image from decoys more often than chance, or recovered patches that it could "
     "prove to be right. Where the truth is not known: its guess reproduces the update.",
-    "resisted": "The attack, or a rung of it that ran to its end here, leaks without the defense "
-    "and did not with it. This covers only the attacks that were run.",
+    "resisted": "The attack, or a rung of it that ran to its end here, leaks without the defense, "
+    "on every update, and did not with it. This covers only the attacks that were run.",
     "blocked": "A tensor that the attack needs is not readable in the update.",
     "not applicable": "An assumption of the attack does not hold here; this says nothing about "
     "protection.",
-    "inconclusive": "The attack fails on the undefended model too, was cut before its end, does "
-    "not apply here in a part to which the control leaks, or nothing tells whether its guess is "
-    "right. This proves nothing.",
+    "inconclusive": "The attack fails on the undefended model too, on one update or all, was cut "
+    "before its end, does not apply here in a part to which the control leaks, or nothing tells "
+    "whether its guess is right. This proves nothing.",
 }
 
 
@@ -163,6 +163,8 @@ class Finding:
         gain: dB of the worst image above its own no-information baseline; when None the report
             takes `patch_psnr.max` above the report's baseline.
         corridor: Of a stack with differential privacy: what its bound allows, what canaries prove.
+        itself: Whether it is the control itself, from which nothing was withheld, whatever the
+            report says of its adversary.
         images: Pictures; they are in the HTML, PNG and TensorBoard forms only.
         examples: Attacked inputs of `fgsm`; their pictures are in HTML and TensorBoard only.
     """
@@ -191,6 +193,7 @@ class Finding:
     exposure: str = ""
     gain: float | None = None
     corridor: Corridor | None = None
+    itself: bool = False
     images: Pictures | None = field(default=None, compare=False, repr=False)
     examples: tuple[Triptych, ...] = field(default=(), compare=False, repr=False)
 

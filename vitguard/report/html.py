@@ -43,7 +43,6 @@ def to_html(report: AuditResults) -> str:
         facts=facts.items(),
         arguments=arguments.replace(",", ", "),
         parameters=f"{report.model.parameters:,}".split(","),
-        withheld=bool(report.threat.get("withheld")),
         groups=groups(report),
         baseline=decibels_text(report.baseline.patch_psnr),
         bounds=[epsilon_text(b) for b in bounds],

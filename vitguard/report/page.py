@@ -39,13 +39,15 @@ DASH = "\u2013"
 class Group:
     """A configuration: its spec (see `_spec`), what was attacked, and what each attack gave.
 
-    `corridor` has a title and a sentence each: bound, reached, proved.
+    `corridor` has a title and a sentence each: bound, reached, proved. `control` says whether it is
+    the undefended one itself.
     """
 
     spec: list[str]
     exposure: str
     corridor: list[tuple[str, str]]
     cards: list[Card]
+    control: bool
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Attacked:
     title: str
     spec: list[str]
     cells: list[tuple[str | None, str]]
+    control: bool
     exposure: str = ""
 
 
@@ -113,6 +116,7 @@ def groups(report: AuditResults) -> list[Group]:
             exposure=findings[0].exposure,
             corridor=corridor_lines(findings),
             cards=[_card(report, f, names[id(f)], scale, limit) for f in findings],
+            control=all(map(report.is_control, findings)),
         )
         for findings in report.configurations().values()
     ]
@@ -168,6 +172,7 @@ def attacked_rows(
             title=names[id(f)],
             spec=_spec(f.defense),
             cells=[cell(f, bound) for bound in (None, *bounds)],
+            control=not f.defended,  # what is withheld of an update changes no input
         )
         for f in attacked
     ]

@@ -50,7 +50,7 @@ class AuditResults:
 
     def is_control(self, finding: Finding) -> bool:
         """Whether a finding is the control itself: no defense, and nothing withheld."""
-        return not finding.defended and not self.threat.get("withheld")
+        return not finding.defended and (finding.itself or not self.threat.get("withheld"))
 
     def configurations(self, *, defended: bool = False) -> dict[str, list[Finding]]:
         """Return the findings by configuration, in the order of the report.
@@ -187,7 +187,7 @@ class AuditResults:
 
     def _open(self, findings: list[Finding]) -> str:
         for f in findings:
-            if f.undecided and f.verdict != "leaks":
+            if f.undecided:  # of a leak too: a gate may allow it up to a limit
                 return f"{f.attack}: {f.undecided}"
             if self._is_broken(f):
                 return f"{f.attack}: a measurement is no finite number"
@@ -213,7 +213,7 @@ class AuditResults:
         text = f"{worst.configuration} under {worst.attack}: {worst.verdict}"
         if worst.patch_psnr is not None:
             text += f", {worst.patch_psnr.max:.1f} dB matched-patch PSNR"
-            text += f" where knowing nothing scores {self.baseline.patch_psnr:.1f} dB"
+            text += f" where knowing nothing scores at most {self.baseline.patch_psnr:.1f} dB"
         if worst.reason:
             text += f" ({worst.reason})"
         return text + (f"; {len(findings) - 1} more." if len(findings) > 1 else ".")

@@ -29,7 +29,6 @@ from vitguard.core import Normalization, View
 from vitguard.defenses.noise import GradientNoise
 from vitguard.errors import Inconclusive
 from vitguard.guard import Guard, protect
-from vitguard.report.finding import Finding
 from vitguard.threats.curious_server import CuriousServer
 
 __all__ = ["check_proofs", "check_weaker", "less_work"]
@@ -109,12 +108,12 @@ def _weaker(attack: Attack, guard: Guard, view: View) -> Iterator[tuple[str, Att
 
 
 def _control(attack: Attack, facts: Facts, view: View) -> Beside:
-    def alone(part: str) -> Finding:
-        one = attack.parts()[part]
-        return finding_of("none", one, [_tried(one, facts, view)])
+    def beside(one: Attack) -> Beside:
+        attempts = [_tried(one, facts, view)]
+        finding = finding_of("none", one, attempts)
+        return Beside(finding, attempts, lambda part: beside(attack.parts()[part]))
 
-    attempts = [_tried(attack, facts, view)]
-    return Beside(finding_of("none", attack, attempts), attempts, alone)
+    return beside(attack)
 
 
 def _tried(attack: Attack, facts: Facts, view: View) -> Attempt:
