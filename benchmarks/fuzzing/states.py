@@ -93,15 +93,15 @@ class Stored:
         terms = Terms(manifest, keys, signing.public_bytes())
         memory = Memory()
         memory.accept({"p": torch.ones(8, 8)})
-        self.kinds: list[tuple[Any, str, Callable[[bytes], Any], Callable[[Any], str]]] = [
-            (terms, terms.to_json(), Terms.from_json, Terms.to_json),
-            (memory, json.dumps(memory.state_dict()), remembered, told),
+        self.kinds: list[tuple[str, Callable[[bytes], Any], Callable[[Any], str]]] = [
+            (terms.to_json(), Terms.from_json, Terms.to_json),
+            (json.dumps(memory.state_dict()), remembered, told),
         ]
         if find_spec("flwr"):
             from vitguard.federated.flower.ledgers import Ledgers
 
             ledgers = Ledgers({"a": 3, "b": 1}, {11: "a", 12: "b"}, ["b"])
-            self.kinds.append((ledgers, ledgers.to_json(), Ledgers.from_json, Ledgers.to_json))
+            self.kinds.append((ledgers.to_json(), Ledgers.from_json, Ledgers.to_json))
         if find_spec("nvflare"):
             from vitguard.federated.nvflare.state import ServerState
 
@@ -116,13 +116,11 @@ class Stored:
                 assert found is not None
                 return found
 
-            self.kinds.append(
-                (state, json.dumps(asdict(state)), read, lambda s: json.dumps(asdict(s)))
-            )
+            self.kinds.append((json.dumps(asdict(state)), read, lambda s: json.dumps(asdict(s))))
 
     def tried(self, chance: Chance) -> str:
         """Read a changed state; what is accepted is what it says."""
-        _, text, read, written = chance.choice(self.kinds)
+        text, read, written = chance.choice(self.kinds)
         data = chance.json(json.loads(text)).encode("utf-8", "surrogatepass")
         if chance.random() < 0.2:
             data = chance.flip(text.encode(), [text.encode()])
