@@ -98,7 +98,9 @@ class Mutation:
         """Replace the text in a copy of the package."""
         for file, old, new in ((self.file, self.old, self.new), *self.also):
             path = package / file
-            path.write_text(path.read_text().replace(old, new))
+            text = path.read_text()
+            path.unlink()  # what stood there is a link to the file of the tree
+            path.write_text(text.replace(old, new))
 
 
 def run_tests(folder: Path, tests: list[str], output: str) -> None:
@@ -109,6 +111,7 @@ def run_tests(folder: Path, tests: list[str], output: str) -> None:
     os.chdir(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     os.environ.pop(_QUIET)
+    sys.dont_write_bytecode = False  # the first run compiles the tree for all the others
     sys.path.insert(0, str(folder))
     import hypothesis
     import pytest
@@ -151,7 +154,7 @@ def tried(mutation: Mutation, tree: Path) -> tuple[str, str]:
         return "ERROR", why
     with tempfile.TemporaryDirectory(prefix="mutation-") as made:
         folder = Path(made) / "tree"
-        shutil.copytree(tree, folder)  # with the times of its files, so that compiled ones fit
+        shutil.copytree(tree, folder, copy_function=os.link)  # nothing writes into a file there
         mutation.apply(folder / "vitguard")
         status, said = ran(folder, [mutation.test])
     last = (said.strip().splitlines() or [""])[-1]
@@ -161,10 +164,14 @@ def tried(mutation: Mutation, tree: Path) -> tuple[str, str]:
     return ("SURVIVED" if status == 0 else "ERROR"), f"status {status}: {last}"
 
 
-def without(tree: Path, mutations: list[Mutation]) -> dict[str, str]:
+def without(tree: Path, mutations: list[Mutation], jobs: int) -> dict[str, str]:
     """Run every named test on the tree as it is; return what is wrong with some, by test."""
     tests = sorted({m.test for m in mutations})
-    status, said = ran(tree, tests)
+    share = -(-len(tests) // jobs)
+    parts = [tests[at : at + share] for at in range(0, len(tests), share)]
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        ends = list(pool.map(lambda part: ran(tree, part), parts))
+    status, said = ", ".join({str(end) for end, _ in ends}), "".join(said for _, said in ends)
     ended = re.findall(r"^tests/(\S+?)(\[.*\])? (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", said, re.M)
     bad = {}
     for test in tests:
@@ -173,6 +180,15 @@ def without(tree: Path, mutations: list[Mutation]) -> dict[str, str]:
             how = ", ".join(sorted(found)) or f"not run, status {status}"
             bad[test] = f"without the breakage: {how}"
     return bad
+
+
+def stamps(tree: Path) -> dict[Path, tuple[int, int]]:
+    """Return time and size of every source file, by path; copies are links to these files."""
+    return {
+        p: (p.stat().st_mtime_ns, p.stat().st_size)
+        for p in tree.rglob("*")
+        if p.is_file() and p.suffix != ".pyc"
+    }
 
 
 def promised() -> list[Guarantee]:
@@ -266,7 +282,8 @@ def main() -> None:
         for name in COPIED:
             source, target = ROOT / name, tree / name
             (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
-        bad = without(tree, mutations)
+        before = stamps(tree)
+        bad = without(tree, mutations, options.jobs)
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
             for mutation, (outcome, why) in zip(
                 mutations, pool.map(lambda m: tried(m, tree), mutations), strict=True
@@ -279,6 +296,9 @@ def main() -> None:
                 print(f"{seconds:6.0f} s  {outcome:9s} {mutation.name}", flush=True)
                 if outcome != "caught":
                     print(f"{'':10s} {mutation.file}, {mutation.test}: {why}", flush=True)
+        after = stamps(tree)
+        if changed := [p for p, stamp in before.items() if after.get(p) != stamp]:
+            raise SystemExit(f"a test wrote into the tree that all copies share: {changed}")
     seconds = time.monotonic() - start
     print(f"{ended['caught']} of {len(results)} caught, {seconds:.0f} s, {options.jobs} at a time")
     if options.docs:

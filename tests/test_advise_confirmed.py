@@ -65,6 +65,7 @@ def test_three_statements_of_a_real_model_are_what_the_audit_finds(spec, data_fo
     confirm(model)
 
 
+@pytest.mark.slow
 def test_the_batch_below_the_one_that_ends_it_is_still_exact():
     """Two images of 17 tokens are 34 of 96: `gelu-span` proves patches of both."""
     model = small_vit()

@@ -50,6 +50,7 @@ def correlated(count):
     return math.sqrt(1 - 1e-4) * numbers + 0.01 * np.roll(numbers, 3)
 
 
+@pytest.mark.slow
 def test_the_source_passes_every_statistic():
     found = randomness.tally(randomness.own, MANY)
     assert randomness.verdict(found) > ALARM, found

@@ -262,6 +262,7 @@ class Breaks(TheirRung):
         raise RuntimeError("out of ideas")
 
 
+@pytest.mark.slow
 def test_a_rung_that_breaks_takes_no_other_with_it_and_earns_no_resistance(
     installed, small_vit, observe, photo
 ):

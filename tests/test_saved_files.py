@@ -48,6 +48,7 @@ def test_updates_of_the_last_version_load_with_every_fact_and_value(name, facts,
     assert dict(update.sealed) == sealed
 
 
+@pytest.mark.slow
 def test_an_update_of_the_last_version_is_audited_and_saves_as_the_same(model, tmp_path):
     update = Update.load(FILES / "gradient.safetensors")
     update.save(tmp_path / "again.safetensors")
@@ -68,6 +69,7 @@ def keys(value, path=""):
     return {p for v in value for p in keys(v, f"{path}/*")} if isinstance(value, list) else set()
 
 
+@pytest.mark.slow
 def test_a_report_has_every_json_name_of_the_last_version_with_the_same_schema(model):
     before = json.loads((FILES / "report.json").read_text())
     with torch.random.fork_rng():

@@ -169,6 +169,7 @@ def test_a_mask_of_an_earlier_attack_is_used(small_vit, photo, observe):
     assert guess.details["distance at the start"] < 1e-6
 
 
+@pytest.mark.slow
 def test_masks_that_differ_by_image_are_drawn_anew_at_each_step(model, photos, observe):
     view = observe(model, photos[:2], LABELS, defenses="shuffle:ratio=0.5,mask=uniform")
     guess = run_once(view)

@@ -23,6 +23,7 @@ def test_the_distance_is_squared_error_minus_alpha_times_the_position_cosine(att
     assert got.item() == pytest.approx((squares - 0.3 * cosine).item() + 0.3)  # a constant apart
 
 
+@pytest.mark.slow
 def test_without_the_position_gradient_the_term_is_off_and_it_says_so(attacked):
     view, _ = attacked([2], withhold=("position",))
     guess = AprilMatching.fast(iterations=1).run(view, torch.Generator())

@@ -74,6 +74,7 @@ def test_an_audit_beside_two_busy_processes_gives_the_same_decibels(small_vit, p
     assert plain(alone) == plain(beside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attack", [RobustPosition(seconds=1e-3), RobustSpan(seconds=1e-3), GeluSpan(seconds=1e-3)]
 )

@@ -41,6 +41,7 @@ def test_it_ends_3_db_above_its_own_start_and_finds_the_label(attacked, kind):
     assert guess.details["derivative"] == "exact"
 
 
+@pytest.mark.slow
 def test_dlg_says_that_it_optimises_labels_and_idlg_that_it_infers_them(attacked):
     view, _ = attacked([2])
     generator = torch.Generator().manual_seed(0)

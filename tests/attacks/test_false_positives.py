@@ -92,6 +92,7 @@ EASY = {
 STACKS = ["none", FROZEN, SHUFFLED, "positions:kind=none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", fast_for(STACKS, fast=[SHUFFLED]))
 @pytest.mark.parametrize("easy", fast_for(EASY, fast=["a black image beside another"]))
 def test_no_wrong_patch_of_an_easy_image_is_proved(small_vit, observe, easy, stack):

@@ -62,6 +62,7 @@ def test_a_verified_patch_satisfies_the_equations_and_is_right(small_vit, observ
     assert float((made - true)[~shuffled].abs().max()) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_batch_of_two_gives_both_images(small_vit, observe, photos):
     guess = run(observe(small_vit(), photos[:2], defenses=FROZEN))
     values = torch.stack([psnr(guess.images, p[None].expand(2, -1, -1, -1)) for p in photos[:2]])
@@ -94,6 +95,7 @@ def test_as_many_tokens_as_width_is_refused(small_vit, observe, photos):
         run(observe(small_vit(embed_dim=32), photos[:2], defenses=FROZEN))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "batch"), [(96, 4), (128, 5)])
 def test_positions_that_cannot_be_told_apart_are_refused(small_vit, observe, photos, width, batch):
     """What fits at one position fits at others, as well as a true token."""
@@ -147,6 +149,7 @@ def test_no_token_counts_twice(small_vit, observe, photos, case):
     assert surplus(Anatomy.of(view.model), guess, pixels) == 0
 
 
+@pytest.mark.slow
 def test_a_layer_without_bias_is_read(small_vit, observe, photos):
     guess = run(observe(small_vit(proj_bias=False), photos[:2], defenses=FROZEN))
     assert bool(guess.verified.all())
@@ -183,6 +186,7 @@ def test_names_what_it_cannot_do_without(small_vit, observe, photo, hidden):
         run(view)
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_was_found(small_vit, observe, photos, monkeypatch):
     from vitguard.attacks.gelu_span import search
 
@@ -218,6 +222,7 @@ def test_no_patch_is_verified_on_an_unrelated_gradient(small_vit, observe, trial
     assert verified == 0
 
 
+@pytest.mark.slow
 def test_the_step_is_that_of_the_explicit_jacobian(small_vit, observe, photos):
     view = observe(small_vit(), photos[:2], defenses=FROZEN)
     _, solver, mlp = parts(view)
@@ -243,6 +248,7 @@ def test_the_step_is_that_of_the_explicit_jacobian(small_vit, observe, photos):
         torch.testing.assert_close(step[row], slow, rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_what_is_found_leaves_less_to_search(small_vit, observe, photos):
     model = small_vit().double()
     view = observe(model, photos[:3].double(), defenses=FROZEN).gradient()
@@ -256,6 +262,7 @@ def test_what_is_found_leaves_less_to_search(small_vit, observe, photos):
     assert search.remainder.free <= max(before - taken, 2)
 
 
+@pytest.mark.slow
 def test_taking_out_stops_where_the_budget_ends(small_vit, observe, photos, monkeypatch):
     model = small_vit().double()
     view = observe(model, photos[:3].double(), defenses=FROZEN).gradient()

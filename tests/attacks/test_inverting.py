@@ -42,6 +42,7 @@ def test_defaults_are_the_papers(attacked):
     assert recipe.optimizer == "adam" and recipe.decay == "step"
 
 
+@pytest.mark.slow
 def test_it_ends_3_db_above_its_own_start_and_finds_the_label(attacked):
     view, truth = attacked
     attack = InvertingGradients.fast(iterations=120)

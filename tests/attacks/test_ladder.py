@@ -66,6 +66,7 @@ def test_cascade_labels_are_handed_on(small_vit, observe, photos):
     assert run(Ladder(seconds=200), view).labels.tolist() == [8, 8]
 
 
+@pytest.mark.slow
 def test_the_space_that_span_leaves_is_handed_on_and_holds_the_truth(small_vit, observe, photos):
     view = observe(small_vit(), photos[:2], defenses=FROZEN)
     guess = run(Ladder(seconds=200), view)
@@ -86,6 +87,7 @@ def test_no_space_is_handed_on_where_it_is_not_exact(small_vit, observe, photos,
     assert "span" in guess.details["rungs"] and guess.space is None
 
 
+@pytest.mark.slow
 def test_a_batch_near_the_width_is_not_called_proved(small_vit, observe, photos):
     view = observe(small_vit(), photos[:4], defenses=FROZEN)
     guess = run(Ladder(seconds=20), view)
@@ -188,6 +190,7 @@ def test_robust_span_beats_span_under_strong_noise(small_vit, observe, photo):
     assert float(gain) > 1
 
 
+@pytest.mark.slow
 def test_an_interrupt_returns_the_rungs_so_far(small_vit, observe, photos, monkeypatch):
     def interrupted(*_arguments):
         raise KeyboardInterrupt
@@ -199,6 +202,7 @@ def test_an_interrupt_returns_the_rungs_so_far(small_vit, observe, photos, monke
     assert any("interrupted" in rung for rung in guess.details["unfinished"])
 
 
+@pytest.mark.slow
 def test_rungs_that_the_budget_did_not_reach_never_count_as_resistance(
     small_vit, photos, monkeypatch
 ):

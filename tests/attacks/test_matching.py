@@ -239,6 +239,7 @@ def test_sealed_tensors_are_left_out_and_nothing_to_match_is_blocked():
         Plain(iterations=2).run(make_view(withhold=["all"])[0], seeded())
 
 
+@pytest.mark.slow
 def test_several_local_steps_are_simulated():
     view, images, _ = make_view(learning_rate=0.05, local_steps=3)
     assert view.update.kind == "difference"
@@ -392,6 +393,7 @@ def test_whitened_coordinates_decode_back_and_have_the_spectrum_of_photos():
     assert power[4, 0] / power[2, 0] == pytest.approx(0.5, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", fast_for(["adam", "lbfgs"], fast=["lbfgs"]))
 def test_a_whitened_search_starts_where_it_is_told_and_converges(optimizer):
     view, images, _ = make_view()
@@ -453,6 +455,7 @@ def test_settings_out_of_range_are_refused(values):
         Plain(**values)
 
 
+@pytest.mark.slow
 def test_threads_share_the_attention_switch():
     from concurrent.futures import ThreadPoolExecutor
 

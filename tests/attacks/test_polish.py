@@ -48,6 +48,7 @@ def near(view, photo, levels, patches=slice(None)):
 # The polish itself.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", fast_for(["view", "hidden"], fast=["hidden"]))
 def test_an_image_on_the_grid_becomes_exact_where_most_patches_are_near_it(known, photo, request):
     view = request.getfixturevalue(known)
@@ -60,6 +61,7 @@ def test_an_image_on_the_grid_becomes_exact_where_most_patches_are_near_it(known
     assert float((made.images - photo.double()).abs().max()) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_first_block_sharpens_an_image_off_the_grid_and_nothing_is_rounded(
     small_vit, observe, photos
 ):

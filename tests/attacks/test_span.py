@@ -99,6 +99,7 @@ def test_sine_cosine_positions_leave_a_space_that_holds_the_truth(small_vit, obs
     assert (off - off @ basis @ basis.T).norm() < 1e-5 * off.norm()
 
 
+@pytest.mark.slow
 def test_a_batch_of_two_leaves_the_differences_of_its_patches_free(small_vit, observe, photos):
     view = observe(small_vit(embed_dim=192).double(), photos[:2].double(), defenses=FROZEN)
     guess = run(view)

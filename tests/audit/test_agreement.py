@@ -76,6 +76,7 @@ def test_other_images_have_not_resisted(small_vit, photos):
     assert said(model, update, NOISE, photos[:1]) == ""
 
 
+@pytest.mark.slow
 def test_what_noise_covers_is_not_told_apart(small_vit, photo):
     """Else an audit would tell a record from a private update."""
     pytest.importorskip("opacus")

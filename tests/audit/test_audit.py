@@ -233,6 +233,7 @@ def test_guesses_that_know_nothing_are_never_a_leak(small_vit, photos, what, see
         assert found["none", "fake"].verdict == "inconclusive", seed
 
 
+@pytest.mark.slow
 def test_identification_by_chance_is_no_leak_but_by_merit_it_is(small_vit, photos):
     from vitguard.audit.attempts import Attempt
     from vitguard.audit.exposure import Facts
@@ -318,6 +319,7 @@ class Peek(UpdateDefense):
         return replace(update, tensors={"head.bias": draws.normal((10,)).float()})
 
 
+@pytest.mark.slow
 def test_an_attack_is_not_given_the_victims_draws(small_vit, photos):
     seen = []
 
@@ -504,6 +506,7 @@ def made_update(model, pixels, **how):
     return update
 
 
+@pytest.mark.slow
 def test_a_saved_update_leaks_where_the_guess_reproduces_it(small_vit, photo, tmp_path):
     from vitguard.core import Update
 
@@ -556,6 +559,7 @@ def test_a_saved_update_of_another_model_is_refused(small_vit, photo, spoil):
         audit_update(model, replace(update, tensors=spoil(dict(update.tensors))))
 
 
+@pytest.mark.slow
 def test_an_update_without_a_readable_tensor_proves_nothing(small_vit, photo):
     model = small_vit()
     update = made_update(model, photo)

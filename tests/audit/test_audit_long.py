@@ -218,6 +218,7 @@ def test_any_error_of_an_attack_is_a_failed_attempt(small_vit, photo):
     assert report.findings[-1].reason == "the attack failed: IndexError: target -1"
 
 
+@pytest.mark.slow
 def test_each_configuration_and_batch_resumes_from_a_file_of_its_own(small_vit, photos, tmp_path):
     path = tmp_path / "run.pt"
     attack = InvertingGradients(iterations=3, resume=str(path))
@@ -250,6 +251,7 @@ def received(model, photo, attack, truth=None, **how):
     return report.findings[-1]
 
 
+@pytest.mark.slow
 def test_a_guess_that_explains_the_update_leaks_whatever_the_truth_is_said_to_be(small_vit, photos):
     other = received(small_vit(), photos[:1], PositionInversion(), truth=photos[1:2])
     assert other.verdict == "leaks" and other.psnr.max < 30
@@ -288,6 +290,7 @@ def test_no_conclusive_attack_raises_without_limits_too(small_vit, photo):
         report.raise_if_leaks()
 
 
+@pytest.mark.slow
 def test_a_target_epsilon_says_which_noise_was_audited(small_vit, photo):
     stack = "privacy:epsilon=8,epochs=3"
     report = audit(small_vit(), labelled(photo), defenses=stack, attacks=[PositionInversion()])

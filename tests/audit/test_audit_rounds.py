@@ -110,6 +110,7 @@ def test_the_sum_of_one_client_is_its_update_and_leaks_as_the_message_does(feder
     assert finding.verdict == "leaks" and finding.psnr.max > 60
 
 
+@pytest.mark.slow
 def test_the_sum_of_many_is_attacked_as_a_batch_of_all_their_images_beside_the_same_control(
     federation,
 ):
@@ -123,6 +124,7 @@ def test_the_sum_of_many_is_attacked_as_a_batch_of_all_their_images_beside_the_s
         assert torch.allclose(control.tensors[name], tensor, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_clients_that_collude_subtract_themselves_and_the_rest_of_a_masked_sum_leaks(federation):
     seen = federation("masking").round()
     report = vg.audit(seen.without("bea", "cleo"), attacks="position")
@@ -133,6 +135,7 @@ def test_clients_that_collude_subtract_themselves_and_the_rest_of_a_masked_sum_l
     assert rows(two)["sum of round 0 less cleo (2 images of 2 clients)"].psnr.max < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["masking", "encryption:preset=precise"])
 def test_two_sums_from_one_model_that_differ_by_one_client_give_that_client_away(federation, spec):
     one = federation(spec, names=(*NAMES, "dora"))
@@ -145,6 +148,7 @@ def test_two_sums_from_one_model_that_differ_by_one_client_give_that_client_away
     assert finding.control.verdict == "leaks"
 
 
+@pytest.mark.slow
 def test_an_audit_of_several_rounds_takes_their_difference_by_itself(federation):
     one = federation(names=("ana", "bea"))
     watching = Watching()
@@ -156,6 +160,7 @@ def test_an_audit_of_several_rounds_takes_their_difference_by_itself(federation)
         assert torch.allclose(difference.tensors[name], tensor, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_difference_that_does_not_exist_is_refused_with_the_reason(federation):
     one = federation(names=(*NAMES, "dora"))
     first, second = one.round(), one.round([*NAMES])
@@ -174,6 +179,7 @@ def test_a_difference_that_does_not_exist_is_refused_with_the_reason(federation)
         first.without("nobody")
 
 
+@pytest.mark.slow
 def test_an_audit_says_why_two_rounds_have_no_difference(federation):
     report = vg.audit(federation(names=["ana"]).run(2), attacks=[Watching()])
     assert any("another version of the model" in note for note in report.notes)
@@ -238,6 +244,7 @@ def test_what_belongs_to_other_audits_is_refused_beside_a_round(federation):
         vg.audit(federation().model)
 
 
+@pytest.mark.slow
 def test_the_gate_of_an_audit_of_rounds_falls_by_one_leaking_message(federation):
     report = vg.audit(federation().round(["ana"]).messages, attacks="position")
     assert report.gate(max_gain=6.0) == 1

@@ -70,7 +70,7 @@ def test_of_two_guarantees_the_corridor_is_that_of_the_stronger_one():
     assert of.bound == pytest.approx(trade_off(1 / 4))
 
 
-@pytest.mark.parametrize("stack", ["baseline", "none"])
+@pytest.mark.parametrize("stack", [pytest.param("baseline", marks=pytest.mark.slow), "none"])
 def test_a_stack_without_differential_privacy_has_no_corridor(stack):
     assert finding_of(stack).corridor is None
     assert finding_of(stack).to_json()["corridor"] is None

@@ -241,6 +241,7 @@ def test_every_attack_on_every_configuration_is_a_job_of_its_own(audited):
     assert len(carried.sent) >= 18 + 3 + 2  # FGSM on 3; a part alone on the control's 2 batches
 
 
+@pytest.mark.slow
 def test_the_decoys_of_a_batch_are_not_sent_back(audited):
     carried = Carried()
     audited(executor=carried, attacks=[PositionInversion()])

@@ -27,6 +27,7 @@ SIZES = [(36, 36), (33, 33), (39, 39), (36, 44), (32, 37), (39, 32)]
 
 
 # a border on both sides, and on one; the others have borders of other widths
+@pytest.mark.slow
 @pytest.mark.parametrize("size", fast_for(SIZES, fast=[(39, 32)]))
 def test_what_the_patches_cover_is_scored_where_they_do_not_divide_the_image(size):
     torch.manual_seed(0)

@@ -133,6 +133,7 @@ def test_an_attack_on_the_input_is_reported_as_not_applicable_and_not_dropped(sm
     assert finding.verdict == "not applicable" and "saved update" in finding.reason
 
 
+@pytest.mark.slow
 def test_labels_that_are_given_are_scored(small_vit, photo):
     model = small_vit()
     update = protect(copy.deepcopy(model).train(), []).update(Normalization().apply(photo), LABEL)
@@ -189,7 +190,10 @@ def test_the_control_is_no_configuration_from_which_something_is_withheld(small_
     assert "the undefended control" in text.getvalue()
 
 
-@pytest.mark.parametrize("attack", ["gelu-span", "span", "position", "deep-tokens"])
+@pytest.mark.parametrize(
+    "attack",
+    ["gelu-span", "span", "position", pytest.param("deep-tokens", marks=pytest.mark.slow)],
+)
 def test_an_update_of_nothing_but_ciphertext_blocks_and_is_not_called_zero(
     small_vit, photo, attack
 ):

@@ -318,6 +318,7 @@ def test_a_leak_in_db_alone_may_be_allowed_up_to_a_limit(small_vit, photo):
     assert report.gate(max_gain=100) == 0
 
 
+@pytest.mark.slow
 def test_one_hit_in_many_images_is_inconclusive(small_vit, photos):
     @dataclass(frozen=True)
     class Once(Faint):
@@ -355,6 +356,7 @@ class TestNoLeakWithoutInformation:
         report = audit(model, batch, attacks=[Says(g) for g in guesses])
         return [f.verdict for f in report.findings]
 
+    @pytest.mark.slow
     def test_an_all_black_image(self, small_vit):
         black = torch.zeros(1, 3, 16, 16)
         guesses = [black, torch.full_like(black, 0.02), torch.full_like(black, 0.5)]
@@ -403,6 +405,7 @@ def partly_audited(model, photos, attack, count=3, **how):
     return found, found.findings[-1]
 
 
+@pytest.mark.slow
 def test_an_update_without_a_working_control_has_not_resisted(small_vit, photos):
     report, finding = partly_audited(small_vit(), photos, Partly(), names=list("abc"))
     assert report.findings[0].verdict == "leaks" and finding.verdict == "inconclusive"
@@ -410,11 +413,13 @@ def test_an_update_without_a_working_control_has_not_resisted(small_vit, photos)
     assert report.gate(max_gain=6) == 3 and "could not be decided" in report.outcome()
 
 
+@pytest.mark.slow
 def test_where_every_control_works_it_has(small_vit, photos):
     report, finding = partly_audited(small_vit(), photos, Partly(finds=(3, 4, 5)))
     assert finding.verdict == "resisted" and report.gate(max_gain=6) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("otherwise", ["fails", "is cut"])
 def test_a_control_that_failed_on_one_keeps_the_gate_shut(small_vit, photos, otherwise):
     attacks = [Part(), Partly(otherwise=otherwise)]
@@ -423,6 +428,7 @@ def test_a_control_that_failed_on_one_keeps_the_gate_shut(small_vit, photos, oth
     assert report.gate(max_gain=6) == 3
 
 
+@pytest.mark.slow
 def test_one_that_is_weak_on_some_does_not_beside_one_that_is_not(small_vit, photos):
     report, finding = partly_audited(small_vit(), photos, [Part(), Partly()])
     assert finding.verdict == "inconclusive" and report.gate(max_gain=6) == 0
@@ -443,12 +449,14 @@ def test_a_batch_without_a_guess_beside_a_weak_control_is_judged(small_vit, phot
     assert report.findings[-1].verdict == "inconclusive" and report.gate(max_gain=6) == 3
 
 
+@pytest.mark.slow
 def test_each_update_may_have_a_part_of_its_own(small_vit, photos):
     parts = {"first": Partly(), "second": Partly(finds=(4, 5))}
     finding = partly_audited(small_vit(), photos, Climb(parts))[1]
     assert finding.verdict == "resisted" and "leaks to first, second, which" in finding.reason
 
 
+@pytest.mark.slow
 def test_a_part_that_ran_on_the_wrong_update_is_no_witness(small_vit, photos):
     blocked = "is blocked"
     parts = {"first": Partly(), "second": Partly(finds=(4, 5), defended=blocked)}
@@ -520,6 +528,7 @@ class Dim(Attack):
         return Guess(0.9 * truth, details=dict(self.told), others=dict(self.others))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("open_", ["cut", "part failed", "part refused", "spared", "batch failed"])
 def test_a_leak_below_the_limit_passes_no_gate_that_something_else_leaves_open(
     small_vit, photos, open_

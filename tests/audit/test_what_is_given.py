@@ -52,6 +52,7 @@ def test_truth_and_labels_may_be_arrays(small_vit):
         told("photo.png", None)
 
 
+@pytest.mark.slow
 def test_a_gate_asks_for_a_number(small_vit):
     report = vg.audit(vit(small_vit), (IMAGES, LABELS), attacks="position")
     with pytest.raises(InputError, match="max_psnr as a finite number of dB, got '15'"):
@@ -70,6 +71,7 @@ def test_the_part_to_protect_is_written_as_python_reads_it(small_vit, path):
     assert vg.Anatomy.of(eval(written, {"model": holder}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "withhold", fast_for(["attention", ["attention"], ("attention",)], fast=["attention"])
 )

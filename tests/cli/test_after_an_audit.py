@@ -41,6 +41,7 @@ def test_an_advice_that_fails_is_a_note_of_the_report(monkeypatch, error):
     assert "no advice" in Path("out.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupt_between_two_reports_says_what_was_written(monkeypatch, capsys):
     monkeypatch.setattr(AuditReport, "save", raising(KeyboardInterrupt()))
     assert main([*AUDIT, "--json", "out.json", "--html", "out.html"]) == 130
@@ -48,6 +49,7 @@ def test_an_interrupt_between_two_reports_says_what_was_written(monkeypatch, cap
     assert "nothing was written" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_takes_no_other(monkeypatch, capsys):
     monkeypatch.setattr(AuditReport, "save", raising(OSError(28, "No space left on device")))
     assert main([*AUDIT, "--json", "out.json", "--html", "out.html"]) == 2

@@ -48,6 +48,7 @@ def report(*arguments: str) -> dict:
     return json.loads(Path("out.json").read_text())
 
 
+@pytest.mark.slow
 def test_frozen_positions_leak_and_the_json_keeps_its_schema():
     result = report(*FEW, "--defense", "positions:kind=frozen", "--attack", "position", "span")
     assert result["schema"] == 1
@@ -77,6 +78,7 @@ def test_json_on_standard_output_is_nothing_but_json(capsys):
     assert json.loads(capsys.readouterr().out)["schema"] == 1
 
 
+@pytest.mark.slow
 def test_defaults_write_the_report_and_no_json():
     assert run("--num-images", "1", "--attack", "position") == 0
     assert Path("vitguard-report.html").read_text().startswith("<!doctype html>")
@@ -144,6 +146,7 @@ def test_gate_exit_codes(gate, defense, attack, code):
     assert run(*FEW, "--defense", defense, "--attack", attack, *gate) == code
 
 
+@pytest.mark.slow
 def test_update_file_is_audited_on_its_own(photo, monkeypatch):
     import vitguard as vg
     from vitguard.audit import received
@@ -195,6 +198,7 @@ def test_the_listing_fits_the_terminal(monkeypatch, capsys):
     assert len(shown) > 40 and max(map(len, shown)) <= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gate", "attack", "said"),
     [
@@ -210,6 +214,7 @@ def test_a_gate_says_why(gate, attack, said, capsys):
     assert said is None or (shown[0].startswith("vitguard: gate: ") and said in shown[0])
 
 
+@pytest.mark.slow
 def test_parameters_and_iterations_reach_the_attacks(capsys):
     options = ("--parameters", "attention", "--iterations", "2")
     result = report(*FEW, "--attack", "inverting", *options)

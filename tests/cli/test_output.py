@@ -29,6 +29,7 @@ def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "defense", "code"),
     [(["--max-gain", "6"], "positions:kind=frozen", 1), (["--max-gain", "6"], "none", 3),
@@ -44,6 +45,7 @@ def test_a_reader_that_leaves_changes_neither_reports_nor_the_gate(
     assert Path("r.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_reader_of_errors_that_leaves_passes_no_gate(monkeypatch):
     from rich.console import Console
 
@@ -54,6 +56,7 @@ def test_a_reader_of_errors_that_leaves_passes_no_gate(monkeypatch):
     assert main([*AUDIT, "--defense", "positions:kind=frozen", "--max-gain", "6"]) == leaves
 
 
+@pytest.mark.slow
 def test_json_to_a_reader_that_leaves_still_gates(monkeypatch):
     monkeypatch.setattr(sys, "stdout", _Reader(BrokenPipeError, 32, "Broken pipe"))
     gate = ["--defense", "positions:kind=frozen", "--max-gain", "6"]

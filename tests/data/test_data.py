@@ -38,6 +38,7 @@ def test_sample_photos_are_the_seven_in_the_wheel():
     assert all(p.mode == "RGB" and min(p.size) >= 300 for p in photos.values())
 
 
+@pytest.mark.slow
 def test_sample_photos_and_decoys_need_no_network(monkeypatch):
     def refuse(*_arguments):
         raise OSError("no network here")
@@ -303,6 +304,7 @@ def test_a_hundred_decoys_without_duplicates(size):
     assert len({image.numpy().tobytes() for image in found}) == 100
 
 
+@pytest.mark.slow
 def test_decoys_depend_on_the_seed_alone():
     assert torch.equal(data.decoys(5, (16, 16), seed=3), data.decoys(5, (16, 16), seed=3))
     assert not torch.equal(data.decoys(5, (16, 16), seed=3), data.decoys(5, (16, 16), seed=4))

@@ -69,6 +69,7 @@ def test_audits_of_tensors_and_of_updates_say_it_too(small_vit):
     assert not noted(vg.audit_update(public, update, attacks="position").notes)
 
 
+@pytest.mark.slow
 def test_notes_on_the_images_behind_a_saved_update_are_in_its_report(tmp_path):
     name = "vit_tiny_patch16_224:img_size=32,patch_size=8,depth=1,num_classes=10"
     update = vg.protect(build_model(name), []).update(torch.rand(1, 3, 32, 32), torch.tensor([3]))

@@ -102,6 +102,7 @@ def test_what_is_not_finite_is_refused_by_name(defense, bad):
         sealed(defense, tensor)
 
 
+@pytest.mark.slow
 def test_rounding_at_random_is_right_on_average():
     tensor = torch.tensor([0.3, -0.6, 1.0])
     sent = torch.stack([sealed(QuantisedUpdate(2), tensor) for _ in range(3000)])

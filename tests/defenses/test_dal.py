@@ -83,6 +83,7 @@ def test_principal_components_find_positions_that_lie_on_a_plane():
     assert float(localization_loss(noise, kept, (6, 6), None)) > 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "dal"), crossed(["linear", "mlp", "pca"], ["positions", "tokens"])
 )

@@ -74,6 +74,7 @@ def test_an_audit_shows_what_the_gate_would_have_judged() -> None:
     assert any("no guarantee" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_every_third_update_is_looked_at_and_the_first_always(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -90,6 +91,7 @@ def test_every_third_update_is_looked_at_and_the_first_always(
     assert guard.tally.counts == {"passed": 3, "not looked at": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("undecided", [False, True])
 def test_after_an_update_that_was_not_let_out_the_next_is_looked_at(
     monkeypatch: pytest.MonkeyPatch, undecided: bool

@@ -328,6 +328,7 @@ def random_vit(shape, grid):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(shapes, st.sampled_from(KINDS))
 def test_no_tensor_of_the_update_is_position_specific(shape, kind):

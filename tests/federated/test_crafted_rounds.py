@@ -71,6 +71,7 @@ def test_of_a_sum_of_four_the_clients_whose_gradient_is_suppressed_leave_the_tar
     assert told.verdict != "leaks" and told.psnr.max < 30
 
 
+@pytest.mark.slow
 def test_the_target_may_get_bins_and_its_share_of_the_sum_is_read_patch_by_patch(photos):
     threat = MaliciousServer("imprint", target="cleo")
     seen = federation(build_model(SPEC), photos, threat).round()
@@ -149,6 +150,7 @@ def wrong(guess, anatomy, pixels):
     return len(claimed), int((error > 1e-4).sum())
 
 
+@pytest.mark.slow
 def test_bins_that_change_by_the_round_tell_more_patches_of_a_sum_than_one_round(changing):
     threat, seen, pixels = changing
     sums = [r.total for r in seen]
@@ -162,6 +164,7 @@ def test_bins_that_change_by_the_round_tell_more_patches_of_a_sum_than_one_round
     assert first[1] == second[1] == both[1] == 0
 
 
+@pytest.mark.slow
 def test_rounds_of_other_images_prove_no_wrong_patch(changing):
     """The server takes two rounds for the same images, and they are not."""
     threat, seen, pixels = changing

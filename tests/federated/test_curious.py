@@ -42,6 +42,7 @@ def rows(report):
     return {f.exposure: f for f in report.findings if f.defended}
 
 
+@pytest.mark.slow
 def test_a_recording_of_plain_updates_leaks_with_and_without_the_images(kept):
     model, recording, images = kept()
     strange = copy.deepcopy(model)

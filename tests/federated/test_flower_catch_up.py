@@ -61,6 +61,7 @@ def test_no_more_sums_are_kept_than_the_limit_however_many_rounds(federated):
     federated.check(federated.seen[11][-1], *8 * [NODES])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [3, 8])
 def test_a_new_node_and_one_that_lost_its_state_get_one_model_and_few_sums(federated, rounds):
     federated.grid.absent = {12}
@@ -78,6 +79,7 @@ def test_a_new_node_and_one_that_lost_its_state_get_one_model_and_few_sums(feder
     assert max(sizes(federated)) < plain + 2 * a_sum + 20_000
 
 
+@pytest.mark.slow
 def test_a_node_that_sat_out_more_rounds_than_are_kept_comes_back(federated):
     strategy = federated.strategy(catch_up=1)
 
@@ -90,6 +92,7 @@ def test_a_node_that_sat_out_more_rounds_than_are_kept_comes_back(federated):
     assert equal(federated.seen[12][-1], federated.seen[11][-1])
 
 
+@pytest.mark.slow
 def test_a_server_that_restarts_after_a_model_was_sealed_goes_on(federated):
     saved = ArrayRecord(federated.start)
     for _ in range(6):
@@ -100,6 +103,7 @@ def test_a_server_that_restarts_after_a_model_was_sealed_goes_on(federated):
     assert History.of(saved).last_round == 6
 
 
+@pytest.mark.slow
 def test_the_server_cannot_read_the_model_that_it_keeps(federated):
     federated.run(5, strategy=federated.strategy(catch_up=1))
     everything = b"".join(federated.grid.sent)
@@ -324,6 +328,7 @@ class Posted(Grid):
         return []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("posted", [False, True], ids=["in one process", "as Flower's own"])
 def test_replies_are_added_as_they_arrive_and_none_is_kept(federated, posted, monkeypatch):
     grid, watching = federated.grid, Watching()

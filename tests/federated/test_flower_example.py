@@ -36,6 +36,7 @@ def example(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_clients_of_the_example_refuse_crafted_weights_in_one_line(example, monkeypatch):
     from flower_cifar10 import task
     from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
@@ -64,6 +65,7 @@ def test_clients_of_the_example_refuse_crafted_weights_in_one_line(example, monk
     assert not answer(honest).has_error()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", fast_for(["encrypted", "masks", "private", "records"], fast=["encrypted"])
 )

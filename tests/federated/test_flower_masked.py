@@ -322,6 +322,7 @@ def test_what_the_selection_leaves_plain_is_averaged_too(small_vit):
         )
 
 
+@pytest.mark.slow
 def test_client_privacy_under_masks_is_counted_and_a_ledger_that_went_back_is_refused(small_vit):
     privacy = vg.ClientPrivacy(epsilon=4.0, rounds=3)
     masked = Masked(small_vit, outliers="clip", private=[privacy])

@@ -39,7 +39,7 @@ def train(guard):
     ("stack", "rounds"),
     [
         pytest.param("inspect", 50, marks=pytest.mark.slow),
-        ("inspect", 6),
+        ("inspect", 3),
         ("inspect+positions:kind=sincos+shuffle+masking", 3),
     ],
 )

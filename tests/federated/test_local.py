@@ -96,6 +96,7 @@ def test_several_rounds_move_the_model_and_chain_its_version(model, clients):
         model.state_dict().values(), first.weights.values(), strict=False))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_adversary_is_shown_the_model_that_the_round_started_from(model, clients):
     for spec in ("none", "positions:kind=sincos+masking"):
         one = federation(model, clients, spec)

@@ -75,6 +75,7 @@ def test_a_model_compiled_after_prepare_is_refused_before_it_is_traced(small_vit
         compiled(next(iter(loader))[0])
 
 
+@pytest.mark.slow
 def test_an_evaluation_may_be_compiled(small_vit):
     pytest.importorskip("opacus")
     model = small_vit(depth=1)

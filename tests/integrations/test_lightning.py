@@ -172,6 +172,7 @@ def test_weights_that_are_loaded_by_themselves_bring_what_was_spent_on_them(tmp_
         Guarded.load_from_checkpoint(path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", fast_for(["deepcopy", "pickle"], fast=["pickle"]))
 def test_a_copy_of_a_module_after_training_trains_on_its_own(how):

@@ -106,6 +106,7 @@ def gap(one, other):
 BOTH = f"{SHUFFLE}+{PRIVATE}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", fast_for([PRIVATE, BOTH], fast=[BOTH]))  # one is in the other
 def test_private_training_ends_at_the_weights_of_a_loop_by_hand(tmp_path, stack):
     model, guard = guarded(stack)
@@ -170,6 +171,7 @@ def test_the_unknown_embedding_shares_the_group_of_the_positions(tmp_path):
     assert group("vitguard.shuffle.unknown") is group("vit.embeddings.position_embeddings")
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_privately_close_to_full_precision(tmp_path):
     model, guard = guarded(PRIVATE)
     trainer(model, tmp_path, bf16=True).train()
@@ -177,6 +179,7 @@ def test_bfloat16_trains_privately_close_to_full_precision(tmp_path):
     assert 0 < gap(model, hand(PRIVATE)[0]) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", fast_for([1, 4], fast=[4]))  # of 1 there is nothing to add
 def test_accumulation_is_one_private_step_on_one_batch_of_that_many_images(tmp_path, accumulated):
     model, guard = guarded(PRIVATE)
@@ -191,6 +194,7 @@ def test_accumulation_is_one_private_step_on_one_batch_of_that_many_images(tmp_p
     assert made.state.global_step == 4
 
 
+@pytest.mark.slow
 def test_physical_batch_changes_neither_the_steps_nor_the_weights(tmp_path):
     model, guard = guarded(f"{PRIVATE},physical_batch=2")
     made = trainer(model, tmp_path)

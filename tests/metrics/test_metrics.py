@@ -50,6 +50,7 @@ def everything(result):
     return [v for v in vars(result).values() if isinstance(v, torch.Tensor)]
 
 
+@pytest.mark.slow
 def test_truth_scores_perfectly(photos, decoys):
     result = metrics.score(photos, photos, (16, 16), decoys=decoys)
     assert result.psnr.tolist() == [200.0] * 7

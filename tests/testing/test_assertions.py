@@ -103,6 +103,7 @@ def test_strong_noise_holds_beside_a_control_that_leaks(tiny, photo):
     assert {f.verdict for f in report.findings if not f.defended} == {"leaks"}
 
 
+@pytest.mark.slow
 def test_an_attack_that_fails_on_the_control_is_inconclusive(tiny, photos):
     with pytest.raises(Inconclusive):
         assert_not_reconstructable(
@@ -159,6 +160,7 @@ def sums(model, photos, clip):
     return total
 
 
+@pytest.mark.slow
 def test_sensitivity_holds_at_the_clip_fails_above_and_is_inconclusive_below(tiny, photos):
     pixels = photos[:3] * 2 - 1
     assert_sensitivity(sums(tiny, pixels, 0.1), 3, clip=0.1)

@@ -124,6 +124,7 @@ def said(tmp_path):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fast_for(NAMES, fast=FAST))
 def test_an_installed_defense_does_what_its_traits_say(name):
     """Beside those that are listed before it: each pair once, in either order."""

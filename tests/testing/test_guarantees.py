@@ -38,6 +38,7 @@ def test_every_class_of_the_package_is_read():
     assert len(PROMISED) >= 45
 
 
+@pytest.mark.slow
 def test_no_docstring_promises_anything_in_a_form_that_is_not_read():
     for path in sorted((ROOT / "vitguard").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -70,6 +71,7 @@ def test_names_of_breakages_are_theirs_alone():
     assert len({m.name for m in MUTATIONS}) == len(MUTATIONS) >= 60
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_code_promises():
     page = (ROOT / "docs" / "guarantees.md").read_text()
     table = page.partition("<!-- table -->\n")[2].partition("\n<!-- end of table -->")[0]

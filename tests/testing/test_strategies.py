@@ -148,6 +148,7 @@ def test_every_kind_of_tensor_is_drawn():
     assert shapes == {"scalar", "empty", "some"} and scales == {"zero", "large", ""}
 
 
+@pytest.mark.slow
 def test_every_installed_defense_is_drawn_and_settings_differ_from_their_defaults():
     found, changed = set(), set()
 

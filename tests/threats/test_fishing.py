@@ -81,6 +81,7 @@ def test_a_feature_leaves_one_image_of_a_batch_of_one_class(small_vit, photos):
     assert finding(small_vit(), photos[:4], labels, "fishing:label=3").verdict != "leaks"
 
 
+@pytest.mark.slow
 def test_one_image_that_a_feature_catches_is_read(small_vit, photos):
     labels, model = torch.full((4,), 3), small_vit()
     told = [

@@ -87,6 +87,7 @@ def test_a_batch_is_read_patch_by_patch(model, photos):
     assert alike.min(1).values.max() < 1e-3, "each image holds its own patches"
 
 
+@pytest.mark.slow
 def test_a_sum_of_clients_is_read_like_a_batch(model, photos):
     views = [exposed(model, photos[i : i + 1], MaliciousServer()) for i in range(4)]
     tensors = {
@@ -212,6 +213,7 @@ def test_an_audit_names_the_threat_and_its_control_trains_on_the_same_weights(mo
     assert "wrote the weights" in report.to_markdown()
 
 
+@pytest.mark.slow
 def test_rounds_of_a_federation_that_started_from_crafted_weights_leak(model, photos):
     threat = MaliciousServer()
     shared = build_model(SPEC)
@@ -304,6 +306,7 @@ def test_fishing_leaves_below_the_head_the_gradient_of_one_class_alone(model, ph
             assert torch.allclose(4 * whole[name], alone[name], rtol=1e-9, atol=1e-12), name
 
 
+@pytest.mark.slow
 def test_a_fished_image_is_read_out_of_its_batch(model, photos):
     labels = torch.tensor([1, 3, 0, 1])
     report = vg.audit(
@@ -376,6 +379,7 @@ def test_what_an_attack_proves_counts_on_crafted_weights_only_if_its_proofs_hold
     assert ("unproved" in plain.details) is crafted
 
 
+@pytest.mark.slow
 def test_an_update_of_honest_weights_proves_nothing_to_a_server_that_believes_it_crafted_them(
     model, photos
 ):

@@ -267,6 +267,7 @@ def test_control_c_inside_a_pass_leaves_the_simulation_usable(
     assert all(torch.equal(again.tensors[k], whole.tensors[k]) for k in whole.tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derivative", ["auto", "exact"])
 def test_control_c_inside_a_pass_keeps_the_best_so_far(small_vit, observe, photos, derivative):
     stack = "shuffle:ratio=0.5,mask=uniform,dal=tokens"

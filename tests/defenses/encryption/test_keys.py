@@ -99,6 +99,7 @@ def test_two_files_of_one_key_and_passphrase_share_nothing_that_was_drawn(keys, 
         assert stored[0][drawn] != stored[1][drawn], drawn
 
 
+@pytest.mark.slow
 def test_key_files_of_the_version_before_still_load(tmp_path):
     path = tmp_path / "keys.json"
     path.write_bytes(OLD_FILE.read_bytes())

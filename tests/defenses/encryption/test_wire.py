@@ -90,6 +90,7 @@ def mutations(run, total, seed):
     return causes
 
 
+@pytest.mark.slow
 def test_10000_mutations_of_a_message_are_refused_and_leave_the_sum_as_it_was(run):
     causes = mutations(run, 10_000, seed=1)
     assert len(causes) >= 8, causes

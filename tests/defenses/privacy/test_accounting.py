@@ -85,7 +85,7 @@ def test_releases_without_noise_have_infinite_epsilon_and_no_release_has_zero():
 
 @pytest.mark.parametrize(
     ("epsilon", "rate", "steps"),
-    [(1.0, 0.02, 300), pytest.param(8.0, 0.05, 100, marks=pytest.mark.slow)],
+    [(1.0, 0.02, 30), pytest.param(8.0, 0.05, 100, marks=pytest.mark.slow)],
 )
 def test_noise_for_a_target_spends_it_and_no_more(epsilon, rate, steps):
     ledger = Ledger()

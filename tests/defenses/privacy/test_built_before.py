@@ -108,6 +108,7 @@ def test_a_private_run_is_the_same_whether_the_optimizer_is_older_than_the_prote
     assert all(id(p) in known for group in holds.param_groups for p in group["params"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", fast_for(MODELS, fast=["timm", "registers"]))
 def test_positions_leave_the_optimizer_of_every_family(kind):
     sgd = OPTIMIZERS["SGD"]

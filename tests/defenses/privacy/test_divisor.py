@@ -101,6 +101,7 @@ def trained(model, criterion, passes=6):
             optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_a_private_loop_with_class_weights_is_stopped_and_with_those_of_each_example_it_goes_on(
     small_vit,
 ):

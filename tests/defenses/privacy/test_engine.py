@@ -83,6 +83,7 @@ def test_clipped_sum_equals_a_micro_batch_loop_with_drop_path_on(family):
     assert_same(got, micro_batches(model, F.cross_entropy, images, labels, before=one))
 
 
+@pytest.mark.slow
 def test_real_drop_path_and_dropout_keep_each_examples_gradient():
     model = build(
         "swin_tiny_patch4_window7_224", sizes=WINDOWED, drop_path_rate=0.3, proj_drop_rate=0.2

@@ -47,6 +47,7 @@ def test_a_library_that_notes_its_hooks_in_an_attribute_registers_them_once(smal
     assert seen == [8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", fast_for(["ViT", "Dinov2"], fast=["ViT"]))
 def test_hidden_states_of_transformers_are_recorded_once(kind):
     model = hugging_face(kind)

@@ -134,6 +134,7 @@ class NeverEmpty(Read):
         return super().__getitems__(indices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_set_that_reads_batches_is_asked_for_no_empty_one(small_vit, workers):
     def look(number):

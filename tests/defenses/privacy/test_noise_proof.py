@@ -41,6 +41,7 @@ def test_proved_epsilon_of_one_release_is_near_eight_and_never_above(seed):
     assert 6.5 < proof.epsilon(DELTA) <= 8.0
 
 
+@pytest.mark.slow
 def test_proved_epsilon_of_sampled_training_is_near_eight_and_never_above():
     noise, steps, rate = 1.2173, 60, 0.2  # epsilon 8
     proofs = [
@@ -117,6 +118,7 @@ def trained(seed, canaries=400, steps_per_epoch=5, epochs=10):
     return proof, ledger.history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", fast_for(range(3), fast=[0]))
 def test_canaries_in_training_on_the_prepared_loop_come_near_its_noise_and_rate_and_not_above(seed):
     proof, [(noise, rate, steps)] = trained(seed)

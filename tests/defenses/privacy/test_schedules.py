@@ -46,6 +46,7 @@ def history(guard):
     return guard._ledgers["privacy"].history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("physical", [None, 3])
 def test_a_noise_schedule_is_recorded_step_by_step_as_it_was_added(physical):
     from opacus.schedulers import ExponentialNoise
@@ -82,6 +83,7 @@ def test_a_clip_schedule_changes_clip_and_noise_together():
     assert clip == pytest.approx(0.5 * 0.1**3) and history(guard) == [(2.0, 0.25, 4)]
 
 
+@pytest.mark.slow
 def test_a_clip_that_changes_between_pieces_counts_from_the_next_batch():
     model, _, optimizer, loader = prepared(noise=1e-9, physical_batch=1, clip=0.5, batch=24)
     before = weights(model)
@@ -146,6 +148,7 @@ def test_a_step_is_in_the_ledger_before_its_noise_is_drawn(monkeypatch):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_schedule_cannot_go_past_the_target_epsilon():
     model, guard, optimizer, loader = prepared(noise=None, epsilon=3.0, epochs=4, accountant="rdp")
     step_on_noise(model, optimizer, next(iter(loader)))

@@ -102,6 +102,7 @@ CASES = given(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True)
 @CASES
 def test_sum_of_clipped_gradients_moves_by_at_most_clip_when_one_example_leaves(**case):

@@ -80,6 +80,7 @@ def test_which_of_two_opposite_records_it_was_is_told_as_often_as_the_bound_says
     assert success == pytest.approx(reconstruction_bound(0.5, noise, 1), abs=0.004)
 
 
+@pytest.mark.slow
 def test_the_bound_holds_for_the_best_attack_on_many_candidates_and_sampled_steps():
     """Simplex of candidates: the best guess is the likeliest one, over all steps."""
     noise, steps, rate, trials, candidates = 0.8, 10, 0.3, 4000, 10
@@ -103,6 +104,7 @@ def test_a_replaced_record_moves_the_sum_by_two_clips():
     assert replaced > 3 * membership_bound(0.01, noise, steps)
 
 
+@pytest.mark.slow
 def test_a_sampled_record_that_is_replaced_is_told_by_no_test_better_than_the_bound():
     noise, steps, rate, level, trials = 1.0, 20, 0.1, 0.05, 40_000
     generator = np.random.default_rng(0)
@@ -123,6 +125,7 @@ def test_a_sampled_record_that_is_replaced_is_told_by_no_test_better_than_the_bo
     assert membership_bound(level, noise, steps, rate) < reached <= bound < 2 * reached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "history", [[(1.0, 0.1, 10), (0.8, 0.05, 20)], [(1.0, 0.1, 5), (3.0, 1.0, 2)]]
 )

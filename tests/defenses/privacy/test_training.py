@@ -99,6 +99,7 @@ def test_a_step_is_the_clipped_sum_over_the_expected_batch():
         assert torch.allclose(before[k] - p, total[k] / 6, atol=1e-12), k
 
 
+@pytest.mark.slow
 def test_pieces_of_a_batch_make_the_same_step():
     after = []
     for pieces in (None, 2):
@@ -112,6 +113,7 @@ def test_pieces_of_a_batch_make_the_same_step():
     assert torch.allclose(*after, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_pieces_of_a_batch_share_one_mask():
     stack = [PatchShuffle(ratio=0.5, draw="batch")]
     model, guard, optimizer, loader = protected(stack=stack, physical_batch=1)
@@ -129,6 +131,7 @@ def test_pieces_of_a_batch_share_one_mask():
     assert not all(torch.equal(m, masks[0]) for m in masks)
 
 
+@pytest.mark.slow
 def test_empty_poisson_batches_step_on_noise_alone():
     model, guard, optimizer, loader = protected(batch=1, count=40, noise=0.0)
     private, poisson = guard.prepare(optimizer, loader)

@@ -127,6 +127,7 @@ def test_canary_bound_of_a_sound_mechanism_comes_near_the_claim_and_not_above(ep
     assert 0 < bound.thresholds <= claim(noise)
 
 
+@pytest.mark.slow
 def test_canary_bound_fails_no_more_often_than_its_confidence_says():
     noise, runs = noise_for(8.0, 1e-5, 1.0, 1), 400
     bounds = [canary_bound(*scores(200, noise, seed=i), 1e-5, confidence=0.8) for i in range(runs)]
