@@ -1,6 +1,6 @@
 """Break the package on purpose in many small ways: each breakage must fail the test named for it.
 
-    python benchmarks/mutations.py                  # all, in about 20 minutes of two cores
+    python benchmarks/mutations.py                  # all, in about ten minutes of two cores
     python benchmarks/mutations.py mask ledger      # those whose name or file has one of the words
     python benchmarks/mutations.py --docs docs      # writes the table of docs/mutations.md as well;
                                                     # with words, the lines of those that it runs
