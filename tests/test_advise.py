@@ -108,6 +108,7 @@ def test_a_name_says_what_the_model_of_that_name_says():
     assert [p["stack"] for p in by_name["proven"]] == [p["stack"] for p in by_model["proven"]]
 
 
+@pytest.mark.slow
 def test_a_batch_is_where_the_tokens_fill_the_width_and_every_batch_was_asked():
     """By bisection as by looking at each: no attack that ended comes back at a larger batch."""
     for model in (small_vit(), small_vit(reg_tokens=3), small_vit(embed_dim=64)):

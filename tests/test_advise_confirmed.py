@@ -51,6 +51,7 @@ def data_size(model):
     return Anatomy.of(model).image_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", TINY.values(), ids=TINY)
 def test_three_statements_of_a_small_model_are_what_the_audit_finds(changes):
     confirm(small_vit(**changes))

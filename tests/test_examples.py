@@ -178,6 +178,7 @@ STACKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defense", STACKS)
 def test_a_stopped_run_resumes_to_the_same_weights(script, folder, tmp_path, defense):
     common = [
@@ -243,6 +244,7 @@ def test_a_file_that_is_no_checkpoint_is_not_resumed(script, folder, tmp_path, c
         script.main(["--data", str(folder), "--out", str(tmp_path), "--resume", "--width", "32"])
 
 
+@pytest.mark.slow
 def test_training_learns_something(script, tmp_path):
     for name, level in (("dark", 40), ("light", 200)):
         (tmp_path / name).mkdir()

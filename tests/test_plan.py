@@ -153,6 +153,7 @@ def test_the_shares_of_vit_base_are_those_of_the_full_model():
     assert everything.parameters == 86_567_656 and everything.share == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["none", "learnable"])
 def test_without_positions_the_patches_fall_to_the_search_and_to_no_closed_form(positions):
     learnable = positions == "none"  # the defense takes them away, or the model has none

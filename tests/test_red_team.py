@@ -72,6 +72,7 @@ def test_a_second_prepare_that_is_refused_leaves_no_way_to_a_plain_step():
     assert torch.equal(weights(model), before)
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_a_second_prepare_that_was_refused():
     model, guard, _, optimizer, loader = prepared()
     images, labels = next(iter(loader))

@@ -70,6 +70,7 @@ def test_it_keeps_the_contracts(yours):
     contracts.check_attack(attack_types()["mean-colour"]())
 
 
+@pytest.mark.slow
 def test_it_is_audited_and_says_so_itself(yours, small_vit, photo, tmp_path):
     batch = photo, torch.tensor([3])
     report = audit(

@@ -155,6 +155,7 @@ def test_a_mask_that_leaked_is_used(stack, count, where, small_vit, photos, obse
     assert relative_gap(view, pixels, labels) > 0.01, "drawing a mask would do as well"
 
 
+@pytest.mark.slow
 def test_a_mask_of_an_earlier_attack_is_used(small_vit, photo, observe):
     wide = small_vit(num_heads=2, embed_dim=128)
     view = observe(
@@ -182,6 +183,7 @@ def test_masks_that_differ_by_image_are_drawn_anew_at_each_step(model, photos, o
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
+@pytest.mark.slow
 def test_noise_hides_the_rows_of_zeros(model, photo, observe):
     view = observe(
         model, photo, LABELS[:1], defenses="shuffle:ratio=0.5,mask=uniform+noise:scale=1"

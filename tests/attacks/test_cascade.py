@@ -91,6 +91,7 @@ def test_labels_that_no_single_class_explains_are_refused(small_vit, observe, ph
         Cascade().run(view, generator())
 
 
+@pytest.mark.slow
 def test_images_of_unlike_weight_keep_their_labels(small_vit, observe, photos):
     """As after clipping each example: the head's gradient confirms the weights."""
     labels, weights = [3, 7, 1], (1 / 3, 0.2, 0.1)
@@ -121,6 +122,7 @@ def test_names_what_it_cannot_do_without(small_vit, observe, photos):
         Cascade().run(view, generator())
 
 
+@pytest.mark.slow
 def test_noise_gives_no_labels(small_vit, observe, photos):
     view = observe(small_vit(), photos[:2], defenses=FROZEN)
     noise = {k: torch.randn_like(t) for k, t in view.update.tensors.items()}

@@ -60,6 +60,7 @@ def victim():
     )
 
 
+@pytest.mark.slow
 def test_the_step_is_written_out(victim):
     images, labels = colours(3)
     leaf = images.clone().requires_grad_()

@@ -73,6 +73,7 @@ def attending(seed: int):
     return attended[keep], (torch.arange(2 * patches) % patches)[keep], owner[keep], draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_what_queries_draw_tells_images_apart_that_means_do_not(seed):
     attended, position, owner, draws = attending(seed)

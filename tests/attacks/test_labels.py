@@ -99,6 +99,7 @@ def test_hidden_heads_block_and_two_heads_do_not_apply(small_vit, observe, photo
         infer_labels(two, generator)
 
 
+@pytest.mark.slow
 def test_the_last_block_gives_every_label_of_a_batch(small_vit, observe, photos, generator):
     labels = torch.tensor([7, 2, 2, 9])
     for withhold in ((), (r"head\.bias",)):
@@ -163,6 +164,7 @@ def test_every_label_of_a_batch_on_trained_weights(
     assert got.tolist() == labels.sort().values.tolist()
 
 
+@pytest.mark.slow
 def test_what_the_cascade_misses_is_filled_up_from_the_bias(
     small_vit, observe, photos, generator, monkeypatch
 ):

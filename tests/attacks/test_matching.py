@@ -336,6 +336,7 @@ def test_a_start_that_proved_every_patch_leaves_nothing_to_search(optimizer):
     assert replace(attack, iterations=2).run(view, seeded()).details["iterations"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defenses", [(), (PatchShuffle(0.3),)])
 def test_a_start_that_is_nearer_than_all_that_was_found_is_kept(defenses):
     view, images, labels = make_view(batch=2, defenses=defenses)

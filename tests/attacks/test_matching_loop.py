@@ -37,6 +37,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.slow
 def test_the_best_is_returned_and_not_the_last(attacked):
     view, _ = attacked([2])
     worse = []
@@ -111,6 +112,7 @@ def test_further_restarts_leave_the_start(attacked):
     assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
+@pytest.mark.slow
 def test_draws_of_a_shuffle_make_one_good_value_luck(small_vit, observe, photos):
     view = observe(small_vit(), photos[:2], defenses="shuffle:ratio=0.5,draw=image")
     run = Run(Loop(iterations=6, terms={"rate": 0.2}), view, seeded())
@@ -121,6 +123,7 @@ def test_draws_of_a_shuffle_make_one_good_value_luck(small_vit, observe, photos)
     assert guess.details["distance"] != run.restarts[0].best_distance
 
 
+@pytest.mark.slow
 def test_dropout_is_measured_again_under_equal_draws(small_vit, observe, photo):
     view = observe(small_vit(proj_drop_rate=0.2), photo)
     run = Run(Loop(iterations=6, restarts=2, terms={"rate": 0.1}), view, seeded())

@@ -143,6 +143,7 @@ def test_containment_gains_over_plain_span_under_noise_on_most_photos(small_vit,
     assert sorted(gains)[2] > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", fast_for([0, 1], fast=[0]), ids=["position", "span"])
 def test_an_undamaged_update_stays_exact(small_vit, observe, photo, which):
     _, strong, stack = PAIRS[which]
@@ -289,6 +290,7 @@ def test_the_true_image_is_a_fixed_point_of_containment(small_vit, observe, phot
     assert float((moved - true).abs().max()) < 1e-5  # the noise of float64, amplified
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relative", [1e-3, 1e-2])
 def test_containment_lowers_what_it_says_it_minimises(small_vit, observe, photo, relative):
     view = noise(observe(small_vit(), photo, defenses=FROZEN), relative)

@@ -57,6 +57,7 @@ def test_what_is_stated_rightly_keeps_its_verdict(small_vit, photo, stack, train
     assert said(model, update, stack, photo, given, training) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [LocalTraining(), LocalTraining(0.05)], ids=str)
 def test_other_weights_have_not_resisted_and_pass_no_gate(small_vit, photo, training):
     model, other = small_vit(), small_vit()

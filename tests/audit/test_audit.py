@@ -523,6 +523,7 @@ def test_a_saved_update_leaks_where_the_guess_reproduces_it(small_vit, photo, tm
     assert wrong.findings[-1].verdict == "inconclusive"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["nan", "shape", "error"])
 def test_a_broken_attack_on_a_saved_update_is_inconclusive(small_vit, photo, what):
     model = small_vit()

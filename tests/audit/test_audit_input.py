@@ -35,6 +35,7 @@ def images(count, seed=0):
     return torch.rand(count, 3, 16, 16, generator=generator), torch.arange(count) % 10
 
 
+@pytest.mark.slow
 def test_every_attack_that_was_asked_for_has_a_finding_on_every_stack(small_vit):
     surrogates = small_vit(embed_dim=32, seed=1), small_vit(embed_dim=32, seed=2)
     attacks = [FGSM((0.1,)), *(FGSM((0.1,), surrogate=s) for s in surrogates)]
@@ -96,6 +97,7 @@ def test_a_defense_that_would_not_act_is_never_passed_over(small_vit):
         audit(small_vit(), images(1), attacks=[Fake(Unprotected("not shuffled"))])
 
 
+@pytest.mark.slow
 def test_an_attack_that_fails_says_so_whether_it_attacks_an_update_or_an_input(small_vit, photo):
     @dataclass(frozen=True)
     class Breaks(Attack):

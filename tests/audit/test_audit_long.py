@@ -156,6 +156,7 @@ def test_an_interrupt_between_attacks_loses_nothing(small_vit, photo, monkeypatc
     assert [f.verdict for f in report.findings] == ["leaks", "inconclusive", "inconclusive"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_a_saved_updates_audit_loses_nothing(small_vit, photo, monkeypatch):
     model = small_vit()
     guard = protect(model, FROZEN)
@@ -270,6 +271,7 @@ def test_a_guess_that_was_fitted_to_the_update_does_not_explain_it(small_vit, ph
     assert finding.verdict == "inconclusive" and "fitted to the update" in finding.reason
 
 
+@pytest.mark.slow
 def test_the_last_layers_explain_no_image(small_vit, photo):
     @dataclass(frozen=True)
     class Labelled(Told):

@@ -95,6 +95,7 @@ def test_a_curious_server_rebuilds_the_image_of_each_plain_message(federation):
         assert finding.control.verdict == "leaks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["masking", "encryption"])
 def test_a_secure_sum_blocks_each_message_and_its_control_still_leaks(federation, spec):
     report = vg.audit(federation(spec).round().messages[:2], attacks="position")
@@ -283,6 +284,7 @@ def test_a_difference_of_sums_has_the_defense_of_the_client_that_it_is_of(federa
     assert [d.name for d in alone.guard.defenses] == ["client-privacy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [None, vg.LocalTraining(0.05, 1)])
 def test_the_bound_of_private_steps_is_not_said_of_training_that_was_not_made_here(
     federation, photos, training

@@ -388,6 +388,7 @@ def test_an_interrupt_in_a_worker_ends_the_audit_as_one_here_does(small_vit, pho
     assert found[FROZEN, "ends"].reason == found[FROZEN, "fgsm"].reason == INTERRUPTED
 
 
+@pytest.mark.slow
 def test_an_attack_in_a_worker_keeps_the_file_it_goes_on_from(small_vit, photo, tmp_path):
     attack = InvertingGradients(iterations=4, resume=str(tmp_path / "run.pt"))
     alone = audit(small_vit(), labelled(photo), attacks=[replace(attack, resume=None)])

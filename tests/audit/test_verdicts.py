@@ -179,6 +179,7 @@ def test_an_interrupted_report_says_so_in_every_form(small_vit, photo):
     assert "Interrupted before its end" in cut.to_markdown() and "Interrupted" in cut.to_html()
 
 
+@pytest.mark.slow
 def test_a_part_made_for_the_damage_stands_in_for_one_that_refuses_it(small_vit, photo):
     refused = Part(defended="refuses")
     for stands_in, verdict in ((StandsIn(), "resisted"), (Part(), "inconclusive")):
@@ -193,6 +194,7 @@ def test_where_only_useless_parts_ran_nothing_has_resisted(small_vit, photo):
     assert finding.reason == "no rung that ran here (second) leaks on the undefended control"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:PatchShuffle moves no patch")
 def test_an_image_that_leaks_and_was_not_chosen_is_no_resistance(small_vit, photo):
     """The choice never sees the truth, and the audit does."""
@@ -434,6 +436,7 @@ def test_one_that_is_weak_on_some_does_not_beside_one_that_is_not(small_vit, pho
     assert finding.verdict == "inconclusive" and report.gate(max_gain=6) == 0
 
 
+@pytest.mark.slow
 def test_a_batch_without_a_guess_beside_a_weak_control_is_judged(small_vit, photos):
     @dataclass(frozen=True)
     class Some(Partly):

@@ -73,6 +73,7 @@ def test_frozen_positions_leak_and_the_json_keeps_its_schema():
     assert found["positions:kind=frozen", "position"]["psnr"] is None
 
 
+@pytest.mark.slow
 def test_json_on_standard_output_is_nothing_but_json(capsys):
     assert run("--defense", "none", "--attack", "position", "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["schema"] == 1
@@ -84,6 +85,7 @@ def test_defaults_write_the_report_and_no_json():
     assert Path("vitguard-report.html").read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_default_defenses_that_do_not_fit_the_model_are_left_out_with_a_note(capsys):
     """Nobody chose them; what was chosen and does not fit is still an error."""
     sizes = "img_size=16,patch_size=4,embed_dim=32,depth=2,num_heads=2,num_classes=10"
@@ -116,6 +118,7 @@ def test_same_seed_same_report():
     assert first == second
 
 
+@pytest.mark.slow
 def test_withheld_parameters_are_named_as_blocked():
     result = report("--withhold", "patch", "--defense", "none", "--attack", "position")
     (finding,) = result["findings"]
@@ -123,6 +126,7 @@ def test_withheld_parameters_are_named_as_blocked():
     assert finding["control"]["verdict"] == "leaks"
 
 
+@pytest.mark.slow
 def test_difference_of_one_step_still_leaks():
     result = report(
         *FEW, "--update", "difference", "--lr", "0.1", "--defense", "positions:kind=frozen",
@@ -238,6 +242,7 @@ def test_a_folder_of_which_not_all_is_audited_says_so(photo):
     assert "the first" not in Path("all.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_audit_is_written_and_is_not_done(monkeypatch):
     from vitguard.attacks.span import SpanInversion
 

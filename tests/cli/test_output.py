@@ -64,6 +64,7 @@ def test_json_to_a_reader_that_leaves_still_gates(monkeypatch):
     assert Path("r.html").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("json", ["r.json", "-"])
 def test_a_full_disk_behind_standard_output_is_one_line(json, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", _Reader(OSError, 28, "No space left on device"))
@@ -89,6 +90,7 @@ def test_what_is_still_buffered_is_told_off_too(monkeypatch, capsys):
         monkeypatch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_a_terminal_without_letters_shows_a_name_as_it_can(errors, monkeypatch, tmp_path):
     from PIL import Image

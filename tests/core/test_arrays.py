@@ -89,6 +89,7 @@ def plain():
     return model, {n: 0.01 * torch.randn_like(p) for n, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_seal_save_audit_and_encryption_take_arrays(plain, tmp_path):
     model, tensors = plain
     arrays = {n: t.numpy() for n, t in tensors.items()}
@@ -250,6 +251,7 @@ def test_a_parameter_that_is_missing_stays_missing(stack, missing):
         sealed.read(missing)
 
 
+@pytest.mark.slow
 def test_an_audit_takes_a_difference_of_a_whole_state_dict():
     guard, update = trained("noise:scale=0")
     model = guard.public_model()

@@ -296,6 +296,7 @@ def correlations(a, b):
     return (a / a.norm(dim=1, keepdim=True)) @ (b / b.norm(dim=1, keepdim=True)).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (48, 16)])
 def test_a_hundred_decoys_without_duplicates(size):
     found = data.decoys(100, size, ["astronaut"])

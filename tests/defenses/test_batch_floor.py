@@ -70,6 +70,7 @@ def test_a_floor_that_only_repeats_reach_is_refused_where_the_images_are_seen():
     assert "head.weight" in head.update(often, labels).tensors
 
 
+@pytest.mark.slow
 def test_blocks_of_several_widths_are_refused():
     swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, window_size=7)
     with pytest.raises(Incompatible, match="one width"):

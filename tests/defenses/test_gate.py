@@ -40,6 +40,7 @@ def test_an_undefended_gradient_of_one_image_is_refused_with_the_reason() -> Non
     assert pickle.loads(pickle.dumps(caught.value)).decision == decision
 
 
+@pytest.mark.slow
 def test_a_private_update_at_epsilon_8_passes() -> None:
     net = model()
     private = vg.DifferentialPrivacy(noise=0.75)
@@ -66,6 +67,7 @@ def test_an_update_that_encryption_seals_whole_passes() -> None:
     assert not update.tensors and guard.tally.counts == {"passed": 1}
 
 
+@pytest.mark.slow
 def test_an_audit_shows_what_the_gate_would_have_judged() -> None:
     net = model().eval()
     pixels = data.sample_images(vg.Anatomy.of(net).image_size).pixels[:1]

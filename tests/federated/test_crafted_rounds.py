@@ -105,6 +105,7 @@ def test_a_share_is_told_from_a_sum_only_where_it_can_be(small_vit, photos):
         decayed.alone("bea")
 
 
+@pytest.mark.slow
 def test_under_masks_clients_with_other_weights_make_no_sum(small_vit, photos):
     threat = MaliciousServer("suppression", target="bea")
     seen = federation(small_vit(), photos, threat, "masking").round()
@@ -196,6 +197,7 @@ def test_only_sums_of_the_same_clients_are_read_together(small_vit, photos):
         together(sums[:1])
 
 
+@pytest.mark.slow
 def test_a_malicious_server_keeps_its_own_model_and_an_honest_one_moves_on(small_vit, photos):
     cases = ((None, False), (CuriousServer(), False), (MaliciousServer("suppression"), True))
     for threat, still in cases:

@@ -64,6 +64,7 @@ def test_a_recording_of_plain_updates_leaks_with_and_without_the_images(kept):
     assert finding.psnr is None
 
 
+@pytest.mark.slow
 def test_a_recording_of_ciphertext_is_blocked_beside_a_control_that_leaks(kept):
     model, recording, images = kept("encryption")
     seen = recording.rounds(model, "encryption", images=images, title="sealed")

@@ -118,6 +118,7 @@ def test_a_node_that_was_away_gets_the_sums_that_it_lacks(federated):
     assert all(torch.equal(federated.seen[12][-1][k], t) for k, t in federated.seen[11][-1].items())
 
 
+@pytest.mark.slow
 def test_a_client_that_lost_its_state_catches_up_one_round_later(federated):
     strategy = federated.strategy()
     original, rounds = federated.grid.send_and_receive, iter(range(1, 9))

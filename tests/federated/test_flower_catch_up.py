@@ -117,6 +117,7 @@ def test_the_server_cannot_read_the_model_that_it_keeps(federated):
     assert b"vitguard.snapshot.1" in everything and not federated.unsealed()
 
 
+@pytest.mark.slow
 def test_a_client_that_fails_when_it_is_asked_costs_one_round_more(federated, first):
     strategy = federated.strategy(catch_up=1)
 

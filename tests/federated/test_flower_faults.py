@@ -40,6 +40,7 @@ def through_bytes(context):
     return context_from_proto(type(proto).FromString(proto.SerializeToString()))
 
 
+@pytest.mark.slow
 def test_client_processes_that_restart_in_every_round_lose_nothing(federated):
     """All that a new process has is its files and the bytes of its state."""
 
@@ -56,6 +57,7 @@ def test_client_processes_that_restart_in_every_round_lose_nothing(federated):
     assert not federated.unsealed()
 
 
+@pytest.mark.slow
 def test_a_server_that_restarts_between_rounds_goes_on_from_what_it_saved(federated):
     saved = ArrayRecord(federated.start)
     for _ in range(4):

@@ -28,6 +28,7 @@ def masked(small_vit):
     return Masked(small_vit)
 
 
+@pytest.mark.slow
 def test_each_round_adds_the_weighted_average(masked):
     strategy, result = masked.run(2)
     assert strategy.refused == {1: {}, 2: {}}
@@ -36,6 +37,7 @@ def test_each_round_adds_the_weighted_average(masked):
     assert result.train_metrics_clientapp[1]["loss"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_nothing_unmasked_is_in_any_message(masked):
     masked.run(2)
     everything = b"".join(masked.grid.sent)
@@ -130,6 +132,7 @@ def test_too_few_clients_in_a_phase_end_the_round_and_the_next_one_works(
     assert masked.error(result) < CLOSE
 
 
+@pytest.mark.slow
 def test_a_client_that_was_away_in_one_round_is_back_in_the_next(masked):
     masked.silent = {"values": [12]}
     strategy = masked.strategy()
@@ -212,6 +215,7 @@ def test_a_server_that_lies_about_who_dropped_out_gets_no_shares(masked, monkeyp
     assert revealed(masked) == set()
 
 
+@pytest.mark.slow
 def test_both_shares_of_one_client_are_never_given(masked):
     """A server asks all for the shares of one set of survivors, then for those of another."""
     names = sorted(masked.names.values())
@@ -338,6 +342,7 @@ def test_client_privacy_under_masks_is_counted_and_a_ledger_that_went_back_is_re
     assert list(strategy.refused[1]) == [12] and "ledger" in strategy.refused[1][12]
 
 
+@pytest.mark.slow
 def test_values_beyond_the_bound_are_clipped_and_counted_where_the_client_says_so(small_vit):
     masked = Masked(small_vit, outliers="clip")
     masked.spoil[12] = each(lambda t: t + 100)

@@ -241,6 +241,7 @@ def test_a_client_that_lost_its_state_within_a_round_is_left_out_and_back_in_the
     assert strategy.refused[2] == {}
 
 
+@pytest.mark.slow
 def test_a_client_process_that_starts_anew_for_every_message_loses_nothing(masked):
     def restarted(phase, message):
         node = message.metadata.dst_node_id
@@ -256,6 +257,7 @@ def test_a_client_process_that_starts_anew_for_every_message_loses_nothing(maske
     assert masked.error(result, rounds=2) < CLOSE
 
 
+@pytest.mark.slow
 def test_a_server_that_starts_again_goes_on_with_the_next_round(masked):
     strategy, result = masked.run(1)
     later, result = masked.run(1, masked.strategy(first_round=strategy.next_round), result.arrays)

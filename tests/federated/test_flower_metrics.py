@@ -143,6 +143,7 @@ def test_a_strategy_around_encryption_is_refused_at_once(small_vit, around):
     assert not federated.seen
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     tuple(map(int, version("flwr").split(".")[:2])) < (1, 27),
     reason="wrappers of older Flower read replies before the exchanges of masks: the round fails",

@@ -107,6 +107,7 @@ def test_the_adversary_is_shown_the_model_that_the_round_started_from(model, cli
         assert not all(torch.equal(one.weights[n], t) for n, t in seen.weights.items())
 
 
+@pytest.mark.slow
 def test_a_client_with_bad_values_is_refused_with_the_reason_and_the_others_go_on(model, clients):
     broken = clients["cleo"].images.clone()
     broken[0, 0, 0, 0] = math.inf
@@ -258,6 +259,7 @@ def test_drawn_positions_are_the_same_for_all_clients(model, clients):
     assert all(torch.equal(p, positions[0]) for p in positions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["noise:scale=0.001", "masking", "encryption"])
 def test_tied_parameters_move_by_each_of_their_names(model, clients, spec):
     """The next load takes the last name: one that stayed would undo what the round did."""

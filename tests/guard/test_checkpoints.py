@@ -230,6 +230,7 @@ def test_a_torch_file_called_safetensors_is_known_by_what_it_holds(tmp_path):
         assert torch.equal(target.head.weight, weights["head.weight"])
 
 
+@pytest.mark.slow
 def test_safetensors_whose_header_begins_like_a_page_load(tmp_path):
     weights = vit().state_dict()
     for length in range(64):  # the header's length decides the first byte of the file

@@ -151,6 +151,7 @@ def prepared_before(small_vit, **settings):
     return accelerator, model, optimizer, loader, guard
 
 
+@pytest.mark.slow
 def test_what_accelerate_prepared_before_is_opened_and_trains_as_a_loop_by_hand(
     small_vit, tmp_path
 ):

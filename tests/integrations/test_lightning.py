@@ -231,6 +231,7 @@ class Photos(L.LightningDataModule):
         return self.trainer.lightning_module.private(DataLoader(DATA, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["fit", "data module"])
 def test_a_loader_from_elsewhere_is_made_private_by_the_module(how):

@@ -102,6 +102,7 @@ def steps_of_accelerate(folder):
     return run(folder / "half")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("resumed", [steps_of_lightning, steps_of_accelerate])
 def test_the_optimizers_state_counts_what_was_spent_where_nothing_else_keeps_it(resumed, tmp_path):

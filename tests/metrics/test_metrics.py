@@ -174,6 +174,7 @@ def test_the_thumbnail_is_every_patch_at_its_own_colour_and_no_order_beats_it(ph
     assert torch.allclose(metrics.patch_psnr(flat, photos, (8, 8)), thumbnail, atol=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),

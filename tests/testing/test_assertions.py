@@ -112,6 +112,7 @@ def test_an_attack_that_fails_on_the_control_is_inconclusive(tiny, photos):
     assert not issubclass(Inconclusive, AssertionError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [list, iter])
 def test_each_attack_that_is_named_must_work_on_the_control(tiny, photo, given):
     """One that works makes up for no other that was asked for."""

@@ -131,6 +131,7 @@ def test_a_failure_shrinks_to_a_small_vit_the_first_photo_and_a_short_stack():
     assert len(update.sealed) == 1 and not update.tensors and update.kind == "gradient"
 
 
+@pytest.mark.slow
 def test_every_kind_of_tensor_is_drawn():
     kinds, shapes, scales = set(), set(), set()
 

@@ -202,6 +202,7 @@ def test_honest_weights_have_no_bins_and_the_ladder_does_not_try(model, photos):
     assert "imprint" not in guess.details["outcomes"]
 
 
+@pytest.mark.slow
 def test_an_audit_names_the_threat_and_its_control_trains_on_the_same_weights(model, photos):
     threat = MaliciousServer("imprint:blocks=2", withhold=("mlp",))
     report = vg.audit(model, (photos[:2], torch.arange(2)), attacks="imprint", threat=threat)

@@ -312,6 +312,7 @@ def assert_blank(error, keys, signing):
         assert piece.decode("latin-1") not in shown
 
 
+@pytest.mark.slow
 def test_no_traceback_with_locals_shows_a_secret_or_a_passphrase(
     keys, signing, tmp_path, cheap, monkeypatch
 ):

@@ -375,6 +375,7 @@ def test_a_second_message_or_one_out_of_its_phase_is_refused(make_run):
 ROLES = ("add_keys", "add_shares", "add_masked", "add_agreement", "add_answer")
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_garbage_and_mutated_bytes_are_refused_by_their_type(data):

@@ -64,6 +64,7 @@ def flat(gradients):
     return torch.cat([g.flatten() for g in gradients.values()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.5, 200.0])
 def test_auxiliary_loss_from_tokens_is_clipped_with_its_example(weight):
     private, plain = protected(weight, noise=0.0)

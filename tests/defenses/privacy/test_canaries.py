@@ -43,6 +43,7 @@ def audited(path, fault, confidence):
 
 
 # on the other paths a planted fault is found, by the same audit
+@pytest.mark.slow
 @pytest.mark.parametrize("path", fast_for(canaries.PATHS, fast=["client"]))
 def test_no_lower_bound_exceeds_what_is_claimed(path):
     bound, claim = audited(path, "none", SURE)

@@ -29,6 +29,7 @@ def trained(model, forward):
     return guard.privacy_spent().steps
 
 
+@pytest.mark.slow
 def test_a_library_that_notes_its_hooks_in_an_attribute_registers_them_once(small_vit):
     model = small_vit(img_size=32, patch_size=8, depth=1)
     seen = []

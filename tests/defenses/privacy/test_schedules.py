@@ -70,6 +70,7 @@ def test_a_noise_schedule_is_recorded_step_by_step_as_it_was_added(physical):
     assert guard.privacy_spent().epsilon == pytest.approx(expected) and expected > 100
 
 
+@pytest.mark.slow
 def test_a_clip_schedule_changes_clip_and_noise_together():
     from opacus.schedulers import ExponentialGradClip
 
@@ -162,6 +163,7 @@ def test_a_schedule_cannot_go_past_the_target_epsilon():
     assert guard.privacy_spent().epsilon <= 3.0
 
 
+@pytest.mark.slow
 def test_what_leaves_a_step_lies_on_the_grid_of_its_noise():
     model, _, optimizer, loader = prepared(noise=1.0, clip=0.5)
     images, labels = next(iter(loader))

@@ -135,6 +135,7 @@ def moves_by_at_most_clip(model, stack, criterion, count, scale, seed):
     assert whole.norm() <= CLIP * count * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_an_example_with_a_large_gradient_moves_the_sum_by_exactly_clip():
     ready = prepared("vit", "plain")
     torch.manual_seed(1)

@@ -30,6 +30,7 @@ def losses(noise, steps, rate, present, trials, generator):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "steps", "rate"), SAMPLED)
 def test_power_of_sampled_releases_is_that_of_the_best_test_and_not_below(noise, steps, rate):
     generator, trials = np.random.default_rng(0), 40_000
@@ -146,6 +147,7 @@ def test_power_grows_with_level_and_steps_and_never_falls_below_the_level():
     assert power_of([(1.0, 0.02, 500)])(0.01) > power(0.01)
 
 
+@pytest.mark.slow
 def test_where_no_mesh_fits_a_coarser_upper_bound_takes_its_place(monkeypatch):
     fine = reconstruction_bound(0.01, 2.0, 5, 0.1)
     monkeypatch.setattr(module, "_MOST_POINTS", 100)

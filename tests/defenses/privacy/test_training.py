@@ -52,6 +52,7 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stack",
     [
@@ -78,6 +79,7 @@ def test_training_steps_and_keys_and_structure_of_the_model_stay(stack):
     model(torch.randn(2, 3, 32, 32))
 
 
+@pytest.mark.slow
 def test_a_step_is_the_clipped_sum_over_the_expected_batch():
     model, guard, optimizer, loader = protected(noise=0.0, clip=0.3, dtype=torch.float64, lr=1.0)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
@@ -189,6 +191,7 @@ def test_ledger_is_plain_data_and_a_resumed_run_continues_it():
     assert guard.privacy_spent().steps == 8
 
 
+@pytest.mark.slow
 def test_preparing_again_for_another_round_composes():
     model, guard, optimizer, loader = protected()
     for _ in range(3):

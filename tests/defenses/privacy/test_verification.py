@@ -57,6 +57,7 @@ def test_lower_bound_of_the_audit_does_not_exceed_the_claim(seed):
     assert bound.epsilon <= claim(noise)
 
 
+@pytest.mark.slow
 def test_audit_catches_a_clip_that_does_not_clip():
     noise = 4.5
     generator = torch.Generator().manual_seed(0)
@@ -64,6 +65,7 @@ def test_audit_catches_a_clip_that_does_not_clip():
     assert bound.epsilon > 3 > claim(noise)
 
 
+@pytest.mark.slow
 def test_audit_bound_of_perfect_guesses_saturates_where_it_should():
     assert audit_epsilon(80, 80, 400, 1e-5).epsilon == pytest.approx(3.27, abs=0.02)
     assert audit_epsilon(80, 40, 400, 1e-5).epsilon == 0
