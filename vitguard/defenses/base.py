@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -29,6 +37,7 @@ __all__ = [
     "hooks_gone",
     "rewinding",
     "traits_of",
+    "unseen_gradient",
     "watch_gradients",
     "written",
 ]
@@ -110,23 +119,36 @@ def written(value: Any) -> str:
 
 
 def watch_gradients(
-    parameters: Iterable[nn.Parameter], note: Callable[[Tensor], None]
-) -> list[Any]:
+    parameters: Iterable[Tensor],
+    note: Callable[[Tensor], None],
+    watched: MutableMapping[Tensor, Any],
+) -> None:
     """Call `note` when a gradient of a parameter is taken, also of one that is unfrozen later.
 
-    By `backward` or by `torch.autograd.grad`, which leaves nothing in the parameter itself.
+    By `backward` or by `torch.autograd.grad`, which leaves nothing in the parameter itself. At once
+    for one that a transform of `torch.func` put in its place, which takes no hook.
 
-    Returns:
-        The handles that end it.
+    Args:
+        watched: The handles that end it, by parameter; what is in it already stays as it is.
     """
-    handles = []
     for parameter in parameters:
-        if parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex()):
+        if parameter in watched:
+            continue
+        if torch._C._functorch.is_gradtrackingtensor(parameter):  # type: ignore[attr-defined]
+            note(parameter)
+        elif not parameter.is_leaf:
+            if parameter.requires_grad:
+                watched[parameter] = parameter.register_hook(_noting(note, parameter))
+        elif parameter.is_floating_point() or parameter.is_complex():
             trained = parameter.requires_grad
             parameter.requires_grad_(True)  # torch takes no hook for one that is frozen
-            handles.append(parameter.register_hook(functools.partial(_noted, note, parameter)))
+            watched[parameter] = parameter.register_hook(_noting(note, parameter))
             parameter.requires_grad_(trained)
-    return handles
+
+
+def unseen_gradient(model: nn.Module, watched: Mapping[Tensor, Any]) -> bool:
+    """Whether a parameter that nobody watched, since it came later, has a gradient."""
+    return any(p.grad is not None and p not in watched for p in model.parameters())
 
 
 def hooks_gone(handles: Iterable[Any]) -> bool:
@@ -134,8 +156,14 @@ def hooks_gone(handles: Iterable[Any]) -> bool:
     return any(handle.id not in (handle.hooks_dict_ref() or ()) for handle in handles)
 
 
-def _noted(note: Callable[[Tensor], None], parameter: Tensor, gradient: Tensor) -> None:
-    note(parameter)
+def _noting(note: Callable[[Tensor], None], parameter: Tensor) -> Callable[[Tensor], None]:
+    held = weakref.ref(parameter)  # it must not hold itself
+
+    def noted(gradient: Tensor) -> None:
+        if (p := held()) is not None:
+            note(p)
+
+    return noted
 
 
 class Installed(nn.Module):

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
-from vitguard.defenses.base import Installed, watch_gradients
+from vitguard.defenses.base import Installed, unseen_gradient, watch_gradients
 from vitguard.defenses.privacy.checks import refuse_checkpointing, refuse_half, refuse_sharded
 from vitguard.defenses.privacy.divisor import CommonDivisor
 from vitguard.defenses.privacy.engine import Engine, Watch
@@ -122,7 +123,7 @@ class PrivateTraining(Installed):
         """Whether the rest of the batch handed out last is not wanted."""
         self._divisor = CommonDivisor()
         self._handles: list[Any] = []
-        self._parameter_handles: list[Any] = []
+        self._watched = WeakIdKeyDictionary()  # parameters, each with the handle that ends it
         self.exposed = False
         """Whether a plain gradient reached a parameter since the weights were loaded."""
 
@@ -133,7 +134,7 @@ class PrivateTraining(Installed):
             **transient,
             "live": False,
             "_open": False,
-            "_parameter_handles": [],
+            "_watched": WeakIdKeyDictionary(),
         }
 
     def install(self, model: nn.Module) -> None:
@@ -141,14 +142,14 @@ class PrivateTraining(Installed):
         before = model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
         after = model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
         self._handles = [before, after]
-        self._parameter_handles = watch_gradients(model.parameters(), self._expose)
+        self._watch_all(model)
         watch_steps(self, model)
         self.live = True
 
     def uninstall(self, model: nn.Module) -> None:
-        for handle in (*self._handles, *self._parameter_handles):
+        for handle in (*self._handles, *self._watched.values()):
             handle.remove()
-        self._handles, self._parameter_handles = [], []
+        self._handles, self._watched = [], WeakIdKeyDictionary()
         self.live = False
 
     @contextmanager
@@ -162,6 +163,8 @@ class PrivateTraining(Installed):
 
     def moving(self, model: nn.Module) -> None:
         # without either it trains on something that came from elsewhere, such as a server's average
+        if self.live and not self._open and unseen_gradient(model, self._watched):
+            self.exposed = True
         if self.due is not None or self.exposed:
             self.refuse_others()
 
@@ -184,6 +187,10 @@ class PrivateTraining(Installed):
                 "mode, or around the model's own forward) since the weights were loaded. Evaluate "
                 "under torch.no_grad() or on a copy, and load the weights again."
             )
+
+    def _watch_all(self, model: nn.Module) -> None:
+        """Note gradients of every parameter, of those too that came since: a head, adapters."""
+        watch_gradients(model.parameters(), self._expose, self._watched)
 
     def _expose(self, parameter: Tensor) -> None:
         if self.live and not (self.engine.accumulates and self.tape is not None):
@@ -266,8 +273,10 @@ class PrivateTraining(Installed):
     # the model's side
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not (self.live and model.training and torch.is_grad_enabled()):
+        if not (self.live and torch.is_grad_enabled()):
             return
+        if not model.training:
+            return self._watch_all(model)
         refuse_compiled()
         refuse_sharded(model)
         refuse_checkpointing(model)
