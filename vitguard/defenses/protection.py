@@ -183,7 +183,7 @@ class Protection(nn.Module):
             self.destination = "warned"
             warnings.warn(line, stacklevel=2)
 
-    def left_out(self) -> bool:
+    def left_out(self, trained: set[int], needed: int) -> bool:
         """Whether an optimizer that leaves out what a defense added is refused here: pieces do."""
         return False
 

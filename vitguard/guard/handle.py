@@ -22,6 +22,7 @@ from vitguard.defenses.base import (
 )
 from vitguard.defenses.gate import Tally
 from vitguard.defenses.protection import Protection
+from vitguard.defenses.steps import given_for, remember
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.guard.leaving import (
     floating_buffers,
@@ -102,7 +103,8 @@ class Guard:
 
         Parameters that a defense added join the groups of the optimizer that hold their like (see
         `vitguard.joining`), and those that one took out of the model leave it, so schedulers built
-        around it go on. Under differential privacy the returned optimizer and loader replace the
+        around it go on. Call it for each optimizer of the model: what was added is trained by one
+        of them. Under differential privacy the returned optimizer and loader replace the
         old ones, whose next step raises.
 
         Of a PEFT model, what a defense added is trained too, though PEFT froze it.
@@ -128,7 +130,8 @@ class Guard:
             drop(optimizer, gone)
         added = dict(self._protection.named_parameters(prefix="vitguard"))
         if added := {name: p for name, p in added.items() if p.requires_grad}:
-            join(optimizer, added, self.model, self.anatomy)
+            join(optimizer, added, self.model, self.anatomy, given_for(self.model))
+        remember(optimizer, self.model)
         step = self._protection.step
         if step is not None:
             with self.rehearsing():
