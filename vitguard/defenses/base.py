@@ -10,7 +10,6 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
-    MutableMapping,
     Sequence,
 )
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vitguard.core import Batch, Loss, Traits, Update
 from vitguard.draws import Draws
@@ -34,6 +34,7 @@ __all__ = [
     "ModelDefense",
     "StepDefense",
     "UpdateDefense",
+    "Watched",
     "hooks_gone",
     "rewinding",
     "traits_of",
@@ -118,10 +119,24 @@ def written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
+class Watched(WeakIdKeyDictionary):
+    """Parameters whose gradients are noted, each with the handle that ends it; copies are empty."""
+
+    def __reduce__(self) -> Any:
+        return (type(self), ())
+
+    def __deepcopy__(self, memo: Any) -> Watched:
+        return type(self)()
+
+    def end(self) -> None:
+        """Note no more."""
+        for handle in self.values():
+            handle.remove()
+        self.clear()
+
+
 def watch_gradients(
-    parameters: Iterable[Tensor],
-    note: Callable[[Tensor], None],
-    watched: MutableMapping[Tensor, Any],
+    parameters: Iterable[Tensor], note: Callable[[Tensor], None], watched: Watched
 ) -> None:
     """Call `note` when a gradient of a parameter is taken, also of one that is unfrozen later.
 
@@ -129,7 +144,7 @@ def watch_gradients(
     for one that a transform of `torch.func` put in its place, which takes no hook.
 
     Args:
-        watched: The handles that end it, by parameter; what is in it already stays as it is.
+        watched: Takes them in; what is in it already stays as it is.
     """
     for parameter in parameters:
         if parameter in watched:
@@ -146,7 +161,7 @@ def watch_gradients(
             parameter.requires_grad_(trained)
 
 
-def unseen_gradient(model: nn.Module, watched: Mapping[Tensor, Any]) -> bool:
+def unseen_gradient(model: nn.Module, watched: Watched) -> bool:
     """Whether a parameter that nobody watched, since it came later, has a gradient."""
     return any(p.grad is not None and p not in watched for p in model.parameters())
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vitguard import rounds
 from vitguard.defenses.base import (
@@ -20,6 +19,7 @@ from vitguard.defenses.base import (
     Ledgered,
     StepDefense,
     UpdateDefense,
+    Watched,
     unseen_gradient,
     watch_gradients,
 )
@@ -49,8 +49,8 @@ class Protection(nn.Module):
         """How many blocks of `allowed` are open, of all threads together."""
         self.watch: Any = None
         """The hook that tells of training before `prepare`, where the stack protects each step."""
-        self.watched = WeakIdKeyDictionary()
-        """The parameters whose gradients are noted, each with the handle that ends it."""
+        self.watched = Watched()
+        """The parameters whose gradients are noted."""
         self.loading: Any = None
         """The hook that tells which weights a state dict brings."""
         self.whole = False
@@ -84,7 +84,7 @@ class Protection(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no private optimizer of its own, and nobody's optimizer holds what was taken;
         # parameters of a copy have no hooks (`watch_again`), and no audit is inside of it
-        fresh = {"prepared": False, "taken": (), "watched": WeakIdKeyDictionary()}
+        fresh = {"prepared": False, "taken": ()}
         return {**self.__dict__, **fresh, "allowing": 0, "ungating": 0}
 
     @staticmethod
@@ -138,10 +138,10 @@ class Protection(nn.Module):
         if self.loading is not None:
             self.loading.remove()
             self.loading = None
-        for handle in (self.watch, *self.watched.values()):
-            if handle is not None:
-                handle.remove()
-        self.watch, self.watched = None, WeakIdKeyDictionary()
+        if self.watch is not None:
+            self.watch.remove()
+            self.watch = None
+        self.watched.end()
 
     def idle(self) -> str:
         """Return the line that says which defenses training does not set off, "" where all is well.

@@ -75,8 +75,11 @@ def _refuse_replaced(optimizer: torch.optim.Optimizer) -> None:
     now = dict(model.named_parameters())
     for parameter, name in names.items():
         new = now.get(name, parameter)
-        if new is not parameter and new.requires_grad and id(new) not in held and (
-            id(parameter) in held
+        if (
+            new is not parameter
+            and new.requires_grad
+            and id(new) not in held
+            and (id(parameter) in held)
         ):
             raise Incompatible(
                 f"Expected the parameters that the model had when the optimizer was prepared, got "

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
-from vitguard.defenses.base import Installed, unseen_gradient, watch_gradients
+from vitguard.defenses.base import Installed, Watched, unseen_gradient, watch_gradients
 from vitguard.defenses.privacy.checks import refuse_checkpointing, refuse_half, refuse_sharded
 from vitguard.defenses.privacy.divisor import CommonDivisor
 from vitguard.defenses.privacy.engine import Engine, Watch
@@ -123,7 +122,7 @@ class PrivateTraining(Installed):
         """Whether the rest of the batch handed out last is not wanted."""
         self._divisor = CommonDivisor()
         self._handles: list[Any] = []
-        self._watched = WeakIdKeyDictionary()  # parameters, each with the handle that ends it
+        self._watched = Watched()
         self.exposed = False
         """Whether a plain gradient reached a parameter since the weights were loaded."""
 
@@ -134,7 +133,6 @@ class PrivateTraining(Installed):
             **transient,
             "live": False,
             "_open": False,
-            "_watched": WeakIdKeyDictionary(),
         }
 
     def install(self, model: nn.Module) -> None:
@@ -147,9 +145,10 @@ class PrivateTraining(Installed):
         self.live = True
 
     def uninstall(self, model: nn.Module) -> None:
-        for handle in (*self._handles, *self._watched.values()):
+        for handle in self._handles:
             handle.remove()
-        self._handles, self._watched = [], WeakIdKeyDictionary()
+        self._handles = []
+        self._watched.end()
         self.live = False
 
     @contextmanager

@@ -19,7 +19,7 @@ from vitguard.defenses.shuffle import masks
 from vitguard.defenses.shuffle.hooks import Hooked, hook
 from vitguard.defenses.shuffle.localization import LocalizationHead, dal_weight, localization_loss
 from vitguard.defenses.shuffle.settings import ShuffleSettings
-from vitguard.defenses.steps import gradient_left, watch_steps
+from vitguard.defenses.steps import gradient_left
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy
 
@@ -71,7 +71,6 @@ class InstalledShuffle(Hooked):
         except BaseException:
             self.uninstall(model)
             raise
-        watch_steps(self, model)  # a closure makes the first forward inside the first step
 
     def _forget(self) -> None:
         for name in _FORWARD:
