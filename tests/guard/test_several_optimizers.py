@@ -159,7 +159,7 @@ def test_a_step_that_would_leave_out_what_was_replaced_is_refused(stack, replace
     replace(model)
     before = model.head.weight.detach().clone()
     loss_of(model, guard).backward()
-    with pytest.raises(Incompatible, match="another .* in its place"):
+    with pytest.raises(Incompatible, match=r"another .* in its place"):
         optimizer.step()
     assert torch.equal(model.head.weight, before)
     guard.prepare(sgd(model.parameters())).step()

@@ -279,7 +279,8 @@ class Guard:
     def release(self) -> None:
         """Let every training pass through unprotected: for a copy whose gradients nobody sees.
 
-        Not for training that ends in a model which leaves: see `keep_local`.
+        `seal` refuses from now on. Not for training that ends in a model which leaves: see
+        `keep_local`.
         """
         self._protection.prepared = self._protection.rehearsal = True
 
@@ -319,6 +320,11 @@ class Guard:
                 which a finished update no longer has (`prepare` protects such training).
         """
         require_sent(self._protection)
+        if self._protection.rehearsal:
+            raise Unprotected(
+                "Expected training that the stack protects, got a model that guard.release() let "
+                "train as it is. Seal what a guard without that call has trained."
+            )
         if any(isinstance(d, BatchDefense) for d in self.defenses):
             raise Unprotected(
                 "Expected an update that update() made: the batch was not transformed."

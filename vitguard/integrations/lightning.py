@@ -205,8 +205,8 @@ class GuardMixin:
             made = self._one_step(piece, batch_idx)
             if made is None:
                 raise Incompatible(
-                    "Expected a loss from training_step under differential privacy, got None: which "
-                    "batches are left out would tell of their records. Return the loss of each; "
+                    "Expected a loss from training_step under differential privacy, got None: "
+                    "which batches are left out would tell of their records. Return the loss of each; "
                     "examples without a finite gradient are left out by themselves."
                 )
             if last:

@@ -188,6 +188,13 @@ class BookKeepingOptimizer(DPOptimizer):
                 "Expected loss.backward() between the pass of a batch and its step, got none. Call "
                 "loader.skip() in place of the step for a batch that you do not want."
             )
+        if not any(self._name(p) in sums for p in self.params):
+            raise Unprotected(
+                f"Expected a pass that trains what the optimizer holds, got one of {min(sums)} and "
+                "others that it does not hold: the step would be noise alone. Freeze and choose "
+                "adapters (set_adapter) first, then call guard.prepare with an optimizer of what "
+                "is trained."
+            )
         for p in self.params:
             total = sums.get(self._name(p))
             total = torch.zeros_like(p) if total is None else total.to(p.dtype).view_as(p)
