@@ -19,9 +19,9 @@ from vitguard.guard.state import from_bytes
 
 __all__ = [
     "EXTRAS_FILE", "STATE_FILE", "epsilons", "guard_inside", "holds_all", "is_private",
-    "join_ledgers", "load_extras", "load_state", "refuse_accumulation", "refuse_compiled", "refuse_float16",
-    "refuse_idle", "refuse_spread", "require_state", "save_extras", "save_state", "take_counts",
-    "take_state", "with_auxiliary",
+    "join_ledgers", "load_extras", "load_state", "refuse_accumulation", "refuse_compiled",
+    "refuse_float16", "refuse_idle", "refuse_spread", "require_state", "save_extras", "save_state",
+    "take_counts", "take_state", "with_auxiliary",
 ]  # fmt: skip
 
 STATE_FILE = "vitguard.json"

@@ -206,8 +206,8 @@ class GuardMixin:
             if made is None:
                 raise Incompatible(
                     "Expected a loss from training_step under differential privacy, got None: "
-                    "which batches are left out would tell of their records. Return the loss of each; "
-                    "examples without a finite gradient are left out by themselves."
+                    "which batches are left out would tell of their records. Return the loss of "
+                    "each; examples without a finite gradient are left out by themselves."
                 )
             if last:
                 return made
