@@ -188,6 +188,8 @@ class Installed(nn.Module):
     state dict. It survives deepcopy and pickle with the model; hooks refer to it, never to a guard.
     """
 
+    watches_steps: ClassVar[bool] = False
+    """Whether `moving` is asked from the first step on, also where no forward set it off."""
     lost: frozenset[str] = frozenset()
     """Tensors whose values a move threw away (`to_empty`, the meta device) and nobody restored."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -121,6 +122,7 @@ class PrivateTraining(Installed):
         self.skipped = False
         """Whether the rest of the batch handed out last is not wanted."""
         self._divisor = CommonDivisor()
+        self._told = False
         self._handles: list[Any] = []
         self._watched = Watched()
         self.exposed = False
@@ -283,6 +285,7 @@ class PrivateTraining(Installed):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._check_due(tensors)
         self.engine.close()
+        self._tell_of_hooks(model)
         self.probe(model, self.engine, args, kwargs)
         assert self.due is not None
         size = self.due.size
@@ -296,6 +299,29 @@ class PrivateTraining(Installed):
         self.tape = tape
         self._watch = Watch(tape)
         self._watch.__enter__()
+
+    def _tell_of_hooks(self, model: nn.Module) -> None:
+        """Warn of somebody's hooks on parameters, which a private gradient does not pass.
+
+        Looked for at the first pass.
+        """
+        if self._told:
+            return
+        self._told = True
+        protection = Protection.of(model)
+        watched = [self._watched] if protection is None else [self._watched, protection.watched]
+        for name, p in model.named_parameters():
+            own = sum(p in known for known in watched)
+            after = p._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+            if p.requires_grad and (after or len(p._backward_hooks or ()) > own):
+                warnings.warn(
+                    f"Expected parameters without hooks of their own under differential privacy, "
+                    f"got one on {name}: a private gradient does not pass it. Freeze what is not "
+                    "to move, mask weights in the forward pass (torch.nn.utils.prune), and read "
+                    "gradients from parameter.grad after the step.",
+                    stacklevel=2,
+                )
+                return
 
     def _check_due(self, tensors: list[Tensor]) -> None:
         size = next((len(t) for t in tensors if t.dim()), 0)
