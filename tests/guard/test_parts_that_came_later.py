@@ -104,3 +104,20 @@ def test_a_gradient_of_tensors_in_the_place_of_parameters_is_not_sealed(transfor
         loss({n: p.requires_grad_() for n, p in weights.items()}).backward()
     with pytest.raises(Unprotected, match="got a plain one"):
         guard.seal(change(model))
+
+
+@pytest.mark.parametrize("stack", [PRIVATE, "shuffle:ratio=0.5,mask=uniform"])
+def test_a_model_moves_where_torch_swaps_its_parameters(stack):
+    """torch swaps no tensor that something refers to weakly."""
+    model = small_vit(depth=1)
+    guard = vg.protect(model, stack)
+    guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(
+        TensorDataset(IMAGES, LABELS), 8
+    ))  # fmt: skip
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert model.head.weight.dtype == torch.float64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import (
     Callable,
@@ -18,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vitguard.core import Batch, Loss, Traits, Update
 from vitguard.draws import Draws
@@ -119,20 +117,31 @@ def written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
-class Watched(WeakIdKeyDictionary):
-    """Parameters whose gradients are noted, each with the handle that ends it; copies are empty."""
+class Watched:
+    """Parameters whose gradients are noted. Copies and pickles are empty.
+
+    By id and hook: a weak reference would keep torch from swapping a parameter (`model.to`).
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[int, Any] = {}
 
     def __reduce__(self) -> Any:
         return (type(self), ())
 
-    def __deepcopy__(self, memo: Any) -> Watched:
-        return type(self)()
+    def __contains__(self, parameter: Tensor) -> bool:
+        handle = self._handles.get(id(parameter))
+        return handle is not None and handle.id in (parameter._backward_hooks or ())
+
+    def add(self, parameter: Tensor, note: Callable[[Tensor], None]) -> None:
+        """Call `note` with each gradient of a parameter from now on."""
+        self._handles[id(parameter)] = parameter.register_hook(note)
 
     def end(self) -> None:
         """Note no more."""
-        for handle in self.values():
+        for handle in self._handles.values():
             handle.remove()
-        self.clear()
+        self._handles.clear()
 
 
 def watch_gradients(
@@ -144,6 +153,7 @@ def watch_gradients(
     for one that a transform of `torch.func` put in its place, which takes no hook.
 
     Args:
+        note: It returns nothing: the gradient stays as it is.
         watched: Takes them in; what is in it already stays as it is.
     """
     for parameter in parameters:
@@ -153,11 +163,11 @@ def watch_gradients(
             note(parameter)
         elif not parameter.is_leaf:
             if parameter.requires_grad:
-                watched[parameter] = parameter.register_hook(_noting(note, parameter))
+                watched.add(parameter, note)
         elif parameter.is_floating_point() or parameter.is_complex():
             trained = parameter.requires_grad
             parameter.requires_grad_(True)  # torch takes no hook for one that is frozen
-            watched[parameter] = parameter.register_hook(_noting(note, parameter))
+            watched.add(parameter, note)
             parameter.requires_grad_(trained)
 
 
@@ -169,16 +179,6 @@ def unseen_gradient(model: nn.Module, watched: Watched) -> bool:
 def hooks_gone(handles: Iterable[Any]) -> bool:
     """Whether somebody else removed a hook: `module._forward_hooks.clear()`, a part replaced."""
     return any(handle.id not in (handle.hooks_dict_ref() or ()) for handle in handles)
-
-
-def _noting(note: Callable[[Tensor], None], parameter: Tensor) -> Callable[[Tensor], None]:
-    held = weakref.ref(parameter)  # it must not hold itself
-
-    def noted(gradient: Tensor) -> None:
-        if (p := held()) is not None:
-            note(p)
-
-    return noted
 
 
 class Installed(nn.Module):

@@ -125,7 +125,7 @@ class Protection(nn.Module):
             watch_gradients(model.parameters(), self._expose, self.watched)
             watch_steps(self, model)
 
-    def _expose(self, parameter: Tensor) -> None:
+    def _expose(self, gradient: Tensor) -> None:
         if not self.passing:
             self.exposed = True
 

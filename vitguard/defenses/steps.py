@@ -12,7 +12,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vitguard.errors import Incompatible, Unprotected
 from vitguard.joining import frozen_by_peft
@@ -20,10 +19,10 @@ from vitguard.joining import frozen_by_peft
 __all__ = ["given_for", "gradient_left", "remember", "watch_steps"]
 
 _WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
-_GIVEN: weakref.WeakKeyDictionary[Any, tuple[weakref.ref[nn.Module], WeakIdKeyDictionary]] = (
+_GIVEN: weakref.WeakKeyDictionary[Any, tuple[weakref.ref[nn.Module], dict[str, int]]] = (
     weakref.WeakKeyDictionary()
 )
-"""The optimizers that were prepared, each with its model and the names of what it steps."""
+"""The optimizers that were prepared, each with its model and the ids of what it steps, by name."""
 _HOOKS: list[Any] = []
 
 
@@ -48,9 +47,9 @@ def remember(optimizer: Any, model: nn.Module) -> None:
     """Check from now on that the parameters of `model` that a prepared optimizer steps stay its."""
     _hook_steps()
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    names = {p: n for n, p in model.named_parameters() if id(p) in held}
+    names = {n: id(p) for n, p in model.named_parameters() if id(p) in held}
     while optimizer is not None:  # accelerate has one of its own around torch's
-        _GIVEN[optimizer] = weakref.ref(model), WeakIdKeyDictionary(names)
+        _GIVEN[optimizer] = weakref.ref(model), names
         optimizer = getattr(optimizer, "optimizer", None)
 
 
@@ -73,14 +72,9 @@ def _refuse_replaced(optimizer: torch.optim.Optimizer) -> None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     now = dict(model.named_parameters())
-    for parameter, name in names.items():
-        new = now.get(name, parameter)
-        if (
-            new is not parameter
-            and new.requires_grad
-            and id(new) not in held
-            and (id(parameter) in held)
-        ):
+    for name, old in names.items():
+        new = now.get(name)  # the old one lives, and keeps its id, while the optimizer holds it
+        if new is not None and new.requires_grad and id(new) not in held and old in held:
             raise Incompatible(
                 f"Expected the parameters that the model had when the optimizer was prepared, got "
                 f"another {name} in its place, which this step would not train (a new head, "

@@ -193,7 +193,7 @@ class PrivateTraining(Installed):
         """Note gradients of every parameter, of those too that came since: a head, adapters."""
         watch_gradients(model.parameters(), self._expose, self._watched)
 
-    def _expose(self, parameter: Tensor) -> None:
+    def _expose(self, gradient: Tensor) -> None:
         if self.live and not (self.engine.accumulates and self.tape is not None):
             self.exposed = True
 
