@@ -146,6 +146,13 @@ def test_what_names_nothing_is_refused(wide, train, told):
         plan_report(wide, (), train=train)
 
 
+@pytest.mark.parametrize("train", ["head", "lora:r=4/head"])
+def test_the_head_of_a_model_without_classes_is_told_to_be_none(small_vit, train):
+    """Backbones such as DINOv2's come without: their plan would leave out the labels."""
+    with pytest.raises(InputError, match=r"'head', of which the model has none.*num_classes"):
+        plan_report(small_vit(num_classes=0), (), train=train)
+
+
 def test_lora_beside_weights_that_are_no_layer_is_refused():
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.VisionTransformer(16, 4, 1, 2, 32, 64, num_classes=10)

@@ -7,7 +7,7 @@ its first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ def join(
     added: Mapping[str, nn.Parameter],
     model: nn.Module,
     anatomy: Anatomy,
+    others: Sequence[Any] = (),
 ) -> None:
     """Put each of `added`, by name, into the group of the parameter of the model most like it.
 
@@ -32,17 +33,23 @@ def join(
     in a group already moves, since the library that made the groups did not know it; not out of a
     group of added parameters alone, which somebody made for them, nor once it has been stepped.
 
+    Args:
+        others: Optimizers prepared before. Where one of them steps other parameters of the model
+            and has an added one, that stays there, or moves where only `optimizer` has its like.
+
     Raises:
         InputError: The optimizer made its state when it was built, so that nothing can join it.
     """
+    own = {k: p for k, p in model.named_parameters() if k not in added}
+    added = _left_to(optimizer, added, own, anatomy, others)
     new = {name for name, p in added.items() if _holder(optimizer, p) is None}
-    if isinstance(optimizer, torch.optim.Adagrad) and new:
+    kind = type(optimizer).__name__
+    if new and (isinstance(optimizer, torch.optim.Adagrad) or kind == "ZeroRedundancyOptimizer"):
         raise expected(
             f"an optimizer that takes in {', '.join(sorted(new))}",
-            "Adagrad, which makes its state when it is built",
+            f"{kind}, which makes its state when it is built",
             "Build it after protect, of model.parameters().",
         )
-    own = {k: p for k, p in model.named_parameters() if k not in added}
     for name, parameter in added.items():
         group = _group_of(optimizer, _alike(name, own, anatomy), own)
         holder = _holder(optimizer, parameter)
@@ -57,6 +64,33 @@ def join(
             group["param_names"].append(name)
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer._numel_cache = None
+
+
+def _left_to(
+    optimizer: torch.optim.Optimizer,
+    added: Mapping[str, nn.Parameter],
+    own: Mapping[str, nn.Parameter],
+    anatomy: Anatomy,
+    others: Sequence[Any],
+) -> dict[str, nn.Parameter]:
+    """Return what no other optimizer of the same model trains, one beside this one."""
+    ours = {id(p) for p in own.values()}
+    mine = held_by(optimizer) & ours
+    left = dict(added)
+    for other in others:
+        theirs = held_by(other)
+        if not theirs & ours or theirs & mine:  # one of an earlier round, or around this one
+            continue
+        for name, p in added.items():
+            like = [id(own[n]) for n in _alike(name, own, anatomy) if n in own]
+            here, there = (any(i in held for i in like) for held in (mine, theirs))
+            if id(p) not in theirs or id(p) in held_by(optimizer):
+                continue
+            if here and not there and p not in other.state:
+                drop(other, [p])
+            else:
+                left.pop(name, None)
+    return left
 
 
 def drop(optimizer: torch.optim.Optimizer, gone: Iterable[nn.Parameter]) -> None:

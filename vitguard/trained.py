@@ -30,16 +30,21 @@ def trained_sizes(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, i
     for part in train.split("/"):
         kind, _, given = part.partition(":")
         if kind == "lora":
-            chosen |= _lora(anatomy, shapes, _rank(part, given))
+            found = _lora(anatomy, shapes, _rank(part, given))
         elif kind == "adapters":
-            chosen |= _bottlenecks(anatomy, _rank(part, given))
+            found = _bottlenecks(anatomy, _rank(part, given))
         elif part == "last-block" and anatomy.blocks:
             inside = f"{anatomy.blocks[-1].name}."
-            chosen |= {n: s.numel() for n, s in shapes.items() if n.startswith(inside)}
+            found = {n: s.numel() for n, s in shapes.items() if n.startswith(inside)}
         else:
-            chosen |= {n: shapes[n].numel() for n in anatomy.select(part, shapes)}
-    if not chosen:
-        raise expected("a selection of parameters that are trained", repr(train))
+            found = {n: shapes[n].numel() for n in anatomy.select(part, shapes)}
+        if not found:
+            raise expected(
+                "a selection of parameters that are trained",
+                f"{part!r}, of which the model has none",
+                "One without classes has no head: build it with num_classes=10, say.",
+            )
+        chosen |= found
     return chosen
 
 

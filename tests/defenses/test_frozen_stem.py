@@ -122,3 +122,14 @@ def test_positions_that_another_defense_withholds_are_refused_whatever_its_name(
 
     with pytest.raises(Incompatible, match="trained and withheld"):
         protect(small_vit(), [Theirs(), vg.FrozenStem()])
+
+
+def test_a_step_that_would_train_the_stem_is_refused_before_it_moves():
+    """Trainers and schedules of fine-tuning unfreeze what they find frozen."""
+    guard = protect(small_vit(), "frozen-stem")
+    optimizer = guard.prepare(torch.optim.SGD(guard.model.requires_grad_(True).parameters(), 0.1))
+    torch.nn.functional.cross_entropy(guard.model(IMAGES), LABELS).backward()
+    before = {n: p.detach().clone() for n, p in guard.model.named_parameters()}
+    with pytest.raises(Unprotected, match="Freeze it again"):
+        optimizer.step()
+    assert all(torch.equal(p, before[n]) for n, p in guard.model.named_parameters())

@@ -489,3 +489,18 @@ def test_an_optimizer_of_a_copy_moves_nothing_either_on_images_as_they_are(copie
     F.cross_entropy(twin(IMAGES[:4]), LABELS[:4]).backward()
     with pytest.raises(Unprotected, match="after a pass in eval mode"):
         torch.optim.SGD(twin.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_what_a_released_guard_has_trained_is_not_sealed(stack):
+    model, guard, before = protected(stack)
+    optimizer, loader = prepare(guard)
+    train(guard, optimizer, loader)
+    state = guard.state_dict()
+    model, guard, before = protected(stack)
+    guard.load_state_dict(state)
+    guard.release()
+    model.eval()(IMAGES[:4]).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(Unprotected, match=r"guard\.release"):
+        guard.seal(difference(model, before))

@@ -255,3 +255,27 @@ def test_batches_to_skip_after_a_resume_are_told_to_be_none(small_vit):
     _, _, loader = prepare(accelerator, model, sgd(model), DataLoader(DATA, 4))
     with pytest.raises(AttributeError, match=r"every draw is fresh.*nothing to skip"):
         accelerator.skip_first_batches(loader, 1)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("pieces", [8, 2])
+def test_a_schedule_counts_a_private_batch_as_a_step(small_vit, monkeypatch, processes, pieces):
+    """accelerate steps it once for each process, whose loaders share the batches out."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, guard = guarded(small_vit, f"{PRIVATE},physical_batch={pieces}")
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    model, private, loader, scheduler = prepare(
+        accelerator, model, optimizer, DataLoader(DATA, 8), scheduler
+    )
+    state = type("State", (), {"num_processes": processes})
+    monkeypatch.setattr("accelerate.scheduler.AcceleratorState", state)
+    start = optimizer.param_groups[0]["lr"]
+    for images, labels in loader:
+        accelerator.backward(F.cross_entropy(model(images), labels))
+        private.step()
+        scheduler.step()
+        private.zero_grad()
+    steps = guard._ledgers["privacy"].steps
+    assert steps == len(loader)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(start * 0.5**steps)

@@ -342,3 +342,73 @@ def test_an_optimizer_is_found_in_every_form_that_lightning_takes(kind):
     module = forms(kind)
     fit(module, epochs=1)
     assert module.guard._ledgers["privacy"].steps == 4
+
+
+class Weighed(Guarded):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lr, self.batch_size = 0.1, 2
+
+    def train_dataloader(self):
+        return self.private(DataLoader(DATA, self.batch_size))
+
+
+def test_a_checkpoint_of_weights_alone_brings_what_was_spent_on_them(tmp_path):
+    trained = Guarded(PRIVATE)
+    fit(trained, epochs=1).save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    loaded = Guarded.load_from_checkpoint(tmp_path / "weights.ckpt")
+    assert loaded.guard._ledgers["privacy"].history == [(0.5, 0.25, 4)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("find", ["lr_find", "scale_batch_size"])
+def test_steps_of_a_tuner_stay_counted_and_training_goes_on(tmp_path, find):
+    from lightning.pytorch.tuner import Tuner
+
+    module = Weighed(PRIVATE)
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    how = {"num_training": 3} if find == "lr_find" else {"max_trials": 1, "steps_per_trial": 3}
+    start = {n: t.clone() for n, t in module.net.state_dict().items()}
+    getattr(Tuner(trainer), find)(module, **how)
+    spent = module.guard._ledgers["privacy"].steps
+    assert spent >= 3
+    assert all(torch.equal(t, start[n]) for n, t in module.net.state_dict().items())
+    trainer.fit(module)
+    assert module.guard._ledgers["privacy"].steps == spent + trainer.global_step
+
+
+def test_a_schedule_of_accumulation_is_refused_before_the_first_step():
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    module = Guarded(PRIVATE)
+    with pytest.raises(Incompatible, match="physical_batch"):
+        fit(module, callbacks=[GradientAccumulationScheduler({0: 1, 1: 2})])
+    assert not module.guard._ledgers["privacy"].history
+
+
+@pytest.mark.parametrize("stack", [SHUFFLE, f"{PRIVATE},physical_batch=2"])
+def test_a_batch_whose_step_returns_nothing_is_left_out_or_refused(stack):
+    class Choosing(GuardMixin, type("Plain", (Lit,), {})):
+        pass
+
+    def training_step(self, batch, batch_idx):
+        loss = Lit.training_step(self, batch, batch_idx)
+        return loss if batch_idx else None
+
+    Choosing.__mro__[2].training_step = training_step
+    module = Choosing(stack)
+    if stack == SHUFFLE:
+        assert fit(module, epochs=1).global_step == 4
+        return
+    with pytest.raises(Incompatible, match="got None"):
+        fit(module, epochs=1)
+    assert not module.guard._ledgers["privacy"].history
+
+
+def test_a_schedule_counts_lightnings_steps():
+    module = Guarded(f"{SHUFFLE},schedule=linear,steps=100")
+    trainer = fit(module, epochs=1)
+    assert module.net.vitguard.shuffle.step == trainer.global_step == 4

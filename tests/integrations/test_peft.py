@@ -234,3 +234,36 @@ def test_merged_adapters_load_into_a_plain_model(small_vit):
     plain.load_state_dict(vg.Guard.of(merged).export(), strict=True)
     images = DATA.tensors[0]
     assert torch.allclose(plain.eval()(images), merged.eval()(images), atol=1e-5)
+
+
+def test_adapters_that_the_private_optimizer_does_not_hold_are_told_before_the_next_step(small_vit):
+    pytest.importorskip("opacus")
+    model, guard = adapted(small_vit, "protect first", PRIVATE)
+    model.add_adapter("other", KINDS["LoRA"]())
+    model.set_adapter("other")
+    optimizer, loader = guard.prepare(sgd(model), DataLoader(DATA, 4))
+    model.set_adapter("default")
+    before = kept(model)
+    with pytest.raises(Unprotected, match="set_adapter"):
+        for images, labels in loader:
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    assert not moved(model, before) and not guard._ledgers["privacy"].history
+
+
+def test_every_linear_layer_but_those_of_a_defense_takes_an_adapter(small_vit, tmp_path):
+    """As docs/integrations.md says it: the head of DAL is no layer of the model."""
+    model = small_vit(depth=1)
+    guard = vg.protect(model, f"{SHUFFLE},dal=tokens")
+    chosen = {"target_modules": "all-linear", "exclude_modules": r"vitguard\..*"}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, **chosen))
+    optimizer, before = guard.prepare(sgd(model)), kept(model)
+    for _ in range(2):
+        step(model, guard, optimizer)
+    changed = moved(model, before)
+    assert {n for n in changed if "vitguard" in n} == {n for n in before if "vitguard" in n}
+    assert any("fc1.lora_A" in n for n in changed)
+    model.save_pretrained(tmp_path)
+    plain = peft.PeftModel.from_pretrained(small_vit(depth=1), tmp_path).eval()
+    images = DATA.tensors[0]
+    assert torch.allclose(plain(images), model.eval()(images), atol=1e-6)

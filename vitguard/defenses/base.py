@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -26,9 +32,11 @@ __all__ = [
     "ModelDefense",
     "StepDefense",
     "UpdateDefense",
+    "Watched",
     "hooks_gone",
     "rewinding",
     "traits_of",
+    "unseen_gradient",
     "watch_gradients",
     "written",
 ]
@@ -109,33 +117,68 @@ def written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
+class Watched:
+    """Parameters whose gradients are noted. Copies and pickles are empty.
+
+    By id and hook: a weak reference would keep torch from swapping a parameter (`model.to`).
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[int, Any] = {}
+
+    def __reduce__(self) -> Any:
+        return (type(self), ())
+
+    def __contains__(self, parameter: Tensor) -> bool:
+        handle = self._handles.get(id(parameter))
+        return handle is not None and handle.id in (parameter._backward_hooks or ())
+
+    def add(self, parameter: Tensor, note: Callable[[Tensor], None]) -> None:
+        """Call `note` with each gradient of a parameter from now on."""
+        self._handles[id(parameter)] = parameter.register_hook(note)
+
+    def end(self) -> None:
+        """Note no more."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+
 def watch_gradients(
-    parameters: Iterable[nn.Parameter], note: Callable[[Tensor], None]
-) -> list[Any]:
+    parameters: Iterable[Tensor], note: Callable[[Tensor], None], watched: Watched
+) -> None:
     """Call `note` when a gradient of a parameter is taken, also of one that is unfrozen later.
 
-    By `backward` or by `torch.autograd.grad`, which leaves nothing in the parameter itself.
+    By `backward` or by `torch.autograd.grad`, which leaves nothing in the parameter itself. At once
+    for one that a transform of `torch.func` put in its place, which takes no hook.
 
-    Returns:
-        The handles that end it.
+    Args:
+        note: It returns nothing: the gradient stays as it is.
+        watched: Takes them in; what is in it already stays as it is.
     """
-    handles = []
     for parameter in parameters:
-        if parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex()):
+        if parameter in watched:
+            continue
+        if torch._C._functorch.is_gradtrackingtensor(parameter):  # type: ignore[attr-defined]
+            note(parameter)
+        elif not parameter.is_leaf:
+            if parameter.requires_grad:
+                watched.add(parameter, note)
+        elif parameter.is_floating_point() or parameter.is_complex():
             trained = parameter.requires_grad
             parameter.requires_grad_(True)  # torch takes no hook for one that is frozen
-            handles.append(parameter.register_hook(functools.partial(_noted, note, parameter)))
+            watched.add(parameter, note)
             parameter.requires_grad_(trained)
-    return handles
+
+
+def unseen_gradient(model: nn.Module, watched: Watched) -> bool:
+    """Whether a parameter that nobody watched, since it came later, has a gradient."""
+    return any(p.grad is not None and p not in watched for p in model.parameters())
 
 
 def hooks_gone(handles: Iterable[Any]) -> bool:
     """Whether somebody else removed a hook: `module._forward_hooks.clear()`, a part replaced."""
     return any(handle.id not in (handle.hooks_dict_ref() or ()) for handle in handles)
-
-
-def _noted(note: Callable[[Tensor], None], parameter: Tensor, gradient: Tensor) -> None:
-    note(parameter)
 
 
 class Installed(nn.Module):
@@ -145,6 +188,8 @@ class Installed(nn.Module):
     state dict. It survives deepcopy and pickle with the model; hooks refer to it, never to a guard.
     """
 
+    watches_steps: ClassVar[bool] = False
+    """Whether `moving` is asked from the first step on, also where no forward set it off."""
     lost: frozenset[str] = frozenset()
     """Tensors whose values a move threw away (`to_empty`, the meta device) and nobody restored."""
 

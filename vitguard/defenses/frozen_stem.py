@@ -97,6 +97,8 @@ def _is(name: str, frozen: Sequence[str]) -> bool:
 
 
 class _InstalledStem(Installed):
+    watches_steps = True
+
     def __init__(self, model: nn.Module, frozen: tuple[str, ...]) -> None:
         super().__init__()
         self.frozen = frozen
@@ -114,6 +116,9 @@ class _InstalledStem(Installed):
 
     def holds(self, name: str) -> str | None:
         return "it belongs to the frozen stem" if _is(name, self.frozen) else None
+
+    def moving(self, model: nn.Module) -> None:
+        self.verify(model)
 
     def verify(self, model: nn.Module) -> None:
         loose = next((n for n, p in self._stem(model).items() if p.requires_grad), None)

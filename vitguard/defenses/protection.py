@@ -19,6 +19,8 @@ from vitguard.defenses.base import (
     Ledgered,
     StepDefense,
     UpdateDefense,
+    Watched,
+    unseen_gradient,
     watch_gradients,
 )
 from vitguard.defenses.feedback import Feedback
@@ -45,8 +47,10 @@ class Protection(nn.Module):
         """Whether training passes are protected by `Guard.prepare`, or need not be."""
         self.allowing = 0
         """How many blocks of `allowed` are open, of all threads together."""
-        self.watches: list[Any] = []
-        """Hooks that tell of training before `prepare`, where the stack protects each step."""
+        self.watch: Any = None
+        """The hook that tells of training before `prepare`, where the stack protects each step."""
+        self.watched = Watched()
+        """The parameters whose gradients are noted."""
         self.loading: Any = None
         """The hook that tells which weights a state dict brings."""
         self.whole = False
@@ -80,7 +84,7 @@ class Protection(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no private optimizer of its own, and nobody's optimizer holds what was taken;
         # parameters of a copy have no hooks (`watch_again`), and no audit is inside of it
-        fresh = {"prepared": False, "taken": (), "watches": self.watches[:1]}
+        fresh = {"prepared": False, "taken": ()}
         return {**self.__dict__, **fresh, "allowing": 0, "ungating": 0}
 
     @staticmethod
@@ -112,19 +116,16 @@ class Protection(nn.Module):
 
     def watch_training(self, model: nn.Module) -> None:
         """Refuse training passes that nothing prepared, and note gradients around the model."""
-        self.watches = [
-            model.register_forward_pre_hook(_require_preparation),
-            *watch_gradients(model.parameters(), self._expose),
-        ]
-        watch_steps(self, model)
+        self.watch = model.register_forward_pre_hook(_require_preparation)
+        self.watch_again(model)
 
     def watch_again(self, model: nn.Module) -> None:
-        """Note gradients around a copy too, whose parameters came without their hooks."""
-        if len(self.watches) == 1 and not self.passing:
-            self.watches += watch_gradients(model.parameters(), self._expose)
+        """Note gradients of parameters that came later too: of a copy, a new head, adapters."""
+        if self.watch is not None and not self.passing:
+            watch_gradients(model.parameters(), self._expose, self.watched)
             watch_steps(self, model)
 
-    def _expose(self, parameter: Tensor) -> None:
+    def _expose(self, gradient: Tensor) -> None:
         if not self.passing:
             self.exposed = True
 
@@ -137,9 +138,10 @@ class Protection(nn.Module):
         if self.loading is not None:
             self.loading.remove()
             self.loading = None
-        for handle in self.watches:
-            handle.remove()
-        self.watches = []
+        if self.watch is not None:
+            self.watch.remove()
+            self.watch = None
+        self.watched.end()
 
     def idle(self) -> str:
         """Return the line that says which defenses training does not set off, "" where all is well.
@@ -163,7 +165,11 @@ class Protection(nn.Module):
 
     def moving(self, model: nn.Module) -> None:
         """Refuse a step on plain gradients, which nobody prepared: of a pass in eval mode, say."""
-        if self.exposed and not self.passing:
+        if self.passing:
+            return
+        if self.watch is not None and unseen_gradient(model, self.watched):
+            self.exposed = True
+        if self.exposed:
             raise Unprotected(
                 "Expected training through guard.prepare(optimizer, loader), got an optimizer's "
                 "step after a plain gradient (of a pass in eval mode, or around the model's own "
@@ -177,7 +183,7 @@ class Protection(nn.Module):
             self.destination = "warned"
             warnings.warn(line, stacklevel=2)
 
-    def left_out(self) -> bool:
+    def left_out(self, trained: set[int], needed: int) -> bool:
         """Whether an optimizer that leaves out what a defense added is refused here: pieces do."""
         return False
 

@@ -22,6 +22,7 @@ from vitguard.defenses.base import (
 )
 from vitguard.defenses.gate import Tally
 from vitguard.defenses.protection import Protection
+from vitguard.defenses.steps import given_for, remember
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.guard.leaving import (
     floating_buffers,
@@ -102,7 +103,8 @@ class Guard:
 
         Parameters that a defense added join the groups of the optimizer that hold their like (see
         `vitguard.joining`), and those that one took out of the model leave it, so schedulers built
-        around it go on. Under differential privacy the returned optimizer and loader replace the
+        around it go on. Call it for each optimizer of the model: what was added is trained by one
+        of them. Under differential privacy the returned optimizer and loader replace the
         old ones, whose next step raises.
 
         Of a PEFT model, what a defense added is trained too, though PEFT froze it.
@@ -128,7 +130,8 @@ class Guard:
             drop(optimizer, gone)
         added = dict(self._protection.named_parameters(prefix="vitguard"))
         if added := {name: p for name, p in added.items() if p.requires_grad}:
-            join(optimizer, added, self.model, self.anatomy)
+            join(optimizer, added, self.model, self.anatomy, given_for(self.model))
+        remember(optimizer, self.model)
         step = self._protection.step
         if step is not None:
             with self.rehearsing():
@@ -276,7 +279,8 @@ class Guard:
     def release(self) -> None:
         """Let every training pass through unprotected: for a copy whose gradients nobody sees.
 
-        Not for training that ends in a model which leaves: see `keep_local`.
+        `seal` refuses from now on. Not for training that ends in a model which leaves: see
+        `keep_local`.
         """
         self._protection.prepared = self._protection.rehearsal = True
 
@@ -316,6 +320,11 @@ class Guard:
                 which a finished update no longer has (`prepare` protects such training).
         """
         require_sent(self._protection)
+        if self._protection.rehearsal:
+            raise Unprotected(
+                "Expected training that the stack protects, got a model that guard.release() let "
+                "train as it is. Seal what a guard without that call has trained."
+            )
         if any(isinstance(d, BatchDefense) for d in self.defenses):
             raise Unprotected(
                 "Expected an update that update() made: the batch was not transformed."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from vitguard.integrations.found import (
 
 try:
     from accelerate import Accelerator
+    from accelerate.scheduler import AcceleratedScheduler
     from accelerate.utils import send_to_device
 except ImportError as error:
     raise missing_extra("vitguard.integrations.accelerate", "accelerate", "hf") from error
@@ -39,7 +40,8 @@ def prepare(
 
     Under differential privacy the optimizer adds up over processes by itself, so the model is not
     wrapped for it, and the loader is a Poisson loader whose batches come on the right device; the
-    batch size that it was made with is that of all processes together.
+    batch size that it was made with is that of all processes together. A scheduler counts a batch
+    as a step, in whatever pieces it comes.
 
     Args:
         model: Protected, not prepared by accelerate.
@@ -66,7 +68,20 @@ def prepare(
     optimizer, loader = guard.prepare(optimizer, loader)
     prepared = accelerator.prepare(optimizer, *others)
     optimizer, *others_prepared = prepared if others else (prepared,)
+    for scheduler in others_prepared:
+        if isinstance(scheduler, AcceleratedScheduler):
+            scheduler.split_batches = True  # the loader has a step for a batch of all processes
+            scheduler.step = _once_a_batch(loader, scheduler.step)
     return model, optimizer, PlacedBatches(loader, accelerator.device), *others_prepared
+
+
+def _once_a_batch(loader: PoissonLoader, step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a scheduler's step that passes over all but the last piece of a batch."""
+
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs) if loader.ends_step else None
+
+    return stepped
 
 
 def register(accelerator: Accelerator, guard: Guard) -> None:

@@ -18,10 +18,10 @@ from vitguard.guard import Guard
 from vitguard.guard.state import from_bytes
 
 __all__ = [
-    "EXTRAS_FILE", "STATE_FILE", "epsilons", "guard_inside", "is_private", "join_ledgers",
-    "load_extras", "load_state", "refuse_accumulation", "refuse_compiled", "refuse_float16",
-    "refuse_idle", "refuse_spread", "require_state", "save_extras", "save_state", "take_counts",
-    "take_state", "with_auxiliary",
+    "EXTRAS_FILE", "STATE_FILE", "epsilons", "guard_inside", "holds_all", "is_private",
+    "join_ledgers", "load_extras", "load_state", "refuse_accumulation", "refuse_compiled",
+    "refuse_float16", "refuse_idle", "refuse_spread", "require_state", "save_extras", "save_state",
+    "take_counts", "take_state", "with_auxiliary",
 ]  # fmt: skip
 
 STATE_FILE = "vitguard.json"
@@ -158,6 +158,11 @@ def join_ledgers(guard: Guard, earlier: Guard) -> None:
     for name, ledger in earlier._ledgers.items():
         if name in guard._ledgers:
             guard._ledgers[name].load_state_dict(ledger.state_dict())
+
+
+def holds_all(guard: Guard, state: bytes) -> bool:
+    """Whether a state has the ledger of each defense that the guard's stack counts."""
+    return guard._ledgers.keys() <= dict(from_bytes(state)["ledger"] or {}).keys()
 
 
 def take_counts(guard: Guard, state: bytes) -> None:

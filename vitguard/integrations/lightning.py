@@ -14,6 +14,7 @@ from vitguard.guard import Guard
 from vitguard.integrations.found import (
     epsilons,
     guard_inside,
+    holds_all,
     is_private,
     refuse_accumulation,
     refuse_compiled,
@@ -25,6 +26,7 @@ from vitguard.integrations.found import (
 
 try:
     from lightning.pytorch import Callback
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
     from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as error:
     raise missing_extra("vitguard.integrations.lightning", "lightning", "lightning") from error
@@ -41,8 +43,8 @@ class GuardCallback(Callback):
     it along.
 
     Guarantees:
-        A checkpoint holds the ledger, which holds no secret; resuming without it is refused, and
-        testing on an older one changes nothing of it.
+        A checkpoint holds the ledger, which holds no secret; resuming without it is refused, and an
+        older one changes nothing of it: what was spent since (by `Tuner`, say) stays counted.
         Training whose defenses act on updates alone is refused, unless it is inside `guard.round`,
         or `guard.will_seal` or `guard.keep_local` was called.
     """
@@ -61,14 +63,27 @@ class GuardCallback(Callback):
             pl_module.log(name, value)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_STATE] = guard_inside(pl_module).state_bytes(draws=False, memory=False).decode()
+        _keep_state(guard_inside(pl_module), checkpoint)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        state = _state_in(checkpoint)
-        if trainer.state.fn == TrainerFn.FITTING:
-            take_state(guard_inside(pl_module), state, "without")
+        state, guard = _state_in(checkpoint), guard_inside(pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and not (state and holds_all(guard, state)):
+            take_state(guard, state, "without")
         elif state is not None:
-            take_counts(guard_inside(pl_module), state)
+            take_counts(guard, state)
+            _go_on(guard, checkpoint)
+
+
+def _go_on(guard: Guard, checkpoint: Mapping[str, Any]) -> None:
+    """Put what is counted now into the states of private optimizers, which may be older."""
+    step = guard._protection.step
+    for state in checkpoint.get("optimizer_states", ()):
+        if step is not None and _STATE in state:
+            state[_STATE] = guard._ledgers[step.name].state_dict()
+
+
+def _keep_state(guard: Guard, checkpoint: dict[str, Any]) -> None:
+    checkpoint[_STATE] = guard.state_bytes(draws=False, memory=False).decode()
 
 
 def _state_in(checkpoint: Mapping[str, Any]) -> bytes | None:
@@ -134,6 +149,10 @@ class GuardMixin:
         made = super().configure_callbacks()  # type: ignore[misc]
         return [*(made if isinstance(made, list | tuple) else [made]), GuardCallback()]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        _keep_state(self.guard, checkpoint)  # where weights alone are saved no callback is asked
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         if (state := _state_in(checkpoint)) is not None:
@@ -159,7 +178,7 @@ class GuardMixin:
         trainer = self.trainer  # type: ignore[attr-defined]
         compiled = getattr(self, "_compiler_ctx", None) is not None
         refuse_compiled("torch.compile", compiled, "Give the module itself to fit")
-        refuse_accumulation("accumulate_grad_batches", trainer.accumulate_grad_batches)
+        refuse_accumulation("accumulate_grad_batches", _accumulated(trainer))
         if epochs := trainer.reload_dataloaders_every_n_epochs:
             raise Incompatible(
                 "Expected one loader for the whole training under differential privacy, got "
@@ -184,6 +203,12 @@ class GuardMixin:
         self._optimizer.zero_grad()  # Lightning does so only before the last piece
         for piece, _, last in self._loader.batches.pieces(batch):
             made = self._one_step(piece, batch_idx)
+            if made is None:
+                raise Incompatible(
+                    "Expected a loss from training_step under differential privacy, got None: "
+                    "which batches are left out would tell of their records. Return the loss of "
+                    "each; examples without a finite gradient are left out by themselves."
+                )
             if last:
                 return made
             (made["loss"] if isinstance(made, dict) else made).backward()
@@ -194,7 +219,15 @@ class GuardMixin:
         step = super().training_step  # type: ignore[misc]
         takes_index = len(inspect.signature(step).parameters) > 1
         made = step(batch, batch_idx) if takes_index else step(batch)
-        return None if made is None else with_auxiliary(made, self.guard.auxiliary_loss())
+        auxiliary = self.guard.auxiliary_loss()  # read also where the batch is left out
+        return None if made is None else with_auxiliary(made, auxiliary)
+
+
+def _accumulated(trainer: Any) -> int:
+    """Return the most batches in which a trainer steps once."""
+    schedules = [c.scheduling for c in trainer.callbacks
+                 if isinstance(c, GradientAccumulationScheduler)]  # fmt: skip
+    return max(trainer.accumulate_grad_batches, *(max(s.values()) for s in schedules), 1)
 
 
 def _the_optimizer(made: Any) -> torch.optim.Optimizer:

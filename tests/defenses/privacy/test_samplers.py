@@ -249,6 +249,14 @@ REFUSED = {
         "Repeated, which has a __iter__ of its own",
     ),
     "no loader": (lambda: list(range(8)), "Expected a DataLoader.*got list"),
+    "one of Lightning's Fabric": (
+        lambda: (
+            pytest.importorskip("lightning.fabric")
+            .Fabric(accelerator="cpu", devices=1)
+            .setup_dataloaders(DataLoader(Numbered(), 4))
+        ),
+        "_FabricDataLoader around one.*to no other tool",
+    ),
 }
 
 

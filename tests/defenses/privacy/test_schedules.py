@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.defenses.privacy.privacy_models import build
 from tests.fast import fast_for
 from vitguard.defenses.privacy import DifferentialPrivacy, Ledger, measure_noise
-from vitguard.errors import Unprotected
+from vitguard.errors import Incompatible, Unprotected
 from vitguard.guard import protect
 
 pytest.importorskip("opacus")
@@ -186,3 +186,16 @@ def test_noise_of_a_step_follows_no_seed_of_torch(seeded):
         moved.append(step_on_noise(model, optimizer, batch))
     assert torch.equal(*moved) == seeded
     assert (guard.privacy_spent().epsilon == math.inf) == seeded  # a generator's noise is void
+
+
+def test_a_learning_rate_schedule_that_counts_pieces_is_refused_before_a_weight_moves():
+    model, guard, optimizer, loader = prepared(physical_batch=1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    before = weights(model)
+    with pytest.raises(Incompatible, match="ends_step"):
+        for batch in loader:
+            step_on_noise(model, optimizer, batch)
+            if loader.ends_step:  # a batch of one or none tells nothing
+                before = weights(model)
+            scheduler.step()
+    assert torch.equal(weights(model), before) and len(history(guard)) <= 1

@@ -544,3 +544,16 @@ def test_checkpoints_of_activations_that_are_turned_on_after_prepare_are_refused
         train(model, guard, optimizer, loader)
     model.set_grad_checkpointing(False)
     train(model, guard, optimizer, loader)
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_that_a_private_gradient_does_not_pass_are_told_once(kind, recwarn):
+    def told():
+        return [str(w.message) for w in recwarn if "hooks of their own" in str(w.message)]
+
+    model, guard, optimizer, loader = protected(batch=12)
+    train(model, guard, *guard.prepare(optimizer, loader))
+    assert not told()
+    getattr(model.head.weight, kind)(lambda gradient: None)
+    train(model, guard, *guard.prepare(optimizer, loader))
+    assert len(told()) == 1 and "head.weight" in told()[0]

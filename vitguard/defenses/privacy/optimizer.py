@@ -62,6 +62,7 @@ class BookKeepingOptimizer(DPOptimizer):
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._next: tuple[int, int] | None = None  # batch and piece that would continue the sums
         self._clip = self._rate = 0.0  # of the batch in the sums
+        self._rates: list[float] = []  # of the groups, at the first piece of it
         self.left_out = 0
         """Examples so far whose gradient was not finite; for this machine alone."""
         self._handle = optimizer.register_step_pre_hook(lambda *_: training.refuse_others())
@@ -178,6 +179,7 @@ class BookKeepingOptimizer(DPOptimizer):
                 f"Expected every piece of a batch to be stepped on, got piece {due.piece + 1} "
                 "without those before it. Call optimizer.step() after each piece, or loader.skip()."
             )
+        self._refuse_schedule_between(due)
         clipped = clipped_sum(tape, self._clip, scale=tape.batch, real=due.real)
         sums = clipped.sums
         self._note_left_out(clipped.norms[: due.real])
@@ -188,12 +190,32 @@ class BookKeepingOptimizer(DPOptimizer):
                 "Expected loss.backward() between the pass of a batch and its step, got none. Call "
                 "loader.skip() in place of the step for a batch that you do not want."
             )
+        if not any(self._name(p) in sums for p in self.params):
+            raise Unprotected(
+                f"Expected a pass that trains what the optimizer holds, got one of {min(sums)} and "
+                "others that it does not hold: the step would be noise alone. Freeze and choose "
+                "adapters (set_adapter) first, then call guard.prepare with an optimizer of what "
+                "is trained."
+            )
         for p in self.params:
             total = sums.get(self._name(p))
             total = torch.zeros_like(p) if total is None else total.to(p.dtype).view_as(p)
             self._sums[p] = self._sums[p] + total if p in self._sums else total
         self._next = (due.batch, due.piece + 1)
         return due
+
+    def _refuse_schedule_between(self, due: Due) -> None:
+        """Raise Incompatible if the learning rate changed between two pieces of one batch."""
+        rates = [float(group["lr"]) for group in self.param_groups if "lr" in group]
+        if due.piece == 0:
+            self._rates = rates
+        elif rates != self._rates:
+            raise Incompatible(
+                f"Expected one learning rate for all pieces of a batch, got another at piece "
+                f"{due.piece + 1}: a schedule counts each piece as a step. Call scheduler.step() "
+                "where loader.ends_step is true only, or take whole batches from "
+                "vitguard.defenses.privacy.whole.WholeBatches(loader)."
+            )
 
     def _refuse_replaced(self, tape: Tape) -> None:
         """Raise Unprotected if the pass went through parameters that the optimizer does not hold.

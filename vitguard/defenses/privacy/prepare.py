@@ -125,6 +125,7 @@ def _replaced(model: nn.Module, training: PrivateTraining) -> Iterator[None]:
     earlier = [owner for owner in hooks if isinstance(owner, PrivateTraining)]
     for one in earlier:
         one.uninstall(model)
+        training.exposed = training.exposed or one.exposed  # these weights stay
     try:
         yield
     except BaseException:

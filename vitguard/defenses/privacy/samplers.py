@@ -133,6 +133,12 @@ def _given(loader: DataLoader) -> Sequence[int]:
 
 
 def _check_loader(loader: Any) -> None:
+    inside = getattr(loader, "_dataloader", None)  # Lightning's Fabric
+    if not isinstance(loader, DataLoader) and isinstance(inside, DataLoader):
+        raise Incompatible(
+            f"Expected a plain DataLoader, got {type(loader).__name__} around one. Pass the "
+            "torch.utils.data.DataLoader to guard.prepare, and what that returns to no other tool."
+        )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         over = f" over {type(loader.dataset).__name__}" if isinstance(loader, DataLoader) else ""
         raise Incompatible(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vitguard.defenses.base import Installed, watch_gradients
+from vitguard.defenses.base import Installed, Watched, unseen_gradient, watch_gradients
 from vitguard.defenses.privacy.checks import refuse_checkpointing, refuse_half, refuse_sharded
 from vitguard.defenses.privacy.divisor import CommonDivisor
 from vitguard.defenses.privacy.engine import Engine, Watch
@@ -121,8 +122,9 @@ class PrivateTraining(Installed):
         self.skipped = False
         """Whether the rest of the batch handed out last is not wanted."""
         self._divisor = CommonDivisor()
+        self._told = False
         self._handles: list[Any] = []
-        self._parameter_handles: list[Any] = []
+        self._watched = Watched()
         self.exposed = False
         """Whether a plain gradient reached a parameter since the weights were loaded."""
 
@@ -133,7 +135,6 @@ class PrivateTraining(Installed):
             **transient,
             "live": False,
             "_open": False,
-            "_parameter_handles": [],
         }
 
     def install(self, model: nn.Module) -> None:
@@ -141,14 +142,15 @@ class PrivateTraining(Installed):
         before = model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
         after = model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
         self._handles = [before, after]
-        self._parameter_handles = watch_gradients(model.parameters(), self._expose)
+        self._watch_all(model)
         watch_steps(self, model)
         self.live = True
 
     def uninstall(self, model: nn.Module) -> None:
-        for handle in (*self._handles, *self._parameter_handles):
+        for handle in self._handles:
             handle.remove()
-        self._handles, self._parameter_handles = [], []
+        self._handles = []
+        self._watched.end()
         self.live = False
 
     @contextmanager
@@ -162,6 +164,8 @@ class PrivateTraining(Installed):
 
     def moving(self, model: nn.Module) -> None:
         # without either it trains on something that came from elsewhere, such as a server's average
+        if self.live and not self._open and unseen_gradient(model, self._watched):
+            self.exposed = True
         if self.due is not None or self.exposed:
             self.refuse_others()
 
@@ -185,7 +189,11 @@ class PrivateTraining(Installed):
                 "under torch.no_grad() or on a copy, and load the weights again."
             )
 
-    def _expose(self, parameter: Tensor) -> None:
+    def _watch_all(self, model: nn.Module) -> None:
+        """Note gradients of every parameter, of those too that came since: a head, adapters."""
+        watch_gradients(model.parameters(), self._expose, self._watched)
+
+    def _expose(self, gradient: Tensor) -> None:
         if self.live and not (self.engine.accumulates and self.tape is not None):
             self.exposed = True
 
@@ -266,8 +274,10 @@ class PrivateTraining(Installed):
     # the model's side
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not (self.live and model.training and torch.is_grad_enabled()):
+        if not (self.live and torch.is_grad_enabled()):
             return
+        if not model.training:
+            return self._watch_all(model)
         refuse_compiled()
         refuse_sharded(model)
         refuse_checkpointing(model)
@@ -275,6 +285,7 @@ class PrivateTraining(Installed):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._check_due(tensors)
         self.engine.close()
+        self._tell_of_hooks(model)
         self.probe(model, self.engine, args, kwargs)
         assert self.due is not None
         size = self.due.size
@@ -288,6 +299,29 @@ class PrivateTraining(Installed):
         self.tape = tape
         self._watch = Watch(tape)
         self._watch.__enter__()
+
+    def _tell_of_hooks(self, model: nn.Module) -> None:
+        """Warn of somebody's hooks on parameters, which a private gradient does not pass.
+
+        Looked for at the first pass.
+        """
+        if self._told:
+            return
+        self._told = True
+        protection = Protection.of(model)
+        watched = [self._watched] if protection is None else [self._watched, protection.watched]
+        for name, p in model.named_parameters():
+            own = sum(p in known for known in watched)
+            after = p._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+            if p.requires_grad and (after or len(p._backward_hooks or ()) > own):
+                warnings.warn(
+                    f"Expected parameters without hooks of their own under differential privacy, "
+                    f"got one on {name}: a private gradient does not pass it. Freeze what is not "
+                    "to move, mask weights in the forward pass (torch.nn.utils.prune), and read "
+                    "gradients from parameter.grad after the step.",
+                    stacklevel=2,
+                )
+                return
 
     def _check_due(self, tensors: list[Tensor]) -> None:
         size = next((len(t) for t in tensors if t.dim()), 0)

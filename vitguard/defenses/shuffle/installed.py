@@ -19,6 +19,7 @@ from vitguard.defenses.shuffle import masks
 from vitguard.defenses.shuffle.hooks import Hooked, hook
 from vitguard.defenses.shuffle.localization import LocalizationHead, dal_weight, localization_loss
 from vitguard.defenses.shuffle.settings import ShuffleSettings
+from vitguard.defenses.steps import gradient_left
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.vit import Anatomy
 
@@ -54,6 +55,8 @@ class InstalledShuffle(Hooked):
         self.exposed = False  # a gradient was taken through a forward that did not shuffle
         self._idle = False  # the last gradient was one
         self._left_out_at: int | None = None
+        self._trained: set[int] = set()
+        self._stepped_at = 0  # the forward that was counted last
         self._unread = False
         self._keys: Tensor | None = None
         self._pinned: Tensor | None = None
@@ -221,7 +224,7 @@ class InstalledShuffle(Hooked):
 
     def begin(self, tokens: Float[Tensor, "batch patches width"], grid: tuple[int, int]) -> None:
         """Draw for these tokens and remember them."""
-        self._idle = False
+        self._idle = self._idle and gradient_left(self)
         self.require_values()
         if torch._C._current_graph_task_id() != -1:
             raise Incompatible(
@@ -360,20 +363,31 @@ class InstalledShuffle(Hooked):
                 "Expected a model in training mode, got an optimizer's step after a pass in eval "
                 "mode, where patches are not shuffled. Call model.train() before the pass (a model "
                 "of from_pretrained comes in eval mode), and put single layers into eval mode for "
-                "what they do there; evaluate under torch.no_grad()."
+                "what they do there; evaluate under torch.no_grad(), or call "
+                "optimizer.zero_grad() after a gradient in eval mode."
             )
 
     def stepped(self) -> None:
         self._left_out_at = None
+        if self._stepped_at == self.forwards:
+            return
+        self._stepped_at = self.forwards
         if "step" in self._buffers:
             self.get_buffer("step").add_(1)
 
-    def left_out(self) -> bool:
-        """Note a step without them; True if that was so in an earlier forward as well."""
-        first = self._left_out_at
-        if first is None:
-            self._left_out_at = self.forwards
-        return first is not None and first < self.forwards
+    def left_out(self, trained: set[int], needed: int) -> bool:
+        """Note a step that trains only some of them, by id; True if another one left them out.
+
+        Of one forward several optimizers may train a part each.
+        """
+        if self._stepped_at == self.forwards:
+            return False
+        if self._left_out_at is None:
+            self._left_out_at, self._trained = self.forwards, set()
+        self._trained |= trained
+        if self._left_out_at == self.forwards and len(self._trained) == needed:
+            self.stepped()
+        return self._left_out_at is not None and self._left_out_at < self.forwards
 
 
 def _start(model: nn.Module, anatomy: Anatomy) -> Tensor:
