@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 
 import vitguard as vg
 from tests.federated.flower_rounds import NODES, Federated, tiny
+from tests.federated.masked_rounds import Masked
 from tests.federated.test_flower_faults import before_each_round, through_bytes
 from vitguard.errors import InputError, Unprotected
 from vitguard.federated.flower import InProcessGrid, LedgerGrid, Ledgers, ProtectMod, attach
@@ -220,6 +221,19 @@ def test_a_ledger_that_went_back_is_refused_under_encryption_also_by_a_server_th
     again.ledgers = Ledgers.from_json(strategy.ledgers.to_json())
     federated.run(1, again, result.arrays)
     assert list(again.refused[1]) == [12] and "set back" in again.refused[1][12]
+
+
+@pytest.mark.parametrize("kind", [Federated, Masked])
+def test_ledgers_of_a_grid_around_are_those_of_a_strategy_that_counts_by_itself(small_vit, kind):
+    """What a server that restarted gives to `LedgerGrid` was counted by nobody."""
+    federated = kind(small_vit, private=[vg.ClientPrivacy(noise=1.0)], select="head")
+    federated.outliers = "clip" if kind is Masked else dict.fromkeys(NODES, "clip")
+    before = Ledgers({"0" * 32: 7}, {NODES[1]: "0" * 32})
+    strategy = federated.strategy()
+    around = LedgerGrid(federated.grid, Ledgers.from_json(before.to_json()))
+    strategy.start(around, ArrayRecord(federated.start), num_rounds=1)
+    assert list(strategy.refused[1]) == [NODES[1]] and "7 releases" in strategy.refused[1][NODES[1]]
+    assert strategy.ledgers is around.ledgers and len(around.ledgers.nodes) == len(federated.names)
 
 
 @pytest.mark.parametrize(
