@@ -105,6 +105,10 @@ _WEIGHTS = {"pretrained": "--pretrained", "checkpoint_path": "--checkpoint FILE"
 _SIZES = "A size of height and width is written img_size=32x64, a square one img_size=32."
 
 
+OF_A_DEFENSE = "tensors of a defense left out"
+"""In the words on what was left out of a protected model's weights, for a bare one."""
+
+
 def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
     """Load weights strictly, from safetensors or a torch file without code (`weights_only`).
 
@@ -166,7 +170,10 @@ def _in_order(
     if not stored or any(k != f"{UNNAMED}{i}" for i, k in enumerate(stored)):
         return stored
     if len(stored) != len(own):
-        raise expected(f"{len(own)} arrays, as the model's state dict", f"{len(stored)} in {path}")
+        raise expected(
+            f"{len(own)} arrays, as the model's state dict", f"{len(stored)} in {path}",
+            "Of a model that vitguard protected, store them by name: its weights are among them.",
+        )  # fmt: skip
     return dict(zip(own, stored.values(), strict=True))
 
 
@@ -189,7 +196,7 @@ def _renamed(
         notes.append(f"{len(outside)} tensors outside {prefix!r} left out, such as {outside[0]}")
     added = [k for k in found if k.startswith("vitguard.") and k not in own]
     if added and not any(k.startswith("vitguard.") for k in own):
-        notes.append(f"{len(added)} tensors of a defense left out, such as {added[0]}")
+        notes.append(f"{len(added)} {OF_A_DEFENSE}, such as {added[0]}")
         found = {k: v for k, v in found.items() if k not in added}
     return found
 

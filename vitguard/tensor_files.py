@@ -204,7 +204,7 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
         raise expected(
             "a state dict, as a safetensors or torch file",
             f"{path}, which is none ({type(error).__name__}{why})",
-            "Write one with torch.save(model.state_dict(), FILE).",
+            _how_to_write(path, foreign),
         ) from error  # fmt: skip
     return _state_dict(state, path)
 
@@ -268,6 +268,20 @@ def _refuse_stand_ins(path: Path) -> None:
             "weights in one file", f"the text {path}, such as an index of several",
             "Write them as one: torch.save(model.state_dict(), FILE).",
         )  # fmt: skip
+
+
+def _how_to_write(path: Path, foreign: Iterable[str]) -> str:
+    """Return how what a file holds is written so that it can be read."""
+    content = path.read_bytes()
+    if b"nvflare." in content:  # FOBS, or a pickle of its objects
+        return (
+            "Of NVFlare's objects: torch.save(dxo.data, FILE), torch.save(fl_model.params, FILE)."
+        )
+    if b"flwr." in content or content.startswith((b"ArrayRecord ", b"RecordDict ")):
+        return "Of Flower's arrays: torch.save(arrays.to_torch_state_dict(), FILE)."
+    if content.startswith(b"\x93NUMPY") or any(name.startswith("numpy.") for name in foreign):
+        return "Of NumPy arrays by name: numpy.savez(FILE, **arrays)."
+    return "Write one with torch.save(model.state_dict(), FILE)."
 
 
 class _LeftOut:
@@ -362,7 +376,7 @@ def _stored_members(file: Any, path: Path) -> io.BytesIO:
         if not stored or sum(m.file_size for m in members) > size:
             raise expected(
                 "a checkpoint without compression", f"{path}, whose members are compressed",
-                "Write one with torch.save(model.state_dict(), FILE).",
+                "Write one with torch.save(model.state_dict(), FILE), or arrays with numpy.savez.",
             )  # fmt: skip
         for member in members:
             copy.writestr(member.filename, archive.read(member))

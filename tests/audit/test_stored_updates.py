@@ -2,12 +2,14 @@
 
 import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
 import vitguard as vg
+from tests.fast import fast_for
 from vitguard.audit.stored import stored_update
 from vitguard.cli.main import main
 from vitguard.errors import InputError
@@ -194,3 +196,99 @@ def test_the_same_weights_twice_are_no_step(tmp_path, model):
         stored_update(
             tmp_path / "after.pt", copy.deepcopy(model), before=tmp_path / "before.pt", batch_size=1
         )
+
+
+@pytest.mark.parametrize("kind", ["difference", "gradient"])
+def test_a_file_without_a_tensor_of_the_model_is_no_update_that_resists(tmp_path, model, kind):
+    """Such as the content of a sealed message: attacks were blocked by what is not there."""
+    torch.save({"vitguard.message": b"ciphertext"}, tmp_path / "a.pt")
+    np.savez(tmp_path / "b.npz", **{"vitguard.sealed": np.arange(9, dtype=np.uint8)})
+    torch.save({"epoch": 3}, tmp_path / "c.pt")
+    for name in ("a.pt", "b.npz", "c.pt"):
+        with pytest.raises(InputError, match=r"write_bytes"):
+            stored_update(tmp_path / name, model, kind=kind, batch_size=1, learning_rate=0.1)
+    for tensors in ({}, {"vitguard.shuffle.unknown": torch.ones(1, 1, 96)}):
+        with pytest.raises(InputError, match="plain or sealed"):
+            vg.audit_update(model, vg.Update(tensors, kind=kind), attacks="position")
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_weights_that_a_defense_added_are_part_of_the_difference(model, last, tmp_path):
+    """What a stock strategy stores of clients that shuffle: the unknown token is trained too."""
+    sent = copy.deepcopy(model)
+    vg.protect(sent, "shuffle:ratio=0.5")
+    token, own = "vitguard.shuffle.unknown", sent.state_dict()
+    before, after = (
+        {k: t + 0.5 * i if t.is_floating_point() else t for k, t in own.items()} for i in (0, 1)
+    )
+    if not last:
+        before, after = ({f"module.{k}": t for k, t in s.items()} for s in (before, after))
+    for name, state in (("before.pt", before), ("after.pt", after)):
+        torch.save(state, tmp_path / name)
+    update = stored_update(
+        tmp_path / "after.pt", model, before=tmp_path / "before.pt", batch_size=1
+    )
+    names = {n for n, _ in model.named_parameters()}
+    assert update.tensors.keys() == names | {token}
+    assert all(torch.allclose(t, torch.tensor(0.5)) for t in update.tensors.values())
+    np.savez(tmp_path / "after.npz", *(t.numpy() for t in after.values()))
+    with pytest.raises(InputError, match="by name"):
+        stored_update(tmp_path / "after.npz", model, before=tmp_path / "before.pt", batch_size=1)
+
+
+def objects_of_flower(state, folder):
+    flwr = pytest.importorskip("flwr.app", reason="needs vitguard[flower]")
+    arrays = flwr.ArrayRecord(state)
+    torch.save(arrays, folder / "a.pt")
+    (folder / "b.pkl").write_bytes(pickle.dumps(arrays))
+    (folder / "c.bin").write_bytes(arrays.deflate() if hasattr(arrays, "deflate") else b"flwr.app")
+    return "to_torch_state_dict"
+
+
+def objects_of_nvflare(state, folder):
+    dxo = pytest.importorskip("nvflare.apis.dxo", reason="needs vitguard[nvflare]")
+    from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+
+    dxo.DXO(dxo.DataKind.WEIGHT_DIFF, data={"head.bias": b"123"}).to_file(str(folder / "a.fobs"))
+    torch.save(FLModel(params=state, params_type=ParamsType.FULL), folder / "b.pt")
+    return r"dxo\.data"
+
+
+def arrays_of_numpy(state, folder):
+    arrays = {k: t.numpy() for k, t in state.items()}
+    torch.save(arrays, folder / "a.pt")
+    np.save(folder / "b.npy", arrays, allow_pickle=True)
+    return r"numpy\.savez"
+
+
+OBJECTS = [objects_of_flower, objects_of_nvflare, arrays_of_numpy]
+
+
+@pytest.mark.parametrize("write", fast_for(OBJECTS, fast=[arrays_of_numpy]))
+def test_objects_of_a_framework_are_refused_with_how_to_store_what_is_in_them(
+    model, write, tmp_path
+):
+    torch.save(model.state_dict(), tmp_path / "before.pt")
+    folder = tmp_path / "stored"
+    folder.mkdir()
+    how = write({"head.bias": torch.ones(10)}, folder)
+    for file in folder.iterdir():
+        with pytest.raises(InputError, match=how):
+            stored_update(file, model, before=tmp_path / "before.pt", batch_size=1)
+
+
+@pytest.mark.slow
+def test_what_nvflare_persists_is_read(model, trained, tmp_path):
+    pytest.importorskip("nvflare", reason="needs vitguard[nvflare]")
+    from nvflare.app_common.abstract.model import make_model_learnable
+    from nvflare.app_opt.pt.model_persistence_format_manager import PTModelPersistenceFormatManager
+
+    torch.save(model.state_dict(), tmp_path / "before.pt")
+    held = PTModelPersistenceFormatManager(dict(model.state_dict()))
+    meta = {"NUM_STEPS_CURRENT_ROUND": np.float64(3)}
+    held.update(make_model_learnable({k: t.numpy() for k, t in trained.items()}, meta))
+    torch.save(held.to_persistence_dict(), tmp_path / "FL_global_model.pt")
+    update = stored_update(
+        tmp_path / "FL_global_model.pt", model, before=tmp_path / "before.pt", batch_size=1
+    )
+    assert torch.equal(update.tensors["head.bias"], trained["head.bias"] - model.head.bias)

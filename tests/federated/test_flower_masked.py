@@ -3,7 +3,6 @@
 import json
 import weakref
 
-import numpy as np
 import pytest
 import torch
 
@@ -40,16 +39,7 @@ def test_each_round_adds_the_weighted_average(masked):
 @pytest.mark.slow
 def test_nothing_unmasked_is_in_any_message(masked):
     masked.run(2)
-    everything = b"".join(masked.grid.sent)
-    for node in NODES:
-        step = np.full(8, masked.constant(node), dtype="<f4").tobytes()
-        assert step not in everything
-        for given in masked.seen[node]:
-            trained = (given["head.weight"] + masked.constant(node)).numpy().tobytes()
-            assert trained[:32] not in everything
-        assert not any(masked.holds_quantised(data, node) for data in masked.grid.sent)
-    start = masked.start["head.weight"].numpy().tobytes()
-    assert start in everything  # the search finds what is there
+    assert not masked.unmasked() and len(masked.own) > 2 * len(NODES)
 
 
 def test_the_search_finds_integers_whose_masks_are_missing(masked, monkeypatch):
@@ -57,8 +47,7 @@ def test_the_search_finds_integers_whose_masks_are_missing(masked, monkeypatch):
 
     monkeypatch.setattr(secret_sharing, "add_mask", lambda total, key, sign: None)
     masked.run(1)
-    for node in NODES:
-        assert any(masked.holds_quantised(data, node) for data in masked.grid.sent)
+    assert masked.unmasked() == list(NODES)
 
 
 def test_secrets_that_rest_in_the_context_are_encrypted_and_gone_after_the_round(

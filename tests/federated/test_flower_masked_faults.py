@@ -12,13 +12,24 @@ import torch
 
 pytest.importorskip("flwr", reason="needs vitguard[flower]")
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.common.serde import context_from_proto, context_to_proto
 
+import vitguard as vg
 from tests.fast import crossed
 from tests.federated.flower_rounds import each, quotes, raises, weighs
-from tests.federated.masked_rounds import NODES, PHASES, Masked, phase_of
-from vitguard.defenses.encryption import SigningKey
+from tests.federated.masked_rounds import BOUND, NODES, PHASES, Masked, phase_of
+from vitguard.defenses.encryption import Manifest, SigningKey
+from vitguard.defenses.masking import Terms
 from vitguard.federated.flower.masked_client import BODY
 from vitguard.federated.flower.records import SEALED
 
@@ -30,7 +41,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "masking.md"
 
 @pytest.fixture
 def masked(small_vit):
-    return Masked(small_vit)
+    """A federation; after whatever went wrong in it no message holds what was not masked."""
+    federation = Masked(small_vit)
+    yield federation
+    assert not federation.unmasked()
 
 
 def left_out(masked, said, **settings):
@@ -85,6 +99,7 @@ GARBAGE = {
     "no bytes": lambda reply: said(b""),
     "text": lambda reply: said("garbage"),
     "nothing": lambda reply: RecordDict(),
+    "an error": lambda reply: Error(2, "ValueError"),
     "a changed byte": lambda reply: said(
         reply.content.config_records["vitguard"][BODY][:-70] + bytes(70)
     ),
@@ -95,7 +110,7 @@ GARBAGE = {
     ("phase", "garbage"), crossed([p for p in PHASES if p != "values"], GARBAGE)
 )
 def test_garbage_in_a_short_phase_leaves_the_client_out_of_those_after_it(masked, phase, garbage):
-    altered(masked, phase, lambda m, reply: Message(content=GARBAGE[garbage](reply), reply_to=m))
+    altered(masked, phase, lambda m, reply: Message(GARBAGE[garbage](reply), reply_to=m))
     strategy, result = masked.run(1)
     assert list(strategy.refused[1]) == [FAULTY]
     summed = phase in ("agreement", "answers")
@@ -227,6 +242,44 @@ def test_an_app_without_the_mod_is_left_out(masked):
     assert masked.error(result, OTHERS) < CLOSE
 
 
+STACKS = {
+    "no masks": lambda own, client: own[:-1],
+    "with encryption": lambda own, client: [*own[:-1], vg.EncryptedGradients()],
+    "with masks twice": lambda own, client: [*own, vg.MaskedAggregation(client=client)],
+}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_stack_that_does_not_mask_once_sends_nothing(masked, stack):
+    """The app is right for another strategy, or for none."""
+    masked.stacks[FAULTY] = lambda client: STACKS[stack](masked.stack(client), client)
+    left_out(masked, ".")
+
+
+def test_a_client_with_terms_of_another_model_is_left_out(masked):
+    """Its terms.json is of an earlier run, with another bound."""
+    agreed = masked.terms
+    old = Manifest.of({n: masked.start[n] for n in agreed.manifest.names}, bounds=2 * BOUND)
+    masked.own_terms[FAULTY] = Terms(old, agreed.identities, agreed.server, agreed.threshold)
+    left_out(masked, "another run, round")
+
+
+def test_a_client_that_was_away_comes_back_after_two_rounds(masked):
+    strategy = masked.strategy()
+
+    def change(phase, message):
+        masked.grid.late = {FAULTY} if strategy.next_round in (3, 4) else set()
+        return message
+
+    masked.change = change
+    strategy, result = masked.run(4, strategy)
+    gone = {FAULTY: "no answer in the phase of keys"}
+    assert strategy.refused == {1: {}, 2: gone, 3: gone, 4: {}}
+    after = result.arrays.to_torch_state_dict()["head.weight"]
+    due = 2 * masked.moved() + 2 * masked.moved(OTHERS)
+    assert float((after - masked.start["head.weight"] - due).abs().max()) < CLOSE
+
+
 def test_a_client_that_lost_its_state_within_a_round_is_left_out_and_back_in_the_next(masked):
     strategy = masked.strategy()
 
@@ -292,16 +345,25 @@ def rows():
     return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
+NAMED = (
+    "silent", "raises", "NaN", "infinity", "another shape", "other keys", "no metrics",
+    "another model", "old round", "another identity", "weight 0", "weight -1", "weight 1e9",
+    "plain weights", "no `ProtectMod`", "no `attach`", "two nodes with one name",
+    "fewer than the threshold", "after two rounds", "the server starts again",
+    "starts anew for every message",
+)  # fmt: skip
+
+
 def test_each_fault_of_the_table_names_a_test_and_each_test_of_a_fault_is_in_the_table():
-    here = Path(__file__).read_text()
-    beside = Path(__file__).with_name("test_flower_masked.py").read_text()
+    folder, own = Path(__file__).parent, Path(__file__).read_text()
+    files = "\n".join(f.read_text() for f in sorted(folder.glob("test_flower*.py")))
     named = {name for *_, tests in rows() for name in re.findall(r"`(test_\w+)`", tests)}
-    exist = set(re.findall(r"^def (test_\w+)", here + beside, re.M))
+    exist = set(re.findall(r"^def (test_\w+)", files, re.M))
     assert named and not named - exist
-    faults = set(re.findall(r"^def (test_\w+)", here, re.M)) - {
+    faults = set(re.findall(r"^def (test_\w+)", own, re.M)) - {
         "test_each_fault_of_the_table_names_a_test_and_each_test_of_a_fault_is_in_the_table"
     }
     assert not faults - named
     text = " ".join(fault for fault, *_ in rows())
-    for label in [*OF_THE_APP, *VALUES, *GARBAGE]:
+    for label in [*OF_THE_APP, *VALUES, *GARBAGE, *STACKS, *NAMED]:
         assert label in text, label

@@ -8,7 +8,15 @@ import torch
 
 pytest.importorskip("flwr", reason="needs vitguard[flower]")
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
@@ -18,6 +26,7 @@ import vitguard as vg
 from tests.fast import crossed
 from tests.federated.flower_rounds import NODES, Federated, tiny
 from tests.federated.masked_rounds import Masked
+from vitguard.defenses.encryption import Manifest, SigningKey
 from vitguard.errors import Incompatible, InputError
 from vitguard.federated.flower import (
     ClientKeys,
@@ -25,6 +34,7 @@ from vitguard.federated.flower import (
     Federation,
     MaskedFedAvg,
     MaskedFederation,
+    MaskingIdentity,
     ProtectMod,
     aggregate_metrics,
     make_keys,
@@ -287,3 +297,24 @@ def test_keys_may_be_named_by_partition(small_vit, tmp_path, monkeypatch):
     assert (tmp_path / "client-1.keys").exists()
     with pytest.raises(InputError, match="by its name"):
         write_masked_keys(tmp_path, "pass", None, ["0", "1", "2"])
+
+
+def test_keys_that_are_made_anew_in_a_process_are_those_that_its_clients_load(
+    small_vit, tmp_path, monkeypatch
+):
+    from vitguard.defenses.encryption import keyfile
+
+    monkeypatch.setattr(keyfile, "_COST", 1 << 4)
+    monkeypatch.setattr(keyfile, "_COSTS", (1 << 4,))
+    for name, value in (("KEYS", str(tmp_path)), ("PASSPHRASE", "p"), ("CLIENT", "0")):
+        monkeypatch.setenv(f"VITGUARD_{name}", value)
+    encrypted = vg.protect(tiny(small_vit), "encryption").encrypted()
+    context = Context(1, 1, {}, RecordDict(), {})
+    for bound in (1.0, 2.0):
+        settings = {"bounds": bound, "max_weight": 4.0}
+        make_keys(tmp_path, "p", encrypted, clients=range(2), **settings)
+        manifest = Manifest.of(encrypted, **settings)
+        assert ClientKeys.from_environment(context).manifest == manifest
+        identities = {name: SigningKey.generate() for name in "012"}
+        terms = write_masked_keys(tmp_path, "p", manifest, identities)
+        assert MaskingIdentity.from_environment(context).terms == terms

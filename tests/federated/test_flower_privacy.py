@@ -15,8 +15,9 @@ from flwr.serverapp.strategy import FedAvg
 
 import vitguard as vg
 from tests.federated.flower_rounds import NODES, Federated, tiny
+from tests.federated.masked_rounds import Masked
 from tests.federated.test_flower_faults import before_each_round, through_bytes
-from vitguard.errors import InputError
+from vitguard.errors import InputError, Unprotected
 from vitguard.federated.flower import InProcessGrid, LedgerGrid, Ledgers, ProtectMod, attach
 
 ROUNDS = 50
@@ -222,6 +223,19 @@ def test_a_ledger_that_went_back_is_refused_under_encryption_also_by_a_server_th
     assert list(again.refused[1]) == [12] and "set back" in again.refused[1][12]
 
 
+@pytest.mark.parametrize("kind", [Federated, Masked])
+def test_ledgers_of_a_grid_around_are_those_of_a_strategy_that_counts_by_itself(small_vit, kind):
+    """What a server that restarted gives to `LedgerGrid` was counted by nobody."""
+    federated = kind(small_vit, private=[vg.ClientPrivacy(noise=1.0)], select="head")
+    federated.outliers = "clip" if kind is Masked else dict.fromkeys(NODES, "clip")
+    before = Ledgers({"0" * 32: 7}, {NODES[1]: "0" * 32})
+    strategy = federated.strategy()
+    around = LedgerGrid(federated.grid, Ledgers.from_json(before.to_json()))
+    strategy.start(around, ArrayRecord(federated.start), num_rounds=1)
+    assert list(strategy.refused[1]) == [NODES[1]] and "7 releases" in strategy.refused[1][NODES[1]]
+    assert strategy.ledgers is around.ledgers and len(around.ledgers.nodes) == len(federated.names)
+
+
 @pytest.mark.parametrize(
     "told",
     [
@@ -294,11 +308,67 @@ def test_a_message_that_was_lost_stays_counted(rounds):
 
 @pytest.mark.slow
 def test_a_ledger_that_is_joined_after_training_lets_nothing_leave_past_the_target(small_vit):
-    """An app that attaches too late trains without its earlier rounds; what it made stays."""
+    """A loop that loads its state too late has trained without the rounds in it."""
+    guards = []
+    for _ in range(2):
+        model = tiny(small_vit)
+        guards.append(vg.protect(model, [vg.DifferentialPrivacy(epsilon=8, delta=1e-3, epochs=1)]))
+        pairs = torch.utils.data.TensorDataset(torch.rand(4, 3, 8, 8), torch.arange(4) % 2)
+        loader = torch.utils.data.DataLoader(pairs, batch_size=2)
+        optimizer, loader = guards[-1].prepare(torch.optim.SGD(model.parameters(), lr=0.1), loader)
+        for x, y in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    first, late = guards
+    changes = {n: torch.ones_like(p) for n, p in late.model.named_parameters()}
+    update = vg.Update(changes, kind="difference")
+    assert late.seal(update).tensors
+    late.load_state_bytes(first.state_bytes())
+    with pytest.raises(Unprotected, match="those of earlier rounds"):
+        late.seal(update)
+
+
+def test_a_guard_that_is_attached_after_private_training_lets_nothing_leave(small_vit):
+    """Its ledger was not there to refuse the steps that go past the target."""
     defense = vg.DifferentialPrivacy(epsilon=8, delta=1e-3, epochs=1)
-    late = app(small_vit, defense, late=True)
-    grid = InProcessGrid({1: late, 2: late})
+    grid = InProcessGrid(dict.fromkeys(NODES[:2], app(small_vit, defense, late=True)))
     start = ArrayRecord(tiny(small_vit).state_dict())
-    result = FedAvg(fraction_evaluate=0.0).start(grid, start, num_rounds=2)
-    assert list(result.train_metrics_clientapp) == [1]
-    assert result.train_metrics_clientapp[1]["epsilon"] <= 8
+    messages = [Message(RecordDict({"arrays": start}), node, "train") for node in NODES[:2]]
+    replies = list(grid.send_and_receive(messages))
+    assert len(replies) == 2 and all("before training" in r.error.reason for r in replies)
+
+
+@pytest.mark.parametrize("steps", ["private", "plain"])
+def test_each_update_of_a_stack_with_private_steps_needs_some_of_its_own(small_vit, steps):
+    """The ledger of earlier rounds says nothing of a loop that went around `prepare`."""
+    defense = vg.DifferentialPrivacy(noise=2.0, delta=1e-3)
+    rounds = Rounds(small_vit, defense)
+    assert rounds.run(1).train_metrics_clientapp[1]["epsilon"] > 0
+    if steps == "plain":
+        rounds.grid.apps = dict.fromkeys(rounds.grid.apps, around(small_vit, defense))
+    result = FedAvg(fraction_evaluate=0.0).start(rounds.grid, rounds.start, num_rounds=1)
+    assert bool(result.train_metrics_clientapp) == (steps == "private")
+
+
+def around(small_vit, defense):
+    """An app that prepares, and trains a copy of its own."""
+    app = ClientApp(mods=[ProtectMod()])
+
+    @app.train()
+    def train(message, context):
+        model, other = tiny(small_vit), tiny(small_vit)
+        guard = attach(vg.protect(model, [defense]))
+        for one in (model, other):
+            one.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        pairs = torch.utils.data.TensorDataset(torch.rand(4, 3, 8, 8), torch.arange(4) % 2)
+        loader = torch.utils.data.DataLoader(pairs, batch_size=2)
+        guard.prepare(torch.optim.SGD(model.parameters(), lr=0.1), loader)
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+        torch.nn.functional.cross_entropy(other(pairs.tensors[0]), pairs.tensors[1]).backward()
+        optimizer.step()
+        metrics = MetricRecord({"num-examples": 1})
+        content = {"arrays": ArrayRecord(other.state_dict()), "metrics": metrics}
+        return Message(content=RecordDict(content), reply_to=message)
+
+    return app

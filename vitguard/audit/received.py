@@ -222,6 +222,11 @@ def _taken_in(model: nn.Module, update: Update) -> Update:
     tensors = {k: t.to(device) for k, t in update.tensors.items() if k not in buffers}
     update = replace(update, tensors=tensors)
     check_names(dict(model.named_parameters()), update)
+    if not update.sealed and all(name.startswith("vitguard.") for name in update.tensors):
+        raise expected(
+            "an update with tensors of the model, plain or sealed", "none of them",
+            "Nothing can be said of it: give what the client sent.",
+        )  # fmt: skip
     for name, tensor in update.tensors.items():
         if not name.startswith("vitguard.") and not bool(tensor.isfinite().all()):
             raise expected("a finite update", f"NaN or infinity in {name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from vitguard.defenses.encryption.wire import count_values as encrypted_values
 from vitguard.defenses.masking.wire import MAGIC as MASKED
 from vitguard.defenses.masking.wire import count_values as masked_values
 from vitguard.errors import InputError, expected
-from vitguard.models import load_checkpoint
+from vitguard.models import OF_A_DEFENSE, load_checkpoint
 from vitguard.tensor_files import is_saved_update, read_checkpoint
 from vitguard.vit import Anatomy, canonical_name
 
@@ -89,7 +90,19 @@ def stored_update(
             "Of whole weights, give those before the step as well: --before FILE. Of a gradient or "
             "a difference, say so: --update gradient or difference.",
         )  # fmt: skip
+    _check_any(tensors, model, file)
     return Update({n: t for n, t in tensors.items() if isinstance(t, Tensor)}, **said)
+
+
+def _check_any(tensors: Mapping[str, object], model: nn.Module, file: Path) -> None:
+    """Refuse a file without any tensor of the model: attacks would be blocked by its absence."""
+    own = {canonical_name(n) for n, _ in model.named_parameters()}
+    if not any(n in own and isinstance(t, Tensor) for n, t in tensors.items()):
+        held = ", ".join(f"{n:.40} ({type(t).__name__})" for n, t in list(tensors.items())[:3])
+        raise expected(
+            "tensors by the model's names", f"{held or 'nothing'} in {file}",
+            "Of ciphertext store the bytes alone: Path(FILE).write_bytes(message).",
+        )  # fmt: skip
 
 
 def _check_whole(file: Path, scheme: str, model: nn.Module) -> None:
@@ -115,7 +128,8 @@ def _difference(after: Path, before: str | Path, model: nn.Module) -> dict[str, 
     """Return what two files of whole weights differ by; the model then holds those before."""
     later = copy.deepcopy(model)
     for path, own in ((before, model), (after, later)):
-        if notes := load_checkpoint(own, path):
+        # what a defense added is no part of the bare model: its change is taken below
+        if notes := [n for n in load_checkpoint(own, path) if OF_A_DEFENSE not in n]:
             raise InputError(
                 f"Expected all weights of the model in {path}, got others: {'; '.join(notes)}. A "
                 "difference needs both files whole."
@@ -127,4 +141,15 @@ def _difference(after: Path, before: str | Path, model: nn.Module) -> dict[str, 
             "weights that a step has changed", f"the same in {before} and {after}",
             "Give those before the step by --before, and those after it by --update-file.",
         )  # fmt: skip
-    return moved
+    start, end = _added(before), _added(after)
+    return moved | {n: end[n] - t for n, t in start.items() if n in end}
+
+
+def _added(path: str | Path) -> dict[str, Tensor]:
+    """Return the weights that defenses added to a model, of those in a file."""
+    found = {canonical_name(str(k)): t for k, t in read_checkpoint(Path(path)).items()}
+    return {
+        n: t
+        for n, t in found.items()
+        if n.startswith("vitguard.") and isinstance(t, Tensor) and t.is_floating_point()
+    }

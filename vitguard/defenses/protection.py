@@ -59,6 +59,8 @@ class Protection(nn.Module):
         """Whether a plain gradient reached a parameter before `prepare`, since the last load."""
         self.destination: Literal["", "warned", "sealed", "local"] = ""
         """What was said of the update that training ends in: sealed and sent, or kept."""
+        self.begun = 0
+        """How many private steps were counted when `will_seal` said that training begins."""
         self.rehearsal = False
         """Whether optimizer steps are those of `Guard.update`, or of a model that nobody sends."""
         self.taken: Iterable[nn.Parameter] = ()

@@ -266,6 +266,7 @@ class LocalFederation:
             return guard.update(images, labels, loss=self._loss, training=self._training)
         names = guard.shared_names()
         before = _state(guard, names)
+        guard.will_seal()
         client.train(guard)
         after = _state(guard, names)
         training = client.training

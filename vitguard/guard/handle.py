@@ -296,13 +296,19 @@ class Guard:
         self._protection.destination = "local"
 
     def will_seal(self) -> None:
-        """Say that training ends in an update which `seal` protects; `guard.round` says it too.
+        """Say that training begins that ends in an update which `seal` protects.
+
+        `guard.round` says it too. Where `prepare` protects the steps, `seal` then refuses a change
+        without one since: it came from a loop that nobody protected or counted.
 
         Without it a stack with defenses of the update warns at the first optimizer step, and the
         trainers of `vitguard.integrations` refuse: they end in a checkpoint, on which these
         defenses never act.
         """
         self._protection.destination = "sealed"
+        step = self._protection.step
+        if isinstance(step, Ledgered):
+            self._protection.begun = self._protection.ledgers[step.name].steps
 
     def seal(self, update: Update, *, batch: tuple[Tensor, Tensor] | None = None) -> Update:
         """Apply the defenses of the update to one that training made.

@@ -43,12 +43,16 @@ def require_released(protection: Protection, update: Update) -> None:
         )
     if not isinstance(step, Ledgered) or not isinstance(update, Update):
         return
-    if not protection.ledgers[step.name].steps and any(
-        bool(t.any()) for t in update.tensors.values()
-    ):
+    counted = protection.ledgers[step.name].steps - protection.begun
+    if counted <= 0 and any(bool(t.any()) for t in update.tensors.values()):
+        since = (
+            " since will_seal (in Flower attach) was called, which goes before training"
+            if protection.begun
+            else ""
+        )
         raise Unprotected(
             f"Expected an update that private steps made, got one while the ledger of "
-            f"{step.name} counts none. Train on the optimizer and loader that prepare "
+            f"{step.name} counts none{since}. Train on the optimizer and loader that prepare "
             "returned; after a restart call guard.load_state_dict with what the guard saved."
         )
     step.require_covered(protection.ledgers[step.name])

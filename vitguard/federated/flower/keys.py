@@ -103,6 +103,7 @@ def make_keys(
     keys.for_server().save(place / "server.keys", passphrase)
     signing.save(place / "signing.keys", passphrase)
     (place / "manifest.json").write_text(manifest.to_json())
+    _client_keys.cache_clear()  # a notebook may have used older ones of this folder
 
 
 @functools.lru_cache(maxsize=16)

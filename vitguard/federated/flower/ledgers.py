@@ -16,7 +16,7 @@ from vitguard.errors import InputError, Rejected, expected
 from vitguard.federated.flower.arrivals import Around
 from vitguard.files import parsed_json
 
-__all__ = ["LEDGER", "LedgerGrid", "Ledgers"]
+__all__ = ["LEDGER", "LedgerGrid", "Ledgers", "without_ledgers"]
 
 LEDGER = "vitguard.ledger"
 """Name of the ConfigRecord with a ledger's name and the releases it has counted."""
@@ -154,3 +154,11 @@ class LedgerGrid(Around):
         """Remind nodes, and pass on what they reply."""
         reminded = [self.ledgers.reminding(m) for m in messages]
         return map(self.ledgers.counted, self._grid.send_and_receive(reminded, timeout=timeout))
+
+
+def without_ledgers(grid: Grid, own: Ledgers) -> tuple[Grid, Ledgers]:
+    """Return the grid inside a `LedgerGrid` and its ledgers; another as it is, with `own`.
+
+    For a strategy that counts by itself: what a caller knows of ledgers must not be lost.
+    """
+    return (grid._grid, grid.ledgers) if isinstance(grid, LedgerGrid) else (grid, own)

@@ -104,6 +104,7 @@ def write_masked_keys(
         if isinstance(key, SigningKey):
             key.save(place / f"client-{name}.identity", passphrase)
     (place / "terms.json").write_text(terms.to_json())
+    _identity.cache_clear()  # a notebook may have used older ones of this folder
     return terms
 
 

@@ -23,7 +23,7 @@ from vitguard.federated.flower.adding import (
 )
 from vitguard.federated.flower.arrivals import Arrivals
 from vitguard.federated.flower.grid import InProcessGrid
-from vitguard.federated.flower.ledgers import Ledgers
+from vitguard.federated.flower.ledgers import Ledgers, without_ledgers
 from vitguard.federated.flower.masked_keys import MaskedFederation
 from vitguard.federated.flower.masked_round import MaskedRound
 from vitguard.federated.flower.records import BASE, ROUND, WEIGHTED, from_arrays, to_arrays
@@ -100,6 +100,7 @@ class MaskedFedAvg(FedAvg):
             InputError: The model lacks a tensor of the manifest, or has it in another shape.
         """
         require_tensors(self._federation.terms.manifest, initial_arrays)
+        grid, self.ledgers = without_ledgers(grid, self.ledgers)
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
         result = super().start(single, initial_arrays, *args, **named)
         if not result.arrays:  # every round failed

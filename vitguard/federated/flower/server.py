@@ -27,7 +27,7 @@ from vitguard.federated.flower.arrivals import Arrivals
 from vitguard.federated.flower.changes import spelled
 from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.keys import Federation
-from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers
+from vitguard.federated.flower.ledgers import LedgerGrid, Ledgers, without_ledgers
 from vitguard.federated.flower.records import (
     BASE,
     ROUND,
@@ -122,6 +122,7 @@ class EncryptedFedAvg(FedAvg):
         history = History.of(initial_arrays)
         require_tensors(self._federation.manifest, history.start)
         self._history, self._known = history, {}
+        grid, self.ledgers = without_ledgers(grid, self.ledgers)
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
         counting = LedgerGrid(single, self.ledgers)
         result = super().start(counting, initial_arrays, *args, **named)
