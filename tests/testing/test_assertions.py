@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from vitguard.core import Batch, Update
 from vitguard.defenses.base import Installed, ModelDefense
@@ -69,6 +70,10 @@ class Touches(ModelDefense):
             model.blocks.eval()
         elif self.what == "attribute":
             model.last_draw = torch.zeros(1)
+        elif self.what == "setting":
+            model.blocks[0].attn.fused_attn = not model.blocks[0].attn.fused_attn
+        elif self.what == "everywhere":
+            register_module_forward_hook(lambda *_: None)
         elif self.what == "method":
             model.blocks[0].attn.forward = model.blocks[0].attn.forward
         elif self.what == "weights":
@@ -219,9 +224,15 @@ def test_a_release_that_is_now_and_then_not_finite_is_no_sound_one(value):
 
 
 @pytest.mark.parametrize(
-    "what", ["state", "loads", "parameter", "frozen", "mode", "attribute", "method"]
-)
-def test_whatever_a_defense_leaves_behind_is_found(tiny, what):
+    "what",
+    [
+        "state", "loads", "parameter", "frozen", "mode", "attribute", "method", "setting",
+        "everywhere",
+    ],
+)  # fmt: skip
+def test_whatever_a_defense_leaves_behind_is_found(tiny, what, monkeypatch):
+    kept = torch.nn.modules.module._global_forward_hooks
+    monkeypatch.setattr(torch.nn.modules.module, "_global_forward_hooks", kept.copy())
     with pytest.raises(AssertionError, match="does not undo touches") as told:
         assert_removable(tiny, defenses=[Touches(what)])
     if what in ("attribute", "method"):

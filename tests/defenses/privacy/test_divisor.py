@@ -48,7 +48,17 @@ ALONE = {
     ).mean(),
     "a focal loss": focal,
 }  # fmt: skip
+
+
+def binary(scores, labels, reduction="mean"):
+    return F.binary_cross_entropy_with_logits(
+        scores, F.one_hot(labels, 4).to(scores), reduction=reduction
+    )
+
+
+ALONE["binary cross-entropy"] = binary
 ADDED = {
+    "a binary sum": lambda s, y: binary(s, y, "sum"),
     "a sum": nn.CrossEntropyLoss(reduction="sum"),
     "a sum over a constant": lambda s, y: F.cross_entropy(s, y, reduction="sum") / 8,
     "a mean times the size": lambda s, y: len(y) * F.cross_entropy(s, y, label_smoothing=0.0),

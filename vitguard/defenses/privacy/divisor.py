@@ -29,8 +29,8 @@ _SURE = 1e-5  # chance of all other classes below which a weight cannot be read
 class CommonDivisor:
     """Looks at the gradients of class scores over the batches of one training.
 
-    Only cross-entropy against single labels is told, in half precision only where weights differ
-    by a tenth. A model that is sure of an example hides the weight of its batch.
+    Only cross-entropy against single labels is told, of binary cross-entropy a sum, in half
+    precision only where weights differ by a tenth. A model that is sure of an example hides the weight of its batch.
     """
 
     def __init__(self) -> None:
@@ -53,6 +53,7 @@ class CommonDivisor:
         fine = gradient.dtype in (torch.float32, torch.float64)
         same, other = _FINE if fine else _COARSE
         chances, gradient = scores.detach().double().softmax(1), gradient.detach().double()
+        gradient_of_all = gradient
         label = gradient.argmin(1, keepdim=True)
         chances, gradient = chances.scatter(1, label, 0), gradient.scatter(1, label, 0)
         taken, left = gradient.any(1), chances.sum(1)
@@ -61,7 +62,7 @@ class CommonDivisor:
         weights = gradient.sum(1) / left
         off = (gradient - weights[:, None] * chances).abs().amax(1)
         if bool((off > same * weights.abs()).any()):  # another criterion
-            self.sums.clear()
+            self._refuse_binary_sum(scores.detach().double().sigmoid(), gradient_of_all, same)
             return self.alike.clear()
         total, equal = float(weights.sum()), bool(_near(weights, weights.mean(), other).all())
         by_class = dict(zip(label[taken, 0].tolist(), weights[taken].tolist(), strict=True))
@@ -97,6 +98,14 @@ class CommonDivisor:
                 "the others in it count more. Take the mean, times a constant where the sum was "
                 "meant, and train anew: no bound holds for the steps so far."
             )
+
+    def _refuse_binary_sum(self, chances: Tensor, gradient: Tensor, same: float) -> None:
+        """As `_refuse_sum` for binary cross-entropy, whose gradients are c (chances - labels)."""
+        away = torch.where(gradient < 0, 1 - chances, chances)
+        weights = gradient.abs() / away
+        if bool((away < _SURE).any()) or not bool(_near(weights, weights.mean(), same).all()):
+            return self.sums.clear()
+        self._refuse_sum(len(weights), {-1: float(weights.mean())}, same)
 
     def _moves(self, other: float) -> bool:
         """Whether a class counts otherwise in one batch than in another."""
