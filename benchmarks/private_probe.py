@@ -11,9 +11,9 @@ steps with neither clipping nor noise. A run trains beside
 `--canaries` records of which each takes part by a coin: the adversary knows every other record and
 all weights, scores each by what the noisy gradients have along its own, and what these scores prove
 stands beside what is claimed: of whole runs, and of each step's noise and sampling, composed.
-The same three ends of the risk corridor stand in one unit: how many members a test with 1 % false
-alarms finds, as the ledger bounds it, as the adversary did on this run, and as the canaries prove it.
-Rates and epochs were chosen on 5,000 training images that no run trains on.
+The risk corridor stands in one unit: how many members a test with 1 % false alarms finds, as the
+ledger bounds it, as the adversary did on this run, and as the canaries prove it. Rates and epochs
+were chosen on 5,000 training images that no run trains on.
 """
 
 from __future__ import annotations

@@ -108,8 +108,19 @@ def test_strong_noise_holds_beside_a_control_that_leaks(tiny, photo):
     assert {f.verdict for f in report.findings if not f.defended} == {"leaks"}
 
 
+def test_what_is_no_update_or_no_sum_is_told_and_a_sum_in_one_place_is_read_each_time():
+    for assertion in (assert_round_trip, lambda given: assert_sealed(given, ["a"])):
+        with pytest.raises(InputError, match=r"vitguard.Update, got dict"):
+            assertion({"a": torch.ones(4)})
+    with pytest.raises(InputError, match="one flat tensor, got list"):
+        assert_sensitivity(lambda chosen: [1.0], 3, clip=1.0)
+    place = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="moves the sum by 1"):
+        assert_sensitivity(lambda chosen: place.fill_(len(chosen)), 3, clip=0.5)
+
+
 def test_an_attack_that_fails_on_the_control_is_inconclusive(tiny, photos):
-    with pytest.raises(Inconclusive):
+    with pytest.raises(Inconclusive, match="All 3 images went into one update: try batch_size=1"):
         assert_not_reconstructable(
             tiny, photos[:3], defenses="noise:scale=1", attacks="dlg:iterations=1"
         )

@@ -101,7 +101,11 @@ def assert_not_reconstructable(
             f"{f.attack} on {f.defense}: {f.verdict}{f' ({f.reason})' if f.reason else ''}"
             for f in report.findings
         )
-        raise Inconclusive(f"Nothing was shown of {name}. {states}.")
+        together = len(images) > 1 and batch_size is None
+        do = (
+            f" All {len(images)} images went into one update: try batch_size=1." if together else ""
+        )
+        raise Inconclusive(f"Nothing was shown of {name}. {states}.{do}")
     for attack in [attacks] if isinstance(attacks, str) else attacks:
         if isinstance(attack, str) and attack in GROUPS and attack != "ladder":
             continue

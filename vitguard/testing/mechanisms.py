@@ -142,6 +142,7 @@ def assert_sealed(
         AssertionError: A name can be read or is not listed as sealed, or its values are there.
         Inconclusive: There is no name, or a plain tensor is constant and cannot be told.
     """
+    _require_update(update)
     wanted = [names] if isinstance(names, str) else list(names)
     if not wanted:
         raise Inconclusive("Expected names that must be sealed, got none.")
@@ -162,6 +163,13 @@ def assert_sealed(
                 raise Inconclusive(f"The values of {name} are not found where they are.")
             if _shows(update, needle):
                 raise AssertionError(f"{name} is sealed, but its values are in the update.")
+
+
+def _require_update(update: Any) -> None:
+    if not isinstance(update, Update):
+        raise expected(
+            "a vitguard.Update", type(update).__name__, "Make one of tensors: Update(tensors, ...)."
+        )
 
 
 def needles(flat: Tensor) -> list[Tensor]:
@@ -196,6 +204,7 @@ def assert_round_trip(update: Update, folder: str | Path | None = None) -> None:
         AssertionError: A fact, name, type or value is another one.
         Inconclusive: The update has nothing whose loss would show.
     """
+    _require_update(update)
     filled = [n for n, t in update.tensors.items() if t.numel()]
     if not filled and not update.sealed and not update.payloads:
         raise Inconclusive("The update is empty: a file that loses everything would not show.")

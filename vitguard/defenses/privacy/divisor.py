@@ -30,7 +30,8 @@ class CommonDivisor:
     """Looks at the gradients of class scores over the batches of one training.
 
     Only cross-entropy against single labels is told, of binary cross-entropy a sum, in half
-    precision only where weights differ by a tenth. A model that is sure of an example hides the weight of its batch.
+    precision only where weights differ by a tenth. A model that is sure of an example hides the
+    weight of its batch.
     """
 
     def __init__(self) -> None:
@@ -52,17 +53,16 @@ class CommonDivisor:
             return
         fine = gradient.dtype in (torch.float32, torch.float64)
         same, other = _FINE if fine else _COARSE
-        chances, gradient = scores.detach().double().softmax(1), gradient.detach().double()
-        gradient_of_all = gradient
-        label = gradient.argmin(1, keepdim=True)
-        chances, gradient = chances.scatter(1, label, 0), gradient.scatter(1, label, 0)
+        scores, whole = scores.detach().double(), gradient.detach().double()
+        label = whole.argmin(1, keepdim=True)
+        chances, gradient = scores.softmax(1).scatter(1, label, 0), whole.scatter(1, label, 0)
         taken, left = gradient.any(1), chances.sum(1)
         if not bool(taken.any()) or bool((left[taken] < _SURE).any()):
             return
         weights = gradient.sum(1) / left
         off = (gradient - weights[:, None] * chances).abs().amax(1)
         if bool((off > same * weights.abs()).any()):  # another criterion
-            self._refuse_binary_sum(scores.detach().double().sigmoid(), gradient_of_all, same)
+            self._refuse_binary_sum(scores.sigmoid(), whole, same)
             return self.alike.clear()
         total, equal = float(weights.sum()), bool(_near(weights, weights.mean(), other).all())
         by_class = dict(zip(label[taken, 0].tolist(), weights[taken].tolist(), strict=True))
