@@ -11,7 +11,9 @@ steps with neither clipping nor noise. A run trains beside
 `--canaries` records of which each takes part by a coin: the adversary knows every other record and
 all weights, scores each by what the noisy gradients have along its own, and what these scores prove
 stands beside what is claimed: of whole runs, and of each step's noise and sampling, composed.
-Rates and epochs were chosen on 5,000 training images that no run trains on.
+The risk corridor stands in one unit: how many members a test with 1 % false alarms finds, as the
+ledger bounds it, as the adversary did on this run, and as the canaries prove it. Rates and epochs
+were chosen on 5,000 training images that no run trains on.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from vitguard.core import Normalization
 from vitguard.defenses.privacy import DifferentialPrivacy
 from vitguard.defenses.privacy.canaries import prove_noise
+from vitguard.defenses.privacy.trade_off import power_of
 from vitguard.defenses.privacy.verification import canary_bound
 from vitguard.draws import Draws
 from vitguard.models import build_model, load_checkpoint
@@ -46,6 +49,8 @@ LENGTH = 10.0  # of the public feature vectors on average
 DELTA, BATCH, RATE = 1e-5, 5000, 4.0
 EPOCHS = {1.0: 10, 2.0: 10}  # elsewhere:
 LONG = 30
+HELD = 5000  # training images on which rates and epochs were chosen
+ALARMS = 0.01  # share of records that were not there and are called members
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ class Row:
         claimed, proved: Epsilon by the ledger, and what the canaries prove of it at 95 %, each
             scored once for the whole run.
         composed: What they prove at 95 % of the noise and the sampling of the steps, composed.
+        bound, reached, shown: Share of members that a test with 1 % false alarms finds: at most, by
+            the ledger; the canaries that this adversary found in this run; at least for the best
+            adversary, by `composed`.
         seconds: Processor time of the training, canaries included.
     """
 
@@ -68,6 +76,9 @@ class Row:
     claimed: float | None
     proved: float | None
     composed: float | None
+    bound: float | None
+    reached: float | None
+    shown: float | None
     seconds: float
 
 
@@ -140,8 +151,8 @@ def run(
     """Train one head and judge it on the test images, or on training images held out."""
     torch.manual_seed(seed)
     x, y = features(cache, "train")
-    test = (x[-5000:], y[-5000:]) if held_out else features(cache, "test")
-    x, y = x[:-5000], y[:-5000]
+    test = (x[-HELD:], y[-HELD:]) if held_out else features(cache, "test")
+    x, y = x[:-HELD], y[:-HELD]
     planted, named = canaries_of(count)
     taken = torch.rand(count) < 0.5
     own = torch.cat((torch.full((len(y),), -1), torch.arange(count)[taken]))
@@ -185,13 +196,24 @@ def run(
         head.weight.copy_(average / (steps - planned // 2))
         right = (head(test[0]).argmax(-1) == test[1]).double().mean()
     spent = None if epsilon is None else defense.privacy_spent(ledger).epsilon
-    proved = composed = None
+    proved = composed = bound = reached = shown = None
     if count and epsilon is not None:
         proved = canary_bound(scores[~taken], scores[taken], DELTA).epsilon
         proof = prove_noise(torch.cat(seen), torch.cat(there), sampled=True)
         composed = proof.epsilon(DELTA, steps)
+        bound, shown = power_of(ledger.history)(ALARMS), proof.power(ALARMS, steps)
+        reached = found(scores[~taken], scores[taken])
     multiplier = ledger.history[0][0] if epsilon is not None else 0.0
-    return Row(epsilon, seed, float(right), multiplier, steps, spent, proved, composed, seconds)
+    return Row(
+        epsilon, seed, float(right), multiplier, steps, spent, proved, composed, bound, reached,
+        shown, seconds,
+    )  # fmt: skip
+
+
+def found(absent: Tensor, present: Tensor) -> float:
+    """Return the share of `present` above all but `ALARMS` of `absent`."""
+    threshold = absent.sort(descending=True).values[int(ALARMS * len(absent))]
+    return float((present > threshold).double().mean())
 
 
 def main() -> None:
@@ -215,9 +237,10 @@ def main() -> None:
                 held_out=options.held_out,
             )  # fmt: skip
             print(row, flush=True)
-            for proved in (row.proved, row.composed):
-                if proved is not None and row.claimed is not None and proved > row.claimed:
-                    raise SystemExit(f"proved {proved:.3f} of claimed {row.claimed:.3f}")
+            pairs = (row.proved, row.claimed), (row.composed, row.claimed), (row.shown, row.bound)
+            for proved, claimed in pairs:
+                if proved is not None and claimed is not None and proved > claimed:
+                    raise SystemExit(f"proved {proved:.3f} of claimed {claimed:.3f}")
             if options.out:
                 with options.out.open("a") as file:
                     file.write(json.dumps(asdict(row)) + "\n")

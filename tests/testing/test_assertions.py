@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from vitguard.core import Batch, Update
 from vitguard.defenses.base import Installed, ModelDefense
@@ -69,6 +70,10 @@ class Touches(ModelDefense):
             model.blocks.eval()
         elif self.what == "attribute":
             model.last_draw = torch.zeros(1)
+        elif self.what == "setting":
+            model.blocks[0].attn.fused_attn = not model.blocks[0].attn.fused_attn
+        elif self.what == "everywhere":
+            register_module_forward_hook(lambda *_: None)
         elif self.what == "method":
             model.blocks[0].attn.forward = model.blocks[0].attn.forward
         elif self.what == "weights":
@@ -103,9 +108,20 @@ def test_strong_noise_holds_beside_a_control_that_leaks(tiny, photo):
     assert {f.verdict for f in report.findings if not f.defended} == {"leaks"}
 
 
+def test_what_is_no_update_or_no_sum_is_told_and_a_sum_in_one_place_is_read_each_time():
+    for assertion in (assert_round_trip, lambda given: assert_sealed(given, ["a"])):
+        with pytest.raises(InputError, match=r"vitguard.Update, got dict"):
+            assertion({"a": torch.ones(4)})
+    with pytest.raises(InputError, match="one flat tensor, got list"):
+        assert_sensitivity(lambda chosen: [1.0], 3, clip=1.0)
+    place = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="moves the sum by 1"):
+        assert_sensitivity(lambda chosen: place.fill_(len(chosen)), 3, clip=0.5)
+
+
 @pytest.mark.slow
 def test_an_attack_that_fails_on_the_control_is_inconclusive(tiny, photos):
-    with pytest.raises(Inconclusive):
+    with pytest.raises(Inconclusive, match="All 3 images went into one update: try batch_size=1"):
         assert_not_reconstructable(
             tiny, photos[:3], defenses="noise:scale=1", attacks="dlg:iterations=1"
         )
@@ -222,9 +238,15 @@ def test_a_release_that_is_now_and_then_not_finite_is_no_sound_one(value):
 
 
 @pytest.mark.parametrize(
-    "what", ["state", "loads", "parameter", "frozen", "mode", "attribute", "method"]
-)
-def test_whatever_a_defense_leaves_behind_is_found(tiny, what):
+    "what",
+    [
+        "state", "loads", "parameter", "frozen", "mode", "attribute", "method", "setting",
+        "everywhere",
+    ],
+)  # fmt: skip
+def test_whatever_a_defense_leaves_behind_is_found(tiny, what, monkeypatch):
+    kept = torch.nn.modules.module._global_forward_hooks
+    monkeypatch.setattr(torch.nn.modules.module, "_global_forward_hooks", kept.copy())
     with pytest.raises(AssertionError, match="does not undo touches") as told:
         assert_removable(tiny, defenses=[Touches(what)])
     if what in ("attribute", "method"):

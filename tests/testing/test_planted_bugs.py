@@ -9,19 +9,25 @@ import pytest
 import torch
 
 from vitguard import registry
+from vitguard.core import Batch, Update
 from vitguard.defenses import protection
-from vitguard.defenses.base import Installed, ModelDefense, UpdateDefense
+from vitguard.defenses.base import BatchDefense, Installed, ModelDefense, UpdateDefense
 from vitguard.defenses.privacy import DifferentialPrivacy
 from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.defenses.shuffle.installed import InstalledShuffle
 from vitguard.guard import Guard
 from vitguard.testing import defense_contracts
 from vitguard.testing.defense_contracts import (
+    check_clip,
+    check_composes,
     check_copies,
     check_draws,
     check_fails_closed,
+    check_given,
     check_model,
+    check_names,
     check_noise,
+    check_quiet,
     check_spec,
     check_state,
     check_tokens,
@@ -357,3 +363,120 @@ def test_the_twins_without_a_hole_pass():
     torch.manual_seed(0)
     check_fails_closed(PRIVACY)
     check_fails_closed(Marked())
+
+
+# what a defense makes of an update or a batch that it is given
+
+
+@dataclass(frozen=True)
+class Clipped(UpdateDefense):
+    """Clips and noises an update; with a bug or none."""
+
+    name: ClassVar[str] = "clipped"
+    bug: str = "none"
+    clip: float = 1.0
+
+    def traits(self, before, anatomy):
+        return replace(before, exact=False, information=0.5, rank=0)
+
+    def seal(self, update, anatomy, draws):
+        bug, given = self.bug, update.tensors
+        whole = torch.stack([t.norm() for t in given.values()]).norm()
+        seed = draws.key()
+
+        def of(name, tensor):
+            norm = tensor.norm() if bug == "each tensor" else whole
+            kept = tensor if bug == "no clip" else tensor * (self.clip / norm.clamp_min(self.clip))
+            if bug == "one noise":
+                same = torch.Generator().manual_seed(seed)
+                return kept + self.clip * torch.randn(tensor.shape, generator=same)
+            noise = self.clip * draws.normal(tensor.shape, like=tensor)
+            if bug == "in place":
+                return tensor.copy_(kept + noise)
+            made = (kept + noise).to(torch.float64 if bug == "wide" else tensor.dtype)
+            return made.requires_grad_(bug == "graph")
+
+        made = {n: of(n, t) for n, t in given.items()}
+        if bug == "facts":
+            return Update(made, batch_size=update.batch_size)
+        if bug == "payload":
+            plain = given["head.weight"].numpy().tobytes()
+            return replace(update, tensors=made, payloads={"clipped": b"head" + plain})
+        return replace(update, tensors=made, sealed={} if bug == "seals" else update.sealed)
+
+
+CLIPPED = {
+    "no clip": (check_clip, "something is not clipped"),
+    "each tensor": (check_clip, "not as a whole"),
+    "one noise": (check_noise, "same noise to two tensors"),
+    "in place": (check_given, "changes cls_token of the update that it is given"),
+    "facts": (check_given, "other facts .kind, learning_rate"),
+    "wide": (check_names, r"in torch.float64, where the parameter has .* in torch.float32"),
+    "graph": (check_names, "with its graph"),
+    "payload": (check_quiet, "plain values of head.weight in a payload"),
+    "seals": (
+        lambda d: check_composes(d, [registry.defense_types()["withheld"]()]),
+        "neither shows nor seals .'pos_embed'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", CLIPPED)
+def test_what_goes_wrong_with_an_update_is_found(bug):
+    check, why = CLIPPED[bug]
+    check(Clipped())
+    with pytest.raises(AssertionError, match=why):
+        check(Clipped(bug))
+
+
+@dataclass(frozen=True)
+class WholeBatch(DifferentialPrivacy):
+    """Clips the gradient of the batch in place of each example's."""
+
+    name: ClassVar[str] = "whole-batch"
+
+    def clipped(self, model, loss, batch, *, probed=True):
+        found = super().clipped(model, loss, batch, probed=probed)
+        norm = torch.stack([t.norm() for t in found.sums.values()]).norm()
+        return replace(found, sums={n: len(batch.labels) * t / norm for n, t in found.sums.items()})
+
+
+def test_a_gradient_that_is_clipped_by_the_batch_is_found():
+    check_clip(DifferentialPrivacy(noise=1.0, clip=0.5))
+    with pytest.raises(AssertionError, match="with and without one example are"):
+        check_clip(WholeBatch(noise=1.0))
+
+
+@dataclass(frozen=True)
+class Transforms(BatchDefense):
+    """Makes another batch of a batch."""
+
+    name: ClassVar[str] = "transforms"
+    bug: str = "none"
+
+    def transform(self, batch, draws):
+        images, labels = batch.images, batch.labels
+        return {
+            "none": lambda: Batch(images.flip(-1), labels),
+            "moves both": lambda: Batch(images.flip(0), labels.flip(0)),
+            "moves": lambda: Batch(images.flip(0), labels),
+            "drops": lambda: Batch(images[:-1], labels[:-1]),
+            "in place": lambda: Batch(images.mul_(0.5), labels),
+            "infinite": lambda: Batch(images * float("inf"), labels),
+        }[self.bug]()
+
+
+@pytest.mark.parametrize(
+    ("bug", "why"),
+    [
+        ("moves", "other places than their labels"),
+        ("drops", r"makes images of .3, 3, 8, 8"),
+        ("in place", "changes the batch"),
+        ("infinite", "not finite"),
+    ],
+)
+def test_what_goes_wrong_with_a_batch_is_found(bug, why):
+    check_given(Transforms())
+    check_given(Transforms("moves both"))
+    with pytest.raises(AssertionError, match=why):
+        check_given(Transforms(bug))

@@ -57,6 +57,9 @@ def test_red():
 
 def test_unknown():
     assert_it(Inconclusive("nobody knows"))
+
+def test_broken():
+    assert_it(TypeError("no tensor"))
 """
 
 
@@ -73,11 +76,12 @@ def pytest_in(folder, *arguments):
 def test_a_run_counts_what_held_failed_and_was_inconclusive_and_writes_it_down(tmp_path):
     (tmp_path / "test_it.py").write_text(SMALL)
     done = pytest_in(tmp_path, "--vitguard-budget=full", "--vitguard-report=found.json")
-    assert "2 failed, 1 passed" in done.stdout, done.stdout
-    assert "1 holds, 1 fails, 1 inconclusive" in done.stdout
+    assert "3 failed, 1 passed" in done.stdout, done.stdout
+    assert "1 holds, 1 fails, 1 inconclusive, 1 error" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())["properties"]
     assert [(r["outcome"], r["message"]) for r in found] == [
         ("holds", ""), ("fails", "it leaks"), ("inconclusive", "nobody knows"),
+        ("error", "no tensor"),
     ]  # fmt: skip
 
 

@@ -86,17 +86,18 @@ def test_what_one_model_cannot_take_is_not_kept_from_another_of_its_shape(first)
         assert found == ({d.name for d in SIMPLE} if kinds[kind] else set())
 
 
-def test_batches_of_a_model_without_a_head_have_labels_too():
+def test_batches_of_a_model_without_a_head_have_labels_too_and_its_type():
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(
         img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=0
-    )
+    ).bfloat16()
 
     @settings(few, max_examples=5)
     @given(strategies.batches(model))
     def draw(batch):
         assert len(batch.labels) == len(batch.images)
+        assert batch.images.dtype == torch.bfloat16
 
     draw()
     with pytest.raises(InputError, match="at least one class, got 0"):

@@ -36,6 +36,7 @@ __all__ = [
     "assert_removable",
 ]
 
+_PLAIN = (bool, int, float, str, type(None))
 Grad = Callable[[], AbstractContextManager[None]]
 
 
@@ -100,7 +101,11 @@ def assert_not_reconstructable(
             f"{f.attack} on {f.defense}: {f.verdict}{f' ({f.reason})' if f.reason else ''}"
             for f in report.findings
         )
-        raise Inconclusive(f"Nothing was shown of {name}. {states}.")
+        together = len(images) > 1 and batch_size is None
+        do = (
+            f" All {len(images)} images went into one update: try batch_size=1." if together else ""
+        )
+        raise Inconclusive(f"Nothing was shown of {name}. {states}.{do}")
     for attack in [attacks] if isinstance(attacks, str) else attacks:
         if isinstance(attack, str) and attack in GROUPS and attack != "ladder":
             continue
@@ -237,8 +242,9 @@ def assert_checkpoint_compatible(model: nn.Module, *, defenses: Stack) -> None:
 def assert_removable(model: nn.Module, *, defenses: Stack) -> None:
     """Assert that `remove()` gives the architecture back: modules, keys, values and hooks.
 
-    Hooks of passes, of state dicts and of parameters count, and so do which parameters are trained,
-    the mode of each module and the names of its attributes.
+    Hooks of passes, of state dicts, of parameters and of all modules count, and so do which
+    parameters are trained, the mode of each module, the names of its attributes and their values
+    where they are plain (a dropout rate, a switch).
 
     Control: the protected model is another one than the model.
 
@@ -246,6 +252,7 @@ def assert_removable(model: nn.Module, *, defenses: Stack) -> None:
         AssertionError: Something is left, or is gone.
         Inconclusive: The stack is empty, so there is nothing to remove.
     """
+    hooked = _global_hooks()
     guard = _protected(model, defenses)
     before = _architecture(copy.deepcopy(model))  # a copy has no hooks of parameters
     if _architecture(guard.model) == before:
@@ -253,6 +260,7 @@ def assert_removable(model: nn.Module, *, defenses: Stack) -> None:
     kept = _fixed(guard)
     guard.remove()
     after = _architecture(guard.model)
+    before["all modules"], after["all modules"] = hooked, _global_hooks()
     if odd := sorted({k for k in {*before, *after} if before.get(k) != after.get(k)}):
         text = "; ".join(_changed(k, before.get(k, ()), after.get(k, ())) for k in odd)
         raise AssertionError(f"remove() does not undo {_name(defenses)}: {text[:500]}.")
@@ -281,12 +289,22 @@ def _architecture(model: nn.Module) -> dict[str, tuple[object, ...]]:
     found: dict[str, tuple[object, ...]] = {}
     for name, m in model.named_modules():
         hooks = {k: len(v) for k, v in vars(m).items() if k.endswith("_hooks") and v}
-        own = sorted(k for k in vars(m) if not k.endswith(("_hooks", "_kwargs", "_called")))
+        own = sorted(
+            f"{k}={v!r}" if isinstance(v, _PLAIN) and not k.startswith("_") else k
+            for k, v in vars(m).items()
+            if not k.endswith(("_hooks", "_kwargs", "_called"))
+        )
         found[name] = (type(m), m.training, *sorted(hooks.items()), *own)
     for name, p in model.named_parameters():
         kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
         found[f"parameter {name}"] = p.requires_grad, *(len(getattr(p, k) or ()) for k in kinds)
     return found
+
+
+def _global_hooks() -> tuple[object, ...]:
+    """Return the hooks that torch runs for the modules of every model."""
+    kinds = ((k, v) for k, v in vars(nn.modules.module).items() if k.startswith("_global_"))
+    return tuple((k, len(v)) for k, v in kinds if isinstance(v, dict) and v)
 
 
 def _protected(model: nn.Module, defenses: Stack) -> Guard:

@@ -19,16 +19,20 @@ import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitguard.core import Update
+from vitguard.core import Batch, Update
 from vitguard.defenses.base import (
     BatchDefense,
     Defense,
+    Draws,
     ModelDefense,
     StepDefense,
     UpdateDefense,
@@ -44,14 +48,17 @@ from vitguard.testing.assertions import (
     assert_removable,
 )
 from vitguard.testing.contracts import check_plain
+from vitguard.testing.mechanisms import bytes_of, needles
 from vitguard.vit import Anatomy, canonical_parameters
 
 __all__ = [
+    "check_clip",
     "check_composes",
     "check_copies",
     "check_defense",
     "check_draws",
     "check_fails_closed",
+    "check_given",
     "check_model",
     "check_names",
     "check_noise",
@@ -79,6 +86,8 @@ def check_defense(defense: Defense, others: Sequence[Defense] | None = None) -> 
     check_tokens(defense)
     check_values(defense)
     check_noise(defense)
+    check_clip(defense)
+    check_given(defense)
     check_draws(defense)
     check_state(defense)
     check_fails_closed(defense)
@@ -119,7 +128,10 @@ def check_copies(defense: Defense) -> None:
 
 
 def check_names(defense: Defense) -> None:
-    """An update names every trained parameter once; positions and sealed names as traits say."""
+    """An update names every trained parameter once; positions and sealed names as traits say.
+
+    Tensors have the parameter's shape and type.
+    """
     guard, (images, labels) = _guard(defense), _batch(_size(defense))
     with guard.ungated():  # what the gate would have judged
         update = guard.update(images * 2 - 1, labels)
@@ -140,6 +152,14 @@ def check_names(defense: Defense) -> None:
     for selection in traits.sealed:
         open_ = [n for n in guard.anatomy.select(selection, named) if n in update.tensors]
         assert not open_, f"{defense.name} seals {selection}, yet {open_[:5]} can be read"
+    for name, p in canonical_parameters(_model()).items():
+        sent = update.tensors.get(name, p.detach())
+        got = (tuple(sent.shape), sent.dtype, sent.requires_grad)
+        assert got == (tuple(p.shape), p.dtype, False), (
+            f"{defense.name} sends {name} of shape {got[0]} in {got[1]}"
+            f"{', with its graph' if got[2] else ''}, where the parameter has {tuple(p.shape)} in "
+            f"{p.dtype}"
+        )
     if not traits.sealed:
         shut = set(update.sealed) - {where}
         assert not shut, f"{defense.name} seals {sorted(shut)[:5]}, and its traits do not say so"
@@ -206,7 +226,10 @@ def check_values(defense: Defense) -> None:
 
 
 def check_noise(defense: Defense) -> None:
-    """Noise has the standard deviation that the traits claim, at more than one batch size."""
+    """Noise has the standard deviation that the traits claim, at more than one batch size.
+
+    That of one tensor is not that of another.
+    """
     if isinstance(defense, ModelDefense | BatchDefense):
         return
     for size in (_size(defense, size) for size in SIZES):
@@ -237,6 +260,97 @@ def check_noise(defense: Defense) -> None:
         assert sound or close, (
             f"the noise of {defense.name} on a batch of {size} has {fit.ratio:.4g} times the "
             f"standard deviation that its traits claim (p = {fit.p_value:.2g})"
+        )
+        for one, other in combinations([p.flatten() for p in parts if p.numel() >= 64], 2):
+            count = min(len(one), len(other))
+            alike = float(F.cosine_similarity(one[:count], other[:count], 0))
+            assert abs(alike) < 0.9, (
+                f"{defense.name} adds the same noise to two tensors: their difference is without it"
+            )
+
+
+def check_clip(defense: Defense) -> None:
+    """Where traits bound what an update tells, no update or example moves it by more than `clip`.
+
+    Tried with gradients that are far too long; noise of one seed is the same twice and cancels.
+    """
+    clip = defense.settings().get("clip")
+    if isinstance(defense, ModelDefense | BatchDefense) or not isinstance(clip, int | float):
+        return
+    if not math.isfinite(_guard(defense).traits.information):
+        return
+    size = _size(defense)
+    if isinstance(defense, UpdateDefense):
+        plain = protect(_model(), []).update(*_inputs(size))
+        made = [_guard(defense).seal(_times(plain, factor)).tensors for factor in (1e4, -1e4)]
+        most, what = 2 * clip, "An update and its opposite are"
+    else:
+        images, labels = _inputs(size + 1)
+        made = []
+        for count in (size, size + 1):
+            found = _guard(defense).update(images[:count], labels[:count], loss=_steep).tensors
+            made.append({n: count * t for n, t in found.items()})
+        most, what = clip, "The sums with and without one example are"
+    apart = math.hypot(*(float((t - made[1][n]).double().norm()) for n, t in made[0].items()))
+    assert apart <= 1.5 * most, (  # releases are rounded to a grid
+        f"{what} {apart:.3g} apart under {defense.name} with the same noise, and clip={clip:g} "
+        f"allows {most:g}: something is not clipped, or not as a whole"
+    )
+
+
+def _steep(scores: Tensor, labels: Tensor) -> Tensor:
+    return 1e4 * F.cross_entropy(scores, labels)
+
+
+def _times(update: Update, factor: float) -> Update:
+    return replace(update, tensors={n: factor * t for n, t in update.tensors.items()})
+
+
+def check_given(defense: Defense) -> None:
+    """What a defense is given stays as it was, and what it gives has the same facts.
+
+    The tensors of an update, how it was made, the images and labels of a batch.
+    """
+    if isinstance(defense, BatchDefense):
+        return _check_given_batch(defense)
+    if not isinstance(defense, UpdateDefense):
+        return
+    size = _size(defense)
+    given = protect(_model(), []).update(*_inputs(size), learning_rate=0.1)
+    before = {n: t.clone() for n, t in given.tensors.items()}
+    guard = _guard(defense)
+    with guard.ungated(), guard.rehearsing():
+        sent = guard.seal(given)
+    odd = _first_difference(before, given.tensors)
+    assert odd is None, f"{defense.name} changes {odd} of the update that it is given"
+    contents = ("tensors", "sealed", "payloads", "clipped")
+    lost = [k for k in vars(given) if k not in contents and getattr(given, k) != getattr(sent, k)]
+    assert not lost, (
+        f"{defense.name} sends an update with other facts ({', '.join(lost)}) than it was given: "
+        "make it with dataclasses.replace"
+    )
+
+
+def _check_given_batch(defense: BatchDefense) -> None:
+    images, labels = _inputs(4)
+    made = defense.transform(
+        Batch(images.clone(), labels.clone()), Draws(torch.Generator().manual_seed(0))
+    )
+    given = Batch(images.clone(), labels.clone())
+    defense.transform(given, Draws(torch.Generator().manual_seed(0)))
+    kept = torch.equal(given.images, images) and torch.equal(given.labels, labels)
+    assert kept, f"{defense.name} changes the batch that it is given"
+    same = made.images.shape == images.shape and made.images.dtype == images.dtype
+    assert same and len(made.labels) == len(labels), (
+        f"{defense.name} makes images of {tuple(made.images.shape)} in {made.images.dtype} and "
+        f"{len(made.labels)} labels of {tuple(images.shape)} in {images.dtype} and {len(labels)}"
+    )
+    assert bool(made.images.isfinite().all()), f"{defense.name} makes images that are not finite"
+    for i, image in enumerate(made.images):
+        from_ = [j for j in range(len(images)) if torch.equal(image, images[j])]
+        moved = bool(from_) and i not in from_
+        assert not moved or torch.equal(made.labels[i], labels[from_[0]]), (
+            f"{defense.name} moves images to other places than their labels"
         )
 
 
@@ -372,7 +486,7 @@ def check_fails_closed(defense: Defense) -> None:
 
 
 def check_quiet(defense: Defense) -> None:
-    """No repr, log or print shows a tensor, and settings are plain."""
+    """No repr, log, print or payload shows a tensor, and settings are plain."""
     check_plain(defense)
     guard, said = _guard(defense), io.StringIO()
     handler, root = logging.StreamHandler(said), logging.getLogger()
@@ -381,10 +495,15 @@ def check_quiet(defense: Defense) -> None:
     root.setLevel(logging.DEBUG)
     try:
         with redirect_stdout(said):
-            guard.update(*_inputs(_size(defense)))
+            update = guard.update(*_inputs(_size(defense)))
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
+    plain = protect(_model(), []).update(*_inputs(_size(defense)))
+    for name, tensor in plain.tensors.items():
+        for needle in needles(tensor.flatten()) if tensor.numel() >= 4 else ():
+            sent = any(bytes_of(needle) in part for part in update.payloads.values())
+            assert not sent, f"{defense.name} sends plain values of {name} in a payload"
     shown = f"{said.getvalue()} {guard!r} {guard.defenses!r} {guard.traits!r}"
     secrets = ["tensor(", *(str(t.tolist()) for t in guard.truth().values() if t.numel() > 1)]
     found = next((s for s in secrets if s in shown), None)
@@ -405,6 +524,11 @@ def check_composes(defense: Defense, others: Sequence[Defense] | None = None) ->
                 assert len(str(error)) > 20, f"{where} is refused without a reason: {error}"
                 continue
             folded = traits_of(guard.defenses, guard.anatomy)
+            named = {*update.tensors, *update.sealed, guard.anatomy.positions}
+            lost = sorted(n for n in set(_names()) - named if not folded.freezes(n))
+            if folded.positions == "withheld" and guard.anatomy.positions not in update.sealed:
+                lost.append(guard.anatomy.positions)
+            assert not lost, f"{where}: an update neither shows nor seals {lost[:5]}"
             for selection in folded.sealed:
                 open_ = [
                     n for n in guard.anatomy.select(selection, _names()) if n in update.tensors

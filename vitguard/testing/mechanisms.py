@@ -31,6 +31,8 @@ __all__ = [
     "assert_round_trip",
     "assert_sealed",
     "assert_sensitivity",
+    "bytes_of",
+    "needles",
 ]
 
 
@@ -140,6 +142,7 @@ def assert_sealed(
         AssertionError: A name can be read or is not listed as sealed, or its values are there.
         Inconclusive: There is no name, or a plain tensor is constant and cannot be told.
     """
+    _require_update(update)
     wanted = [names] if isinstance(names, str) else list(names)
     if not wanted:
         raise Inconclusive("Expected names that must be sealed, got none.")
@@ -155,14 +158,21 @@ def assert_sealed(
         tensor = plain.get(name)
         if tensor is None or tensor.numel() < 4 or bool((tensor == tensor.flatten()[0]).all()):
             raise Inconclusive(f"{name} has no plain values that could be told in the update.")
-        for needle in _needles(tensor.detach().cpu().flatten()):
-            if not _shows(replace(update, payloads={"control": _bytes(needle)}), needle):
+        for needle in needles(tensor.detach().cpu().flatten()):
+            if not _shows(replace(update, payloads={"control": bytes_of(needle)}), needle):
                 raise Inconclusive(f"The values of {name} are not found where they are.")
             if _shows(update, needle):
                 raise AssertionError(f"{name} is sealed, but its values are in the update.")
 
 
-def _needles(flat: Tensor) -> list[Tensor]:
+def _require_update(update: Any) -> None:
+    if not isinstance(update, Update):
+        raise expected(
+            "a vitguard.Update", type(update).__name__, "Make one of tensors: Update(tensors, ...)."
+        )
+
+
+def needles(flat: Tensor) -> list[Tensor]:
     """Return some runs of four values that differ, from all over a tensor."""
     starts = torch.linspace(0, len(flat) - 4, min(8, len(flat) - 3)).long().tolist()
     runs = [flat[i : i + 4] for i in dict.fromkeys(starts)]
@@ -171,14 +181,15 @@ def _needles(flat: Tensor) -> list[Tensor]:
 
 
 def _shows(update: Update, needle: Tensor) -> bool:
-    where = [_bytes(t) for t in update.tensors.values()] + list(update.payloads.values())
+    where = [bytes_of(t) for t in update.tensors.values()] + list(update.payloads.values())
     kinds = {needle.dtype}
     if needle.is_floating_point() and bool(needle.half().all()):  # zeros are everywhere
         kinds |= {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-    return any(_bytes(needle.to(kind)) in part for kind in kinds for part in where)
+    return any(bytes_of(needle.to(kind)) in part for kind in kinds for part in where)
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def bytes_of(tensor: Tensor) -> bytes:
+    """Return the bytes of a tensor as a file or message would hold them."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
@@ -193,6 +204,7 @@ def assert_round_trip(update: Update, folder: str | Path | None = None) -> None:
         AssertionError: A fact, name, type or value is another one.
         Inconclusive: The update has nothing whose loss would show.
     """
+    _require_update(update)
     filled = [n for n, t in update.tensors.items() if t.numel()]
     if not filled and not update.sealed and not update.payloads:
         raise Inconclusive("The update is empty: a file that loses everything would not show.")
@@ -220,7 +232,7 @@ def _differences(a: Update, b: Update) -> list[str]:
     for name in {**a.tensors, **b.tensors}:
         x, y = a.tensors.get(name), b.tensors.get(name)
         same = x is not None and y is not None and (x.dtype, x.shape) == (y.dtype, y.shape)
-        if not same or _bytes(x) != _bytes(y):  # type: ignore[arg-type]
+        if not same or bytes_of(x) != bytes_of(y):  # type: ignore[arg-type]
             facts.append(name)
     return facts
 

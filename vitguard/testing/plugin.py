@@ -92,8 +92,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for row in rows:
         test = row["test"].rpartition("::")[2]
         terminalreporter.write_line(f"{row['outcome']:<12} {row['property']:<30} {test}")
-    count = {o: sum(r["outcome"] == o for r in rows) for o in ("holds", "fails", "inconclusive")}
-    terminalreporter.write_line(", ".join(f"{n} {o}" for o, n in count.items()))
+    outcomes = ("holds", "fails", "inconclusive", "error")
+    count = {o: sum(r["outcome"] == o for r in rows) for o in outcomes}
+    told = [f"{n} {o}" for o, n in count.items() if n or o != "error"]
+    terminalreporter.write_line(", ".join(told))
 
 
 @pytest.fixture(scope="session")

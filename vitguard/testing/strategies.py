@@ -132,13 +132,17 @@ def labels(draw: Draw, count: int, classes: int = 10) -> Tensor:
 
 @st.composite
 def batches(draw: Draw, model: nn.Module | None = None, *, most: int = 4) -> Batch:
-    """Batches as a model takes them (normalised to mean 0.5, deviation 0.5), with labels."""
-    size, channels, classes = (8, 8), 3, 3
+    """Batches as a model takes them (normalised to mean 0.5, deviation 0.5), with labels.
+
+    In the type of its parameters.
+    """
+    size, channels, classes, like = (8, 8), 3, 3, torch.float32
     if model is not None:
-        anatomy = Anatomy.of(model)
+        anatomy, like = Anatomy.of(model), next(model.parameters()).dtype
         size, channels, classes = anatomy.image_size, anatomy.channels, anatomy.classes
     pixels = draw(images(size, most=most, channels=channels))
-    return Batch(pixels * 2 - 1, draw(labels(len(pixels), classes or 1)))  # 0: without a head
+    inputs = (pixels * 2 - 1).to(like)
+    return Batch(inputs, draw(labels(len(pixels), classes or 1)))  # 0: without a head
 
 
 @st.composite

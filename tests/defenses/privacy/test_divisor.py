@@ -41,7 +41,6 @@ ALONE = {
     "class weights in a mean": lambda s, y: (
         F.cross_entropy(s, y, weight=WEIGHTS, reduction="none").mean()
     ),
-    "class weights in a sum": nn.CrossEntropyLoss(weight=WEIGHTS, reduction="sum"),
     "class weights of each example": PerExample(nn.CrossEntropyLoss(weight=WEIGHTS)),
     "an ignored class of each example": PerExample(nn.CrossEntropyLoss(ignore_index=2)),
     "two weights": lambda s, y: (
@@ -49,6 +48,22 @@ ALONE = {
     ).mean(),
     "a focal loss": focal,
 }  # fmt: skip
+
+
+def binary(scores, labels, reduction="mean"):
+    return F.binary_cross_entropy_with_logits(
+        scores, F.one_hot(labels, 4).to(scores), reduction=reduction
+    )
+
+
+ALONE["binary cross-entropy"] = binary
+ADDED = {
+    "a binary sum": lambda s, y: binary(s, y, "sum"),
+    "a sum": nn.CrossEntropyLoss(reduction="sum"),
+    "a sum over a constant": lambda s, y: F.cross_entropy(s, y, reduction="sum") / 8,
+    "a mean times the size": lambda s, y: len(y) * F.cross_entropy(s, y, label_smoothing=0.0),
+    "class weights in a sum": nn.CrossEntropyLoss(weight=WEIGHTS, reduction="sum"),
+}
 
 
 def seen(criterion, batches, classes=4, scale=1.0, dtype=torch.float32):
@@ -71,13 +86,28 @@ def seen(criterion, batches, classes=4, scale=1.0, dtype=torch.float32):
 @pytest.mark.parametrize("kind", DIVIDED)
 def test_a_common_divisor_is_told_within_a_few_batches(kind, dtype):
     for batches in range(50, 60):
-        assert seen(DIVIDED[kind], batches, dtype=dtype) in range(12, 30)
+        assert seen(DIVIDED[kind], batches, dtype=dtype) in range(3, 30)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), crossed(ALONE, [torch.float32, torch.bfloat16]))
 def test_terms_of_one_example_each_pass(kind, dtype):
     for scale in (0.01, 1.0, 5.0):
         assert seen(ALONE[kind], 300, scale=scale, dtype=dtype) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ADDED)
+def test_a_sum_is_told_within_a_few_batches(kind, dtype):
+    for batches in range(50, 60):
+        assert seen(ADDED[kind], batches, dtype=dtype) in range(3, 12)
+
+
+def test_batches_of_almost_one_size_are_not_taken_for_a_sum():
+    watcher, scores = CommonDivisor(), torch.randn(5003, 4, requires_grad=True)
+    for size in (5000, 5001, 5002, 5003) * 2:
+        rows = scores[:size]
+        loss = F.cross_entropy(rows, torch.arange(size) % 4)
+        watcher.refuse(rows.detach(), *torch.autograd.grad(loss, rows))
 
 
 @pytest.mark.slow
@@ -108,6 +138,13 @@ def test_a_private_loop_with_class_weights_is_stopped_and_with_those_of_each_exa
     with pytest.raises(Unprotected, match=r"divides by what the batch holds.*PerExample"):
         trained(small_vit(depth=1, num_classes=4), nn.CrossEntropyLoss(weight=WEIGHTS))
     trained(small_vit(depth=1, num_classes=4), PerExample(nn.CrossEntropyLoss(weight=WEIGHTS)))
+
+
+def test_a_private_loop_with_a_sum_is_stopped_as_each_example_counts_more_in_a_larger_batch(
+    small_vit,
+):
+    with pytest.raises(Unprotected, match=r"mean over the batch.*reduction=.sum"):
+        trained(small_vit(depth=1, num_classes=4), nn.CrossEntropyLoss(reduction="sum"))
 
 
 @pytest.mark.parametrize(

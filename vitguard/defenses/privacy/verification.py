@@ -40,7 +40,10 @@ def measure_sensitivity(total: Total, count: int) -> float:
     if count < 1:
         raise expected("at least one example", count)
     everyone = range(count)
-    whole = total(list(everyone)).double()
+    whole = total(list(everyone))
+    if not isinstance(whole, Tensor):
+        raise expected("a sum that is one flat tensor", type(whole).__name__)
+    whole = whole.double().clone()  # a sum that is written to one place each time stays
     moved = [
         float((whole - total([j for j in everyone if j != i]).double()).norm()) for i in everyone
     ]
