@@ -167,7 +167,7 @@ def gelu_span_remains(plain: Released) -> Remaining:
         # measured at 192 wide and 192 pixels a patch; at 256 wide it gives 92 to 113 dB
         obstacle = f"{moves} directions fill the {a.width}: without the patch gradient a token fits"
         obstacle += " at any position"
-    elif (crowd := plain.patch_rank + plain.tokens) > a.width + a.patches / _ROOM and _told(plain):
+    elif plain.patch_rank + plain.tokens > a.width + a.patches / _ROOM and _told(plain):
         # a batch whose positions the attack found too near each other (17 and 5 tokens an image,
         # width 64 to 192) had at least that many, one that it could search had fewer
         why = (
