@@ -21,17 +21,17 @@ from vitguard.evidence import Cell, Cost, Evidence, evidence
 from vitguard.models import build_model
 from vitguard.vit import Anatomy
 
-MODELS = [  # name, batch from which no exact count holds
-    ("vit_tiny_patch16_224", 1),
-    ("vit_small_patch16_224", 2),
-    ("vit_base_patch16_224", 4),
-    ("vit_large_patch16_224", 6),
-    ("vit_base_patch32_224", 16),
-    ("deit_base_patch16_224", 4),
-    ("vit_small_patch14_dinov2:img_size=112", 6),
-    ("vit_base_patch14_dinov2:img_size=112", 12),
-    ("vit_base_patch16_siglip_224", 4),
-    ("beit_base_patch16_224", 4),
+MODELS = [  # name, batch whose tokens fill the width, batch from which no exact count holds
+    ("vit_tiny_patch16_224", 1, 1),
+    ("vit_small_patch16_224", 2, 2),
+    ("vit_base_patch16_224", 4, 3),
+    ("vit_large_patch16_224", 6, 3),
+    ("vit_base_patch32_224", 16, 9),
+    ("deit_base_patch16_224", 4, 3),
+    ("vit_small_patch14_dinov2:img_size=112", 6, 4),
+    ("vit_base_patch14_dinov2:img_size=112", 12, 7),
+    ("vit_base_patch16_siglip_224", 4, 3),
+    ("beit_base_patch16_224", 4, 4),
 ]
 SWIN = "swin_tiny_patch4_window7_224"
 WORDS = ("safe", "secure", "protected")
@@ -54,10 +54,12 @@ def built_without_values():
 
 
 @pytest.mark.parametrize(
-    "name, ends",
+    "name, full, ends",
     [*MODELS[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in MODELS[3:])],
 )
-def test_a_model_that_people_use_is_advised_on_in_two_seconds_and_never_called_safe(name, ends):
+def test_a_model_that_people_use_is_advised_on_in_two_seconds_and_never_called_safe(
+    name, full, ends
+):
     timm.list_models("vit_tiny*")  # the import is not counted
     began = time.process_time()
     report = advise_report(name)
@@ -69,9 +71,9 @@ def test_a_model_that_people_use_is_advised_on_in_two_seconds_and_never_called_s
     named = {a.attack: a for a in report.attacks}
     for attack in ("span", "span-chain", "gelu-span"):
         one = named[attack]
-        assert (one.ends_at is not None and one.ends_at <= ends) or not one.applies
+        assert (one.ends_at is not None and one.ends_at <= full) or not one.applies
     search = named["token-search"]  # in part, until the tokens fill three times the width
-    assert not search.applies or ends <= search.ends_at <= 3 * ends
+    assert not search.applies or full <= search.ends_at <= 3 * full
     assert not advise_report(name, batch_size=ends).exact or ends == 1
 
 

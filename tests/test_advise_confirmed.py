@@ -68,9 +68,21 @@ def test_three_statements_of_a_real_model_are_what_the_audit_finds(spec, data_fo
 
 @pytest.mark.slow
 def test_the_batch_below_the_one_that_ends_it_is_still_exact():
-    """Two images of 17 tokens are 34 of 96: `gelu-span` proves patches of both."""
+    """Two images of 17 tokens are 34 of 96: `gelu-span` proves patches of both.
+
+    Of four, a token fits at positions that are not its own.
+    """
     model = small_vit()
-    assert next(a for a in advise_report(model).attacks if a.attack == "gelu-span").exact_until == 5
+    stated = next(a for a in advise_report(model).attacks if a.attack == "gelu-span")
+    assert (stated.exact_until, stated.ends_at) == (3, 6)
+    four = advise_report(model, batch_size=4)
+    (at_four,) = (a for a in four.attacks if a.attack == "gelu-span")
+    assert at_four.applies and not at_four.exact and "not its own" in at_four.reason
+    assert "gelu-span" not in four.sentence()
+    batch = (data.decoys(4, (16, 16)), torch.arange(4))
+    refused = audit(model, batch, defenses="positions:kind=frozen", attacks=["gelu-span"])
+    assert refused.findings[-1].verdict == "not applicable"
+    assert "not its own" in refused.findings[-1].reason
     images = data.sample_images((16, 16), count=2, classes=10)
     report = audit(
         model, (images.pixels, torch.tensor([1, 2])), defenses="positions:kind=frozen",

@@ -78,8 +78,29 @@ def test_other_images_have_not_resisted(small_vit, photos):
 
 
 @pytest.mark.slow
-def test_what_noise_covers_is_not_told_apart(small_vit, photo):
-    """Else an audit would tell a record from a private update."""
+def test_noise_longer_than_the_update_hides_no_other_images(small_vit, photo):
+    """Its distance says nothing there; its direction does."""
+    model, stack = small_vit(), "noise:scale=3"
+    update = sent(model, photo, stack, LocalTraining())
+    assert "whose it is" in said(model, update, stack, 1 - photo, LABEL)
+    assert said(model, update, stack, photo, LABEL) == ""
+
+
+@pytest.mark.slow
+def test_what_noise_covers_has_not_resisted_whatever_is_stated(small_vit, photo):
+    """No rule could tell, or it would tell a record from a private update."""
     pytest.importorskip("opacus")
     model, stack = small_vit(), "privacy:noise=1,clip=1,delta=0.01"
-    assert said(model, sent(model, photo, stack, LocalTraining()), stack, 1 - photo) == ""
+    update = sent(model, photo, stack, LocalTraining())
+    for stated in (photo, photo.flip(-1)):
+        assert "whose it is" in said(model, update, stack, stated, LABEL)
+
+
+def test_images_that_make_nearly_the_same_update_are_told_by_what_is_left(small_vit, photo):
+    """A head alone that is trained gets nearly the same gradient of every image."""
+    model = small_vit()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "head.bias")
+    update = sent(model, photo, "none", LocalTraining())
+    assert said(model, update, "none", photo, LABEL) == ""
+    assert "whose it is" in said(model, update, "none", 1 - photo, LABEL)

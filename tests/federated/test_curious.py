@@ -7,6 +7,8 @@ import torch
 
 import vitguard as vg
 from vitguard import data
+from vitguard.attacks.position import PositionInversion
+from vitguard.core import Guess
 from vitguard.errors import InputError
 from vitguard.federated.curious import Recording, update_of
 from vitguard.federated.local import LocalClient, LocalFederation
@@ -62,6 +64,25 @@ def test_a_recording_of_plain_updates_leaks_with_and_without_the_images(kept):
     (finding,) = rows(blind).values()
     assert finding.verdict == "leaks" and "reproduces the update" in finding.reason
     assert finding.psnr is None
+
+
+class BlindUnderNoise(PositionInversion):
+    name = "blind-under-noise"
+
+    def run(self, view, generator):
+        if view.traits.noise:
+            return Guess(torch.full((1, *view.image_shape), 0.5))
+        return super().run(view, generator)
+
+
+def test_a_recording_has_not_resisted_with_images_that_are_not_behind_it(kept):
+    model, recording, images = kept("noise:scale=0.01")
+    wrong = {"ana": (images["b/c"][0].flip(3), images["ana"][1])}
+    for said, verdict in ((images, "resisted"), (wrong, "inconclusive")):
+        message = recording.rounds(model, "noise:scale=0.01", images=said)[0].messages[0]
+        (finding,) = rows(vg.audit(message, attacks=[BlindUnderNoise()])).values()
+        assert finding.verdict == verdict, finding
+    assert "Check the checkpoint" in finding.undecided
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 
 from tests.inspection.crafts import PUBLISHED, imprint
 from vitguard.defenses.inspecting import InspectWeights
-from vitguard.errors import InputError, SuspiciousWeights
+from vitguard.errors import Incompatible, InputError, SuspiciousWeights
 from vitguard.guard import protect
 from vitguard.inspection import SIGNS, Memory, inspect_model, inspect_weights
 from vitguard.threats.malicious_server import craft_types
@@ -50,6 +50,40 @@ def test_every_craft_of_the_package_is_suspicious_by_its_weights_alone(craft):
     weights = craft_types()[craft]().weights(model)
     found = inspect_weights(weights, Anatomy.of(model), Memory())
     assert found.suspicious and found.score > 4, found
+
+
+def stack_of_layers():
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(32, 8, 1, 2, 24, 48, num_classes=10)
+    torch.nn.init.normal_(model.heads.head.weight, std=0.02)  # zeros in torchvision
+    return model
+
+
+def head_behind_pooling():
+    sizes = {"depths": (1, 1), "embed_dim": 16, "num_heads": (2, 2), "window_size": 2}
+    name = "swin_tiny_patch4_window7_224"
+    return timm.create_model(name, img_size=32, num_classes=10, **sizes)
+
+
+@pytest.mark.parametrize("make_model", [stack_of_layers, head_behind_pooling])
+def test_a_head_whose_layer_has_a_longer_name_is_looked_at_by_its_weights_alone(make_model):
+    model = make_model()
+    anatomy = Anatomy.of(model)
+    own = inspect_weights(model.state_dict(), anatomy, Memory())
+    assert not own.suspicious, own
+    found = inspect_weights(craft_types()["fishing"]().weights(model), anatomy, Memory())
+    assert {"scaled row", "head bias"} <= {s.name for s in found.worst}, found
+
+
+def test_a_model_whose_blocks_are_not_known_is_not_said_to_have_been_inspected():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"depths": [1], "embed_dim": 16, "num_heads": [2], "window_size": 4}
+    settings = transformers.SwinConfig(image_size=32, patch_size=4, num_labels=10, **sizes)
+    model = transformers.SwinForImageClassification(settings)
+    assert not Anatomy.of(model).blocks
+    with pytest.raises(Incompatible, match="whose blocks are known"):
+        protect(model, []).inspect({}, *batch())
 
 
 @pytest.mark.parametrize("size", [1, 4])

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import stat
 from dataclasses import replace
 
 import pytest
@@ -472,6 +473,12 @@ class TestHtml:
 
 
 class TestSave:
+    def test_forms_that_show_images_are_for_their_owner_alone(self, tmp_path) -> None:
+        made = full_report()
+        for suffix, mode in {"json": 0o644, "md": 0o644, "html": 0o600, "png": 0o600}.items():
+            made.save(tmp_path / f"r.{suffix}")
+            assert stat.S_IMODE((tmp_path / f"r.{suffix}").stat().st_mode) == mode, suffix
+
     def test_suffix_names_the_form(self, tmp_path) -> None:
         made = full_report()
         for suffix in ("json", "md", "html", "png"):

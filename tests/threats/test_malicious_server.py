@@ -384,13 +384,12 @@ def test_what_an_attack_proves_counts_on_crafted_weights_only_if_its_proofs_hold
 def test_an_update_of_honest_weights_proves_nothing_to_a_server_that_believes_it_crafted_them(
     model, photos
 ):
-    """The wrong model beside a saved update: its rows tell nothing, and are called nothing."""
+    """The wrong model beside a saved update is refused; its rows tell nothing in any case."""
     guard = protect(build_model(SPEC).train(), ())
     update = guard.update(PLAIN.apply(photos[:2]), torch.tensor([1, 2]))
-    report = vg.audit_update(model, update, threat=MaliciousServer(), attacks="imprint")
-    (finding,) = (f for f in report.findings if f.defense == "update")
-    assert finding.verdict == "not applicable" and "the weights are others" in finding.reason
     threat = MaliciousServer()
+    with pytest.raises(vg.errors.InputError, match="that the malicious server handed out"):
+        vg.audit_update(model, update, threat=threat, attacks="imprint")
     told = replace(threat.view(guard, update, PLAIN), crafted=threat.made.crafted(model))
     for block in told.model.blocks:  # as if the craft had written it
         block.mlp.fc2.weight.data.fill_(1e-6)
@@ -399,6 +398,17 @@ def test_an_update_of_honest_weights_proves_nothing_to_a_server_that_believes_it
     except NotApplicable:
         return
     assert guess.verified is None or not guess.verified.any()
+
+
+def test_a_stored_update_is_read_beside_the_weights_that_were_handed_out(model, photos):
+    crafted = build_model(SPEC)
+    crafted.load_state_dict(MaliciousServer().made.weights(model))
+    guard = protect(crafted.train(), ())
+    update = guard.update(PLAIN.apply(photos[:1]), torch.tensor([1]))
+    report = vg.audit_update(
+        guard.public_model(), update, threat=MaliciousServer(), attacks="imprint"
+    )
+    assert {f.verdict for f in report.findings} == {"leaks"}
 
 
 @pytest.mark.parametrize("craft", sorted(craft_types()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitguard.attacks.labels import pair_labels, try_labels
+from vitguard.audit.scale import DECOYS, decoys_for, enlarged
 from vitguard.audit.victim import Victim
 from vitguard.core import Update, View
 from vitguard.defenses.base import Defense
@@ -31,6 +33,13 @@ _CLASSES = 20
 """Up to so many are tried for one image."""
 _SPREAD = 1.25
 """How much farther it may be than the draws of the stack are from each other."""
+_OTHERS = 19
+"""Batches of other photos: by chance one in twenty batches is nearest among as many and itself."""
+_LOOKED = 3
+"""Of these: how many show whether the distance alone tells batches apart."""
+_BETWEEN = 0.75
+"""Where the received update may lie on the way from other photos (0) to those stated (1), on
+average: updates that have nothing to do with either lie at one half."""
 
 
 def disagreement(
@@ -39,8 +48,11 @@ def disagreement(
     """Return why an update is not what stated weights, images and stack make; "" where it may be.
 
     The victim makes its own update of the images a few times, with other draws of the stack. The
-    received one must be about as far from these as they are from each other. Where noise is all
-    that both hold, that is so whatever was stated: nothing could tell.
+    received one must be about as far from these as they are from each other. Where that would be
+    so of other photos as well, as under strong noise, it must be nearer to what the stated images
+    make than to what 19 batches of other photos do, in the directions in which plain updates of
+    both differ. Other images pass that by chance once in twenty times; where noise covers all, the
+    right ones do no better.
 
     Args:
         victim: With the stated images. Its own labels are tried where none are given and the
@@ -50,20 +62,93 @@ def disagreement(
     received = _readable(update)
     tried = [labels] if labels is not None else _labels(victim, view)
     try:
-        first = [(one, _made(victim, stack, one, 0)) for one in tried]
-        chosen, made = min(first, key=lambda pair: _distance(received, pair[1]))
-        again = [made, *(_made(victim, stack, chosen, i) for i in range(1, _DRAWS))]
+        chosen = _likeliest(victim, received, tried)
+        again = [_made(victim, stack, chosen, i) for i in range(_DRAWS)]
     except VitguardError as error:
         return f"the stated images and stack make no update ({error})"
     apart = max(_distance(a, b) for a, b in itertools.combinations(again, 2))
     gap = min(_distance(received, one) for one in again)
     length = max(_length(one) for one in again)
-    if gap <= _SPREAD * apart + _NEAR * length:
+    reach = _SPREAD * apart + _NEAR * length
+    if gap > reach:
+        return (
+            "the update is not what the stated weights, images and stack make: it is "
+            f"{gap / max(length, _LEAST):.0%} of its length away. Check the checkpoint, the "
+            "images, mean and deviation"
+        )
+    return _untold(replace(victim, labels=chosen), stack, received, again, reach)
+
+
+def _untold(
+    victim: Victim,
+    stack: Sequence[Defense],
+    received: Tensors,
+    made: Sequence[Tensors],
+    reach: float,
+) -> str:
+    """Return that an update tells nothing of its images; "" where it is of those stated.
+
+    Args:
+        victim: With the stated images and labels.
+        made: What these make under the stack, with several draws.
+        reach: How far an update may be from these.
+    """
+    usual, weights, plain = _mean(made), _precisions(made), _made(victim, (), victim.labels, 0)
+    others: list[tuple[Victim, Tensors]] = []
+    for pixels in _other_photos(victim):
+        other = replace(victim, pixels=pixels)
+        try:
+            others.append((other, _made(other, stack, victim.labels, 0)))
+        except VitguardError:  # the stack refuses these photos
+            continue
+        if len(others) == _LOOKED and all(_distance(u, m) > reach for _, u in others for m in made):
+            return ""  # the distance tells them apart
+    along = []
+    for other, update in others:
+        toward = _minus(plain, _made(other, (), victim.labels, 0))
+        whole = _product(_minus(usual, update), toward, weights)
+        part = _product(_minus(received, update), toward, weights)
+        along.append(part / whole if whole > 0 else -math.inf)
+    if along and min(along) > 0.5 and sum(along) / len(along) > _BETWEEN:
         return ""
     return (
-        "the update is not what the stated weights, images and stack make: it is "
-        f"{gap / max(length, _LEAST):.0%} of its length away. Check the checkpoint, the images, "
-        "mean and deviation"
+        "the update is no nearer to what the stated images make than to what other photos do: "
+        "nothing in it shows whose it is. Its noise may cover that; else check images, labels"
+    )
+
+
+def _other_photos(victim: Victim) -> list[Tensor]:
+    """Return batches of photos, each like the stated one."""
+    size = victim.size
+    pool = decoys_for(victim.pixels, victim.seed, max(min(size * _OTHERS, DECOYS), size))
+    step = size if size * _OTHERS <= len(pool) else len(pool) // _OTHERS + 1
+    turned = (torch.roll(pool, -i * step, 0)[:size] for i in range(_OTHERS))
+    return [enlarged(batch, victim.pixels).to(victim.pixels) for batch in turned]
+
+
+def _mean(updates: Sequence[Tensors]) -> Tensors:
+    return {n: torch.stack([u[n] for u in updates]).mean(0) for n in updates[0]}
+
+
+def _minus(one: Tensors, other: Tensors) -> Tensors:
+    return {n: t - other[n] for n, t in one.items() if n in other}
+
+
+def _precisions(made: Sequence[Tensors]) -> dict[str, float]:
+    """Return for each tensor how much its entries tell: less where draws of the stack differ."""
+    weights = {}
+    for name in made[0]:
+        each = torch.stack([u[name] for u in made])
+        spread = float(each.var(0).mean()) + (_NEAR**2) * float(each.square().mean())
+        weights[name] = 1 / spread if spread > 0 else 0.0
+    return weights
+
+
+def _product(one: Tensors, other: Tensors, weights: Mapping[str, float]) -> float:
+    return sum(
+        weights[n] * float((t * other[n]).sum())
+        for n, t in one.items()
+        if n in other and n in weights
     )
 
 
@@ -71,12 +156,29 @@ def _labels(victim: Victim, view: View) -> list[Tensor]:
     """Return the labels that an update tells; else each class of one image, or the victim's own."""
     with seeded(victim.seed, victim.model):
         told = try_labels(view, torch.Generator().manual_seed(victim.seed))
-        if told is not None and len(told) == victim.size:
-            return [pair_labels(view, victim.pixels, told).cpu()]
+    told = told if told is not None and len(told) == victim.size else None
     classes = Anatomy.of(victim.model).classes or 0
-    if victim.size == 1 and classes <= _CLASSES:
+    if victim.size == 1 and classes <= _CLASSES and (told is None or not view.traits.exact):
         return [torch.tensor([c]) for c in range(classes)] or [victim.labels]
-    return [victim.labels]
+    if told is None:
+        return [victim.labels]
+    with seeded(victim.seed, victim.model):
+        return [pair_labels(view, victim.pixels, told).cpu()]
+
+
+def _likeliest(victim: Victim, received: Tensors, tried: Sequence[Tensor]) -> Tensor:
+    """Return the labels whose plain update points most nearly where the received one does."""
+    if len(tried) == 1:
+        return tried[0]
+    weights = {n: t.numel() / max(float(t.square().sum()), _LEAST) for n, t in received.items()}
+
+    def cosine(labels: Tensor) -> float:
+        plain = _made(victim, (), labels, 0)
+        return (
+            _product(received, plain, weights) / max(_product(plain, plain, weights), _LEAST) ** 0.5
+        )
+
+    return max(tried, key=cosine)
 
 
 def _made(victim: Victim, stack: Sequence[Defense], labels: Tensor, draw: int) -> Tensors:
@@ -90,7 +192,7 @@ def _readable(update: Update) -> Tensors:
 
 def _distance(one: Tensors, other: Tensors) -> float:
     """Return the 2-norm of the difference of what both hold."""
-    return _length({n: t - other[n] for n, t in one.items() if n in other})
+    return _length(_minus(one, other))
 
 
 def _length(tensors: Tensors) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitguard import data
 from vitguard.attacks.base import Attack
+from vitguard.audit.agreement import disagreement
 from vitguard.audit.corridor import corridor_of
 from vitguard.audit.exposure import Exposure, Facts, Run, bound_of
 from vitguard.audit.pipeline import CONTROL, findings, level_of
@@ -74,6 +75,11 @@ def audit_rounds(
     found = [without_control(f) if f.exposure in alone else f for f in found]
     unlike = {t.name for t in things if not t.alike}
     found = [without_control(f, UNLIKE) if f.exposure in unlike else f for f in found]
+    resisted = {f.exposure for f in found if f.verdict == "resisted"}
+    for look in looks:
+        name = look.thing.name
+        if name in resisted and (why := look.doubt()):
+            found = [without_control(f, why) if f.exposure == name else f for f in found]
     found += [
         Finding(
             t.defense or PLAIN,
@@ -114,6 +120,10 @@ def audit_rounds(
     )
 
 
+STATED = (
+    "The images of some of its clients are only stated, and a sum does not show whether they are "
+    "right: nothing in it has resisted."
+)
 UNLIKE = (
     "Its clients ran different defenses, and no adversary here is told of all: nothing in it has "
     "resisted."
@@ -236,6 +246,20 @@ class _Look:
             Scale.of(self.pixels, patch, self.decoys, self.seed),
             certain=all(s.certain for s in shares),
         )  # fmt: skip
+
+    def doubt(self) -> str:
+        """Return why the images that a caller states may not be behind it, "" where they are."""
+        thing = self.thing
+        stated = [s for s in thing.shares if not s.certain and s.pixels is not None]
+        if not stated:
+            return ""
+        if len(thing.shares) > 1:
+            return STATED
+        share = stated[0]
+        victim = self._victim(share, share.pixels)
+        return disagreement(
+            victim, thing.guard.defenses, thing.update, self._exposed().view, share.labels
+        )
 
     def _control(self) -> Exposure:
         """Make the same update, or sum of updates, without a defense."""

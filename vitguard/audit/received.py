@@ -50,6 +50,8 @@ OTHER_CONTROL = (
     "This update's training cannot be repeated: its control is one plain gradient, so nothing here "
     "has resisted."
 )
+_SAME = 1e-2
+"""Relative distance up to which weights are those of a craft, 16-bit ones too."""
 ON_INPUT = "an attack on the input needs images to change, and a saved update holds none"
 
 
@@ -90,12 +92,13 @@ def audit_update(
         attacks: As in `audit`; those on the input are reported as not applicable.
         truth: The images behind the update, pixels in [0, 1]: a tensor, or what `torch.as_tensor`
             makes one of.
-        withhold, threat: As in `audit`.
+        withhold, threat: As in `audit`. Of a malicious server, `model` is what it handed out.
         labels: Their classes, shape (batch,), to score recovered labels; needs `truth`.
         workers, executor, progress: As in `audit`.
 
     Raises:
-        InputError: The update names parameters that the model does not have.
+        InputError: The update names parameters that the model does not have, or the model is not
+            what the threat hands out.
     """
     seed, work = checked_seed(seed), Work(workers, executor)
     require_bare(model)
@@ -125,6 +128,7 @@ def audit_update(
     name = stack_name(stack) if stack else "update"
     facts = _facts(truth, labels, names, update, anatomy, seed)
     guard = protect(copy.deepcopy(model).train(), stack)
+    _check_handed_out(guard, adversary)
     expose = partial(_exposed, adversary, guard, update, normalization, loss)
     steps = training and training.steps
     runs = [
@@ -165,6 +169,23 @@ def audit_update(
         interrupted=work.stop.is_set(),
         notes=tuple(note for note in notes if note),
     )
+
+
+def _check_handed_out(guard: Guard, threat: Threat) -> None:
+    """Refuse a model that is not what a server that writes weights handed out.
+
+    The update was made on these; a craft writes its own weights again as they are.
+    """
+    own = guard.public_model().state_dict()
+    for name, written in (threat.hand_out(guard) or {}).items():
+        apart = float((written.double() - own[name].double()).norm())
+        if not apart <= _SAME * float(written.double().norm()):
+            raise expected(
+                "the weights that the malicious server handed out, on which the update was made",
+                f"another {name}",
+                "Give these as the model (--checkpoint): nothing is crafted for an update that "
+                "was made already.",
+            )  # fmt: skip
 
 
 def _unknown(update: Update) -> str:

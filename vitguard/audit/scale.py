@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vitguard import data
 from vitguard.metrics import Baseline, baseline
 
-__all__ = ["DECOYS", "Scale", "covered", "decoys_for", "line_up", "uninformed"]
+__all__ = ["DECOYS", "Scale", "covered", "decoys_for", "enlarged", "line_up", "uninformed"]
 
 DECOYS = 1000
 """Images beside the true one in the identification test."""
@@ -49,7 +49,7 @@ class Scale:
     def of(truths: Tensor, patch_size: tuple[int, int], decoys: Tensor, seed: int) -> Scale:
         """Return the scale of `truths` beside the decoys of `decoys_for`."""
         nulls = uninformed(decoys, seed)
-        few = covered(_enlarged(nulls[:_TRIED], truths), patch_size)
+        few = covered(enlarged(nulls[:_TRIED], truths), patch_size)
         level = baseline(covered(truths.detach().cpu(), patch_size), patch_size, few)
         return Scale(decoys, level, nulls)
 
@@ -123,7 +123,8 @@ def _blurred(image: Tensor) -> Tensor:
     return F.avg_pool2d(image[None], width, 1, width // 2, count_include_pad=False)[0]
 
 
-def _enlarged(images: Tensor, like: Tensor) -> Tensor:
+def enlarged(images: Tensor, like: Tensor) -> Tensor:
+    """Return images at the size of others."""
     size = (like.shape[-2], like.shape[-1])
     if size == tuple(images.shape[-2:]):
         return images

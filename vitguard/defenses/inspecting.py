@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from vitguard.defenses.base import Defense, Draws, Installed, ModelDefense
 from vitguard.defenses.steps import watch_steps
-from vitguard.errors import Incompatible, SuspiciousWeights, Unprotected, VitguardError, expected
+from vitguard.errors import SuspiciousWeights, Unprotected, VitguardError, expected
 from vitguard.inspection import Inspection, Memory, Recorder, inspect_weights, weights_of
-from vitguard.inspection.look import buffer_signs
+from vitguard.inspection.look import buffer_signs, require_blocks
 from vitguard.inspection.memory import Traces
 from vitguard.inspection.recorder import gated_layers
 from vitguard.inspection.rows import fresh_generator
@@ -64,11 +64,7 @@ class InspectWeights(ModelDefense):
 
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
         """Raise Incompatible where the blocks are not known, in which crafts would stand."""
-        if not anatomy.blocks:
-            raise Incompatible(
-                "Expected a model whose blocks are known, got one without: weights cannot be "
-                "inspected. Give an Anatomy with blocks, or leave inspect out."
-            )
+        require_blocks(anatomy)
 
     def known(self) -> Defense:
         """Return one that inspects nothing: the adversary need not refuse itself."""

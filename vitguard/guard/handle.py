@@ -245,6 +245,7 @@ class Guard:
         Raises:
             InputError: Names, shapes or types that the model does not have, or a model that was
                 built in `torch.inference_mode`.
+            Incompatible: A model whose blocks are not known: crafts would stand there.
         """
         check_batch(self.anatomy, images, labels, loss)
         if any(p.is_inference() for p in self.model.parameters()):

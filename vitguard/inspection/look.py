@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitguard.core import Loss, tensors_by_name
-from vitguard.errors import expected
+from vitguard.errors import Incompatible, expected
 from vitguard.inspection.memory import Memory, Traces
 from vitguard.inspection.recorder import Recorder
 from vitguard.inspection.rows import fresh_generator
@@ -18,11 +18,27 @@ from vitguard.inspection.structure import finite, structure_signs
 from vitguard.inspection.verdict import Inspection, Sign
 from vitguard.vit import Anatomy, canonical_name, logits_of
 
-__all__ = ["buffer_signs", "inspect_model", "inspect_weights", "load_exactly", "weights_of"]
+__all__ = [
+    "buffer_signs",
+    "inspect_model",
+    "inspect_weights",
+    "load_exactly",
+    "require_blocks",
+    "weights_of",
+]
 
 _NAMED = 3
 """Buffers that a note names."""
 NOTHING_TRAINED = "no parameter is trained: there is no gradient to look at"
+
+
+def require_blocks(anatomy: Anatomy) -> None:
+    """Raise Incompatible where the blocks are not known, in which crafts would stand."""
+    if not anatomy.blocks:
+        raise Incompatible(
+            "Expected a model whose blocks are known, got one without: weights cannot be "
+            "inspected. Give an Anatomy with blocks, or leave the inspection out."
+        )
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -86,7 +102,11 @@ def inspect_weights(
 
     Args:
         traces: What `memory` makes of these weights, where that is known.
+
+    Raises:
+        Incompatible: The model's blocks are not known.
     """
+    require_blocks(anatomy)
     signs = structure_signs(weights, anatomy, fresh_generator())
     found = Inspection(tuple(signs), limit=limit)
     if found.suspicious and "not finite" in {s.name for s in found.worst}:

@@ -156,8 +156,8 @@ def _shut(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
 
 def _scaled(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
     """Largest length of a row over the usual one, in the head and the gated layers."""
-    heads = [f"{h}.weight" for h in anatomy.head]
-    for name in [n for n, _ in _matrices(weights, anatomy)] + heads:
+    rows_of = [n for n, _ in _matrices(weights, anatomy)] + _scoring(weights, anatomy)
+    for name in dict.fromkeys(rows_of):
         rows = weights.get(name)
         if rows is None or rows.dim() != 2:
             continue
@@ -167,10 +167,21 @@ def _scaled(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
 
 
 def _head_bias(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
-    for head in anatomy.head:
-        bias = weights.get(f"{head}.bias")
+    for head in _scoring(weights, anatomy):
+        name = f"{head.removesuffix('weight')}bias"
+        bias = weights.get(name)
         if bias is not None and bias.dim() == 1:
-            yield f"{head}.bias", float((bias.float() - bias.float().median()).abs().max())
+            yield name, float((bias.float() - bias.float().median()).abs().max())
+
+
+def _scoring(weights: Mapping[str, Tensor], anatomy: Anatomy) -> list[str]:
+    """Return the matrices that make the scores: the head, or the last layer of a stack in it."""
+    heads, hidden = tuple(f"{h}." for h in anatomy.head), _hidden(weights, anatomy)
+    return [
+        n
+        for n, t in weights.items()
+        if n.startswith(heads) and n.endswith(".weight") and t.dim() == 2 and n not in hidden
+    ]
 
 
 def _scaled_norms(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:

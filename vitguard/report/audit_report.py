@@ -79,6 +79,8 @@ class AuditReport(AuditResults):
     def to_tensorboard(self, directory: str | Path, *, step: int = 0) -> None:
         """Write scalars, pictures and the Markdown text as TensorBoard events.
 
+        They show the images: a new file of events is readable by its owner alone.
+
         Raises:
             MissingExtra: TensorBoard is not installed.
             InputError: `directory` cannot be a folder.
@@ -89,6 +91,8 @@ class AuditReport(AuditResults):
 
     def save(self, path: str | Path) -> None:
         """Write the report in the form that the suffix names: .json, .md, .html or .png; atomic.
+
+        HTML and PNG show the images: such a file is readable by its owner alone.
 
         Raises:
             InputError: Another suffix, or a path that cannot be written.

@@ -21,10 +21,14 @@ FORMS: Mapping[str, Callable[[AuditResults], bytes | str]] = {
     ".html": to_html,
     ".png": to_png_bytes,
 }
+PICTURED = (".html", ".png")
+"""Forms that show the images, and what attacks made of them."""
 
 
 def save(report: AuditResults, path: str | Path) -> None:
     """Write the report in the form that the suffix names; atomic.
+
+    Forms with pictures hold true images: their owner alone may read them.
 
     Raises:
         InputError: Another suffix, or a path that cannot be written.
@@ -32,4 +36,4 @@ def save(report: AuditResults, path: str | Path) -> None:
     suffix = Path(path).suffix.lower()
     if suffix not in FORMS:
         raise expected(f"a report file ending in {', '.join(FORMS)}", path)
-    write_atomically(path, FORMS[suffix](report))
+    write_atomically(path, FORMS[suffix](report), private=suffix in PICTURED)

@@ -53,15 +53,24 @@ def write_report(writer: Any, report: AuditResults, step: int) -> None:
 def open_writer(folder: str | Path) -> Any:
     """Return a writer of events into a folder, which is made if need be.
 
+    The new file is readable by its owner alone.
+
     Raises:
         MissingExtra: TensorBoard is not installed.
         InputError: The folder cannot be written or made.
     """
-    make = writer_type()
+    make, earlier = writer_type(), _event_files(folder)
     try:
-        return make(str(folder))
+        writer = make(str(folder))
+        for file in _event_files(folder) - earlier:  # it will show images
+            file.chmod(0o600)
     except OSError as error:
         raise expected("a folder for TensorBoard", f"{folder} ({error.strerror})") from error
+    return writer
+
+
+def _event_files(folder: str | Path) -> set[Path]:
+    return set(Path(folder).glob("events.out.tfevents.*"))
 
 
 def writer_type() -> Any:

@@ -1,6 +1,8 @@
 """Terms of a masked run as JSON: read as they were written, or refused."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -22,6 +24,19 @@ def terms():
 def test_terms_read_as_they_were_written(terms):
     again = Terms.from_json(terms.to_json())
     assert again == terms and again.binding(1, "a base") == terms.binding(1, "a base")
+
+
+def test_who_takes_part_cannot_change_after_the_terms_were_made(terms):
+    """Else the digest that messages are bound to would be of other clients."""
+    given = dict(terms.identities)
+    made = Terms(terms.manifest, given, terms.server, 4)
+    bound = made.binding(1, "a base")
+    given["e"] = given["a"]
+    with pytest.raises(TypeError):
+        made.identities["a"] = given["b"]
+    assert made.clients == ("a", "b", "c", "d") and made.binding(1, "a base") == bound
+    for again in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert again == made and again.binding(1, "a base") == bound
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,14 @@ __all__ = ["load_run", "save_run"]
 def save_run(
     path: str | Path, identity: dict[str, Any], restarts: Sequence[Restart], done: int
 ) -> None:
-    """Write the state of every restart after `done` iterations; atomic."""
+    """Write the state of every restart after `done` iterations; atomic, for its owner alone.
+
+    It holds what the attack made of private images so far.
+    """
     buffer = io.BytesIO()
     state = {"identity": identity, "done": done, "restarts": [r.state() for r in restarts]}
     torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue(), private=True)
 
 
 def load_run(path: str | Path, identity: dict[str, Any], restarts: Sequence[Restart]) -> int:

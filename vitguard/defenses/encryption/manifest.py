@@ -92,6 +92,7 @@ class Manifest:
     def __post_init__(self) -> None:
         if not self.entries:
             raise expected("at least one tensor to encrypt", "none")
+        object.__setattr__(self, "entries", tuple(self.entries))  # its digest is kept
         if len({e.name for e in self.entries}) != len(self.entries):
             raise expected("each tensor once in the manifest", "a name twice")
         if not self.values <= _MOST:

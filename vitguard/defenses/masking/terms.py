@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,25 @@ __all__ = ["Terms", "check_terms"]
 
 _MOST_CLIENTS = 1024
 _HALF = 2**31 - 1  # the largest magnitude of a sum, modulo 2^32
+
+
+class _Fixed(Mapping[str, bytes]):
+    """A mapping that stays as it is: messages are bound to the digest of what it holds."""
+
+    def __init__(self, items: Mapping[str, bytes]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> bytes:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ class Terms:
         if len({*self.identities.values(), self.server}) <= len(self.identities):
             raise expected("a different key for each client and the server", "one key twice")
         ordered = {c: self.identities[c] for c in sorted(self.identities)}
-        object.__setattr__(self, "identities", ordered)
+        object.__setattr__(self, "identities", _Fixed(ordered))
         count = len(ordered)
         if self.threshold == 0:
             object.__setattr__(self, "threshold", 2 * count // 3 + 1)
