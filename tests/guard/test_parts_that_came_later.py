@@ -83,6 +83,19 @@ def test_a_plain_gradient_of_what_came_later_moves_nothing_and_is_not_sealed(lat
         guard.seal(change(model))
 
 
+@pytest.mark.parametrize("when", ["before prepare", "after private steps"])
+def test_a_gradient_that_leaves_nothing_in_what_came_later_is_not_sealed(when):
+    model = small_vit(depth=1)
+    guard = vg.protect(model, PRIVATE)
+    if when == "after private steps":
+        privately(model, guard)
+    head = list(new_head(model))
+    torch.autograd.grad(F.cross_entropy(whole(model), LABELS[:4]), head)
+    privately(model, guard)
+    with pytest.raises(Unprotected, match="got a plain one"):
+        guard.seal(change(model))
+
+
 @pytest.mark.parametrize("transform", [True, False])
 def test_a_gradient_of_tensors_in_the_place_of_parameters_is_not_sealed(transform):
     model = small_vit(depth=1)

@@ -161,19 +161,26 @@ def test_a_step_that_would_leave_out_what_was_replaced_is_refused(stack, replace
     loss_of(model, guard).backward()
     with pytest.raises(Incompatible, match=r"another .* in its place"):
         optimizer.step()
+    with pytest.raises(Incompatible, match=r"another .* in its place|got one of others alone"):
+        guard.prepare(optimizer)  # as a trainer does in its second run
     assert torch.equal(model.head.weight, before)
     guard.prepare(sgd(model.parameters())).step()
     assert not torch.equal(model.head.weight, before)
 
 
-def test_an_optimizer_of_both_heads_goes_on():
+@pytest.mark.parametrize("own", [True, False])
+def test_an_optimizer_of_the_old_head_goes_on_where_something_trains_the_new_one(own):
     model, guard = protected()
-    optimizer = guard.prepare(sgd(model.parameters()))
+    optimizer = beside = guard.prepare(sgd(model.parameters()))
     model.reset_classifier(4)
-    optimizer.add_param_group({"params": list(model.head.parameters())})
+    if own:
+        optimizer.add_param_group({"params": list(model.head.parameters())})
+    else:
+        beside = guard.prepare(sgd(model.head.parameters()))
     before = model.head.weight.detach().clone()
     loss_of(model, guard).backward()
     optimizer.step()
+    beside.step()
     assert not torch.equal(model.head.weight, before)
 
 

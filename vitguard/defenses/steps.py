@@ -44,8 +44,13 @@ def watch_steps(piece: nn.Module, model: nn.Module) -> None:
 
 
 def remember(optimizer: Any, model: nn.Module) -> None:
-    """Check from now on that the parameters of `model` that a prepared optimizer steps stay its."""
+    """Check from now on that the parameters of `model` that a prepared optimizer steps stay its.
+
+    Raises:
+        Incompatible: One that it stepped since an earlier call was replaced meanwhile.
+    """
     _hook_steps()
+    _refuse_replaced(optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     names = {n: id(p) for n, p in model.named_parameters() if id(p) in held}
     while optimizer is not None:  # accelerate has one of its own around torch's
@@ -71,10 +76,13 @@ def _refuse_replaced(optimizer: torch.optim.Optimizer) -> None:
     if model is None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    others = {
+        id(p) for other in given_for(model) for group in other.param_groups for p in group["params"]
+    }
     now = dict(model.named_parameters())
     for name, old in names.items():
         new = now.get(name)  # the old one lives, and keeps its id, while the optimizer holds it
-        if new is not None and new.requires_grad and id(new) not in held and old in held:
+        if new is not None and new.requires_grad and id(new) not in others and old in held:
             raise Incompatible(
                 f"Expected the parameters that the model had when the optimizer was prepared, got "
                 f"another {name} in its place, which this step would not train (a new head, "

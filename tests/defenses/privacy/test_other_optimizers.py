@@ -92,3 +92,13 @@ def test_a_private_optimizer_is_not_copied_and_others_train_on(small_vit, how):
         how(optimizer)
     trained(guard.model, guard, optimizer, loader, 2)
     assert guard.privacy_spent().steps == 2
+
+
+def test_the_state_that_torchs_distributed_checkpoints_take_is_refused_in_words(small_vit):
+    """They step the optimizer for it, with zeros, and keep no ledger."""
+    checkpoints = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    guard, optimizer, _ = prepared(model := small_vit(depth=1))
+    with pytest.raises(Incompatible, match=r"state_dict\(\), which holds the ledger"):
+        checkpoints.get_state_dict(model, optimizer)
+    assert all(p.grad is None for p in model.parameters())
+    assert not guard._ledgers["privacy"].history

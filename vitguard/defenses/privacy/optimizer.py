@@ -136,6 +136,7 @@ class BookKeepingOptimizer(DPOptimizer):
             Unprotected: Something would leave without clipping, noise or its entry in the ledger;
                 the parameters are unchanged.
         """
+        self._refuse_rehearsed()
         value = None
         if closure is not None:
             with torch.enable_grad():
@@ -144,6 +145,23 @@ class BookKeepingOptimizer(DPOptimizer):
             with self._training.stepping():
                 self.original_optimizer.step()
         return value
+
+    def _refuse_rehearsed(self) -> None:
+        """Raise Incompatible for the step that torch.distributed.checkpoint takes to make a state.
+
+        It sets rates and gradients to zero first.
+        """
+        if self._training.tape is not None or any(float(g.get("lr", 1)) for g in self.param_groups):
+            return
+        grads = [p.grad for p in self.params]
+        if all(g is not None and not g.any() for g in grads):
+            self._forget()
+            raise Incompatible(
+                "Expected the state of the private optimizer by its state_dict(), which holds the "
+                "ledger, got get_state_dict or set_state_dict of torch.distributed.checkpoint, "
+                "which step it and leave the ledger out. Save optimizer.state_dict() as it is; the "
+                "learning rates are 0 now, set them again."
+            )
 
     def pre_step(self, closure: Any = None) -> bool:
         """Clip and add up; on the last piece of a batch also noise. Return whether to step."""
