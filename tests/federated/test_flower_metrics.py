@@ -310,6 +310,8 @@ def test_keys_that_are_made_anew_in_a_process_are_those_that_its_clients_load(
     encrypted = vg.protect(tiny(small_vit), "encryption").encrypted()
     context = Context(1, 1, {}, RecordDict(), {})
     for bound in (1.0, 2.0):
+        for file in tmp_path.iterdir():
+            file.unlink()
         settings = {"bounds": bound, "max_weight": 4.0}
         make_keys(tmp_path, "p", encrypted, clients=range(2), **settings)
         manifest = Manifest.of(encrypted, **settings)
