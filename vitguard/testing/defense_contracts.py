@@ -524,10 +524,11 @@ def check_composes(defense: Defense, others: Sequence[Defense] | None = None) ->
                 assert len(str(error)) > 20, f"{where} is refused without a reason: {error}"
                 continue
             folded = traits_of(guard.defenses, guard.anatomy)
-            named = {*update.tensors, *update.sealed, guard.anatomy.positions}
+            table = guard.anatomy.positions or ""
+            named = {*update.tensors, *update.sealed, table}
             lost = sorted(n for n in set(_names()) - named if not folded.freezes(n))
-            if folded.positions == "withheld" and guard.anatomy.positions not in update.sealed:
-                lost.append(guard.anatomy.positions)
+            if folded.positions == "withheld" and table not in update.sealed:
+                lost.append(table)
             assert not lost, f"{where}: an update neither shows nor seals {lost[:5]}"
             for selection in folded.sealed:
                 open_ = [
