@@ -93,18 +93,15 @@ def _untold(
         made: What these make under the stack, with several draws.
         reach: How far an update may be from these.
     """
+    others = [replace(victim, pixels=pixels) for pixels in _other_photos(victim)]
+    looked = [_made_or_none(other, stack, victim.labels) for other in others[:_LOOKED]]
+    if all(u is not None and _distance(u, m) > reach for u in looked for m in made):
+        return ""  # the distance tells them apart
     usual, weights, plain = _mean(made), _precisions(made), _made(victim, (), victim.labels, 0)
-    others: list[tuple[Victim, Tensors]] = []
-    for pixels in _other_photos(victim):
-        other = replace(victim, pixels=pixels)
-        try:
-            others.append((other, _made(other, stack, victim.labels, 0)))
-        except VitguardError:  # the stack refuses these photos
-            continue
-        if len(others) == _LOOKED and all(_distance(u, m) > reach for _, u in others for m in made):
-            return ""  # the distance tells them apart
     along = []
-    for other, update in others:
+    for other in others:  # one at a time: updates are large
+        if (update := _made_or_none(other, stack, victim.labels)) is None:
+            continue
         toward = _minus(plain, _made(other, (), victim.labels, 0))
         whole = _product(_minus(usual, update), toward, weights)
         part = _product(_minus(received, update), toward, weights)
@@ -115,6 +112,14 @@ def _untold(
         "the update is no nearer to what the stated images make than to what other photos do: "
         "nothing in it shows whose it is. Its noise may cover that; else check images, labels"
     )
+
+
+def _made_or_none(victim: Victim, stack: Sequence[Defense], labels: Tensor) -> Tensors | None:
+    """Return an update, None where the stack refuses such images."""
+    try:
+        return _made(victim, stack, labels, 0)
+    except VitguardError:
+        return None
 
 
 def _other_photos(victim: Victim) -> list[Tensor]:

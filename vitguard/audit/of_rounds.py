@@ -250,13 +250,14 @@ class _Look:
     def doubt(self) -> str:
         """Return why the images that a caller states may not be behind it, "" where they are."""
         thing = self.thing
-        stated = [s for s in thing.shares if not s.certain and s.pixels is not None]
+        shares = thing.shares
+        stated = [(s, s.pixels) for s in shares if not s.certain and s.pixels is not None]
         if not stated:
             return ""
-        if len(thing.shares) > 1:
+        if len(shares) > 1:
             return STATED
-        share = stated[0]
-        victim = self._victim(share, share.pixels)
+        share, pixels = stated[0]
+        victim = self._victim(share, pixels)
         return disagreement(
             victim, thing.guard.defenses, thing.update, self._exposed().view, share.labels
         )
