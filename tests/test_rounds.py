@@ -83,7 +83,7 @@ def test_yes_is_no_weight_of_an_encrypted_message():
     manifest = Manifest.of({"w": torch.zeros(2)}, bounds=1.0)
     encryptor = Encryptor(KeySet.generate(), manifest, client_id="a")
     encryptor.start_round(1, weight=True)
-    with pytest.raises(InputError, match="a weight above 0 .* got True"):
+    with pytest.raises(InputError, match=r"a weight above 0 .* got True"):
         encryptor.encrypt({"w": torch.zeros(2)})
 
 

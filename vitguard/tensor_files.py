@@ -230,8 +230,8 @@ def _state_dict(state: Any, path: Path, notes: list[str]) -> Mapping[Any, Any]:
         if key in inside:
             if averaged := [k for k in _AVERAGED if k in inside and k != key]:
                 notes.append(
-                    f"averaged weights, under {averaged[0]} in the file, were left out: those under "
-                    f"{key} are taken"
+                    f"averaged weights, under {averaged[0]} in the file, were left out: those "
+                    f"under {key} are taken"
                 )
             return _state_dict(inside[key], path, notes)
     if any(isinstance(v, Tensor) and v.dim() for v in state.values()) or not inside:
