@@ -11,7 +11,9 @@ import vitguard as vg
 from vitguard import rounds
 from vitguard.core import Update
 from vitguard.defenses.encryption import Aggregator, Encryptor, KeySet, Manifest, SigningKey
+from vitguard.defenses.masking import MaskingClient, Terms
 from vitguard.errors import InputError, Rejected
+from vitguard.federated.local import LocalClient
 from vitguard.rounds import Progress, Round, next_version
 
 
@@ -55,6 +57,34 @@ def difference(guard, value=0.01):
 def test_a_round_of_nonsense_is_refused(wrong):
     with pytest.raises(InputError, match="Expected"):
         Round(**({"number": 1, "base": "v"} | wrong))
+
+
+@pytest.mark.parametrize("three", [np.int64(3), np.float32(3), torch.tensor(3), np.array([3.0])])
+def test_numbers_as_numpy_and_torch_hold_them_are_weights(small_vit, three):
+    """What counting examples gives: a sum of NumPy is no number of Python."""
+    guard = vg.protect(small_vit(depth=1), [])
+    with guard.round(np.int64(2), base="v", weight=three):
+        now = rounds.current()
+    assert (now.number, now.weight) == (2, 3) and type(now.number) is int
+    manifest = Manifest.of({"w": torch.zeros(2)}, bounds=1.0, max_weight=three)
+    assert manifest.max_weight == 3 and "3" in manifest.to_json()
+    assert LocalClient(torch.rand(1, 3, 8, 8), torch.zeros(1).long(), weight=three).weight == 3
+    names = {c: SigningKey.generate() for c in "abc"}
+    public = {c: key.public_bytes() for c, key in names.items()}
+    terms = Terms(manifest, public, SigningKey.generate().public_bytes())
+    assert terms.check_weight(three) == 3
+    assert MaskingClient(terms, names["a"], client_id="a").start_round(np.int64(1), weight=three)
+    encryptor = Encryptor(KeySet.generate(), manifest, client_id="a")
+    encryptor.start_round(np.int64(1), weight=three)
+    assert encryptor.encrypt({"w": torch.zeros(2)})
+
+
+def test_yes_is_no_weight_of_an_encrypted_message():
+    manifest = Manifest.of({"w": torch.zeros(2)}, bounds=1.0)
+    encryptor = Encryptor(KeySet.generate(), manifest, client_id="a")
+    encryptor.start_round(1, weight=True)
+    with pytest.raises(InputError, match=r"a weight above 0 .* got True"):
+        encryptor.encrypt({"w": torch.zeros(2)})
 
 
 def test_the_round_is_the_one_of_the_message_and_not_of_protect(party):

@@ -133,7 +133,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
     if not Path(path).is_file():
         raise expected("a checkpoint file", f"no file at {path}")
     own, notes = dict(model.state_dict()), []
-    stored = _in_order(read_checkpoint(Path(path)), own, path)
+    stored = _in_order(read_checkpoint(Path(path), notes), own, path)
     state = _renamed(stored, own, path, notes)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing and not unknown and missing == _head_names(model, own):

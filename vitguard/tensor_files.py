@@ -171,11 +171,14 @@ def _check_names(names: Iterable[object], where: object) -> None:
             raise expected(f"names that are text in {where}", repr(name)[:80]) from error
 
 
-def read_checkpoint(path: Path) -> Mapping[Any, Any]:
+def read_checkpoint(path: Path, notes: list[str] | None = None) -> Mapping[Any, Any]:
     """Return the state dict in a safetensors file, or in a torch file without running its code.
 
     A NumPy archive is taken as well; arrays without names are called `UNNAMED` and their number.
     What the file holds counts, not its name. Of averaged and last weights the last are taken.
+
+    Args:
+        notes: Told which weights were left out.
 
     Raises:
         InputError: It holds none, or is compressed: 2 MiB could ask for 2 GiB.
@@ -206,27 +209,35 @@ def read_checkpoint(path: Path) -> Mapping[Any, Any]:
             f"{path}, which is none ({type(error).__name__}{why})",
             _how_to_write(path, foreign),
         ) from error  # fmt: skip
-    return _state_dict(state, path)
+    return _state_dict(state, path, [] if notes is None else notes)
 
 
 # last weights before averaged ones, and these before the names that libraries give their wrappers
+_AVERAGED = (
+    "state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict", "params_ema",
+)  # fmt: skip
 _PLACES = (
     "state_dict", "model", "model_state_dict", "module", "net", "network", "weights", "params",
-    "state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict", "params_ema",
+    *_AVERAGED,
 )  # fmt: skip
 
 
-def _state_dict(state: Any, path: Path) -> Mapping[Any, Any]:
+def _state_dict(state: Any, path: Path, notes: list[str]) -> Mapping[Any, Any]:
     if not isinstance(state, Mapping):
         raise expected("a state dict", f"{type(state).__name__} in {path}")
     inside = {k: v for k, v in state.items() if isinstance(v, Mapping) and _holds_tensors(v)}
     for key in _PLACES:
         if key in inside:
-            return _state_dict(inside[key], path)
+            if averaged := [k for k in _AVERAGED if k in inside and k != key]:
+                notes.append(
+                    f"averaged weights, under {averaged[0]} in the file, were left out: those "
+                    f"under {key} are taken"
+                )
+            return _state_dict(inside[key], path, notes)
     if any(isinstance(v, Tensor) and v.dim() for v in state.values()) or not inside:
         return state
     if len(inside) == 1:
-        return _state_dict(next(iter(inside.values())), path)
+        return _state_dict(next(iter(inside.values())), path, notes)
     raise expected(
         f"a state dict under one of {', '.join(_PLACES[:3])}, ...",
         f"several in {path}: {', '.join(map(str, inside))}",

@@ -41,6 +41,20 @@ def test_normalization_refuses_what_cannot_be_inverted_or_is_not_for_pixels_in_0
         Normalization(mean, std)
 
 
+def test_pixels_of_other_channels_are_not_spread_over_the_means():
+    grey = torch.rand(2, 1, 4, 4)
+    for step in (Normalization().apply, Normalization().invert):
+        with pytest.raises(InputError, match=r"images of 3 channels.*got torch.float32.*2, 1, 4"):
+            step(grey)
+    one = Normalization((0.5,), (0.5,))
+    assert torch.equal(one.apply(grey.expand(2, 3, 4, 4))[:, :1], one.apply(grey))
+
+
+def test_whole_numbers_are_not_normalised_by_rounded_means():
+    with pytest.raises(InputError, match="floating-point images"):
+        Normalization().apply(torch.ones(1, 3, 4, 4, dtype=torch.uint8))
+
+
 def test_sealed_names_are_listed_but_unreadable():
     update = Update({"a": torch.ones(2), "b": torch.zeros(1)}).seal({"a": "it is encrypted"})
     assert not update.can_read("a")

@@ -21,6 +21,19 @@ LEFT_OUT = {
 }
 
 
+@pytest.mark.parametrize("inside", ["", "0"])
+def test_a_link_to_nothing_is_told_and_not_passed_over(tmp_path, inside):
+    root, away = tmp_path / "root", tmp_path / "moved.png"
+    folder = root / inside
+    folder.mkdir(parents=True)
+    PICTURE.save(folder / "a.png")
+    (folder / "b.png").symlink_to(away)
+    with pytest.raises(InputError, match=r"1 links to nothing, such as b\.png"):
+        data.load_images(root, (8, 8))
+    PICTURE.save(away)
+    assert len(data.load_images(root, (8, 8))) == 2
+
+
 @pytest.mark.parametrize("kind", LEFT_OUT)
 def test_a_file_that_is_no_image_is_counted_with_its_suffix(kind, tmp_path):
     name, suffix = LEFT_OUT[kind]

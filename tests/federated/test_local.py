@@ -274,6 +274,26 @@ def test_tied_parameters_move_by_each_of_their_names(model, clients, spec):
     assert not torch.equal(handed[one], before[one])
 
 
+@pytest.mark.parametrize(
+    ("change", "do"),
+    [
+        (lambda pixels: pixels * 255, "Divide by 255"),
+        (lambda pixels: (pixels * 255).byte(), "Divide by 255"),
+        (lambda pixels: pixels * 2 - 1, "Undo the normalisation"),
+    ],
+)
+def test_what_are_no_pixels_in_0_to_1_is_told_before_a_round(clients, change, do):
+    one = clients["cleo"]
+    with pytest.raises(InputError, match=rf"pixels in \[0, 1\].*{do}"):
+        LocalClient(change(one.images), one.labels)
+
+
+def test_a_client_of_grey_images_is_refused_by_a_model_of_colour(model, clients):
+    clients["cleo"] = LocalClient(clients["cleo"].images[:, :1], clients["cleo"].labels)
+    made = federation(model, clients).round()
+    assert list(made.refused) == ["cleo"] and "3 channels" in made.refused["cleo"]
+
+
 def test_a_client_without_images_is_told_before_it_ends_a_round(clients):
     with pytest.raises(InputError, match="at least one image"):
         LocalClient(torch.zeros(0, 3, 8, 8), torch.zeros(0).long())

@@ -82,7 +82,15 @@ def test_everyday_layouts_load_the_very_weights(tmp_path, layout):
     torch.save(LAYOUTS[layout](weights), tmp_path / "w.pt")
     notes = load_checkpoint(target, tmp_path / "w.pt")
     assert all(torch.equal(v, weights[k]) for k, v in target.state_dict().items())
-    assert bool(notes) == ("loss of its own" in layout)
+    assert bool(notes) == ("loss of its own" in layout or "before averaged" in layout)
+
+
+def test_averaged_weights_that_were_left_out_are_named(tmp_path):
+    weights = vit().state_dict()
+    held = {"epoch": 1, "model": weights, "model_ema": {"state_dict": renamed(weights, "module.")}}
+    torch.save(held, tmp_path / "w.pt")
+    (note,) = load_checkpoint(vit(), tmp_path / "w.pt")
+    assert "under model_ema" in note and "under model are taken" in note
 
 
 def test_the_weights_of_torchs_averaged_model_load(tmp_path):

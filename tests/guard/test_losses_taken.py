@@ -51,6 +51,22 @@ def test_an_audit_says_it_too(small_vit, kind):
         vg.audit(vit(small_vit), (IMAGES, LABELS), attacks="position", loss=LOSSES[kind][0])
 
 
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(), None])
+def test_cross_entropy_of_a_single_class_is_no_loss(small_vit, loss):
+    """It is zero for every score: an update of zeros would leave, and every attack would fail."""
+    guard = vg.protect(small_vit(num_classes=1, depth=1), [])
+    given = {} if loss is None else {"loss": loss}
+    small, none = torch.rand(2, 3, 16, 16), torch.zeros(2).long()
+    with pytest.raises(InputError, match="at least two classes"):
+        guard.update(small, none, **given)
+    with pytest.raises(InputError, match="at least two classes"):
+        vg.audit(guard.public_model(), (small, none), attacks="position", **given)
+    own = guard.update(
+        small, none, loss=lambda s, y: F.binary_cross_entropy_with_logits(s[:, 0], y.to(s))
+    )
+    assert any(bool(t.any()) for t in own.tensors.values())
+
+
 def test_what_a_loss_of_ones_own_raises_stays_as_it_is(small_vit):
     def broken(scores, labels):
         raise RuntimeError("my own")

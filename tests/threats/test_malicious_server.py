@@ -421,3 +421,8 @@ def test_a_head_inside_a_stack_of_layers_is_crafted_too(craft):
     weights = craft_types()[craft]().weights(model)
     assert weights.keys() == model.state_dict().keys()
     assert not torch.equal(weights["heads.head.weight"], model.state_dict()["heads.head.weight"])
+
+
+def test_a_craft_that_does_not_fit_the_model_says_which(small_vit):
+    with pytest.raises(NotApplicable, match=r"the craft imprint .* it needs two blocks.* Audit"):
+        MaliciousServer().hand_out(protect(small_vit(depth=1), []))

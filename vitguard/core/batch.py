@@ -43,7 +43,11 @@ class Normalization:
             )
 
     def apply(self, pixels: Tensor) -> Tensor:
-        """Map pixels in [0, 1], shape (..., channels, height, width), to model input."""
+        """Map pixels in [0, 1], shape (..., channels, height, width), to model input.
+
+        Raises:
+            InputError: They have other channels, or are no floating-point numbers.
+        """
         return (pixels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
 
     def invert(self, images: Tensor) -> Tensor:
@@ -52,4 +56,11 @@ class Normalization:
 
     @staticmethod
     def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
+        channels = like.shape[-3] if like.dim() >= 3 else 0
+        # torch would spread one channel over several means, and round means to whole numbers
+        if len(values) not in (1, channels) or not like.is_floating_point():
+            raise expected(
+                f"floating-point images of {len(values)} channels, shape (..., {len(values)}, "
+                "height, width)", f"{like.dtype} of shape {tuple(like.shape)}",
+            )  # fmt: skip
         return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]

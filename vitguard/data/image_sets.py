@@ -259,11 +259,15 @@ def _deeper(path: Path) -> Path | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix.lower() in _SUFFIXES and p.is_file() and not p.name.startswith(".")
+    named = sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")
     )
+    if lost := [p for p in named if not p.exists()]:
+        raise expected(
+            f"image files in {folder}", f"{len(lost)} links to nothing, such as {lost[0].name}",
+            "Bring back what they lead to, or remove them.",
+        )  # fmt: skip
+    return [p for p in named if p.is_file()]
 
 
 def _skipped(paths: Iterable[str | Path]) -> list[str]:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from vitguard.federated.schemes import Encrypted, Masked, Plain, Remembered, Sch
 from vitguard.guard import Guard, Stack, protect, stack_of
 from vitguard.guard.leaving import names_by_values
 from vitguard.models import normalization_of
+from vitguard.numbers import plain_number
 from vitguard.registry import stack_name
 from vitguard.rounds import next_version
 from vitguard.threats import Threat
@@ -47,7 +48,7 @@ class LocalClient:
 
     images: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
-    weight: float | None = None
+    weight: SupportsFloat | None = None
     defenses: Stack | None = None
     train: Callable[[Guard], object] | None = None
     training: LocalTraining | None = None
@@ -58,6 +59,12 @@ class LocalClient:
                 raise expected(f"{what} as a tensor", type(given).__name__)
         if self.weight is None and not len(self.images):
             raise expected("at least one image of a client, or its weight", "none of both")
+        finite = self.images[self.images.isfinite()]
+        if len(finite) and (float(finite.min()) < 0 or float(finite.max()) > 1):
+            low, high = float(finite.min()), float(finite.max())
+            do = "Divide by 255." if low >= 0 and 3 < high <= 255 else "Undo the normalisation."
+            raise expected("pixels in [0, 1]", f"values from {low:.3g} to {high:.3g}", do)
+        object.__setattr__(self, "weight", plain_number(self.weight))
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if self.weight is not None and not (number and 0 < self.weight < math.inf):
             raise expected(

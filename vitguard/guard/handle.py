@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from vitguard.guard.public import extras_of, public_copy
 from vitguard.guard.state import from_bytes, load_state, state_of, to_bytes
 from vitguard.inspection import Inspection, inspect_model, load_exactly
 from vitguard.joining import drop, embeddings, frozen_by_peft, held_by, join
+from vitguard.numbers import plain_number
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters
 
 __all__ = ["Guard"]
@@ -361,7 +362,7 @@ class Guard:
         return self._protection.ungated()
 
     def round(
-        self, number: int, *, base: str, weight: float = 1.0, client: str = ""
+        self, number: SupportsIndex, *, base: str, weight: SupportsFloat = 1.0, client: str = ""
     ) -> AbstractContextManager[rounds.Round]:
         """Let the updates that are made in the block belong to a round.
 
@@ -377,7 +378,8 @@ class Guard:
         Raises:
             InputError: One of them is something else.
         """
-        return rounds.bound(rounds.Round(number, base, weight, client))
+        here = rounds.Round(plain_number(number), base, plain_number(weight), client)
+        return rounds.bound(here)
 
     def forget_residuals(self) -> None:
         """Begin anew with error feedback: what earlier updates left out is lost.

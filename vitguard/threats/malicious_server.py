@@ -13,7 +13,7 @@ from torch import Tensor
 from vitguard.core import Loss, Normalization, Update, View
 from vitguard.defenses.base import written
 from vitguard.discovery import discover
-from vitguard.errors import expected
+from vitguard.errors import NotApplicable, expected
 from vitguard.guard import Guard
 from vitguard.registry import parse_one
 from vitguard.selectors import several
@@ -124,8 +124,17 @@ class MaliciousServer(Threat):
         """Return crafted weights for the model as the client protects it.
 
         The defenses and their settings are public, so that the server knows fixed positions, say.
+
+        Raises:
+            NotApplicable: The craft does not fit the model.
         """
-        return self.made.under(guard.traits).weights(guard.public_model())
+        try:
+            return self.made.under(guard.traits).weights(guard.public_model())
+        except NotApplicable as error:
+            raise NotApplicable(
+                f"Expected a model that the craft {self.made.name} can be written into, got one "
+                f"that it does not fit: {error}. Audit another craft, or a model that it fits."
+            ) from error
 
     def view(
         self,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends import cuda as backends
 
@@ -63,6 +64,12 @@ def loss_of(loss: Any, scores: Tensor, labels: Tensor, *, graded: bool = True) -
         raise expected(
             "loss(scores, labels), a function", repr(loss),
             "Give a function or an instance, such as nn.CrossEntropyLoss().",
+        )  # fmt: skip
+    entropy = loss is F.cross_entropy or type(loss) is nn.CrossEntropyLoss
+    if entropy and scores.dim() == 2 and scores.shape[1] == 1:  # zero, whatever the score is
+        raise expected(
+            "at least two classes for cross-entropy", "a model with one, which it never moves",
+            "Give the loss that is trained, such as loss=nn.BCEWithLogitsLoss().",
         )  # fmt: skip
     try:
         found: Any = loss(scores, labels)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NoReturn, SupportsFloat
+from typing import Any, Literal, NoReturn, SupportsFloat, SupportsIndex
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from vitguard.defenses.encryption.wire import (
 )
 from vitguard.draws import Draws
 from vitguard.errors import Rejected, expected
+from vitguard.numbers import plain_number
 
 __all__ = ["Decryptor", "Encryptor", "worst_error"]
 
@@ -126,12 +127,14 @@ class Encryptor:
     def __deepcopy__(self, memo: dict[int, Any]) -> Encryptor:
         return self
 
-    def start_round(self, round_id: int, *, weight: SupportsFloat = 1.0, base: str = "") -> None:
+    def start_round(
+        self, round_id: SupportsIndex, *, weight: SupportsFloat = 1.0, base: str = ""
+    ) -> None:
         """Name the round that `encrypt` without arguments belongs to, for good.
 
         `Guard.round` names it for the messages of one block, which is harder to get wrong.
         """
-        self._round = _Round(round_id, weight, base)
+        self._round = _Round(plain_number(round_id), weight, base)
 
     def encrypt(
         self,
@@ -157,10 +160,11 @@ class Encryptor:
             InputError: A value is not finite or beyond its bound, and `outliers` is `refuse`.
         """
         now = self._settled(round_id, weight, base)
-        now.weight = _plain_number(now.weight)
+        now.weight = plain_number(now.weight)
         heaviest = self.manifest.max_weight
-        if not (isinstance(now.weight, int | float) and 0 < now.weight <= heaviest):
-            raise expected(f"a weight above 0 and up to {heaviest}", now.weight)
+        number = isinstance(now.weight, int | float) and not isinstance(now.weight, bool)
+        if not (number and 0 < now.weight <= heaviest):
+            raise expected(f"a weight above 0 and up to {heaviest}", repr(now.weight)[:80])
         if now.weight < LIGHTEST * heaviest:
             raise expected(f"a weight of at least {LIGHTEST * heaviest:g}", now.weight)
         tensors = update.tensors if isinstance(update, Update) else tensors_by_name(update)
@@ -349,13 +353,6 @@ class Decryptor:
         return min(
             levels * header.clients, math.floor(share * levels * (1 + 1e-12)) + header.clients
         )
-
-
-def _plain_number(weight: Any) -> Any:
-    """Return a weight as Python's own number where it is a tensor or array of just one."""
-    if isinstance(weight, Tensor | np.ndarray | np.generic) and weight.shape in ((), (1,)):
-        return weight.item()
-    return weight
 
 
 def _regroup(pieces: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:

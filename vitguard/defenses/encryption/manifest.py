@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from vitguard.core import tensors_by_name
 from vitguard.errors import InputError, Rejected, expected
 from vitguard.files import parsed_json
+from vitguard.numbers import plain_number
 
 __all__ = ["LIGHTEST", "Entry", "Manifest", "check_manifest", "model_version"]
 
@@ -107,7 +108,7 @@ class Manifest:
         names: Iterable[str] | None = None,
         *,
         bounds: float | Mapping[str, float],
-        max_weight: float = 1.0,
+        max_weight: SupportsFloat = 1.0,
         run: str | None = None,
     ) -> Manifest:
         """Describe `names` of `tensors` (default all but integers), such as a model's parameters.
@@ -137,7 +138,7 @@ class Manifest:
             if not tensor.is_floating_point():
                 raise expected(f"floating-point values to encrypt in {name}", tensor.dtype)
             entries.append(Entry(name, tuple(tensor.shape), bound, tensor.dtype == torch.float64))
-        return Manifest(tuple(entries), max_weight, run or secrets.token_hex(16))
+        return Manifest(tuple(entries), plain_number(max_weight), run or secrets.token_hex(16))
 
     def new_run(self) -> Manifest:
         """Return the manifest of another run over the same tensors."""
@@ -250,8 +251,7 @@ def _exactly(kind: Any, stored: dict[str, Any]) -> Any:
 
 def _number(name: str, bound: Any) -> float:
     """Return a bound as Python's own number, of a tensor or array of just one as well."""
-    if isinstance(bound, Tensor | np.ndarray | np.generic) and bound.shape in ((), (1,)):
-        bound = bound.item()
+    bound = plain_number(bound)
     if type(bound) not in (int, float):
         raise expected(f"a number as the bound of {name}", repr(bound)[:80])
     return float(bound)

@@ -7,7 +7,7 @@ import secrets
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, SupportsFloat, SupportsIndex
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from vitguard.defenses.masking.terms import Terms, check_terms
 from vitguard.defenses.masking.values import integers
 from vitguard.draws import Draws
 from vitguard.errors import Rejected, Unprotected, expected
+from vitguard.numbers import plain_number
 
 __all__ = ["MaskingClient", "read_keys"]
 
@@ -134,7 +135,9 @@ class MaskingClient:
         about = self.terms.binding(0, "state of " + self.client_id)
         return self._identity.derived(b"vitguard masks, state"), about
 
-    def start_round(self, round_id: int, *, weight: float | None = 1.0, base: str = "") -> bytes:
+    def start_round(
+        self, round_id: SupportsIndex, *, weight: SupportsFloat | None = 1.0, base: str = ""
+    ) -> bytes:
         """Start a round and return this client's public keys for it.
 
         Args:
@@ -144,6 +147,7 @@ class MaskingClient:
             Rejected: The round, or a later one, was started before.
             InputError: The weight is not one that the manifest allows.
         """
+        round_id = plain_number(round_id)
         with self._lock:
             binding = self.terms.binding(round_id, base)
             weight = None if weight is None else self.terms.check_weight(weight)

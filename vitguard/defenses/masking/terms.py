@@ -13,6 +13,7 @@ from vitguard.defenses.encryption.manifest import Manifest
 from vitguard.defenses.encryption.signing import check_public
 from vitguard.errors import InputError, expected
 from vitguard.files import parsed_json
+from vitguard.numbers import plain_number
 
 __all__ = ["Terms", "check_terms"]
 
@@ -174,7 +175,7 @@ class Terms:
         """
         from vitguard.defenses.encryption.manifest import LIGHTEST
 
-        most = self.manifest.max_weight
+        most, weight = self.manifest.max_weight, plain_number(weight)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise expected(f"a weight above 0 and up to {most}", repr(weight)[:80])
         if not LIGHTEST * most <= weight <= most:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, SupportsFloat
 
 from flwr.app import Context
 from torch import Tensor
@@ -80,7 +80,7 @@ def make_keys(
     *,
     clients: Iterable[str | int],
     bounds: float | Mapping[str, float],
-    max_weight: float,
+    max_weight: SupportsFloat,
     preset: str = "quantised",
 ) -> None:
     """Write the keys of a federation: one file for each client, two for the server, a manifest.
