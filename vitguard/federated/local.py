@@ -64,9 +64,10 @@ class LocalClient:
             low, high = float(finite.min()), float(finite.max())
             do = "Divide by 255." if low >= 0 and 3 < high <= 255 else "Undo the normalisation."
             raise expected("pixels in [0, 1]", f"values from {low:.3g} to {high:.3g}", do)
-        object.__setattr__(self, "weight", plain_number(self.weight))
-        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
-        if self.weight is not None and not (number and 0 < self.weight < math.inf):
+        weight = plain_number(self.weight)
+        object.__setattr__(self, "weight", weight)
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if weight is not None and not (number and 0 < weight < math.inf):
             raise expected(
                 "a finite weight above 0", repr(self.weight)[:80],
                 "None stands for the number of images; a client that is not to count is left out "

@@ -147,14 +147,14 @@ class MaskingClient:
             Rejected: The round, or a later one, was started before.
             InputError: The weight is not one that the manifest allows.
         """
-        round_id = plain_number(round_id)
+        number = plain_number(round_id)
         with self._lock:
-            binding = self.terms.binding(round_id, base)
+            binding = self.terms.binding(number, base)
             weight = None if weight is None else self.terms.check_weight(weight)
-            if round_id <= self._last:
-                raise Rejected("replay", f"round {round_id} after round {self._last}")
+            if number <= self._last:
+                raise Rejected("replay", f"round {number} after round {self._last}")
             now = RoundState(binding, weight, _seed(), _seed(), _seed())
-            self._last, self._round, self._joined = round_id, now, True
+            self._last, self._round, self._joined = number, now, True
             body = {
                 "transport": sharing.public_half(now.transport, binding).hex(),
                 "pairs": sharing.public_half(now.pairs, binding).hex(),
