@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import math
 import re
 import stat
@@ -472,13 +473,17 @@ class TestHtml:
         assert "tensors withheld" in withheld
 
 
-class TestSave:
-    def test_forms_that_show_images_are_for_their_owner_alone(self, tmp_path) -> None:
-        made = full_report()
+def test_forms_that_show_images_are_for_their_owner_alone(tmp_path) -> None:
+    made, before = full_report(), os.umask(0o022)
+    try:
         for suffix, mode in {"json": 0o644, "md": 0o644, "html": 0o600, "png": 0o600}.items():
             made.save(tmp_path / f"r.{suffix}")
             assert stat.S_IMODE((tmp_path / f"r.{suffix}").stat().st_mode) == mode, suffix
+    finally:
+        os.umask(before)
 
+
+class TestSave:
     def test_suffix_names_the_form(self, tmp_path) -> None:
         made = full_report()
         for suffix in ("json", "md", "html", "png"):
