@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/federated.py throughput [--model vit_base_patch16_224]
     OMP_NUM_THREADS=1 python benchmarks/federated.py memory --nodes 10 100 1000
-    OMP_NUM_THREADS=1 python benchmarks/federated.py accuracy
+    OMP_NUM_THREADS=1 python benchmarks/federated.py accuracy --examples 500 --rounds 20
 
 Everything crosses Flower's own messages, on the grid in one process. Times are processor time of
 one thread, medians of repetitions that alternate. Memory is the highest resident set of a process
@@ -204,8 +204,8 @@ def memory(name: str, nodes: int, plain: bool, rounds: int) -> None:
           f"{most} MiB at most, {before} MiB before the first round", flush=True)  # fmt: skip
 
 
-def accuracy(rounds: int, seeds: int) -> None:
-    """Print the last accuracy of the example's app, plain and encrypted, seed by seed."""
+def accuracy(rounds: int, seeds: int, examples: int) -> None:
+    """Print the last accuracy of the example's app, plain, encrypted and masked, seed by seed."""
     sys.path.insert(0, str(EXAMPLE))
     os.environ.setdefault("VITGUARD_PASSPHRASE", "of a benchmark")
     import tempfile
@@ -214,7 +214,9 @@ def accuracy(rounds: int, seeds: int) -> None:
     from flower_cifar10 import client_app, server_app, task
 
     make_model = task.make_model
-    for variant in ("plain", "encrypted"):
+    for module in (task, make_keys):
+        module.EXAMPLES = examples
+    for variant in ("plain", "encrypted", "masks"):
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as folder:
                 os.environ["VITGUARD_KEYS"] = folder
@@ -232,11 +234,8 @@ def accuracy(rounds: int, seeds: int) -> None:
 
                 def sending(messages, send=send, said=said, **options):
                     replies = list(send(messages, **options))
-                    found = [
-                        r.content["metrics"]["accuracy"]
-                        for r in replies
-                        if "accuracy" in r.content["metrics"]
-                    ]
+                    metrics = [r.content.metric_records.get("metrics", {}) for r in replies]
+                    found = [m["accuracy"] for m in metrics if "accuracy" in m]
                     said.extend([statistics.mean(found)] if found else [])
                     return replies
 
@@ -257,13 +256,14 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--plain", action="store_true", help="memory of Flower's own FedAvg")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--examples", type=int, default=64, help="of each client, for accuracy")
     given = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if given.part == "throughput":
         throughput(given.model, given.images, given.rounds, given.repetitions)
     elif given.part == "accuracy":
-        accuracy(given.rounds, given.seeds)
+        accuracy(given.rounds, given.seeds, given.examples)
     elif len(given.nodes) == 1:
         memory(given.model, given.nodes[0], given.plain, given.rounds)
     else:
