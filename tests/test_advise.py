@@ -265,6 +265,7 @@ def test_the_command_prints_and_writes_it(tmp_path, capsys):
         assert capsys.readouterr().err.startswith("vitguard: error: Expected")
 
 
+@pytest.mark.slow
 def test_an_audit_ends_with_the_sentence_in_every_form(tmp_path, capsys):
     tiny = "vit_tiny_patch16_224:img_size=32,patch_size=8,embed_dim=96,depth=2,num_classes=10"
     page, file = tmp_path / "report.html", tmp_path / "report.json"

@@ -84,6 +84,7 @@ def test_a_recipe_is_a_defense_with_plain_settings_and_leaves_no_trace(defense, 
 SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("precode", "position_shuffling")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["soteria", "token_noise", *SLOW])
 def test_a_defense_of_features_or_order_leaks_to_position_on_a_tiny_model(name, tiny):
     found = published.measured(name, ROWS[name], given=tiny)
@@ -143,6 +144,7 @@ def guessed(attack, stack, size=8, patch=2):
     return attack.run(view, torch.Generator().manual_seed(0)), photo
 
 
+@pytest.mark.slow
 def test_entries_that_were_not_sent_are_solved_for_and_the_solution_proves_itself():
     attack = binary_weights.MissingEntries()
     for stack in ([], [binary_weights.BinaryWeights(keep=0.5)]):

@@ -91,6 +91,7 @@ def test_training_goes_on_after_a_second_prepare_that_was_refused():
 # gradients that come around the clipping
 
 
+@pytest.mark.slow
 def test_a_plain_gradient_on_a_parameter_frozen_since_is_not_stepped_on():
     model, _, _, optimizer, loader = prepared(noise=0.0, clip=1e-9)
     images, labels = next(iter(loader))
@@ -182,6 +183,7 @@ def test_freezing_a_part_between_steps_trains_the_rest():
         assert torch.equal(frozen, before) == (number == 1)
 
 
+@pytest.mark.slow
 def test_noise_asked_for_by_hand_is_in_the_ledger():
     model, guard, _, optimizer, loader = prepared()
     learn(model, *next(iter(loader)))

@@ -45,6 +45,7 @@ def refused(path, match):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_compressed_checkpoint_is_refused_before_anything_is_inflated(tmp_path, monkeypatch):
     path = tmp_path / "w.pt"
     path.write_bytes(archive_of(small().state_dict(), zipfile.ZIP_DEFLATED, bomb=bytes(10**8)))

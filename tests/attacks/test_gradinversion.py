@@ -27,6 +27,7 @@ def test_defaults_are_the_papers(attacked):
     assert group[0][0] == pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 def test_without_a_network_the_feature_statistics_are_off_and_it_says_so(attacked):
     view, _ = attacked([2, 7])
     guess = GradInversion.fast(iterations=1, restarts=1).run(view, torch.Generator())

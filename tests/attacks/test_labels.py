@@ -209,6 +209,7 @@ def test_a_trained_model_without_the_cascade_takes_every_class_alike(
     assert labels_overlap(infer_labels(view, generator), labels[:32]) > 0.7
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(-3, 9, allow_nan=False), min_size=1, max_size=6), st.integers(1, 8))
 def test_counts_are_rounded_to_exactly_one_label_per_image(counts, batch):

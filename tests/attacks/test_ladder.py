@@ -52,6 +52,7 @@ def test_a_rung_that_does_not_apply_says_why(small_vit, observe, photo):
     assert "pos_embed cannot be read" in rungs["position"]
 
 
+@pytest.mark.slow
 def test_saturated_spans_are_called_unknown_and_not_safe(small_vit, observe, photos):
     view = observe(small_vit(embed_dim=32), photos[:2], defenses=FROZEN)
     guess = run(Ladder(seconds=20), view)

@@ -92,6 +92,7 @@ def test_the_truth_is_a_fixed_point():
     torch.testing.assert_close(guess.images, images, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "joint"), crossed(["adam", "lbfgs"], ["random", ""]))
 def test_a_killed_attack_resumes_to_the_same_end(tmp_path, optimizer, joint):
     view, _, _ = make_view()

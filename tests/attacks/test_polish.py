@@ -85,6 +85,7 @@ def test_a_rounded_image_that_the_update_contradicts_is_thrown_away(hidden, phot
     assert "not near" in other.details["polish"] and torch.equal(other.images, wrong)
 
 
+@pytest.mark.slow
 def test_without_levels_nothing_is_rounded(view, photo):
     made = polish(view, near(view, photo, 0.05), seeded(), levels=None)
     assert "rounded" not in made.details["polish"]

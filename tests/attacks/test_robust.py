@@ -262,6 +262,7 @@ def test_with_its_budget_spent_the_solver_stops_after_one_step():
     assert len(seen) > 10
 
 
+@pytest.mark.slow
 def test_the_position_estimate_is_the_dense_posterior_mean(small_vit, observe, photo):
     view = noise(observe(small_vit(img_size=8), photo[..., :8, :8]), 1e-2)
     anatomy = Anatomy.of(view.model)

@@ -87,6 +87,7 @@ def test_the_difference_of_one_step_exactly_and_of_several_to_first_order(
     assert guess.space is None and guess.shuffled is None
 
 
+@pytest.mark.slow
 def test_sine_cosine_positions_leave_a_space_that_holds_the_truth(small_vit, observe, photo):
     view = observe(small_vit().double(), photo.double(), defenses="positions:kind=sincos")
     guess = run(view)

@@ -70,6 +70,7 @@ def test_other_weights_have_not_resisted_and_pass_no_gate(small_vit, photo, trai
     assert report.gate(max_gain=6) == 3
 
 
+@pytest.mark.slow
 def test_other_images_have_not_resisted(small_vit, photos):
     model = small_vit()
     update = sent(model, photos[:1], NOISE, LocalTraining())

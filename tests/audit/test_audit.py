@@ -120,6 +120,7 @@ def test_resisted_where_the_control_leaks_and_the_defended_does_not(small_vit, p
     assert report.gate(max_gain=6) == 0
 
 
+@pytest.mark.slow
 def test_on_a_cpu_matching_by_name_fits_the_budget_and_says_so(small_vit, photo, monkeypatch):
     from vitguard.attacks.matching import settings as matching
 
@@ -186,6 +187,7 @@ class Sometimes(Attack):
         raise NotApplicable("not today")
 
 
+@pytest.mark.slow
 def test_some_batches_attacked_in_vain_and_some_not_at_all_is_no_resistance(small_vit, photos):
     found, report = run(small_vit(), photos[:3], [Sometimes()], defenses=FROZEN, batch_size=1)
     finding = found["positions:kind=frozen", "sometimes"]
@@ -360,6 +362,7 @@ def test_the_model_is_copied_and_left_alone(small_vit, photo):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_other_precisions_and_grey_images_are_audited(small_vit, photo):
     found, _ = run(small_vit().double(), photo, [PositionInversion()])
     assert found["none", "position"].psnr.max > 140
@@ -534,6 +537,7 @@ def test_a_broken_attack_on_a_saved_update_is_inconclusive(small_vit, photo, wha
         assert report.gate(max_psnr=200) == 3
 
 
+@pytest.mark.slow
 def test_a_saved_update_with_its_truth_is_scored(small_vit, photo):
     model = small_vit()
     report = audit_update(

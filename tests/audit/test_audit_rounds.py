@@ -86,6 +86,7 @@ def rows(report):
     return {f.exposure: f for f in report.findings if f.defended}
 
 
+@pytest.mark.slow
 def test_a_curious_server_rebuilds_the_image_of_each_plain_message(federation):
     report = vg.audit(federation().round(["ana", "bea"]).messages, attacks="position")
     found = rows(report)
@@ -186,6 +187,7 @@ def test_an_audit_says_why_two_rounds_have_no_difference(federation):
     assert any("another version of the model" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_frozen_positions_resist_the_attack_that_reads_them_in_the_sum_as_well(federation):
     report = vg.audit(federation("positions:kind=frozen").round(["ana"]), attacks="position")
     assert {f.verdict for f in rows(report).values()} <= {"blocked", "not applicable"}

@@ -274,6 +274,7 @@ def test_a_lost_job_is_an_inconclusive_finding_that_says_so(audited, at_once):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 2])
 def test_nothing_resists_whose_job_or_whose_control_was_lost(small_vit, photo, first):
     """Of four jobs, the two of the control or the two of the defense are lost."""
@@ -289,6 +290,7 @@ def test_nothing_resists_whose_job_or_whose_control_was_lost(small_vit, photo, f
     assert report.gate(max_gain=6) != 0
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_lost_leaves_its_configuration_undecided(small_vit, photos):
     how = {"defenses": "positions:kind=sincos", "attacks": [Climbs()], "batch_size": 1}
     executor = Failing(3, 4)  # control 1, defense 1, control 2, defense 2
@@ -354,6 +356,7 @@ def test_a_defense_that_did_not_act_is_raised_and_the_rest_is_cancelled(small_vi
     assert [one.cancelled() for one in ran] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_an_interrupt_lets_what_runs_end_and_skips_what_has_not_begun(small_vit, photo):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -166,6 +166,7 @@ def test_steps_that_are_said_twice_are_refused_and_none_is_dropped(small_vit, ph
             guard.update(images, LABEL, training=LocalTraining(0.05), **twice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["update", "rounds"])
 def test_the_control_is_no_configuration_from_which_something_is_withheld(small_vit, photo, kind):
     """It shows what the attack does with everything: it decides no gate, and says what it is."""

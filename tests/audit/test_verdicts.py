@@ -208,6 +208,7 @@ def test_an_image_that_leaks_and_was_not_chosen_is_no_resistance(small_vit, phot
     assert finding.undecided and report.gate(max_gain=6) == 3
 
 
+@pytest.mark.slow
 def test_a_shuffle_that_moved_nothing_has_not_resisted(small_vit, photo):
     warming = [PatchShuffle(ratio=0.5, warmup=10)]
     _, (finding,) = judged(small_vit(), photo, Part(), defenses=warming)
@@ -291,6 +292,7 @@ def test_two_images_that_are_both_picked_out_leak(small_vit, photos):
     assert "2 of 2 images told from 1000 decoys" in report.findings[-1].reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contrast", [0.08, 0.9])
 def test_a_larger_gain_does_not_lift_what_no_limit_in_db_sees(small_vit, photos, contrast):
     @dataclass(frozen=True)
@@ -369,6 +371,7 @@ class TestNoLeakWithoutInformation:
         guesses = [torch.full_like(truth, 0.5), photo.flip(3), torch.rand(truth.shape)]
         assert set(self.verdicts(small_vit(), truth, guesses)) == {"inconclusive"}
 
+    @pytest.mark.slow
     def test_two_identical_images(self, small_vit, photo):
         twins = photo.repeat(2, 1, 1, 1)
         noise = torch.rand(twins.shape, generator=torch.Generator().manual_seed(1))

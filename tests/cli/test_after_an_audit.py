@@ -28,6 +28,7 @@ def raising(error):
     return raises
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [InputError("Expected a model, got none."), KeyError("x"), KeyboardInterrupt()]
 )

@@ -135,6 +135,7 @@ def test_difference_of_one_step_still_leaks():
     assert {f["verdict"] for f in result["findings"]} == {"leaks"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gate", "defense", "attack", "code"),
     [

@@ -311,6 +311,7 @@ def test_decoys_depend_on_the_seed_alone():
     assert not torch.equal(data.decoys(5, (16, 16), seed=3), data.decoys(5, (16, 16), seed=4))
 
 
+@pytest.mark.slow
 def test_no_decoy_is_taken_from_an_excluded_photo():
     names = ["astronaut", "retina", "a file of the user"]
     every = data.decoys(25 * 14, (16, 16)).unflatten(0, (25, 14))
@@ -331,6 +332,7 @@ def test_a_photo_that_is_a_truth_under_another_name_is_left_out(grey):
     assert float(correlations(unnamed, truth).max()) < 0.9
 
 
+@pytest.mark.slow
 def test_extra_images_come_first_but_never_a_truth():
     extra = torch.rand(4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     found = data.decoys(6, (40, 40), extra=extra)

@@ -204,6 +204,7 @@ def test_a_report_says_that_feedback_shows_more_with_each_update():
     assert LowRankUpdate(2, feedback=True).spec() == "low-rank:feedback=true"
 
 
+@pytest.mark.slow
 def test_many_updates_on_the_same_images_show_the_whole_gradient():
     guard = guarded()
     shape = dict(guard.model.named_parameters())[WEIGHT].shape

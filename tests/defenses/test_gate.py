@@ -124,6 +124,7 @@ def test_a_model_that_is_given_away_carries_no_decision() -> None:
         assert vg.Guard.of(given).tally.last is None and not vg.Guard.of(given).tally.counts
 
 
+@pytest.mark.slow
 def test_a_copy_that_is_made_inside_of_an_audit_has_its_gate() -> None:
     net = model()
     guard = vg.protect(net, LeakGate())

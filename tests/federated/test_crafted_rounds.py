@@ -94,6 +94,7 @@ def test_what_a_suppressed_client_sends_moves_nothing_but_the_biases_of_the_head
     assert not share.update.can_read("head.bias")
 
 
+@pytest.mark.slow
 def test_a_share_is_told_from_a_sum_only_where_it_can_be(small_vit, photos):
     seen = federation(small_vit(), photos, MaliciousServer("suppression", target="bea")).round()
     with pytest.raises(NotApplicable, match="not in the sum"):

@@ -42,6 +42,7 @@ def federated(small_vit):
     return Federated(small_vit)
 
 
+@pytest.mark.slow
 def test_each_round_adds_the_weighted_average_within_the_bound_of_the_preset(federated):
     strategy, _ = federated.run(3)
     assert strategy.refused == {1: {}, 2: {}, 3: {}}
@@ -91,6 +92,7 @@ def test_the_round_goes_on_without_a_faulty_client(federated, fault):
     assert not federated.unsealed()
 
 
+@pytest.mark.slow
 def test_a_late_client_is_left_out_and_comes_back_after_two_rounds(federated):
     strategy = federated.strategy()
     original = federated.grid.send_and_receive
@@ -107,6 +109,7 @@ def test_a_late_client_is_left_out_and_comes_back_after_two_rounds(federated):
     assert all(torch.equal(federated.seen[12][-1][k], t) for k, t in federated.seen[11][-1].items())
 
 
+@pytest.mark.slow
 def test_a_node_that_was_away_gets_the_sums_that_it_lacks(federated):
     strategy, result = federated.run(1)
     federated.grid.absent = {12}
@@ -133,6 +136,7 @@ def test_a_client_that_lost_its_state_catches_up_one_round_later(federated):
     assert list(strategy.refused[2]) == [12] and strategy.refused[3] == {}
 
 
+@pytest.mark.slow
 def test_a_client_that_has_another_model_is_refused(federated):
     federated.run(1)
     other = {k: t + 0.1 if t.is_floating_point() else t for k, t in federated.start.items()}
@@ -288,6 +292,7 @@ def private_app(small_vit, rounds):
     return app
 
 
+@pytest.mark.slow
 def test_client_privacy_adds_up_over_rounds_under_a_stock_strategy(small_vit):
     start = tiny(small_vit).state_dict()
     grid = InProcessGrid({n: private_app(small_vit, 3) for n in NODES[:2]})

@@ -131,6 +131,7 @@ def test_a_client_that_fails_when_it_is_asked_costs_one_round_more(federated, fi
     assert History.of(result.arrays).snapshot.number == 2
 
 
+@pytest.mark.slow
 def test_a_model_that_others_do_not_vouch_for_is_not_kept(federated, first):
     first(12)
 
@@ -187,6 +188,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [*BROKEN, *REFUSED])
 def test_a_sealed_model_that_is_none_is_not_kept(federated, first, fault):
     first(12)
@@ -207,6 +209,7 @@ def test_a_sealed_model_that_is_none_is_not_kept(federated, first, fault):
     federated.check(federated.seen[11][-1], NODES, NODES if fault in BROKEN else (11, 13, 14))
 
 
+@pytest.mark.slow
 def test_a_sealed_model_of_a_node_that_was_not_asked_is_refused(federated, first):
     """Whoever has the keys could put another in its place, which later nodes could not open."""
     first(12)

@@ -74,6 +74,7 @@ def test_a_server_that_restarts_between_rounds_goes_on_from_what_it_saved(federa
     federated.check(federated.seen[13][-1], NODES, NODES, NODES)
 
 
+@pytest.mark.slow
 def test_a_server_that_was_set_back_one_round_is_refused_by_every_client(federated):
     """Two sums of one round that differ by a client would give that client away."""
     _, first = federated.run(1)

@@ -42,6 +42,7 @@ def test_nothing_unmasked_is_in_any_message(masked):
     assert not masked.unmasked() and len(masked.own) > 2 * len(NODES)
 
 
+@pytest.mark.slow
 def test_the_search_finds_integers_whose_masks_are_missing(masked, monkeypatch):
     from vitguard.defenses.masking import secret_sharing
 

@@ -161,6 +161,7 @@ def test_values_that_do_not_hold_are_refused_and_change_no_sum(masked, fault):
     left_out(masked, ".")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_message_of_an_old_round_is_refused_in_every_phase(masked, phase):
     held = []
@@ -179,6 +180,7 @@ def test_a_message_of_an_old_round_is_refused_in_every_phase(masked, phase):
     assert float((after - masked.start["head.weight"] - due).abs().max()) < CLOSE
 
 
+@pytest.mark.slow
 def test_old_shares_that_the_server_delivers_are_refused_by_the_client(masked):
     """The server gives a client the shares that were made for it in the round before."""
     held = []
@@ -230,6 +232,7 @@ def test_a_client_with_another_identity_is_left_out(masked):
     left_out(masked, "identity key")
 
 
+@pytest.mark.slow
 def test_a_mod_without_attach_sends_nothing(masked):
     masked.attached[FAULTY] = False
     left_out(masked, "attach")
@@ -280,6 +283,7 @@ def test_a_client_that_was_away_comes_back_after_two_rounds(masked):
     assert float((after - masked.start["head.weight"] - due).abs().max()) < CLOSE
 
 
+@pytest.mark.slow
 def test_a_client_that_lost_its_state_within_a_round_is_left_out_and_back_in_the_next(masked):
     strategy = masked.strategy()
 

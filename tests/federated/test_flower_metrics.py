@@ -81,6 +81,7 @@ WEIGHTLESS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "kind"), crossed(WEIGHTLESS, [Federated, Masked]))
 def test_an_evaluation_without_a_weight_is_left_out_and_ends_no_run(small_vit, kind, what):
     federated = kind(small_vit)
@@ -109,6 +110,7 @@ def spoil_evaluation(federated, node, change):
     federated.grid.apps[node] = changed
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_epsilon_of_a_round_is_the_largest_of_its_clients_and_clipped_values_add_up(
     small_vit, kind
@@ -246,6 +248,7 @@ def test_one_client_does_not_say_which_plain_tensors_are_sent(small_vit, kind, w
     assert torch.allclose(seen["head.weight"], start["head.weight"] + due, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mod", ["fixedclipping_mod", "adaptiveclipping_mod"])
 @BOTH
 def test_the_clipping_mods_of_flower_work_behind_protect_mod(small_vit, kind, mod):

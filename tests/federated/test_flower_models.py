@@ -123,6 +123,7 @@ def test_truth_values_bytes_empty_tensors_and_single_numbers_go_through(small_vi
     assert after["scale"].shape == () and float(after["scale"]) == pytest.approx(1.504)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Federated, Masked])
 @pytest.mark.parametrize("make", [normed, flagged])
 def test_buffers_are_in_the_secure_sum_that_the_guard_describes(small_vit, monkeypatch, kind, make):
@@ -254,6 +255,7 @@ def test_a_query_without_arrays_is_answered_and_one_with_arrays_in_the_answer_is
     assert reply.has_error() and "arrays" in reply.error.reason
 
 
+@pytest.mark.slow
 def test_a_schedule_goes_on_over_rounds_and_over_restarts_of_the_client(small_vit):
     """A warm-up that began anew in every message would never end: nothing would be shuffled."""
     stack = "shuffle:ratio=0.9,warmup=4,steps=8,schedule=linear"
@@ -375,6 +377,7 @@ def tied(small_vit):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Federated, Masked])
 def test_tied_parameters_are_in_the_secure_sum_by_each_of_their_names(small_vit, monkeypatch, kind):
     for module in (flower_rounds, masked_rounds):
@@ -388,6 +391,7 @@ def test_tied_parameters_are_in_the_secure_sum_by_each_of_their_names(small_vit,
         assert torch.allclose(seen[name], moved, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Federated, Masked])
 def test_the_metric_that_a_strategy_weighs_by_is_the_weight_that_clients_sign(small_vit, kind):
     federated = kind(small_vit)

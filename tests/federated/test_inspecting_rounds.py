@@ -53,6 +53,7 @@ def test_honest_training_is_never_refused_in_fifty_rounds(model, clients, stack,
     assert all(g.state_dict()["inspection"]["rounds"] == rounds for g in federation.guards.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("craft", PUBLISHED)
 def test_a_round_with_crafted_weights_is_refused_in_one_line_and_nothing_leaves(
     model, clients, craft

@@ -95,6 +95,7 @@ def gap(one, other):
 STACKS = [SHUFFLE, PRIVATE, f"positions:kind=sincos+{SHUFFLE}+{PRIVATE},physical_batch=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("stack", fast_for(STACKS, fast=STACKS[::2]))  # privacy is in the last
 def test_training_ends_at_the_weights_of_a_loop_by_hand(stack):

@@ -77,6 +77,7 @@ def loads_strictly(average):
     return plain
 
 
+@pytest.mark.slow
 def test_averaged_weights_of_private_training_load_strictly_into_a_plain_model():
     pytest.importorskip("opacus")
     made = Script(f"{SHUFFLE}+{PRIVATE},physical_batch=2").train(1)

@@ -126,6 +126,7 @@ class Watched(GuardedTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_shuffle_with_its_loss_ends_at_the_weights_of_a_loop_by_hand(tmp_path):
     model, _ = guarded(SHUFFLE)
     made = trainer(model, tmp_path, Watched)
@@ -251,6 +252,7 @@ def test_a_checkpoint_without_the_guards_state_is_refused_and_loads_nothing(tmp_
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_plain_trainers_checkpoint_counts_too_when_the_optimizer_is_private(tmp_path):
     """Whoever writes the four lines by hand: the optimizer's state carries the ledger."""
 
@@ -340,6 +342,7 @@ def test_a_target_epsilon_is_kept_over_a_second_call_of_train(tmp_path):
         made.train()
 
 
+@pytest.mark.slow
 def test_evaluation_during_private_training_works_and_label_smoothing_too(tmp_path):
     model, guard = guarded(f"{SHUFFLE}+{PRIVATE}")
     made = GuardedTrainer(
@@ -371,6 +374,7 @@ def test_the_mixin_goes_before_any_trainer_of_ones_own(tmp_path):
 RANDOM = f"positions:kind=random+{SHUFFLE},warmup=1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", fast_for([RANDOM, BOTH], fast=[RANDOM]))
 def test_a_resume_goes_on_from_every_weight_of_the_checkpoint(tmp_path, stack):
     model, checkpoint = saved(tmp_path, stack, **ONE_EPOCH)

@@ -138,6 +138,7 @@ def test_left_over_truths_take_their_best_guess():
     assert metrics.best_assignment(quality).tolist() == [1, 0, 1]
 
 
+@pytest.mark.slow
 def test_the_baseline_is_the_luckiest_guess_without_information(photos):
     flat = metrics.baseline(photos, (8, 8))
     greys = [metrics.psnr(torch.full_like(photos, v), photos) for v in (0.0, 0.25, 0.5, 0.75, 1.0)]

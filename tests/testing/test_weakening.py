@@ -88,6 +88,7 @@ def test_an_attack_that_never_works_is_inconclusive_and_not_green():
         check_weaker(Silent(quiet="never"))
 
 
+@pytest.mark.slow
 def test_an_attack_that_says_what_it_misses_passes():
     check_weaker(Silent())
     check_proofs(Silent())

@@ -171,6 +171,7 @@ def test_a_shuffle_keeps_the_order_and_nothing_else(model, photos):
     assert share(ImprintReading().run(view, torch.Generator()), photos[:1]) >= 0.75
 
 
+@pytest.mark.slow
 def test_the_difference_of_one_step_is_read(model, photos):
     training = LocalTraining(0.01)
     view = exposed(model, photos[:2], MaliciousServer(), training=training)

@@ -160,6 +160,7 @@ def test_an_attack_on_a_model_with_dropout_repeats_itself(
     assert results[0].details["distance"] == results[1].details["distance"]
 
 
+@pytest.mark.slow
 def test_threads_do_not_mix_up_their_dropout(small_vit, observe, photo):
     """One view a thread, as in an audit."""
     views = [observe(small_vit(proj_drop_rate=0.2), photo) for _ in range(3)]

@@ -134,6 +134,7 @@ def insiders(run, total, seed):
     return caught
 
 
+@pytest.mark.slow
 def test_60_forged_ciphertexts_of_an_insider_are_refused_by_seal_or_the_canary(run):
     caught = insiders(run, 60, seed=0)
     assert caught["add"] and caught["decrypt"], caught

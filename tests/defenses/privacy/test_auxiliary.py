@@ -91,6 +91,7 @@ def test_a_huge_auxiliary_loss_moves_the_sum_by_clip_and_no_more():
     assert (sums[0] - sums[1]).norm().item() == pytest.approx(CLIP, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_of_the_training_loop_clips_the_auxiliary_loss_as_well():
     pytest.importorskip("opacus")
     private, plain = protected(200.0, noise=0.0, delta=1e-3)

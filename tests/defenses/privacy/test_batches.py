@@ -51,6 +51,7 @@ def clipped_by_hand(guard, batch, clip=1.0):
 # one batch, one step
 
 
+@pytest.mark.slow
 def test_pieces_left_by_a_loop_that_broke_off_never_join_the_next_step():
     model, guard, optimizer, loader = prepared(batch=24, physical_batch=4)
     for i, batch in enumerate(loader):

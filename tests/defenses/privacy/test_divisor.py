@@ -89,6 +89,7 @@ def test_a_common_divisor_is_told_within_a_few_batches(kind, dtype):
         assert seen(DIVIDED[kind], batches, dtype=dtype) in range(3, 30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype"), crossed(ALONE, [torch.float32, torch.bfloat16]))
 def test_terms_of_one_example_each_pass(kind, dtype):
     for scale in (0.01, 1.0, 5.0):

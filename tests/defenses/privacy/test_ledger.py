@@ -35,6 +35,7 @@ def in_threads(work, count=4):
         thread.join()
 
 
+@pytest.mark.slow
 def test_releases_of_many_threads_are_all_counted():
     ledger = Ledger()
     in_threads(lambda: [ledger.spend(1.0, 1.0) for _ in range(250)])

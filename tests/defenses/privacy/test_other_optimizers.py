@@ -57,6 +57,7 @@ def trained(model, guard, optimizer, loader, steps):
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_epsilon_after_a_resume_from_the_optimizers_state_is_that_of_one_run(small_vit):
     whole = small_vit(depth=1)
     guard, optimizer, loader = prepared(whole, 2)

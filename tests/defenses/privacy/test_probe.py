@@ -297,6 +297,7 @@ STACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stack", "drop"), crossed(STACKS, [0.3, 0.0]))
 def test_stacks_with_dropout_and_drop_path_pass_and_their_schedules_stay(stack, drop):
     pytest.importorskip("opacus")
@@ -324,6 +325,7 @@ def test_a_pass_of_one_example_proves_nothing_about_a_layer_that_mixes():
         clipped_sum(with_layer(Centred()), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["hook", "layer", "forward", "mode"])
 def test_what_is_added_to_a_model_later_is_tried_out_anew(how):
     model = with_layer(Whole())
@@ -390,6 +392,7 @@ def test_what_prepare_has_tried_out_is_not_tried_out_again_by_the_loop():
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"),
     [

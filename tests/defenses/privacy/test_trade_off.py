@@ -137,6 +137,7 @@ def test_entries_of_several_kinds_compose_and_never_below_any_part(history):
     assert whole <= power_of(history[1:])(parts[0]) * 1.01  # trade-offs compose no better
 
 
+@pytest.mark.slow
 def test_power_grows_with_level_and_steps_and_never_falls_below_the_level():
     power = power_of([(1.0, 0.02, 50)])
     levels = [0.0, 1e-9, 1e-4, 0.01, 0.3, 0.9, 0.9999, 1.0]

@@ -174,6 +174,7 @@ def test_step_noise_has_standard_deviation_noise_times_clip():
     assert moved.std().item() == pytest.approx(0.5, rel=0.02)
 
 
+@pytest.mark.slow
 def test_ledger_is_plain_data_and_a_resumed_run_continues_it():
     model, guard, optimizer, loader = protected()
     private, poisson = guard.prepare(optimizer, loader)
@@ -235,6 +236,7 @@ def test_without_noise_epsilon_is_infinite():
     assert guard.privacy_spent().epsilon == math.inf
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_runs_and_checkpoints_resume_exactly():
     runs = []
     for _ in range(2):
@@ -455,6 +457,7 @@ def test_importing_does_not_import_opacus():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_plain_models_can_be_prepared_without_a_guard():
     from vitguard.defenses.base import Draws
 

@@ -139,6 +139,7 @@ def test_canary_bound_fails_no_more_often_than_its_confidence_says():
     assert sum(b.mu > 0.75 / noise for b in bounds) > 0.9 * runs
 
 
+@pytest.mark.slow
 def test_canary_bound_by_thresholds_holds_for_scores_that_are_not_normal():
     laplace = torch.distributions.Laplace(0.0, 1.0)  # sensitivity 1: epsilon 1, delta 0
     torch.manual_seed(0)
