@@ -204,7 +204,10 @@ def memory(name: str, nodes: int, plain: bool, rounds: int) -> None:
           f"{most} MiB at most, {before} MiB before the first round", flush=True)  # fmt: skip
 
 
-def accuracy(rounds: int, seeds: int, examples: int) -> None:
+VARIANTS = ("plain", "encrypted", "masks")
+
+
+def accuracy(rounds: int, seeds: int, examples: int, variants: list[str]) -> None:
     """Print the last accuracy of the example's app, plain, encrypted and masked, seed by seed."""
     sys.path.insert(0, str(EXAMPLE))
     os.environ.setdefault("VITGUARD_PASSPHRASE", "of a benchmark")
@@ -216,7 +219,7 @@ def accuracy(rounds: int, seeds: int, examples: int) -> None:
     make_model = task.make_model
     for module in (task, make_keys):
         module.EXAMPLES = examples
-    for variant in ("plain", "encrypted", "masks"):
+    for variant in variants:
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as folder:
                 os.environ["VITGUARD_KEYS"] = folder
@@ -257,13 +260,14 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="memory of Flower's own FedAvg")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--examples", type=int, default=64, help="of each client, for accuracy")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     given = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if given.part == "throughput":
         throughput(given.model, given.images, given.rounds, given.repetitions)
     elif given.part == "accuracy":
-        accuracy(given.rounds, given.seeds, given.examples)
+        accuracy(given.rounds, given.seeds, given.examples, given.variants)
     elif len(given.nodes) == 1:
         memory(given.model, given.nodes[0], given.plain, given.rounds)
     else:
