@@ -252,7 +252,7 @@ class _Climb:
             if set(self.outcomes.values()) == {"blocked"}:
                 raise Blocked("what any rung needs", reasons)
             if self.unfinished:
-                raise CutShort(f"the budget ended before a rung gave anything ({reasons})")
+                raise CutShort(f"no rung that came to its end gave an image ({reasons})")
             raise NotApplicable(f"no rung applied ({reasons})")
 
         def worth(name: str) -> tuple[bool, float, bool, float, int]:
