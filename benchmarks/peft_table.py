@@ -57,7 +57,7 @@ NAMES = {
 
 WHY = {  # of cells that nobody has run, the first that holds
     "| 4": "single images come first",
-    "ViT-B/16": "a core takes hours",
+    "ViT-B/16": "200 iterations are an hour of a core",
     "DINOv2-small": "a core takes hours",
     "cifar a |": "derivatives along 3,072 pixels take a core hours",
     "": "no time so far",

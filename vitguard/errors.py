@@ -12,8 +12,9 @@
     │   └── UpdateRefused            a defense let no update leave, as it should
     │       ├── GateClosed           a client's own gate let an update not leave
     │       └── SuspiciousWeights    weights that a server sent have signs of a craft
-    ├── Blocked                          an attack asked for a tensor that the adversary cannot read
-    ├── NotApplicable                    an attack's assumption does not hold for what it was given
+    ├── NoImage                          an attack ended without an image, perhaps with labels
+    │   ├── Blocked                  it asked for a tensor that the adversary cannot read
+    │   └── NotApplicable            its assumption does not hold for what it was given
     ├── LeakFound                        `AuditReport.raise_if_leaks` found what it was asked for
     └── Inconclusive                     a test of `vitguard.testing` could not have failed
 
@@ -22,7 +23,10 @@ Every message says what was expected, what was got and what to do.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "Blocked",
@@ -32,6 +36,7 @@ __all__ = [
     "InputError",
     "LeakFound",
     "MissingExtra",
+    "NoImage",
     "NotApplicable",
     "Rejected",
     "SuspiciousWeights",
@@ -113,7 +118,17 @@ class SuspiciousWeights(UpdateRefused):
         return (type(self), (str(self), self.inspection))
 
 
-class Blocked(VitguardError):
+class NoImage(VitguardError):
+    """An attack ended without an image.
+
+    Attributes:
+        labels: Class indices that it read all the same, integers (batch,); None where it read none.
+    """
+
+    labels: Tensor | None = None
+
+
+class Blocked(NoImage):
     """The adversary cannot read a tensor: it was sealed, withheld or never released."""
 
     def __init__(self, name: str, reason: str) -> None:
@@ -125,7 +140,7 @@ class Blocked(VitguardError):
         return (type(self), (self.name, self.reason))
 
 
-class NotApplicable(VitguardError):
+class NotApplicable(NoImage):
     """An attack's assumption does not hold; this says nothing about protection."""
 
 

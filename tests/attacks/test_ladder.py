@@ -254,3 +254,26 @@ def test_what_one_rung_proved_is_completed_by_another_that_is_nearer(small_vit, 
     climb._take("search", Guess(anatomy.unpatchify(patches), label, verified=half))
     climb._take("far", Guess(1 - photo, label))
     assert "rest_from" not in climb.best().details
+
+
+@pytest.mark.parametrize(
+    ("part", "count", "state"), [("head", 1, "blocked"), ("blocks.1", 4, "not applicable")]
+)
+def test_labels_that_are_read_without_an_image_are_reported(small_vit, photos, part, count, state):
+    model = small_vit()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith((part, "head")))
+    labels = torch.arange(count) + 3
+    (found,) = audit(model, (photos[:count], labels), attacks=["ladder"]).findings
+    assert found.verdict == state and found.labels_correct == 1.0
+    assert "100 % of the labels right" in found.reason
+
+
+def test_sealed_labels_are_not_said_to_be_read(small_vit, photos):
+    everything = {"sealed": "encryption:select=all"}
+    report = audit(
+        small_vit(), (photos[:1], torch.tensor([3])), attacks=["ladder"], defenses=everything
+    )
+    found = report.findings[-1]
+    assert found.verdict == "blocked" and found.labels_correct is None
+    assert "labels" not in found.reason

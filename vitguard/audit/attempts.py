@@ -38,11 +38,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result]):
-    """What an attack returned, or why it returned nothing, and the seconds it took."""
+    """What an attack returned, or why it returned nothing, and the seconds it took.
+
+    Args:
+        labels: Those that it read although it returned nothing.
+    """
 
     state: State
     reason: str = ""
     result: Result | None = None
+    labels: Tensor | None = None
     seconds: float = 0.0
 
 
@@ -57,11 +62,11 @@ def outcome_of(run: Callable[[], Result]) -> Outcome[Result]:
     try:
         result = run()
     except Blocked as error:
-        return Outcome("blocked", str(error))
+        return Outcome("blocked", str(error), labels=error.labels)
     except CutShort as error:
-        return Outcome("failed", f"it was cut short: {error}")
+        return Outcome("failed", f"it was cut short: {error}", labels=error.labels)
     except NotApplicable as error:
-        return Outcome("not applicable", str(error))
+        return Outcome("not applicable", str(error), labels=error.labels)
     except Exception as error:
         if isinstance(error, Unprotected):
             raise
@@ -97,7 +102,10 @@ def attempt(attack: Attack, facts: Facts, exposure: Exposure, seed: int) -> Atte
     """Run an attack and score its guess by what is known of the batch."""
     view = exposure.view
     outcome = outcome_of(lambda: guess_of(attack, view, torch.Generator().manual_seed(seed)))
-    empty = Attempt(facts, outcome.state, outcome.reason, mask=exposure.mask)
+    empty = Attempt(
+        facts, outcome.state, outcome.reason, mask=exposure.mask,
+        labels_correct=labels_overlap(outcome.labels, facts.labels),
+    )  # fmt: skip
     if outcome.result is None:
         return empty
     guess = _on_cpu(outcome.result)

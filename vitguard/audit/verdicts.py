@@ -105,6 +105,9 @@ def _without_a_guess(base: Finding, failed: Sequence[Attempt], beside: Beside | 
     """Return the finding of an attack that gave nothing: blocked, not applicable, or failed."""
     # a batch that was blocked does not speak for one that failed
     first = next((a for s in _WORST for a in failed if a.state == s), failed[0])
+    if right := _labels_right(failed):
+        base, said = replace(base, labels_correct=_share(failed)), f"{first.reason}; {right}"
+        first = replace(first, reason=said)
     if first.state == "failed":
         return replace(base, reason=first.reason, undecided=first.reason)
     leaks = beside is not None and beside.finding.verdict == "leaks"
@@ -116,16 +119,25 @@ def _without_a_guess(base: Finding, failed: Sequence[Attempt], beside: Beside | 
 
 def _labels_only(base: Finding, attempts: Sequence[Attempt]) -> Finding:
     """Return the finding of an attack that makes no claim on pixels: no metric, no verdict."""
-    known = [a.labels_correct for a in attempts if a.labels_correct is not None]
-    share = sum(known) / len(known) if known else None
-    right = "" if share is None else f" ({100 * share:.0f} % of the labels right)"
+    right = _labels_right(attempts)
     return replace(
         base,
-        reason=f"{LABELS_ONLY}{right}",
-        labels_correct=share,
+        reason=f"{LABELS_ONLY} ({right})" if right else LABELS_ONLY,
+        labels_correct=_share(attempts),
         seconds=sum(a.seconds for a in attempts) / len(attempts),
         details=dict(attempts[0].guess.details) if attempts[0].guess else {},
     )
+
+
+def _share(attempts: Sequence[Attempt]) -> float | None:
+    """Return the share of labels that were read rightly, None where that is not known."""
+    known = [a.labels_correct for a in attempts if a.labels_correct is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _labels_right(attempts: Sequence[Attempt]) -> str:
+    share = _share(attempts)
+    return "" if share is None else f"{100 * share:.0f} % of the labels right"
 
 
 def _explanation(attempt: Attempt) -> str:

@@ -12,12 +12,12 @@ import torch
 from vitguard.attacks.base import Attack, InputAttack, Rung, guess_of
 from vitguard.attacks.budget import Budget, CutShort, worked
 from vitguard.attacks.evidence import likeliest, mismatch
-from vitguard.attacks.labels import pair_labels
+from vitguard.attacks.labels import pair_labels, try_labels
 from vitguard.attacks.ladder.polish import polish
 from vitguard.attacks.span.attack import SpanInversion
 from vitguard.core import AffineSpace, Guess, View
 from vitguard.discovery import discover
-from vitguard.errors import Blocked, NotApplicable, Unprotected, expected
+from vitguard.errors import Blocked, NoImage, NotApplicable, Unprotected, expected
 from vitguard.vit import Anatomy
 
 __all__ = ["Ladder"]
@@ -248,12 +248,7 @@ class _Climb:
     def best(self) -> Guess:
         """Return the chosen guess with what every rung said."""
         if not self.guesses:
-            reasons = self._reasons()
-            if set(self.outcomes.values()) == {"blocked"}:
-                raise Blocked("what any rung needs", reasons)
-            if self.unfinished:
-                raise CutShort(f"no rung that came to its end gave an image ({reasons})")
-            raise NotApplicable(f"no rung applied ({reasons})")
+            raise self._without_an_image()
 
         def worth(name: str) -> tuple[bool, float, bool, float, int]:
             share, distance = self._verified(name), self.distance.get(name)
@@ -284,6 +279,20 @@ class _Climb:
             details["unfinished"] = left
         others = {n: g.images for n, g in self.guesses.items() if n != name}
         return replace(guess, space=self._space(guess), others=others, details=details)
+
+    def _without_an_image(self) -> NoImage:
+        """Return why no rung gave an image, with the labels: the head may be all that is sent."""
+        known = self.labels
+        labels = try_labels(self.view, self.generator) if known is None else known
+        reasons = self._reasons() + ("" if labels is None else "; labels can be read from the head")
+        if set(self.outcomes.values()) == {"blocked"}:
+            ended: NoImage = Blocked("what any rung needs", reasons)
+        elif self.unfinished:
+            ended = CutShort(f"no rung that came to its end gave an image ({reasons})")
+        else:
+            ended = NotApplicable(f"no rung applied ({reasons})")
+        ended.labels = labels
+        return ended
 
     def _reasons(self) -> str:
         """Return what the rungs said: those that were cut first, and each reason once."""
