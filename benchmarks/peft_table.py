@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -58,8 +59,6 @@ NAMES = {
 WHY = {  # of cells that nobody has run, the first that holds
     "| 4": "single images come first",
     "ViT-B/16": "200 iterations are an hour of a core",
-    "DINOv2-small": "a core takes hours",
-    "cifar a |": "derivatives along 3,072 pixels take a core hours",
     "": "no time so far",
 }
 
@@ -209,31 +208,43 @@ def shown(cell: Cell, line: dict[str, Any] | None) -> str:
         return f"not run: {why_not(cell)}"
     labels = "" if line["labels"] is None else f"; labels {line['labels']:.0%}"
     if line["matched"] is None:
-        return f"{line['verdict']}: no image{labels}"
-    rung = f" by `{line['rung']}`" if line["rung"] else ""
-    proved = f", {line['verified']:.0%} of patches proved" if line["verified"] else ""
-    got = f"{line['matched']:.1f} dB ({line['gain']:+.1f}){rung}{proved}"
-    return f"{line['verdict']}: {got}{labels}"
+        untried = "containment: untried" in line["reason"]
+        return ("`containment` untried" if untried else line["verdict"]) + labels
+    rung = f" `{line['rung']}`" if line["rung"] else ""
+    proved = f", {line['verified']:.0%} proved" if line["verified"] else ""
+    leaks = "**leaks** " if line["verdict"] == "leaks" else ""
+    return f"{leaks}{line['matched']:.1f} ({line['gain']:+.1f}){rung}{proved}{labels}"
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return the results as Markdown, one row for each cell."""
+    """Return the results as Markdown: one table for each attack, one row for each update."""
     found = {(line["key"], line["attack"]): line for line in lines}
-    rows = [
-        "| model, batch | trained | `plan --train` says | ladder | `inverting` | floors |",
-        "|---|---|---|---|---|---|",
-    ]
-    for cell in grid():
-        ladder, matching = (found.get((cell.key, name)) for name in ("ladder", "inverting"))
-        some = ladder or matching
-        floors = "" if some is None else "{patch_psnr:.1f}, {thumbnail:.1f}".format(**some["floor"])
-        parts = (
-            f"{NAMES[cell.model]}, B = {cell.batch}", cell.trained,
-            planned(cell.model, cell.trained), shown(cell, ladder),
-            shown(cell, matching), floors,
-        )  # fmt: skip
-        rows.append(f"| {' | '.join(parts)} |")
-    return "\n".join(rows)
+    blocks = []
+    for attack in ("ladder", "inverting"):
+        plan = " `plan --train` says |" if attack == "ladder" else ""
+        rows = [
+            f"| `{attack}`, trained, with the head |{plan} B = 1 | B = 4 |",
+            f"|---|{'---|' if plan else ''}---|---|",
+        ]
+        for model, trained in itertools.product(NAMES, TRAINED):
+            cells = [Cell(model, trained, batch) for batch in (1, 4)]
+            parts = [shown(cell, found.get((cell.key, attack))) for cell in cells]
+            said = [planned(model, trained)] if plan else []
+            if trained == next(iter(TRAINED)):
+                floors = [_floors(cell, found) for cell in cells]
+                gap = [""] if plan else []
+                rows.append(f"| {' | '.join([f'**{NAMES[model]}**', *gap, *floors])} |")
+            rows.append(f"| {' | '.join([trained, *said, *parts])} |")
+        blocks.append("\n".join(rows))
+    return "\n\n".join(blocks)
+
+
+def _floors(cell: Cell, found: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """Return what guesses without information and the thumbnail get."""
+    some = found.get((cell.key, "ladder")) or found.get((cell.key, "inverting"))
+    return (
+        "" if some is None else "floors {patch_psnr:.1f}, {thumbnail:.1f}".format(**some["floor"])
+    )
 
 
 def finished(path: Path) -> list[dict[str, Any]]:
