@@ -65,6 +65,13 @@ def build_model(spec: str, *, pretrained: bool = False, seed: int = 0) -> nn.Mod
                 repr(name),
                 f"Close to it: {near}." if near else "",
             )
+        if arguments.get("pos_embed", "") is None:
+            arguments["pos_embed"] = "none"  # its own word
+        if gone := [key for key, value in arguments.items() if value is None]:
+            raise expected(
+                f"a value for {gone[0]}", "none, which timm leaves out for its default",
+                "Leave the argument out, or give what the model's constructor takes.",
+            )  # fmt: skip
         return _construct(name, timm.create_model, {"model_name": name, **arguments}, pretrained)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vitguard.errors import expected
 
-__all__ = ["class_notes", "find_images", "skipped"]
+__all__ = ["check_alike", "class_notes", "find_images", "skipped"]
 
 _SUFFIXES = (
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe",
@@ -43,7 +43,9 @@ def find_images(path: Path, classes: int | None) -> list[tuple[Path, str, int | 
             )  # fmt: skip
         return [(file, file.stem, None) for file in direct]
     found: list[tuple[Path, str, int | None]] = []
-    for folder, label in _numbered(grouped).items():
+    numbers = _numbered(grouped)
+    _check_once(numbers, grouped)
+    for folder, label in numbers.items():
         if classes is not None and label >= classes:
             raise expected(f"class folders from 0 to {classes - 1}", f"class {label} in {folder}")
         found += [(file, f"{folder.name}/{file.stem}", label) for file in grouped[folder]]
@@ -67,6 +69,41 @@ def _numbered(grouped: Mapping[Path, Sequence[Path]]) -> dict[Path, int]:
     if all(folder.name.isdecimal() for folder, files in grouped.items() if files):
         return {folder: int(folder.name) for folder in grouped if folder.name.isdecimal()}
     return {folder: order for order, folder in enumerate(grouped)}
+
+
+def _check_once(numbers: Mapping[Path, int], grouped: Mapping[Path, Sequence[Path]]) -> None:
+    """Refuse two folders with images for one number, such as `1` and `001`."""
+    taken: dict[int, Path] = {}
+    for folder, number in numbers.items():
+        if grouped[folder] and (other := taken.setdefault(number, folder)) is not folder:
+            raise expected(
+                f"one folder a class in {folder.parent}",
+                f"{other.name} and {folder.name} for class {number}",
+                "Rename one of them, or put their images together.",
+            )  # fmt: skip
+
+
+def check_alike(paths: Iterable[Path]) -> None:
+    """Refuse folders whose class folders count in different orders: one name had two numbers.
+
+    Raises:
+        InputError: Several folders with classes, not all named by numbers, that differ in names.
+    """
+    found = {}
+    for path in dict.fromkeys(path for path in paths if path.is_dir()):
+        grouped = {folder: _files(folder) for folder in _folders(path)}
+        if any(grouped.values()):
+            numbers = _numbered(grouped)
+            found[path] = {folder.name: number for folder, number in numbers.items()}
+    counted = [p for p, numbers in found.items() if any(not n.isdecimal() for n in numbers)]
+    for path, numbers in found.items() if counted else ():
+        if numbers != (first := found[counted[0]]):
+            only = sorted(numbers.keys() ^ first.keys()) or list(numbers)
+            raise expected(
+                f"the same class folders in {counted[0]} and {path}",
+                f"{_few(only)} in one of them",
+                "Name the class folders by their numbers, or audit one folder at a time.",
+            )  # fmt: skip
 
 
 def class_notes(path: Path) -> list[str]:
@@ -101,6 +138,10 @@ def _count(folders: Sequence[str]) -> str:
     return "1 folder" if len(folders) == 1 else f"{len(folders)} folders"
 
 
+def _links(count: int) -> str:
+    return "1 link" if count == 1 else f"{count} links"
+
+
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
@@ -126,7 +167,7 @@ def _files(folder: Path) -> list[Path]:
     )
     if lost := [p for p in named if not p.exists()]:
         raise expected(
-            f"image files in {folder}", f"{len(lost)} links to nothing, such as {lost[0].name}",
+            f"image files in {folder}", f"{_links(len(lost))} to nothing, such as {lost[0].name}",
             "Bring back what they lead to, or remove them.",
         )  # fmt: skip
     return [p for p in named if p.is_file()]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitguard.data.folders import class_notes, find_images, skipped
+from vitguard.data.folders import check_alike, class_notes, find_images, skipped
 from vitguard.data.pixels import BITS, FRAMES, cover, faint_note, read_image, to_pixels
 from vitguard.errors import expected
 
@@ -62,7 +62,8 @@ def load_images(
     Args:
         paths: Files; a folder of images; or a folder of class folders. Where all class folders have
             numeric names the number is the class index, otherwise their sorted order is, of folders
-            without images too. Hidden folders and `__MACOSX` are none.
+            without images too. Hidden folders and `__MACOSX` are none. Several such folders have
+            the same class folders, or numeric ones.
         size: (height, width) in pixels.
         count: Only the first `count` images; all by default.
         classes: Number of the model's classes. With it, labels are checked, and images without any
@@ -71,7 +72,7 @@ def load_images(
 
     Raises:
         InputError: A file is missing, no image, truncated or too small; a folder has no images; a
-            class index is out of range; there are fewer than `count` images.
+            class index is out of range or has two folders; there are fewer than `count` images.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not all(map(str, paths)):
@@ -79,6 +80,7 @@ def load_images(
     found = [item for path in paths for item in find_images(Path(path), classes)]
     if not found:
         raise expected("at least one image", "none")
+    check_alike(map(Path, paths))
     if count is not None and not 1 <= count <= len(found):
         raise expected(f"1 to {len(found)} images", f"count={count}")
     found = found[:count]
