@@ -6,23 +6,18 @@ import zlib
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
 import vitguard as vg
 from tests.fast import fast_for
+from tests.small import vit
 from vitguard import data
 from vitguard.audit.scale import decoys_for
 from vitguard.cli.main import main
 from vitguard.vit import Anatomy
 
 SPEC = "vit_tiny_patch16_224:img_size={},patch_size=8,depth=1,embed_dim={},num_heads=2,in_chans={}"
-
-
-def vit(**change):
-    size = {"img_size": 32, "patch_size": 8, "depth": 1, "num_classes": 10, "embed_dim": 64}
-    return timm.create_model("vit_tiny_patch16_224", num_heads=2, **{**size, **change})
 
 
 SIZES = [(36, 36), (33, 33), (39, 39), (36, 44), (32, 37), (39, 32)]
