@@ -274,8 +274,8 @@ def _told(scored: Sequence[Attempt]) -> bool:
     each: dict[Any, bool] = {}  # a copy of an image is no second chance: its hits go together
     for a in scored:
         for i, (_, hit) in enumerate(_identified(a)):
-            shown = None if a.facts.truths is None else a.facts.truths[i].cpu().numpy().tobytes()
-            each.setdefault(shown or len(each), hit)
+            shown = None if a.facts.truths is None else a.facts.truths[i].detach().cpu().float()
+            each.setdefault(len(each) if shown is None else shown.numpy().tobytes(), hit)
     return identification_p(sum(each.values()), len(each), EQUALS) < CHANCE
 
 

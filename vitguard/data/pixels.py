@@ -109,7 +109,7 @@ def faint_note(images: Float[Tensor, "images channels height width"]) -> str:
 
 def copies_note(images: Float[Tensor, "images channels height width"]) -> str:
     """Return what a report says of images that are there more than once, "" where none is."""
-    copies = len(images) - len({image.detach().cpu().numpy().tobytes() for image in images})
+    copies = len(images) - len({image.detach().cpu().float().numpy().tobytes() for image in images})
     if not copies:
         return ""
     said = (
