@@ -52,8 +52,7 @@ def read_image(path: Path) -> Image.Image:
             picture = _rgb(upright)
             picture.info[FRAMES] = frames
             if deep and BITS not in picture.info:
-                most = max(high for _, high in picture.getextrema())
-                picture.info[BITS] = 8 + int(most).bit_length()
+                picture.info[BITS] = 8 + int(np.asarray(picture).max()).bit_length()
             return picture
     except UnidentifiedImageError as error:
         raise expected("an image file", f"{path}, which is not one") from error
