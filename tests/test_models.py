@@ -33,6 +33,13 @@ def test_a_spec_gives_the_constructors_keywords():
     assert anatomy.classes == 3 and anatomy.prefix == () and anatomy.blocks[0].scale1 is not None
 
 
+def test_none_is_not_left_out_of_a_models_arguments_in_silence():
+    assert Anatomy.of(build_model(f"{SPEC},pos_embed=none")).positions is None
+    for argument in ("init_values=none", "global_pool=None"):
+        with pytest.raises(InputError, match=rf"a value for {argument[:8]}.*leaves out"):
+            build_model(f"{SPEC},{argument}")
+
+
 @pytest.mark.parametrize(
     ("size", "want"), [("32x64", (32, 64)), ("64x16", (64, 16)), ("32", (32, 32))]
 )

@@ -65,6 +65,13 @@ def build_model(spec: str, *, pretrained: bool = False, seed: int = 0) -> nn.Mod
                 repr(name),
                 f"Close to it: {near}." if near else "",
             )
+        if arguments.get("pos_embed", "") is None:
+            arguments["pos_embed"] = "none"  # its own word
+        if gone := [key for key, value in arguments.items() if value is None]:
+            raise expected(
+                f"a value for {gone[0]}", "none, which timm leaves out for its default",
+                "Leave the argument out, or give what the model's constructor takes.",
+            )  # fmt: skip
         return _construct(name, timm.create_model, {"model_name": name, **arguments}, pretrained)
 
 
@@ -105,8 +112,8 @@ _WEIGHTS = {"pretrained": "--pretrained", "checkpoint_path": "--checkpoint FILE"
 _SIZES = "A size of height and width is written img_size=32x64, a square one img_size=32."
 
 
-OF_A_DEFENSE = "tensors of a defense left out"
-"""In the words on what was left out of a protected model's weights, for a bare one."""
+class DefenseLeftOut(str):
+    """A note on what was left out of a protected model's weights, for a bare one."""
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
@@ -196,7 +203,8 @@ def _renamed(
         notes.append(f"{len(outside)} tensors outside {prefix!r} left out, such as {outside[0]}")
     added = [k for k in found if k.startswith("vitguard.") and k not in own]
     if added and not any(k.startswith("vitguard.") for k in own):
-        notes.append(f"{len(added)} {OF_A_DEFENSE}, such as {added[0]}")
+        said = f"{len(added)} tensors of a defense left out, such as {added[0]}"
+        notes.append(DefenseLeftOut(said))
         found = {k: v for k, v in found.items() if k not in added}
     return found
 

@@ -1,26 +1,23 @@
 """Images and models that are not 3 channels in whole patches, dark files, odd suffixes."""
 
 import copy
+import struct
+import zlib
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
 import vitguard as vg
 from tests.fast import fast_for
+from tests.small import vit
 from vitguard import data
 from vitguard.audit.scale import decoys_for
 from vitguard.cli.main import main
 from vitguard.vit import Anatomy
 
 SPEC = "vit_tiny_patch16_224:img_size={},patch_size=8,depth=1,embed_dim={},num_heads=2,in_chans={}"
-
-
-def vit(**change):
-    size = {"img_size": 32, "patch_size": 8, "depth": 1, "num_classes": 10, "embed_dim": 64}
-    return timm.create_model("vit_tiny_patch16_224", num_heads=2, **{**size, **change})
 
 
 SIZES = [(36, 36), (33, 33), (39, 39), (36, 44), (32, 37), (39, 32)]
@@ -118,6 +115,32 @@ def test_sixteen_bit_files_that_do_not_use_their_range_are_noted(kind, tmp_path)
     name, values, dark = DARK[kind]
     images = data.load_images(write(tmp_path / name, values), (32, 32))
     assert any("1 of 1 images are dark" in note for note in images.notes) == dark
+
+
+def deep_png(path, values):
+    """Write a PNG of 16 bits a channel, which Pillow reads and cannot write."""
+    kind = {2: 4, 3: 2, 4: 6}[values.shape[2]]  # grey with alpha, colour, colour with alpha
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+            for name, data in parts
+        )
+    )
+    return path
+
+
+@pytest.mark.parametrize("bits", [12, 14, 16])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bit_colours_that_do_not_use_their_range_are_noted(channels, bits, tmp_path):
+    values = np.repeat((RAMP[..., None] * 257) >> (16 - bits), channels, axis=2)
+    if channels != 3:
+        values[..., -1] = 65535  # alpha, of which nothing is said
+    images = data.load_images(deep_png(tmp_path / "a.png", values), (32, 32))
+    assert any("1 of 1 images are dark" in note for note in images.notes) == (bits < 16)
 
 
 SUFFIXES = {

@@ -292,6 +292,17 @@ def test_two_images_that_are_both_picked_out_leak(small_vit, photos):
     assert "2 of 2 images told from 1000 decoys" in report.findings[-1].reason
 
 
+def test_a_copy_of_an_image_is_no_second_one(small_vit, photos):
+    two = photos[:1].repeat(2, 1, 1, 1)
+    batch = (two, torch.tensor([3, 3]))
+    report = audit(small_vit(), batch, batch_size=1, defenses=NOISE, attacks=[Faint(two[:1])])
+    finding = report.findings[-1]
+    assert finding.gain < 6 and finding.identified == 1
+    assert finding.verdict == "inconclusive" and "picked out of 1000 decoys" in finding.reason
+    (note,) = report.notes
+    assert note == "1 image is a copy of another: each counts once among those told from decoys"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("contrast", [0.08, 0.9])
 def test_a_larger_gain_does_not_lift_what_no_limit_in_db_sees(small_vit, photos, contrast):

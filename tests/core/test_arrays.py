@@ -4,20 +4,14 @@ import copy
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import nn
 
 import vitguard as vg
+from tests.small import vit
 from vitguard.core import tensors_by_name
 from vitguard.defenses.encryption import Encryptor, KeySet, Manifest
 from vitguard.errors import Blocked, InputError, Unprotected
-
-
-def vit(**change):
-    size = {"img_size": 32, "patch_size": 8, "depth": 1, "num_classes": 10, "embed_dim": 64}
-    return timm.create_model("vit_tiny_patch16_224", num_heads=2, **{**size, **change})
-
 
 FACTS = {"kind": "difference", "batch_size": 1, "learning_rate": 0.1}
 VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)

@@ -60,6 +60,30 @@ def test_names_of_which_some_are_numbers_are_counted_and_a_note_says_so(tmp_path
     )
 
 
+def test_two_folders_of_one_number_are_no_one_class(tmp_path):
+    folders(tmp_path, "1", "001", "2")
+    with pytest.raises(InputError, match=r"one folder a class.*001 and 1 for class 1.*Rename"):
+        loaded(tmp_path)
+
+
+def test_an_empty_folder_of_the_same_number_is_no_second_one(tmp_path):
+    labels, notes = loaded(folders(tmp_path, "01", "2", empty=["1"]))
+    assert labels == {"01/a": 1, "2/a": 2} and notes == ()
+
+
+def test_several_folders_of_classes_number_them_alike(tmp_path):
+    one, two = folders(tmp_path / "one", "cat", "dog"), folders(tmp_path / "two", "cow", "dog")
+    with pytest.raises(InputError, match=r"the same class folders.*cow.*numbers"):
+        data.load_images([one, two], (32, 32), classes=20)
+    with pytest.raises(InputError, match="the same class folders"):
+        data.load_images([folders(tmp_path / "three", "0", "5"), two], (32, 32), classes=20)
+    images = data.load_images([one, one], (32, 32), classes=20)
+    assert images.labels.tolist() == [0, 1, 0, 1]
+    numbers = [folders(tmp_path / "a", "0", "7"), folders(tmp_path / "b", "7", "9")]
+    images = data.load_images(numbers, (32, 32), classes=20)
+    assert images.labels.tolist() == [0, 7, 7, 9]
+
+
 def test_folders_inside_class_folders_are_told(tmp_path):
     folders(tmp_path, "cat", "dog", "dog/more")
     labels, notes = loaded(tmp_path)

@@ -28,7 +28,7 @@ def test_a_link_to_nothing_is_told_and_not_passed_over(tmp_path, inside):
     folder.mkdir(parents=True)
     PICTURE.save(folder / "a.png")
     (folder / "b.png").symlink_to(away)
-    with pytest.raises(InputError, match=r"1 links to nothing, such as b\.png"):
+    with pytest.raises(InputError, match=r"1 link to nothing, such as b\.png"):
         data.load_images(root, (8, 8))
     PICTURE.save(away)
     assert len(data.load_images(root, (8, 8))) == 2

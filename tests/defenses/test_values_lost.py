@@ -5,10 +5,10 @@ import pickle
 import warnings
 
 import pytest
-import timm
 import torch
 
 import vitguard as vg
+from tests.small import vit
 from vitguard.defenses.positions import sincos_positions
 from vitguard.errors import Incompatible, Unprotected
 
@@ -23,11 +23,6 @@ STACKS = {
     "shuffle:ratio=0.5,warmup=2,steps=4,schedule=linear": "refused",
     "positions:kind=sincos+shuffle:ratio=0.5": "refused",
 }
-
-
-def vit(**change):
-    size = {"img_size": 32, "patch_size": 8, "depth": 1, "num_classes": 10, "embed_dim": 64}
-    return timm.create_model("vit_tiny_patch16_224", num_heads=2, **{**size, **change})
 
 
 def emptied(model, monkeypatch):

@@ -15,14 +15,10 @@ from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
 import vitguard as vg
+from tests.small import vit
 from vitguard.cli.main import main
 from vitguard.errors import InputError
 from vitguard.models import AprilViT, build_model, load_checkpoint
-
-
-def vit(**change):
-    size = {"img_size": 32, "patch_size": 8, "depth": 1, "num_classes": 10, "embed_dim": 64}
-    return timm.create_model("vit_tiny_patch16_224", num_heads=2, **{**size, **change})
 
 
 def renamed(weights, prefix):

@@ -6,13 +6,9 @@ import torch
 from torch import nn
 
 import vitguard as vg
+from tests.small import vit
 from vitguard.errors import InputError
 from vitguard.vit import Anatomy
-
-
-def vit(**change):
-    size = {"img_size": 32, "patch_size": 8, "depth": 1, "num_classes": 10, "embed_dim": 64}
-    return timm.create_model("vit_tiny_patch16_224", num_heads=2, **{**size, **change})
 
 
 def hugging_face():

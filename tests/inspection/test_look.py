@@ -273,6 +273,19 @@ def test_an_inspection_works_wherever_gradients_are_off(outer):
     assert found.suspicious and {s.name for s in found.signs} == {s.name for s in known.signs}
 
 
+def test_shares_of_patches_that_were_not_looked_at_are_told():
+    def noted(size):
+        found = protect(make(depth=1, img_size=16), []).inspect(
+            {}, torch.randn(size, 3, 16, 16), torch.arange(size)
+        )
+        looked = any(s.name.startswith("lone token") for s in found.signs)
+        return looked, [n for n in found.notes if "patches" in n]
+
+    looked, (note,) = noted(3)
+    assert not looked and "12 patches" in note and "16" in note
+    assert noted(4) == (True, [])
+
+
 def test_a_model_made_in_inference_mode_is_one_clear_error():
     with torch.inference_mode():
         model = make()

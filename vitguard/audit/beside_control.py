@@ -140,6 +140,7 @@ def audit(
     notes = [
         *notes,
         data.faint_note(pixels),
+        data.copies_note(pixels),
         *(d.audit_note() for stack in stacks.values() for d in stack),
     ]
     if work.stop.is_set():

@@ -15,7 +15,7 @@ from vitguard.defenses.encryption.wire import count_values as encrypted_values
 from vitguard.defenses.masking.wire import MAGIC as MASKED
 from vitguard.defenses.masking.wire import count_values as masked_values
 from vitguard.errors import InputError, expected
-from vitguard.models import OF_A_DEFENSE, load_checkpoint
+from vitguard.models import DefenseLeftOut, load_checkpoint
 from vitguard.tensor_files import is_saved_update, read_checkpoint
 from vitguard.vit import Anatomy, canonical_name
 
@@ -129,7 +129,7 @@ def _difference(after: Path, before: str | Path, model: nn.Module) -> dict[str, 
     later = copy.deepcopy(model)
     for path, own in ((before, model), (after, later)):
         # what a defense added is no part of the bare model: its change is taken below
-        if notes := [n for n in load_checkpoint(own, path) if OF_A_DEFENSE not in n]:
+        if notes := [n for n in load_checkpoint(own, path) if not isinstance(n, DefenseLeftOut)]:
             raise InputError(
                 f"Expected all weights of the model in {path}, got others: {'; '.join(notes)}. A "
                 "difference needs both files whole."

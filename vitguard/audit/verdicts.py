@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from vitguard.attacks.base import Attack
 from vitguard.audit.attempts import Attempt
@@ -282,8 +283,12 @@ def _unseen(measured: Finding, scored: Sequence[Attempt]) -> str:
 
 def _told(scored: Sequence[Attempt]) -> bool:
     """Whether images were told from decoys more often than chance, over all batches."""
-    hits = [bool(h) for a in scored for _, h in _identified(a)]
-    return identification_p(sum(hits), len(hits), EQUALS) < CHANCE
+    each: dict[Any, bool] = {}  # a copy of an image is no second chance: its hits go together
+    for a in scored:
+        for i, (_, hit) in enumerate(_identified(a)):
+            shown = None if a.facts.truths is None else a.facts.truths[i].detach().cpu().float()
+            each.setdefault(len(each) if shown is None else shown.numpy().tobytes(), hit)
+    return identification_p(sum(each.values()), len(each), EQUALS) < CHANCE
 
 
 def _identified(attempt: Attempt) -> list[tuple[str, bool]]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from vitguard.cli.output import console, shown
+from vitguard.cli.audit_forms import check_places, deliver, line_of
+from vitguard.cli.audit_options import check_options
+from vitguard.cli.output import Progress
 from vitguard.errors import expected
 
-__all__ = ["DEFAULT_REPORT", "INTERRUPTED", "run"]
+__all__ = ["run"]
 
 DEFAULT_DEFENSES = (
     "positions:kind=frozen",
@@ -24,10 +23,8 @@ DEFAULT_DEFENSES = (
     "encryption:select=plan",
     "encryption:select=all",
 )
-DEFAULT_REPORT = "vitguard-report.html"
 DEFAULT_BUDGET = 50.0
 """Nominal seconds of climbing that a run without --attack shares among its updates."""
-INTERRUPTED = 130
 
 
 def run(options: argparse.Namespace) -> int:
@@ -36,71 +33,9 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         VitguardError: An option, the model, the images or a defense is refused.
     """
-    from vitguard.files import check_writable, write_text
-
-    _check_options(options)
-    html = options.html or (None if options.json else DEFAULT_REPORT)
-    written = [path for path in (html, None if options.json == "-" else options.json) if path]
-    _check_apart(written, options)
-    for path in written:
-        check_writable(path)
-    if options.tensorboard:
-        from vitguard.tracking import check_writable_folder
-
-        check_writable_folder(options.tensorboard)
-    report = _advised(_run_audit(options), options)
-    done: list[str] = []
-    try:
-        failed = _write(report, html, options, done)
-        with shown():  # last: whoever reads it may leave, and the gate stays
-            _print_report(report, to_error=options.json == "-")
-            if options.json == "-":
-                write_text(report.to_json_text(), "-")
-    except KeyboardInterrupt:
-        _tell(f"vitguard: interrupted; written: {', '.join(done) or 'nothing'}")
-        return INTERRUPTED
-    if failed:
-        raise expected("reports that can be written", "; ".join(failed))
-    if html:
-        _tell(f"Report: {html}")
-    if report.interrupted and options.max_psnr is None and options.max_gain is None:
-        return INTERRUPTED
-    if code := report.gate(options.max_psnr, options.max_gain):
-        _say_why(report, options)
-    return code
-
-
-def _write(
-    report: Any, html: str | None, options: argparse.Namespace, done: list[str]
-) -> list[str]:
-    """Write every form that was asked for, and return what failed: one takes no other with it.
-
-    Args:
-        done: Gets the paths as they are written.
-    """
-    from vitguard.files import write_text
-
-    json = None if options.json == "-" else options.json
-    forms: list[tuple[str | None, Any]] = [
-        (json, lambda path: write_text(report.to_json_text(), path)),
-        (html, report.save),
-        (options.tensorboard, report.to_tensorboard),
-    ]
-    failed = []
-    for path, write in forms:
-        if not path:
-            continue
-        try:
-            write(path)
-        except Exception as error:  # noqa: BLE001  whatever it is, the audit is done
-            failed.append(f"{path} ({_line(error)})")
-        else:
-            done.append(path)
-    return failed
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(".")
+    check_options(options)
+    check_places(options)
+    return deliver(_advised(_run_audit(options), options), options)
 
 
 def _advised(report: Any, options: argparse.Namespace) -> Any:
@@ -119,76 +54,8 @@ def _advised(report: Any, options: argparse.Namespace) -> Any:
         )
         return dataclasses.replace(report, advice=said.sentence())
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
-        note = f"no advice on what to use could be given ({_line(error)})"
+        note = f"no advice on what to use could be given ({line_of(error)})"
         return dataclasses.replace(report, notes=(*report.notes, note))
-
-
-def _say_why(report: Any, options: argparse.Namespace) -> None:
-    """Print what kept the report from passing its gate."""
-    from vitguard.errors import LeakFound
-
-    try:
-        report.raise_if_leaks(options.max_psnr, options.max_gain)
-    except LeakFound as found:
-        _tell(f"vitguard: gate: {' '.join(str(found).split())}")
-
-
-def _tell(text: str) -> None:
-    with shown():
-        print(text, file=sys.stderr)
-
-
-def _check_apart(written: list[str], options: argparse.Namespace) -> None:
-    """Refuse to write one report over the other, or over a file that is read."""
-    read = [options.checkpoint, options.before, options.update_file, *(options.images or ())]
-    taken = {os.path.realpath(path) for path in read if path}
-    for path in written:
-        if (real := os.path.realpath(path)) in taken:
-            raise expected("files of their own for --html and --json", f"{path} twice")
-        taken.add(real)
-
-
-def _check_options(options: argparse.Namespace) -> None:
-    if options.update_file and options.num_images is not None:
-        raise expected("--update-file with --batch-size, or none", "--num-images")
-    if options.before:
-        if not options.update_file:
-            raise expected("--before with --update-file", "it alone")
-        if options.checkpoint or options.pretrained:
-            raise expected(
-                "--before, which is the weights before the step",
-                "--checkpoint or --pretrained as well",
-            )  # fmt: skip
-    if not all(options.images or ()):
-        raise expected("--images FILE or FOLDER", "an empty path")  # else the working folder
-    if not options.update_file:
-        options.batch_size = 1 if options.batch_size is None else options.batch_size
-    if not 0 <= options.seed < 2**63:
-        raise expected("seed as a whole number of at least 0 and below 2**63", options.seed)
-    for name in ("max_psnr", "max_gain"):
-        if (limit := getattr(options, name)) is not None and not math.isfinite(limit):
-            raise expected(f"--{name.replace('_', '-')} as a finite number of dB", limit)
-    for name in ("num_images", "batch_size", "workers", "local_steps", "iterations"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise expected(f"--{name.replace('_', '-')} of at least 1", value)
-    if options.optimizer not in (None, "sgd", "adam", "adamw"):
-        raise expected("--optimizer sgd, adam or adamw", repr(options.optimizer))
-    if options.update == "difference" and options.lr is None:
-        raise expected("--lr with --update difference", "none")
-    said = {
-        "--lr": options.lr is not None, "--local-steps": (options.local_steps or 1) > 1,
-        "--optimizer": options.optimizer is not None,
-    }  # fmt: skip
-    steps = [name for name, given in said.items() if given]
-    if options.update != "difference" and not options.update_file and steps:
-        raise expected(f"--update difference with {' and '.join(steps)}", "--update gradient")
-    if options.lr is not None and not 0 < options.lr < float("inf"):
-        raise expected("--lr above 0", options.lr)
-    if bool(options.mean) != bool(options.std):
-        raise expected("--mean and --std together", "one of them")
-    if options.html and not options.html.endswith(".html"):
-        raise expected("--html FILE ending in .html", repr(options.html))
 
 
 def _run_audit(options: argparse.Namespace) -> Any:
@@ -253,7 +120,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
             truth, names = data.with_channels(images.pixels, anatomy.channels), images.names
             said = images.notes
         stack = next(iter(stacks.values()), [])
-        with _Progress() as progress:
+        with Progress() as progress:
             report = audit_update(
                 model, update, defenses=stack, truth=truth, names=names, progress=progress, **common
             )
@@ -268,7 +135,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
         common["attacks"], note = _budgeted(control_and_stacks * len(images) // options.batch_size)
         notes.append(note)
     training = LocalTraining(options.lr, options.local_steps or 1, options.optimizer or "sgd")
-    with _Progress() as progress:
+    with Progress() as progress:
         return audit(
             model, (images.pixels, labels), defenses=stacks, batch_size=options.batch_size,
             training=training, names=images.names, notes=notes, progress=progress, **common,
@@ -397,32 +264,3 @@ def _numbers(text: str, flag: str, channels: int) -> tuple[float, ...]:
         names = "three numbers R,G,B" if channels == 3 else f"{channels} numbers, one a channel"
         raise expected(f"{flag} as {names}", repr(text))
     return values
-
-
-class _Progress:
-    """A progress bar on standard error, gone when it is done."""
-
-    def __enter__(self) -> _Progress:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            console=console(to_error=True),
-            transient=True,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task("undefended control", total=None)
-        return self
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        self._bar.update(self._task, completed=done, total=total, description=what)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-
-def _print_report(report: Any, *, to_error: bool) -> None:
-    report.print_to(console(to_error=to_error))

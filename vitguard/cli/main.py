@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from vitguard import __version__
 from vitguard.cli import audit as audit_command
+from vitguard.cli.audit_forms import DEFAULT_REPORT, INTERRUPTED
 from vitguard.cli.output import console, shown, shows_what_it_can
 from vitguard.errors import InputError, VitguardError, expected
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("vitguard: interrupted; nothing was written", file=sys.stderr)
-        return audit_command.INTERRUPTED
+        return INTERRUPTED
 
 
 def _check_empty(options: argparse.Namespace) -> None:
@@ -156,7 +157,7 @@ def _add_audit(commands: Any) -> None:
     )
     add("--before", metavar="FILE", help="the weights before the step of --update-file")
     add("--json", metavar="FILE|-")
-    add("--html", metavar="FILE", help=f"default without --json: {audit_command.DEFAULT_REPORT}")
+    add("--html", metavar="FILE", help=f"default without --json: {DEFAULT_REPORT}")
     add("--tensorboard", metavar="DIR")
     add("--max-psnr", type=float, metavar="DB", help="gate: matched-patch PSNR")
     add("--max-gain", type=float, metavar="DB", help="gate: dB above the no-information baseline")

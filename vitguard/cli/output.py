@@ -1,4 +1,4 @@
-"""Standard output: it may be closed early, full, or without the letters of a name."""
+"""What people see: a progress bar, and standard output, which may be closed early or full."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitguard.errors import expected
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "shown", "shows_what_it_can"]
+__all__ = ["Progress", "console", "shown", "shows_what_it_can"]
 
 _ENDING = ("strict", "surrogateescape")  # the second is Python's own where the locale is C
 
@@ -54,6 +54,31 @@ def console(*, to_error: bool = False) -> Console:
             self.quiet = True
 
     return Silent(stderr=to_error)
+
+
+class Progress:
+    """A progress bar on standard error, gone when it is done."""
+
+    def __enter__(self) -> Progress:
+        from rich import progress
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.completed}/{task.total}"),
+            progress.TimeElapsedColumn(),
+            console=console(to_error=True),
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("undefended control", total=None)
+        return self
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=what)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
 
 
 def _close() -> None:

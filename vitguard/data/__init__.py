@@ -13,13 +13,14 @@ from vitguard.data.image_sets import (
     load_images,
 )
 from vitguard.data.photos import SAMPLE_NAMES, sample_images, sample_photos
-from vitguard.data.pixels import faint_note, mean_image, pictured, with_channels
+from vitguard.data.pixels import copies_note, faint_note, mean_image, pictured, with_channels
 
 __all__ = [
     "SAMPLE_NAMES",
     "ImageSet",
     "assign_labels",
     "check_labels",
+    "copies_note",
     "count_images",
     "decoys",
     "faint_note",

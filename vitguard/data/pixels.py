@@ -17,6 +17,7 @@ from vitguard.errors import expected
 __all__ = [
     "BITS",
     "FRAMES",
+    "copies_note",
     "cover",
     "faint_note",
     "mean_image",
@@ -43,12 +44,15 @@ def read_image(path: Path) -> Image.Image:
             # Pillow warns of large images and of odd transparency; neither matters here.
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
+                deep = ";16" in str(image.tile)  # colours: Pillow keeps the higher 8 of 16 bits
                 image.load()
                 # phones keep previews of the same photo behind it (MPO)
                 frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
                 upright = ImageOps.exif_transpose(image)
             picture = _rgb(upright)
             picture.info[FRAMES] = frames
+            if deep and BITS not in picture.info:
+                picture.info[BITS] = 8 + int(np.asarray(picture).max()).bit_length()
             return picture
     except UnidentifiedImageError as error:
         raise expected("an image file", f"{path}, which is not one") from error
@@ -100,6 +104,17 @@ def faint_note(images: Float[Tensor, "images channels height width"]) -> str:
         f"within {_FAINT:g} of each other): dB and decoys say little of them; scale what they show "
         "to 0..1"
     )
+
+
+def copies_note(images: Float[Tensor, "images channels height width"]) -> str:
+    """Return what a report says of images that are there more than once, "" where none is."""
+    copies = len(images) - len({image.detach().cpu().float().numpy().tobytes() for image in images})
+    if not copies:
+        return ""
+    said = (
+        "1 image is a copy of another" if copies == 1 else f"{copies} images are copies of others"
+    )
+    return f"{said}: each counts once among those told from decoys"
 
 
 def mean_image(

@@ -212,7 +212,7 @@ class InstalledInspection(Installed):
                 "model since the weights arrived, or none with finite values. Train it in training "
                 "mode, by calling it."
             )
-        found = self.found.and_also(signs)
+        found = self.found.and_also(signs, self.recorder.notes())
         if found.suspicious:  # no numbers: they come from the images
             names = ", ".join(s.name for s in found.worst)
             raise SuspiciousWeights(

@@ -19,12 +19,10 @@ from vitguard.defenses.base import (
     Ledgered,
     StepDefense,
     UpdateDefense,
-    Watched,
-    unseen_gradient,
-    watch_gradients,
 )
 from vitguard.defenses.feedback import Feedback
 from vitguard.defenses.gate import LeakGate, Tally
+from vitguard.defenses.gradient_watch import Watched, unseen_gradient, watch_gradients
 from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Unprotected
 from vitguard.inspection import Memory

@@ -143,4 +143,4 @@ def inspect_model(
     finally:
         for handle in handles:
             handle.remove()
-    return found.and_also(recorder.signs())
+    return found.and_also(recorder.signs(), recorder.notes())

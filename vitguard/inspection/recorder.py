@@ -37,6 +37,8 @@ class Recorder:
     """Values of signs by module name."""
     came: bool = False
     """Whether a gradient came back to a gated layer since the recorder was armed."""
+    few: int = 0
+    """Patches of the batch, where they are too few to look at the shares of single ones."""
     overflowed: bool = False
     """Whether one had values that are not finite, as where a scaler of 16-bit training is high."""
 
@@ -63,6 +65,7 @@ class Recorder:
     def drop(self) -> None:
         """Read nothing, and forget what was read."""
         self.armed, self.came, self.overflowed, self.numbers = False, False, False, {}
+        self.few = 0
 
     def signs(self) -> list[Sign]:
         """Return the signs of the pass that was read; none where none was."""
@@ -72,6 +75,16 @@ class Recorder:
             places = [(w, n[name]) for w, n in self.numbers.items() if name in n]
             found += largest(name, places)
         return found
+
+    def notes(self) -> list[str]:
+        """Return what of the pass could not be looked at."""
+        if not self.few:
+            return []
+        patches = "1 patch" if self.few == 1 else f"{self.few} patches"
+        return [
+            f"the shares of single patches were not looked at: the batch has {patches}, and fewer "
+            f"than {_FEWEST} do not tell a craft (inspect a larger batch)"
+        ]
 
     def forward(self, name: str, inputs: Tensor, output: Tensor, head: bool) -> None:
         """Note what the forward pass shows of a layer, and wait for its gradient."""
@@ -106,8 +119,10 @@ class Recorder:
             self.came = True
             bias = gradient.float().sum(1)
             numbers["lone sample"] = separation(gram_of_samples(bias.new_ones(len(bias), 1), bias))
-            if inputs.shape[0] * (inputs.shape[1] - self.prefix) < _FEWEST:
-                return  # among so few patches one stands out in honest gradients as well
+            patches = inputs.shape[0] * (inputs.shape[1] - self.prefix)
+            if patches < _FEWEST:  # one stands out in honest gradients as well
+                self.few = patches
+                return
             shares = token_shares(inputs, gradient, self.prefix, fresh_generator())
             if len(shares.rows):
                 numbers["lone token"] = float(shares.rows.max())

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vitguard.defenses.base import Installed, Watched, unseen_gradient, watch_gradients
+from vitguard.defenses.base import Installed
+from vitguard.defenses.gradient_watch import Watched, unseen_gradient, watch_gradients
 from vitguard.defenses.privacy.checks import refuse_checkpointing, refuse_half, refuse_sharded
 from vitguard.defenses.privacy.divisor import CommonDivisor
 from vitguard.defenses.privacy.engine import Engine, Watch
