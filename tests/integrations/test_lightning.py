@@ -227,6 +227,20 @@ def test_a_checkpoint_holds_no_key_of_an_inspection(tmp_path):
     assert str(module.guard.state_dict()["inspection"]["key"]) not in str(state)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_residuals_of_a_client_stay_with_it_over_a_checkpoint(tmp_path):
+    module = Guarded("low-rank:rank=1,feedback=true")
+    images, labels = DATA.tensors
+    with module.guard.round(1, base="start"):
+        module.guard.update(images[:2], labels[:2])
+    module.guard.will_seal()
+    path = tmp_path / "one.ckpt"
+    fit(module, epochs=1).save_checkpoint(path)
+    fit(module, epochs=2, ckpt_path=path)
+    assert "residuals" not in torch.load(path, weights_only=False)["vitguard"]
+    assert module.guard.state_dict()["residuals"]
+
+
 class Photos(L.LightningDataModule):
     def train_dataloader(self):
         return self.trainer.lightning_module.private(DataLoader(DATA, 4))

@@ -19,6 +19,7 @@ from vitguard.integrations.found import (
     refuse_accumulation,
     refuse_compiled,
     refuse_idle,
+    spent_bytes,
     take_counts,
     take_state,
     with_auxiliary,
@@ -68,7 +69,7 @@ class GuardCallback(Callback):
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         state, guard = _state_in(checkpoint), guard_inside(pl_module)
         if trainer.state.fn == TrainerFn.FITTING and not (state and holds_all(guard, state)):
-            take_state(guard, state, "without")
+            take_state(guard, state, "without", spent_alone=True)
         elif state is not None:
             take_counts(guard, state)
             _go_on(guard, checkpoint)
@@ -83,7 +84,7 @@ def _go_on(guard: Guard, checkpoint: Mapping[str, Any]) -> None:
 
 
 def _keep_state(guard: Guard, checkpoint: dict[str, Any]) -> None:
-    checkpoint[_STATE] = guard.state_bytes(draws=False, memory=False).decode()
+    checkpoint[_STATE] = spent_bytes(guard).decode()
 
 
 def _state_in(checkpoint: Mapping[str, Any]) -> bytes | None:

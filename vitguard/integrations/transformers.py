@@ -20,13 +20,14 @@ from vitguard.integrations.found import (
     is_private,
     join_ledgers,
     load_extras,
+    load_spent,
     refuse_compiled,
     refuse_float16,
     refuse_idle,
     refuse_spread,
-    require_state,
+    refuse_upload,
     save_extras,
-    save_state,
+    save_spent,
     with_auxiliary,
 )
 
@@ -143,6 +144,8 @@ class GuardMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         refuse_idle(self.guard)
+        if self.args.push_to_hub:
+            refuse_upload(self.guard, "push_to_hub=True")
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(
@@ -199,15 +202,20 @@ class GuardMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
-        if self.args.should_save:
+        if self.args.should_save:  # before the Trainer does, which uploads the folder
             name = f"checkpoint-{self.state.global_step}"
             folder = os.path.join(self._get_output_dir(trial=trial), name)
-            save_state(self.guard, folder)
+            os.makedirs(folder, exist_ok=True)
+            save_spent(self.guard, folder)
             save_extras(self.guard, folder)
+        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_upload(self.guard, "push_to_hub")
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        require_state(self.guard, resume_from_checkpoint)
+        load_spent(self.guard, resume_from_checkpoint)
         self._missing = []
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         self._load_the_rest(resume_from_checkpoint)
