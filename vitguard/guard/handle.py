@@ -22,7 +22,7 @@ from vitguard.defenses.base import (
 )
 from vitguard.defenses.gate import Tally
 from vitguard.defenses.protection import Protection
-from vitguard.defenses.steps import given_for, remember
+from vitguard.defenses.steps import given_for, remember, watch_steps
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.guard.leaving import (
     floating_buffers,
@@ -51,6 +51,9 @@ class Guard:
         self._draws = self._protection.draws
         self._ledgers = self._protection.ledgers
         self._protection.watch_again(model)
+        for piece in self._protection.installed():
+            if piece.watches_steps:
+                watch_steps(piece, model)
 
     @staticmethod
     def of(model: nn.Module) -> Guard:
