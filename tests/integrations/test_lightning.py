@@ -241,6 +241,16 @@ def test_residuals_of_a_client_stay_with_it_over_a_checkpoint(tmp_path):
     assert module.guard.state_dict()["residuals"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_beyond_the_target_is_refused_before_its_first_step():
+    module = Guarded("privacy:epsilon=3,epochs=1,delta=0.01,accountant=rdp")
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    with pytest.raises(Unprotected, match=r"at most epsilon 3, got a training of 12 more steps"):
+        fit(module, epochs=3)
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+    assert not module.guard._ledgers["privacy"].history
+
+
 class Photos(L.LightningDataModule):
     def train_dataloader(self):
         return self.trainer.lightning_module.private(DataLoader(DATA, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vitguard.defenses.base import Ledgered, StepDefense
+from vitguard.defenses.privacy.accounting import Ledger
+from vitguard.defenses.privacy.loader import PoissonLoader
+from vitguard.defenses.privacy.target import PrivacyTarget
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, Unprotected, expected
 from vitguard.files import write_atomically
@@ -20,7 +24,8 @@ from vitguard.guard.state import from_bytes, to_bytes
 __all__ = [
     "EXTRAS_FILE", "STATE_FILE", "epsilons", "guard_inside", "holds_all", "is_private",
     "join_ledgers", "load_extras", "load_spent", "load_state", "refuse_accumulation",
-    "refuse_compiled", "refuse_float16", "refuse_idle", "refuse_spread", "refuse_upload",
+    "refuse_compiled", "refuse_float16", "refuse_idle", "refuse_long_plan", "refuse_spread",
+    "refuse_upload",
     "save_extras", "save_spent", "save_state", "spent_bytes", "take_counts", "take_state",
     "with_auxiliary",
 ]  # fmt: skip
@@ -97,6 +102,31 @@ def refuse_spread(kind: str) -> None:
             "Expected one process, or a copy of the model in each, under differential privacy, got "
             f"{kind}: an example's gradient is clipped over all of the model. Leave it out."
         )
+
+
+def refuse_long_plan(guard: Guard, optimizer: Any, loader: PoissonLoader, steps: float) -> None:
+    """Raise Unprotected if a target epsilon does not cover all steps that a trainer still plans.
+
+    Args:
+        optimizer, loader: The private ones, of `Guard.prepare`.
+        steps: Not finite where a trainer does not know.
+    """
+    target = guard._protection.step
+    if not isinstance(target, PrivacyTarget) or target.epsilon is None or not math.isfinite(steps):
+        return
+    noise, counted = float(optimizer.noise_multiplier), guard._ledgers[target.name]
+    longer = Ledger([*counted.history, (noise, loader.rate, max(int(steps), 1))])
+    planned = noise, loader.rate, math.ceil((target.epochs or 1) * len(loader))
+    try:
+        target.refuse_beyond_target(longer, planned)
+    except Unprotected as error:
+        raise Unprotected(
+            f"Expected at most epsilon {target.epsilon:g}, got a training of {int(steps)} more "
+            f"steps, which would make it {longer.spent(target.delta, target.accountant).epsilon:.4g}"
+            f" where the defense was told of {planned[2]} steps in all. Let the trainer plan no "
+            "more than these (num_train_epochs, max_steps, max_epochs), protect with more epochs "
+            "from the start, or with noise in place of epsilon."
+        ) from error
 
 
 def is_private(guard: Guard) -> bool:

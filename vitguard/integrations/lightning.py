@@ -19,6 +19,7 @@ from vitguard.integrations.found import (
     refuse_accumulation,
     refuse_compiled,
     refuse_idle,
+    refuse_long_plan,
     spent_bytes,
     take_counts,
     take_state,
@@ -130,11 +131,12 @@ class GuardMixin:
 
     _loader: PrivateBatches | None = None
     _optimizer: Any = None
+    _begins: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no private optimizer and loader of its own: its `fit` makes them
         state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
-        return {k: v for k, v in state.items() if k not in ("_optimizer", "_loader")}
+        return {k: v for k, v in state.items() if k not in ("_optimizer", "_loader", "_begins")}
 
     @property
     def guard(self) -> Guard:
@@ -195,12 +197,17 @@ class GuardMixin:
                 "module. Give module.private(loader) in its place."
             )
         optimizer, poisson = self.guard.prepare(optimizer, self._loader.source)
-        self._loader.batches = WholeBatches(poisson)
+        self._loader.batches, self._begins = WholeBatches(poisson), optimizer
         return optimizer
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if self._loader is None or self._loader.batches is None:
             return self._one_step(batch, batch_idx)
+        if self._begins is not None:  # now the trainer knows how far it goes, of a resume too
+            trainer = self.trainer  # type: ignore[attr-defined]
+            more = trainer.estimated_stepping_batches - trainer.global_step
+            refuse_long_plan(self.guard, self._begins, self._loader.batches.loader, more)
+            self._begins = None
         self._optimizer.zero_grad()  # Lightning does so only before the last piece
         for piece, _, last in self._loader.batches.pieces(batch):
             made = self._one_step(piece, batch_idx)

@@ -24,6 +24,7 @@ from vitguard.integrations.found import (
     refuse_compiled,
     refuse_float16,
     refuse_idle,
+    refuse_long_plan,
     refuse_spread,
     refuse_upload,
     save_extras,
@@ -75,6 +76,7 @@ class GuardMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._private: WholeBatches | None = None
+        self._begins: Any = None
         self._piece: int | None = None
         self._auxiliary: list[Tensor] = []
         self._images = 0
@@ -133,7 +135,7 @@ class GuardMixin:
         made = super().create_optimizer()  # type: ignore[misc]
         made = getattr(made, "optimizer", made)  # of accelerate, after an earlier train()
         self.optimizer, poisson = self.guard.prepare(made, loader)
-        self._private = WholeBatches(poisson, self._piece)
+        self._private, self._begins = WholeBatches(poisson, self._piece), self.optimizer
         return self._private
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +156,10 @@ class GuardMixin:
         step = super().training_step  # type: ignore[misc]
         if self._private is None:
             return step(model, inputs, num_items_in_batch, *args)
+        if self._begins is not None:  # now the Trainer knows how far it goes, of a resume too
+            more = self.state.max_steps - self.state.global_step
+            refuse_long_plan(self.guard, self._begins, self._private.loader, more)
+            self._begins = None
         total: Any = 0
         for piece, share, last in self._private.pieces(self._prepare_inputs(inputs)):
             total = total + share * step(model, piece, None, *args)
