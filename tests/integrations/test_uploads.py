@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-import vitguard as vg
 from vitguard.errors import Unprotected
 
 one = pytest.importorskip("tests.integrations.test_transformers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 import torch
@@ -40,6 +41,11 @@ from vitguard.numbers import plain_number
 from vitguard.vit import Anatomy, canonical_name, canonical_parameters
 
 __all__ = ["Guard"]
+
+_OF_A_COPY = (
+    "of a copy whose weights were averaged or loaded since: ask the guard of the model that was "
+    "trained what these spent"
+)
 
 
 class Guard:
@@ -157,6 +163,9 @@ class Guard:
     def privacy_spent(self, defense: str | None = None) -> Any:
         """Return the privacy ledger's statement.
 
+        Of a copy that was averaged or loaded, and not trained itself, its note says that the
+        ledger of the trained model counts.
+
         Args:
             defense: The name of the defense to ask, where the stack has several: privacy of one
                 record (`privacy`) and of a whole client (`client-privacy`) do not add up.
@@ -172,7 +181,12 @@ class Guard:
                 raise expected(f"a name among {', '.join(found)}", repr(defense))
             found = {defense: found[defense]}
         ((name, asked),) = found.items()
-        return asked.privacy_spent(self._ledgers[name])
+        spent, ledger = asked.privacy_spent(self._ledgers[name]), self._ledgers[name]
+        untrained = self._protection.copied.get(name) == getattr(ledger, "steps", None)
+        if untrained and any(p._version for p in self.model.parameters()):
+            notes = spent.note, _OF_A_COPY
+            return replace(spent, note="; ".join(note for note in notes if note))
+        return spent
 
     def _ledgered(self) -> dict[str, Any]:
         return {d.name: d for d in self.defenses if isinstance(d, Ledgered)}

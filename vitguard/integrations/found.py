@@ -120,10 +120,11 @@ def refuse_long_plan(guard: Guard, optimizer: Any, loader: PoissonLoader, steps:
     try:
         target.refuse_beyond_target(longer, planned)
     except Unprotected as error:
+        spent = longer.spent(target.delta, target.accountant).epsilon
         raise Unprotected(
             f"Expected at most epsilon {target.epsilon:g}, got a training of {int(steps)} more "
-            f"steps, which would make it {longer.spent(target.delta, target.accountant).epsilon:.4g}"
-            f" where the defense was told of {planned[2]} steps in all. Let the trainer plan no "
+            f"steps, which would make it {spent:.4g}, where the defense was told of {planned[2]} "
+            "steps in all. Let the trainer plan no "
             "more than these (num_train_epochs, max_steps, max_epochs), protect with more epochs "
             "from the start, or with noise in place of epsilon."
         ) from error

@@ -65,7 +65,7 @@ def _look(model: nn.Module, tape: weakref.ref[Tape]) -> Callable[..., None]:
 
 
 def _leaf(node: Any) -> Any:
-    """Return the tensor whose gradient a node of autograd's graph adds up, if it is one of these."""
+    """Return the tensor whose gradient a node of the graph adds up, if it does that."""
     return getattr(node, "variable", None)
 
 

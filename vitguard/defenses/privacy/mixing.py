@@ -167,8 +167,8 @@ def refuse_mixed_targets(scores: Tensor, gradient: Tensor) -> None:
     weight a model that is sure of two classes looks like a mixed target. Of two or three classes
     nothing is told. Two targets of several classes each, mixed by shares of a and 1 - a, leave rows
     of 0, a, 1 - a and 1 (their sums in softmax's form): told from eight classes on, where a is no
-    share of few annotators' votes. Gradients in half precision are too coarse to try weights on: there only the
-    mean of cross-entropy is looked at, with second shares of more than a tenth.
+    share of few annotators' votes. Gradients in half precision are too coarse to try weights on:
+    there only the mean of cross-entropy is looked at, with second shares of more than a tenth.
 
     Args:
         scores: Shape (batch, classes).
@@ -222,9 +222,7 @@ def _sets_mixed(values: Tensor, *, one_sum: bool) -> bool:
     return False
 
 
-def _is_pair(
-    sizes: Sequence[int], heights: Sequence[float], near: float, *, one_sum: bool
-) -> bool:
+def _is_pair(sizes: Sequence[int], heights: Sequence[float], near: float, *, one_sum: bool) -> bool:
     """Whether the levels of a row, from the lowest, are those of two mixed sets of classes."""
     low, one, other = heights[:3]
     if one_sum:
