@@ -227,6 +227,30 @@ def test_a_checkpoint_holds_no_key_of_an_inspection(tmp_path):
     assert str(module.guard.state_dict()["inspection"]["key"]) not in str(state)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_residuals_of_a_client_stay_with_it_over_a_checkpoint(tmp_path):
+    module = Guarded("low-rank:rank=1,feedback=true")
+    images, labels = DATA.tensors
+    with module.guard.round(1, base="start"):
+        module.guard.update(images[:2], labels[:2])
+    module.guard.will_seal()
+    path = tmp_path / "one.ckpt"
+    fit(module, epochs=1).save_checkpoint(path)
+    fit(module, epochs=2, ckpt_path=path)
+    assert "residuals" not in torch.load(path, weights_only=False)["vitguard"]
+    assert module.guard.state_dict()["residuals"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_beyond_the_target_is_refused_before_its_first_step():
+    module = Guarded("privacy:epsilon=3,epochs=1,delta=0.01,accountant=rdp")
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    with pytest.raises(Unprotected, match=r"at most epsilon 3, got a training of 12 more steps"):
+        fit(module, epochs=3)
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+    assert not module.guard._ledgers["privacy"].history
+
+
 class Photos(L.LightningDataModule):
     def train_dataloader(self):
         return self.trainer.lightning_module.private(DataLoader(DATA, 4))

@@ -12,6 +12,7 @@ from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import CheckpointSaver, ModelEmaV3
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitguard as vg
@@ -84,6 +85,27 @@ def test_averaged_weights_of_private_training_load_strictly_into_a_plain_model()
     assert made.guard._ledgers["privacy"].steps == 4
     plain = loads_strictly(made.average)
     assert not torch.equal(plain.head.weight, build().head.weight)
+
+
+AVERAGES = {
+    "timm's": (ModelEmaV3, lambda average, model: average.update(model)),
+    "torch's": (AveragedModel, lambda average, model: average.update_parameters(model)),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_averaged_weights_say_whose_ledger_counts(kind):
+    pytest.importorskip("opacus")
+    make, follow = AVERAGES[kind]
+    model = build()
+    guard = vg.protect(model, PRIVATE)
+    average, still = make(model), copy.deepcopy(model)
+    images, labels = DATA.tensors
+    guard.update(images[:2], labels[:2])
+    follow(average, model)
+    assert "ask the guard" in vg.Guard.of(average.module).privacy_spent().note
+    assert guard.privacy_spent().steps == 1
+    assert not any(g.privacy_spent().note for g in (guard, vg.Guard.of(still)))
 
 
 @pytest.mark.slow

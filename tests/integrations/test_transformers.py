@@ -342,6 +342,15 @@ def test_a_target_epsilon_is_kept_over_a_second_call_of_train(tmp_path):
         made.train()
 
 
+def test_a_training_beyond_the_target_is_refused_before_its_first_step(tmp_path):
+    model, guard = guarded("privacy:epsilon=3,epochs=1,delta=0.01,accountant=rdp")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(VitguardError, match=r"at most epsilon 3, got a training of 12 more steps"):
+        trainer(model, tmp_path, num_train_epochs=3).train()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert not guard._ledgers["privacy"].history
+
+
 @pytest.mark.slow
 def test_evaluation_during_private_training_works_and_label_smoothing_too(tmp_path):
     model, guard = guarded(f"{SHUFFLE}+{PRIVATE}")

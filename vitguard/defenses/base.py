@@ -211,6 +211,10 @@ class Installed(nn.Module):
     def moving(self, model: nn.Module) -> None:
         """Raise Unprotected if an optimizer, about to step, must move no parameter of the model."""
 
+    def used(self) -> bool:
+        """Whether a training forward went by; until then no optimizer must hold what was added."""
+        return True
+
     def stepped(self) -> None:
         """Note that an optimizer is about to step the parameters of this defense."""
 

@@ -75,6 +75,8 @@ class Protection(nn.Module):
         """What defenses cut from the last update, for the next one; copies begin without."""
         self.ledgers = {d.name: d.ledger() for d in defenses if isinstance(d, Ledgered)}
         """What each defense with a guarantee has spent, by its name; copies go on from it."""
+        self.copied: dict[str, int] = {}
+        """How many releases the ledgers had when this copy was made, by name; empty for no copy."""
         self.register_load_state_dict_pre_hook(_tolerate_original)
         self.register_load_state_dict_post_hook(_restored)
 
@@ -84,7 +86,8 @@ class Protection(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no private optimizer of its own, and nobody's optimizer holds what was taken;
         # parameters of a copy have no hooks (`watch_again`), and no audit is inside of it
-        fresh = {"prepared": False, "taken": ()}
+        copied = {name: getattr(kept, "steps", -1) for name, kept in self.ledgers.items()}
+        fresh = {"prepared": False, "taken": (), "copied": copied}
         return {**self.__dict__, **fresh, "allowing": 0, "ungating": 0}
 
     @staticmethod

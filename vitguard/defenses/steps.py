@@ -13,6 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from vitguard.defenses.base import Installed
 from vitguard.errors import Incompatible, Unprotected
 from vitguard.joining import frozen_by_peft
 
@@ -128,7 +129,7 @@ def _stepped_by(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, nn.Modu
 
 
 def _check(piece: Any, model: nn.Module, held: set[int]) -> None:
-    frozen = {id(p) for p in frozen_by_peft(model)}
+    frozen = {id(p) for p in frozen_by_peft(model)} if _used(piece) else set()
     if any(id(p) in frozen for p in piece.parameters()):
         raise _left_out(piece, "one of a PEFT model that froze it")
     added, base = _added(piece), _base(piece, model)
@@ -137,10 +138,16 @@ def _check(piece: Any, model: nn.Module, held: set[int]) -> None:
     piece.moving(model)
     if all(i in held for i in added):
         piece.stepped()
+    elif not _used(piece):
+        return
     elif all(i in held for i in base) or (
         piece.left_out({*added} & held, len(added)) and not _given_another(model, added)
     ):
         raise _left_out(piece, "one that was built without it")
+
+
+def _used(piece: Any) -> bool:
+    return not isinstance(piece, Installed) or piece.used()
 
 
 def _given_another(model: nn.Module, added: list[int]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 import torch
@@ -22,7 +23,7 @@ from vitguard.defenses.base import (
 )
 from vitguard.defenses.gate import Tally
 from vitguard.defenses.protection import Protection
-from vitguard.defenses.steps import given_for, remember
+from vitguard.defenses.steps import given_for, remember, watch_steps
 from vitguard.errors import Incompatible, Unprotected, expected
 from vitguard.guard.leaving import (
     floating_buffers,
@@ -41,6 +42,11 @@ from vitguard.vit import Anatomy, canonical_name, canonical_parameters
 
 __all__ = ["Guard"]
 
+_OF_A_COPY = (
+    "of a copy whose weights were averaged or loaded since: ask the guard of the model that was "
+    "trained what these spent"
+)
+
 
 class Guard:
     """A protected model's handle: made by `protect`, or found again with `Guard.of(model)`."""
@@ -51,6 +57,9 @@ class Guard:
         self._draws = self._protection.draws
         self._ledgers = self._protection.ledgers
         self._protection.watch_again(model)
+        for piece in self._protection.installed():
+            if piece.watches_steps:
+                watch_steps(piece, model)
 
     @staticmethod
     def of(model: nn.Module) -> Guard:
@@ -154,6 +163,9 @@ class Guard:
     def privacy_spent(self, defense: str | None = None) -> Any:
         """Return the privacy ledger's statement.
 
+        Of a copy that was averaged or loaded, and not trained itself, its note says that the
+        ledger of the trained model counts.
+
         Args:
             defense: The name of the defense to ask, where the stack has several: privacy of one
                 record (`privacy`) and of a whole client (`client-privacy`) do not add up.
@@ -169,7 +181,12 @@ class Guard:
                 raise expected(f"a name among {', '.join(found)}", repr(defense))
             found = {defense: found[defense]}
         ((name, asked),) = found.items()
-        return asked.privacy_spent(self._ledgers[name])
+        spent, ledger = asked.privacy_spent(self._ledgers[name]), self._ledgers[name]
+        untrained = self._protection.copied.get(name) == getattr(ledger, "steps", None)
+        if untrained and any(p._version for p in self.model.parameters()):
+            notes = spent.note, _OF_A_COPY
+            return replace(spent, note="; ".join(note for note in notes if note))
+        return spent
 
     def _ledgered(self) -> dict[str, Any]:
         return {d.name: d for d in self.defenses if isinstance(d, Ledgered)}

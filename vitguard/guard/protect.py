@@ -20,7 +20,6 @@ from vitguard.defenses.base import (
 )
 from vitguard.defenses.gate import LeakGate
 from vitguard.defenses.protection import Protection
-from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Incompatible, expected
 from vitguard.guard.handle import Guard
 from vitguard.registry import parse_stack
@@ -119,7 +118,4 @@ def protect(
     if any(isinstance(d, StepDefense | ModelDefense) for d in ordered):
         protection.watch_loading(model)
     protection.watch_sending(model)
-    for piece in protection.installed():
-        if piece.watches_steps:
-            watch_steps(piece, model)
     return Guard(model)

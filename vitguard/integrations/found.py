@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -11,17 +12,22 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vitguard.defenses.base import Ledgered, StepDefense
+from vitguard.defenses.privacy.accounting import Ledger
+from vitguard.defenses.privacy.loader import PoissonLoader
+from vitguard.defenses.privacy.target import PrivacyTarget
 from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, InputError, Unprotected, expected
 from vitguard.files import write_atomically
 from vitguard.guard import Guard
-from vitguard.guard.state import from_bytes
+from vitguard.guard.state import from_bytes, to_bytes
 
 __all__ = [
     "EXTRAS_FILE", "STATE_FILE", "epsilons", "guard_inside", "holds_all", "is_private",
-    "join_ledgers", "load_extras", "load_state", "refuse_accumulation", "refuse_compiled",
-    "refuse_float16", "refuse_idle", "refuse_spread", "require_state", "save_extras", "save_state",
-    "take_counts", "take_state", "with_auxiliary",
+    "join_ledgers", "load_extras", "load_spent", "load_state", "refuse_accumulation",
+    "refuse_compiled", "refuse_float16", "refuse_idle", "refuse_long_plan", "refuse_spread",
+    "refuse_upload",
+    "save_extras", "save_spent", "save_state", "spent_bytes", "take_counts", "take_state",
+    "with_auxiliary",
 ]  # fmt: skip
 
 STATE_FILE = "vitguard.json"
@@ -50,6 +56,16 @@ def refuse_idle(guard: Guard) -> None:
     """Raise Unprotected where defenses of the update would not act on a trainer's checkpoint."""
     if line := guard._protection.idle():
         raise Unprotected(line)
+
+
+def refuse_upload(guard: Guard, got: str) -> None:
+    """Raise Unprotected where an upload of the whole weights holds what a defense keeps local."""
+    if guard.traits.positions == "withheld":
+        raise Unprotected(
+            f"Expected weights of which all may leave, got {got} with positions that stay on the "
+            "client (withheld). Leave it out, and upload guard.public_model() after the training "
+            "with what may be known in it."
+        )
 
 
 def refuse_accumulation(setting: str, steps: int) -> None:
@@ -88,6 +104,32 @@ def refuse_spread(kind: str) -> None:
         )
 
 
+def refuse_long_plan(guard: Guard, optimizer: Any, loader: PoissonLoader, steps: float) -> None:
+    """Raise Unprotected if a target epsilon does not cover all steps that a trainer still plans.
+
+    Args:
+        optimizer, loader: The private ones, of `Guard.prepare`.
+        steps: Not finite where a trainer does not know.
+    """
+    target = guard._protection.step
+    if not isinstance(target, PrivacyTarget) or target.epsilon is None or not math.isfinite(steps):
+        return
+    noise, counted = float(optimizer.noise_multiplier), guard._ledgers[target.name]
+    longer = Ledger([*counted.history, (noise, loader.rate, max(int(steps), 1))])
+    planned = noise, loader.rate, math.ceil((target.epochs or 1) * len(loader))
+    try:
+        target.refuse_beyond_target(longer, planned)
+    except Unprotected as error:
+        spent = longer.spent(target.delta, target.accountant).epsilon
+        raise Unprotected(
+            f"Expected at most epsilon {target.epsilon:g}, got a training of {int(steps)} more "
+            f"steps, which would make it {spent:.4g}, where the defense was told of {planned[2]} "
+            "steps in all. Let the trainer plan no "
+            "more than these (num_train_epochs, max_steps, max_epochs), protect with more epochs "
+            "from the start, or with noise in place of epsilon."
+        ) from error
+
+
 def is_private(guard: Guard) -> bool:
     """Whether training needs a private loader and optimizer.
 
@@ -110,6 +152,13 @@ def epsilons(guard: Guard) -> dict[str, float]:
     return {"epsilon" if len(spent) == 1 else f"epsilon_{n}": e for n, e in spent.items()}
 
 
+def spent_bytes(guard: Guard) -> bytes:
+    """Return what was spent as JSON: the guard's state without what is secret in it."""
+    state = guard.state_dict()
+    spent = {key: state[key] for key in ("version", "ledger")}
+    return to_bytes(spent, draws=False, memory=False)
+
+
 def save_state(guard: Guard, folder: str | os.PathLike[str], number: int = 0) -> None:
     """Write the guard's state into a checkpoint folder, mode 600.
 
@@ -119,15 +168,21 @@ def save_state(guard: Guard, folder: str | os.PathLike[str], number: int = 0) ->
     write_atomically(_state_file(folder, number), guard.state_bytes(), private=True)
 
 
+def save_spent(guard: Guard, folder: str | os.PathLike[str]) -> None:
+    """Write what was spent into a checkpoint folder that may be uploaded, mode 600."""
+    write_atomically(_state_file(folder, 0), spent_bytes(guard), private=True)
+
+
+def load_spent(guard: Guard, folder: str | os.PathLike[str]) -> None:
+    """Go on from what `save_spent` wrote."""
+    path = _state_file(folder, 0)
+    state = path.read_bytes() if path.is_file() else None
+    take_state(guard, state, f"without {STATE_FILE}, {folder}", spent_alone=True)
+
+
 def _state_file(folder: str | os.PathLike[str], number: int) -> Path:
     path = Path(folder) / STATE_FILE
     return path.with_stem(f"{path.stem}_{number}") if number else path
-
-
-def require_state(guard: Guard, folder: str | os.PathLike[str]) -> None:
-    """Raise InputError if a checkpoint of a stack that counts has no state of the guard."""
-    if guard._ledgers and not (Path(folder) / STATE_FILE).is_file():
-        raise _no_state(f"without {STATE_FILE}, {folder}")
 
 
 def load_state(guard: Guard, folder: str | os.PathLike[str], number: int = 0) -> None:
@@ -178,14 +233,18 @@ def take_counts(guard: Guard, state: bytes) -> None:
                 guard._ledgers[defense.name].load_state_dict(ledgers[defense.name])
 
 
-def take_state(guard: Guard, state: bytes | None, missing: str) -> None:
+def take_state(
+    guard: Guard, state: bytes | None, missing: str, *, spent_alone: bool = False
+) -> None:
     """Go on from the guard's state of a checkpoint; it may lack one where nothing is counted.
 
     Args:
         missing: What is told of a checkpoint that lacks it.
+        spent_alone: Of a state that `spent_bytes` gave: residuals stay those of the guard.
     """
+    kept = {"residuals": guard.state_dict().get("residuals")} if spent_alone else {}
     if state is not None:
-        guard.load_state_bytes(state)
+        guard.load_state_dict(kept | from_bytes(state))
     elif guard._ledgers:
         raise _no_state(missing)
 

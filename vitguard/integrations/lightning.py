@@ -19,6 +19,8 @@ from vitguard.integrations.found import (
     refuse_accumulation,
     refuse_compiled,
     refuse_idle,
+    refuse_long_plan,
+    spent_bytes,
     take_counts,
     take_state,
     with_auxiliary,
@@ -68,7 +70,7 @@ class GuardCallback(Callback):
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         state, guard = _state_in(checkpoint), guard_inside(pl_module)
         if trainer.state.fn == TrainerFn.FITTING and not (state and holds_all(guard, state)):
-            take_state(guard, state, "without")
+            take_state(guard, state, "without", spent_alone=True)
         elif state is not None:
             take_counts(guard, state)
             _go_on(guard, checkpoint)
@@ -83,7 +85,7 @@ def _go_on(guard: Guard, checkpoint: Mapping[str, Any]) -> None:
 
 
 def _keep_state(guard: Guard, checkpoint: dict[str, Any]) -> None:
-    checkpoint[_STATE] = guard.state_bytes(draws=False, memory=False).decode()
+    checkpoint[_STATE] = spent_bytes(guard).decode()
 
 
 def _state_in(checkpoint: Mapping[str, Any]) -> bytes | None:
@@ -129,11 +131,12 @@ class GuardMixin:
 
     _loader: PrivateBatches | None = None
     _optimizer: Any = None
+    _begins: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no private optimizer and loader of its own: its `fit` makes them
         state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
-        return {k: v for k, v in state.items() if k not in ("_optimizer", "_loader")}
+        return {k: v for k, v in state.items() if k not in ("_optimizer", "_loader", "_begins")}
 
     @property
     def guard(self) -> Guard:
@@ -194,12 +197,17 @@ class GuardMixin:
                 "module. Give module.private(loader) in its place."
             )
         optimizer, poisson = self.guard.prepare(optimizer, self._loader.source)
-        self._loader.batches = WholeBatches(poisson)
+        self._loader.batches, self._begins = WholeBatches(poisson), optimizer
         return optimizer
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if self._loader is None or self._loader.batches is None:
             return self._one_step(batch, batch_idx)
+        if self._begins is not None:  # now the trainer knows how far it goes, of a resume too
+            trainer = self.trainer  # type: ignore[attr-defined]
+            more = trainer.estimated_stepping_batches - trainer.global_step
+            refuse_long_plan(self.guard, self._begins, self._loader.batches.loader, more)
+            self._begins = None
         self._optimizer.zero_grad()  # Lightning does so only before the last piece
         for piece, _, last in self._loader.batches.pieces(batch):
             made = self._one_step(piece, batch_idx)

@@ -20,13 +20,15 @@ from vitguard.integrations.found import (
     is_private,
     join_ledgers,
     load_extras,
+    load_spent,
     refuse_compiled,
     refuse_float16,
     refuse_idle,
+    refuse_long_plan,
     refuse_spread,
-    require_state,
+    refuse_upload,
     save_extras,
-    save_state,
+    save_spent,
     with_auxiliary,
 )
 
@@ -74,6 +76,7 @@ class GuardMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._private: WholeBatches | None = None
+        self._begins: Any = None
         self._piece: int | None = None
         self._auxiliary: list[Tensor] = []
         self._images = 0
@@ -132,7 +135,7 @@ class GuardMixin:
         made = super().create_optimizer()  # type: ignore[misc]
         made = getattr(made, "optimizer", made)  # of accelerate, after an earlier train()
         self.optimizer, poisson = self.guard.prepare(made, loader)
-        self._private = WholeBatches(poisson, self._piece)
+        self._private, self._begins = WholeBatches(poisson, self._piece), self.optimizer
         return self._private
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -143,6 +146,8 @@ class GuardMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         refuse_idle(self.guard)
+        if self.args.push_to_hub:
+            refuse_upload(self.guard, "push_to_hub=True")
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(
@@ -151,6 +156,10 @@ class GuardMixin:
         step = super().training_step  # type: ignore[misc]
         if self._private is None:
             return step(model, inputs, num_items_in_batch, *args)
+        if self._begins is not None:  # now the Trainer knows how far it goes, of a resume too
+            more = self.state.max_steps - self.state.global_step
+            refuse_long_plan(self.guard, self._begins, self._private.loader, more)
+            self._begins = None
         total: Any = 0
         for piece, share, last in self._private.pieces(self._prepare_inputs(inputs)):
             total = total + share * step(model, piece, None, *args)
@@ -199,15 +208,20 @@ class GuardMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
-        if self.args.should_save:
+        if self.args.should_save:  # before the Trainer does, which uploads the folder
             name = f"checkpoint-{self.state.global_step}"
             folder = os.path.join(self._get_output_dir(trial=trial), name)
-            save_state(self.guard, folder)
+            os.makedirs(folder, exist_ok=True)
+            save_spent(self.guard, folder)
             save_extras(self.guard, folder)
+        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_upload(self.guard, "push_to_hub")
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        require_state(self.guard, resume_from_checkpoint)
+        load_spent(self.guard, resume_from_checkpoint)
         self._missing = []
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         self._load_the_rest(resume_from_checkpoint)

@@ -374,3 +374,59 @@ def test_targets_of_one_class_pass_in_any_precision_and_halves_of_two_do_not(dty
         mixed = 0.5 * one + 0.5 * one.roll(1, 1)
         if spread < 1:  # of a model that is sure already nothing is told
             assert told(scores, mixed, dtype)
+
+
+def sets(rows, classes, seed=0):
+    """Targets of one to four classes of each example."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(rows, classes, generator=generator).argsort(1)
+    return (order < torch.randint(1, 5, (rows, 1), generator=generator)).float()
+
+
+def asked(scores, targets, form):
+    """Whether a gradient is refused as one of mixed targets."""
+    scores = scores.clone().requires_grad_()
+    if form == "softmax":
+        targets = targets / targets.sum(1, keepdim=True) if targets.max() == 1 else targets
+        loss = F.cross_entropy(scores, targets)
+    elif form == "classes summed":
+        loss = F.binary_cross_entropy_with_logits(scores, targets, reduction="sum") / len(scores)
+    else:
+        loss = 0.3 * F.binary_cross_entropy_with_logits(scores, targets)
+    loss.backward()
+    try:
+        refuse_mixed_targets(scores, scores.grad)
+    except Unprotected:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 6.0])
+@pytest.mark.parametrize("form", ["mean", "classes summed", "softmax"])
+@pytest.mark.parametrize("classes", [10, 80])
+def test_mixed_targets_of_several_classes_are_told_from_those_of_one_record(classes, form, spread):
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        scores = spread * torch.randn(12, classes, generator=generator)
+        one = sets(12, classes, seed)
+        if form == "softmax":
+            one = one / one.sum(1, keepdim=True)
+        share = float(0.2 + 0.6 * torch.rand((), generator=generator))
+        assert asked(scores, share * one + (1 - share) * one.roll(1, 0), form)
+        assert asked(scores, share * one + (1 - share) * one.flip(0), form)
+        assert not asked(scores, one, form)
+        assert not asked(scores, 0.9 * one + 0.1 * one.mean(1, keepdim=True), form)
+        assert not asked(scores, one.roll(1, 0) * 0.75 + one * 0.25, form)  # votes of four
+        chances = scores.roll(1, 0) + torch.randn(12, classes, generator=generator)
+        soft = chances.softmax(1) if form == "softmax" else chances.sigmoid()
+        assert not asked(scores, soft, form)
+
+
+def test_mixing_of_targets_of_several_classes_is_refused_in_the_loop(small_vit):
+    def loss_of(model, images, labels):
+        both = F.one_hot(labels, 10) + F.one_hot((labels + 3) % 10, 10).float()
+        mixed = 0.63 * both + 0.37 * both.flip(0)
+        return F.binary_cross_entropy_with_logits(model(images), mixed)
+
+    with pytest.raises(Unprotected, match="mix two"):
+        step(small_vit(depth=1), loss_of)

@@ -8,6 +8,7 @@ looks like.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ __all__ = ["refuse_mixed_targets", "refuse_mixing_collate", "refuse_mixing_defen
 
 _TRIES = 16  # a mixing that happens in one of five batches goes unseen in 3 of 100 trials
 _FEW = 4  # classes below which smoothed labels and mixed ones look alike
+_SEVERAL = 8  # the same where an example may have several classes
+_VOTES = 20  # annotators whose shares are no mixture: thirds, tenths
 _REMEDY = "Leave mixup and CutMix out: what changes one image alone (crop, flip, erase) may stay."
 
 
@@ -162,8 +165,10 @@ def refuse_mixed_targets(scores: Tensor, gradient: Tensor) -> None:
     is mixed if exactly two classes stand out above a flat rest; a smoothed label has one. Where
     some weight w makes one class stand out in every row, that is what the loss was: with another
     weight a model that is sure of two classes looks like a mixed target. Of two or three classes
-    nothing is told. Gradients in half precision are too coarse to try weights on: there only the
-    mean of cross-entropy is looked at, with second shares of more than a tenth.
+    nothing is told. Two targets of several classes each, mixed by shares of a and 1 - a, leave rows
+    of 0, a, 1 - a and 1 (their sums in softmax's form): told from eight classes on, where a is no
+    share of few annotators' votes. Gradients in half precision are too coarse to try weights on:
+    there only the mean of cross-entropy is looked at, with second shares of more than a tenth.
 
     Args:
         scores: Shape (batch, classes).
@@ -184,11 +189,53 @@ def refuse_mixed_targets(scores: Tensor, gradient: Tensor) -> None:
         targets = [(chances - g * size)[taken] for size in sizes]
         if any(_alone(t, rounding) for t in targets):
             continue
-        if any(_mixed(chances[taken], t, rounding, least) for t in targets):
+        if any(_mixed(chances[taken], t, rounding, least) for t in targets) or (
+            fine and any(_sets_mixed(t, one_sum=chances is soft) for t in targets)
+        ):
             raise Unprotected(
                 "Expected a label of one class for each example, got targets that mix two "
                 f"(mixup, CutMix): an example would hold two records. {_REMEDY}"
             )
+
+
+def _sets_mixed(values: Tensor, *, one_sum: bool) -> bool:
+    """Whether some row is a mixture of two targets of several classes, and no row is anything else.
+
+    Args:
+        one_sum: The classes of a target share 1, in place of 1 for each.
+    """
+    classes, near = values.shape[1], 2e-4
+    if classes < _SEVERAL or not bool(((values > -near) & (values < 1 + near)).all()):
+        return False
+    ordered = values.sort(1).values
+    apart = ordered.diff(dim=1) > near
+    levels = apart.sum(1) + 1
+    # with another weight than that of the loss the values of a row are all different
+    if not 3 <= int(levels.max()) <= 4:
+        return False
+    for row, steps in zip(ordered[levels > 2], apart[levels > 2], strict=True):
+        starts = [0, *(steps.nonzero()[:, 0] + 1).tolist(), classes]
+        sizes = [b - a for a, b in itertools.pairwise(starts)]
+        heights = [float(row[a:b].mean()) for a, b in itertools.pairwise(starts)]
+        if _is_pair(sizes, heights, near, one_sum=one_sum):
+            return True
+    return False
+
+
+def _is_pair(sizes: Sequence[int], heights: Sequence[float], near: float, *, one_sum: bool) -> bool:
+    """Whether the levels of a row, from the lowest, are those of two mixed sets of classes."""
+    low, one, other = heights[:3]
+    if one_sum:
+        whole = 1 - low * sum(sizes)
+        share = (one - low) * sizes[1] / whole
+        rest = (other - low) * sizes[2] / whole
+        if len(heights) > 3 or sizes[1] + sizes[2] < 3:
+            return False
+    else:
+        top = heights[3] if len(heights) > 3 else 1 - low
+        share, rest = (one - low) / (top - low), (other - low) / (top - low)
+    counted = min(abs(share * n - round(share * n)) / n for n in range(1, _VOTES + 1))
+    return abs(share + rest - 1) < 2 * near and min(share, rest) > 0.01 and counted > near / 2
 
 
 def _ratio(chances: Tensor, gradient: Tensor) -> float:

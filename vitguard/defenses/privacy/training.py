@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from vitguard.defenses.base import Installed
 from vitguard.defenses.gradient_watch import Watched, unseen_gradient, watch_gradients
+from vitguard.defenses.privacy.beside import refuse_stem, watch_heads
 from vitguard.defenses.privacy.checks import refuse_checkpointing, refuse_half, refuse_sharded
 from vitguard.defenses.privacy.divisor import CommonDivisor
 from vitguard.defenses.privacy.engine import Engine, Watch
@@ -125,12 +126,13 @@ class PrivateTraining(Installed):
         self._divisor = CommonDivisor()
         self._told = False
         self._handles: list[Any] = []
+        self._beside: Any = None
         self._watched = Watched()
         self.exposed = False
         """Whether a plain gradient reached a parameter since the weights were loaded."""
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = dict.fromkeys(("due", "tape", "_watch", "_key", "_reader"))
+        transient = dict.fromkeys(("due", "tape", "_watch", "_key", "_reader", "_beside"))
         return {
             **self.__dict__,
             **transient,
@@ -151,6 +153,7 @@ class PrivateTraining(Installed):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._look_away()
         self._watched.end()
         self.live = False
 
@@ -249,8 +252,15 @@ class PrivateTraining(Installed):
         """Forget the batch that is due; a backward pass of it raises from now on."""
         if self.tape is not None:
             self.tape.close()
+        self._look_away()
         self.due = self.tape = None
         self.skipped = True
+
+    def _look_away(self) -> None:
+        """Let modules beside the model be called as they like, until the next pass."""
+        if self._beside is not None:
+            self._beside.remove()
+            self._beside = None
 
     # the optimizer's side
 
@@ -269,6 +279,7 @@ class PrivateTraining(Installed):
                 "loss.backward() before each step."
             )
         taken = self.tape, self.due
+        self._look_away()
         self.tape = self.due = None
         return taken
 
@@ -285,6 +296,7 @@ class PrivateTraining(Installed):
         refuse_half(model)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self._check_due(tensors)
+        refuse_stem(tensors)
         self.engine.close()
         self._tell_of_hooks(model)
         self.probe(model, self.engine, args, kwargs)
@@ -362,6 +374,8 @@ class PrivateTraining(Installed):
         if output is not None and tape is not None:
             self.engine.verify(model, tape, output)
             self._watch_criterion(output)
+            self._look_away()
+            self._beside = watch_heads(model, output, tape)
             self.tape = tape
 
     def _watch_criterion(self, output: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from vitguard.defenses.base import Installed
+from vitguard.defenses.shuffle.parts import watch_parts
 from vitguard.defenses.shuffle.settings import ShuffleSettings
 from vitguard.defenses.steps import watch_steps
 from vitguard.errors import Incompatible, Unprotected
@@ -26,6 +27,18 @@ class Hooked(Installed):
 
     def expose(self) -> None:
         """Note that a gradient was taken through a pass that did not shuffle."""
+        raise NotImplementedError
+
+    def enter(self) -> None:
+        """Note that a pass of the whole model begins in this thread."""
+        raise NotImplementedError
+
+    def exit(self) -> None:
+        """Note that it has ended, or broken off."""
+        raise NotImplementedError
+
+    def whole_pass(self) -> bool:
+        """Whether a pass of the whole model runs in this thread."""
         raise NotImplementedError
 
     def begin(self, tokens: Tensor, grid: tuple[int, int]) -> None:
@@ -58,6 +71,7 @@ def hook(piece: Hooked, model: nn.Module) -> Iterator[Any]:
     anatomy = piece.anatomy
     yield model.register_forward_pre_hook(_Root(piece))
     yield model.register_forward_hook(_Passed(piece))
+    yield model.register_forward_hook(_Left(piece), always_call=True)
     if anatomy.blocks:
         yield model.get_submodule(anatomy.blocks[-1].name).register_forward_hook(_Passing(piece))
     stage = model.get_submodule(anatomy.patch_stage)
@@ -146,7 +160,7 @@ class _Root(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
         if not self.piece.training:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                watch_steps(self.piece, module)
+                self.begin(module)
             return None
         return super().__call__(module, args, output)
 
@@ -158,7 +172,27 @@ class _Root(_Hook):
                 "its own, got one inside a transform of torch.func or a trace. Train with "
                 "loss.backward(), and trace the model in eval mode."
             )
-        watch_steps(self.piece, module)
+        self.begin(module)
+
+    def begin(self, model: nn.Module) -> None:
+        watch_steps(self.piece, model)
+        watch_parts(self.piece, model)
+        self.piece.enter()
+
+
+class _Left(_Hook):
+    """Ends a pass of the whole model, also one that broke off."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        if not self.piece.training:
+            if not torch.compiler.is_compiling():
+                self.piece.exit()
+            return None
+        return super().__call__(module, args, output)
+
+    @torch.compiler.disable
+    def act(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.piece.exit()
 
 
 class _Embed(_Hook):

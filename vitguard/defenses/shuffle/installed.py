@@ -18,6 +18,12 @@ from vitguard.defenses.protection import Protection
 from vitguard.defenses.shuffle import masks
 from vitguard.defenses.shuffle.hooks import Hooked, hook
 from vitguard.defenses.shuffle.localization import LocalizationHead, dal_weight, localization_loss
+from vitguard.defenses.shuffle.parts import (
+    mark,
+    unwatch_parts,
+    unwatched_gradient,
+    watch_parts,
+)
 from vitguard.defenses.shuffle.settings import ShuffleSettings
 from vitguard.defenses.steps import gradient_left
 from vitguard.errors import Incompatible, Unprotected, expected
@@ -37,6 +43,7 @@ class InstalledShuffle(Hooked):
     slot never saw its own position. On a model without positions the first hook does both.
     """
 
+    watches_steps = True
     unknown: nn.Parameter
 
     def __init__(
@@ -63,11 +70,13 @@ class InstalledShuffle(Hooked):
         # position embedding of the last forward; in a tuple, because a module registers parameters
         self._rows: tuple[Tensor, ...] = ()
         self._warned = False
+        self._passing: frozenset[int] = frozenset()  # threads in a pass of the whole model
         self._forget()
         self.handles: list[Any] = []
         try:
             for handle in hook(self, model):
                 self.handles.append(handle)
+            watch_parts(self, model)
         except BaseException:
             self.uninstall(model)
             raise
@@ -78,11 +87,13 @@ class InstalledShuffle(Hooked):
 
     def __getstate__(self) -> dict[str, Any]:
         forgotten = dict.fromkeys((*_FORWARD, "_keys", "_pinned")) | {"_rows": ()}
-        return {**self.__dict__, **forgotten, "_unread": False, "_idle": False}
+        fresh = {"_unread": False, "_idle": False, "_passing": frozenset()}
+        return {**self.__dict__, **forgotten, **fresh}
 
     def uninstall(self, model: nn.Module) -> None:
         for handle in self.handles:
             handle.remove()
+        unwatch_parts(self, model)
 
     def verify(self, model: nn.Module) -> None:
         self.intact(model)
@@ -100,6 +111,15 @@ class InstalledShuffle(Hooked):
                 "cleared the hooks or replaced a part. Protect the model again, after that."
             )
 
+    def enter(self) -> None:
+        self._passing |= {threading.get_ident()}
+
+    def exit(self) -> None:
+        self._passing -= {threading.get_ident()}
+
+    def whole_pass(self) -> bool:
+        return threading.get_ident() in self._passing
+
     def expose(self) -> None:
         self.exposed = self._idle = True
 
@@ -110,8 +130,9 @@ class InstalledShuffle(Hooked):
         self._require_read("the update was sealed")
         if self.exposed:
             raise Unprotected(
-                "Expected gradients of shuffled images only, got one that was taken in eval mode "
-                "since the weights were loaded. Train in training mode, attack or evaluate a copy, "
+                "Expected gradients of shuffled images only, got one that was taken in eval mode, "
+                "or of a part of the model on features that were not shuffled, since the weights "
+                "were loaded. Train the whole model in training mode, attack or evaluate a copy, "
                 "and load the weights again."
             )
 
@@ -350,22 +371,32 @@ class InstalledShuffle(Hooked):
         moved = tokens.gather(1, source[..., None].expand_as(tokens)) + self.unknown
         kept = sequence[:, self._prefix :]
         patches = torch.where(mask[..., None], moved.to(sequence.dtype), kept)
-        return torch.cat([sequence[:, : self._prefix], patches], 1) if self._prefix else patches
+        if self._prefix:
+            patches = torch.cat([sequence[:, : self._prefix], patches], 1)
+        mark(patches)
+        return patches
 
     # optimizers, see defenses/steps.py
 
     def moving(self, model: nn.Module) -> None:
         self.intact(model)
         self._require_read("the optimizer's step")
+        if unwatched_gradient(self, model):  # of a head that came later, and no pass went by
+            self.expose()
         protection = Protection.of(model)
         if self._idle and (protection is None or not protection.rehearsal):
             raise Unprotected(
                 "Expected a model in training mode, got an optimizer's step after a pass in eval "
-                "mode, where patches are not shuffled. Call model.train() before the pass (a model "
-                "of from_pretrained comes in eval mode), and put single layers into eval mode for "
-                "what they do there; evaluate under torch.no_grad(), or call "
-                "optimizer.zero_grad() after a gradient in eval mode."
+                "mode, where patches are not shuffled, or after one of a part of the model on "
+                "features that were not. Call model.train() before the pass (a model of "
+                "from_pretrained comes in eval mode), call the model itself and freeze what is not "
+                "to move, and put single layers into eval mode for what they do there; evaluate "
+                "under torch.no_grad(), or call optimizer.zero_grad() after a gradient in eval "
+                "mode."
             )
+
+    def used(self) -> bool:
+        return self.forwards > 0
 
     def stepped(self) -> None:
         self._left_out_at = None
