@@ -69,10 +69,12 @@ def _probed_once(request, monkeypatch):
     probe = sys.modules.get("vitguard.defenses.privacy.probe")
     fast = request.config.option.markexpr == "not slow and not browser"
     if probe is not None and fast and "probe" not in request.node.path.name:
-        monkeypatch.setattr(probe, "_PROBED", _Probed(probe._PROBED))
+        monkeypatch.setattr(probe, "_PROBED", Probed(probe._PROBED))
 
 
-class _Probed:
+class Probed:
+    """Stands for what is kept of each model that was tried out: one note for each kind of model."""
+
     kinds: ClassVar[dict] = collections.defaultdict(set)
 
     def __init__(self, by_model):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -289,9 +290,11 @@ def test_augmentation_moves_and_mirrors_each_image_on_its_own(script):
 
 
 @pytest.mark.slow
-def test_the_tradeoff_benchmark_goes_on_where_it_was_stopped(folder, tmp_path):
+def test_the_tradeoff_benchmark_goes_on_where_it_was_stopped(
+    folder, tmp_path, script, monkeypatch, capsys
+):
     pytest.importorskip("matplotlib")
-    script = str(ROOT / "benchmarks" / "shuffle_tradeoff.py")
+    path = ROOT / "benchmarks" / "shuffle_tradeoff.py"
     common = ["--out", str(tmp_path / "runs"), "--data", str(folder), "--seeds", "1"]
     small = ["--epochs", "1", "--batch-size", "8", "--depth", "1", "--images", "20"]
     (tmp_path / "docs").mkdir()
@@ -300,10 +303,10 @@ def test_the_tradeoff_benchmark_goes_on_where_it_was_stopped(folder, tmp_path):
     )
 
     def run(*arguments):
-        return subprocess.run(
-            [sys.executable, script, *arguments], capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        ).stdout  # fmt: skip
+        """What it prints, started anew: nothing but files goes on from one run to the next."""
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
 
     assert run("train", *common, *small).count("seed 0") == 11
     assert run("train", *common, *small) == ""
