@@ -13,7 +13,7 @@ from vitguard.vit import Anatomy
 FROZEN = "positions:kind=frozen"
 SHUFFLED = "positions:kind=sincos+shuffle"
 TINY = {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-SECONDS = 1.0  # true updates of this size take a third of it, as the first test holds
+SECONDS = 0.5  # true updates of this size take less, as the first test holds
 
 
 def images(seed, count=2):
@@ -100,7 +100,7 @@ def test_no_wrong_patch_of_an_easy_image_is_proved(small_vit, observe, easy, sta
     """Tokens that are equal or zero fulfil equations that others would not."""
     pixels, model = EASY[easy](), drawn(small_vit(**TINY))
     view = observe(model, pixels, torch.zeros(len(pixels), dtype=torch.long), defenses=stack)
-    guess = run(Ladder(seconds=SECONDS), view, 0)
+    guess = run(Ladder(seconds=1.0), view, 0)
     anatomy = Anatomy.of(view.model)
     made, true = (anatomy.patchify(i.double()) for i in (guess.images, pixels))
     if guess.verified is not None and len(proved := made[guess.verified]):
