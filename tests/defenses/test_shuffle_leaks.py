@@ -176,12 +176,12 @@ def test_the_smoothest_image_shows_the_photo_at_5_percent_and_nothing_at_70(vit_
 
 @pytest.mark.slow
 def test_the_same_on_photos_that_nothing_was_tuned_on(vit_base, data_folder):
-    """Some photos of the folder. Rectangles take neighbours together and hide a little more."""
-    files = sorted((data_folder / "photos").glob("*.jpg"))[2::16]
+    """Every eighth photo. Rectangles take neighbours together and hide a little more."""
+    files = sorted((data_folder / "photos").glob("*.jpg"))[2::8]
     photos = [data.load_images([file], (224, 224)).pixels for file in files]
     shown = [above_flat_patches(vit_base, x, 0.05, "uniform", i) for i, x in enumerate(photos)]
-    assert len(shown) == 7 and min(shown) > 8 and median(shown) > 12
+    assert len(shown) == 13 and min(shown) > 8 and median(shown) > 12
     some = photos[::2]
     grouped = [above_flat_patches(vit_base, x, 0.05, "blockwise", i) for i, x in enumerate(some)]
-    assert sum(x > 8 for x in grouped) >= len(some) * 6 / 7 and median(grouped) > 11
+    assert sum(x > 8 for x in grouped) >= 6 and median(grouped) > 11
     assert all(above_flat_patches(vit_base, x, 0.7, "blockwise", 1) < 2 for x in photos[::4])
