@@ -342,7 +342,7 @@ def test_settings_are_checked():
 @pytest.mark.slow
 def test_the_ladder_takes_it_as_a_rung_for_damaged_updates_only(small_vit, observe, photo):
     damaged = observe(small_vit(), photo, LABEL, defenses="noise:scale=0.003")
-    guess = Ladder(seconds=4).run(damaged, seeded())
+    guess = Ladder(seconds=8).run(damaged, seeded())
     assert "map" in guess.details["rungs"] and guess.details["rung"] == "map"
     clean = Ladder(seconds=15).run(observe(small_vit(), photo, LABEL), seeded())
     assert "map" not in clean.details["rungs"]

@@ -117,7 +117,7 @@ def test_the_ladder_polishes_last_and_says_so(small_vit, observe, photo, view):
     plain = Ladder(levels=None).run(view, seeded())
     assert "rounded" not in plain.details["polish"]
     noisy = observe(small_vit(), photo, LABEL, defenses=f"{FROZEN}+noise:scale=0.01")
-    assert "polish" not in Ladder(seconds=2).run(noisy, seeded()).details
+    assert "polish" not in Ladder(seconds=5).run(noisy, seeded()).details
     with pytest.raises(InputError, match="levels"):
         Ladder(levels=0)
 
