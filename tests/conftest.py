@@ -59,6 +59,28 @@ def pytest_collection_finish():
     gc.enable()
 
 
+# A run without some packages skips tests: it writes their names to the file VITGUARD_SKIPPED, and a
+# full run takes them along where VITGUARD_ALSO names that file. Nothing is run twice for it.
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and "VITGUARD_SKIPPED" in os.environ:
+        with open(os.environ["VITGUARD_SKIPPED"], "a") as file:
+            file.write(report.nodeid + "\n")
+
+
+pytest_collectreport = pytest_runtest_logreport  # a whole file may be skipped
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m "slow and not browser"` is applied
+def pytest_collection_modifyitems(items):
+    if "VITGUARD_ALSO" in os.environ:
+        names = set(Path(os.environ["VITGUARD_ALSO"]).read_text().splitlines())
+        for item in items:
+            if {item.nodeid, item.nodeid.partition("::")[0]} & names:
+                item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _probed_once(request, monkeypatch):
     """In the fast suite each kind of model is tried out once, and not each model of that kind.
@@ -69,10 +91,12 @@ def _probed_once(request, monkeypatch):
     probe = sys.modules.get("vitguard.defenses.privacy.probe")
     fast = request.config.option.markexpr == "not slow and not browser"
     if probe is not None and fast and "probe" not in request.node.path.name:
-        monkeypatch.setattr(probe, "_PROBED", _Probed(probe._PROBED))
+        monkeypatch.setattr(probe, "_PROBED", Probed(probe._PROBED))
 
 
-class _Probed:
+class Probed:
+    """Stands for what is kept of each model that was tried out: one note for each kind of model."""
+
     kinds: ClassVar[dict] = collections.defaultdict(set)
 
     def __init__(self, by_model):

@@ -1,4 +1,4 @@
-"""Three statements of `vitguard advise` for each of three models, verified by `audit`."""
+"""Three statements of `vitguard advise` for each of some models, verified by `audit`."""
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ TINY = {
 }
 REAL = {
     "vit_small_patch16_224:num_classes=10": "",
-    "vit_base_patch32_224:num_classes=10": "",
     "vit_small_patch14_dinov2:img_size=112,num_classes=10": "dinov2_small_timm_fp16.safetensors",
 }
 

@@ -60,7 +60,7 @@ def test_settings_and_repr_are_plain(name):
     ],
 )
 def test_any_update_gives_a_finite_image_or_a_reason(name):
-    short = {"iterations": 2, "restarts": 1, "seconds": 0.2}
+    short = {"iterations": 2, "restarts": 1, "seconds": 0.2, "steps": 2, "inner": 5}
     attack = ALL[name]()
     known = {k: v for k, v in short.items() if k in type(attack).__dataclass_fields__}
     contracts.check_attack(replace(attack, **known))

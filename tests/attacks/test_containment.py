@@ -104,8 +104,8 @@ def lora(model, rank, *, stepped=True, targets=("qkv", "fc1")):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "index"),
-    [(4, 1), pytest.param(2, 1, marks=SLOW), pytest.param(2, 21, marks=SLOW)],
-)  # fmt: skip
+    [(4, 1), (2, 21)],
+)
 def test_an_update_of_low_rank_gives_the_image_back(cifar, narrow, observe, rank, index):
     pixels, labels = crop(cifar, index)
     how = {"normalization": CIFAR_NORMALIZATION}

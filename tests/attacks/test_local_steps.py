@@ -146,7 +146,7 @@ def test_a_search_whose_budget_is_spent_ends_where_it_began(cifar, small_vit, ob
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", [11, 23, 35])
+@pytest.mark.parametrize("index", [11, 35])
 def test_damaged_steps_under_a_short_budget_are_never_called_resisted(cifar, cifar_vit, index):
     """A budget of twenty times as much once told three images that three seconds had not."""
     batch = cifar[0][index : index + 1], cifar[1][index : index + 1]

@@ -390,7 +390,7 @@ def test_pruned_entries_keep_their_values_where_asked(small_vit, observe, photo)
 def test_noise_of_a_tenth_does_not_hide_a_photo_from_the_ladder(cifar_vit, cifar, observe, stack):
     truth, label = cifar[0][:1], cifar[1][:1]
     view = observe(cifar_vit, truth, label, defenses=stack + "noise:scale=0.1", normalization=CIFAR)
-    guess = Ladder().run(view, seeded())
+    guess = Ladder(seconds=8 if stack else 6).run(view, seeded())
     reached = float(psnr(guess.images, truth))
     assert reached > float(baseline(truth, (4, 4)).psnr) + LEAK_GAIN
-    assert stack or reached > 26  # with frozen positions 24.5: the budget ends first
+    assert stack or reached > 26  # with frozen positions 24.1: the budget ends first

@@ -105,8 +105,10 @@ def test_the_choice_is_near_the_best_candidate_the_plain_attack_among_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("which", [0, 1], ids=["position", "span"])
+@pytest.mark.parametrize(  # what damages most, and rounding: on random weights stand all of them
+    ("which", "damage"),
+    [(0, "strong noise"), (0, "bfloat16"), (1, "strong noise"), (1, "pruning")],
+)
 def test_the_median_choice_is_within_3_db_of_the_best_on_trained_weights(
     cifar_vit, cifar, observe, monkeypatch, damage, which
 ):
@@ -121,16 +123,15 @@ def test_the_median_choice_is_within_3_db_of_the_best_on_trained_weights(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("relative", "gain"), [(1e-3, 3), (1e-2, 4)])
-def test_containment_gains_over_plain_span_under_noise(cifar_vit, cifar, observe, relative, gain):
+def test_containment_gains_over_plain_span_under_noise(cifar_vit, cifar, observe):
     gains = []
     for i in range(10, 15):
         truth = cifar[0][i : i + 1]
         view = observe(cifar_vit, truth, cifar[1][i : i + 1], defenses=FROZEN, normalization=CIFAR)
-        view = noise(view, relative, seed=i)
+        view = noise(view, 1e-2, seed=i)
         robust, plain = (float(psnr(run(a, view).images, truth)) for a in PAIRS[1][1::-1])
         gains.append(robust - plain)
-    assert sorted(gains)[2] > gain
+    assert sorted(gains)[2] > 4
 
 
 @pytest.mark.slow

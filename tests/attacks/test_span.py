@@ -179,7 +179,7 @@ def vit_base():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("index", range(2))
 def test_vit_base_at_224_from_sample_photos(vit_base, observe, index, generator):
     from vitguard.attacks.position import PositionInversion
 

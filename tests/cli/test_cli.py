@@ -103,7 +103,8 @@ def test_default_defenses_that_do_not_fit_the_model_are_left_out_with_a_note(cap
 
 @pytest.mark.slow
 def test_the_defense_is_named_as_it_was_written():
-    names = {f["defense"] for f in report("--defense", "positions:kind=sincos")["findings"]}
+    made = report(*FEW, "--defense", "positions:kind=sincos", "--attack", "position", "span")
+    names = {f["defense"] for f in made["findings"]}
     assert names == {"none", "positions:kind=sincos"}
 
 

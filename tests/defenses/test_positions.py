@@ -15,7 +15,6 @@ from vitguard.core import Update
 from vitguard.defenses.positions import FixedPositions, WithheldPositions, sincos_positions
 from vitguard.errors import Incompatible, InputError, Unprotected
 from vitguard.guard import Guard, protect
-from vitguard.models import AprilViT
 from vitguard.vit import Anatomy
 
 KINDS = ("sincos", "frozen", "random", "none")
@@ -266,40 +265,6 @@ def test_positions_made_learnable_again_are_refused_before_the_forward(small_vit
         model(IMAGES)
     with pytest.raises(Unprotected):
         guard.seal(Update({"cls_token": torch.zeros(1, 1, 96)}))
-
-
-@pytest.mark.slow
-def test_two_processes_with_gloo_average_everything_but_positions(tmp_path):
-    import torch.multiprocessing as processes
-
-    model = AprilViT(16, 4, 96, 1, 4, 10)
-    torch.save(model, tmp_path / "model.pt")
-    processes.spawn(_distributed, (str(tmp_path),), nprocs=2, join=True)
-    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1)]
-    want = sincos_positions((4, 4), 96).float()
-    for state in ranks:
-        assert torch.equal(state["module.pos_embed"][0], want)
-        assert not torch.equal(state["module.head.bias"], model.head.bias)
-    assert torch.equal(ranks[0]["module.head.bias"], ranks[1]["module.head.bias"])
-
-
-def _distributed(rank, folder):
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    model = torch.load(f"{folder}/model.pt", weights_only=False)
-    protect(model, [FixedPositions("sincos")])
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    for _ in range(2):
-        loss = torch.nn.functional.cross_entropy(wrapped(IMAGES[rank : rank + 1]), LABELS[:1])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    torch.save(wrapped.state_dict(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 shapes = st.fixed_dictionaries(

@@ -679,36 +679,6 @@ def test_distributed_training_reduces_the_new_parameters_too(tmp_path, probabili
         dist.destroy_process_group()
 
 
-def _train_one_rank(rank: int, folder: str) -> None:
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
-    torch.set_num_threads(1)
-    method = f"file://{folder}/group"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = net(depth=1)
-    guard = protect(model, [PatchShuffle(0.5, dal="tokens")], generator=seeded(rank))
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    images = torch.rand(3, 3, 16, 16, generator=seeded(5 + rank))
-    (wrapped(images).square().sum() + guard.auxiliary_loss()).backward()
-    optimizer.step()
-    torch.save((model.state_dict(), guard.truth()["source"]), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_draw_their_own_shuffles_and_keep_one_model(tmp_path):
-    torch.multiprocessing.spawn(_train_one_rank, (str(tmp_path),), nprocs=2)
-    (one, mine), (other, yours) = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
-    assert not torch.equal(mine, yours)
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-    start = net(depth=1)
-    moved = one["vitguard.shuffle.unknown"] - start.pos_embed[:, 1:].mean(1)
-    assert moved.abs().max() > 0
-
-
 def test_the_adversary_can_simulate_and_differentiate_twice():
     guard = protect(net(), [FixedPositions(), PatchShuffle(0.5, dal="tokens")], generator=seeded())
     model = guard.model

@@ -164,7 +164,7 @@ def above_flat_patches(model, pixels: torch.Tensor, ratio: float, mask: str, see
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("photo", range(7))
+@pytest.mark.parametrize("photo", [0, 1])
 def test_the_smoothest_image_shows_the_photo_at_5_percent_and_nothing_at_70(vit_base, photo):
     pixels = data.sample_images((224, 224), count=7).pixels[photo : photo + 1]
     assert above_flat_patches(vit_base, pixels, 0.05, "uniform", photo) > 8

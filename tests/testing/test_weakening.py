@@ -30,9 +30,9 @@ NOTHING = {
 """Exact attacks that do not work on so small a model with a plain gradient, and why."""
 
 
-def built(name):
+def built(name, seconds=2.0):
     attack = attack_types()[name]()
-    return replace(attack, seconds=2.0) if less_work(attack) else attack
+    return replace(attack, seconds=seconds) if less_work(attack) else attack
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_an_attack_that_misses_a_tensor_or_is_cut_is_never_said_to_be_resisted(n
     "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in EXACT]
 )
 def test_a_patch_that_an_attack_calls_proved_is_right_under_noise_too(name):
-    check_proofs(built(name))
+    check_proofs(built(name, 0.5 if name == "map" else 2.0))  # `map` proves nothing, then or later
 
 
 def grey(view, **about):

@@ -473,40 +473,6 @@ def test_plain_models_can_be_prepared_without_a_guard():
     assert isinstance(ledger, Ledger) and ledger.steps == 4
 
 
-def _process(rank, world, port, found):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
-    from vitguard.defenses.base import Draws
-
-    model = build("vit", torch.float32)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    defense = DifferentialPrivacy(noise=1.0, delta=1e-3)
-    draws = Draws(torch.Generator().manual_seed(rank))
-    private, poisson, ledger = defense.prepare(
-        model, optimizer, DataLoader(data(), batch_size=6), draws
-    )
-    for images, labels in poisson:
-        F.cross_entropy(model(images), labels).backward()
-        private.step()
-        private.zero_grad()
-    found[rank] = (weights(model), ledger.steps, private.expected_batch_size)
-
-
-@pytest.mark.slow
-def test_two_processes_take_the_same_private_steps():
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    found = torch.multiprocessing.Manager().dict()
-    torch.multiprocessing.spawn(_process, args=(2, port, found), nprocs=2)
-    assert torch.equal(found[0][0], found[1][0])
-    assert found[0][1:] == found[1][1:] == (4, 3.0)
-
-
 def test_a_head_on_cached_features_trains_on_the_sum_of_its_clipped_gradients():
     features, labels = torch.randn(40, 6, dtype=torch.float64), torch.arange(40) % 3
     head = torch.nn.Linear(6, 3, bias=False, dtype=torch.float64)
