@@ -117,15 +117,14 @@ def test_rounds_of_client_privacy_are_the_closed_accounting_over_restarts(small_
 
 
 @pytest.mark.slow
-def test_rounds_of_record_privacy_are_the_closed_accounting_over_restarts(small_vit):
-    total = 16  # each trains, with a model that is tried out first
+def test_fifty_rounds_of_record_privacy_are_the_closed_accounting_over_restarts(small_vit):
     defense = vg.DifferentialPrivacy(noise=2.0, delta=1e-3)
     rounds = Rounds(small_vit, defense)
-    result = rounds.run(total)
+    result = rounds.run(ROUNDS)
     said = [m["epsilon"] for _, m in sorted(result.train_metrics_clientapp.items())]
     steps = RECORDS // BATCH
-    assert len(rounds.counts) == 2 * total * steps
-    for number in (1, 10, total):
+    assert len(rounds.counts) == 2 * ROUNDS * steps
+    for number in (1, 10, ROUNDS):
         closed = epsilon(2.0, number * steps, 1e-3, BATCH / RECORDS)
         assert said[number - 1] == pytest.approx(closed, rel=0.02)
     one = epsilon(2.0, steps, 1e-3, BATCH / RECORDS)
