@@ -211,8 +211,12 @@ def sent_bytes(tensors: dict[str, Tensor], stack: str) -> float:
     total = 0.0
     rank = traits_of(parse_stack(stack), Anatomy.of(build_model(CIFAR))).rank
     for tensor in tensors.values():
-        matrix = tensor.flatten(1) if len(tensor) > 1 else tensor.reshape(-1, tensor.shape[-1])
-        matrix = matrix if tensor.dim() > 1 else tensor[None]
+        if tensor.dim() < 2:
+            matrix = tensor.reshape(1, -1)
+        elif len(tensor) > 1:
+            matrix = tensor.flatten(1)
+        else:
+            matrix = tensor.reshape(-1, tensor.shape[-1])
         bits = 32.0
         if "sign-update" in stack:
             bits = 1.0
