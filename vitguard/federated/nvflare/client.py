@@ -41,8 +41,8 @@ from vitguard.federated.nvflare.models import build_model
 from vitguard.federated.nvflare.state import (
     ClientState,
     passphrase_of,
-    private_folder,
     site_of,
+    state_folder,
 )
 from vitguard.federated.schemes import sealing_of
 from vitguard.federated.weights import images_behind
@@ -71,7 +71,7 @@ class _ClientFilter(Filter):
     def _state_file(self, fl_ctx: FLContext) -> Path:
         workspace: Any = fl_ctx.get_workspace()
         run = workspace.get_run_dir(fl_ctx.get_job_id())
-        return private_folder(run) / f"{site_of(fl_ctx)}.safetensors"
+        return state_folder(run) / f"{site_of(fl_ctx)}.safetensors"
 
 
 class OpenFilter(_ClientFilter):

@@ -20,7 +20,7 @@ from torch import nn
 from vitguard.errors import Incompatible, SuspiciousWeights, expected
 from vitguard.federated.nvflare.messages import require_train, sole_dxo, tensors_of
 from vitguard.federated.nvflare.models import build_model
-from vitguard.federated.nvflare.state import private_folder, site_of
+from vitguard.federated.nvflare.state import site_of, state_folder
 from vitguard.files import parsed_json, write_atomically
 from vitguard.inspection import Memory, inspect_weights, load_exactly, weights_of
 from vitguard.vit import Anatomy
@@ -80,5 +80,5 @@ class InspectFilter(Filter):
 
     def _file(self, fl_ctx: FLContext) -> Path:
         workspace: Any = fl_ctx.get_workspace()
-        folder = private_folder(workspace.get_run_dir(fl_ctx.get_job_id()))
+        folder = state_folder(workspace.get_run_dir(fl_ctx.get_job_id()))
         return folder / f"{site_of(fl_ctx)}-accepted.json"

@@ -35,7 +35,7 @@ from vitguard.defenses.encryption import (
 from vitguard.errors import Rejected, expected
 from vitguard.federated.nvflare.messages import MESSAGE, SUM, sum_name
 from vitguard.federated.nvflare.models import build_model
-from vitguard.federated.nvflare.state import ServerState, passphrase_of, private_folder
+from vitguard.federated.nvflare.state import ServerState, passphrase_of, state_folder
 from vitguard.files import write_atomically
 from vitguard.rounds import next_version
 
@@ -44,7 +44,7 @@ __all__ = ["EncryptedAggregator", "ResumedFedAvg", "SumPersistor"]
 
 def _folder(fl_ctx: FLContext) -> Path:
     workspace: Any = fl_ctx.get_workspace()
-    return private_folder(workspace.get_run_dir(fl_ctx.get_job_id()))
+    return state_folder(workspace.get_run_dir(fl_ctx.get_job_id()))
 
 
 def _state_file(fl_ctx: FLContext) -> Path:

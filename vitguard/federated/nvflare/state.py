@@ -14,19 +14,17 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vitguard.errors import InputError, Rejected, Unprotected, expected
-from vitguard.files import parsed_json, write_atomically
+from vitguard.files import parsed_json, private_folder, write_atomically
 from vitguard.rounds import Progress
 
-__all__ = ["ClientState", "ServerState", "passphrase_of", "private_folder", "site_of"]
+__all__ = ["ClientState", "ServerState", "passphrase_of", "state_folder", "site_of"]
 
 _KIND = "vitguard"
 
 
-def private_folder(run: str | Path) -> Path:
+def state_folder(run: str | Path) -> Path:
     """Return the folder of vitguard in a run directory, mode 700; made where it is not there."""
-    folder = Path(run) / "vitguard"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+    return private_folder(Path(run) / "vitguard")
 
 
 @dataclass
