@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import nn
 
 pytest.importorskip("nvflare", reason="needs the extra nvflare", exc_type=ImportError)
@@ -657,6 +657,51 @@ def test_counters_of_batch_norms_are_left_out_of_what_is_sealed(run):
     noised = private.process(reply_of(difference), context(run.root, "site-2"))
     names = {n for n, t in whole.items() if t.is_floating_point()}
     assert {*from_shareable(noised).data} == names
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.complex64])
+def test_buffers_that_nobody_trains_are_finite_too(run, kind, value):
+    whole = nn.Linear(6, 4).state_dict() | {"kept": torch.tensor([1.0, value]).to(kind)}
+    with pytest.raises(Rejected, match="kept with values that are not finite"):
+        run.opened("site-1", 0, whole)
+    save_file(whole, run.root / "start.safetensors")
+    persistor = run.persistor(initial=str(run.root / "start.safetensors"))
+    with pytest.raises(Rejected, match="kept with values that are not finite"):
+        persistor.load_model(context(run.root, "server"))
+    run.opened("site-1", 0, whole | {"kept": torch.zeros(2, dtype=kind)})
+    with pytest.raises(Unprotected, match="a change of kept"):
+        run.sealed("site-1", reply_of(change() | {"kept": whole["kept"]}))
+
+
+@pytest.mark.parametrize("value", [1 + 0j, 0.5], ids=str)
+def test_a_change_that_fits_no_ciphertext_is_not_dropped_in_silence(run, value):
+    kept = torch.tensor([value])
+    start = nn.Linear(6, 4).state_dict() | {"kept": torch.zeros_like(kept)}
+    run.opened("site-1", 0, start)
+    with pytest.raises(Unprotected, match="a change of kept"):
+        run.sealed("site-1", reply_of(change() | {"kept": kept}))
+    run.sealed("site-1", reply_of(change() | {"kept": torch.zeros_like(kept)}))
+
+
+@pytest.mark.parametrize("defenses", ["noise:scale=0.1", "pruning:keep=0.5"])
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("head.0.running_mean", torch.zeros(5), "running_mean of shape"),
+        ("head.0.num_batches_tracked", torch.zeros(5, dtype=torch.int64), "tracked of shape"),
+        ("head.0.running_mean", torch.zeros(12, dtype=torch.int64), "floating-point"),
+        ("head.0.running_var", torch.full((12,), float("nan")), "finite"),
+    ],
+)
+def test_buffers_leave_as_the_model_has_them(run, defenses, name, wrong, said):
+    """A server that adds them would fail, or spread one buffer of a site over another's."""
+    whole = normed_vit().state_dict()
+    update = {n: torch.zeros_like(t) for n, t in whole.items()}
+    seal = SealFilter(defenses=defenses, model=NORMED)
+    with pytest.raises(InputError, match=said):
+        seal.process(reply_of(update | {name: wrong}), context(run.root, "site-1"))
+    seal.process(reply_of(update), context(run.root, "site-1"))
 
 
 def test_a_release_that_a_later_defense_refuses_stays_counted_over_restarts(run, monkeypatch):

@@ -282,9 +282,9 @@ class SealFilter(_ClientFilter):
         self, tensors: dict[str, Tensor], weight: float, state: ClientState, fl_ctx: FLContext
     ) -> bytes:
         manifest = self._agreed()
-        tensors = {  # counters fit no ciphertext
-            n: t for n, t in tensors.items() if t.is_floating_point() or n in manifest.names
-        }
+        fractions = {n for n, t in tensors.items() if t.is_floating_point() or t.is_complex()}
+        fractions |= {*manifest.names}
+        tensors = {n: t for n, t in tensors.items() if n in fractions}  # no counters
         for name in tensors.keys() - set(manifest.names):
             still = name in state.weights and not bool(tensors[name].any())
             if not still:

@@ -168,7 +168,7 @@ def sums_in(dxo: DXO) -> dict[int, bytes] | None:
 def refuse_tensors(tensors: dict[str, Tensor]) -> None:
     """Raise Rejected for values that are not finite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor).all()):
             raise Rejected("range", f"{name} with values that are not finite", "finite weights")
 
 

@@ -33,7 +33,7 @@ from vitguard.defenses.encryption import (
     model_version,
 )
 from vitguard.errors import Rejected, expected
-from vitguard.federated.nvflare.messages import MESSAGE, SUM, sum_name
+from vitguard.federated.nvflare.messages import MESSAGE, SUM, refuse_tensors, sum_name
 from vitguard.federated.nvflare.models import build_model
 from vitguard.federated.nvflare.state import ServerState, passphrase_of, state_folder
 from vitguard.files import write_atomically
@@ -196,6 +196,7 @@ class SumPersistor(ModelPersistor):
             return make_model_learnable(weights, {})
         weights = self._initial()
         Manifest.from_json(self.manifest).check(weights)
+        refuse_tensors(weights)
         whole = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
         write_atomically(file, save(whole), private=True)
         ServerState(run, model_version(weights)).write(_state_file(fl_ctx))
