@@ -593,13 +593,44 @@ def test_the_recipe_numbers_rounds_on_over_restarts(run, tmp_path):
     recipe = encrypted_fedavg(
         manifest=Manifest.from_json(run.manifest), model=MODEL, client_keys="{site}.json",
         server_keys="server.json", signing="signing.json", train_script=str(script),
-        min_clients=2, num_rounds=7,
+        min_clients=2, num_rounds=7, clients=4, round_timeout=90,
     )  # fmt: skip
     recipe.export(str(tmp_path / "job"))
     (config,) = (tmp_path / "job").rglob("config_fed_server.json")
     (workflow,) = json.loads(config.read_text())["workflows"]
     assert workflow["path"] == f"{ResumedFedAvg.__module__}.ResumedFedAvg"
     assert workflow["args"]["num_rounds"] == 7
+    assert workflow["args"]["num_clients"] == 4 and workflow["args"]["round_timeout"] == 90
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"clients": 1}, {"clients": 2.0}, {"round_timeout": -1}, {"round_timeout": 1.5}]
+)
+def test_a_round_that_cannot_be_meant_is_refused_by_the_recipe(run, wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        encrypted_fedavg(
+            manifest=Manifest.from_json(run.manifest), model=MODEL, client_keys="{site}.json",
+            server_keys="server.json", signing="signing.json", min_clients=2,
+            train_script="client.py", **wrong,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("seconds", [0, 90])
+def test_a_site_that_died_ends_no_round(monkeypatch, seconds):
+    """NVFlare waits for its answer without end, or ends the job at an error, unless it is told."""
+    sent = []
+    monkeypatch.setattr(FedAvg, "send_model", lambda self, **settings: sent.append(settings))
+    controller = ResumedFedAvg(num_clients=3, num_rounds=1, persistor_id="p", round_timeout=seconds)
+    controller.send_model(task_name="train")
+    assert sent == [{"task_name": "train", "timeout": seconds}]
+    panics, said = [], []
+    monkeypatch.setattr(controller, "panic", panics.append)
+    monkeypatch.setattr(controller, "warning", said.append)
+    controller._current_failed_clients, controller._current_num_targets = set(), 3
+    controller._current_min_responses = 3
+    died = make_reply(ReturnCode.EXECUTION_EXCEPTION)
+    assert not controller._accept_train_result("site-2", died, FLContext())
+    assert not panics and "site-2" in said[0]
 
 
 def test_a_site_keeps_the_progress_of_the_whole_package_and_refuses_another(run):

@@ -249,8 +249,22 @@ class SumPersistor(ModelPersistor):
 class ResumedFedAvg(FedAvg):
     """NVFlare's FedAvg; after a restart it goes on with the round after the last sum that was kept.
 
-    Rounds are numbered from 0 to `num_rounds`, over all restarts together.
+    Rounds are numbered from 0 to `num_rounds`, over all restarts together. A site that answers
+    with an error, or not in time, is left out of the round; with too few others the aggregator ends
+    the job.
+
+    Args:
+        round_timeout: Seconds that sites have for a round, 0 for no end.
+        args, kwargs: Of NVFlare's `FedAvg`.
     """
+
+    def __init__(self, *args: Any, round_timeout: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **{"ignore_result_error": True, **kwargs})
+        self.round_timeout = round_timeout
+
+    def send_model(self, *args: Any, **settings: Any) -> None:
+        """Send the task of a round, as NVFlare does, with the time that sites have."""
+        super().send_model(*args, **{"timeout": self.round_timeout, **settings})
 
     def load_model(self) -> FLModel | None:
         """Return the initial model, or the sums; the next round is the one after them."""
