@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -455,6 +456,56 @@ def test_states_are_of_mode_600_and_refused_where_others_read_them(run):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(Rejected, match="state"):
         run.sealed("site-1", reply_of(change()))
+
+
+def read_only(monkeypatch):
+    """As on a disk without room or the right to write; root may write where modes forbid it."""
+
+    def refuses(*args, **named):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("TemporaryFile", "mkstemp"):
+        monkeypatch.setattr(f"vitguard.files.tempfile.{name}", refuses)
+
+
+def test_a_state_that_cannot_be_written_lets_nothing_in_or_out(run, monkeypatch):
+    initial, aggregator = begun(run)
+    private = SealFilter(defenses="client-privacy:noise=1", model=NORMED)
+    whole = {n: torch.zeros_like(t) for n, t in normed_vit().state_dict().items()}
+    for site in SITES[:2]:
+        run.accepted(aggregator, site, run.sealed(site, reply_of(change())))
+    total = aggregator.aggregate_model().params
+    kept = (run.root / "server/job/vitguard/server.json").read_bytes()
+    read_only(monkeypatch)
+    with pytest.raises(InputError, match="Read-only"):
+        run.opened("site-1", 1, dict(total))
+    with pytest.raises(InputError, match="Read-only"):
+        run.opened("site-4", 0, dict(initial))
+    with pytest.raises(InputError, match="Read-only"):
+        private.process(reply_of(whole), context(run.root, "site-1"))
+    fl_ctx = context(run.root, "server")
+    with pytest.raises(InputError, match="Read-only"):
+        run.persistor().save_model(make_model_learnable(dict(total), {}), fl_ctx)
+    assert (run.root / "server/job/vitguard/server.json").read_bytes() == kept
+
+
+def test_a_run_directory_that_cannot_be_made_is_one_clear_error(run):
+    (run.root / "site-1").write_text("")
+    with pytest.raises(InputError, match=r"a folder .*vitguard that can be made"):
+        run.opened("site-1", 0, nn.Linear(6, 4).state_dict())
+
+
+def test_a_state_that_cannot_be_read_is_one_clear_error(run):
+    initial = run.persistor().load_model(context(run.root, "server"))["weights"]
+    params, _ = played(run, 0, initial)
+    state = run.root / "site-1/job/vitguard/site-1.safetensors"
+    state.unlink()
+    state.mkdir(mode=0o700)
+    with pytest.raises(Rejected, match="Is a directory"):
+        run.opened("site-1", 1, dict(params))
+    (run.root / "server/job/vitguard/sum-0.bin").unlink()
+    with pytest.raises(Rejected, match="No such file"):
+        run.persistor().load_model(context(run.root, "server"))
 
 
 def test_a_site_whose_name_is_a_path_is_refused(run):

@@ -341,7 +341,8 @@ def _opened(
     keys = exchange.keys(exchange.context)
     if _MODEL in state.array_records:
         weights = from_arrays(state.array_records[_MODEL])
-        progress = Progress.from_json(str(state.config_records[_KEPT]["progress"]))
+        kept = state.config_records.get(_KEPT, ConfigRecord())
+        progress = Progress.from_json(str(kept.get("progress", "")))
     elif history.start:
         weights, progress = dict(history.start), Progress(-1, model_version(history.start))
     else:

@@ -22,6 +22,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
@@ -35,7 +36,7 @@ from vitguard.defenses.encryption import (
 from vitguard.errors import Rejected, expected
 from vitguard.federated.nvflare.messages import MESSAGE, SUM, refuse_tensors, sum_name
 from vitguard.federated.nvflare.models import build_model
-from vitguard.federated.nvflare.state import ServerState, passphrase_of, state_folder
+from vitguard.federated.nvflare.state import ServerState, passphrase_of, private_bytes, state_folder
 from vitguard.files import write_atomically
 from vitguard.rounds import next_version
 
@@ -190,7 +191,10 @@ class SumPersistor(ModelPersistor):
             return make_model_learnable(self._kept(state, fl_ctx), {})
         file = _folder(fl_ctx) / "initial.safetensors"
         if state is not None and file.exists():
-            weights = load(file.read_bytes())
+            try:
+                weights = load(private_bytes(file))
+            except SafetensorError as error:
+                raise Rejected("state", f"{file}, which is damaged", "its weights") from error
             if model_version(weights) != state.base:
                 raise Rejected("state", f"another initial model in {file}", "that of this run")
             return make_model_learnable(weights, {})
@@ -235,7 +239,7 @@ class SumPersistor(ModelPersistor):
         return state
 
     def _kept(self, state: ServerState, fl_ctx: FLContext) -> dict[str, bytes]:
-        return {sum_name(r): _sum_file(fl_ctx, r).read_bytes() for r in state.rounds}
+        return {sum_name(r): private_bytes(_sum_file(fl_ctx, r)) for r in state.rounds}
 
     def _initial(self) -> dict[str, Any]:
         if self.initial:
