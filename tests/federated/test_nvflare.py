@@ -458,6 +458,35 @@ def test_states_are_of_mode_600_and_refused_where_others_read_them(run):
         run.sealed("site-1", reply_of(change()))
 
 
+@pytest.mark.parametrize(("most", "taken"), [(None, True), (2, True), (1, False), (0, False)])
+def test_clipped_values_are_counted_and_the_server_may_refuse_them(run, most, taken):
+    _, aggregator = begun(run)
+    aggregator.max_clipped = most
+    update = change()
+    update["weight"][0, :2] = torch.tensor([float("nan"), 9.0])
+    sealed = run.sealed("site-1", reply_of(update), outliers="clip")
+    assert from_shareable(sealed).meta[parts.CLIPPED] == 2
+    run.accepted(aggregator, "site-2", run.sealed("site-2", reply_of(change())))
+    if taken:
+        run.accepted(aggregator, "site-1", sealed)
+        assert aggregator.refused == {}
+        return
+    with pytest.raises(Rejected, match="2 values beyond bounds"):
+        run.accepted(aggregator, "site-1", sealed)
+    with pytest.raises(Rejected, match="1 messages, fewer than 2"):
+        aggregator.aggregate_model()
+
+
+@pytest.mark.parametrize("said", [-1, True, 0.0, "0", None, float("nan")])
+def test_a_count_of_clipped_values_that_is_none_is_refused(run, said):
+    _, aggregator = begun(run)
+    aggregator.max_clipped = 5
+    sealed = run.sealed("site-1", reply_of(change()))
+    sealed["DXO"]["meta"][parts.CLIPPED] = said
+    with pytest.raises(Rejected, match="beyond bounds"):
+        run.accepted(aggregator, "site-1", sealed)
+
+
 def read_only(monkeypatch):
     """As on a disk without room or the right to write; root may write where modes forbid it."""
 
@@ -482,7 +511,7 @@ def test_a_state_that_cannot_be_written_lets_nothing_in_or_out(run, monkeypatch)
     with pytest.raises(InputError, match="Read-only"):
         run.opened("site-4", 0, dict(initial))
     with pytest.raises(InputError, match="Read-only"):
-        private.process(reply_of(whole), context(run.root, "site-1"))
+        private.process(reply_of(whole), context(run.root, "site-5"))
     fl_ctx = context(run.root, "server")
     with pytest.raises(InputError, match="Read-only"):
         run.persistor().save_model(make_model_learnable(dict(total), {}), fl_ctx)
@@ -655,8 +684,12 @@ def test_the_recipe_numbers_rounds_on_over_restarts(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"clients": 1}, {"clients": 2.0}, {"round_timeout": -1}, {"round_timeout": 1.5}]
-)
+    "wrong",
+    [
+        {"clients": 1}, {"clients": 2.0}, {"round_timeout": -1}, {"round_timeout": 1.5},
+        {"max_clipped": -1}, {"max_clipped": True},
+    ],
+)  # fmt: skip
 def test_a_round_that_cannot_be_meant_is_refused_by_the_recipe(run, wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         encrypted_fedavg(

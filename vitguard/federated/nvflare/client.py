@@ -25,6 +25,7 @@ from vitguard.defenses.base import UpdateDefense
 from vitguard.defenses.encryption import Decryptor, Encryptor, KeySet, Manifest, model_version
 from vitguard.errors import Rejected, Unprotected, expected
 from vitguard.federated.nvflare.messages import (
+    CLIPPED,
     MESSAGE,
     bare,
     failed,
@@ -191,7 +192,8 @@ class SealFilter(_ClientFilter):
             `batch-floor` takes the site's weight for the images behind the update: state their
             number, not steps or images times epochs.
         model: `{"path": "package.Class", "args": {...}}`, for `defenses`.
-        outliers: `refuse` or `clip` values beyond their bound, as `Encryptor` does.
+        outliers: `refuse` or `clip` values beyond their bound, as `Encryptor` does. The server is
+            told how many were clipped.
         task: The one task that is let through.
 
     Raises:
@@ -272,7 +274,8 @@ class SealFilter(_ClientFilter):
                 )
             if number != state.training:
                 raise Rejected("round", f"a result of round {number}", f"one of {state.training}")
-            data = {MESSAGE: self._encrypted(tensors, weight, state, fl_ctx)}
+            message, meta[CLIPPED] = self._encrypted(tensors, weight, state, fl_ctx)
+            data = {MESSAGE: message}
         else:
             refuse_tensors(tensors)
         sealed = DXO(DataKind.WEIGHT_DIFF, data=data, meta=meta)
@@ -280,7 +283,8 @@ class SealFilter(_ClientFilter):
 
     def _encrypted(
         self, tensors: dict[str, Tensor], weight: float, state: ClientState, fl_ctx: FLContext
-    ) -> bytes:
+    ) -> tuple[bytes, int]:
+        """Return the message, and how many values were moved to their bound."""
         manifest = self._agreed()
         fractions = {n for n, t in tensors.items() if t.is_floating_point() or t.is_complex()}
         fractions |= {*manifest.names}
@@ -298,9 +302,10 @@ class SealFilter(_ClientFilter):
             client_id=site_of(fl_ctx),
             outliers=self.outliers,  # type: ignore[arg-type]
         )
-        return encryptor.encrypt(
+        message = encryptor.encrypt(
             tensors, round_id=state.training, weight=weight, base=state.progress.base
         )
+        return message, sum(encryptor.clipped.values())
 
     def _defended(
         self, tensors: dict[str, Tensor], weight: float, state: ClientState, file: Path

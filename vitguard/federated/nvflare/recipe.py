@@ -36,6 +36,7 @@ def encrypted_fedavg(
     server_passphrase: str = "VITGUARD_SERVER_PASSPHRASE",
     defenses: str = "",
     outliers: str = "refuse",
+    max_clipped: int | None = None,
     initial: str = "",
     keep: int = 1,
     inspect: bool = False,
@@ -57,6 +58,7 @@ def encrypted_fedavg(
         client_passphrase, server_passphrase: Names of environment variables.
         defenses: Spec of update defenses that act before the encryption.
         outliers: `refuse` or `clip`, of values beyond their bound.
+        max_clipped: The most clipped values of a message that the server takes; None for any.
         initial: Path of a safetensors file with the initial weights, on the server.
         keep: Sums that are sent, for clients that sat out up to `keep - 1` rounds.
         inspect: Whether clients refuse weights with signs of a known craft (`InspectFilter`).
@@ -85,6 +87,8 @@ def encrypted_fedavg(
         raise expected(f"clients, a whole number from min_clients={min_clients}", repr(asked)[:80])
     if type(round_timeout) is not int or round_timeout < 0:
         raise expected("round_timeout in whole seconds, 0 for none", repr(round_timeout)[:80])
+    if max_clipped is not None and (type(max_clipped) is not int or max_clipped < 0):
+        raise expected("max_clipped, a whole number of values, or None", repr(max_clipped)[:80])
     if taken := sorted(others.keys() & _OWN.keys()):
         raise expected(f"a recipe without {taken[0]}", "one with it", _OWN[taken[0]])
     agreed = manifest.to_json()
@@ -95,7 +99,7 @@ def encrypted_fedavg(
         min_clients=min_clients,
         train_script=train_script,
         aggregator=EncryptedAggregator(
-            agreed, server_keys, signing, server_passphrase, min_clients
+            agreed, server_keys, signing, server_passphrase, min_clients, max_clipped
         ),
         aggregator_data_kind=DataKind.WEIGHT_DIFF,
         model_persistor=SumPersistor(agreed, model, initial, keep),

@@ -34,7 +34,7 @@ from vitguard.defenses.encryption import (
     model_version,
 )
 from vitguard.errors import Rejected, expected
-from vitguard.federated.nvflare.messages import MESSAGE, SUM, refuse_tensors, sum_name
+from vitguard.federated.nvflare.messages import CLIPPED, MESSAGE, SUM, refuse_tensors, sum_name
 from vitguard.federated.nvflare.models import build_model
 from vitguard.federated.nvflare.state import ServerState, passphrase_of, private_bytes, state_folder
 from vitguard.files import write_atomically
@@ -65,6 +65,7 @@ class EncryptedAggregator(ModelAggregator):
         signing: Path of the server's `SigningKey`.
         passphrase: Name of the environment variable that holds the passphrase of both.
         min_clients: The fewest messages of a sum; with fewer the job ends with an error.
+        max_clipped: The most values of a message that were moved to their bound; None for any.
     """
 
     expected_data_kind = DataKind.WEIGHT_DIFF
@@ -76,10 +77,12 @@ class EncryptedAggregator(ModelAggregator):
         signing: str,
         passphrase: str = "VITGUARD_SERVER_PASSPHRASE",
         min_clients: int = 2,
+        max_clipped: int | None = None,
     ) -> None:
         super().__init__()
         self.manifest, self.keys, self.signing = manifest, keys, signing
         self.passphrase, self.min_clients = passphrase, min_clients
+        self.max_clipped = max_clipped
         self.refused: dict[str, str] = {}
         self._held: tuple[ServerKeys, SigningKey] | None = None
         self._sum: Aggregator | None = None
@@ -111,6 +114,9 @@ class EncryptedAggregator(ModelAggregator):
             weight = (model.meta or {}).get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
             if type(weight) not in (int, float):
                 raise Rejected("weight", f"a weight of {weight!r:.80}", "that of the message")
+            clipped, most = (model.meta or {}).get(CLIPPED, 0), self.max_clipped
+            if most is not None and not (type(clipped) is int and 0 <= clipped <= most):
+                raise Rejected("clipped", f"{clipped!r:.80} values beyond bounds", "fewer")
             self._open_sum().add(_message(model), sender=client, weight=weight)
         except Rejected as refusal:
             self.refused[client] = str(refusal)
