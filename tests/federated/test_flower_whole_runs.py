@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("flwr", reason="needs vitguard[flower]")
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import FedProx
 
@@ -16,7 +16,7 @@ from tests.federated import masked_rounds
 from tests.federated.flower_rounds import NODES, Federated, weighs
 from tests.federated.masked_rounds import PHASES, Masked, phase_of
 from tests.federated.test_flower_faults import through_bytes
-from tests.federated.test_flower_models import Nodes, normed
+from tests.federated.test_flower_models import Nodes, added, normed, plain
 from vitguard.errors import Incompatible, InputError
 from vitguard.federated.flower import EncryptedFedAvg, MaskedFedAvg
 
@@ -164,6 +164,94 @@ def test_privacy_of_the_server_around_masks_is_refused_before_anything_is_sent(s
     with pytest.raises(Incompatible, match=f"{size}Clipping, which clips each on the server"):
         strategy.start(masked.grid, ArrayRecord(masked.start), num_rounds=1)
     assert not masked.grid.sent
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("vitguard-round", -1, "round number"),
+        ("vitguard-round", 2**63 - 1, "in round 1"),
+        ("vitguard-round", 1.0, "a round without number"),
+        ("vitguard-base", "", "another version"),
+        ("vitguard-snapshot", "send", "before any round"),
+        ("vitguard-weighted-by", "loss", "a claimed weight"),
+    ],
+)
+def test_a_server_that_asks_one_client_for_nonsense_gets_nothing_of_it(
+    small_vit, name, value, said
+):
+    federated = Federated(small_vit)
+    send = federated.grid.send_and_receive
+
+    def lying(message):
+        if message.metadata.dst_node_id != 12:
+            return message
+        content = dict(message.content)
+        content["config"] = ConfigRecord({**content["config"], name: value})
+        return Message(RecordDict(content), 12, message.metadata.message_type)
+
+    federated.grid.send_and_receive = lambda ms, **o: send([lying(m) for m in ms], **o)
+    strategy, _ = federated.run(1)
+    assert strategy.refused[1].keys() == {12} and said in strategy.refused[1][12]
+    assert " in the app" not in strategy.refused[1][12] and not federated.unsealed()
+
+
+def test_a_late_reply_beside_the_new_one_costs_nothing_but_itself(small_vit):
+    federated = Federated(small_vit)
+    send, held = federated.grid.send_and_receive, []
+
+    def late(messages, **options):
+        replies = list(send(messages, **options))
+        if held:
+            return iter(held + replies)
+        held.extend(r for r in replies if r.metadata.src_node_id == 12)
+        return iter([r for r in replies if r.metadata.src_node_id != 12])
+
+    federated.grid.send_and_receive = late
+    strategy, _ = federated.run(3)
+    assert "a message of round 1 in round 2" in strategy.refused[2][12]
+    federated.check(federated.seen[13][-1], [n for n in NODES if n != 12], NODES)
+
+
+def test_a_run_that_is_replayed_into_another_moves_no_masked_model(small_vit):
+    """All that a client said in an earlier run of the same terms, round and model."""
+    masked, said = Masked(small_vit), []
+    app = masked.grid.apps[12]
+
+    def recorded(message, context):
+        said.append(app(message, context))
+        return said[-1]
+
+    masked.grid.apps[12] = recorded
+    masked.run(1)
+    replies = iter(said)
+    masked.grid.apps[12] = lambda message, context: Message(
+        content=next(replies).content, reply_to=message
+    )
+    for node, context in masked.grid.contexts.items():
+        context.state = RecordDict()
+        if node != 12:
+            masked.grid.apps[node] = masked.app(node)
+    strategy, result = masked.run(1)
+    assert 12 in strategy.refused[1] and masked.unchanged(result)
+
+
+@pytest.mark.parametrize("change", [0, 1j])
+def test_a_complex_buffer_that_changed_is_refused_not_lost(small_vit, change):
+    """No defense takes complex values: what a client made of them would stay behind in silence."""
+
+    def turning():
+        model = plain(small_vit)
+        model.register_buffer("turns", torch.ones(3, dtype=torch.complex64))
+        return model
+
+    def changed(node, state):
+        return added(node, state) | {"turns": state["turns"] + change}
+
+    nodes = Nodes(turning, change=changed)
+    after = nodes.run(turning().state_dict(), rounds=1)
+    assert (after is None) == bool(change)
+    assert all("turns unchanged" in reason for reason in nodes.reasons)
 
 
 @BOTH

@@ -134,7 +134,8 @@ def _require_known(
                 "The server's model would keep values that no client trains with: protect its "
                 "starting model with the same defenses of the model.",
             )  # fmt: skip
-        if name.startswith("vitguard.") or (name in before and canonical_name(name) in local):
+        kept = name in before and canonical_name(name) in local and not after[name].is_complex()
+        if name.startswith("vitguard.") or kept:
             continue  # what a defense keeps local: it stays as the server knows it
         start, end = before.get(name), after[name]
         if start is None or start.shape != end.shape or not bool((start == end).all()):

@@ -372,6 +372,8 @@ def _opened(
     state[_MODEL] = to_arrays(weights)
     _keep(exchange, progress=progress.to_json())
     wanted = config.get(SNAPSHOT)
+    if wanted in ("vouch", "send") and progress.opened < 0:
+        raise Rejected("snapshot", "a request for the model before any round", "one after it")
     if wanted in ("vouch", "send"):
         facts = keys.keys, keys.manifest, progress.opened, progress.base, weights
         exchange.beside = {VOUCH: sealed_array(vouch(*facts))}
