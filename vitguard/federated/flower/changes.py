@@ -118,6 +118,15 @@ def changes_of(
         if after[name].shape != before[name].shape:
             raise expected(f"{name} of shape {tuple(before[name].shape)}", tuple(after[name].shape))
     _require_known(guard.model, {*spelling.values()}, before, after)
+    for name, sent in [*spelling.items()]:
+        if not after[sent].is_complex():
+            continue
+        if not bool((after[sent] == before[sent]).all()):
+            raise expected(
+                f"{sent} unchanged, since no defense takes complex values", "a change",
+                "Freeze it, or hold its two parts in a tensor of real numbers.",
+            )  # fmt: skip
+        del spelling[name]  # it stays as the server knows it
     return {n: _change(before[sent], after[sent]) for n, sent in spelling.items()}, spelling
 
 
