@@ -1,6 +1,7 @@
 """Files that an earlier version wrote are still read; tests/files/README.md says which."""
 
 import json
+import stat
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,12 @@ def test_the_model_they_were_made_with_is_this_one(model):
     saved = Update.load(FILES / "gradient.safetensors")
     for name, tensor in update.tensors.items():
         torch.testing.assert_close(tensor, saved.tensors[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_saved_update_is_for_its_owner_alone(tmp_path):
+    """It may show the images of one client, whoever may read the folder."""
+    path = tmp_path / "update.safetensors"
+    path.write_bytes(b"")
+    path.chmod(0o644)
+    Update({"a": torch.ones(2)}).save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from vitguard.errors import expected
 
-__all__ = ["check_writable", "parsed_json", "write_atomically", "write_text"]
+__all__ = ["check_writable", "parsed_json", "private_folder", "write_atomically", "write_text"]
 
 
 def check_writable(path: str | Path) -> Path:
@@ -39,6 +39,21 @@ def _check(target: Path, place: Path) -> None:
             pass
     except OSError as error:
         raise _not_written(target, error) from error
+
+
+def private_folder(path: str | Path) -> Path:
+    """Return a folder; one that is made is its owner's alone.
+
+    Raises:
+        InputError: It cannot be made, or something else is there.
+    """
+    folder = Path(path)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise expected(f"a folder {folder} that can be made", error.strerror) from error
+    return folder
 
 
 def write_atomically(

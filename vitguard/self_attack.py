@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitguard.analysis import released
 from vitguard.attacks.base import Attack, guess_of
 from vitguard.attacks.budget import Budget, CutShort
+from vitguard.attacks.labels import try_labels
 from vitguard.core import Batch, Guess, Traits, Update, View
 from vitguard.defenses.base import Defense, traits_of
 from vitguard.defenses.gate import Tried
@@ -25,6 +26,8 @@ __all__ = ["attack_own"]
 
 _OUTSIDE = 1e-3
 """Of the range of pixels: rounding."""
+_COSINE = 0.995
+"""Of each matrix of an update and of what a guess makes: 10 % of its length apart."""
 
 
 def attack_own(
@@ -76,15 +79,20 @@ def attack_own(
 
 def _control(view: View, batch: Batch) -> View:
     """Return what an adversary would see of a plain gradient of the batch, without a defense."""
-    parameters = {canonical_name(n): p for n, p in view.model.named_parameters()}
+    update = Update(_plain_gradient(view.model, batch), batch_size=len(batch.images))
+    own = traits_of([], Anatomy.of(view.model))
+    return replace(view, update=update, traits=own, settings={}, extras={})
+
+
+def _plain_gradient(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return the gradient of each parameter by name; the model is a copy, of which all train."""
+    parameters = {canonical_name(n): p for n, p in model.named_parameters()}
     with torch.enable_grad():
         for p in parameters.values():
             p.requires_grad_(True)
-        loss = F.cross_entropy(logits_of(view.model(batch.images)), batch.labels)
+        loss = F.cross_entropy(logits_of(model(batch.images)), batch.labels)
         made = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    update = Update(dict(zip(parameters, made, strict=True)), batch_size=len(batch.images))
-    own = traits_of([], Anatomy.of(view.model))
-    return replace(view, update=update, traits=own, settings={}, extras={})
+    return dict(zip(parameters, made, strict=True))
 
 
 def _tried(
@@ -96,7 +104,8 @@ def _tried(
         attack = replace(attack, seconds=budget.left)  # type: ignore[call-arg]
     try:
         guess = guess_of(attack, view, torch.Generator().manual_seed(0))
-        return _scored(attack.name, guess, truth, patch)
+        scored = _scored(attack.name, guess, truth, patch)
+        return replace(scored, reproduces=_reproduces(view, guess))
     except Blocked as error:
         return Tried(attack.name, "blocked", str(error))
     except CutShort as error:
@@ -145,6 +154,38 @@ def _scored(name: str, guess: Guess, truth: Tensor, patch: tuple[int, int]) -> T
         psnr=float(torch.maximum(scores.psnr, scores.patch_psnr).max()),
         proved=proved,
     )
+
+
+def _reproduces(view: View, guess: Guess) -> bool:
+    """Whether guessed images make what can be read of an update, up to a factor.
+
+    Then they are the images behind it, whatever others were given: of these nothing is asked.
+    """
+    shape = (view.update.batch_size, *view.image_shape)
+    images = guess.images.detach()
+    if guess.fitted or images.shape != shape or not bool(images.isfinite().all()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    labels = guess.labels if guess.labels is not None else try_labels(view, generator)
+    if labels is None or labels.shape != (len(images),):
+        return False
+    like = next(view.model.parameters())
+    pixels = view.normalization.apply(images.to(like))
+    try:
+        made = _plain_gradient(view.model, Batch(pixels, labels.to(like.device)))
+    except (RuntimeError, ValueError, IndexError):  # labels that are no classes of the model
+        return False
+    pairs = [(t, made[n]) for n, t in view.update.tensors.items() if n in made and t.dim() > 1]
+    return bool(pairs) and all(_alike(one, other) for one, other in pairs)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors point the same way, or against each other, to a few per cent."""
+    one, other = one.detach().double().flatten(), other.double().flatten()
+    length = one.norm() * other.norm()
+    if not float(length):
+        return not (bool(one.any()) or bool(other.any()))
+    return bool((one @ other).abs() >= _COSINE * length)
 
 
 def _not_simulated(*_: object, **__: object) -> Update:

@@ -68,7 +68,7 @@ def write_update(
     tensors: Mapping[str, Tensor],
     payloads: Mapping[str, bytes],
 ) -> None:
-    """Write an update as safetensors, its public facts in the header; atomic.
+    """Write an update as safetensors, its public facts in the header; atomic, for the owner alone.
 
     Raises:
         InputError: A tensor is not plain, a name is no text, or the path cannot be written.
@@ -90,7 +90,8 @@ def write_update(
         header = json.dumps({**facts, "payloads": list(payloads)}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise expected("public facts that JSON can hold", str(error)) from error
-    write_atomically(path, save(stored, metadata={_HEADER: header}))
+    # one client's gradients show its images
+    write_atomically(path, save(stored, metadata={_HEADER: header}), private=True)
 
 
 def read_update(path: str | Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("nvflare-run"))
     out = parser.parse_args().out.resolve()
     record, keys_of = out / "record", out / "keys"
-    record.mkdir(parents=True)
+    record.mkdir(mode=0o700, parents=True)  # plain differences of each site
     keys_of.mkdir(mode=0o700)
     sys.path.insert(0, str(HERE))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])

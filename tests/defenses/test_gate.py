@@ -159,6 +159,31 @@ def test_a_proof_counts_beside_images_that_cannot_be_compared(wrong: str) -> Non
         LeakGate(undecided="pass").passage(vg.Update({}, batch_size=1), lambda _: [tried], Tally())
 
 
+@pytest.mark.parametrize("given", [1, 2])
+def test_a_guess_that_makes_the_update_is_refused_beside_other_images(given: int) -> None:
+    """A client that hands in the wrong batch would let its own images leave otherwise."""
+    guard = vg.protect(model(), "gate:max_gain=6")
+    images, labels = batch_of(guard.model, 3)
+    update = vg.protect(model(), []).update(images[:1], labels[:1])
+    with pytest.raises(GateClosed, match="that make the update, whatever images were given"):
+        guard.seal(update, batch=(images[given : given + 1], labels[given : given + 1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0.01, 0.1])
+def test_a_step_of_unknown_rate_is_refused_beside_other_images(small_vit, rate) -> None:
+    """As a Flower client seals it: the difference alone."""
+    guard = vg.protect(small_vit(depth=2).train(), "gate")
+    images, labels = batch_of(guard.model, 2)
+    before = {n: p.detach().clone() for n, p in guard.model.named_parameters()}
+    optimizer = torch.optim.SGD(guard.model.parameters(), lr=rate)
+    torch.nn.functional.cross_entropy(guard.model(images[:1]), labels[:1]).backward()
+    optimizer.step()
+    moved = {n: p.detach() - before[n] for n, p in guard.model.named_parameters()}
+    with pytest.raises(GateClosed, match=r"not decided|whatever images were given"):
+        guard.seal(Update(moved, kind="difference"), batch=(images[1:], labels[1:]))
+
+
 def test_images_under_another_normalisation_are_told_and_not_decided() -> None:
     net = model()
     guard = vg.protect(net, LeakGate())

@@ -1,6 +1,7 @@
 """A curious server: what it kept of a run is attacked afterwards, from its files alone."""
 
 import copy
+import stat
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import vitguard as vg
 from vitguard import data
 from vitguard.attacks.position import PositionInversion
-from vitguard.core import Guess
+from vitguard.core import Guess, Update
 from vitguard.errors import InputError
 from vitguard.federated.curious import Recording, update_of
 from vitguard.federated.local import LocalClient, LocalFederation
@@ -129,6 +130,50 @@ def test_a_second_run_in_the_same_folder_is_refused_and_hides_nothing(kept):
     with pytest.raises(InputError, match="another folder"):
         recording.keep(1, "cleo", one.update, other)
     assert len(recording.rounds(model)[0].messages) == 2
+
+
+def test_a_second_run_of_other_clients_is_no_part_of_the_first(tmp_path):
+    """From the same weights nothing but the run tells their updates apart."""
+    weights, update = {"a": torch.zeros(2)}, Update({"a": torch.ones(2)}, kind="difference")
+    first = Recording(tmp_path / "kept")
+    first.keep(1, "ana", update, weights)
+    for number in (1, 2):
+        with pytest.raises(InputError, match="another folder"):
+            Recording(tmp_path / "kept").keep(number, "bea", update, weights)
+    first.keep(1, "bea", update, weights)
+    named = Recording(tmp_path / "named", run="monday")
+    named.keep(1, "ana", update, weights)
+    Recording(tmp_path / "named", run="monday").keep(2, "ana", update, weights)  # a restart
+    with pytest.raises(InputError, match=r"'tuesday', got .* of 'monday'"):
+        Recording(tmp_path / "named", run="tuesday").keep(3, "ana", update, weights)
+
+
+def test_what_was_recorded_before_runs_had_names_is_not_gone_on_with(tmp_path):
+    weights, update = {"a": torch.zeros(2)}, Update({"a": torch.ones(2)}, kind="difference")
+    Recording(tmp_path).keep(1, "ana", update, weights)
+    (tmp_path / "run").unlink()
+    with pytest.raises(InputError, match="another folder"):
+        Recording(tmp_path).keep(2, "ana", update, weights)
+
+
+@pytest.mark.parametrize("run", ["", " ", "a\nb", 7, None, "x" * 200])
+def test_a_run_has_a_name_of_one_line(tmp_path, run):
+    with pytest.raises(InputError, match="name of a run"):
+        Recording(tmp_path, run=run)
+
+
+def test_what_was_recorded_is_for_its_owner_alone(tmp_path):
+    weights, update = {"a": torch.zeros(2)}, Update({"a": torch.ones(2)}, kind="difference")
+    Recording(tmp_path / "kept").keep(1, "ana", update, weights)
+    for path in (tmp_path / "kept").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    update = Update({"a": torch.ones(2)}, kind="difference")
+    with pytest.raises(InputError, match="folder"):
+        Recording(tmp_path / "file").keep(1, "ana", update, {"a": torch.zeros(2)})
 
 
 @pytest.mark.parametrize("change", [lambda n: f"net.{n}", lambda n: n.replace("blocks", "layers")])

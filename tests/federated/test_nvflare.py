@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import nn
 
 pytest.importorskip("nvflare", reason="needs the extra nvflare", exc_type=ImportError)
@@ -457,6 +458,85 @@ def test_states_are_of_mode_600_and_refused_where_others_read_them(run):
         run.sealed("site-1", reply_of(change()))
 
 
+@pytest.mark.parametrize(("most", "taken"), [(None, True), (2, True), (1, False), (0, False)])
+def test_clipped_values_are_counted_and_the_server_may_refuse_them(run, most, taken):
+    _, aggregator = begun(run)
+    aggregator.max_clipped = most
+    update = change()
+    update["weight"][0, :2] = torch.tensor([float("nan"), 9.0])
+    sealed = run.sealed("site-1", reply_of(update), outliers="clip")
+    assert from_shareable(sealed).meta[parts.CLIPPED] == 2
+    run.accepted(aggregator, "site-2", run.sealed("site-2", reply_of(change())))
+    if taken:
+        run.accepted(aggregator, "site-1", sealed)
+        assert aggregator.refused == {}
+        return
+    with pytest.raises(Rejected, match="2 values beyond bounds"):
+        run.accepted(aggregator, "site-1", sealed)
+    with pytest.raises(Rejected, match="1 messages, fewer than 2"):
+        aggregator.aggregate_model()
+
+
+@pytest.mark.parametrize("said", [-1, True, 0.0, "0", None, float("nan")])
+def test_a_count_of_clipped_values_that_is_none_is_refused(run, said):
+    _, aggregator = begun(run)
+    aggregator.max_clipped = 5
+    sealed = run.sealed("site-1", reply_of(change()))
+    sealed["DXO"]["meta"][parts.CLIPPED] = said
+    with pytest.raises(Rejected, match="beyond bounds"):
+        run.accepted(aggregator, "site-1", sealed)
+
+
+def read_only(monkeypatch):
+    """As on a disk without room or the right to write; root may write where modes forbid it."""
+
+    def refuses(*args, **named):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("TemporaryFile", "mkstemp"):
+        monkeypatch.setattr(f"vitguard.files.tempfile.{name}", refuses)
+
+
+def test_a_state_that_cannot_be_written_lets_nothing_in_or_out(run, monkeypatch):
+    initial, aggregator = begun(run)
+    private = SealFilter(defenses="client-privacy:noise=1", model=NORMED)
+    whole = {n: torch.zeros_like(t) for n, t in normed_vit().state_dict().items()}
+    for site in SITES[:2]:
+        run.accepted(aggregator, site, run.sealed(site, reply_of(change())))
+    total = aggregator.aggregate_model().params
+    kept = (run.root / "server/job/vitguard/server.json").read_bytes()
+    read_only(monkeypatch)
+    with pytest.raises(InputError, match="Read-only"):
+        run.opened("site-1", 1, dict(total))
+    with pytest.raises(InputError, match="Read-only"):
+        run.opened("site-4", 0, dict(initial))
+    with pytest.raises(InputError, match="Read-only"):
+        private.process(reply_of(whole), context(run.root, "site-5"))
+    fl_ctx = context(run.root, "server")
+    with pytest.raises(InputError, match="Read-only"):
+        run.persistor().save_model(make_model_learnable(dict(total), {}), fl_ctx)
+    assert (run.root / "server/job/vitguard/server.json").read_bytes() == kept
+
+
+def test_a_run_directory_that_cannot_be_made_is_one_clear_error(run):
+    (run.root / "site-1").write_text("")
+    with pytest.raises(InputError, match=r"a folder .*vitguard that can be made"):
+        run.opened("site-1", 0, nn.Linear(6, 4).state_dict())
+
+
+def test_a_state_that_cannot_be_read_is_one_clear_error(run):
+    initial = run.persistor().load_model(context(run.root, "server"))["weights"]
+    params, _ = played(run, 0, initial)
+    state = run.root / "site-1/job/vitguard/site-1.safetensors"
+    state.unlink()
+    state.mkdir(mode=0o700)
+    with pytest.raises(Rejected, match="Is a directory"):
+        run.opened("site-1", 1, dict(params))
+    (run.root / "server/job/vitguard/sum-0.bin").unlink()
+    with pytest.raises(Rejected, match="No such file"):
+        run.persistor().load_model(context(run.root, "server"))
+
+
 def test_a_site_whose_name_is_a_path_is_refused(run):
     with pytest.raises(Unprotected, match="name of a site"):
         run.sealed("../site-1", reply_of(change()))
@@ -593,13 +673,48 @@ def test_the_recipe_numbers_rounds_on_over_restarts(run, tmp_path):
     recipe = encrypted_fedavg(
         manifest=Manifest.from_json(run.manifest), model=MODEL, client_keys="{site}.json",
         server_keys="server.json", signing="signing.json", train_script=str(script),
-        min_clients=2, num_rounds=7,
+        min_clients=2, num_rounds=7, clients=4, round_timeout=90,
     )  # fmt: skip
     recipe.export(str(tmp_path / "job"))
     (config,) = (tmp_path / "job").rglob("config_fed_server.json")
     (workflow,) = json.loads(config.read_text())["workflows"]
     assert workflow["path"] == f"{ResumedFedAvg.__module__}.ResumedFedAvg"
     assert workflow["args"]["num_rounds"] == 7
+    assert workflow["args"]["num_clients"] == 4 and workflow["args"]["round_timeout"] == 90
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clients": 1}, {"clients": 2.0}, {"round_timeout": -1}, {"round_timeout": 1.5},
+        {"max_clipped": -1}, {"max_clipped": True},
+    ],
+)  # fmt: skip
+def test_a_round_that_cannot_be_meant_is_refused_by_the_recipe(run, wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        encrypted_fedavg(
+            manifest=Manifest.from_json(run.manifest), model=MODEL, client_keys="{site}.json",
+            server_keys="server.json", signing="signing.json", min_clients=2,
+            train_script="client.py", **wrong,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("seconds", [0, 90])
+def test_a_site_that_died_ends_no_round(monkeypatch, seconds):
+    """NVFlare waits for its answer without end, or ends the job at an error, unless it is told."""
+    sent = []
+    monkeypatch.setattr(FedAvg, "send_model", lambda self, **settings: sent.append(settings))
+    controller = ResumedFedAvg(num_clients=3, num_rounds=1, persistor_id="p", round_timeout=seconds)
+    controller.send_model(task_name="train")
+    assert sent == [{"task_name": "train", "timeout": seconds}]
+    panics, said = [], []
+    monkeypatch.setattr(controller, "panic", panics.append)
+    monkeypatch.setattr(controller, "warning", said.append)
+    controller._current_failed_clients, controller._current_num_targets = set(), 3
+    controller._current_min_responses = 3
+    died = make_reply(ReturnCode.EXECUTION_EXCEPTION)
+    assert not controller._accept_train_result("site-2", died, FLContext())
+    assert not panics and "site-2" in said[0]
 
 
 def test_a_site_keeps_the_progress_of_the_whole_package_and_refuses_another(run):
@@ -657,6 +772,51 @@ def test_counters_of_batch_norms_are_left_out_of_what_is_sealed(run):
     noised = private.process(reply_of(difference), context(run.root, "site-2"))
     names = {n for n, t in whole.items() if t.is_floating_point()}
     assert {*from_shareable(noised).data} == names
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.complex64])
+def test_buffers_that_nobody_trains_are_finite_too(run, kind, value):
+    whole = nn.Linear(6, 4).state_dict() | {"kept": torch.tensor([1.0, value]).to(kind)}
+    with pytest.raises(Rejected, match="kept with values that are not finite"):
+        run.opened("site-1", 0, whole)
+    save_file(whole, run.root / "start.safetensors")
+    persistor = run.persistor(initial=str(run.root / "start.safetensors"))
+    with pytest.raises(Rejected, match="kept with values that are not finite"):
+        persistor.load_model(context(run.root, "server"))
+    run.opened("site-1", 0, whole | {"kept": torch.zeros(2, dtype=kind)})
+    with pytest.raises(Unprotected, match="a change of kept"):
+        run.sealed("site-1", reply_of(change() | {"kept": whole["kept"]}))
+
+
+@pytest.mark.parametrize("value", [1 + 0j, 0.5], ids=str)
+def test_a_change_that_fits_no_ciphertext_is_not_dropped_in_silence(run, value):
+    kept = torch.tensor([value])
+    start = nn.Linear(6, 4).state_dict() | {"kept": torch.zeros_like(kept)}
+    run.opened("site-1", 0, start)
+    with pytest.raises(Unprotected, match="a change of kept"):
+        run.sealed("site-1", reply_of(change() | {"kept": kept}))
+    run.sealed("site-1", reply_of(change() | {"kept": torch.zeros_like(kept)}))
+
+
+@pytest.mark.parametrize("defenses", ["noise:scale=0.1", "pruning:keep=0.5"])
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("head.0.running_mean", torch.zeros(5), "running_mean of shape"),
+        ("head.0.num_batches_tracked", torch.zeros(5, dtype=torch.int64), "tracked of shape"),
+        ("head.0.running_mean", torch.zeros(12, dtype=torch.int64), "floating-point"),
+        ("head.0.running_var", torch.full((12,), float("nan")), "finite"),
+    ],
+)
+def test_buffers_leave_as_the_model_has_them(run, defenses, name, wrong, said):
+    """A server that adds them would fail, or spread one buffer of a site over another's."""
+    whole = normed_vit().state_dict()
+    update = {n: torch.zeros_like(t) for n, t in whole.items()}
+    seal = SealFilter(defenses=defenses, model=NORMED)
+    with pytest.raises(InputError, match=said):
+        seal.process(reply_of(update | {name: wrong}), context(run.root, "site-1"))
+    seal.process(reply_of(update), context(run.root, "site-1"))
 
 
 def test_a_release_that_a_later_defense_refuses_stays_counted_over_restarts(run, monkeypatch):

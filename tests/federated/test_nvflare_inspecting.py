@@ -12,7 +12,7 @@ from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from tests.federated.test_nvflare import context
 from tests.inspection.crafts import PUBLISHED
 from tests.inspection.test_look import make
-from vitguard.errors import InputError, SuspiciousWeights
+from vitguard.errors import InputError, Rejected, SuspiciousWeights
 from vitguard.federated.nvflare import InspectFilter
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -51,3 +51,11 @@ def test_weights_of_another_model_and_limits_of_zero_are_refused(tmp_path):
         InspectFilter(MODEL).process(task({"strange": torch.zeros(2)}), context(tmp_path, "a"))
     with pytest.raises(InputError):
         InspectFilter(MODEL, limit=0.0)
+
+
+@pytest.mark.parametrize("left", [b"{", b"[]", b'{"more": 1}', b"\xff"])
+def test_a_memory_that_is_none_is_refused(tmp_path, left):
+    InspectFilter(MODEL).process(task(make().state_dict()), context(tmp_path, "a"))
+    (tmp_path / "a/job/vitguard/a-accepted.json").write_bytes(left)
+    with pytest.raises(Rejected, match=r"accepted\.json"):
+        InspectFilter(MODEL).process(task(make().state_dict()), context(tmp_path, "a"))

@@ -211,6 +211,8 @@ class Update:
     def save(self, path: str | Path) -> None:
         """Write the update as safetensors, its public facts in the header; atomic.
 
+        The file is readable by its owner alone: an update may show the images behind it.
+
         Raises:
             InputError: A tensor is sparse, quantised, without values, or of a type such as float8;
                 or the path cannot be written.

@@ -28,6 +28,8 @@ class Tried:
         psnr: dB of the worst image, patches matched.
         proved: Share of the patches that the attack proved, in [0, 1], whether or not they are of
             the images that were given.
+        reproduces: Whether the guess makes the update, so that it shows the images behind it,
+            whether or not they are those that were given.
         needs: Tensors that the attack reads, as far as it says so.
         opens: Whether an attack that does not apply would have, to a plain gradient of the batch.
     """
@@ -38,6 +40,7 @@ class Tried:
     gain: float = -math.inf
     psnr: float = -math.inf
     proved: float = 0.0
+    reproduces: bool = False
     needs: tuple[str, ...] = ()
     opens: bool = False
 
@@ -95,9 +98,9 @@ class LeakGate(Defense):
     Does not protect against:
         Attacks that it does not run (the ladder, gradient matching), and updates between those
         that it looks at. A wrong `batch=` of `Guard.seal`: beside images that are others, or no
-        model input, an exact guess looks like a wrong one, unless the attack proves it. Whether an
-        update was refused depends on the images: a server that sees no update learns that much,
-        and no differential privacy of the stack covers it.
+        model input, a good guess looks like a wrong one, unless the attack proves it or the guess
+        alone makes the update. Whether an update was refused depends on the images: a server that
+        sees no update learns that much, and no differential privacy of the stack covers it.
 
     Args:
         max_gain: Largest dB above the no-information baseline, of any image; none for no limit.
@@ -191,12 +194,17 @@ class LeakGate(Defense):
         tally.note(Decision("not looked at", f"every {self.every} updates one is looked at"))
 
     def _leaks(self, tried: Tried) -> bool:
+        return self._over(tried) or tried.proved > 0 or tried.reproduces
+
+    def _over(self, tried: Tried) -> bool:
         over = self.max_gain is not None and tried.gain > self.max_gain
-        return (
-            over or tried.proved > 0 or (self.max_psnr is not None and tried.psnr > self.max_psnr)
-        )
+        return over or (self.max_psnr is not None and tried.psnr > self.max_psnr)
 
     def _said(self, tried: Tried) -> str:
+        if tried.reproduces and not self._over(tried):
+            return (
+                f"{tried.attack} rebuilds images that make the update, whatever images were given"
+            )
         if tried.state == "failed":  # there is no dB
             return (
                 f"{tried.attack} proves {tried.proved:.0%} of the patches it rebuilds, whatever "

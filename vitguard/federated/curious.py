@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from vitguard.audit.seen import Seen, SeenRound, Share, message_name
 from vitguard.core import Loss, Normalization, Update
-from vitguard.errors import expected
+from vitguard.errors import InputError, expected
+from vitguard.files import private_folder, write_atomically
 from vitguard.guard import Guard, Stack, protect, stack_of
 from vitguard.models import normalization_of
 from vitguard.registry import stack_name
@@ -25,7 +28,7 @@ from vitguard.vit import canonical_name
 __all__ = ["Recording", "update_of"]
 
 _ROUND = re.compile(r"round-(\d{1,18})")
-_BEFORE = "before.safetensors"
+_BEFORE, _RUN = "before.safetensors", "run"
 
 
 def update_of(
@@ -64,10 +67,21 @@ class Recording:
     """A folder with what a server was sent: for each round the weights before it, and updates.
 
     Args:
-        folder: Made where it is not there. It holds whatever the updates hold: keep it as such.
+        folder: Made where it is not there, with all in it for its owner alone: it holds whatever
+            the updates hold.
+        run: Name of the run, one line. By default each `Recording` is a run of its own: name it
+            where a server that restarts goes on with its folder.
+
+    Raises:
+        InputError: A run without a name of one line.
     """
 
     folder: Path | str
+    run: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.run, str) or not re.fullmatch(r"\S(.{0,126}\S)?", self.run):
+            raise expected("the name of a run, one line", repr(self.run)[:80])
 
     def keep(self, number: int, client: str, update: Update, before: Mapping[str, Tensor]) -> None:
         """Write a client's update of a round; weights before it are written once.
@@ -77,10 +91,8 @@ class Recording:
         """
         from safetensors.torch import save
 
-        from vitguard.files import write_atomically
-
-        place = Path(self.folder) / f"round-{number}"
-        place.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        place = private_folder(Path(self.folder) / f"round-{number}")
         whole = save({n: t.detach().cpu().clone().contiguous() for n, t in before.items()})
         start = place / _BEFORE
         file = place / f"update-{quote(client, safe='')}.safetensors"
@@ -90,8 +102,25 @@ class Recording:
                 "a second one, or other weights", "Record another run in another folder.",
             )  # fmt: skip
         if not start.exists():
-            write_atomically(start, whole)
+            write_atomically(start, whole, private=True)
         update.save(file)
+
+    def _claim(self) -> None:
+        """Make the folder that of this run.
+
+        Raises:
+            InputError: It is that of another one.
+        """
+        name = private_folder(self.folder) / _RUN
+        if not name.exists() and not any(Path(self.folder).glob("round-*")):
+            with contextlib.suppress(InputError):  # another process was faster
+                write_atomically(name, self.run, private=True, overwrite=False)
+        found = name.read_text(errors="replace") if name.is_file() else "unknown"
+        if found != self.run:
+            raise expected(
+                f"a folder of the run {self.run!r}", f"{self.folder} of {found[:128]!r}",
+                "Record another run in another folder; to go on with one, give its name.",
+            )  # fmt: skip
 
     def rounds(
         self,

@@ -88,7 +88,7 @@ def sealed(
         )  # fmt: skip
     for name, tensor in tensors.items():
         check_plain(name, tensor, "the update")
-    _check_parameters(model, tensors, update)
+    _check_tensors(model, tensors, update)
     made = update = replace(update, tensors=tensors)
     held: dict[str, str] = {}
     for piece in protection.installed():
@@ -179,14 +179,14 @@ def _completed(
     return replace(update, tensors=tensors)
 
 
-def _check_parameters(model: nn.Module, tensors: Mapping[str, Tensor], update: Update) -> None:
-    """Raise InputError unless parameters come as the model has them, before a ledger counts."""
+def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], update: Update) -> None:
+    """Raise InputError unless tensors come as the model has them, before a ledger counts."""
     if not tensors and not update.sealed:
         raise expected(
             "an update with tensors of the model", "none",
             "Give the difference of each parameter, by its name.",
         )  # fmt: skip
-    for named, own in model.named_parameters():
+    for named, own in (*model.named_parameters(), *model.named_buffers()):
         name = canonical_name(named)
         given = tensors.get(name, own)
         if own.shape != given.shape:

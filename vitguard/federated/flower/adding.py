@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
+from types import FrameType
 from typing import Any
 
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common.logger import log
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    FedProx,
+    Strategy,
+)
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from torch import Tensor
 
 from vitguard.defenses.encryption import Manifest
 from vitguard.errors import Incompatible, Rejected, VitguardError, expected
@@ -21,12 +30,20 @@ __all__ = [
     "aggregate_metrics",
     "evaluated",
     "refuse_other_strategies",
+    "refuse_readers_around",
+    "require_finite_start",
     "require_tensors",
+    "warn_of_coarse",
     "with_common_names",
 ]
 
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 EPSILON, CLIPPED = "epsilon", "vitguard-clipped"
+_COARSE = 0.01
+_READERS = (
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
 
 
 def refuse_other_strategies(kind: type, own: type) -> None:
@@ -39,13 +56,55 @@ def refuse_other_strategies(kind: type, own: type) -> None:
         for base in kind.__mro__
         if issubclass(base, Strategy)
         and not issubclass(base, own)
-        and base not in (FedAvg, Strategy)
+        and base not in (FedAvg, FedProx, Strategy)  # FedProx tells clients a number, no more
     ]
     if readers:
         raise Incompatible(
             f"Expected a strategy that adds updates, got {readers[0]}, which must read each update "
             f"or replaces the average. Use {own.__name__} alone."
         )
+
+
+def refuse_readers_around(own: Strategy) -> None:
+    """Raise Incompatible if a strategy around `own`, which calls it now, reads each update.
+
+    Flower's privacy of the server clips what each client sends, which is masked.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        around = frame.f_locals.get("self")
+        if around is not own and isinstance(around, _READERS):
+            raise Incompatible(
+                f"Expected a strategy around {type(own).__name__} that reads no update, got "
+                f"{type(around).__name__}, which clips each on the server. Let clients clip "
+                "(DifferentialPrivacyClientSideFixedClipping), or put ClientPrivacy before the "
+                "masks in their stack."
+            )
+        frame = frame.f_back
+
+
+def require_finite_start(weights: Mapping[str, Tensor]) -> None:
+    """Raise InputError where weights to start from are not finite: no client would train them."""
+    for name, tensor in weights.items():
+        if not bool(tensor.isfinite().all()):
+            raise expected(
+                f"finite starting weights of {name}", "inf or NaN",
+                "Start from another checkpoint: no average can mend them.",
+            )  # fmt: skip
+
+
+def warn_of_coarse(server_round: int, error: float, max_weight: float) -> None:
+    """Log one line where an average may be off by a hundredth of its bound, or more.
+
+    Args:
+        error: The largest possible one, as a share of the bound.
+    """
+    if error > _COARSE:
+        log(
+            WARNING, "Round %s: the average may be off by %.2g of each bound, since the weights "
+            "are far below max_weight %g. Make keys with the largest weight there is.",
+            server_round, error, max_weight,
+        )  # fmt: skip
 
 
 def require_tensors(manifest: Manifest, shapes: Mapping[str, Any]) -> None:

@@ -118,6 +118,15 @@ def changes_of(
         if after[name].shape != before[name].shape:
             raise expected(f"{name} of shape {tuple(before[name].shape)}", tuple(after[name].shape))
     _require_known(guard.model, {*spelling.values()}, before, after)
+    for name, sent in [*spelling.items()]:
+        if not after[sent].is_complex():
+            continue
+        if not bool((after[sent] == before[sent]).all()):
+            raise expected(
+                f"{sent} unchanged, since no defense takes complex values", "a change",
+                "Freeze it, or hold its two parts in a tensor of real numbers.",
+            )  # fmt: skip
+        del spelling[name]  # it stays as the server knows it
     return {n: _change(before[sent], after[sent]) for n, sent in spelling.items()}, spelling
 
 
@@ -134,7 +143,8 @@ def _require_known(
                 "The server's model would keep values that no client trains with: protect its "
                 "starting model with the same defenses of the model.",
             )  # fmt: skip
-        if name.startswith("vitguard.") or (name in before and canonical_name(name) in local):
+        kept = name in before and canonical_name(name) in local and not after[name].is_complex()
+        if name.startswith("vitguard.") or kept:
             continue  # what a defense keeps local: it stays as the server knows it
         start, end = before.get(name), after[name]
         if start is None or start.shape != end.shape or not bool((start == end).all()):

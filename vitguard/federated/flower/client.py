@@ -341,7 +341,8 @@ def _opened(
     keys = exchange.keys(exchange.context)
     if _MODEL in state.array_records:
         weights = from_arrays(state.array_records[_MODEL])
-        progress = Progress.from_json(str(state.config_records[_KEPT]["progress"]))
+        kept = state.config_records.get(_KEPT, ConfigRecord())
+        progress = Progress.from_json(str(kept.get("progress", "")))
     elif history.start:
         weights, progress = dict(history.start), Progress(-1, model_version(history.start))
     else:
@@ -371,6 +372,8 @@ def _opened(
     state[_MODEL] = to_arrays(weights)
     _keep(exchange, progress=progress.to_json())
     wanted = config.get(SNAPSHOT)
+    if wanted in ("vouch", "send") and progress.opened < 0:
+        raise Rejected("snapshot", "a request for the model before any round", "one after it")
     if wanted in ("vouch", "send"):
         facts = keys.keys, keys.manifest, progress.opened, progress.base, weights
         exchange.beside = {VOUCH: sealed_array(vouch(*facts))}

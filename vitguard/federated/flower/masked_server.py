@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from logging import WARNING
 from typing import Any
@@ -18,7 +19,10 @@ from vitguard.federated.flower.adding import (
     aggregate_metrics,
     evaluated,
     refuse_other_strategies,
+    refuse_readers_around,
+    require_finite_start,
     require_tensors,
+    warn_of_coarse,
     with_common_names,
 )
 from vitguard.federated.flower.arrivals import Arrivals
@@ -100,6 +104,7 @@ class MaskedFedAvg(FedAvg):
             InputError: The model lacks a tensor of the manifest, or has it in another shape.
         """
         require_tensors(self._federation.terms.manifest, initial_arrays)
+        require_finite_start(from_arrays(initial_arrays))
         grid, self.ledgers = without_ledgers(grid, self.ledgers)
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
         result = super().start(single, initial_arrays, *args, **named)
@@ -111,6 +116,7 @@ class MaskedFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Exchange keys and shares with the nodes; ask those that did both for masked updates."""
+        refuse_readers_around(self)
         self._now = None
         refused = self.refused[server_round] = {}
         messages = list(super().configure_train(server_round, arrays, config, grid))
@@ -151,6 +157,10 @@ class MaskedFedAvg(FedAvg):
         except Rejected as refusal:
             self._failed(server_round, refusal)
             return None, None
+        terms, given = self._federation.terms, list(now.server.weights.values())
+        heaviest = terms.manifest.max_weight
+        error = len(given) / terms.levels * heaviest / math.fsum(given)
+        warn_of_coarse(server_round, error, heaviest)
         metrics = self.train_metrics_aggr_fn(with_common_names(now.metrics), self.weighted_by_key)
         return to_arrays(weights), metrics
 

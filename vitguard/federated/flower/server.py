@@ -14,13 +14,15 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from vitguard.defenses.encryption import Aggregator
+from vitguard.defenses.encryption import Aggregator, worst_error
 from vitguard.errors import Incompatible, Rejected, VitguardError, expected
 from vitguard.federated.flower.adding import (
     aggregate_metrics,
     evaluated,
     refuse_other_strategies,
+    require_finite_start,
     require_tensors,
+    warn_of_coarse,
     with_common_names,
 )
 from vitguard.federated.flower.arrivals import Arrivals
@@ -121,6 +123,7 @@ class EncryptedFedAvg(FedAvg):
             )
         history = History.of(initial_arrays)
         require_tensors(self._federation.manifest, history.start)
+        require_finite_start(history.start)
         self._history, self._known = history, {}
         grid, self.ledgers = without_ledgers(grid, self.ledgers)
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
@@ -233,7 +236,10 @@ class EncryptedFedAvg(FedAvg):
         except Rejected as refusal:
             log(WARNING, "Round %s failed, the model is as it was: %s", server_round, str(refusal))
             return None, None
-        weight = math.fsum(total.weights.values())
+        weights = list(total.weights.values())
+        weight, heaviest = math.fsum(weights), keys.manifest.max_weight
+        error = worst_error(1.0, keys.keys, weights, max_weight=heaviest)
+        warn_of_coarse(server_round, error, heaviest)
         step = Step(number, summed, plain.mean(weight))
         self._history = self._history.after(step, models.agreed())
         return self._history.record(), self.train_metrics_aggr_fn(

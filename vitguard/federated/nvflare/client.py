@@ -25,6 +25,7 @@ from vitguard.defenses.base import UpdateDefense
 from vitguard.defenses.encryption import Decryptor, Encryptor, KeySet, Manifest, model_version
 from vitguard.errors import Rejected, Unprotected, expected
 from vitguard.federated.nvflare.messages import (
+    CLIPPED,
     MESSAGE,
     bare,
     failed,
@@ -41,8 +42,8 @@ from vitguard.federated.nvflare.models import build_model
 from vitguard.federated.nvflare.state import (
     ClientState,
     passphrase_of,
-    private_folder,
     site_of,
+    state_folder,
 )
 from vitguard.federated.schemes import sealing_of
 from vitguard.federated.weights import images_behind
@@ -71,7 +72,7 @@ class _ClientFilter(Filter):
     def _state_file(self, fl_ctx: FLContext) -> Path:
         workspace: Any = fl_ctx.get_workspace()
         run = workspace.get_run_dir(fl_ctx.get_job_id())
-        return private_folder(run) / f"{site_of(fl_ctx)}.safetensors"
+        return state_folder(run) / f"{site_of(fl_ctx)}.safetensors"
 
 
 class OpenFilter(_ClientFilter):
@@ -191,7 +192,8 @@ class SealFilter(_ClientFilter):
             `batch-floor` takes the site's weight for the images behind the update: state their
             number, not steps or images times epochs.
         model: `{"path": "package.Class", "args": {...}}`, for `defenses`.
-        outliers: `refuse` or `clip` values beyond their bound, as `Encryptor` does.
+        outliers: `refuse` or `clip` values beyond their bound, as `Encryptor` does. The server is
+            told how many were clipped.
         task: The one task that is let through.
 
     Raises:
@@ -272,7 +274,8 @@ class SealFilter(_ClientFilter):
                 )
             if number != state.training:
                 raise Rejected("round", f"a result of round {number}", f"one of {state.training}")
-            data = {MESSAGE: self._encrypted(tensors, weight, state, fl_ctx)}
+            message, meta[CLIPPED] = self._encrypted(tensors, weight, state, fl_ctx)
+            data = {MESSAGE: message}
         else:
             refuse_tensors(tensors)
         sealed = DXO(DataKind.WEIGHT_DIFF, data=data, meta=meta)
@@ -280,11 +283,12 @@ class SealFilter(_ClientFilter):
 
     def _encrypted(
         self, tensors: dict[str, Tensor], weight: float, state: ClientState, fl_ctx: FLContext
-    ) -> bytes:
+    ) -> tuple[bytes, int]:
+        """Return the message, and how many values were moved to their bound."""
         manifest = self._agreed()
-        tensors = {  # counters fit no ciphertext
-            n: t for n, t in tensors.items() if t.is_floating_point() or n in manifest.names
-        }
+        fractions = {n for n, t in tensors.items() if t.is_floating_point() or t.is_complex()}
+        fractions |= {*manifest.names}
+        tensors = {n: t for n, t in tensors.items() if n in fractions}  # no counters
         for name in tensors.keys() - set(manifest.names):
             still = name in state.weights and not bool(tensors[name].any())
             if not still:
@@ -298,9 +302,10 @@ class SealFilter(_ClientFilter):
             client_id=site_of(fl_ctx),
             outliers=self.outliers,  # type: ignore[arg-type]
         )
-        return encryptor.encrypt(
+        message = encryptor.encrypt(
             tensors, round_id=state.training, weight=weight, base=state.progress.base
         )
+        return message, sum(encryptor.clipped.values())
 
     def _defended(
         self, tensors: dict[str, Tensor], weight: float, state: ClientState, file: Path

@@ -17,10 +17,10 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 from torch import nn
 
-from vitguard.errors import Incompatible, SuspiciousWeights, expected
+from vitguard.errors import Incompatible, InputError, Rejected, SuspiciousWeights, expected
 from vitguard.federated.nvflare.messages import require_train, sole_dxo, tensors_of
 from vitguard.federated.nvflare.models import build_model
-from vitguard.federated.nvflare.state import private_folder, site_of
+from vitguard.federated.nvflare.state import private_bytes, site_of, state_folder
 from vitguard.files import parsed_json, write_atomically
 from vitguard.inspection import Memory, inspect_weights, load_exactly, weights_of
 from vitguard.vit import Anatomy
@@ -66,7 +66,12 @@ class InspectFilter(Filter):
             raise Incompatible("Expected a model whose blocks are known, got one without.")
         file, memory = self._file(fl_ctx), Memory()
         if file.exists():
-            memory.load_state_dict(parsed_json(file.read_bytes()))
+            try:
+                memory.load_state_dict(parsed_json(private_bytes(file)))
+            except (InputError, ValueError) as error:
+                raise Rejected(
+                    "state", f"{file} ({error})", "what an earlier round left"
+                ) from error
         found = inspect_weights(weights, anatomy, memory, limit=self.limit)
         if found.suspicious:
             raise SuspiciousWeights(
@@ -80,5 +85,5 @@ class InspectFilter(Filter):
 
     def _file(self, fl_ctx: FLContext) -> Path:
         workspace: Any = fl_ctx.get_workspace()
-        folder = private_folder(workspace.get_run_dir(fl_ctx.get_job_id()))
+        folder = state_folder(workspace.get_run_dir(fl_ctx.get_job_id()))
         return folder / f"{site_of(fl_ctx)}-accepted.json"

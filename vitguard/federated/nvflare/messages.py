@@ -20,6 +20,7 @@ from torch import Tensor
 from vitguard.errors import Rejected, Unprotected
 
 __all__ = [
+    "CLIPPED",
     "MESSAGE",
     "SUM",
     "bare",
@@ -39,6 +40,8 @@ MESSAGE = "vitguard.message"
 """Name of a client's message, where NVFlare expects parameters."""
 SUM = "vitguard.sum."
 """Start of the name of a sum; the number of its round follows."""
+CLIPPED = "vitguard-clipped"
+"""Name in the meta of a result: how many values were moved to their bound."""
 _PLAIN = (str, bool, int, float, type(None))
 _HEADERS = (
     AppConstants.CURRENT_ROUND,
@@ -168,7 +171,7 @@ def sums_in(dxo: DXO) -> dict[int, bytes] | None:
 def refuse_tensors(tensors: dict[str, Tensor]) -> None:
     """Raise Rejected for values that are not finite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor).all()):
             raise Rejected("range", f"{name} with values that are not finite", "finite weights")
 
 

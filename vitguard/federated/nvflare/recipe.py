@@ -36,9 +36,12 @@ def encrypted_fedavg(
     server_passphrase: str = "VITGUARD_SERVER_PASSPHRASE",
     defenses: str = "",
     outliers: str = "refuse",
+    max_clipped: int | None = None,
     initial: str = "",
     keep: int = 1,
     inspect: bool = False,
+    clients: int | None = None,
+    round_timeout: int = 0,
     client_filters: Sequence[Filter] = (),
     **others: Any,
 ) -> FedAvgRecipe:
@@ -49,15 +52,20 @@ def encrypted_fedavg(
         model: `{"path": "package.Class", "args": {...}}`; plain JSON.
         client_keys: Path of the key files, the same at all sites; `{site}` stands for the name.
         server_keys, signing: Paths of the server's two key files.
-        min_clients: Clients of a round, at least 2.
+        min_clients: The fewest clients of a sum, at least 2; with fewer the job ends with an error.
         train_script: NVFlare's client script; it sends `FLModel` with
             `meta={"NUM_STEPS_CURRENT_ROUND": weight}`.
         client_passphrase, server_passphrase: Names of environment variables.
         defenses: Spec of update defenses that act before the encryption.
         outliers: `refuse` or `clip`, of values beyond their bound.
+        max_clipped: The most clipped values of a message that the server takes; None for any.
         initial: Path of a safetensors file with the initial weights, on the server.
         keep: Sums that are sent, for clients that sat out up to `keep - 1` rounds.
         inspect: Whether clients refuse weights with signs of a known craft (`InspectFilter`).
+        clients: How many are asked in a round, `min_clients` by default. With more than that, one
+            that answers with an error or too late is left out.
+        round_timeout: Seconds that clients have for a round, 0 for no end: NVFlare then waits for
+            one that died.
         client_filters: Job filters of results that act before vitguard's, which must be the last.
         others: Further arguments of `FedAvgRecipe`.
 
@@ -74,15 +82,24 @@ def encrypted_fedavg(
             )
     if type(min_clients) is not int or min_clients < 2:
         raise expected("min_clients of at least 2", repr(min_clients))
+    asked = min_clients if clients is None else clients
+    if type(asked) is not int or asked < min_clients:
+        raise expected(f"clients, a whole number from min_clients={min_clients}", repr(asked)[:80])
+    if type(round_timeout) is not int or round_timeout < 0:
+        raise expected("round_timeout in whole seconds, 0 for none", repr(round_timeout)[:80])
+    if max_clipped is not None and (type(max_clipped) is not int or max_clipped < 0):
+        raise expected("max_clipped, a whole number of values, or None", repr(max_clipped)[:80])
     if taken := sorted(others.keys() & _OWN.keys()):
         raise expected(f"a recipe without {taken[0]}", "one with it", _OWN[taken[0]])
     agreed = manifest.to_json()
     recipe = _SealedRecipe(
+        asked,
+        round_timeout,
         model=None,
         min_clients=min_clients,
         train_script=train_script,
         aggregator=EncryptedAggregator(
-            agreed, server_keys, signing, server_passphrase, min_clients
+            agreed, server_keys, signing, server_passphrase, min_clients, max_clipped
         ),
         aggregator_data_kind=DataKind.WEIGHT_DIFF,
         model_persistor=SumPersistor(agreed, model, initial, keep),
@@ -121,6 +138,10 @@ class _SealedRecipe(FedAvgRecipe):
 
     closed = False
 
+    def __init__(self, asked: int, round_timeout: int, **settings: Any) -> None:
+        self._asked, self._round_timeout = asked, round_timeout  # NVFlare's own init needs them
+        super().__init__(**settings)
+
     def add_client_output_filter(self, filter: Filter, tasks: Any = None, clients: Any = None):
         """Add a filter of results, until the encryption is there.
 
@@ -144,7 +165,8 @@ class _SealedRecipe(FedAvgRecipe):
     ) -> ResumedFedAvg:
         # what else NVFlare's own gives its controller cannot work on ciphertext, see `_OWN`
         return ResumedFedAvg(
-            num_clients=self.min_clients,
+            num_clients=self._asked,
+            round_timeout=self._round_timeout,
             num_rounds=self.num_rounds,
             persistor_id=persistor_id,
             model=model_params,

@@ -22,6 +22,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
@@ -33,9 +34,9 @@ from vitguard.defenses.encryption import (
     model_version,
 )
 from vitguard.errors import Rejected, expected
-from vitguard.federated.nvflare.messages import MESSAGE, SUM, sum_name
+from vitguard.federated.nvflare.messages import CLIPPED, MESSAGE, SUM, refuse_tensors, sum_name
 from vitguard.federated.nvflare.models import build_model
-from vitguard.federated.nvflare.state import ServerState, passphrase_of, private_folder
+from vitguard.federated.nvflare.state import ServerState, passphrase_of, private_bytes, state_folder
 from vitguard.files import write_atomically
 from vitguard.rounds import next_version
 
@@ -44,7 +45,7 @@ __all__ = ["EncryptedAggregator", "ResumedFedAvg", "SumPersistor"]
 
 def _folder(fl_ctx: FLContext) -> Path:
     workspace: Any = fl_ctx.get_workspace()
-    return private_folder(workspace.get_run_dir(fl_ctx.get_job_id()))
+    return state_folder(workspace.get_run_dir(fl_ctx.get_job_id()))
 
 
 def _state_file(fl_ctx: FLContext) -> Path:
@@ -64,6 +65,7 @@ class EncryptedAggregator(ModelAggregator):
         signing: Path of the server's `SigningKey`.
         passphrase: Name of the environment variable that holds the passphrase of both.
         min_clients: The fewest messages of a sum; with fewer the job ends with an error.
+        max_clipped: The most values of a message that were moved to their bound; None for any.
     """
 
     expected_data_kind = DataKind.WEIGHT_DIFF
@@ -75,10 +77,12 @@ class EncryptedAggregator(ModelAggregator):
         signing: str,
         passphrase: str = "VITGUARD_SERVER_PASSPHRASE",
         min_clients: int = 2,
+        max_clipped: int | None = None,
     ) -> None:
         super().__init__()
         self.manifest, self.keys, self.signing = manifest, keys, signing
         self.passphrase, self.min_clients = passphrase, min_clients
+        self.max_clipped = max_clipped
         self.refused: dict[str, str] = {}
         self._held: tuple[ServerKeys, SigningKey] | None = None
         self._sum: Aggregator | None = None
@@ -110,6 +114,9 @@ class EncryptedAggregator(ModelAggregator):
             weight = (model.meta or {}).get(FLMetaKey.NUM_STEPS_CURRENT_ROUND)
             if type(weight) not in (int, float):
                 raise Rejected("weight", f"a weight of {weight!r:.80}", "that of the message")
+            clipped, most = (model.meta or {}).get(CLIPPED, 0), self.max_clipped
+            if most is not None and not (type(clipped) is int and 0 <= clipped <= most):
+                raise Rejected("clipped", f"{clipped!r:.80} values beyond bounds", "fewer")
             self._open_sum().add(_message(model), sender=client, weight=weight)
         except Rejected as refusal:
             self.refused[client] = str(refusal)
@@ -190,12 +197,16 @@ class SumPersistor(ModelPersistor):
             return make_model_learnable(self._kept(state, fl_ctx), {})
         file = _folder(fl_ctx) / "initial.safetensors"
         if state is not None and file.exists():
-            weights = load(file.read_bytes())
+            try:
+                weights = load(private_bytes(file))
+            except SafetensorError as error:
+                raise Rejected("state", f"{file}, which is damaged", "its weights") from error
             if model_version(weights) != state.base:
                 raise Rejected("state", f"another initial model in {file}", "that of this run")
             return make_model_learnable(weights, {})
         weights = self._initial()
         Manifest.from_json(self.manifest).check(weights)
+        refuse_tensors(weights)
         whole = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
         write_atomically(file, save(whole), private=True)
         ServerState(run, model_version(weights)).write(_state_file(fl_ctx))
@@ -234,7 +245,7 @@ class SumPersistor(ModelPersistor):
         return state
 
     def _kept(self, state: ServerState, fl_ctx: FLContext) -> dict[str, bytes]:
-        return {sum_name(r): _sum_file(fl_ctx, r).read_bytes() for r in state.rounds}
+        return {sum_name(r): private_bytes(_sum_file(fl_ctx, r)) for r in state.rounds}
 
     def _initial(self) -> dict[str, Any]:
         if self.initial:
@@ -248,8 +259,22 @@ class SumPersistor(ModelPersistor):
 class ResumedFedAvg(FedAvg):
     """NVFlare's FedAvg; after a restart it goes on with the round after the last sum that was kept.
 
-    Rounds are numbered from 0 to `num_rounds`, over all restarts together.
+    Rounds are numbered from 0 to `num_rounds`, over all restarts together. A site that answers
+    with an error, or not in time, is left out of the round; with too few others the aggregator ends
+    the job.
+
+    Args:
+        round_timeout: Seconds that sites have for a round, 0 for no end.
+        args, kwargs: Of NVFlare's `FedAvg`.
     """
+
+    def __init__(self, *args: Any, round_timeout: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **{"ignore_result_error": True, **kwargs})
+        self.round_timeout = round_timeout
+
+    def send_model(self, *args: Any, **settings: Any) -> None:
+        """Send the task of a round, as NVFlare does, with the time that sites have."""
+        super().send_model(*args, **{"timeout": self.round_timeout, **settings})
 
     def load_model(self) -> FLModel | None:
         """Return the initial model, or the sums; the next round is the one after them."""

@@ -14,19 +14,24 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vitguard.errors import InputError, Rejected, Unprotected, expected
-from vitguard.files import parsed_json, write_atomically
+from vitguard.files import parsed_json, private_folder, write_atomically
 from vitguard.rounds import Progress
 
-__all__ = ["ClientState", "ServerState", "passphrase_of", "private_folder", "site_of"]
+__all__ = [
+    "ClientState",
+    "ServerState",
+    "passphrase_of",
+    "private_bytes",
+    "state_folder",
+    "site_of",
+]
 
 _KIND = "vitguard"
 
 
-def private_folder(run: str | Path) -> Path:
+def state_folder(run: str | Path) -> Path:
     """Return the folder of vitguard in a run directory, mode 700; made where it is not there."""
-    folder = Path(run) / "vitguard"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+    return private_folder(Path(run) / "vitguard")
 
 
 @dataclass
@@ -67,7 +72,7 @@ class ClientState:
         """
         if not path.exists():
             return ClientState(run)
-        data = _private_bytes(path)
+        data = private_bytes(path)
         try:
             size = int.from_bytes(data[:8], "little")
             facts = parsed_json(parsed_json(data[8 : 8 + size])["__metadata__"][_KIND])
@@ -109,7 +114,7 @@ class ServerState:
         if not path.exists():
             return None
         try:
-            stored = parsed_json(_private_bytes(path))
+            stored = parsed_json(private_bytes(path))
             _require(stored, {"run": str, "base": str, "rounds": list})
             if any(type(number) is not int for number in stored["rounds"]):
                 raise TypeError("rounds")
@@ -127,10 +132,14 @@ def _require(stored: Any, kinds: dict[Any, type]) -> None:
         raise TypeError("other fields")
 
 
-def _private_bytes(path: Path) -> bytes:
-    if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise Rejected("state", f"{path}, which others may read", "a state of mode 600")
-    return path.read_bytes()
+def private_bytes(path: Path) -> bytes:
+    try:
+        if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise Rejected("state", f"{path}, which others may read", "a state of mode 600")
+        return path.read_bytes()
+    except OSError as error:
+        said = error.strerror or type(error).__name__
+        raise Rejected("state", f"{path} ({said})", "a file that can be read") from error
 
 
 def _same_run(found: Any, run: str, path: Path) -> None:

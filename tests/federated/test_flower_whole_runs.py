@@ -1,0 +1,278 @@
+"""The whole life of a Flower run: processes that die, other strategies, odd weights and states."""
+
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="needs vitguard[flower]")
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import strategy as strategies
+from flwr.serverapp.strategy import FedProx
+
+import vitguard as vg
+from tests.federated import masked_rounds
+from tests.federated.flower_rounds import NODES, Federated, weighs
+from tests.federated.masked_rounds import PHASES, Masked, phase_of
+from tests.federated.test_flower_faults import through_bytes
+from tests.federated.test_flower_models import Nodes, added, normed, plain
+from vitguard.errors import Incompatible, InputError
+from vitguard.federated.flower import EncryptedFedAvg, MaskedFedAvg
+
+BOTH = pytest.mark.parametrize("kind", [Federated, Masked])
+
+
+def dies(grid, node, when=lambda message: True):
+    """Once: the app's process ends after it has answered, and its answer and state are lost.
+
+    As a SuperNode does, which then answers in its place.
+    """
+    app, died = grid.apps[node], []
+
+    def dying(message, context):
+        if died or not when(message):
+            return app(message, context)
+        died.append(message)
+        grid.contexts[node] = through_bytes(context)
+        app(message, context)
+        return Message(Error(3, "ClientApp stopped responding"), reply_to=message)
+
+    grid.apps[node] = dying
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_process_that_dies_in_its_training_is_left_out_and_takes_part_in_the_next_round(
+    small_vit, private
+):
+    stack = (vg.ClientPrivacy(noise=1e-6, clip=1.0, rounds=2),) if private else ()
+    federated = Federated(small_vit, private=stack)
+    dies(federated.grid, 12)
+    strategy, _ = federated.run(2)
+    assert strategy.refused[1].keys() == {12} and "stopped responding" in strategy.refused[1][12]
+    assert strategy.refused[2] == {} and not federated.unsealed()
+    if private:  # what never left was not released
+        name = strategy.ledgers.nodes[12]
+        assert strategy.ledgers.most[name] == 1
+        assert strategy.ledgers.most[strategy.ledgers.nodes[13]] == 2
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_process_that_dies_in_a_phase_of_masks_is_back_in_the_next_round(
+    small_vit, tmp_path, phase
+):
+    masked = Masked(small_vit)
+    masked.folder = tmp_path  # with a journal, which outlives the process
+    dies(masked.grid, 12, lambda message: phase_of(message) == phase)
+    strategy, result = masked.run(2)
+    assert strategy.refused[1].keys() == {12} and "stopped responding" in strategy.refused[1][12]
+    assert strategy.refused[2] == {} and not masked.unmasked()
+    summed = masked_rounds.NODES
+    if phase in ("keys", "shares", "values"):
+        summed = [n for n in summed if n != 12]
+    due = masked.moved(summed) + masked.moved()
+    after = result.arrays.to_torch_state_dict()["head.weight"]
+    assert float((after - masked.start["head.weight"] - due).abs().max()) < 1e-6
+
+
+@BOTH
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_start_that_is_not_finite_is_refused_before_the_first_round(small_vit, kind, value):
+    """Each client would refuse its own update, with a word on its bound that misleads."""
+    federated = kind(small_vit)
+    start = {n: t.clone() for n, t in federated.start.items()}
+    start["head.weight"].view(-1)[0] = value
+    with pytest.raises(InputError, match=r"finite starting weights of head\.weight"):
+        federated.run(1, initial=ArrayRecord(start))
+    assert not federated.grid.sent
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("vitguard.kept"),
+        lambda state: state.__setitem__("vitguard.kept", ConfigRecord({"progress": 7})),
+        lambda state: state.__setitem__("vitguard.kept", ConfigRecord({"progress": "{"})),
+        lambda state: state.__setitem__(
+            "vitguard.model", ArrayRecord({"a": Array(torch.zeros(3).numpy())})
+        ),
+    ],
+    ids=["no progress", "a number", "half a text", "another model"],
+)
+def test_a_state_that_is_none_is_refused_in_words(small_vit, change):
+    federated = Federated(small_vit)
+    strategy, result = federated.run(1)
+    change(federated.grid.contexts[12].state)
+    federated.run(1, strategy, initial=result.arrays)
+    assert strategy.refused[1].keys() == {12}
+    assert "Expected" in strategy.refused[1][12].removeprefix("Expected an answer, got ")
+    assert not federated.unsealed()
+
+
+@BOTH
+def test_weights_far_below_the_largest_are_told_in_one_line(small_vit, kind, caplog):
+    """Of a value there are few levels left: within the bound of the preset, and coarse."""
+    federated, nodes = kind(small_vit), NODES if kind is Federated else masked_rounds.NODES
+    coarse = 1e-3 if kind is Federated else 1e-7
+    for weight, told in ((8.0, False), (coarse, True)):
+        federated.spoil = dict.fromkeys(nodes, weighs(weight))
+        with caplog.at_level(logging.WARNING, logger="flwr"):
+            caplog.clear()
+            logging.getLogger("flwr").addHandler(caplog.handler)
+            try:
+                kind(small_vit).run(0)
+                federated.run(1)
+            finally:
+                logging.getLogger("flwr").removeHandler(caplog.handler)
+        lines = [r.getMessage() for r in caplog.records if "max_weight" in r.getMessage()]
+        assert len(set(lines)) == told, lines
+        federated = kind(small_vit)
+
+
+@BOTH
+def test_a_strategy_that_only_tells_clients_a_number_goes_with_sealed_updates(small_vit, kind):
+    federated = kind(small_vit)
+    own = EncryptedFedAvg if kind is Federated else MaskedFedAvg
+    made = type("Proximal", (own, FedProx), {})
+    keys = federated.strategy()._federation
+    strategy = made(keys, proximal_mu=0.25, fraction_evaluate=0.0)
+    told, send = [], federated.grid.send_and_receive
+
+    def sending(messages, **options):
+        messages = list(messages)
+        told.extend(
+            record["proximal-mu"]
+            for m in messages
+            for record in m.content.config_records.values()
+            if "proximal-mu" in record
+        )
+        return send(messages, **options)
+
+    federated.grid.send_and_receive = sending
+    federated.run(1, strategy)
+    assert strategy.refused[1] == {} and told == [0.25] * len(federated.names)
+
+
+@pytest.mark.parametrize("size", ["Fixed", "Adaptive"])
+def test_privacy_of_the_server_around_masks_is_refused_before_anything_is_sent(small_vit, size):
+    """It would read masked values as a client's update, and end the run in a traceback."""
+    masked = Masked(small_vit)
+    around = getattr(strategies, f"DifferentialPrivacyServerSide{size}Clipping")
+    settings = {"noise_multiplier": 0.1, "num_sampled_clients": 6}
+    settings |= {"clipping_norm": 1.0} if size == "Fixed" else {}
+    strategy = around(strategy=masked.strategy(), **settings)
+    with pytest.raises(Incompatible, match=f"{size}Clipping, which clips each on the server"):
+        strategy.start(masked.grid, ArrayRecord(masked.start), num_rounds=1)
+    assert not masked.grid.sent
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("vitguard-round", -1, "round number"),
+        ("vitguard-round", 2**63 - 1, "in round 1"),
+        ("vitguard-round", 1.0, "a round without number"),
+        ("vitguard-base", "", "another version"),
+        ("vitguard-snapshot", "send", "before any round"),
+        ("vitguard-weighted-by", "loss", "a claimed weight"),
+    ],
+)
+def test_a_server_that_asks_one_client_for_nonsense_gets_nothing_of_it(
+    small_vit, name, value, said
+):
+    federated = Federated(small_vit)
+    send = federated.grid.send_and_receive
+
+    def lying(message):
+        if message.metadata.dst_node_id != 12:
+            return message
+        content = dict(message.content)
+        content["config"] = ConfigRecord({**content["config"], name: value})
+        return Message(RecordDict(content), 12, message.metadata.message_type)
+
+    federated.grid.send_and_receive = lambda ms, **o: send([lying(m) for m in ms], **o)
+    strategy, _ = federated.run(1)
+    assert strategy.refused[1].keys() == {12} and said in strategy.refused[1][12]
+    assert " in the app" not in strategy.refused[1][12] and not federated.unsealed()
+
+
+def test_a_late_reply_beside_the_new_one_costs_nothing_but_itself(small_vit):
+    federated = Federated(small_vit)
+    send, held = federated.grid.send_and_receive, []
+
+    def late(messages, **options):
+        replies = list(send(messages, **options))
+        if held:
+            return iter(held + replies)
+        held.extend(r for r in replies if r.metadata.src_node_id == 12)
+        return iter([r for r in replies if r.metadata.src_node_id != 12])
+
+    federated.grid.send_and_receive = late
+    strategy, _ = federated.run(3)
+    assert "a message of round 1 in round 2" in strategy.refused[2][12]
+    federated.check(federated.seen[13][-1], [n for n in NODES if n != 12], NODES)
+
+
+def test_a_run_that_is_replayed_into_another_moves_no_masked_model(small_vit):
+    """All that a client said in an earlier run of the same terms, round and model."""
+    masked, said = Masked(small_vit), []
+    app = masked.grid.apps[12]
+
+    def recorded(message, context):
+        said.append(app(message, context))
+        return said[-1]
+
+    masked.grid.apps[12] = recorded
+    masked.run(1)
+    replies = iter(said)
+    masked.grid.apps[12] = lambda message, context: Message(
+        content=next(replies).content, reply_to=message
+    )
+    for node, context in masked.grid.contexts.items():
+        context.state = RecordDict()
+        if node != 12:
+            masked.grid.apps[node] = masked.app(node)
+    strategy, result = masked.run(1)
+    assert 12 in strategy.refused[1] and masked.unchanged(result)
+
+
+@pytest.mark.parametrize("change", [0, 1j])
+def test_a_complex_buffer_that_changed_is_refused_not_lost(small_vit, change):
+    """No defense takes complex values: what a client made of them would stay behind in silence."""
+
+    def turning():
+        model = plain(small_vit)
+        model.register_buffer("turns", torch.ones(3, dtype=torch.complex64))
+        return model
+
+    def changed(node, state):
+        return added(node, state) | {"turns": state["turns"] + change}
+
+    nodes = Nodes(turning, change=changed)
+    after = nodes.run(turning().state_dict(), rounds=1)
+    assert (after is None) == bool(change)
+    assert all("turns unchanged" in reason for reason in nodes.reasons)
+
+
+@BOTH
+def test_a_clock_that_jumps_ends_no_round(small_vit, kind, monkeypatch):
+    from vitguard.federated.flower import grid
+
+    times = iter(range(2_000_000_000, 0, -10_000_000))
+    monkeypatch.setattr(grid.time, "time", lambda: float(next(times)))
+    strategy, _ = kind(small_vit).run(2)
+    assert strategy.refused == {1: {}, 2: {}}
+
+
+@pytest.mark.parametrize(
+    "name", ["FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "FedMedian", "FedTrimmedAvg", "Bulyan"]
+)
+def test_counters_and_positions_survive_stock_strategies(small_vit, name):
+    """They turn counters into fractions; clients take these in, and fixed positions stay."""
+    nodes = Nodes(lambda: normed(small_vit), "positions:kind=frozen")
+    start = normed(small_vit).state_dict()
+    made = getattr(strategies, name)(fraction_evaluate=0.0)
+    result = made.start(nodes.grid, ArrayRecord(start), num_rounds=2)
+    after = result.arrays.to_torch_state_dict()
+    assert all(bool(t.isfinite().all()) for t in after.values())
+    assert nodes.trained == 6 and after["head.0.num_batches_tracked"].shape == ()
