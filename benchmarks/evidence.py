@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py rows.jsonl               # measures what is not in the file yet
     python benchmarks/evidence.py rows.jsonl --only cifar  # cells whose model has the word
-    python benchmarks/evidence.py rows.jsonl --costs       # trains under each stack
+    python benchmarks/evidence.py rows.jsonl --costs       # trains under each stack; --only finetune
     python benchmarks/evidence.py rows.jsonl --make        # writes what vitguard carries, and docs
 
 Rows are written one by one: a run that is ended goes on where it was. A cell that is not in the
@@ -309,7 +309,7 @@ def main() -> None:
         for setting, stacks in STACKS.items():
             plain: list[Any] = known.get(("none", setting), {}).get("runs", [])
             for stack in stacks:
-                if (stack, setting) in known:
+                if (stack, setting) in known or options.only not in f"{setting} {stack}":
                     continue
                 found, runs = cost(stack, setting, plain)
                 plain = runs if stack == "none" else plain
