@@ -1,8 +1,9 @@
 """What stood: stacks of defenses, each under the ladder, on each model, and what they cost.
 
     python benchmarks/evidence.py rows.jsonl               # measures what is not in the file yet
-    python benchmarks/evidence.py rows.jsonl --only cifar  # cells whose model has the word
-    python benchmarks/evidence.py rows.jsonl --costs       # trains under each stack; --only finetune
+    python benchmarks/evidence.py rows.jsonl --only cifar  # cells of models, costs of settings
+    python benchmarks/evidence.py rows.jsonl --stack stem  # cells and costs of these stacks
+    python benchmarks/evidence.py rows.jsonl --costs       # trains under each stack
     python benchmarks/evidence.py rows.jsonl --make        # writes what vitguard carries, and docs
 
 Rows are written one by one: a run that is ended goes on where it was. A cell that is not in the
@@ -275,6 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("rows", type=Path)
     parser.add_argument("--only", default="", metavar="WORD")
+    parser.add_argument("--stack", default="", metavar="WORD")
     parser.add_argument("--costs", action="store_true", help="costs alone")
     parser.add_argument("--make", action="store_true")
     options = parser.parse_args()
@@ -292,7 +294,10 @@ def main() -> None:
         if not options.costs:
             done = {key(r) for r in rows if r["kind"] == "cell"}
             for subject, asked in cells():
-                missing = dict.fromkeys(c.stack for c in asked if key(asdict(c)) not in done)
+                missing = dict.fromkeys(
+                    c.stack for c in asked
+                    if key(asdict(c)) not in done and options.stack in c.stack
+                )  # fmt: skip
                 if options.only not in subject.name or not missing:
                     continue
                 asked = [c for c in asked if c.stack in ("none", *missing)]
@@ -309,7 +314,8 @@ def main() -> None:
         for setting, stacks in STACKS.items():
             plain: list[Any] = known.get(("none", setting), {}).get("runs", [])
             for stack in stacks:
-                if (stack, setting) in known or options.only not in f"{setting} {stack}":
+                wanted = options.only in setting and (stack == "none" or options.stack in stack)
+                if (stack, setting) in known or not wanted:
                     continue
                 found, runs = cost(stack, setting, plain)
                 plain = runs if stack == "none" else plain
