@@ -17,7 +17,7 @@ from vitguard import rounds
 from vitguard.core import Update, tensors_by_name
 from vitguard.defenses.encryption.authority import check_id
 from vitguard.defenses.encryption.backend import shared_engine
-from vitguard.defenses.encryption.keys import KeySet
+from vitguard.defenses.encryption.keys import KeySet, ServerKeys
 from vitguard.defenses.encryption.manifest import LIGHTEST, Manifest, check_manifest
 from vitguard.defenses.encryption.packing import canary, pack, quantise, unpack
 from vitguard.defenses.encryption.wire import (
@@ -39,7 +39,12 @@ _TRUE_DISTANCE = 0.15  # a true decryption is within 1/14, noise is at 0.29
 
 
 def worst_error(
-    bound: float, keys: KeySet, weights: list[float], *, max_weight: float = 1.0, nearest=False
+    bound: float,
+    keys: KeySet | ServerKeys,
+    weights: list[float],
+    *,
+    max_weight: float = 1.0,
+    nearest: bool = False,
 ) -> float:
     """Return the largest possible error of a decrypted average, from quantisation alone.
 

@@ -37,7 +37,8 @@ def watch_heads(model: nn.Module, output: Any, tape: Tape) -> Any:
     """
     for tensor in tree_leaves(output):
         if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-            tensor.grad_fn.metadata[_MARK] = id(tape)
+            node: Any = tensor.grad_fn  # torch types `metadata` as a method
+            node.metadata[_MARK] = id(tape)
     handle = register_module_forward_hook(_look(model, weakref.ref(tape)), with_kwargs=True)
     weakref.finalize(tape, handle.remove)
     return handle

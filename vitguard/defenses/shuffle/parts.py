@@ -31,8 +31,9 @@ class Piece(Protocol):
 
 def mark(tensor: Tensor) -> None:
     """Note that what a tensor is computed from was shuffled."""
-    if tensor.grad_fn is not None:
-        tensor.grad_fn.metadata[_MARK] = True
+    node: Any = tensor.grad_fn  # torch types `metadata` as a method
+    if node is not None:
+        node.metadata[_MARK] = True
 
 
 def watch_parts(piece: Piece, model: nn.Module) -> None:
@@ -120,7 +121,7 @@ class _Expose:
 
 def _shuffled(tensor: Tensor) -> bool:
     """Whether a tensor comes from one that was marked; if so it is marked too."""
-    start = tensor.grad_fn
+    start: Any = tensor.grad_fn
     waiting, seen = [start], {start}
     while waiting:
         node = waiting.pop()
