@@ -89,6 +89,8 @@ CIFAR = (
 )
 SMALL = "vit_small_patch14_dinov2:img_size=112,num_classes=10"
 STEPS, BATCH, SEEDS, TESTED = 60, 32, 3, 1000
+KNOWN = "weights that were trained on this very task"
+NOTHING = -15.0  # dB at which a stack is drawn that gives no image at all
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ def cost(stack: str, setting: str, plain: list[tuple[float, float, float]]) -> t
     subject = SUBJECTS[0] if setting == "finetune" else SUBJECTS[1]
     return Cost(
         stack, subject.name, setting, ours[0], theirs[0], SEEDS, STEPS, ours[1] / theirs[1],
-        ours[2] / theirs[2],
+        ours[2] / theirs[2], "" if setting == "scratch" else KNOWN,
     ), runs  # fmt: skip
 
 
@@ -406,24 +408,30 @@ def draw(evidence: Evidence) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    marks = {"finetune": "o", "scratch": "s"}
+    figure, axes = plt.subplots(figsize=(9.5, 4.5), layout="constrained")
+    marks, number = {"finetune": "o", "scratch": "s"}, 0
     for setting, mark in marks.items():
         for stack in evidence.stacks(setting):
             above = [c.above for c in stack.measured if c.above is not None]
             lost = [100 * ((c.plain or 0) - (c.accuracy or 0)) for c in stack.costs]
             if not stack.measured or not lost:
                 continue
-            colour = "#1b7f5c" if stack.stood else "#c0392b"
-            at = max(lost), min(max(above, default=-15.0), 60.0)
-            axes.plot(*at, mark, color=colour, markersize=8)
+            number += 1
+            colour = "#c0392b" if stack.fell else "#1b7f5c" if stack.stood else "#7f8c8d"
+            at = max(lost), min(max(above, default=NOTHING), 60.0)
             short = stack.spec.replace("batch-floor+sample-normalisation", "floor+norm")
-            axes.annotate(short, at, xytext=(6, 3), textcoords="offset points", fontsize=7)
+            axes.plot(*at, mark, color=colour, markersize=8, label=f"{number}  {short}")
+            axes.annotate(str(number), at, xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.axhline(WITHIN, color="#888", linewidth=0.8, linestyle="--")
     axes.set_xlabel("accuracy lost, points (60 steps, trained CIFAR ViT)")
-    axes.set_ylabel("worst image, dB above the thumbnail (60 and more at 60)")
-    title = "Leak against cost: green stood, red fell; round fine-tuning, square from scratch"
-    axes.set_title(title, fontsize=9)
+    axes.set_ylabel(
+        "worst image, dB above the thumbnail\n(60 and more at 60, nothing to read at -15)"
+    )
+    axes.set_title(
+        "Leak against cost: green stood, red fell, grey shows nothing (attacks cut, or no control)",
+        fontsize=9,
+    )
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7.5, frameon=False)
     figure.savefig(FIGURE, dpi=110)
 
 

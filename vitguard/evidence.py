@@ -73,6 +73,7 @@ class Cost:
         steps: Steps of each run.
         time: Time of a step over that of the undefended one; processor time.
         bytes: Bytes that are sent over those of the undefended update in float32.
+        note: What to know of the accuracies.
     """
 
     stack: str
@@ -141,7 +142,7 @@ class Stack:
             if cost.accuracy is not None and cost.plain is not None:
                 words.append(
                     f"accuracy {cost.accuracy:.1%} where undefended has {cost.plain:.1%} "
-                    f"({cost.model}, {cost.seeds} seeds)"
+                    f"({', '.join(filter(None, (cost.model, cost.note)))}, {cost.seeds} seeds)"
                 )
         if times := [c.time for c in self.costs if c.time is not None]:
             words.append(f"a step takes {max(times):.1f} times as long")
