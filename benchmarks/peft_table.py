@@ -57,7 +57,6 @@ NAMES = {
 
 
 WHY = {  # of cells that nobody has run, the first that holds
-    "| 4": "single images come first",
     "ViT-B/16": "200 iterations are an hour of a core",
     "": "no time so far",
 }
