@@ -40,5 +40,5 @@ class Record(Filter):
             arrived, before, learning_rate=self.rate,
             batch_size=int(dxo.get_meta_prop(FLMetaKey.NUM_STEPS_CURRENT_ROUND)),
         )  # fmt: skip
-        Recording(self.folder).keep(0, site, update, before)
+        Recording(self.folder, run=fl_ctx.get_job_id()).keep(0, site, update, before)
         return shareable
