@@ -1,5 +1,6 @@
 """VITGUARD_SHAPES=1 checks every annotation, in every module; CI sets it for the whole suite."""
 
+import ast
 import os
 import sys
 from pathlib import Path
@@ -52,6 +53,22 @@ def test_every_module_in_use_is_checked_but_what_pytest_loads_as_a_plugin():
     loaded = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "vitguard"}
     plain = {n for n, m in loaded.items() if "jaxtyping" not in type(m.__loader__).__module__}
     assert plain <= UNCHECKED and len(loaded) > 20
+
+
+def test_every_protocol_can_be_asked_for_at_run_time():
+    protocols = [
+        node
+        for file in sorted((ROOT / "vitguard").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef) and "Protocol" in map(_last_name, node.bases)
+    ]
+    told = {p.name for p in protocols if "runtime_checkable" in map(_last_name, p.decorator_list)}
+    assert protocols and {p.name for p in protocols} == told
+
+
+def _last_name(node: ast.expr) -> str:
+    node = node.value if isinstance(node, ast.Subscript) else node
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
 @pytest.mark.skipif(ON, reason="the check was turned on in time")

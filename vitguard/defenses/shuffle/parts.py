@@ -7,7 +7,7 @@ that is called by itself is followed back: what it is given must come from the p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ __all__ = ["mark", "unwatch_parts", "unwatched_gradient", "watch_parts"]
 _MARK = "vitguard shuffled"
 
 
+@runtime_checkable
 class Piece(Protocol):
     """What is asked of an installed shuffle."""
 
