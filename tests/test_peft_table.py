@@ -19,7 +19,7 @@ def script(monkeypatch):
 def line(key, attack="ladder"):
     made = {"verdict": "leaks", "matched": 30.0, "gain": 9.0, "labels": 1.0, "rung": "span"}
     floor = {"patch_psnr": 15.0, "thumbnail": 18.0}
-    return {"key": key, "attack": attack, **made, "verified": 0.5, "floor": floor}
+    return {"key": key, "attack": attack, **made, "verified": 0.5, "floor": floor, "settings": {}}
 
 
 def test_every_cell_stands_in_the_table_and_one_that_was_not_run_says_why(script, monkeypatch):
@@ -27,16 +27,19 @@ def test_every_cell_stands_in_the_table_and_one_that_was_not_run_says_why(script
     cells = list(script.grid())
     text = script.table([line(cells[0].key)])
     assert "| **leaks** 30.0 (+9.0) `span`, 50% proved; labels 100% |" in text
-    unrun = [script.why_not(cell) for cell in cells[1:] + cells]
-    assert len(cells) == 48 and text.count("not run: ") == len(unrun) == 95
-    for why in set(unrun):
-        assert text.count(f"not run: {why} |") == unrun.count(why)
+    assert len(cells) == 48 and text.count("not run, for lack of time") == 95
+
+
+def test_matching_of_fewer_iterations_says_how_many(script):
+    found = {**line("a", "inverting"), "rung": None, "verified": None}
+    assert script.shown({**found, "settings": {"iterations": 200}}).endswith("labels 100%")
+    assert script.shown({**found, "settings": {"iterations": 15}}).endswith("; 15 iterations")
 
 
 def test_an_attack_that_was_not_tried_is_no_attack_that_failed(script):
     untried = {**line("a"), "verdict": "inconclusive", "matched": None, "labels": None}
     untried["reason"] = "no rung gave an image (containment: untried on a batch)"
-    assert script.shown(script.Cell("a", "head", 4), untried) == "`containment` untried"
+    assert script.shown(untried) == "`containment` untried"
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_cell_it_was_at(script, monkeypatch, tmp_path):
