@@ -179,7 +179,8 @@ def attacks(seconds: float, iterations: int, *, matching: bool) -> list[Any]:
     """Return what is run on a cell."""
     every: list[Any] = [Ladder(seconds=seconds)]
     if matching:
-        every.append(replace(parse_attack("inverting", fast=True), iterations=iterations))
+        inverting: Any = parse_attack("inverting", fast=True)
+        every.append(replace(inverting, iterations=iterations))
     return every
 
 
