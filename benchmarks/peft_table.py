@@ -5,13 +5,13 @@
     python benchmarks/peft_table.py --out rows.jsonl --table
 
 Each cell is one audit without defenses: the ladder of exact attacks within a budget of work, and
-for keys that hold a word of `--matching` also gradient matching on a CPU's budget (its iterations
-stand in the table where they are not 200). A run goes on where the file ends, and a line that was
-cut off by its end is run again; a cell that is not in the file is `not run` in the table. The
-trained models and the images are those of the folder that VITGUARD_DATA names; ViT-B/16 has random
-weights. Adapters are as after some steps: before the first one, B of LoRA and the last layer of a
-bottleneck are zero, and most of the update with them. The head is trained in every cell, as it is
-for new classes. A B = 4 row counts the best of its images.
+for keys that hold a word of `--matching` also gradient matching, by `--iterations` or a CPU's
+budget (the iterations that were made stand in the table where they are not 200). A run goes on
+where the file ends, and a line that was cut off by its end is run again; a cell that is not in the
+file is `not run` in the table. The trained models and the images are those of the folder that
+VITGUARD_DATA names; ViT-B/16 has random weights. Adapters are as after some steps: before the first
+one, B of LoRA and the last layer of a bottleneck are zero, and most of the update with them. The
+head is trained in every cell, as it is for new classes. A B = 4 row counts the best of its images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,18 +169,19 @@ def measured(cell: Cell, attack: Any) -> dict[str, Any]:
         "labels": found.labels_correct,
         "rung": found.details.get("rung"),
         "verified": found.details.get("verified"),
+        "iterations": found.details.get("iterations"),
         "undecided": found.undecided,
         "settings": found.to_json()["settings"],
         "seconds": round(time.process_time() - started, 1),
     }
 
 
-def attacks(seconds: float, iterations: int, *, matching: bool) -> list[Any]:
+def attacks(seconds: float, iterations: int | None, *, matching: bool) -> list[Any]:
     """Return what is run on a cell."""
     every: list[Any] = [Ladder(seconds=seconds)]
     if matching:
-        inverting: Any = parse_attack("inverting", fast=True)
-        every.append(replace(inverting, iterations=iterations))
+        chosen = "" if iterations is None else f":iterations={iterations}"
+        every.append(parse_attack(f"inverting{chosen}", fast=True))
     return every
 
 
@@ -203,7 +204,7 @@ def shown(line: dict[str, Any] | None) -> str:
         return ("`containment` untried" if untried else line["verdict"]) + labels
     rung = f" `{line['rung']}`" if line["rung"] else ""
     proved = f", {line['verified']:.0%} proved" if line["verified"] else ""
-    taken = line["settings"].get("iterations", ITERATIONS)
+    taken = line.get("iterations") or ITERATIONS
     fewer = "" if taken == ITERATIONS else f"; {taken} iterations"
     leaks = "**leaks** " if line["verdict"] == "leaks" else ""
     return f"{leaks}{line['matched']:.1f} ({line['gain']:+.1f}){rung}{proved}{labels}{fewer}"
@@ -256,7 +257,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a key")
     parser.add_argument("--seconds", type=float, default=30.0, help="nominal, of the ladder")
     parser.add_argument("--matching", nargs="*", default=[], metavar="WORD", help="parts of keys")
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="of matching")
+    parser.add_argument("--iterations", type=int, help="of matching, in place of a budget")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     lines = finished(options.out)

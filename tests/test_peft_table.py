@@ -19,7 +19,7 @@ def script(monkeypatch):
 def line(key, attack="ladder"):
     made = {"verdict": "leaks", "matched": 30.0, "gain": 9.0, "labels": 1.0, "rung": "span"}
     floor = {"patch_psnr": 15.0, "thumbnail": 18.0}
-    return {"key": key, "attack": attack, **made, "verified": 0.5, "floor": floor, "settings": {}}
+    return {"key": key, "attack": attack, **made, "verified": 0.5, "floor": floor}
 
 
 def test_every_cell_stands_in_the_table_and_one_that_was_not_run_says_why(script, monkeypatch):
@@ -32,8 +32,8 @@ def test_every_cell_stands_in_the_table_and_one_that_was_not_run_says_why(script
 
 def test_matching_of_fewer_iterations_says_how_many(script):
     found = {**line("a", "inverting"), "rung": None, "verified": None}
-    assert script.shown({**found, "settings": {"iterations": 200}}).endswith("labels 100%")
-    assert script.shown({**found, "settings": {"iterations": 15}}).endswith("; 15 iterations")
+    assert script.shown({**found, "iterations": 200}).endswith("labels 100%")
+    assert script.shown({**found, "iterations": 15}).endswith("; 15 iterations")
 
 
 def test_an_attack_that_was_not_tried_is_no_attack_that_failed(script):
@@ -56,3 +56,10 @@ def test_a_run_that_was_cut_off_goes_on_with_the_cell_it_was_at(script, monkeypa
     script.main()
     assert ran == keys[1:]
     assert [json.loads(text)["key"] for text in file.read_text().splitlines()] == keys
+
+
+def test_a_row_holds_the_iterations_that_were_made_and_not_those_that_were_asked_for(script):
+    (attack,) = script.attacks(1.0, None, matching=True)[1:]
+    assert attack.budget is not None  # so fewer may be made
+    (attack,) = script.attacks(1.0, 7, matching=True)[1:]
+    assert (attack.budget, attack.iterations) == (None, 7)
