@@ -150,6 +150,8 @@ def _attacked(
         return attack.run(view, torch.Generator()), trained, time.process_time() - begun
     except VitguardError as error:
         return str(error), trained, time.process_time() - begun
+    finally:
+        guard.remove()
 
 
 def _quality(anatomy: Anatomy, pixels: Tensor, guess: Guess) -> Tensor:
