@@ -164,7 +164,7 @@ def test_noise_of_the_server_around_masks_keeps_ledgers_and_terms(small_vit):
     """Central privacy around masks works, and nothing that the strategy guards is left out."""
     private = [vg.ClientPrivacy(noise=1.0, rounds=9, clip=0.01)]
     masked = Masked(small_vit, private=private)
-    inner = masked.strategy()
+    inner = masked.strategy(wrapped=True)
     outer = DifferentialPrivacyClientSideFixedClipping(inner, 1e-6, 1.0, 6)
     outer.start(masked.grid, ArrayRecord(masked.start), num_rounds=1)
     assert set(inner.ledgers.nodes) == set(masked.names)

@@ -9,7 +9,7 @@ pytest.importorskip("flwr", reason="needs vitguard[flower]")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import strategy as strategies
-from flwr.serverapp.strategy import FedProx
+from flwr.serverapp.strategy import FedProx, Strategy
 
 import vitguard as vg
 from tests.federated import masked_rounds
@@ -153,17 +153,71 @@ def test_a_strategy_that_only_tells_clients_a_number_goes_with_sealed_updates(sm
     assert strategy.refused[1] == {} and told == [0.25] * len(federated.names)
 
 
-@pytest.mark.parametrize("size", ["Fixed", "Adaptive"])
-def test_privacy_of_the_server_around_masks_is_refused_before_anything_is_sent(small_vit, size):
-    """It would read masked values as a client's update, and end the run in a traceback."""
-    masked = Masked(small_vit)
-    around = getattr(strategies, f"DifferentialPrivacyServerSide{size}Clipping")
+class Median(Strategy):
+    """A third party's strategy around another: it reads each reply, and knows nothing of masks."""
+
+    def __init__(self, strategy, reads=True):
+        self.strategy, self.reads, self.read = strategy, reads, []
+
+    def configure_train(self, server_round, arrays, config, grid):
+        return self.strategy.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        for reply in replies if self.reads else []:
+            (record,) = reply.content.array_records.values()
+            self.read += record.to_numpy_ndarrays()
+        return self.strategy.aggregate_train(server_round, replies)
+
+    def configure_evaluate(self, *asked):
+        return self.strategy.configure_evaluate(*asked)
+
+    def aggregate_evaluate(self, *asked):
+        return self.strategy.aggregate_evaluate(*asked)
+
+    def summary(self):
+        self.strategy.summary()
+
+
+def around(name, strategy):
+    """Return a strategy of Flower's, or of somebody else, around one."""
+    if name == "Median":
+        return Median(strategy)
     settings = {"noise_multiplier": 0.1, "num_sampled_clients": 6}
-    settings |= {"clipping_norm": 1.0} if size == "Fixed" else {}
-    strategy = around(strategy=masked.strategy(), **settings)
-    with pytest.raises(Incompatible, match=f"{size}Clipping, which clips each on the server"):
+    settings |= {"clipping_norm": 1.0} if "Fixed" in name else {}
+    return getattr(strategies, f"DifferentialPrivacyServerSide{name}")(strategy, **settings)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["FixedClipping", "AdaptiveClipping", "Median"])
+def test_any_strategy_around_ours_is_refused_before_anything_is_sent(small_vit, kind, name):
+    """It would read sealed values as a client's update, and end the run in a traceback."""
+    federated = kind(small_vit)
+    strategy = federated.strategy()
+    strategy.start(federated.grid, ArrayRecord(federated.start), num_rounds=0)  # not the one below
+    with pytest.raises(Incompatible, match=r"FedAvg\.start, got a strategy around it"):
+        around(name, strategy).start(federated.grid, ArrayRecord(federated.start), num_rounds=1)
+    assert not federated.grid.sent
+
+
+@pytest.mark.parametrize("name", ["FixedClipping", "AdaptiveClipping", "Median"])
+def test_a_strategy_around_masks_that_reads_updates_all_the_same_reads_none(small_vit, name):
+    masked = Masked(small_vit)
+    send = masked.grid.send_and_receive
+    masked.grid.send_and_receive = lambda *a, **o: list(send(*a, **o))  # as Flower's own grid does
+    strategy = around(name, masked.strategy(wrapped=True))
+    with pytest.raises(TypeError, match="nobody reads a single update"):
         strategy.start(masked.grid, ArrayRecord(masked.start), num_rounds=1)
-    assert not masked.grid.sent
+    assert not getattr(strategy, "read", None) and not masked.unmasked()
+
+
+def test_a_strategy_around_masks_that_reads_no_update_works(small_vit):
+    masked = Masked(small_vit)
+    strategy = Median(masked.strategy(wrapped=True), reads=False)
+    result = strategy.start(masked.grid, ArrayRecord(masked.start), num_rounds=1)
+    assert masked.error(result) < 1e-6
+    with pytest.raises(InputError, match="wrapped"):
+        masked.strategy(wrapped="yes")
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
-from types import FrameType
 from typing import Any
 
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common.logger import log
-from flwr.serverapp.strategy import (
-    DifferentialPrivacyServerSideAdaptiveClipping,
-    DifferentialPrivacyServerSideFixedClipping,
-    FedAvg,
-    FedProx,
-    Strategy,
-)
+from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
@@ -30,7 +22,6 @@ __all__ = [
     "aggregate_metrics",
     "evaluated",
     "refuse_other_strategies",
-    "refuse_readers_around",
     "require_finite_start",
     "require_tensors",
     "warn_of_coarse",
@@ -40,10 +31,6 @@ __all__ = [
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 EPSILON, CLIPPED = "epsilon", "vitguard-clipped"
 _COARSE = 0.01
-_READERS = (
-    DifferentialPrivacyServerSideAdaptiveClipping,
-    DifferentialPrivacyServerSideFixedClipping,
-)
 
 
 def refuse_other_strategies(kind: type, own: type) -> None:
@@ -63,24 +50,6 @@ def refuse_other_strategies(kind: type, own: type) -> None:
             f"Expected a strategy that adds updates, got {readers[0]}, which must read each update "
             f"or replaces the average. Use {own.__name__} alone."
         )
-
-
-def refuse_readers_around(own: Strategy) -> None:
-    """Raise Incompatible if a strategy around `own`, which calls it now, reads each update.
-
-    Flower's privacy of the server clips what each client sends, which is masked.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        around = frame.f_locals.get("self")
-        if around is not own and isinstance(around, _READERS):
-            raise Incompatible(
-                f"Expected a strategy around {type(own).__name__} that reads no update, got "
-                f"{type(around).__name__}, which clips each on the server. Let clients clip "
-                "(DifferentialPrivacyClientSideFixedClipping), or put ClientPrivacy before the "
-                "masks in their stack."
-            )
-        frame = frame.f_back
 
 
 def require_finite_start(weights: Mapping[str, Tensor]) -> None:

@@ -14,12 +14,11 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from vitguard.defenses.encryption import model_version
 from vitguard.defenses.masking import MaskingServer
-from vitguard.errors import Rejected, expected
+from vitguard.errors import Incompatible, Rejected, expected
 from vitguard.federated.flower.adding import (
     aggregate_metrics,
     evaluated,
     refuse_other_strategies,
-    refuse_readers_around,
     require_finite_start,
     require_tensors,
     warn_of_coarse,
@@ -62,6 +61,10 @@ class MaskedFedAvg(FedAvg):
             restart within one Flower run, give the `next_round` of the strategy before.
         phase_timeout: Seconds that nodes have for each exchange but the training. A SuperNode may
             start a process of the app for each, which takes seconds.
+        wrapped: Whether another strategy is around this one and reads no single update, such as
+            `DifferentialPrivacyClientSideFixedClipping`. Without it any strategy around it is
+            refused before anything is sent; with it one that reads updates ends in a TypeError,
+            since their arrays hold no numbers.
         settings: Arguments of `FedAvg`; at least `threshold` nodes are waited for by default.
     """
 
@@ -75,6 +78,7 @@ class MaskedFedAvg(FedAvg):
         max_clipped: int | None = None,
         first_round: int = 1,
         phase_timeout: float = 300.0,
+        wrapped: bool = False,
         **settings: Any,
     ) -> None:
         if not isinstance(federation, MaskedFederation):
@@ -84,6 +88,8 @@ class MaskedFedAvg(FedAvg):
             )
         if type(first_round) is not int or first_round < 0:
             raise expected("first_round, a whole number of at least 0", repr(first_round)[:80])
+        if not isinstance(wrapped, bool):
+            raise expected("wrapped, True or False", repr(wrapped)[:80])
         least = federation.terms.threshold
         for name in ("min_train_nodes", "min_available_nodes"):
             settings.setdefault(name, least)
@@ -92,6 +98,7 @@ class MaskedFedAvg(FedAvg):
         super().__init__(**settings)
         self._federation, self._max_clipped = federation, max_clipped
         self._phase_timeout = phase_timeout
+        self._wrapped, self._started = wrapped, False
         self._now: MaskedRound | None = None
         self.next_round = first_round
         self.refused: dict[int, dict[int, str]] = {}
@@ -107,7 +114,11 @@ class MaskedFedAvg(FedAvg):
         require_finite_start(from_arrays(initial_arrays))
         grid, self.ledgers = without_ledgers(grid, self.ledgers)
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
-        result = super().start(single, initial_arrays, *args, **named)
+        self._started = True
+        try:
+            result = super().start(single, initial_arrays, *args, **named)
+        finally:
+            self._started = False
         if not result.arrays:  # every round failed
             result.arrays = initial_arrays
         return result
@@ -116,7 +127,13 @@ class MaskedFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Exchange keys and shares with the nodes; ask those that did both for masked updates."""
-        refuse_readers_around(self)
+        if not (self._started or self._wrapped):
+            raise Incompatible(
+                f"Expected {type(self).__name__}.start, got a strategy around it, which may read "
+                "single updates: they are masked. Let clients clip or put ClientPrivacy before "
+                "the masks; a strategy that reads none (DifferentialPrivacyClientSide...) works "
+                "with wrapped=True."
+            )
         self._now = None
         refused = self.refused[server_round] = {}
         messages = list(super().configure_train(server_round, arrays, config, grid))

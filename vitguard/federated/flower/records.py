@@ -22,6 +22,7 @@ __all__ = [
     "BASE",
     "ROUND",
     "SEALED",
+    "SEALED_TYPE",
     "SNAPSHOT",
     "VOUCH",
     "WEIGHTED",
@@ -40,14 +41,16 @@ WEIGHTED = "vitguard-weighted-by"  # there as well: the metric that is the clien
 VOUCH = "vitguard.vouch"
 """Name of the array with a client's proof of the weights it has."""
 SEALED = "vitguard.sealed"
-"""Name and type of the array that holds ciphertext; no weights can be made of it."""
+"""Name of the array that holds ciphertext."""
+SEALED_TYPE = "vitguard.sealed (nobody reads a single update of it, only the sum of many)"
+"""Its type: whoever asks Flower for the numbers in it is told this in an error."""
 _WHOLE = re.compile(r"vitguard\.snapshot\.(\d{1,18})")
 _STEP = re.compile(r"vitguard\.step\.(\d{1,18})\.(sum|plain\.(.+))")
 
 
 def sealed_array(data: bytes) -> Array:
     """Return ciphertext as an array that nothing takes for numbers."""
-    return Array(dtype="uint8", shape=(len(data),), stype=SEALED, data=data)
+    return Array(dtype="uint8", shape=(len(data),), stype=SEALED_TYPE, data=data)
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -114,7 +117,7 @@ def take_snapshot(arrays: dict[str, Array]) -> Snapshot | None:
     found = [name for name in arrays if _WHOLE.fullmatch(name)]
     if not found:
         return None
-    if len(found) > 1 or arrays[found[0]].stype != SEALED:
+    if len(found) > 1 or arrays[found[0]].stype != SEALED_TYPE:
         raise Rejected("snapshot", "several sealed models, or one of another type", "one")
     number = int(found[0].rpartition(".")[2])
     return Snapshot.from_bytes(number, arrays.pop(found[0]).data)

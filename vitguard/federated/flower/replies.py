@@ -12,7 +12,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from vitguard.errors import Rejected
-from vitguard.federated.flower.records import SEALED
+from vitguard.federated.flower.records import SEALED, SEALED_TYPE
 
 __all__ = ["PlainSum", "Reply", "content_of"]
 
@@ -59,7 +59,7 @@ class Reply:
         arrays = dict(next(iter(content.array_records.values())))
         metrics = next(iter(content.metric_records.values()))
         sealed = arrays.pop(SEALED, None)
-        if sealed is None or sealed.stype != SEALED:
+        if sealed is None or sealed.stype != SEALED_TYPE:
             raise Rejected("plain", "weights with nothing sealed", "a reply through ProtectMod")
         weight, clipped = metrics.get(weighted_by), metrics.get("vitguard-clipped", 0)
         if isinstance(weight, bool) or not isinstance(weight, int | float):

@@ -109,6 +109,7 @@ class EncryptedFedAvg(FedAvg):
         self._catch_up = catch_up
         self._federation, self.min_clients = federation, min_clients
         self._max_clipped = max_clipped
+        self._started = False
         self._history = History({})
         self._known: dict[int, int] = {}  # the last round that a node has opened
         self._sender: int | None = None  # the node that is asked to seal the model
@@ -128,7 +129,11 @@ class EncryptedFedAvg(FedAvg):
         grid, self.ledgers = without_ledgers(grid, self.ledgers)
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
         counting = LedgerGrid(single, self.ledgers)
-        result = super().start(counting, initial_arrays, *args, **named)
+        self._started = True
+        try:
+            result = super().start(counting, initial_arrays, *args, **named)
+        finally:
+            self._started = False
         result.arrays = self._history.record()
         return result
 
@@ -136,7 +141,7 @@ class EncryptedFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask nodes for sealed updates of the model's version; each is sent what it lacks."""
-        if not self._history.start:  # `start` has not been called
+        if not self._started:
             raise Incompatible(
                 "Expected EncryptedFedAvg.start, got a strategy around it, which would read or "
                 "change what is encrypted. Use EncryptedFedAvg alone; for differential privacy "
