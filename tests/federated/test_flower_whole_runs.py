@@ -19,6 +19,7 @@ from tests.federated.test_flower_faults import through_bytes
 from tests.federated.test_flower_models import Nodes, added, normed, plain
 from vitguard.errors import Incompatible, InputError
 from vitguard.federated.flower import EncryptedFedAvg, MaskedFedAvg
+from vitguard.federated.flower.records import RUN
 
 BOTH = pytest.mark.parametrize("kind", [Federated, Masked])
 
@@ -267,27 +268,68 @@ def test_a_late_reply_beside_the_new_one_costs_nothing_but_itself(small_vit):
     federated.check(federated.seen[13][-1], [n for n in NODES if n != 12], NODES)
 
 
-def test_a_run_that_is_replayed_into_another_moves_no_masked_model(small_vit):
-    """All that a client said in an earlier run of the same terms, round and model."""
-    masked, said = Masked(small_vit), []
-    app = masked.grid.apps[12]
+def replayed(federated, node):
+    """Run a round; then let one node say what it said in it, in another run of all others."""
+    said, app = [], federated.grid.apps[node]
 
     def recorded(message, context):
         said.append(app(message, context))
         return said[-1]
 
-    masked.grid.apps[12] = recorded
-    masked.run(1)
+    federated.grid.apps[node] = recorded
+    federated.run(1)
     replies = iter(said)
-    masked.grid.apps[12] = lambda message, context: Message(
+    federated.grid.apps[node] = lambda message, context: Message(
         content=next(replies).content, reply_to=message
     )
-    for node, context in masked.grid.contexts.items():
+    for context in federated.grid.contexts.values():
         context.state = RecordDict()
-        if node != 12:
-            masked.grid.apps[node] = masked.app(node)
-    strategy, result = masked.run(1)
-    assert 12 in strategy.refused[1] and masked.unchanged(result)
+    return federated.run(1)
+
+
+def test_what_a_client_said_in_another_run_counts_for_nothing(small_vit):
+    """The same keys, round, model and client: only the run is another."""
+    federated = Federated(small_vit)
+    strategy, result = replayed(federated, 12)
+    assert list(strategy.refused[1]) == [12] and "another version" in strategy.refused[1][12]
+    federated.run(1, initial=result.arrays)
+    federated.check(federated.seen[13][-1], [n for n in NODES if n != 12])
+
+
+def test_what_a_client_said_in_another_run_under_masks_costs_no_round(small_vit):
+    masked = Masked(small_vit)
+    strategy, result = replayed(masked, 12)
+    assert list(strategy.refused[1]) == [12] and "round" in strategy.refused[1][12]
+    assert masked.error(result, [n for n in masked_rounds.NODES if n != 12]) < 1e-6
+
+
+@BOTH
+def test_a_run_that_begins_again_in_its_first_round_is_a_new_one(small_vit, kind):
+    """A server that fell before the first sum: the clients, which opened none, take part."""
+    federated = kind(small_vit)
+    federated.grid.late = set(federated.names)
+    if kind is Masked:
+        federated.silent = {"values": federated.names}
+    federated.run(1)
+    federated.grid.late, federated.silent = set(), {}
+    strategy, _ = federated.run(1, federated.strategy(**({"first_round": 2} if kind is Masked else {})))
+    assert strategy.refused[1] == {}
+
+
+def test_a_start_without_the_name_of_its_run_is_trained_by_nobody(small_vit):
+    federated = Federated(small_vit)
+    send = federated.grid.send_and_receive
+
+    def nameless(message):
+        content = dict(message.content)
+        arrays = {n: a for n, a in content["arrays"].items() if n != RUN}
+        content["arrays"] = ArrayRecord(arrays)
+        return Message(RecordDict(content), message.metadata.dst_node_id, "train")
+
+    federated.grid.send_and_receive = lambda ms, **o: send([nameless(m) for m in ms], **o)
+    strategy, _ = federated.run(1)
+    assert all("the name of its run" in said for said in strategy.refused[1].values())
+    assert strategy.refused[1].keys() == set(NODES) and not federated.seen
 
 
 @pytest.mark.parametrize("change", [0, 1j])

@@ -40,7 +40,7 @@ class MaskedRound:
     Args:
         server: The masked sum.
         grid: Where nodes are asked.
-        said: The number of the round and the version of the model, for each message.
+        said: The number and name of the round and the version of the model, for each message.
         start: Weights before the round.
         refused: Filled with a reason for each node that was left out.
         weighted_by: The metric that must be the signed weight.
@@ -50,7 +50,7 @@ class MaskedRound:
 
     server: MaskingServer
     grid: Grid
-    said: Mapping[str, int | str]
+    said: Mapping[str, int | str | bytes]
     start: Mapping[str, Tensor]
     refused: dict[int, str]
     weighted_by: str

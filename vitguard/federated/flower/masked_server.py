@@ -12,7 +12,6 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from vitguard.defenses.encryption import model_version
 from vitguard.defenses.masking import MaskingServer
 from vitguard.errors import Incompatible, Rejected, expected
 from vitguard.federated.flower.adding import (
@@ -29,7 +28,16 @@ from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.ledgers import Ledgers, without_ledgers
 from vitguard.federated.flower.masked_keys import MaskedFederation
 from vitguard.federated.flower.masked_round import MaskedRound
-from vitguard.federated.flower.records import BASE, ROUND, WEIGHTED, from_arrays, to_arrays
+from vitguard.federated.flower.records import (
+    BASE,
+    ROUND,
+    RUN,
+    WEIGHTED,
+    drawn_name,
+    from_arrays,
+    started,
+    to_arrays,
+)
 
 __all__ = ["MaskedFedAvg"]
 
@@ -46,6 +54,8 @@ class MaskedFedAvg(FedAvg):
         Replies are added as they arrive and never kept.
         A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
         restarts save `ledgers`.
+        What a client said in another run or round counts for nothing, with the same keys and model
+        too: each round has a name, drawn at its start, which every message is bound to.
         All clients of a sum trained the same model: each signs the version of the one it was sent.
         Metrics of one client end no run: those that differ in kind are left out, and so is an
         evaluation without a weight.
@@ -141,12 +151,13 @@ class MaskedFedAvg(FedAvg):
             return []
         start, number = from_arrays(arrays), self.next_round
         self.next_round += 1
-        base, keys = model_version(start), self._federation
+        name, keys = drawn_name(), self._federation
+        base = started(start, name)
         require_tensors(keys.terms.manifest, start)
         now = MaskedRound(
             MaskingServer(keys.terms, signing=keys.signing, round_id=number, base=base),
             grid,
-            {ROUND: number, BASE: base, WEIGHTED: self.weighted_by_key},
+            {ROUND: number, BASE: base, RUN: name, WEIGHTED: self.weighted_by_key},
             start,
             refused,
             self.weighted_by_key,

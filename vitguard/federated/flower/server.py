@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import WARNING
 from typing import Any
 
@@ -38,6 +38,7 @@ from vitguard.federated.flower.records import (
     WEIGHTED,
     History,
     Step,
+    drawn_name,
     from_arrays,
     take_snapshot,
 )
@@ -58,6 +59,8 @@ class EncryptedFedAvg(FedAvg):
         long as clients seal the model when they are asked.
         A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
         restarts save `ledgers`.
+        What a client sealed in another run counts for nothing, with the same keys and weights too:
+        each run has a name, drawn at its start, which every message is bound to.
         A sealed model is taken only where most clients of the round vouch for the same weights.
         Metrics of one client end no run: those that differ in kind are left out, and so is an
         evaluation without a weight.
@@ -123,6 +126,8 @@ class EncryptedFedAvg(FedAvg):
                 "Expected evaluation by clients, got evaluate_fn: the server cannot read the model."
             )
         history = History.of(initial_arrays)
+        if not (history.steps or history.snapshot):  # no client has opened anything of it
+            history = replace(history, run=drawn_name())
         require_tensors(self._federation.manifest, history.start)
         require_finite_start(history.start)
         self._history, self._known = history, {}
