@@ -110,16 +110,26 @@ def aggregate_metrics(contents: list[RecordDict], weighted_by: str) -> MetricRec
     return together
 
 
-def with_common_names(contents: list[MetricRecord]) -> list[RecordDict]:
+def with_common_names(server_round: int, contents: list[MetricRecord]) -> list[RecordDict]:
     """Return metrics of several clients with the names that all have: others cannot be averaged.
 
-    Nor can a number with a list, or lists of several lengths.
+    Nor can a number with a list, lists of several lengths, or what is not finite.
     """
     names = set.intersection(*(set(c) for c in contents))
     alike = {n for n in names if len({_length(c[n]) for c in contents}) == 1}
+    if wrong := sorted(n for n in alike if not all(_finite(c[n]) for c in contents)):
+        log(
+            WARNING, "Round %s: metrics of a client that are not finite are left out: %.200s",
+            server_round, ", ".join(wrong),
+        )  # fmt: skip
+    alike -= {*wrong}
     return [
         RecordDict({"metrics": MetricRecord({n: c[n] for n in c if n in alike})}) for c in contents
     ]
+
+
+def _finite(value: Any) -> bool:
+    return all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]))
 
 
 def _length(value: Any) -> int | None:
@@ -140,7 +150,7 @@ def evaluated(
         except VitguardError as refusal:
             node = reply.metadata.src_node_id
             log(WARNING, "Round %s: evaluation of node %s: %s", server_round, node, str(refusal))
-    return aggregate(with_common_names(good), weighted_by) if good else None
+    return aggregate(with_common_names(server_round, good), weighted_by) if good else None
 
 
 def _measured(reply: Message, weighted_by: str) -> MetricRecord:

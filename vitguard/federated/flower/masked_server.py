@@ -57,8 +57,8 @@ class MaskedFedAvg(FedAvg):
         What a client said in another run or round counts for nothing, with the same keys and model
         too: each round has a name, drawn at its start, which every message is bound to.
         All clients of a sum trained the same model: each signs the version of the one it was sent.
-        Metrics of one client end no run: those that differ in kind are left out, and so is an
-        evaluation without a weight.
+        Metrics of one client end no run: those that differ in kind or are not finite are left out,
+        and so is an evaluation without a weight.
 
     Does not protect against:
         What the sum tells, which the server reads; put `ClientPrivacy` before the masks.
@@ -189,8 +189,8 @@ class MaskedFedAvg(FedAvg):
         heaviest = terms.manifest.max_weight
         error = len(given) / terms.levels * heaviest / math.fsum(given)
         warn_of_coarse(server_round, error, heaviest)
-        metrics = self.train_metrics_aggr_fn(with_common_names(now.metrics), self.weighted_by_key)
-        return to_arrays(weights), metrics
+        contents = with_common_names(server_round, now.metrics)
+        return to_arrays(weights), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

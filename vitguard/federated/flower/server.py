@@ -62,8 +62,8 @@ class EncryptedFedAvg(FedAvg):
         What a client sealed in another run counts for nothing, with the same keys and weights too:
         each run has a name, drawn at its start, which every message is bound to.
         A sealed model is taken only where most clients of the round vouch for the same weights.
-        Metrics of one client end no run: those that differ in kind are left out, and so is an
-        evaluation without a weight.
+        Metrics of one client end no run: those that differ in kind or are not finite are left out,
+        and so is an evaluation without a weight.
 
     Does not protect against:
         A server that works with a client: they share the key of the ciphertext.
@@ -253,7 +253,7 @@ class EncryptedFedAvg(FedAvg):
         step = Step(number, summed, plain.mean(weight))
         self._history = self._history.after(step, models.agreed())
         return self._history.record(), self.train_metrics_aggr_fn(
-            with_common_names(good), self.weighted_by_key
+            with_common_names(server_round, good), self.weighted_by_key
         )
 
     def _add(self, message: Message, total: Aggregator, plain: PlainSum, models: Vouched) -> None:
