@@ -19,6 +19,7 @@ from tests.federated.masked_rounds import Masked
 from tests.federated.test_flower_faults import before_each_round, through_bytes
 from vitguard.errors import InputError, Unprotected
 from vitguard.federated.flower import InProcessGrid, LedgerGrid, Ledgers, ProtectMod, attach
+from vitguard.federated.flower.arrivals import Arrivals
 
 ROUNDS = 50
 RECORDS, BATCH = 12, 4
@@ -221,6 +222,14 @@ def test_a_ledger_that_went_back_is_refused_under_encryption_also_by_a_server_th
     again.ledgers = Ledgers.from_json(strategy.ledgers.to_json())
     federated.run(1, again, result.arrays)
     assert list(again.refused[1]) == [12] and "set back" in again.refused[1][12]
+
+
+@pytest.mark.parametrize("between", [lambda grid: grid, Arrivals])
+def test_a_grid_counts_ledgers_once(between):
+    """Counted a second time, no ledger would have grown, and every reply were refused."""
+    counting = LedgerGrid(InProcessGrid({}))
+    with pytest.raises(InputError, match="one LedgerGrid, got one around another"):
+        LedgerGrid(between(counting), counting.ledgers)
 
 
 @pytest.mark.parametrize("kind", [Federated, Masked])

@@ -142,9 +142,20 @@ class LedgerGrid(Around):
     Args:
         grid: Flower's grid.
         ledgers: What is known; save `ledgers.to_json()` for a server that restarts.
+
+    Raises:
+        InputError: A LedgerGrid is inside.
     """
 
     def __init__(self, grid: Grid, ledgers: Ledgers | None = None) -> None:
+        inner: Grid = grid
+        while isinstance(inner, Around):
+            if isinstance(inner, LedgerGrid):
+                raise expected(
+                    "one LedgerGrid", "one around another",
+                    "Each reply would be counted twice: leave one of them out.",
+                )  # fmt: skip
+            inner = inner._grid
         super().__init__(grid)
         self.ledgers = Ledgers() if ledgers is None else ledgers
 
