@@ -267,7 +267,9 @@ def test_a_server_that_sends_one_client_another_model_gets_nothing_of_it(masked,
         content = {**message.content, "arrays": ArrayRecord(other)}
         if said:
             asked = message.content["vitguard"]
-            content["vitguard"] = ConfigRecord({**asked, "vitguard-base": started(other, asked[RUN])})
+            content["vitguard"] = ConfigRecord(
+                {**asked, "vitguard-base": started(other, asked[RUN])}
+            )
         return Message(content=RecordDict(content), dst_node_id=12, message_type="train")
 
     masked.change = change

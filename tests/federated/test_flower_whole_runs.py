@@ -312,7 +312,9 @@ def test_a_run_that_begins_again_in_its_first_round_is_a_new_one(small_vit, kind
         federated.silent = {"values": federated.names}
     federated.run(1)
     federated.grid.late, federated.silent = set(), {}
-    strategy, _ = federated.run(1, federated.strategy(**({"first_round": 2} if kind is Masked else {})))
+    strategy, _ = federated.run(
+        1, federated.strategy(**({"first_round": 2} if kind is Masked else {}))
+    )
     assert strategy.refused[1] == {}
 
 
@@ -372,3 +374,16 @@ def test_counters_and_positions_survive_stock_strategies(small_vit, name):
     after = result.arrays.to_torch_state_dict()
     assert all(bool(t.isfinite().all()) for t in after.values())
     assert nodes.trained == 6 and after["head.0.num_batches_tracked"].shape == ()
+
+
+def test_an_encrypted_run_without_a_round_ends_at_the_weights_it_began_with(small_vit):
+    """As a template reads them in its last line; sealed sums are read by clients alone."""
+    federated = Federated(small_vit)
+    federated.grid.late = set(NODES)
+    _, result = federated.run(1)
+    after = result.arrays.to_torch_state_dict()
+    assert all(torch.equal(after[n], t) for n, t in federated.start.items())
+    federated.grid.late = set()
+    _, result = federated.run(1)
+    with pytest.raises(TypeError, match="encrypted, clients alone read the sum"):
+        result.arrays.to_torch_state_dict()

@@ -49,7 +49,9 @@ VOUCH = "vitguard.vouch"
 """Name of the array with a client's proof of the weights it has."""
 SEALED = "vitguard.sealed"
 """Name of the array that holds ciphertext."""
-SEALED_TYPE = "vitguard.sealed (nobody reads a single update of it, only the sum of many)"
+SEALED_TYPE = (
+    "vitguard.sealed (nobody reads a single update; encrypted, clients alone read the sum)"
+)
 """Its type: whoever asks Flower for the numbers in it is told this in an error."""
 _WHOLE = re.compile(r"vitguard\.snapshot\.(\d{1,18})")
 _STEP = re.compile(r"vitguard\.step\.(\d{1,18})\.(sum|plain\.(.+))")
@@ -203,7 +205,9 @@ class History:
         """
         if self.snapshot is None:
             steps = tuple(s for s in self.steps if s.number > (0 if number is None else number))
-            return History(self.start, steps, run=self.run) if number is None else History({}, steps)
+            return (
+                History(self.start, steps, run=self.run) if number is None else History({}, steps)
+            )
         if number is None or number < self.snapshot.number:
             return History({}, self.steps, self.snapshot)
         return History({}, tuple(s for s in self.steps if s.number > number))

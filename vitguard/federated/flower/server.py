@@ -139,7 +139,9 @@ class EncryptedFedAvg(FedAvg):
             result = super().start(counting, initial_arrays, *args, **named)
         finally:
             self._started = False
-        result.arrays = self._history.record()
+        made = self._history
+        summed = made.steps or made.snapshot  # before that there is nothing to go on from
+        result.arrays = (made if summed else replace(made, run=b"")).record()
         return result
 
     def configure_train(
