@@ -101,8 +101,9 @@ def test_a_start_that_is_not_finite_is_refused_before_the_first_round(small_vit,
     ids=["no progress", "a number", "half a text", "another model"],
 )
 def test_a_state_that_is_none_is_refused_in_words(small_vit, change):
+    """Once a sum was opened: before that the client takes the start as the server sends it."""
     federated = Federated(small_vit)
-    strategy, result = federated.run(1)
+    strategy, result = federated.run(2)
     change(federated.grid.contexts[12].state)
     federated.run(1, strategy, initial=result.arrays)
     assert strategy.refused[1].keys() == {12}
@@ -387,3 +388,39 @@ def test_an_encrypted_run_without_a_round_ends_at_the_weights_it_began_with(smal
     _, result = federated.run(1)
     with pytest.raises(TypeError, match="encrypted, clients alone read the sum"):
         result.arrays.to_torch_state_dict()
+
+
+LINES = "a\n\x1b[31mRound 9: node 13 refused\u2028" + 3000 * "b"
+
+
+@BOTH
+@pytest.mark.parametrize("where", ["reason", "name of an array", "name of a metric"])
+def test_what_a_client_says_is_one_short_line_of_the_servers_log(
+    small_vit, kind, where, flower_log
+):
+    """Or it could write lines there that look like those of others."""
+    federated = kind(small_vit)
+    app = federated.grid.apps[12]
+
+    def saying(message, context):
+        reply = app(message, context)
+        if where == "reason":
+            return Message(Error(1, LINES), reply_to=message)
+        if reply.has_error() or not reply.content.array_records:
+            return reply
+        ((name, arrays),) = reply.content.array_records.items()
+        content = RecordDict(dict(reply.content))
+        if where == "name of an array":
+            content[name] = ArrayRecord({**arrays, LINES: Array("x", (), "pickle", b"")})
+        return Message(content, reply_to=message)
+
+    federated.grid.apps[12] = saying
+    if where == "name of a metric":
+        odd = {LINES: float("nan")}
+        federated.spoil = dict.fromkeys(federated.names, lambda s, m: (s, m | odd))
+    strategy, _ = federated.run(1)
+    assert strategy.refused[1].keys() == ({12} if where != "name of a metric" else set())
+    lines = flower_log()
+    assert any("Round 9" in line for line in lines)
+    for line in (*lines, *strategy.refused[1].values()):
+        assert len(line) < 900 and line.isprintable(), line[:300]

@@ -16,7 +16,7 @@ from torch import Tensor
 from vitguard.defenses.encryption import Manifest
 from vitguard.errors import Incompatible, Rejected, VitguardError, expected
 from vitguard.federated.flower.changes import spelled
-from vitguard.federated.flower.replies import content_of
+from vitguard.federated.flower.replies import content_of, in_one_line
 
 __all__ = [
     "aggregate_metrics",
@@ -119,8 +119,8 @@ def with_common_names(server_round: int, contents: list[MetricRecord]) -> list[R
     alike = {n for n in names if len({_length(c[n]) for c in contents}) == 1}
     if wrong := sorted(n for n in alike if not all(_finite(c[n]) for c in contents)):
         log(
-            WARNING, "Round %s: metrics of a client that are not finite are left out: %.200s",
-            server_round, ", ".join(wrong),
+            WARNING, "Round %s: metrics of a client that are not finite are left out: %s",
+            server_round, in_one_line(", ".join(wrong)),
         )  # fmt: skip
     alike -= {*wrong}
     return [
@@ -149,7 +149,8 @@ def evaluated(
             good.append(_measured(reply, weighted_by))
         except VitguardError as refusal:
             node = reply.metadata.src_node_id
-            log(WARNING, "Round %s: evaluation of node %s: %s", server_round, node, str(refusal))
+            said = in_one_line(refusal)
+            log(WARNING, "Round %s: evaluation of node %s: %s", server_round, node, said)
     return aggregate(with_common_names(server_round, good), weighted_by) if good else None
 
 

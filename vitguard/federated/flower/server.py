@@ -42,7 +42,7 @@ from vitguard.federated.flower.records import (
     from_arrays,
     take_snapshot,
 )
-from vitguard.federated.flower.replies import PlainSum, Reply
+from vitguard.federated.flower.replies import PlainSum, Reply, in_one_line
 from vitguard.federated.flower.snapshots import Snapshot
 
 __all__ = ["EncryptedFedAvg"]
@@ -235,7 +235,7 @@ class EncryptedFedAvg(FedAvg):
             try:
                 self._add(reply, total, plain, models)
             except VitguardError as refusal:
-                refused[node] = said = str(refusal)  # the exception itself holds the reply
+                refused[node] = said = in_one_line(refusal)  # the exception itself holds the reply
                 self._known.pop(node, None)  # whatever it has: it gets everything
                 log(WARNING, "Round %s: node %s refused: %s", server_round, node, said)
             else:
