@@ -159,6 +159,19 @@ def test_arbitrary_bytes_are_one_clear_error(tmp_path, content, name, pickled):
         load_checkpoint(AprilViT(8, 4, 16, 1, 2, 3), tmp_path / name)
 
 
+def test_a_checkpoint_of_masked_pretraining_is_refused_with_a_hint(small_vit, tmp_path):
+    """MAE's own files: the encoder under timm's names, a decoder beside it, and no head."""
+    model = small_vit(img_size=8, embed_dim=12, depth=1, num_heads=3)
+    state = {k: t for k, t in model.state_dict().items() if not k.startswith("head")}
+    encoder = dict(state)
+    state |= {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 12)}
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    with pytest.raises(InputError, match=r"MAE.*without decoder_"):
+        load_checkpoint(model, tmp_path / "mae.pth")
+    torch.save({"model": encoder}, tmp_path / "encoder.pth")
+    assert "the head was drawn" in load_checkpoint(model, tmp_path / "encoder.pth")[0]
+
+
 def test_a_missing_file_and_a_folder(tmp_path):
     for path, said in ((tmp_path / "none.pt", "no file"), (tmp_path, "the folder")):
         with pytest.raises(InputError, match=said):

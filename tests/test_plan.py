@@ -165,6 +165,15 @@ def test_without_positions_the_patches_fall_to_the_search_and_to_no_closed_form(
     assert "gelu-span" in remaining
 
 
+@pytest.mark.parametrize("positions", ["frozen", "random", "sincos", "withheld"])
+def test_positions_that_the_model_does_not_have_cannot_be_planned(small_vit, positions):
+    model = small_vit(img_size=8, embed_dim=12, depth=1, num_heads=3, pos_embed="none")
+    with pytest.raises(Incompatible, match="position"):
+        plan_report(model, "head", positions=positions)
+    for truth in ("learnable", "none"):
+        assert plan_report(model, "head", positions=truth).attacks
+
+
 def test_everything_encrypted_leaves_nothing():
     assert report(BASE, "all").remaining() == ()
 

@@ -155,7 +155,12 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> tuple[str, ...]:
         ]
         if missing and not unknown:
             words.append(f"it has {', '.join(list(state)[:3])} ..." if state else "it has none")
-        raise expected("a checkpoint of this model", f"{path} ({'; '.join(words)})")
+        masked = any(name.startswith(("decoder_", "mask_token")) for name in unknown)
+        raise expected(
+            "a checkpoint of this model", f"{path} ({'; '.join(words)})",
+            "It is of masked pre-training (MAE): save its encoder alone, without decoder_... and "
+            "mask_token." if masked else "",
+        )  # fmt: skip
     _resample_positions(model, state, own, notes)
     _keep_own_head(model, state, own, notes)
     wrong = next((k for k in own if state[k].shape != own[k].shape), None)

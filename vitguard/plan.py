@@ -141,6 +141,7 @@ def plan_report(
 
     Raises:
         InputError: Unknown model, selection or preset, or a selection that names nothing.
+        Incompatible: Positions that a defense cannot make of those of this model, or of none.
 
     Examples:
         >>> report = plan_report("vit_tiny_patch16_224:depth=1", "attention")
@@ -162,7 +163,10 @@ def plan_report(
     if not nothing:
         every = trained or {n: p.numel() for n, p in canonical_parameters(network).items()}
         require_all_match(anatomy, select, every)
-    traits = replace(traits_of(_DEFENSES[positions], anatomy), sealed=() if nothing else (select,))
+    stack = () if positions == "none" and anatomy.positions is None else _DEFENSES[positions]
+    for defense in stack:
+        defense.check(network, anatomy, stack)
+    traits = replace(traits_of(stack, anatomy), sealed=() if nothing else (select,))
     plain = released(network, anatomy, traits, trained=trained)
     chosen = plain.sizes.keys() - plain.plain
     if not chosen and not nothing:

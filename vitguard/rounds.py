@@ -14,7 +14,7 @@ from pathlib import Path
 from vitguard.errors import InputError, Rejected, expected
 from vitguard.files import parsed_json, write_atomically
 
-__all__ = ["Progress", "Round", "bound", "current", "next_version"]
+__all__ = ["Progress", "Round", "bound", "current", "first_version", "next_version"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,17 @@ def next_version(base: str, total: bytes) -> str:
     _check_version(base)
     digest = hashlib.sha256(base.encode("utf-8", "surrogatepass")).digest()
     return hashlib.sha256(digest + hashlib.sha256(total).digest()).hexdigest()
+
+
+def first_version(weights: str, run: bytes) -> str:
+    """Return the version of starting weights in one run: messages of another run fit none of it.
+
+    Args:
+        weights: What `model_version` says of the weights.
+        run: The name of the run, alike for clients and server and never used before: bytes that
+            the server drew, or the number of a job.
+    """
+    return next_version(weights, b"vitguard run\0" + run)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Curious:
                 sys.exit(f"node {reply.metadata.src_node_id}: {reply.error.reason}")
             (arrays,) = reply.content.array_records.values()
             arrived = {
-                n: a.data if a.stype == SEALED else torch.from_numpy(a.numpy().copy())
+                n: a.data if n == SEALED else torch.from_numpy(a.numpy().copy())
                 for n, a in arrays.items()
             }
             update = update_of(

@@ -100,6 +100,8 @@ def main(mode: str, *settings: str) -> int:
             run = ["flwr", "run", str(APP), "here", "--stream", *chosen]
             return subprocess.run(run, env=own, check=False).returncode
         finally:
+            for again in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C leaves nothing behind
+                signal.signal(again, signal.SIG_IGN)
             for process in reversed(started):
                 stop(process)
             if os.environ.get("FLOWER_LOGS"):

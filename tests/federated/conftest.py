@@ -1,5 +1,6 @@
 """What all tests of Flower need: its messages ask which task they are made in."""
 
+import logging
 import sys
 
 import pytest
@@ -16,3 +17,13 @@ def identity(monkeypatch):
         return
     for name in ("task_id", "run_id", "node_id"):
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+
+
+@pytest.fixture
+def flower_log(caplog):
+    """Return what Flower's logger said so far, line by line: it hands nothing on by itself."""
+    logger = logging.getLogger("flwr")
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        logger.addHandler(caplog.handler)
+        yield lambda: list(dict.fromkeys(r.getMessage() for r in caplog.records))
+        logger.removeHandler(caplog.handler)

@@ -34,7 +34,7 @@ from vitguard.federated.flower import (
     make_keys,
 )
 from vitguard.federated.flower import client as client_module
-from vitguard.federated.flower.records import SEALED, History
+from vitguard.federated.flower.records import SEALED, SEALED_TYPE, History
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def plain(message, context):
 
 
 def garbage(message, context):
-    arrays = ArrayRecord({SEALED: Array("uint8", (3,), SEALED, b"abc")})
+    arrays = ArrayRecord({SEALED: Array("uint8", (3,), SEALED_TYPE, b"abc")})
     metrics = MetricRecord({"num-examples": 1})
     return Message(content=RecordDict({"a": arrays, "m": metrics}), reply_to=message)
 

@@ -355,7 +355,7 @@ def test_replies_that_are_late_are_asked_for_again_and_end_with_the_time(federat
     grid = Posted(federated.grid, slow=[11, 12], never=[13])
     arriving = Arrivals(grid, wait=lambda: waits.append(len(grid.asked)))
     strategy = federated.strategy()
-    strategy._history = History.of(ArrayRecord(federated.start))
+    strategy._history, strategy._started = History(federated.start, run=bytes(16)), True
     messages = strategy.configure_train(1, ArrayRecord(federated.start), ConfigRecord(), arriving)
     replies = arriving.send_and_receive(messages, timeout=None)
     assert grid.pushed and not grid.asked  # sent at once, asked for when they are taken
@@ -370,7 +370,7 @@ def test_replies_that_are_late_are_asked_for_again_and_end_with_the_time(federat
 
 def test_messages_of_a_round_share_what_they_carry(federated):
     strategy = federated.strategy()
-    strategy._history = History.of(ArrayRecord(federated.start))
+    strategy._history, strategy._started = History(federated.start, run=bytes(16)), True
     messages = strategy.configure_train(
         1, ArrayRecord(federated.start), ConfigRecord(), federated.grid
     )

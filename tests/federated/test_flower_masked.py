@@ -14,10 +14,10 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum
 import vitguard as vg
 from tests.federated.flower_rounds import each
 from tests.federated.masked_rounds import NODES, PHASES, Masked, phase_of
-from vitguard.defenses.encryption import model_version
 from vitguard.defenses.masking import MaskingServer, wire
 from vitguard.errors import Incompatible, InputError
 from vitguard.federated.flower.masked_client import BODY
+from vitguard.federated.flower.records import RUN, started
 
 CLOSE = 1e-5
 
@@ -267,7 +267,9 @@ def test_a_server_that_sends_one_client_another_model_gets_nothing_of_it(masked,
         content = {**message.content, "arrays": ArrayRecord(other)}
         if said:
             asked = message.content["vitguard"]
-            content["vitguard"] = ConfigRecord({**asked, "vitguard-base": model_version(other)})
+            content["vitguard"] = ConfigRecord(
+                {**asked, "vitguard-base": started(other, asked[RUN])}
+            )
         return Message(content=RecordDict(content), dst_node_id=12, message_type="train")
 
     masked.change = change

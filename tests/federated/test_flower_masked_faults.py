@@ -31,7 +31,7 @@ from tests.federated.masked_rounds import BOUND, NODES, PHASES, Masked, phase_of
 from vitguard.defenses.encryption import Manifest, SigningKey
 from vitguard.defenses.masking import Terms
 from vitguard.federated.flower.masked_client import BODY
-from vitguard.federated.flower.records import SEALED
+from vitguard.federated.flower.records import SEALED, SEALED_TYPE
 
 CLOSE = 1e-5
 FAULTY = 12
@@ -117,7 +117,7 @@ def test_garbage_in_a_short_phase_leaves_the_client_out_of_those_after_it(masked
     assert masked.error(result, NODES if summed else OTHERS) < CLOSE
 
 
-def sealed(data, stype=SEALED, **metrics):
+def sealed(data, stype=SEALED_TYPE, **metrics):
     arrays = ArrayRecord({SEALED: Array("uint8", (len(data),), stype, data)})
     numbers = MetricRecord({"num-examples": 2, **metrics})
     return RecordDict({"arrays": arrays, "metrics": numbers})

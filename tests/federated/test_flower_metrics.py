@@ -99,6 +99,26 @@ def test_an_evaluation_with_other_metrics_leaves_those_that_all_have(small_vit, 
     assert dict(result.evaluate_metrics_clientapp[1]) == {}
 
 
+@BOTH
+@pytest.mark.parametrize("value", [math.nan, math.inf, [1.0, math.nan]])
+def test_a_metric_that_is_not_finite_is_left_out_with_one_line(small_vit, kind, value, flower_log):
+    """Its average would be NaN for all, in training and in evaluation."""
+    federated = kind(small_vit)
+    rest = {"rest": [1.0, 2.0]} if isinstance(value, list) else {"rest": 1.0}
+    for node in federated.names:
+        federated.spoil[node] = told(**rest, shared=3.0)
+    federated.spoil[NODES[0]] = told(rest=value, shared=3.0)
+    for node in federated.names:
+        wrong = value if node == NODES[1] else rest["rest"]
+        answer = {"mean": 2.0, "rest": wrong, "num-examples": 1}
+        spoil_evaluation(federated, node, answers(answer))
+    _, result = federated.run(1, fraction_evaluate=1.0)
+    trained, evaluated = result.train_metrics_clientapp[1], result.evaluate_metrics_clientapp[1]
+    assert trained["shared"] == pytest.approx(3.0) and "rest" not in trained
+    assert dict(evaluated) == {"mean": pytest.approx(2.0)}
+    assert [line for line in flower_log() if "not finite" in line and "rest" in line]
+
+
 def spoil_evaluation(federated, node, change):
     app = federated.grid.apps[node]
 
@@ -164,7 +184,7 @@ def test_noise_of_the_server_around_masks_keeps_ledgers_and_terms(small_vit):
     """Central privacy around masks works, and nothing that the strategy guards is left out."""
     private = [vg.ClientPrivacy(noise=1.0, rounds=9, clip=0.01)]
     masked = Masked(small_vit, private=private)
-    inner = masked.strategy()
+    inner = masked.strategy(wrapped=True)
     outer = DifferentialPrivacyClientSideFixedClipping(inner, 1e-6, 1.0, 6)
     outer.start(masked.grid, ArrayRecord(masked.start), num_rounds=1)
     assert set(inner.ledgers.nodes) == set(masked.names)

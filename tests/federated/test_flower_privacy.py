@@ -9,8 +9,16 @@ pytest.importorskip("dp_accounting")
 
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
+from flwr.common.serde import make_message
 from flwr.serverapp.strategy import FedAvg
 
 import vitguard as vg
@@ -19,6 +27,7 @@ from tests.federated.masked_rounds import Masked
 from tests.federated.test_flower_faults import before_each_round, through_bytes
 from vitguard.errors import InputError, Unprotected
 from vitguard.federated.flower import InProcessGrid, LedgerGrid, Ledgers, ProtectMod, attach
+from vitguard.federated.flower.arrivals import Arrivals
 
 ROUNDS = 50
 RECORDS, BATCH = 12, 4
@@ -223,6 +232,14 @@ def test_a_ledger_that_went_back_is_refused_under_encryption_also_by_a_server_th
     assert list(again.refused[1]) == [12] and "set back" in again.refused[1][12]
 
 
+@pytest.mark.parametrize("between", [lambda grid: grid, Arrivals])
+def test_a_grid_counts_ledgers_once(between):
+    """Counted a second time, no ledger would have grown, and every reply were refused."""
+    counting = LedgerGrid(InProcessGrid({}))
+    with pytest.raises(InputError, match="one LedgerGrid, got one around another"):
+        LedgerGrid(between(counting), counting.ledgers)
+
+
 @pytest.mark.parametrize("kind", [Federated, Masked])
 def test_ledgers_of_a_grid_around_are_those_of_a_strategy_that_counts_by_itself(small_vit, kind):
     """What a server that restarted gives to `LedgerGrid` was counted by nobody."""
@@ -254,14 +271,49 @@ def test_ledgers_of_a_grid_around_are_those_of_a_strategy_that_counts_by_itself(
     ],
 )
 def test_a_ledger_that_tells_nonsense_is_refused(told):
-    from flwr.app import ConfigRecord
-
     ledgers = Ledgers({"known": 3}, {11: "known"})
     with pytest.raises(InputError):
         ledgers.count(11, None if told is None else ConfigRecord(told))
     assert ledgers == Ledgers({"known": 3}, {11: "known"})
     ledgers.count(11, ConfigRecord({"name": "known", "releases": 4}))
     assert ledgers.most == {"known": 4}
+
+
+@pytest.mark.parametrize("releases", [0, -1, -(2**63)])
+def test_a_new_ledger_that_counted_nothing_costs_its_own_reply(small_vit, releases):
+    """One client's reply must not end the run of all."""
+    federated = Federated(small_vit)
+    app = federated.grid.apps[12]
+
+    def telling(message, context):
+        content = RecordDict(dict(app(message, context).content))
+        content["vitguard.ledger"] = ConfigRecord({"name": "new", "releases": releases})
+        return Message(content, reply_to=message)
+
+    federated.grid.apps[12] = telling
+    strategy, _ = federated.run(1)
+    assert strategy.refused[1].keys() == {12} and not strategy.ledgers.most
+    assert f"release {releases} after release 0" in strategy.refused[1][12]
+
+
+def test_an_update_in_a_reply_of_another_type_is_counted_too(small_vit):
+    """What was released does not depend on the name that a client gives to its reply."""
+    private = (vg.ClientPrivacy(noise=1e-6, clip=1.0, rounds=5),)
+    federated = Federated(small_vit, private=private)
+    send = federated.grid.send_and_receive
+
+    def renamed(reply):
+        about = reply.metadata
+        other = Metadata(1, "1", 12, 1, "", "", about.created_at, about.ttl, "evaluate")
+        return make_message(other, reply.content)
+
+    def sending(messages, **options):
+        replies = send(messages, **options)
+        return (renamed(r) if r.metadata.src_node_id == 12 else r for r in replies)
+
+    federated.grid.send_and_receive = sending
+    strategy, _ = federated.run(1)
+    assert strategy.ledgers.most[strategy.ledgers.nodes[12]] == 1
 
 
 @pytest.mark.parametrize(

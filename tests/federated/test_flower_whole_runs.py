@@ -9,7 +9,7 @@ pytest.importorskip("flwr", reason="needs vitguard[flower]")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import strategy as strategies
-from flwr.serverapp.strategy import FedProx
+from flwr.serverapp.strategy import FedProx, Strategy
 
 import vitguard as vg
 from tests.federated import masked_rounds
@@ -19,6 +19,7 @@ from tests.federated.test_flower_faults import through_bytes
 from tests.federated.test_flower_models import Nodes, added, normed, plain
 from vitguard.errors import Incompatible, InputError
 from vitguard.federated.flower import EncryptedFedAvg, MaskedFedAvg
+from vitguard.federated.flower.records import RUN
 
 BOTH = pytest.mark.parametrize("kind", [Federated, Masked])
 
@@ -100,8 +101,9 @@ def test_a_start_that_is_not_finite_is_refused_before_the_first_round(small_vit,
     ids=["no progress", "a number", "half a text", "another model"],
 )
 def test_a_state_that_is_none_is_refused_in_words(small_vit, change):
+    """Once a sum was opened: before that the client takes the start as the server sends it."""
     federated = Federated(small_vit)
-    strategy, result = federated.run(1)
+    strategy, result = federated.run(2)
     change(federated.grid.contexts[12].state)
     federated.run(1, strategy, initial=result.arrays)
     assert strategy.refused[1].keys() == {12}
@@ -153,17 +155,71 @@ def test_a_strategy_that_only_tells_clients_a_number_goes_with_sealed_updates(sm
     assert strategy.refused[1] == {} and told == [0.25] * len(federated.names)
 
 
-@pytest.mark.parametrize("size", ["Fixed", "Adaptive"])
-def test_privacy_of_the_server_around_masks_is_refused_before_anything_is_sent(small_vit, size):
-    """It would read masked values as a client's update, and end the run in a traceback."""
-    masked = Masked(small_vit)
-    around = getattr(strategies, f"DifferentialPrivacyServerSide{size}Clipping")
+class Median(Strategy):
+    """A third party's strategy around another: it reads each reply, and knows nothing of masks."""
+
+    def __init__(self, strategy, reads=True):
+        self.strategy, self.reads, self.read = strategy, reads, []
+
+    def configure_train(self, server_round, arrays, config, grid):
+        return self.strategy.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        for reply in replies if self.reads else []:
+            (record,) = reply.content.array_records.values()
+            self.read += record.to_numpy_ndarrays()
+        return self.strategy.aggregate_train(server_round, replies)
+
+    def configure_evaluate(self, *asked):
+        return self.strategy.configure_evaluate(*asked)
+
+    def aggregate_evaluate(self, *asked):
+        return self.strategy.aggregate_evaluate(*asked)
+
+    def summary(self):
+        self.strategy.summary()
+
+
+def around(name, strategy):
+    """Return a strategy of Flower's, or of somebody else, around one."""
+    if name == "Median":
+        return Median(strategy)
     settings = {"noise_multiplier": 0.1, "num_sampled_clients": 6}
-    settings |= {"clipping_norm": 1.0} if size == "Fixed" else {}
-    strategy = around(strategy=masked.strategy(), **settings)
-    with pytest.raises(Incompatible, match=f"{size}Clipping, which clips each on the server"):
+    settings |= {"clipping_norm": 1.0} if "Fixed" in name else {}
+    return getattr(strategies, f"DifferentialPrivacyServerSide{name}")(strategy, **settings)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["FixedClipping", "AdaptiveClipping", "Median"])
+def test_any_strategy_around_ours_is_refused_before_anything_is_sent(small_vit, kind, name):
+    """It would read sealed values as a client's update, and end the run in a traceback."""
+    federated = kind(small_vit)
+    strategy = federated.strategy()
+    strategy.start(federated.grid, ArrayRecord(federated.start), num_rounds=0)  # not the one below
+    with pytest.raises(Incompatible, match=r"FedAvg\.start, got a strategy around it"):
+        around(name, strategy).start(federated.grid, ArrayRecord(federated.start), num_rounds=1)
+    assert not federated.grid.sent
+
+
+@pytest.mark.parametrize("name", ["FixedClipping", "AdaptiveClipping", "Median"])
+def test_a_strategy_around_masks_that_reads_updates_all_the_same_reads_none(small_vit, name):
+    masked = Masked(small_vit)
+    send = masked.grid.send_and_receive
+    masked.grid.send_and_receive = lambda *a, **o: list(send(*a, **o))  # as Flower's own grid does
+    strategy = around(name, masked.strategy(wrapped=True))
+    with pytest.raises(TypeError, match="nobody reads a single update"):
         strategy.start(masked.grid, ArrayRecord(masked.start), num_rounds=1)
-    assert not masked.grid.sent
+    assert not getattr(strategy, "read", None) and not masked.unmasked()
+
+
+def test_a_strategy_around_masks_that_reads_no_update_works(small_vit):
+    masked = Masked(small_vit)
+    strategy = Median(masked.strategy(wrapped=True), reads=False)
+    result = strategy.start(masked.grid, ArrayRecord(masked.start), num_rounds=1)
+    assert masked.error(result) < 1e-6
+    with pytest.raises(InputError, match="wrapped"):
+        masked.strategy(wrapped="yes")
 
 
 @pytest.mark.parametrize(
@@ -213,27 +269,70 @@ def test_a_late_reply_beside_the_new_one_costs_nothing_but_itself(small_vit):
     federated.check(federated.seen[13][-1], [n for n in NODES if n != 12], NODES)
 
 
-def test_a_run_that_is_replayed_into_another_moves_no_masked_model(small_vit):
-    """All that a client said in an earlier run of the same terms, round and model."""
-    masked, said = Masked(small_vit), []
-    app = masked.grid.apps[12]
+def replayed(federated, node):
+    """Run a round; then let one node say what it said in it, in another run of all others."""
+    said, app = [], federated.grid.apps[node]
 
     def recorded(message, context):
         said.append(app(message, context))
         return said[-1]
 
-    masked.grid.apps[12] = recorded
-    masked.run(1)
+    federated.grid.apps[node] = recorded
+    federated.run(1)
     replies = iter(said)
-    masked.grid.apps[12] = lambda message, context: Message(
+    federated.grid.apps[node] = lambda message, context: Message(
         content=next(replies).content, reply_to=message
     )
-    for node, context in masked.grid.contexts.items():
+    for context in federated.grid.contexts.values():
         context.state = RecordDict()
-        if node != 12:
-            masked.grid.apps[node] = masked.app(node)
-    strategy, result = masked.run(1)
-    assert 12 in strategy.refused[1] and masked.unchanged(result)
+    return federated.run(1)
+
+
+def test_what_a_client_said_in_another_run_counts_for_nothing(small_vit):
+    """The same keys, round, model and client: only the run is another."""
+    federated = Federated(small_vit)
+    strategy, result = replayed(federated, 12)
+    assert list(strategy.refused[1]) == [12] and "another version" in strategy.refused[1][12]
+    federated.run(1, initial=result.arrays)
+    federated.check(federated.seen[13][-1], [n for n in NODES if n != 12])
+
+
+def test_what_a_client_said_in_another_run_under_masks_costs_no_round(small_vit):
+    masked = Masked(small_vit)
+    strategy, result = replayed(masked, 12)
+    assert list(strategy.refused[1]) == [12] and "round" in strategy.refused[1][12]
+    assert masked.error(result, [n for n in masked_rounds.NODES if n != 12]) < 1e-6
+
+
+@BOTH
+def test_a_run_that_begins_again_in_its_first_round_is_a_new_one(small_vit, kind):
+    """A server that fell before the first sum: the clients, which opened none, take part."""
+    federated = kind(small_vit)
+    federated.grid.late = set(federated.names)
+    if kind is Masked:
+        federated.silent = {"values": federated.names}
+    federated.run(1)
+    federated.grid.late, federated.silent = set(), {}
+    strategy, _ = federated.run(
+        1, federated.strategy(**({"first_round": 2} if kind is Masked else {}))
+    )
+    assert strategy.refused[1] == {}
+
+
+def test_a_start_without_the_name_of_its_run_is_trained_by_nobody(small_vit):
+    federated = Federated(small_vit)
+    send = federated.grid.send_and_receive
+
+    def nameless(message):
+        content = dict(message.content)
+        arrays = {n: a for n, a in content["arrays"].items() if n != RUN}
+        content["arrays"] = ArrayRecord(arrays)
+        return Message(RecordDict(content), message.metadata.dst_node_id, "train")
+
+    federated.grid.send_and_receive = lambda ms, **o: send([nameless(m) for m in ms], **o)
+    strategy, _ = federated.run(1)
+    assert all("the name of its run" in said for said in strategy.refused[1].values())
+    assert strategy.refused[1].keys() == set(NODES) and not federated.seen
 
 
 @pytest.mark.parametrize("change", [0, 1j])
@@ -276,3 +375,52 @@ def test_counters_and_positions_survive_stock_strategies(small_vit, name):
     after = result.arrays.to_torch_state_dict()
     assert all(bool(t.isfinite().all()) for t in after.values())
     assert nodes.trained == 6 and after["head.0.num_batches_tracked"].shape == ()
+
+
+def test_an_encrypted_run_without_a_round_ends_at_the_weights_it_began_with(small_vit):
+    """As a template reads them in its last line; sealed sums are read by clients alone."""
+    federated = Federated(small_vit)
+    federated.grid.late = set(NODES)
+    _, result = federated.run(1)
+    after = result.arrays.to_torch_state_dict()
+    assert all(torch.equal(after[n], t) for n, t in federated.start.items())
+    federated.grid.late = set()
+    _, result = federated.run(1)
+    with pytest.raises(TypeError, match="encrypted, clients alone read the sum"):
+        result.arrays.to_torch_state_dict()
+
+
+LINES = "a\n\x1b[31mRound 9: node 13 refused\u2028" + 3000 * "b"
+
+
+@BOTH
+@pytest.mark.parametrize("where", ["reason", "name of an array", "name of a metric"])
+def test_what_a_client_says_is_one_short_line_of_the_servers_log(
+    small_vit, kind, where, flower_log
+):
+    """Or it could write lines there that look like those of others."""
+    federated = kind(small_vit)
+    app = federated.grid.apps[12]
+
+    def saying(message, context):
+        reply = app(message, context)
+        if where == "reason":
+            return Message(Error(1, LINES), reply_to=message)
+        if reply.has_error() or not reply.content.array_records:
+            return reply
+        ((name, arrays),) = reply.content.array_records.items()
+        content = RecordDict(dict(reply.content))
+        if where == "name of an array":
+            content[name] = ArrayRecord({**arrays, LINES: Array("x", (), "pickle", b"")})
+        return Message(content, reply_to=message)
+
+    federated.grid.apps[12] = saying
+    if where == "name of a metric":
+        odd = {LINES: float("nan")}
+        federated.spoil = dict.fromkeys(federated.names, lambda s, m: (s, m | odd))
+    strategy, _ = federated.run(1)
+    assert strategy.refused[1].keys() == ({12} if where != "name of a metric" else set())
+    lines = flower_log()
+    assert any("Round 9" in line for line in lines)
+    for line in (*lines, *strategy.refused[1].values()):
+        assert len(line) < 900 and line.isprintable(), line[:300]

@@ -49,11 +49,13 @@ MODEL = {"path": "torch.nn.Linear", "args": {"in_features": 6, "out_features": 4
 BOUND, HEAVIEST = 0.5, 100.0
 
 
-def context(root: Path, name: str, task: str = "train", number: int = 0) -> FLContext:
+def context(
+    root: Path, name: str, task: str = "train", number: int = 0, job: str = "job"
+) -> FLContext:
     """NVFlare's context, with a workspace that knows one run directory."""
     fl_ctx = FLContext()
     fl_ctx.set_prop(ReservedKey.IDENTITY_NAME, name, private=False, sticky=True)
-    fl_ctx.set_prop(ReservedKey.RUN_NUM, "job", private=False, sticky=True)
+    fl_ctx.set_prop(ReservedKey.RUN_NUM, job, private=False, sticky=True)
     fl_ctx.set_prop(FLContextKey.TASK_NAME, task, private=True, sticky=False)
     fl_ctx.set_prop(AppConstants.CURRENT_ROUND, number, private=True, sticky=False)
     workspace = SimpleNamespace(get_run_dir=lambda job: str(root / name / job))
@@ -77,12 +79,14 @@ class Run:
     def persistor(self, **more) -> SumPersistor:
         return SumPersistor(self.manifest, MODEL, **more)
 
-    def aggregator(self, number: int, min_clients: int = 2) -> EncryptedAggregator:
+    def aggregator(
+        self, number: int, min_clients: int = 2, job: str = "job"
+    ) -> EncryptedAggregator:
         made = EncryptedAggregator(
             self.manifest, str(self.root / "server.json"), str(self.root / "signing.json"),
             min_clients=min_clients,
         )  # fmt: skip
-        made.fl_ctx = context(self.root, "server", number=number)
+        made.fl_ctx = context(self.root, "server", number=number, job=job)
         made.reset_stats()
         return made
 
@@ -346,6 +350,19 @@ def test_a_result_about_another_model_is_refused(run):
     run.opened("site-1", 0, other)
     with pytest.raises(Rejected, match="version of the public model"):
         run.accepted(aggregator, "site-1", run.sealed("site-1", reply_of(change())))
+
+
+def test_a_result_of_another_job_is_refused(run):
+    """With the same keys, the same starting weights and the same round."""
+    weights = {n: t.clone() for n, t in SumPersistor(run.manifest, MODEL)._initial().items()}
+    save_file(weights, run.root / "initial.safetensors")
+    keep = run.persistor(initial=str(run.root / "initial.safetensors"))
+    run.opened("site-1", 0, keep.load_model(context(run.root, "server"))["weights"])
+    old = run.sealed("site-1", reply_of(change()))
+    run.accepted(run.aggregator(0), "site-1", old)
+    keep.load_model(context(run.root, "server", job="second"))
+    with pytest.raises(Rejected, match="version of the public model"):
+        run.accepted(run.aggregator(0, job="second"), "site-1", old)
 
 
 def test_a_wrong_key_is_refused(run):

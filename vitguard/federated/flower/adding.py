@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
-from types import FrameType
 from typing import Any
 
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common.logger import log
-from flwr.serverapp.strategy import (
-    DifferentialPrivacyServerSideAdaptiveClipping,
-    DifferentialPrivacyServerSideFixedClipping,
-    FedAvg,
-    FedProx,
-    Strategy,
-)
+from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
 from vitguard.defenses.encryption import Manifest
 from vitguard.errors import Incompatible, Rejected, VitguardError, expected
 from vitguard.federated.flower.changes import spelled
-from vitguard.federated.flower.replies import content_of
+from vitguard.federated.flower.replies import content_of, in_one_line
 
 __all__ = [
     "aggregate_metrics",
     "evaluated",
     "refuse_other_strategies",
-    "refuse_readers_around",
     "require_finite_start",
     "require_tensors",
     "warn_of_coarse",
@@ -40,10 +31,6 @@ __all__ = [
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 EPSILON, CLIPPED = "epsilon", "vitguard-clipped"
 _COARSE = 0.01
-_READERS = (
-    DifferentialPrivacyServerSideAdaptiveClipping,
-    DifferentialPrivacyServerSideFixedClipping,
-)
 
 
 def refuse_other_strategies(kind: type, own: type) -> None:
@@ -63,24 +50,6 @@ def refuse_other_strategies(kind: type, own: type) -> None:
             f"Expected a strategy that adds updates, got {readers[0]}, which must read each update "
             f"or replaces the average. Use {own.__name__} alone."
         )
-
-
-def refuse_readers_around(own: Strategy) -> None:
-    """Raise Incompatible if a strategy around `own`, which calls it now, reads each update.
-
-    Flower's privacy of the server clips what each client sends, which is masked.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        around = frame.f_locals.get("self")
-        if around is not own and isinstance(around, _READERS):
-            raise Incompatible(
-                f"Expected a strategy around {type(own).__name__} that reads no update, got "
-                f"{type(around).__name__}, which clips each on the server. Let clients clip "
-                "(DifferentialPrivacyClientSideFixedClipping), or put ClientPrivacy before the "
-                "masks in their stack."
-            )
-        frame = frame.f_back
 
 
 def require_finite_start(weights: Mapping[str, Tensor]) -> None:
@@ -141,16 +110,26 @@ def aggregate_metrics(contents: list[RecordDict], weighted_by: str) -> MetricRec
     return together
 
 
-def with_common_names(contents: list[MetricRecord]) -> list[RecordDict]:
+def with_common_names(server_round: int, contents: list[MetricRecord]) -> list[RecordDict]:
     """Return metrics of several clients with the names that all have: others cannot be averaged.
 
-    Nor can a number with a list, or lists of several lengths.
+    Nor can a number with a list, lists of several lengths, or what is not finite.
     """
     names = set.intersection(*(set(c) for c in contents))
     alike = {n for n in names if len({_length(c[n]) for c in contents}) == 1}
+    if wrong := sorted(n for n in alike if not all(_finite(c[n]) for c in contents)):
+        log(
+            WARNING, "Round %s: metrics of a client that are not finite are left out: %s",
+            server_round, in_one_line(", ".join(wrong)),
+        )  # fmt: skip
+    alike -= {*wrong}
     return [
         RecordDict({"metrics": MetricRecord({n: c[n] for n in c if n in alike})}) for c in contents
     ]
+
+
+def _finite(value: Any) -> bool:
+    return all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]))
 
 
 def _length(value: Any) -> int | None:
@@ -170,8 +149,9 @@ def evaluated(
             good.append(_measured(reply, weighted_by))
         except VitguardError as refusal:
             node = reply.metadata.src_node_id
-            log(WARNING, "Round %s: evaluation of node %s: %s", server_round, node, str(refusal))
-    return aggregate(with_common_names(good), weighted_by) if good else None
+            said = in_one_line(refusal)
+            log(WARNING, "Round %s: evaluation of node %s: %s", server_round, node, said)
+    return aggregate(with_common_names(server_round, good), weighted_by) if good else None
 
 
 def _measured(reply: Message, weighted_by: str) -> MetricRecord:

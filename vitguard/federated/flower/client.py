@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vitguard.core import Update
 from vitguard.defenses.base import Ledgered, UpdateDefense
-from vitguard.defenses.encryption import Decryptor, Encryptor, model_version
+from vitguard.defenses.encryption import Decryptor, Encryptor
 from vitguard.defenses.gate import LeakGate
 from vitguard.defenses.sealing import require_finite
 from vitguard.errors import (
@@ -62,6 +62,7 @@ from vitguard.federated.flower.records import (
     from_arrays,
     sealed_array,
     snapshot_array,
+    started,
     to_arrays,
 )
 from vitguard.federated.flower.snapshots import Snapshot, vouch
@@ -339,14 +340,15 @@ def _opened(
     asked = Progress(number, base)
     history, state = History.of(received), exchange.context.state
     keys = exchange.keys(exchange.context)
+    weights: dict[str, Tensor] = {}
+    progress = Progress()
     if _MODEL in state.array_records:
         weights = from_arrays(state.array_records[_MODEL])
         kept = state.config_records.get(_KEPT, ConfigRecord())
         progress = Progress.from_json(str(kept.get("progress", "")))
-    elif history.start:
-        weights, progress = dict(history.start), Progress(-1, model_version(history.start))
-    else:
-        weights, progress = {}, Progress()
+    if history.start and progress.opened < 0:  # perhaps of a run that begins again
+        weights = dict(history.start)
+        progress = Progress(-1, started(weights, history.run))
     whole = history.snapshot
     if whole is not None and whole.number > progress.opened:
         weights = whole.open(keys.keys, keys.manifest)

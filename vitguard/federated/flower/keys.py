@@ -21,6 +21,7 @@ from vitguard.defenses.encryption import (
     SigningKey,
 )
 from vitguard.errors import InputError, expected
+from vitguard.files import write_atomically
 
 __all__ = ["ClientKeys", "Federation", "make_keys"]
 
@@ -91,19 +92,34 @@ def make_keys(
         clients: Their names: what VITGUARD_CLIENT says, or the `partition-id` ("0", "1", ...).
         bounds: The largest absolute value of an update.
         max_weight: The largest weight of a client: its number of examples.
+
+    Raises:
+        InputError: The folder has keys already, which are left as they are; or an argument that
+            cannot be.
     """
     names, place = _names(clients), Path(folder)
+    own = [f"client-{name}.keys" for name in names]
+    refuse_taken(place, ["server.keys", "signing.keys", "manifest.json", *own])
     signing = SigningKey.generate()
     keys = KeySet.generate(
         preset=preset, max_clients=max(2, len(names)), server=signing.public_bytes()
     )
     manifest = Manifest.of(encrypted, bounds=bounds, max_weight=max_weight)
+    keys.for_server().save(place / "server.keys", passphrase)  # of two at once one gets this far
+    signing.save(place / "signing.keys", passphrase)
     for name in names:
         keys.for_client(name).save(place / f"client-{name}.keys", passphrase)
-    keys.for_server().save(place / "server.keys", passphrase)
-    signing.save(place / "signing.keys", passphrase)
-    (place / "manifest.json").write_text(manifest.to_json())
+    write_atomically(place / "manifest.json", manifest.to_json(), overwrite=False)
     _client_keys.cache_clear()  # a notebook may have used older ones of this folder
+
+
+def refuse_taken(folder: Path, names: Iterable[str]) -> None:
+    """Raise InputError where a file is there already: keys of two runs would be mixed."""
+    if there := next((name for name in names if (folder / name).exists()), None):
+        raise expected(
+            f"a folder without {there}", f"{folder}, which has it",
+            "Make a folder for each run, or remove the old keys.",
+        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=16)

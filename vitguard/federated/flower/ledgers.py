@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from logging import WARNING
 
-from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.logger import log
 from flwr.common.serde import make_message
 from flwr.serverapp import Grid
@@ -65,11 +65,12 @@ class Ledgers:
             raise Rejected("ledger", "another ledger than the node had before", "its own")
         if name in self.copied:
             raise Rejected("ledger", "one that two nodes went on from", "a ledger of one node")
-        if releases <= self.most.get(name, 0):
+        most = self.most.get(name, 0)
+        if releases <= most:
             if any(own == name for other, own in self.nodes.items() if other != node):
                 self.copied.append(name)
             raise Rejected(
-                "ledger", f"release {releases} after release {self.most[name]}: a state that was "
+                "ledger", f"release {releases} after release {most}: a state that was "
                 "set back or copied", "a ledger that grew",
             )  # fmt: skip
         self.nodes[node], self.most[name] = name, releases
@@ -91,10 +92,13 @@ class Ledgers:
     def counted(self, reply: Message) -> Message:
         """Return a reply whose ledger grew, or an Error reply in place of another."""
         about = reply.metadata
-        if reply.has_error() or about.message_type.split(".")[0] != MessageType.TRAIN:
+        if reply.has_error():
+            return reply
+        told = reply.content.config_records.get(LEDGER)
+        if told is None and not reply.content.array_records:  # no update, such as an evaluation
             return reply
         try:
-            self.count(about.src_node_id, reply.content.config_records.get(LEDGER))
+            self.count(about.src_node_id, told)
         except Rejected as refusal:
             said = str(refusal)
             log(WARNING, "Node %s refused: %s", about.src_node_id, said)
@@ -142,9 +146,20 @@ class LedgerGrid(Around):
     Args:
         grid: Flower's grid.
         ledgers: What is known; save `ledgers.to_json()` for a server that restarts.
+
+    Raises:
+        InputError: A LedgerGrid is inside.
     """
 
     def __init__(self, grid: Grid, ledgers: Ledgers | None = None) -> None:
+        inner: Grid = grid
+        while isinstance(inner, Around):
+            if isinstance(inner, LedgerGrid):
+                raise expected(
+                    "one LedgerGrid", "one around another",
+                    "Each reply would be counted twice: leave one of them out.",
+                )  # fmt: skip
+            inner = inner._grid
         super().__init__(grid)
         self.ledgers = Ledgers() if ledgers is None else ledgers
 

@@ -11,11 +11,10 @@ from typing import Literal
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from torch import Tensor
 
-from vitguard.defenses.encryption import model_version
 from vitguard.defenses.masking import MaskingClient
 from vitguard.errors import Rejected, Unprotected, expected
 from vitguard.federated.flower.masked_keys import MaskingIdentity
-from vitguard.federated.flower.records import BASE, ROUND
+from vitguard.federated.flower.records import BASE, ROUND, RUN, started
 from vitguard.rounds import Progress
 
 __all__ = ["ASKED", "KEYS", "SHARES", "VALUES", "AGREEMENT", "ANSWERS", "BODY", "PHASE", "masker"]
@@ -34,6 +33,7 @@ class Asked:
     round: Progress
     body: bytes
     client: MaskingClient
+    name: object = b""  # of the round, as the server drew it
 
     def weights(self, received: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights if they are those that this client signed, with all others.
@@ -41,7 +41,7 @@ class Asked:
         Raises:
             Rejected: They are another model.
         """
-        if model_version(received) != self.round.base:
+        if started(received, self.name) != self.round.base:
             raise Rejected("base", "another model than the round was started with")
         return dict(received)
 
@@ -101,7 +101,7 @@ def masking(
     resting = context.state.config_records.get(_RESTING, ConfigRecord()).get("state")
     if resting is not None:
         client.load_state_bytes(resting)  # type: ignore[arg-type]
-    now = Asked(str(phase), Progress(number, base), body, client)
+    now = Asked(str(phase), Progress(number, base), body, client, found.get(RUN))
     token = _asked.set(now)
     try:
         yield _answered(now, message)

@@ -13,7 +13,8 @@ from flwr.app import Context
 from vitguard.defenses.encryption import Manifest, SigningKey
 from vitguard.defenses.masking import Journal, MaskingClient, Terms
 from vitguard.errors import expected
-from vitguard.federated.flower.keys import _checked, _environment
+from vitguard.federated.flower.keys import _checked, _environment, refuse_taken
+from vitguard.files import write_atomically
 
 __all__ = ["MaskedFederation", "MaskingIdentity", "write_masked_keys"]
 
@@ -85,6 +86,10 @@ def write_masked_keys(
         identities: By name: what VITGUARD_CLIENT says, or the `partition-id` ("0", "1", ...).
         signing: The server's key; by default the one in the folder's `signing.keys`, or a new one.
         threshold: As in `Terms`.
+
+    Raises:
+        InputError: The folder has terms or identities already, which are left as they are; or an
+            argument that cannot be.
     """
     if not isinstance(identities, Mapping):
         raise expected("a signing key of each client by its name", type(identities).__name__)
@@ -93,17 +98,26 @@ def write_masked_keys(
         _checked(name): key.public_bytes() if isinstance(key, SigningKey) else key
         for name, key in identities.items()
     }
+    whole = {
+        f"client-{name}.identity": key
+        for name, key in identities.items()
+        if isinstance(key, SigningKey)
+    }
+    refuse_taken(place, ["terms.json", *whole])
     file = place / "signing.keys"
-    if signing is None and file.exists():
+    known = signing is None and file.exists()
+    if known:
         signing = SigningKey.load(file, passphrase)
-    else:
-        signing = signing or SigningKey.generate()
-        signing.save(file, passphrase)
+    signing = signing or SigningKey.generate()
     terms = Terms(manifest, public, signing.public_bytes(), threshold)
-    for name, key in identities.items():
-        if isinstance(key, SigningKey):
-            key.save(place / f"client-{name}.identity", passphrase)
-    (place / "terms.json").write_text(terms.to_json())
+    if not known:
+        refuse_taken(place, [file.name])
+    # of two at once one gets this far
+    write_atomically(place / "terms.json", terms.to_json(), overwrite=False)
+    if not known:
+        signing.save(file, passphrase)
+    for name, key in whole.items():
+        key.save(place / name, passphrase)
     _identity.cache_clear()  # a notebook may have used older ones of this folder
     return terms
 

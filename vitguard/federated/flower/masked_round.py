@@ -26,7 +26,7 @@ from vitguard.federated.flower.masked_client import (
     VALUES,
 )
 from vitguard.federated.flower.records import ROUND, from_arrays
-from vitguard.federated.flower.replies import PlainSum, Reply, content_of
+from vitguard.federated.flower.replies import PlainSum, Reply, content_of, in_one_line
 
 __all__ = ["MaskedRound"]
 
@@ -40,7 +40,7 @@ class MaskedRound:
     Args:
         server: The masked sum.
         grid: Where nodes are asked.
-        said: The number of the round and the version of the model, for each message.
+        said: The number and name of the round and the version of the model, for each message.
         start: Weights before the round.
         refused: Filled with a reason for each node that was left out.
         weighted_by: The metric that must be the signed weight.
@@ -50,7 +50,7 @@ class MaskedRound:
 
     server: MaskingServer
     grid: Grid
-    said: Mapping[str, int | str]
+    said: Mapping[str, int | str | bytes]
     start: Mapping[str, Tensor]
     refused: dict[int, str]
     weighted_by: str
@@ -89,7 +89,7 @@ class MaskedRound:
                 self._add_values(reply, asked[node])
                 self.names[node] = asked[node]
             except VitguardError as refusal:
-                self._refuse(node, str(refusal))
+                self._refuse(node, in_one_line(refusal))
             del reply  # its values go before the next ones come
         self._note_silent(VALUES, asked)
 
@@ -144,7 +144,7 @@ class MaskedRound:
                 take(node, _body(reply))
                 answered.add(node)
             except VitguardError as refusal:
-                self._refuse(node, str(refusal))
+                self._refuse(node, in_one_line(refusal))
         self.names = {node: name for node, name in self.names.items() if node in answered}
         self._note_silent(phase, bodies)
 

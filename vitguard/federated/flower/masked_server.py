@@ -12,14 +12,12 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from vitguard.defenses.encryption import model_version
 from vitguard.defenses.masking import MaskingServer
-from vitguard.errors import Rejected, expected
+from vitguard.errors import Incompatible, Rejected, expected
 from vitguard.federated.flower.adding import (
     aggregate_metrics,
     evaluated,
     refuse_other_strategies,
-    refuse_readers_around,
     require_finite_start,
     require_tensors,
     warn_of_coarse,
@@ -30,7 +28,16 @@ from vitguard.federated.flower.grid import InProcessGrid
 from vitguard.federated.flower.ledgers import Ledgers, without_ledgers
 from vitguard.federated.flower.masked_keys import MaskedFederation
 from vitguard.federated.flower.masked_round import MaskedRound
-from vitguard.federated.flower.records import BASE, ROUND, WEIGHTED, from_arrays, to_arrays
+from vitguard.federated.flower.records import (
+    BASE,
+    ROUND,
+    RUN,
+    WEIGHTED,
+    drawn_name,
+    from_arrays,
+    started,
+    to_arrays,
+)
 
 __all__ = ["MaskedFedAvg"]
 
@@ -47,9 +54,11 @@ class MaskedFedAvg(FedAvg):
         Replies are added as they arrive and never kept.
         A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
         restarts save `ledgers`.
+        What a client said in another run or round counts for nothing, with the same keys and model
+        too: each round has a name, drawn at its start, which every message is bound to.
         All clients of a sum trained the same model: each signs the version of the one it was sent.
-        Metrics of one client end no run: those that differ in kind are left out, and so is an
-        evaluation without a weight.
+        Metrics of one client end no run: those that differ in kind or are not finite are left out,
+        and so is an evaluation without a weight.
 
     Does not protect against:
         What the sum tells, which the server reads; put `ClientPrivacy` before the masks.
@@ -62,6 +71,10 @@ class MaskedFedAvg(FedAvg):
             restart within one Flower run, give the `next_round` of the strategy before.
         phase_timeout: Seconds that nodes have for each exchange but the training. A SuperNode may
             start a process of the app for each, which takes seconds.
+        wrapped: Whether another strategy is around this one and reads no single update, such as
+            `DifferentialPrivacyClientSideFixedClipping`. Without it any strategy around it is
+            refused before anything is sent; with it one that reads updates ends in a TypeError,
+            since their arrays hold no numbers.
         settings: Arguments of `FedAvg`; at least `threshold` nodes are waited for by default.
     """
 
@@ -75,6 +88,7 @@ class MaskedFedAvg(FedAvg):
         max_clipped: int | None = None,
         first_round: int = 1,
         phase_timeout: float = 300.0,
+        wrapped: bool = False,
         **settings: Any,
     ) -> None:
         if not isinstance(federation, MaskedFederation):
@@ -84,6 +98,8 @@ class MaskedFedAvg(FedAvg):
             )
         if type(first_round) is not int or first_round < 0:
             raise expected("first_round, a whole number of at least 0", repr(first_round)[:80])
+        if not isinstance(wrapped, bool):
+            raise expected("wrapped, True or False", repr(wrapped)[:80])
         least = federation.terms.threshold
         for name in ("min_train_nodes", "min_available_nodes"):
             settings.setdefault(name, least)
@@ -92,6 +108,7 @@ class MaskedFedAvg(FedAvg):
         super().__init__(**settings)
         self._federation, self._max_clipped = federation, max_clipped
         self._phase_timeout = phase_timeout
+        self._wrapped, self._started = wrapped, False
         self._now: MaskedRound | None = None
         self.next_round = first_round
         self.refused: dict[int, dict[int, str]] = {}
@@ -107,7 +124,11 @@ class MaskedFedAvg(FedAvg):
         require_finite_start(from_arrays(initial_arrays))
         grid, self.ledgers = without_ledgers(grid, self.ledgers)
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
-        result = super().start(single, initial_arrays, *args, **named)
+        self._started = True
+        try:
+            result = super().start(single, initial_arrays, *args, **named)
+        finally:
+            self._started = False
         if not result.arrays:  # every round failed
             result.arrays = initial_arrays
         return result
@@ -116,7 +137,13 @@ class MaskedFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Exchange keys and shares with the nodes; ask those that did both for masked updates."""
-        refuse_readers_around(self)
+        if not (self._started or self._wrapped):
+            raise Incompatible(
+                f"Expected {type(self).__name__}.start, got a strategy around it, which may read "
+                "single updates: they are masked. Let clients clip or put ClientPrivacy before "
+                "the masks; a strategy that reads none (DifferentialPrivacyClientSide...) works "
+                "with wrapped=True."
+            )
         self._now = None
         refused = self.refused[server_round] = {}
         messages = list(super().configure_train(server_round, arrays, config, grid))
@@ -124,12 +151,13 @@ class MaskedFedAvg(FedAvg):
             return []
         start, number = from_arrays(arrays), self.next_round
         self.next_round += 1
-        base, keys = model_version(start), self._federation
+        name, keys = drawn_name(), self._federation
+        base = started(start, name)
         require_tensors(keys.terms.manifest, start)
         now = MaskedRound(
             MaskingServer(keys.terms, signing=keys.signing, round_id=number, base=base),
             grid,
-            {ROUND: number, BASE: base, WEIGHTED: self.weighted_by_key},
+            {ROUND: number, BASE: base, RUN: name, WEIGHTED: self.weighted_by_key},
             start,
             refused,
             self.weighted_by_key,
@@ -161,8 +189,8 @@ class MaskedFedAvg(FedAvg):
         heaviest = terms.manifest.max_weight
         error = len(given) / terms.levels * heaviest / math.fsum(given)
         warn_of_coarse(server_round, error, heaviest)
-        metrics = self.train_metrics_aggr_fn(with_common_names(now.metrics), self.weighted_by_key)
-        return to_arrays(weights), metrics
+        contents = with_common_names(server_round, now.metrics)
+        return to_arrays(weights), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,38 +17,49 @@ from torch import Tensor
 from vitguard.defenses.encryption import model_version
 from vitguard.errors import Rejected
 from vitguard.federated.flower.snapshots import Snapshot
-from vitguard.rounds import next_version
+from vitguard.rounds import first_version, next_version
 
 __all__ = [
     "BASE",
     "ROUND",
+    "RUN",
     "SEALED",
+    "SEALED_TYPE",
     "SNAPSHOT",
     "VOUCH",
     "WEIGHTED",
     "History",
     "Step",
+    "drawn_name",
     "from_arrays",
     "sealed_array",
     "snapshot_array",
+    "started",
     "take_snapshot",
     "to_arrays",
 ]
 
 ROUND, BASE = "vitguard-round", "vitguard-base"  # in the ConfigRecord of a message
+RUN = "vitguard.run"
+"""Where the name of a run or a masked round is said: an array, or a value of a ConfigRecord."""
+_NAME = 16  # bytes of it
 SNAPSHOT = "vitguard-snapshot"  # there too: "vouch" for the model, or "send" it
 WEIGHTED = "vitguard-weighted-by"  # there as well: the metric that is the client's weight
 VOUCH = "vitguard.vouch"
 """Name of the array with a client's proof of the weights it has."""
 SEALED = "vitguard.sealed"
-"""Name and type of the array that holds ciphertext; no weights can be made of it."""
+"""Name of the array that holds ciphertext."""
+SEALED_TYPE = (
+    "vitguard.sealed (nobody reads a single update; encrypted, clients alone read the sum)"
+)
+"""Its type: whoever asks Flower for the numbers in it is told this in an error."""
 _WHOLE = re.compile(r"vitguard\.snapshot\.(\d{1,18})")
 _STEP = re.compile(r"vitguard\.step\.(\d{1,18})\.(sum|plain\.(.+))")
 
 
 def sealed_array(data: bytes) -> Array:
     """Return ciphertext as an array that nothing takes for numbers."""
-    return Array(dtype="uint8", shape=(len(data),), stype=SEALED, data=data)
+    return Array(dtype="uint8", shape=(len(data),), stype=SEALED_TYPE, data=data)
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -114,10 +126,26 @@ def take_snapshot(arrays: dict[str, Array]) -> Snapshot | None:
     found = [name for name in arrays if _WHOLE.fullmatch(name)]
     if not found:
         return None
-    if len(found) > 1 or arrays[found[0]].stype != SEALED:
+    if len(found) > 1 or arrays[found[0]].stype != SEALED_TYPE:
         raise Rejected("snapshot", "several sealed models, or one of another type", "one")
     number = int(found[0].rpartition(".")[2])
     return Snapshot.from_bytes(number, arrays.pop(found[0]).data)
+
+
+def drawn_name() -> bytes:
+    """Return a name that no run and no masked round had before."""
+    return secrets.token_bytes(_NAME)
+
+
+def started(weights: Mapping[str, Tensor], run: object) -> str:
+    """Return the version of weights at the start of a run or a masked round.
+
+    Raises:
+        Rejected: The run is not named as a server of vitguard names it.
+    """
+    if not isinstance(run, bytes) or len(run) != _NAME:
+        raise Rejected("run", "none", f"the name of its run beside a start, {_NAME} bytes")
+    return first_version(model_version(weights), run)
 
 
 @dataclass(frozen=True)
@@ -128,11 +156,14 @@ class History:
         start: The weights of the first start; later on the server reads only their shapes.
         steps: The rounds since the start, or since the snapshot where there is one.
         snapshot: The model before the steps, sealed by a client; None at first.
+        run: Name of the run, which the server draws at its start: each version of the model
+            depends on it. Empty where there is no start.
     """
 
     start: Mapping[str, Tensor]
     steps: tuple[Step, ...] = field(default=())
     snapshot: Snapshot | None = None
+    run: bytes = b""
 
     def version(self) -> str:
         """Return the version of the model after all steps."""
@@ -140,7 +171,7 @@ class History:
 
     @cached_property
     def _version(self) -> str:
-        base = self.snapshot.version if self.snapshot else model_version(self.start)
+        base = self.snapshot.version if self.snapshot else started(self.start, self.run)
         for step in self.steps:
             base = step.version(base)
         return base
@@ -162,7 +193,7 @@ class History:
         if snapshot is None:
             history = replace(self, steps=(*self.steps, step))
         else:
-            history = History(self.start, (step,), snapshot)
+            history = replace(self, steps=(step,), snapshot=snapshot)
         known = step.version(self.version())  # not by hashing all sums anew
         history.__dict__["_version"] = known
         return history
@@ -174,7 +205,9 @@ class History:
         """
         if self.snapshot is None:
             steps = tuple(s for s in self.steps if s.number > (0 if number is None else number))
-            return History(self.start if number is None else {}, steps)
+            return (
+                History(self.start, steps, run=self.run) if number is None else History({}, steps)
+            )
         if number is None or number < self.snapshot.number:
             return History({}, self.steps, self.snapshot)
         return History({}, tuple(s for s in self.steps if s.number > number))
@@ -183,7 +216,8 @@ class History:
         """Return it as one record: what is sent, and what a server saves to go on later."""
         whole = snapshot_array(self.snapshot) if self.snapshot else {}
         steps = [a for s in self.steps for a in s.arrays().items()]
-        return ArrayRecord({**to_arrays(self.start), **whole, **dict(steps)})
+        run = {RUN: sealed_array(self.run)} if self.run else {}
+        return ArrayRecord({**to_arrays(self.start), **run, **whole, **dict(steps)})
 
     @staticmethod
     def of(record: ArrayRecord) -> History:
@@ -193,6 +227,7 @@ class History:
             Rejected: It holds something else.
         """
         arrays = dict(record)
+        run = arrays.pop(RUN).data if RUN in arrays else b""
         snapshot = take_snapshot(arrays)
         start: dict[str, Array] = {}
         totals: dict[int, bytes] = {}
@@ -208,4 +243,4 @@ class History:
         if plain.keys() - totals.keys():
             raise Rejected("array", "a step without its sum", "steps as they were made")
         steps = (Step(n, totals[n], from_arrays(plain.get(n, {}))) for n in sorted(totals))
-        return History(from_arrays(start), tuple(steps), snapshot)
+        return History(from_arrays(start), tuple(steps), snapshot, run)

@@ -12,9 +12,17 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from vitguard.errors import Rejected
-from vitguard.federated.flower.records import SEALED
+from vitguard.federated.flower.records import SEALED, SEALED_TYPE
 
-__all__ = ["PlainSum", "Reply", "content_of"]
+__all__ = ["PlainSum", "Reply", "content_of", "in_one_line"]
+
+_LONGEST = 600  # characters of a line
+
+
+def in_one_line(said: object) -> str:
+    """Return what a client said, or an error that quotes it, as one short line for a log."""
+    line = "".join(c if c.isprintable() else " " for c in str(said)[:_LONGEST])
+    return line if len(str(said)) <= _LONGEST else f"{line} ..."
 
 
 def content_of(message: Message) -> RecordDict:
@@ -59,7 +67,7 @@ class Reply:
         arrays = dict(next(iter(content.array_records.values())))
         metrics = next(iter(content.metric_records.values()))
         sealed = arrays.pop(SEALED, None)
-        if sealed is None or sealed.stype != SEALED:
+        if sealed is None or sealed.stype != SEALED_TYPE:
             raise Rejected("plain", "weights with nothing sealed", "a reply through ProtectMod")
         weight, clipped = metrics.get(weighted_by), metrics.get("vitguard-clipped", 0)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
@@ -108,5 +116,5 @@ class PlainSum:
         """Return the average for clients of that weight together, of what most of them sent."""
         few = sorted(n for n, count in self._sent.items() if 2 * count <= self._clients)
         if few:
-            log(WARNING, "Plain tensors that no more than half sent stay as they are: %s", few)
+            log(WARNING, "Plain tensors that no more than half sent stay as they are: %.500s", few)
         return {name: total / weight for name, total in self._sums.items() if name not in few}

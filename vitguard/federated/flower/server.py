@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import WARNING
 from typing import Any
 
@@ -38,10 +38,11 @@ from vitguard.federated.flower.records import (
     WEIGHTED,
     History,
     Step,
+    drawn_name,
     from_arrays,
     take_snapshot,
 )
-from vitguard.federated.flower.replies import PlainSum, Reply
+from vitguard.federated.flower.replies import PlainSum, Reply, in_one_line
 from vitguard.federated.flower.snapshots import Snapshot
 
 __all__ = ["EncryptedFedAvg"]
@@ -58,9 +59,11 @@ class EncryptedFedAvg(FedAvg):
         long as clients seal the model when they are asked.
         A client whose privacy ledger did not grow is refused (`LedgerGrid`); for a server that
         restarts save `ledgers`.
+        What a client sealed in another run counts for nothing, with the same keys and weights too:
+        each run has a name, drawn at its start, which every message is bound to.
         A sealed model is taken only where most clients of the round vouch for the same weights.
-        Metrics of one client end no run: those that differ in kind are left out, and so is an
-        evaluation without a weight.
+        Metrics of one client end no run: those that differ in kind or are not finite are left out,
+        and so is an evaluation without a weight.
 
     Does not protect against:
         A server that works with a client: they share the key of the ciphertext.
@@ -109,6 +112,7 @@ class EncryptedFedAvg(FedAvg):
         self._catch_up = catch_up
         self._federation, self.min_clients = federation, min_clients
         self._max_clipped = max_clipped
+        self._started = False
         self._history = History({})
         self._known: dict[int, int] = {}  # the last round that a node has opened
         self._sender: int | None = None  # the node that is asked to seal the model
@@ -122,21 +126,29 @@ class EncryptedFedAvg(FedAvg):
                 "Expected evaluation by clients, got evaluate_fn: the server cannot read the model."
             )
         history = History.of(initial_arrays)
+        if not (history.steps or history.snapshot):  # no client has opened anything of it
+            history = replace(history, run=drawn_name())
         require_tensors(self._federation.manifest, history.start)
         require_finite_start(history.start)
         self._history, self._known = history, {}
         grid, self.ledgers = without_ledgers(grid, self.ledgers)
         single = grid if isinstance(grid, InProcessGrid) else Arrivals(grid)
         counting = LedgerGrid(single, self.ledgers)
-        result = super().start(counting, initial_arrays, *args, **named)
-        result.arrays = self._history.record()
+        self._started = True
+        try:
+            result = super().start(counting, initial_arrays, *args, **named)
+        finally:
+            self._started = False
+        made = self._history
+        summed = made.steps or made.snapshot  # before that there is nothing to go on from
+        result.arrays = (made if summed else replace(made, run=b"")).record()
         return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask nodes for sealed updates of the model's version; each is sent what it lacks."""
-        if not self._history.start:  # `start` has not been called
+        if not self._started:
             raise Incompatible(
                 "Expected EncryptedFedAvg.start, got a strategy around it, which would read or "
                 "change what is encrypted. Use EncryptedFedAvg alone; for differential privacy "
@@ -223,7 +235,7 @@ class EncryptedFedAvg(FedAvg):
             try:
                 self._add(reply, total, plain, models)
             except VitguardError as refusal:
-                refused[node] = said = str(refusal)  # the exception itself holds the reply
+                refused[node] = said = in_one_line(refusal)  # the exception itself holds the reply
                 self._known.pop(node, None)  # whatever it has: it gets everything
                 log(WARNING, "Round %s: node %s refused: %s", server_round, node, said)
             else:
@@ -243,7 +255,7 @@ class EncryptedFedAvg(FedAvg):
         step = Step(number, summed, plain.mean(weight))
         self._history = self._history.after(step, models.agreed())
         return self._history.record(), self.train_metrics_aggr_fn(
-            with_common_names(good), self.weighted_by_key
+            with_common_names(server_round, good), self.weighted_by_key
         )
 
     def _add(self, message: Message, total: Aggregator, plain: PlainSum, models: Vouched) -> None:

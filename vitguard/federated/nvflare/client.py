@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vitguard.core import Update
 from vitguard.defenses.base import UpdateDefense
-from vitguard.defenses.encryption import Decryptor, Encryptor, KeySet, Manifest, model_version
+from vitguard.defenses.encryption import Decryptor, Encryptor, KeySet, Manifest
 from vitguard.errors import Rejected, Unprotected, expected
 from vitguard.federated.nvflare.messages import (
     CLIPPED,
@@ -41,6 +41,7 @@ from vitguard.federated.nvflare.messages import (
 from vitguard.federated.nvflare.models import build_model
 from vitguard.federated.nvflare.state import (
     ClientState,
+    initial_version,
     passphrase_of,
     site_of,
     state_folder,
@@ -116,7 +117,7 @@ class OpenFilter(_ClientFilter):
             raise Rejected("replay", f"a task of round {number} after round {state.training}")
         sums = sums_in(dxo)
         if sums is None:
-            self._begin(state, tensors_of(dxo), manifest)
+            self._begin(state, tensors_of(dxo), manifest, fl_ctx)
         else:
             self._advance(state, sums, number, manifest, fl_ctx)
         state.training = number
@@ -124,11 +125,17 @@ class OpenFilter(_ClientFilter):
         plain = DXO(DataKind.WEIGHTS, data={n: t.clone() for n, t in state.weights.items()})
         return plain.update_shareable(shareable)
 
-    def _begin(self, state: ClientState, weights: dict[str, Tensor], manifest: Manifest) -> None:
+    def _begin(
+        self,
+        state: ClientState,
+        weights: dict[str, Tensor],
+        manifest: Manifest,
+        fl_ctx: FLContext,
+    ) -> None:
         """Take the initial model, once; the same again where a task is sent again."""
         manifest.check(weights)
         refuse_tensors(weights)
-        base = model_version(weights)
+        base = initial_version(weights, fl_ctx)
         if state.progress.opened >= 0 or state.progress.base not in ("", base):
             raise Rejected("base", "a plain model in the middle of a run", "an encrypted sum")
         state.progress, state.weights = Progress(-1, base), weights

@@ -26,17 +26,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from vitguard.defenses.encryption import (
-    Aggregator,
-    Manifest,
-    ServerKeys,
-    SigningKey,
-    model_version,
-)
+from vitguard.defenses.encryption import Aggregator, Manifest, ServerKeys, SigningKey
 from vitguard.errors import Rejected, expected
 from vitguard.federated.nvflare.messages import CLIPPED, MESSAGE, SUM, refuse_tensors, sum_name
 from vitguard.federated.nvflare.models import build_model
-from vitguard.federated.nvflare.state import ServerState, passphrase_of, private_bytes, state_folder
+from vitguard.federated.nvflare.state import (
+    ServerState,
+    initial_version,
+    passphrase_of,
+    private_bytes,
+    state_folder,
+)
 from vitguard.files import write_atomically
 from vitguard.rounds import next_version
 
@@ -201,7 +201,7 @@ class SumPersistor(ModelPersistor):
                 weights = load(private_bytes(file))
             except SafetensorError as error:
                 raise Rejected("state", f"{file}, which is damaged", "its weights") from error
-            if model_version(weights) != state.base:
+            if initial_version(weights, fl_ctx) != state.base:
                 raise Rejected("state", f"another initial model in {file}", "that of this run")
             return make_model_learnable(weights, {})
         weights = self._initial()
@@ -209,7 +209,7 @@ class SumPersistor(ModelPersistor):
         refuse_tensors(weights)
         whole = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
         write_atomically(file, save(whole), private=True)
-        ServerState(run, model_version(weights)).write(_state_file(fl_ctx))
+        ServerState(run, initial_version(weights, fl_ctx)).write(_state_file(fl_ctx))
         return make_model_learnable(weights, {})
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:

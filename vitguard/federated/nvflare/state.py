@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from vitguard.defenses.encryption import model_version
 from vitguard.errors import InputError, Rejected, Unprotected, expected
 from vitguard.files import parsed_json, private_folder, write_atomically
-from vitguard.rounds import Progress
+from vitguard.rounds import Progress, first_version
 
 __all__ = [
     "ClientState",
     "ServerState",
+    "initial_version",
     "passphrase_of",
     "private_bytes",
     "state_folder",
@@ -145,6 +148,11 @@ def private_bytes(path: Path) -> bytes:
 def _same_run(found: Any, run: str, path: Path) -> None:
     if found != run:
         raise Rejected("state", f"that of another run in {path}", "the state of this run")
+
+
+def initial_version(weights: Mapping[str, Tensor], fl_ctx: Any) -> str:
+    """Return the version of the initial model in this job: no message of another job fits it."""
+    return first_version(model_version(weights), str(fl_ctx.get_job_id()).encode())
 
 
 def passphrase_of(variable: str) -> str:
