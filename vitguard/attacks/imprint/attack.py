@@ -27,6 +27,7 @@ __all__ = ["ImprintReading"]
 _WRONG = 0.01  # root mean square error, in pixels of [0, 1], that a verified patch has at most
 _HIDDEN = 0.01  # share of a patch's directions that the token may lack
 _EMPTY = 1e-3  # weight of a token that is none, relative to the largest in the update
+_SCANT = 0.2  # the same, where gradients are not exact
 _AGREE = 3  # tokens of one weight from which each proves that the others are single ones
 _APART = 1e-4  # relative difference of two images' weights at least
 
@@ -106,11 +107,11 @@ class ImprintReading(Attack):
         ]
         size = sum(view.normalization.std) / len(view.normalization.std)
         allowed = _WRONG / size * anatomy.patch_pixels**0.5 / _gain(tokens)
-        found = _found(banks, tokens, allowed)
+        exact, batch = view.traits.exact, view.update.batch_size
+        found = _found(banks, tokens, allowed, 0 if exact else batch)
         if not found:
             raise NotApplicable("no bin holds a single token")
-        batch = view.update.batch_size
-        patches, there, proved = _images(found, tokens, batch, anatomy.patches)
+        patches, there, proved = _images(found, tokens, batch, anatomy.patches, exact)
         whole = anatomy.patch_pixels - tokens.rank <= _HIDDEN * anatomy.patch_pixels
         details = {"found": len(found), "tokens": batch * anatomy.patches}
         return guess_from_patches(
@@ -118,7 +119,7 @@ class ImprintReading(Attack):
             anatomy,
             patches,
             labels=_labels(view, anatomy, patches) if bool(there.all()) else None,
-            verified=proved if whole and view.traits.exact else torch.zeros_like(there),
+            verified=proved if whole and exact else torch.zeros_like(there),
             details=details,
         )
 
@@ -147,20 +148,28 @@ def _gain(tokens: Tokens) -> float:
     return float(torch.linalg.matrix_norm(tokens.back, 2))
 
 
-def _found(banks: Sequence[Bank], tokens: Tokens, allowed: float) -> list[Single]:
-    least = _EMPTY * max(float(bank.bins[..., -1].abs().max()) for bank in banks)
+def _found(
+    banks: Sequence[Bank], tokens: Tokens, allowed: float, guessed: int
+) -> list[Single]:
+    """Return the single tokens of all positions.
+
+    Args:
+        guessed: Tokens of a position up to which it takes the likeliest ones where none can be told
+            for sure; 0 where gradients are exact.
+    """
+    least = (_SCANT if guessed else _EMPTY) * max(float(bank.bins[..., -1].abs().max()) for bank in banks)
     by_place: dict[int | None, list[Bank]] = {}
     for bank in banks:
         by_place.setdefault(bank.place, []).append(bank)
     return [
         single
         for same in by_place.values()
-        for single in peeled(same, tokens, allowed=allowed, least=least)
+        for single in peeled(same, tokens, allowed=allowed, least=least, guessed=guessed)
     ]
 
 
 def _images(
-    found: Sequence[Single], tokens: Tokens, batch: int, places: int
+    found: Sequence[Single], tokens: Tokens, batch: int, places: int, exact: bool
 ) -> tuple[
     Float[Tensor, "batch patches pixels"],
     Bool[Tensor, "batch patches"],
@@ -181,7 +190,7 @@ def _images(
     proved = torch.zeros_like(there)
     left: list[tuple[int, int | None]] = []
     lost = tokens.alike or len(tokens.still) > places
-    sorted_in = _sorted_in(marks, [single.whole for single in found], batch)
+    sorted_in = _sorted_in(marks, [single.whole for single in found], batch, exact)
     alike = Counter(image for _, image in sorted_in)
     for n, image in sorted_in:
         place = found[n].place
@@ -208,7 +217,7 @@ def _images(
 
 
 def _sorted_in(
-    marks: Float[Tensor, " found"], whole: Sequence[bool], batch: int
+    marks: Float[Tensor, " found"], whole: Sequence[bool], batch: int, exact: bool
 ) -> list[tuple[int, int | None]]:
     """Return each token's number with its image, None where its mark tells none; clear ones first.
 
@@ -216,14 +225,17 @@ def _sorted_in(
     elsewhere its mark is wrong.
     """
     order = marks.argsort().tolist()
-    size = float(marks.abs().median())
+    apart = _APART * float(marks.abs().median())
+    if not exact:  # the widest gaps, whatever they are
+        gaps = marks[[n for n in order if whole[n]]].diff().sort(descending=True).values
+        apart = float(gaps[batch - 1]) if len(gaps) >= batch else 0.0
     clusters: list[list[int]] = []
     last: float | None = None
     for n in order:
         if not whole[n]:
             continue
         mark = float(marks[n])
-        if last is None or mark - last > _APART * size:
+        if last is None or mark - last > apart:
             clusters.append([])
         clusters[-1].append(n)
         last = mark
