@@ -148,24 +148,23 @@ def _gain(tokens: Tokens) -> float:
     return float(torch.linalg.matrix_norm(tokens.back, 2))
 
 
-def _found(
-    banks: Sequence[Bank], tokens: Tokens, allowed: float, guessed: int
-) -> list[Single]:
+def _found(banks: Sequence[Bank], tokens: Tokens, allowed: float, guessed: int) -> list[Single]:
     """Return the single tokens of all positions.
 
     Args:
         guessed: Tokens of a position up to which it takes the likeliest ones where none can be told
             for sure; 0 where gradients are exact.
     """
-    least = (_SCANT if guessed else _EMPTY) * max(float(bank.bins[..., -1].abs().max()) for bank in banks)
+    least = _SCANT if guessed else _EMPTY
+    least *= max(float(bank.bins[..., -1].abs().max()) for bank in banks)
     by_place: dict[int | None, list[Bank]] = {}
     for bank in banks:
         by_place.setdefault(bank.place, []).append(bank)
-    return [
-        single
-        for same in by_place.values()
-        for single in peeled(same, tokens, allowed=allowed, least=least, guessed=guessed)
-    ]
+    found: list[Single] = []
+    for place, same in by_place.items():
+        many = guessed * (len(tokens.still) if place is None else 1)
+        found += peeled(same, tokens, allowed=allowed, least=least, guessed=many)
+    return found
 
 
 def _images(

@@ -182,7 +182,7 @@ def peeled(
             _singles(bank, at, tokens, limit, least) for bank, at in zip(banks, open_, strict=True)
         ]
         # of one direction at a time, where noise makes the same token two along two directions
-        fresh = max(by_bank, key=len) if guessed else sum(by_bank, [])
+        fresh = max(by_bank, key=len) if guessed else [s for one in by_bank for s in one]
         taken = 0
         for single in sorted(fresh, key=lambda one: (not one.whole, one.doubt)):
             if _known(single, found) or (limit > allowed and len(found) >= guessed):
