@@ -58,6 +58,16 @@ def test_the_difference_of_one_step_is_fished_as_its_gradient_is(small_vit, phot
     assert report.findings[0].verdict == "leaks"
 
 
+def test_images_whose_gradients_were_scaled_are_not_said_to_be_of_no_class(small_vit, photos):
+    """Of one size each, the head's bias counts no images any more; the fished one is read."""
+    report = vg.audit(
+        small_vit(), (photos[:4], torch.tensor([1, 3, 0, 1])), attacks="position",
+        defenses="sample-normalisation", threat=MaliciousServer("fishing:label=3"),
+    )  # fmt: skip
+    (found,) = [f for f in report.findings if f.defense != "none"]
+    assert found.verdict == "leaks" and found.psnr.max > 60
+
+
 @pytest.mark.slow
 def test_a_feature_leaves_one_image_of_a_batch_of_one_class(small_vit, photos):
     """By class all four count; above its threshold an image has no gradient at all."""

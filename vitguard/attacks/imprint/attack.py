@@ -27,7 +27,8 @@ __all__ = ["ImprintReading"]
 _WRONG = 0.01  # root mean square error, in pixels of [0, 1], that a verified patch has at most
 _HIDDEN = 0.01  # share of a patch's directions that the token may lack
 _EMPTY = 1e-3  # weight of a token that is none, relative to the largest in the update
-_SCANT = 0.2  # the same, where gradients are not exact
+_SCANT = 0.2  # the same, where gradients have noise
+_FEW = 0.25  # share of the tokens below which gradients that are not exact are read as noisy ones
 _AGREE = 3  # tokens of one weight from which each proves that the others are single ones
 _APART = 1e-4  # relative difference of two images' weights at least
 
@@ -91,27 +92,17 @@ class ImprintReading(Attack):
             moved = view.unknown.to(offset).reshape(1, -1)
             offset = torch.cat([offset, moved + view.bias(anatomy.patch)])
         tokens = Tokens.of(embedding.weight, offset, _eps(view.model, anatomy))
-        banks = [
-            bank
-            for one in rounds
-            if one.crafted is not None
-            for bank in banks_of(
-                one.gradient(steps=True),
-                anatomy,
-                one.crafted.bins,
-                embedding.prefix,
-                tokens.still,
-                tokens.back,
-                tokens.eps,
-            )
-        ]
         size = sum(view.normalization.std) / len(view.normalization.std)
         allowed = _WRONG / size * anatomy.patch_pixels**0.5 / _gain(tokens)
-        exact, batch = view.traits.exact, view.update.batch_size
-        found = _found(banks, tokens, allowed, 0 if exact else batch)
+        batch, clear = view.update.batch_size, view.traits.noise == 0
+        found = _found(_banks(rounds, anatomy, embedding, tokens), tokens, allowed) if clear else []
+        if not view.traits.exact and len(found) < _FEW * batch * anatomy.patches:
+            banks = _banks(rounds, anatomy, embedding, tokens, noisy=True)
+            guessed = _found(banks, tokens, allowed, batch)
+            clear, found = (True, found) if len(found) >= len(guessed) else (False, guessed)
         if not found:
             raise NotApplicable("no bin holds a single token")
-        patches, there, proved = _images(found, tokens, batch, anatomy.patches, exact)
+        patches, there, proved = _images(found, tokens, batch, anatomy.patches, clear)
         whole = anatomy.patch_pixels - tokens.rank <= _HIDDEN * anatomy.patch_pixels
         details = {"found": len(found), "tokens": batch * anatomy.patches}
         return guess_from_patches(
@@ -119,7 +110,7 @@ class ImprintReading(Attack):
             anatomy,
             patches,
             labels=_labels(view, anatomy, patches) if bool(there.all()) else None,
-            verified=proved if whole and exact else torch.zeros_like(there),
+            verified=proved if whole and view.traits.exact else torch.zeros_like(there),
             details=details,
         )
 
@@ -148,12 +139,30 @@ def _gain(tokens: Tokens) -> float:
     return float(torch.linalg.matrix_norm(tokens.back, 2))
 
 
-def _found(banks: Sequence[Bank], tokens: Tokens, allowed: float, guessed: int) -> list[Single]:
+def _banks(
+    rounds: Sequence[View],
+    anatomy: Anatomy,
+    embedding: Embedding,
+    tokens: Tokens,
+    *,
+    noisy: bool = False,
+) -> list[Bank]:
+    """Return the banks of all rounds."""
+    how = (embedding.prefix, tokens.still, tokens.back, tokens.eps, noisy)
+    return [
+        bank
+        for one in rounds
+        if one.crafted is not None
+        for bank in banks_of(one.gradient(steps=True), anatomy, one.crafted.bins, *how)
+    ]
+
+
+def _found(banks: Sequence[Bank], tokens: Tokens, allowed: float, guessed: int = 0) -> list[Single]:
     """Return the single tokens of all positions.
 
     Args:
         guessed: Tokens of a position up to which it takes the likeliest ones where none can be told
-            for sure; 0 where gradients are exact.
+            for sure; 0 where gradients have no noise.
     """
     least = _SCANT if guessed else _EMPTY
     least *= max(float(bank.bins[..., -1].abs().max()) for bank in banks)
@@ -168,7 +177,7 @@ def _found(banks: Sequence[Bank], tokens: Tokens, allowed: float, guessed: int) 
 
 
 def _images(
-    found: Sequence[Single], tokens: Tokens, batch: int, places: int, exact: bool
+    found: Sequence[Single], tokens: Tokens, batch: int, places: int, clear: bool
 ) -> tuple[
     Float[Tensor, "batch patches pixels"],
     Bool[Tensor, "batch patches"],
@@ -189,7 +198,7 @@ def _images(
     proved = torch.zeros_like(there)
     left: list[tuple[int, int | None]] = []
     lost = tokens.alike or len(tokens.still) > places
-    sorted_in = _sorted_in(marks, [single.whole for single in found], batch, exact)
+    sorted_in = _sorted_in(marks, [single.whole for single in found], batch, clear)
     alike = Counter(image for _, image in sorted_in)
     for n, image in sorted_in:
         place = found[n].place
@@ -216,7 +225,7 @@ def _images(
 
 
 def _sorted_in(
-    marks: Float[Tensor, " found"], whole: Sequence[bool], batch: int, exact: bool
+    marks: Float[Tensor, " found"], whole: Sequence[bool], batch: int, clear: bool
 ) -> list[tuple[int, int | None]]:
     """Return each token's number with its image, None where its mark tells none; clear ones first.
 
@@ -225,7 +234,7 @@ def _sorted_in(
     """
     order = marks.argsort().tolist()
     apart = _APART * float(marks.abs().median())
-    if not exact:  # the widest gaps, whatever they are
+    if not clear:  # the widest gaps, whatever they are
         gaps = marks[[n for n in order if whole[n]]].diff().sort(descending=True).values
         apart = float(gaps[batch - 1]) if len(gaps) >= batch else 0.0
     clusters: list[list[int]] = []

@@ -30,12 +30,14 @@ _ROUNDING = 1e-5  # of 32-bit weights: what is shorter is no direction
 def banks_of(
     view: View, anatomy: Anatomy, bins: Sequence[Bins], prefix: Float[Tensor, "prefix width"],
     still: Float[Tensor, "positions width"], back: Float[Tensor, "pixels width"], eps: float,
+    noisy: bool = False,
 ) -> list[Bank]:  # fmt: skip
     """Return the banks of an update, one for each direction and position.
 
     Args:
         prefix: Prefix tokens as they enter the first block.
         still, back, eps: As in `Tokens`.
+        noisy: Whether rows between which no token lies are averaged.
 
     Raises:
         Blocked: The gradient of the layer that holds the bins cannot be read.
@@ -51,7 +53,7 @@ def banks_of(
         for group in range(len(one.rows)):
             place = None if one.places is None else int(one.places[group])
             parts.setdefault((one.direction, place), []).append(sums.of(group))
-    loud = 0.0 if view.traits.exact else _LOUD
+    loud = _LOUD if noisy else 0.0
     return [_bank(group, place, loud) for (_, place), group in sorted(parts.items(), key=_order)]
 
 
