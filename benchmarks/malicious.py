@@ -40,6 +40,7 @@ from vitguard.guard import protect
 from vitguard.models import build_model, normalization_of
 from vitguard.registry import parse_stack
 from vitguard.threats import CuriousServer, MaliciousServer, Threat
+from vitguard.threats.crafts.channels import waves_of
 from vitguard.vit import Anatomy
 
 ROWS = ("1", "4", "16", "64", "4x4", "16x4")
@@ -225,6 +226,14 @@ def _row(options: argparse.Namespace, clients: int, images: int) -> str:
     if isinstance(guess, str):
         return f"| {clients} x {images} | 0 | 0 | {guess} | {read / trained:.2f} | {honest} |"
     quality = _quality(anatomy, pixels, guess)
+    if anatomy.patch_pixels > anatomy.width:
+        kept = waves_of(anatomy)[:, : anatomy.width - 3]
+        coarse = anatomy.unpatchify(anatomy.patchify(pixels.double()) @ kept @ kept.T)
+        at_it = _quality(anatomy, coarse, guess)
+        print(
+            f"at the resolution of {kept.shape[1]} waves: {_share(at_it >= 40)} within 40 dB, "
+            f"median {float(at_it.median()):.1f} dB"
+        )
     if options.picture:
         _picture(options.picture, pixels, guess)
     return (

@@ -35,6 +35,13 @@ def test_where_no_image_is_of_the_class_the_report_says_so(small_vit, photos, at
     assert "no image of class 5 among the 2 behind the update" in found.reason
 
 
+def test_a_head_that_begins_with_zeros_gets_weights_of_the_servers_own(small_vit, photos):
+    model = small_vit()
+    torch.nn.init.zeros_(model.head.weight)
+    found = finding(model, photos[:2], torch.tensor([1, 3]), "fishing:label=3")
+    assert found.verdict == "leaks" and found.psnr.max > 60
+
+
 def test_the_head_tells_how_many_images_were_fished(small_vit, photos):
     model, craft = small_vit(), Fishing(label=3)
     weights = craft.weights(model)

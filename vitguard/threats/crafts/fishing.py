@@ -88,8 +88,11 @@ class Fishing(Craft):
                 bias[(label + 1) % len(bias)] = 0.0
                 bias[label] = -slope * cut
                 continue
-            if not bool(weight.any()):
-                raise NotApplicable(f"the head's weights of class {label} are zero")
+            if not bool(weight.any()):  # a fresh head of zeros would hand no gradient on
+                drawn = torch.randn(
+                    weight.shape[1], generator=generator or torch.Generator().manual_seed(0)
+                )
+                weight[label] = drawn.to(weight) / weight.shape[1] ** 0.5
             bias[label] = _NEVER
         return state
 
