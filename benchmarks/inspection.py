@@ -8,7 +8,8 @@
     OMP_NUM_THREADS=1 python benchmarks/inspection.py adaptive --out adaptive.jsonl [--figure F.png]
 
 `honest` inspects honest checkpoints (inspecting/honest.py): those of half 0, on which the limits
-were chosen, or those of half 1. `crafts` inspects the crafts as published (inspecting/crafts.py).
+were chosen, or those of half 1. `crafts` inspects the crafts as published (inspecting/crafts.py),
+written into random weights of timm, torchvision and transformers and into trained ones.
 `judge` prints false alarms, misses and the area under the curve. `cost` measures an inspected
 training step beside a plain one. `adaptive` is the adversary that knows the detector.
 """
@@ -68,15 +69,25 @@ def judge(lines: list[dict], crafted: list[dict]) -> None:
         beyond = {n: v for n, v in line["signs"].items() if v > SIGNS[n][0]}
         print(f"  {line['kind']}, run {line['run']}, batch of {line['batch']}: {beyond}")
 
-    for craft in dict.fromkeys(line["craft"] for line in crafted):
-        found = [line for line in crafted if line["craft"] == craft]
-        seen = sum(score(line) > 1 for line in found)
-        wins = [(score(c) > score(h)) + 0.5 * (score(c) == score(h)) for c in found for h in lines]
-        least = min(map(score, found))
-        print(
-            f"{craft}: {seen} of {len(found)} suspicious, area under the curve "
-            f"{statistics.mean(wins):.4f}, lowest score {least:.3g}"
-        )
+    refused = [line for line in crafted if "refused" in line]
+    for line in refused:
+        print(f"not written: {line['craft']} into {line['kind']}: {line['refused']}")
+    written = [line for line in crafted if "refused" not in line]
+    for what in ("kind", "craft"):
+        for name in dict.fromkeys(line[what] for line in written):
+            _seen(name, [line for line in written if line[what] == name], lines)
+    _seen("all", written, lines)
+
+
+def _seen(name: str, found: list[dict], honest_ones: list[dict]) -> None:
+    seen = sum(score(line) > 1 for line in found)
+    wins = [
+        (score(c) > score(h)) + 0.5 * (score(c) == score(h)) for c in found for h in honest_ones
+    ]
+    print(
+        f"{name}: {seen} of {len(found)} suspicious, area under the curve "
+        f"{statistics.mean(wins):.4f}, lowest score {min(map(score, found)):.3g}"
+    )
 
 
 def score(line: dict) -> float:
@@ -84,26 +95,35 @@ def score(line: dict) -> float:
     return max(v / SIGNS[n][0] for n, v in line["signs"].items())
 
 
-def crafts(out: Path) -> None:
-    """Write a line for each craft on each model."""
-    with out.open("w") as file:
+def crafts(out: Path, only: str) -> None:
+    """Append a line for each craft on each model, or why it cannot be written into that."""
+    with out.open("a") as file:
+
+        def keep(line: dict) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
         for kind, model, images, labels in victims():
+            if only not in kind:
+                continue
             own = {n: t.clone() for n, t in model.state_dict().items()}
             for craft, write in published():
                 try:
                     weights = write(model)
                 except NotApplicable as error:
-                    print(f"{craft} on {kind}: {error}", flush=True)
+                    print(f"NOT WRITTEN: {craft} into {kind}: {error}", flush=True)
+                    keep({"craft": craft, "kind": kind, "refused": str(error)})
                     continue
+                if all(bool(torch.equal(weights[n], t)) for n, t in own.items()):
+                    raise SystemExit(f"{craft} changed nothing in {kind}")
                 for size in (1, len(images)):
                     load_exactly(model, weights)
                     anatomy = Anatomy.of(model)
                     found = inspect_model(model, anatomy, images[:size], labels[:size], Memory())
-                    line = {
+                    keep({
                         "craft": craft, "kind": kind, "batch": size, "score": found.score,
                         "signs": {s.name: s.value for s in found.signs},
-                    }  # fmt: skip
-                    file.write(json.dumps(line) + "\n")
+                    })  # fmt: skip
                 load_exactly(model, own)
             print(kind, flush=True)
 
@@ -205,6 +225,7 @@ def main() -> None:
     parser.add_argument("what", choices=["honest", "crafts", "judge", "cost", "adaptive"])
     parser.add_argument("--half", type=int, choices=[0, 1], default=1)
     parser.add_argument("--kind", choices=["", *KINDS], default="")
+    parser.add_argument("--weights", default="", help="crafts: into models with this in their name")
     parser.add_argument("--out", type=Path, default=Path("inspected.jsonl"))
     parser.add_argument("--honest", type=Path, default=Path("judged.jsonl"))
     parser.add_argument("--crafts", type=Path, default=Path("crafts.jsonl"))
@@ -213,7 +234,7 @@ def main() -> None:
     if options.what == "honest":
         honest(options.out, options.half, options.kind)
     elif options.what == "crafts":
-        crafts(options.out)
+        crafts(options.out, options.weights)
     elif options.what == "judge":
         judge(lines_of(options.honest), lines_of(options.crafts))
     elif options.what == "cost":

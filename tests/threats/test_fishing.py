@@ -35,6 +35,13 @@ def test_where_no_image_is_of_the_class_the_report_says_so(small_vit, photos, at
     assert "no image of class 5 among the 2 behind the update" in found.reason
 
 
+def test_a_head_that_begins_with_zeros_gets_weights_of_the_servers_own(small_vit, photos):
+    model = small_vit()
+    torch.nn.init.zeros_(model.head.weight)
+    found = finding(model, photos[:2], torch.tensor([1, 3]), "fishing:label=3")
+    assert found.verdict == "leaks" and found.psnr.max > 60
+
+
 def test_the_head_tells_how_many_images_were_fished(small_vit, photos):
     model, craft = small_vit(), Fishing(label=3)
     weights = craft.weights(model)
@@ -56,6 +63,16 @@ def test_the_difference_of_one_step_is_fished_as_its_gradient_is(small_vit, phot
         training=vg.LocalTraining(0.01), threat=MaliciousServer("fishing:label=3"),
     )  # fmt: skip
     assert report.findings[0].verdict == "leaks"
+
+
+def test_images_whose_gradients_were_scaled_are_not_said_to_be_of_no_class(small_vit, photos):
+    """Of one size each, the head's bias counts no images any more; the fished one is read."""
+    report = vg.audit(
+        small_vit(), (photos[:4], torch.tensor([1, 3, 0, 1])), attacks="position",
+        defenses="sample-normalisation", threat=MaliciousServer("fishing:label=3"),
+    )  # fmt: skip
+    (found,) = [f for f in report.findings if f.defense != "none"]
+    assert found.verdict == "leaks" and found.psnr.max > 60
 
 
 @pytest.mark.slow

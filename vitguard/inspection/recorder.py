@@ -98,7 +98,9 @@ class Recorder:
                 self.numbers[name]["logit spread"] = float(spread.max())
             else:
                 flat = output.reshape(-1, output.shape[-1])
-                some = flat[torch.randperm(len(flat), generator=fresh_generator())[:_TOKENS]]
+                some = flat
+                if len(flat) > _TOKENS:
+                    some = flat[torch.randint(len(flat), (_TOKENS,), generator=fresh_generator())]
                 self.numbers[name]["steep units"] = float((some.abs() > _STEEP).float().mean())
                 self.numbers[name]["silent units"] = float((flat.amax(0) < -_STEEP).float().mean())
         output.register_hook(_Gradient(self, name, kept, head))
@@ -108,7 +110,9 @@ class Recorder:
         numbers = self.numbers.setdefault(name, {})
         with torch.no_grad():
             gradient = gradient.detach()
-            if not bool(gradient.float().sum(tuple(range(gradient.dim() - 1))).isfinite().all()):
+            # added up over the tokens: what is not finite stays so
+            bias = gradient.float().sum(1) if gradient.dim() == 3 else gradient.float()
+            if not bool(bias.isfinite().all()):
                 self.overflowed = True
                 numbers["not finite"] = 1.0
                 return
@@ -117,7 +121,6 @@ class Recorder:
                     numbers["lone sample"] = separation(gram_of_samples(inputs, gradient))
                 return
             self.came = True
-            bias = gradient.float().sum(1)
             numbers["lone sample"] = separation(gram_of_samples(bias.new_ones(len(bias), 1), bias))
             patches = inputs.shape[0] * (inputs.shape[1] - self.prefix)
             if patches < _FEWEST:  # one stands out in honest gradients as well

@@ -35,12 +35,13 @@ def structure_signs(
     if signs and signs[0].value:
         return signs  # nothing else can be computed
     with torch.no_grad():
+        matrices = dict(_matrices(weights, anatomy))
         named = {
-            "parallel rows": _parallel(weights, anatomy, generator),
-            "ordered biases": _ordered(weights, anatomy),
+            "parallel rows": _parallel(matrices, generator),
+            "ordered biases": _ordered(weights, matrices),
             "muted branch": _muted(weights, anatomy),
             "shut units": _shut(weights, anatomy),
-            "scaled row": _scaled(weights, anatomy),
+            "scaled row": _scaled(weights, anatomy, matrices),
             "head bias": _head_bias(weights, anatomy),
             "scaled norm": _scaled_norms(weights, anatomy),
             "muted norm": _muted_norms(weights, anatomy),
@@ -107,15 +108,13 @@ def _added(name: str, weights: Mapping[str, Tensor]) -> Tensor | float:
     return 0.0
 
 
-def _parallel(
-    weights: Mapping[str, Tensor], anatomy: Anatomy, generator: torch.Generator
-) -> Iterator[Place]:
-    for name, rows in _matrices(weights, anatomy):
+def _parallel(matrices: Mapping[str, Tensor], generator: torch.Generator) -> Iterator[Place]:
+    for name, rows in matrices.items():
         yield name, float((twin_cosines(rows.float(), generator) > 0.9).float().mean())
 
 
-def _ordered(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
-    for name, rows in _matrices(weights, anatomy):
+def _ordered(weights: Mapping[str, Tensor], matrices: Mapping[str, Tensor]) -> Iterator[Place]:
+    for name, rows in matrices.items():
         bias = weights.get(f"{name.removesuffix('weight')}bias")
         if bias is not None and bias.shape == rows.shape[:1]:
             lengths = rows.float().norm(dim=1).clamp_min(1e-12)
@@ -154,10 +153,11 @@ def _shut(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
         yield parts[1], float((usual < -4 * spread).float().mean())
 
 
-def _scaled(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
+def _scaled(
+    weights: Mapping[str, Tensor], anatomy: Anatomy, matrices: Mapping[str, Tensor]
+) -> Iterator[Place]:
     """Largest length of a row over the usual one, in the head and the gated layers."""
-    rows_of = [n for n, _ in _matrices(weights, anatomy)] + _scoring(weights, anatomy)
-    for name in dict.fromkeys(rows_of):
+    for name in dict.fromkeys([*matrices, *_scoring(weights, anatomy)]):
         rows = weights.get(name)
         if rows is None or rows.dim() != 2:
             continue

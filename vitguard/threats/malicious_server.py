@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitguard.core import Loss, Normalization, Update, View
 from vitguard.defenses.base import written
@@ -19,6 +19,7 @@ from vitguard.registry import parse_one
 from vitguard.selectors import several
 from vitguard.threats.crafts.base import Craft
 from vitguard.threats.curious_server import CuriousServer, Threat
+from vitguard.vit import canonical_name
 
 __all__ = ["MaliciousServer", "craft_types", "parse_craft", "parse_threat"]
 
@@ -129,7 +130,8 @@ class MaliciousServer(Threat):
             NotApplicable: The craft does not fit the model.
         """
         try:
-            return self.made.under(guard.traits).weights(guard.public_model())
+            craft = self.made.under(guard.traits)
+            return craft.weights(_public(craft, guard))
         except NotApplicable as error:
             raise NotApplicable(
                 f"Expected a model that the craft {self.made.name} can be written into, got one "
@@ -145,8 +147,26 @@ class MaliciousServer(Threat):
         loss: Loss = F.cross_entropy,
     ) -> View:
         """Return what a curious server sees, and what this one wrote."""
-        craft, model = self.made.under(guard.traits), guard.public_model()
+        craft = self.made.under(guard.traits)
+        model = _public(craft, guard)
         crafted = replace(craft.crafted(model), nothing=craft.nothing(update, model))
         update = craft.seen(update, model)
         seen = CuriousServer(self.withhold).view(guard, update, normalization, loss=loss)
         return replace(seen, crafted=crafted)
+
+
+def _public(craft: Craft, guard: Guard) -> nn.Module:
+    """Return the public model as the craft takes it: what the defenses freeze is frozen in it.
+
+    Where nothing that is left to train has room for the craft the model is as without defenses: the
+    craft is written where no update shows it.
+    """
+    model = guard.public_model()
+    for name, parameter in model.named_parameters():
+        if guard.traits.freezes(name) or guard.traits.freezes(canonical_name(name)):
+            parameter.requires_grad_(False)
+    try:
+        craft.crafted(model)
+    except NotApplicable:
+        return guard.public_model()
+    return model

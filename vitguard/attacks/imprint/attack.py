@@ -27,6 +27,8 @@ __all__ = ["ImprintReading"]
 _WRONG = 0.01  # root mean square error, in pixels of [0, 1], that a verified patch has at most
 _HIDDEN = 0.01  # share of a patch's directions that the token may lack
 _EMPTY = 1e-3  # weight of a token that is none, relative to the largest in the update
+_SCANT = 0.2  # the same, where gradients have noise
+_FEW = 0.25  # share of the tokens below which gradients that are not exact are read as noisy ones
 _AGREE = 3  # tokens of one weight from which each proves that the others are single ones
 _APART = 1e-4  # relative difference of two images' weights at least
 
@@ -90,27 +92,17 @@ class ImprintReading(Attack):
             moved = view.unknown.to(offset).reshape(1, -1)
             offset = torch.cat([offset, moved + view.bias(anatomy.patch)])
         tokens = Tokens.of(embedding.weight, offset, _eps(view.model, anatomy))
-        banks = [
-            bank
-            for one in rounds
-            if one.crafted is not None
-            for bank in banks_of(
-                one.gradient(steps=True),
-                anatomy,
-                one.crafted.bins,
-                embedding.prefix,
-                tokens.still,
-                tokens.back,
-                tokens.eps,
-            )
-        ]
         size = sum(view.normalization.std) / len(view.normalization.std)
         allowed = _WRONG / size * anatomy.patch_pixels**0.5 / _gain(tokens)
-        found = _found(banks, tokens, allowed)
+        batch, clear = view.update.batch_size, view.traits.noise == 0
+        found = _found(_banks(rounds, anatomy, embedding, tokens), tokens, allowed) if clear else []
+        if not view.traits.exact and len(found) < _FEW * batch * anatomy.patches:
+            banks = _banks(rounds, anatomy, embedding, tokens, noisy=True)
+            guessed = _found(banks, tokens, allowed, batch)
+            clear, found = (True, found) if len(found) >= len(guessed) else (False, guessed)
         if not found:
             raise NotApplicable("no bin holds a single token")
-        batch = view.update.batch_size
-        patches, there, proved = _images(found, tokens, batch, anatomy.patches)
+        patches, there, proved = _images(found, tokens, batch, anatomy.patches, clear)
         whole = anatomy.patch_pixels - tokens.rank <= _HIDDEN * anatomy.patch_pixels
         details = {"found": len(found), "tokens": batch * anatomy.patches}
         return guess_from_patches(
@@ -147,20 +139,45 @@ def _gain(tokens: Tokens) -> float:
     return float(torch.linalg.matrix_norm(tokens.back, 2))
 
 
-def _found(banks: Sequence[Bank], tokens: Tokens, allowed: float) -> list[Single]:
-    least = _EMPTY * max(float(bank.bins[..., -1].abs().max()) for bank in banks)
-    by_place: dict[int | None, list[Bank]] = {}
-    for bank in banks:
-        by_place.setdefault(bank.place, []).append(bank)
+def _banks(
+    rounds: Sequence[View],
+    anatomy: Anatomy,
+    embedding: Embedding,
+    tokens: Tokens,
+    *,
+    noisy: bool = False,
+) -> list[Bank]:
+    """Return the banks of all rounds."""
+    how = (embedding.prefix, tokens.still, tokens.back, tokens.eps, noisy)
     return [
-        single
-        for same in by_place.values()
-        for single in peeled(same, tokens, allowed=allowed, least=least)
+        bank
+        for one in rounds
+        if one.crafted is not None
+        for bank in banks_of(one.gradient(steps=True), anatomy, one.crafted.bins, *how)
     ]
 
 
+def _found(banks: Sequence[Bank], tokens: Tokens, allowed: float, guessed: int = 0) -> list[Single]:
+    """Return the single tokens of all positions.
+
+    Args:
+        guessed: Tokens of a position up to which it takes the likeliest ones where none can be told
+            for sure; 0 where gradients have no noise.
+    """
+    least = _SCANT if guessed else _EMPTY
+    least *= max(float(bank.bins[..., -1].abs().max()) for bank in banks)
+    by_place: dict[int | None, list[Bank]] = {}
+    for bank in banks:
+        by_place.setdefault(bank.place, []).append(bank)
+    found: list[Single] = []
+    for place, same in by_place.items():
+        many = guessed * (len(tokens.still) if place is None else 1)
+        found += peeled(same, tokens, allowed=allowed, least=least, guessed=many)
+    return found
+
+
 def _images(
-    found: Sequence[Single], tokens: Tokens, batch: int, places: int
+    found: Sequence[Single], tokens: Tokens, batch: int, places: int, clear: bool
 ) -> tuple[
     Float[Tensor, "batch patches pixels"],
     Bool[Tensor, "batch patches"],
@@ -181,7 +198,7 @@ def _images(
     proved = torch.zeros_like(there)
     left: list[tuple[int, int | None]] = []
     lost = tokens.alike or len(tokens.still) > places
-    sorted_in = _sorted_in(marks, [single.whole for single in found], batch)
+    sorted_in = _sorted_in(marks, [single.whole for single in found], batch, clear)
     alike = Counter(image for _, image in sorted_in)
     for n, image in sorted_in:
         place = found[n].place
@@ -208,7 +225,7 @@ def _images(
 
 
 def _sorted_in(
-    marks: Float[Tensor, " found"], whole: Sequence[bool], batch: int
+    marks: Float[Tensor, " found"], whole: Sequence[bool], batch: int, clear: bool
 ) -> list[tuple[int, int | None]]:
     """Return each token's number with its image, None where its mark tells none; clear ones first.
 
@@ -216,14 +233,17 @@ def _sorted_in(
     elsewhere its mark is wrong.
     """
     order = marks.argsort().tolist()
-    size = float(marks.abs().median())
+    apart = _APART * float(marks.abs().median())
+    if not clear:  # the widest gaps, whatever they are
+        gaps = marks[[n for n in order if whole[n]]].diff().sort(descending=True).values
+        apart = float(gaps[batch - 1]) if len(gaps) >= batch else 0.0
     clusters: list[list[int]] = []
     last: float | None = None
     for n in order:
         if not whole[n]:
             continue
         mark = float(marks[n])
-        if last is None or mark - last > _APART * size:
+        if last is None or mark - last > apart:
             clusters.append([])
         clusters[-1].append(n)
         last = mark

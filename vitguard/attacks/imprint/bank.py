@@ -14,6 +14,7 @@ from vitguard.attacks.budget import charge
 __all__ = ["NEAR", "Bank", "Single", "Tokens", "peeled"]
 
 _ROUNDS = 64  # of peeling; photos take a handful
+_LOOSER, _LOOSEST = 2.0, 100.0  # factors on the doubt that is allowed where gradients are inexact
 NEAR = 8.0
 """Inputs of the activation within which a row is neither off nor wholly on."""
 
@@ -162,31 +163,37 @@ class Single:
     mark: float
 
 
-def peeled(banks: Sequence[Bank], tokens: Tokens, *, allowed: float, least: float) -> list[Single]:
+def peeled(
+    banks: Sequence[Bank], tokens: Tokens, *, allowed: float, least: float, guessed: int = 0
+) -> list[Single]:
     """Return the single tokens of a position; each is taken out of the bins of other directions.
 
     Args:
         banks: Of the same position.
         allowed: Doubt up to which a bin holds one token.
         least: Weight below which a bin is empty.
+        guessed: Tokens up to which those of the least doubt are taken, however large it is.
     """
     open_ = [torch.ones_like(bank.bias, dtype=torch.bool) for bank in banks]
     found: list[Single] = []
+    limit = allowed
     for _ in range(_ROUNDS):
-        fresh = [
-            single
-            for bank, at in zip(banks, open_, strict=True)
-            for single in _singles(bank, at, tokens, allowed, least)
+        by_bank = [
+            _singles(bank, at, tokens, limit, least) for bank, at in zip(banks, open_, strict=True)
         ]
+        # of one direction at a time, where noise makes the same token two along two directions
+        fresh = max(by_bank, key=len) if guessed else [s for one in by_bank for s in one]
         taken = 0
         for single in sorted(fresh, key=lambda one: (not one.whole, one.doubt)):
-            if _known(single, found):
+            if _known(single, found) or (limit > allowed and len(found) >= guessed):
                 continue
             found.append(single)
             taken += 1
             for bank, at in zip(banks, open_, strict=True):
                 _take_out(single, bank, at, tokens.eps)
-        if not taken:
+        if not taken and len(found) < guessed and limit < _LOOSEST * allowed:
+            limit *= _LOOSER
+        elif not taken:
             break
     return found
 

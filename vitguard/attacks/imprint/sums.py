@@ -22,6 +22,7 @@ _SAME = 1e-3  # relative difference of columns that were written alike, in 16-bi
 _SMOOTH = 0.4  # an attention head is a sigmoid, which is slower than GELU to be off or wholly on
 _ONE = 1e-3  # what the square of the length of a single token lacks at most: eps, and rounding
 _EMPTY = 1e-3  # weight of a bin without a token, relative to the largest
+_LOUD = 0.3  # change of the count that is a token where gradients have noise, of the largest one
 _TOLD = 0.1  # of the class token: what tells it from patches, relative to its length
 _ROUNDING = 1e-5  # of 32-bit weights: what is shorter is no direction
 
@@ -29,12 +30,14 @@ _ROUNDING = 1e-5  # of 32-bit weights: what is shorter is no direction
 def banks_of(
     view: View, anatomy: Anatomy, bins: Sequence[Bins], prefix: Float[Tensor, "prefix width"],
     still: Float[Tensor, "positions width"], back: Float[Tensor, "pixels width"], eps: float,
+    noisy: bool = False,
 ) -> list[Bank]:  # fmt: skip
     """Return the banks of an update, one for each direction and position.
 
     Args:
         prefix: Prefix tokens as they enter the first block.
         still, back, eps: As in `Tokens`.
+        noisy: Whether rows between which no token lies are averaged.
 
     Raises:
         Blocked: The gradient of the layer that holds the bins cannot be read.
@@ -50,7 +53,8 @@ def banks_of(
         for group in range(len(one.rows)):
             place = None if one.places is None else int(one.places[group])
             parts.setdefault((one.direction, place), []).append(sums.of(group))
-    return [_bank(group, place) for (_, place), group in sorted(parts.items(), key=_order)]
+    loud = _LOUD if noisy else 0.0
+    return [_bank(group, place, loud) for (_, place), group in sorted(parts.items(), key=_order)]
 
 
 def lone_features(view: View, anatomy: Anatomy, one: Bins) -> int:
@@ -85,14 +89,30 @@ class _Sums:
         return _Sums(self.sums[group], self.rows[group], self.bias[group], self.longer, self.added)
 
 
-def _bank(parts: Sequence[_Sums], place: int | None) -> Bank:
+def _bank(parts: Sequence[_Sums], place: int | None, loud: float = 0.0) -> Bank:
     whole = torch.cat([part.sums for part in parts])
     if not bool(whole.isfinite().all()):
         raise NotApplicable("the update is not finite")
-    whole[:-1] -= whole[1:].clone()
+    made = _steps(whole, loud) if loud else whole
+    made[:-1] -= made[1:].clone()
     charge(elements=0.3 * whole.numel())
     rows, bias = (torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "bias"))
-    return Bank(whole, rows, bias, place, parts[0].longer, parts[0].added)
+    return Bank(made, rows, bias, place, parts[0].longer, parts[0].added)
+
+
+def _steps(whole: Float[Tensor, "rows width_and_count"], loud: float) -> Tensor:
+    """Return the sums where rows between which no token lies have their mean: less noise of each.
+
+    Args:
+        loud: Share of the largest change of the count from which a token lies between two rows.
+    """
+    change = whole[:, -1].diff().abs()
+    if not len(change):
+        return whole
+    step = (change > loud * change.max().clamp_min(loud * whole[:, -1].abs().max())).cumsum(0)
+    run = torch.cat([step.new_zeros(1), step])
+    runs = torch.nn.functional.one_hot(run).to(whole)
+    return (runs / runs.sum(0)) @ (runs.T @ whole)
 
 
 def _sums(view: View, anatomy: Anatomy, one: Bins, longer: float) -> _Sums:
@@ -105,7 +125,7 @@ def _sums(view: View, anatomy: Anatomy, one: Bins, longer: float) -> _Sums:
     if not bool(((columns - columns[:, :1]).norm(dim=0) <= _SAME * faint).all()):
         raise NotApplicable(f"{one.out} is not what the craft writes: the weights are others")
     total = view.read(f"{one.layer}.weight")[one.rows] / faint
-    if f"{one.layer}.bias" in canonical_tensors(view.model):
+    if f"{one.layer}.bias" in canonical_tensors(view.model) and not bool(shift.any()):
         count = view.read(f"{one.layer}.bias")[one.rows] / faint
     else:  # tokens have mean zero: what the norm adds to all channels counts them
         count = (total / gain).mean(-1) / (shift / gain).mean()

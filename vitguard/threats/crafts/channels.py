@@ -17,7 +17,7 @@ from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.core import Normalization
 from vitguard.vit import Anatomy
 
-__all__ = ["Channels", "natural_images", "natural_patches"]
+__all__ = ["Channels", "natural_images", "natural_patches", "waves_of"]
 
 _IMAGES = 48
 _AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
@@ -71,14 +71,14 @@ class Channels:
         ordered = torch.cat([ones, turn @ free, rows[:taken].flip(0)])
         basis = torch.linalg.qr(ordered.T).Q[:, 1:width]
         begin = 2 + sink
-        waves = _waves(anatomy)[:, : width - 1 - begin]
+        waves = waves_of(anatomy)[:, : width - 1 - begin]
         end = begin + waves.shape[1]
         out = basis[:, end if anatomy.pooling != "token" and end < basis.shape[1] else 1]
         kept = basis[:, 0], basis[:, 1]
         return Channels(waves, basis[:, begin:end], *kept, out, basis[:, begin - 1])
 
 
-def _waves(anatomy: Anatomy) -> Float[Tensor, "pixels waves"]:
+def waves_of(anatomy: Anatomy) -> Float[Tensor, "pixels waves"]:
     """Return the waves of a patch, an orthonormal basis, those strong in photos first."""
     (high, wide), channels = anatomy.patch_size, anatomy.channels
     down, across = _cosines(high), _cosines(wide)

@@ -21,6 +21,7 @@ from vitguard.vit import Anatomy, logits_of
 __all__ = ["Fishing"]
 
 _NEVER = -1e4  # a score at which no class has a probability that float32 can hold
+_NOBODY = 1e-5  # gradient of a class of which there is no image, relative to the largest
 _STEEP = 1e3  # scores from one standard deviation of a feature: the class is sure, or never
 
 
@@ -87,8 +88,11 @@ class Fishing(Craft):
                 bias[(label + 1) % len(bias)] = 0.0
                 bias[label] = -slope * cut
                 continue
-            if not bool(weight.any()):
-                raise NotApplicable(f"the head's weights of class {label} are zero")
+            if not bool(weight.any()):  # a fresh head of zeros would hand no gradient on
+                drawn = torch.randn(
+                    weight.shape[1], generator=generator or torch.Generator().manual_seed(0)
+                )
+                weight[label] = drawn.to(weight) / weight.shape[1] ** 0.5
             bias[label] = _NEVER
         return state
 
@@ -125,7 +129,8 @@ class Fishing(Craft):
     def _count(self, update: Update, model: nn.Module) -> int | None:
         """Return how many images gave a gradient; None where the update does not tell.
 
-        The gradient of the bias of class c is the mean of p_c - [y = c].
+        The gradient of the bias of class c is the mean of p_c - [y = c]: zero beside those of other
+        classes where no image is of class c, and no whole number where images were scaled.
         """
         anatomy = Anatomy.of(model)
         bias = f"{linear_heads(model, anatomy)[0]}.bias"
@@ -135,9 +140,12 @@ class Fishing(Craft):
             gradient = update.as_gradient(model).read(bias)
         except NotApplicable:
             return None
-        told = -float(gradient[self._label(anatomy)]) * update.batch_size
+        own = float(gradient[self._label(anatomy)])
+        if abs(own) <= _NOBODY * float(gradient.abs().max()):
+            return 0
+        told = -own * update.batch_size
         count = round(told)
-        return count if abs(told - count) < 0.05 and 0 <= count <= update.batch_size else None
+        return count if abs(told - count) < 0.05 and 1 <= count <= update.batch_size else None
 
     def _threshold(
         self, model: nn.Module, head: str, generator: torch.Generator | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -39,9 +40,14 @@ class Imprint(Craft):
             them through the reserved channel: along the direction before it, and all biases zero.
         directions: Directions to measure along at most; a token that shares its bin along one of
             them is alone along another. 1 as in the paper.
-        each: Bins for each position where a layer has less rows than there are positions, or is an
-            adapter: blocks then see positions of their own. None for as many as leave room for all
-            positions; more where batches are large.
+        each: Bins for each position at most. Where a layer has less rows than there are positions,
+            or is an adapter, blocks see positions of their own: more where batches are large. Few
+            where a defense acts on the whole tensor, which is then zero but for few rows. None for
+            as many as there is room for, once all positions are seen.
+        places: Positions that each block sees at most, others each turn; no limit where rows see
+            all positions. None for all, and for 1 where a defense cuts tensors to a low rank.
+        quiet: How much smaller the gradient of fc2 becomes, and how much larger that of the bins in
+            fc1, at least 1: where clients agreed on a bound for every entry of a secure sum.
         frozen: Whether it writes what the client does not train as well. False where the client
             keeps its own frozen weights: tokens of an adapter are told apart then, no patches.
         turn: Of a server that changes the craft by the round: each turn has directions of its own.
@@ -60,6 +66,8 @@ class Imprint(Craft):
     thresholds: Literal["bias", "channel"] = "channel"
     directions: int = 3
     each: int | None = None
+    places: int | None = None
+    quiet: float = 1.0
     frozen: bool = True
     turn: int = 0
 
@@ -70,6 +78,10 @@ class Imprint(Craft):
             raise expected("directions of at least 1", self.directions)
         if self.each is not None and self.each < 1:
             raise expected("each of at least 1, or None", self.each)
+        if self.places is not None and self.places < 1:
+            raise expected("places of at least 1, or None", self.places)
+        if not 1 <= self.quiet < math.inf:
+            raise expected("a finite quiet of at least 1", self.quiet)
         if self.turn < 0:
             raise expected("a turn of at least 0", self.turn)
 
@@ -83,14 +95,17 @@ class Imprint(Craft):
         bins = self.bins(model)
         return Writer(
             model, bins, thresholds=self.thresholds, directions=self.directions, turn=self.turn,
-            generator=generator,
+            quiet=self.quiet, generator=generator,
         ).written()  # fmt: skip
 
     def under(self, traits: Traits) -> Imprint:
-        """Let every row see all tokens where moved patches have no position of their own."""
-        if traits.shuffle is None or self.gated is not None:
-            return self
-        return replace(self, gated=False)
+        """Let every row see all tokens where moved patches have no position of their own.
+
+        Where matrices are cut to a low rank each one holds the tokens of one position.
+        """
+        gated = False if traits.shuffle is not None and self.gated is None else self.gated
+        places = 1 if traits.rank and self.places is None else self.places
+        return replace(self, gated=gated, places=places)
 
     def turned(self, turn: int) -> Imprint:
         """Return the craft with other directions to measure along, and other positions to see."""
@@ -113,7 +128,8 @@ class Imprint(Craft):
         gated = told_apart(centred(positions)) if self.gated is None else self.gated
         if not gated and any(home.kind == "value" for home in homes):
             raise NotApplicable("an attention head is a bin of one position: gated=false has none")
-        if gated and (homes[0].kind != "mlp" or homes[0].rows < anatomy.patches):
+        narrow = homes[0].kind != "mlp" or homes[0].rows < anatomy.patches
+        if gated and (narrow or self.places is not None):
             return self._split(homes, anatomy)
         groups = anatomy.patches if gated else 1
         # an MLP that hands tokens on makes them longer: each block has weights of its own
@@ -121,7 +137,7 @@ class Imprint(Craft):
         many = len(homes) if alone else min(self.directions, len(homes))
         made = []
         for i, home in enumerate(homes):
-            rows = _rows(groups, home.rows // groups)
+            rows = _rows(groups, min(home.rows // groups, self.each or home.rows))
             places = torch.arange(groups) if gated else None
             direction = i * many // len(homes)
             made.append(Bins(home.layer, rows, direction, places, home.kind, home.out))
@@ -136,7 +152,8 @@ class Imprint(Craft):
         Where there are more positions than rows, each turn begins where the last one ended.
         """
         least = min(home.rows for home in homes)
-        each = self.each or max(1, least // -(-anatomy.patches // len(homes)))
+        seen = min(-(-anatomy.patches // len(homes)), self.places or anatomy.patches)
+        each = self.each or max(1, least // seen)
         if each > least:
             raise NotApplicable(
                 f"{homes[0].layer} has {least} rows at most: each={each} needs more"
@@ -145,7 +162,7 @@ class Imprint(Craft):
             raise NotApplicable(
                 "attention needs a class token to turn to below a threshold: each=1"
             )
-        per = least // each
+        per = min(least // each, self.places or least)
         begin = self.turn * per * len(homes) if per * len(homes) < anatomy.patches else 0
         order = torch.arange(anatomy.patches).roll(-begin)
         made = []

@@ -29,6 +29,7 @@ _TRIES = 100
 _BRIGHT = 0.1  # share of brightness in what the head reads
 _UNSURE = 0.5  # score of a class at most
 _LONGER = 100.0  # how much longer an MLP makes a token that it hands on, relative to the token
+_OFF = -100.0  # an input at which no activation has a slope
 _FAINT = 1e-6  # size of what the bins add to a token, relative to the token
 
 
@@ -38,7 +39,7 @@ class Writer:
     Args:
         model: The public model; it is not changed.
         bins: Where rows are bins.
-        thresholds, turn: As in `Imprint`.
+        thresholds, turn, quiet: As in `Imprint`.
         directions: To measure along at most; bins of further numbers begin again.
         generator: Of the draws.
     """
@@ -51,8 +52,10 @@ class Writer:
         thresholds: Literal["bias", "channel"],
         directions: int,
         turn: int,
+        quiet: float = 1.0,
         generator: torch.Generator,
     ) -> None:
+        self.quiet = quiet
         self.model, self.bins, self.generator = model, bins, generator
         self.thresholds, self.directions, self.turn = thresholds, directions, turn
         self.anatomy = a = Anatomy.of(model)
@@ -136,7 +139,7 @@ class Writer:
         read = float(low.norm()) if a.prefix and a.pooling == "token" else self.constant
         read += self.grown * a.width**0.5
         self.read = read / a.width**0.5
-        self.mild = self._mild(read)
+        self.mild = self._mild(read) / self.quiet
         for name in a.prefix:
             self.state[name].copy_(low.expand_as(self.state[name]))
         for row, name in enumerate(a.prefix[: len(self.prefix_positions)]):
@@ -238,12 +241,12 @@ class Writer:
         weight.zero_()
         weight[flat] = full / share
         if f"{gate}.bias" in self.state:
-            self._set(f"{gate}.bias", -1.0)  # rows that are not used stay off
+            self._set(f"{gate}.bias", _OFF)  # rows that are not used have no gradient
             self.state[f"{gate}.bias"][flat] = bias
         elif self.thresholds == "bias" or bins.kind in ("mlp", "lora"):
             raise NotApplicable(f"{gate} has no bias")
         self.state[f"{bins.out}.weight"].copy_((faint * c.signal)[:, None])
-        counts = f"{bins.layer}.bias" not in self.state
+        counts = f"{bins.layer}.bias" not in self.state or self.quiet > 1  # a bias stays small
         scale_norm(self.state, block.norm2, steep * share, counts=counts)
 
     def _share(self, slope: float, size: float) -> float:
@@ -253,7 +256,7 @@ class Writer:
         difference of two weights keeps its digits.
         """
         gradient = self.mild * slope / self.anatomy.tokens / self.read * self.anatomy.width**0.5
-        return (size / gradient) ** 0.5
+        return (size / gradient) ** 0.5 * self.quiet**1.5
 
     def _sizes(self, bins: Bins) -> Float[Tensor, "samples groups"]:
         """Return the standard deviation of each sample's token at each position of the groups."""
