@@ -260,6 +260,7 @@ def half_trained(epochs, batch_size, path):
     return first, second
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("batch_size", "steps"), [(16, 2), (8, 4)])
 def test_a_resume_with_larger_batches_beyond_the_target_is_refused_before_its_first_step(
@@ -272,6 +273,7 @@ def test_a_resume_with_larger_batches_beyond_the_target_is_refused_before_its_fi
     assert second.guard._ledgers["privacy"].steps == 8
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_resume_with_smaller_batches_plans_the_epochs_that_are_left(tmp_path):
     _, second = half_trained(2, 2, tmp_path / "half.ckpt")
