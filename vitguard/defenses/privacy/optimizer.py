@@ -15,6 +15,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
+from vitguard import rounds
 from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.engine import clipped_sum
@@ -259,8 +260,8 @@ class BookKeepingOptimizer(DPOptimizer):
             raise Unprotected(
                 "Expected the parameters that the model had when it was prepared, got another in "
                 f"place of {name}: something replaced them since (FSDP spreads them over "
-                "processes, others convert or parametrize them). Call guard.prepare again, and under "
-                "differential privacy use DistributedDataParallel in place of FSDP."
+                "processes, others convert or parametrize them). Call guard.prepare again, and "
+                "under differential privacy use DistributedDataParallel in place of FSDP."
             )
 
     def _note_left_out(self, norms: Tensor) -> None:
@@ -293,8 +294,23 @@ class BookKeepingOptimizer(DPOptimizer):
         noise = _checked("noise_multiplier", self.noise_multiplier)
         if self._place[1] > 1:
             self._agree([noise, self._clip, self._rate, float(len(self._sums))])
+        self._tell_of_uncounted()
         self._spend(noise, self._rate)
         self._noise(noise)
+
+    def _tell_of_uncounted(self) -> None:
+        """Warn where weights were loaded since the model was prepared, and no ledger with them."""
+        if not self._training.loaded or self._ledger.history or rounds.current() is not None:
+            return
+        self._training.loaded = False
+        warnings.warn(
+            "Expected what was spent on the weights that were loaded since guard.prepare, got an "
+            "empty ledger at the first step: where they were trained privately on these records, "
+            "that does not count. Load the state of the private optimizer too, which holds the "
+            "ledger (with timm leave --no-resume-opt out), or guard.load_state_dict(); load "
+            "weights from elsewhere before guard.prepare, and a server's inside guard.round.",
+            stacklevel=2,
+        )
 
     def add_noise(self) -> None:
         """Write the release down and make it, as a step does, without scaling it or stepping.
