@@ -454,8 +454,8 @@ def test_steps_of_a_tuner_stay_counted_and_training_goes_on(tmp_path):
 
 
 FINDERS = {
-    "physical_batch": lambda: {"callbacks": [L.pytorch.callbacks.BatchSizeFinder()]},
-    "lr_find": lambda: {"callbacks": [L.pytorch.callbacks.LearningRateFinder()]},
+    "physical_batch": lambda: {"callbacks": [L.pytorch.callbacks.BatchSizeFinder("power", 1)]},
+    "lr_find": lambda: {"callbacks": [L.pytorch.callbacks.LearningRateFinder(1e-6, 1, 2)]},
     "gradient_clip_val=0.5": lambda: {
         "gradient_clip_val": 0.5, "gradient_clip_algorithm": "value",
     },
