@@ -50,7 +50,9 @@ def with_plain_ddp(stack, folder):
             (F.cross_entropy(wrapped(images), labels) + guard.auxiliary_loss()).backward()
             optimizer.step()
             optimizer.zero_grad()
-    torch.save([guard.state_dict(), model.state_dict(), optimizer.state_dict()], f"{folder}/plain")
+    if torch.distributed.get_rank() == 0:
+        whole = guard, model, optimizer
+        torch.save([part.state_dict() for part in whole], f"{folder}/plain")
     return outcome(model, guard, 4)
 
 
@@ -139,6 +141,7 @@ def plain_goes_on(stack, folder):
     for images, labels in loader:
         (F.cross_entropy(model.train()(images), labels) + guard.auxiliary_loss()).backward()
         optimizer.step()
+        optimizer.zero_grad()
     return guard
 
 
