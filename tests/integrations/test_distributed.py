@@ -50,6 +50,9 @@ def with_plain_ddp(stack, folder):
             (F.cross_entropy(wrapped(images), labels) + guard.auxiliary_loss()).backward()
             optimizer.step()
             optimizer.zero_grad()
+    if torch.distributed.get_rank() == 0:
+        whole = guard, model, optimizer
+        torch.save([part.state_dict() for part in whole], f"{folder}/plain")
     return outcome(model, guard, 4)
 
 
@@ -77,7 +80,9 @@ def with_transformers(stack, folder):
 
     model = one.build()
     guard = vg.protect(model, stack)
-    made = one.trainer(model, folder, per_device_train_batch_size=4, ddp_backend="gloo")
+    made = one.trainer(
+        model, folder, per_device_train_batch_size=4, ddp_backend="gloo", save_strategy="epoch"
+    )
     assert made.args.world_size == 2
     made.train()
     return outcome(model, guard, made.state.global_step)
@@ -92,6 +97,8 @@ def with_accelerate(stack, folder):
     batch = 8 if "privacy" in stack else 4
     parts = one.prepare(accelerator, model, one.sgd(model), DataLoader(one.DATA, batch))
     one.train(accelerator, *parts, guard)
+    if "privacy" in stack:
+        accelerator.save_state(f"{folder}/state")
     return outcome(model, guard, 4)
 
 
@@ -108,12 +115,71 @@ def with_lightning(stack, folder):
     module = Guarded(stack)
     trainer = one.fit(module, folder=folder, strategy="ddp", devices=2)
     assert trainer.world_size == 2
+    trainer.save_checkpoint(f"{folder}/half.ckpt")
     return outcome(module.net, module.guard, trainer.global_step)
 
 
 TRAINERS = {
     "plain": with_plain_ddp, "transformers": with_transformers, "accelerate": with_accelerate,
     "lightning": with_lightning, "peft": with_peft,
+}  # fmt: skip
+
+
+# what two processes left goes on in one
+
+
+def plain_goes_on(stack, folder):
+    from tests.integrations.test_accelerate import DATA
+
+    guard = vg.protect(model := small_vit(depth=1), stack)
+    optimizer, loader = guard.prepare(
+        torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(DATA, 8)
+    )
+    whole = guard, model, optimizer
+    for part, state in zip(whole, torch.load(f"{folder}/plain"), strict=True):
+        part.load_state_dict(state)
+    for images, labels in loader:
+        (F.cross_entropy(model.train()(images), labels) + guard.auxiliary_loss()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return guard
+
+
+def transformers_goes_on(stack, folder):
+    from tests.integrations import test_transformers as one
+
+    guard = vg.protect(model := one.build(), stack)
+    made = one.trainer(model, folder, per_device_train_batch_size=8, num_train_epochs=3)
+    made.train(resume_from_checkpoint=True)
+    return guard
+
+
+def accelerate_goes_on(stack, folder):
+    from tests.integrations import test_accelerate as one
+
+    accelerator = one.accelerate.Accelerator(cpu=True)
+    model, guard = one.guarded(small_vit, stack, seed=None)
+    parts = one.prepare(accelerator, model, one.sgd(model), DataLoader(one.DATA, 8))
+    accelerator.load_state(f"{folder}/state")
+    one.train(accelerator, *parts, guard, epochs=1)
+    return guard
+
+
+def lightning_goes_on(stack, folder):
+    from tests.integrations import test_lightning as one
+
+    class Guarded(one.Guarded):
+        def train_dataloader(self):
+            return self.private(DataLoader(one.DATA, 8))
+
+    module = Guarded(stack)
+    one.fit(module, epochs=3, ckpt_path=f"{folder}/half.ckpt")
+    return module.guard
+
+
+GO_ON = {
+    "plain": plain_goes_on, "transformers": transformers_goes_on,
+    "accelerate": accelerate_goes_on, "lightning": lightning_goes_on,
 }  # fmt: skip
 
 
@@ -270,6 +336,9 @@ def test_two_processes_end_at_equal_weights_count_each_step_once_and_train_dal_a
             assert torch.equal(first, second) and others == [history, steps], (kind, stack)
             assert steps == 4, (kind, stack)
             assert history == [(0.5, 0.5, 4)], (kind, stack)
+        if kind in GO_ON:
+            resumed = GO_ON[kind](STACKS[-1], str(tmp_path))  # the state of the last stack is there
+            assert resumed._ledgers["privacy"].history == [(0.5, 0.5, 6)], kind
         if kind in DAL:
             before, alone = in_one_process(kind)
             for unused in UNUSED:

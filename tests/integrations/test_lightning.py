@@ -251,6 +251,37 @@ def test_a_training_beyond_the_target_is_refused_before_its_first_step():
     assert not module.guard._ledgers["privacy"].history
 
 
+def half_trained(epochs, batch_size, path):
+    """A module whose checkpoint has trained on batches of 4, and one to resume it with others."""
+    stack = "privacy:epsilon=3,epochs=4,delta=0.01,accountant=rdp"
+    first, second = Weighed(stack), Weighed(stack)
+    first.batch_size, second.batch_size = 4, batch_size
+    fit(first, epochs=epochs).save_checkpoint(path)
+    return first, second
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("batch_size", "steps"), [(16, 2), (8, 4)])
+def test_a_resume_with_larger_batches_beyond_the_target_is_refused_before_its_first_step(
+    tmp_path, batch_size, steps
+):
+    first, second = half_trained(2, batch_size, tmp_path / "half.ckpt")
+    with pytest.raises(Unprotected, match=f"got a training of {steps} more steps"):
+        fit(second, epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert gap(second.net, first.net) == 0
+    assert second.guard._ledgers["privacy"].steps == 8
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_resume_with_smaller_batches_plans_the_epochs_that_are_left(tmp_path):
+    _, second = half_trained(2, 2, tmp_path / "half.ckpt")
+    trainer = fit(second, epochs=3, ckpt_path=tmp_path / "half.ckpt")
+    assert second.guard._ledgers["privacy"].steps == trainer.global_step == 16
+    assert second.guard.privacy_spent().epsilon < 3
+
+
 class Photos(L.LightningDataModule):
     def train_dataloader(self):
         return self.trainer.lightning_module.private(DataLoader(DATA, 4))
@@ -311,18 +342,37 @@ def test_defenses_of_the_update_alone_are_refused_before_the_first_step(stack):
     fit(module, epochs=1)
 
 
+class Own(Lit):
+    """Prepares by itself."""
+
+    def configure_optimizers(self):
+        guard = vg.Guard.of(self.net)
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        optimizer, self.loader = guard.prepare(optimizer, DataLoader(DATA, 4))
+        return optimizer
+
+    def train_dataloader(self):
+        return self.loader
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("stack", "settings", "told"),
+    [
+        (f"{PRIVATE},physical_batch=2", {}, "WholeBatches"),
+        (PRIVATE, {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}, "Leave it out"),
+    ],
+    ids=["pieces", "clipping by value"],
+)
+def test_the_callback_alone_refuses_what_lightning_cannot_follow(stack, settings, told):
+    module = Own(stack)
+    with pytest.raises(Incompatible, match=told):
+        fit(module, callbacks=[GuardCallback()], **settings)
+    assert not vg.Guard.of(module.net)._ledgers["privacy"].history
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_callback_alone_counts_for_a_module_that_prepares_by_itself(tmp_path):
-    class Own(Lit):
-        def configure_optimizers(self):
-            guard = vg.Guard.of(self.net)
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            optimizer, self.loader = guard.prepare(optimizer, DataLoader(DATA, 4))
-            return optimizer
-
-        def train_dataloader(self):
-            return self.loader
-
     module = Own(PRIVATE)
     trainer = fit(module, epochs=1, callbacks=[GuardCallback()])
     trainer.save_checkpoint(tmp_path / "one.ckpt")
@@ -386,8 +436,7 @@ def test_a_checkpoint_of_weights_alone_brings_what_was_spent_on_them(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("find", ["lr_find", "scale_batch_size"])
-def test_steps_of_a_tuner_stay_counted_and_training_goes_on(tmp_path, find):
+def test_steps_of_a_tuner_stay_counted_and_training_goes_on(tmp_path):
     from lightning.pytorch.tuner import Tuner
 
     module = Weighed(PRIVATE)
@@ -395,14 +444,45 @@ def test_steps_of_a_tuner_stay_counted_and_training_goes_on(tmp_path, find):
         max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
     )  # fmt: skip
-    how = {"num_training": 3} if find == "lr_find" else {"max_trials": 1, "steps_per_trial": 3}
     start = {n: t.clone() for n, t in module.net.state_dict().items()}
-    getattr(Tuner(trainer), find)(module, **how)
+    Tuner(trainer).lr_find(module, num_training=3)
     spent = module.guard._ledgers["privacy"].steps
     assert spent >= 3
     assert all(torch.equal(t, start[n]) for n, t in module.net.state_dict().items())
     trainer.fit(module)
     assert module.guard._ledgers["privacy"].steps == spent + trainer.global_step
+
+
+FINDERS = {
+    "physical_batch": lambda: {"callbacks": [L.pytorch.callbacks.BatchSizeFinder("power", 1)]},
+    "lr_find": lambda: {"callbacks": [L.pytorch.callbacks.LearningRateFinder(1e-6, 1, 2)]},
+    "gradient_clip_val=0.5": lambda: {
+        "gradient_clip_val": 0.5, "gradient_clip_algorithm": "value",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("told", FINDERS)
+def test_what_lightning_would_do_around_a_private_step_is_refused_before_it(tmp_path, told):
+    module = Weighed(PRIVATE)
+    before = {n: t.clone() for n, t in module.net.state_dict().items()}
+    with pytest.raises(Incompatible, match=told):
+        fit(module, folder=tmp_path, **FINDERS[told]())
+    assert all(torch.equal(t, before[n]) for n, t in module.net.state_dict().items())
+    assert not module.guard._ledgers["privacy"].history
+
+
+def test_a_tuner_of_batch_sizes_is_told_what_bounds_the_memory(tmp_path):
+    from lightning.pytorch.tuner import Tuner
+
+    module, trainer = Weighed(PRIVATE), L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(Incompatible, match="physical_batch"):
+        Tuner(trainer).scale_batch_size(module)
+    assert not module.guard._ledgers["privacy"].history
 
 
 def test_a_schedule_of_accumulation_is_refused_before_the_first_step():

@@ -1,6 +1,7 @@
 """timm's own parts around a protected model: groups, averages, schedules, savers, mixup."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -36,7 +37,7 @@ def build():
 class Script:
     """What a copy of timm's train.py makes and does."""
 
-    def __init__(self, stack, folder=None, resume=None, batch=4):
+    def __init__(self, stack, folder=None, resume=None, batch=4, resume_opt=True):
         self.model = build()
         self.guard = vg.protect(self.model, stack)
         optimizer = create_optimizer_v2(
@@ -45,7 +46,8 @@ class Script:
         loader = DataLoader(DATA, batch, shuffle=True, drop_last="privacy" not in stack)
         self.optimizer, self.loader = self.guard.prepare(optimizer, loader)
         if resume:
-            resume_checkpoint(self.model, str(resume), optimizer=self.optimizer, log_info=False)
+            held = self.optimizer if resume_opt else None
+            resume_checkpoint(self.model, str(resume), optimizer=held, log_info=False)
         self.average = ModelEmaV3(self.model, decay=0.9)
         self.schedule = CosineLRScheduler(self.optimizer, t_initial=4)
         self.saver = None
@@ -124,6 +126,22 @@ def test_a_checkpoint_of_timms_saver_without_the_ledger_is_refused(tmp_path):
     Script(SHUFFLE, tmp_path).train(1)
     with pytest.raises(InputError, match="one without a ledger"):
         Script(f"{SHUFFLE}+{PRIVATE}", resume=tmp_path / "last.pth.tar")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resume_opt", [True, False])
+def test_a_resume_without_the_optimizer_is_told_that_it_leaves_the_ledger_behind(
+    tmp_path, resume_opt
+):
+    pytest.importorskip("opacus")
+    Script(PRIVATE, tmp_path).train(1)
+    resumed = Script(PRIVATE, resume=tmp_path / "last.pth.tar", resume_opt=resume_opt)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        resumed.train(1)
+    said = [str(w.message) for w in told if "--no-resume-opt" in str(w.message)]
+    assert len(said) == (not resume_opt)
+    assert resumed.guard._ledgers["privacy"].steps == (8 if resume_opt else 4)
 
 
 def test_layer_decay_gives_the_unknown_embedding_the_rate_and_decay_of_the_positions():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from vitguard.defenses.privacy.loader import PoissonLoader
 from vitguard.defenses.privacy.whole import WholeBatches
 from vitguard.errors import Incompatible, Unprotected, missing_extra
 from vitguard.guard import Guard
@@ -28,7 +30,11 @@ from vitguard.integrations.found import (
 
 try:
     from lightning.pytorch import Callback
-    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+    from lightning.pytorch.callbacks import (
+        BatchSizeFinder,
+        GradientAccumulationScheduler,
+        LearningRateFinder,
+    )
     from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as error:
     raise missing_extra("vitguard.integrations.lightning", "lightning", "lightning") from error
@@ -53,6 +59,18 @@ class GuardCallback(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         refuse_idle(guard_inside(pl_module))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        used = trainer.train_dataloader
+        if isinstance(used, PoissonLoader) and used.physical is not None:
+            raise Incompatible(
+                "Expected whole batches, which Lightning counts as steps, got the private loader "
+                f"with physical_batch={used.physical}: its pieces would be counted, and most of "
+                "the training left out. Put GuardMixin before the module, or step on the pieces of "
+                "vitguard.defenses.privacy.whole.WholeBatches(loader)."
+            )
+        if is_private(guard_inside(pl_module)):
+            _refuse_clipping_by_value(trainer)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         # Lightning makes the gradient in a closure, which torch's own hook comes before
@@ -108,7 +126,11 @@ class PrivateBatches:
 
     def __iter__(self) -> Iterator[Any]:
         if self.batches is None:
-            raise Unprotected("Expected training by a Trainer, got a pass over its loader before.")
+            raise Unprotected(
+                "Expected a pass over the loader that the optimizer was prepared with, got one by "
+                "something else: before the Trainer's fit, or of a loader asked for during it. Let "
+                "fit go over it, and leave out what asks for loaders anew."
+            )
         yield from self.batches
 
 
@@ -182,6 +204,8 @@ class GuardMixin:
         compiled = getattr(self, "_compiler_ctx", None) is not None
         refuse_compiled("torch.compile", compiled, "Give the module itself to fit")
         refuse_accumulation("accumulate_grad_batches", _accumulated(trainer))
+        _refuse_clipping_by_value(trainer)
+        _refuse_finders(trainer)
         if epochs := trainer.reload_dataloaders_every_n_epochs:
             raise Incompatible(
                 "Expected one loader for the whole training under differential privacy, got "
@@ -204,8 +228,7 @@ class GuardMixin:
         if self._loader is None or self._loader.batches is None:
             return self._one_step(batch, batch_idx)
         if self._begins is not None:  # now the trainer knows how far it goes, of a resume too
-            trainer = self.trainer  # type: ignore[attr-defined]
-            more = trainer.estimated_stepping_batches - trainer.global_step
+            more = _steps_to_come(self.trainer, batch_idx)  # type: ignore[attr-defined]
             refuse_long_plan(self.guard, self._begins, self._loader.batches.loader, more)
             self._begins = None
         self._optimizer.zero_grad()  # Lightning does so only before the last piece
@@ -229,6 +252,46 @@ class GuardMixin:
         made = step(batch, batch_idx) if takes_index else step(batch)
         auxiliary = self.guard.auxiliary_loss()  # read also where the batch is left out
         return None if made is None else with_auxiliary(made, auxiliary)
+
+
+def _steps_to_come(trainer: Any, batch_idx: int) -> float:
+    """Return how many steps a trainer that steps on every batch still plans, this one included.
+
+    It goes by epochs: those before a resume may have had other batches than these.
+    """
+    batches, epochs, steps = trainer.num_training_batches, trainer.max_epochs, trainer.max_steps
+    later = math.inf if epochs in (None, -1) else max(epochs - trainer.current_epoch - 1, 0)
+    planned = batches - batch_idx + later * batches
+    return planned if steps == -1 else min(planned, steps - trainer.global_step)
+
+
+def _refuse_clipping_by_value(trainer: Any) -> None:
+    """Raise Incompatible where a trainer would clip gradients that are not there yet."""
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+        raise Incompatible(
+            'Expected no gradient_clip_algorithm="value" under differential privacy, where each '
+            f"example is clipped already, got it with gradient_clip_val={trainer.gradient_clip_val}"
+            ". Leave it out."
+        )
+
+
+def _refuse_finders(trainer: Any) -> None:
+    """Raise Incompatible for callbacks that ask for another loader in the middle of a fit."""
+    for callback in trainer.callbacks:
+        remedy = None
+        if isinstance(callback, BatchSizeFinder):
+            remedy = "Leave it out: physical_batch is what bounds the memory."
+        elif isinstance(callback, LearningRateFinder) and not getattr(
+            callback,
+            "_early_exit",
+            False,  # made by a Tuner, and done before training
+        ):
+            remedy = "Call Tuner(trainer).lr_find(module) before fit, whose steps are counted."
+        if remedy is not None:
+            raise Incompatible(
+                "Expected one loader for the whole training under differential privacy, got "
+                f"{type(callback).__name__}, which asks for another one. {remedy}"
+            )
 
 
 def _accumulated(trainer: Any) -> int:

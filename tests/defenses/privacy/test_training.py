@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.defenses.privacy.privacy_models import build
@@ -526,3 +527,32 @@ def test_hooks_on_parameters_that_a_private_gradient_does_not_pass_are_told_once
     getattr(model.head.weight, kind)(lambda gradient: None)
     train(model, guard, *guard.prepare(optimizer, loader))
     assert len(told()) == 1 and "head.weight" in told()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
+def test_a_weight_that_was_pruned_since_is_trained_where_it_is_kept(engine):
+    model, guard, optimizer, loader = protected(noise=1e-9, engine=engine, seed=None)
+    optimizer, loader = guard.prepare(optimizer, loader)
+    layer = model.blocks[0].mlp.fc1
+    prune.l1_unstructured(layer, "weight", 0.5)
+    before = layer.weight_orig.detach().clone()
+    images, labels = next(iter(loader))
+    F.cross_entropy(model.train()(images), labels).backward()
+    optimizer.step()
+    moved = (layer.weight_orig.detach() - before).abs()
+    kept = layer.weight_mask.bool()
+    assert moved[kept].max() > 1e3 * moved[~kept].max() > 0
+
+
+@pytest.mark.slow
+def test_a_weight_that_was_parametrized_since_is_told_before_the_step():
+    model, guard, optimizer, loader = protected()
+    optimizer, loader = guard.prepare(optimizer, loader)
+    parametrizations.weight_norm(model.blocks[0].mlp.fc1)
+    before = weights(model)
+    images, labels = next(iter(loader))
+    F.cross_entropy(model.train()(images), labels).backward()
+    with pytest.raises(Unprotected, match=r"in place of blocks\.0\.mlp\.fc1\.weight"):
+        optimizer.step()
+    assert torch.equal(weights(model), before)

@@ -32,7 +32,8 @@ def _kind(module: nn.Module) -> type[nn.Module] | None:
         return None
     for kind in _SAMPLED:
         own = kind is nn.LayerNorm or type(module).forward is kind.forward
-        if isinstance(module, kind) and own:
+        bare = isinstance(getattr(module, "weight", None), nn.Parameter)  # not one that is computed
+        if isinstance(module, kind) and own and bare:
             return kind
     return None
 

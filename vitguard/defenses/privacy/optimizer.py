@@ -8,13 +8,14 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
+from vitguard import rounds
 from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.accounting import Ledger
 from vitguard.defenses.privacy.engine import clipped_sum
@@ -189,7 +190,8 @@ class BookKeepingOptimizer(DPOptimizer):
         self._check_group()
         if leaked := tape.leak():
             raise _around(leaked)
-        self._refuse_replaced(tape)
+        called = {p: n for n, p in tape.parameters()}
+        self._refuse_replaced(tape, called)
         if due.piece == 0:  # what an unfinished batch left goes
             self._sums, self._clip, self._rate = {}, clip, due.rate
         elif self._next != (due.batch, due.piece):
@@ -208,15 +210,16 @@ class BookKeepingOptimizer(DPOptimizer):
                 "Expected loss.backward() between the pass of a batch and its step, got none. Call "
                 "loader.skip() in place of the step for a batch that you do not want."
             )
-        if not any(self._name(p) in sums for p in self.params):
+        named = {p: self._name_in(sums, p, called) for p in self.params}
+        if not any(name in sums for name in named.values()):
             raise Unprotected(
                 f"Expected a pass that trains what the optimizer holds, got one of {min(sums)} and "
                 "others that it does not hold: the step would be noise alone. Freeze and choose "
                 "adapters (set_adapter) first, then call guard.prepare with an optimizer of what "
                 "is trained."
             )
-        for p in self.params:
-            total = sums.get(self._name(p))
+        for p, name in named.items():
+            total = sums.get(name)
             total = torch.zeros_like(p) if total is None else total.to(p.dtype).view_as(p)
             self._sums[p] = self._sums[p] + total if p in self._sums else total
         self._next = (due.batch, due.piece + 1)
@@ -235,19 +238,30 @@ class BookKeepingOptimizer(DPOptimizer):
                 "vitguard.defenses.privacy.whole.WholeBatches(loader)."
             )
 
-    def _refuse_replaced(self, tape: Tape) -> None:
+    def _name_in(
+        self, sums: Mapping[str, Tensor], parameter: nn.Parameter, called: Mapping[Any, str]
+    ) -> str:
+        """Return the name of a parameter in a pass: torch's pruning renames it, adapters too."""
+        name = self._name(parameter)
+        return name if name in sums else called.get(parameter, name)
+
+    def _refuse_replaced(self, tape: Tape, called: Mapping[Any, str]) -> None:
         """Raise Unprotected if the pass went through parameters that the optimizer does not hold.
 
         Those of its own would be moved by noise alone, and the pass would train nothing.
+
+        Args:
+            called: What the pass calls its parameters.
         """
         known = set(self._names.values())
         replaced = (n for n, p in tape.parameters() if n in known and p not in self._names)
-        if name := next(replaced, None):
+        gone = (self._name(p) for p in self.params if p not in called)
+        if name := next(replaced, next(gone, None)):
             raise Unprotected(
-                f"Expected the parameters that the model had when it was prepared, got another "
-                f"{name} in its place: something replaced them since (FSDP spreads them over "
-                "processes, others convert them). Call guard.prepare again, and under "
-                "differential privacy use DistributedDataParallel in place of FSDP."
+                "Expected the parameters that the model had when it was prepared, got another in "
+                f"place of {name}: something replaced them since (FSDP spreads them over "
+                "processes, others convert or parametrize them). Call guard.prepare again, and "
+                "under differential privacy use DistributedDataParallel in place of FSDP."
             )
 
     def _note_left_out(self, norms: Tensor) -> None:
@@ -280,8 +294,23 @@ class BookKeepingOptimizer(DPOptimizer):
         noise = _checked("noise_multiplier", self.noise_multiplier)
         if self._place[1] > 1:
             self._agree([noise, self._clip, self._rate, float(len(self._sums))])
+        self._tell_of_uncounted()
         self._spend(noise, self._rate)
         self._noise(noise)
+
+    def _tell_of_uncounted(self) -> None:
+        """Warn where weights were loaded since the model was prepared, and no ledger with them."""
+        if not self._training.loaded or self._ledger.history or rounds.current() is not None:
+            return
+        self._training.loaded = False
+        warnings.warn(
+            "Expected what was spent on the weights that were loaded since guard.prepare, got an "
+            "empty ledger at the first step: where they were trained privately on these records, "
+            "that does not count. Load the state of the private optimizer too, which holds the "
+            "ledger (with timm leave --no-resume-opt out), or guard.load_state_dict(); load "
+            "weights from elsewhere before guard.prepare, and a server's inside guard.round.",
+            stacklevel=2,
+        )
 
     def add_noise(self) -> None:
         """Write the release down and make it, as a step does, without scaling it or stepping.

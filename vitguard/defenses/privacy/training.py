@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from vitguard import rounds
 from vitguard.defenses.base import Installed
 from vitguard.defenses.gradient_watch import Watched, unseen_gradient, watch_gradients
 from vitguard.defenses.privacy.beside import refuse_stem, watch_heads
@@ -130,6 +131,8 @@ class PrivateTraining(Installed):
         self._watched = Watched()
         self.exposed = False
         """Whether a plain gradient reached a parameter since the weights were loaded."""
+        self.loaded = False
+        """Whether weights were loaded into the model since it was prepared, and not sent to it."""
 
     def __getstate__(self) -> dict[str, Any]:
         transient = dict.fromkeys(("due", "tape", "_watch", "_key", "_reader", "_beside"))
@@ -184,6 +187,7 @@ class PrivateTraining(Installed):
 
     def arrived(self) -> None:
         self.exposed = False
+        self.loaded = self.loaded or rounds.current() is None
 
     def settle(self) -> None:
         if self.exposed:
