@@ -2,6 +2,7 @@
 
     python benchmarks/feature_decoder.py CACHE --out rows.jsonl                 # 5 minutes
     python benchmarks/feature_decoder.py CACHE --model cifar-b --known photos
+    python benchmarks/feature_decoder.py CACHE --batches                        # half a minute more
     python benchmarks/feature_decoder.py CACHE --picture docs/images/feature-decoder.png
 
 The stack is `frozen-stem:trained=0`. The adversary knows the frozen model, and has public images
@@ -17,6 +18,8 @@ which is the class token's features. Then it guesses the image:
   (decoder, nearest, mean, noise); the one with the smallest objective counts;
 - `descent, gaussian`: the same in the principal axes of the public images, under their covariance;
 - `luckiest`: of all of these the one nearest to the truth, which no adversary can choose.
+
+With `--batches` it separates the head's gradient of 2, 4 and 8 images into features of each.
 
 All in dB beside the thumbnail (every patch flat in its own colour). `named` is the share of victims
 that are nearer to the guess than each of 100 other test images. Features alone name every victim
@@ -34,10 +37,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from evidence import CIFAR, SMALL, Subject, folder
 from PIL import Image, ImageOps
+from scipy.optimize import least_squares, linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -174,10 +180,78 @@ def read_from_gradient(
         if size != (SIDE, SIDE):
             image = F.interpolate(image, size, mode="bicubic").clamp(0, 1)
         seen = guard.update(normalization.apply(image), label).tensors
-        assert set(seen) == {"head.weight", "head.bias"}, sorted(seen)
+        assert not [n for n in seen if not n.startswith(("head.", "norm."))], sorted(seen)
         row = seen["head.bias"].abs().argmax()
         found.append(seen["head.weight"][row] / seen["head.bias"][row])
     return torch.stack(found)
+
+
+def separated(
+    weight: Tensor, bias: Tensor, gradient: dict[str, Tensor], labels: Tensor, likely: Tensor
+) -> tuple[Tensor, float]:
+    """Return the features of each image of a batch, from the gradient of the head alone.
+
+    G = (P - Y)^T F / B has B images in fewer than as many dimensions as there are classes, so that
+    the rows of F are combinations of its B leading directions: B^2 unknowns. P = softmax(F W^T + b)
+    makes G itself (classes - 1) x B equations for them. Labels are known, as the attack on labels
+    reads them or as a guess that the misfit confirms.
+
+    Args:
+        weight, bias: Of the head, (classes, width) and (classes,).
+        gradient: Of the head, by `weight` and `bias`.
+        labels: Of the batch, (batch,).
+        likely: Features that public images of each class have on average, (classes, width).
+
+    Returns:
+        Features in the order of the labels, (batch, width), and the relative misfit: 1e-5 or less
+        says that they are right.
+    """
+    batch, (classes, _) = len(labels), weight.shape
+    w, b, seen, level = (t.double() for t in (weight, bias, gradient["weight"], gradient["bias"]))
+    across = torch.linalg.svd(seen, full_matrices=False)[2][: min(batch, classes - 1)]
+    named = F.one_hot(labels, classes).double()
+    generator = torch.Generator().manual_seed(0)
+    best, found = torch.inf, torch.empty(0)
+
+    def misfit(unknown: np.ndarray) -> np.ndarray:
+        features = torch.from_numpy(unknown).view(batch, -1) @ across
+        wrong = torch.softmax(features @ w.T + b, 1) - named
+        made = (wrong.T @ features / batch - seen) @ across.T / seen.norm()
+        return torch.cat([made.flatten(), (wrong.mean(0) - level) / level.norm()]).numpy()
+
+    for start in range(10):
+        begin = likely.double()[labels]
+        if start:
+            drawn = torch.randn(begin.shape, generator=generator, dtype=begin.dtype)
+            begin = begin + 0.3 * likely.double().std(0) * drawn
+        limits: dict[str, float] = {"xtol": 1e-14, "ftol": 1e-14, "gtol": 1e-14}
+        solved = least_squares(misfit, (begin @ across.T).flatten(), max_nfev=300, **limits)
+        if solved.cost < best:
+            best, found = float(solved.cost), torch.from_numpy(solved.x).view(batch, -1) @ across
+        if best < 1e-11:
+            break
+    return found, (2 * best) ** 0.5
+
+
+def batches(
+    model: nn.Module, known: Known, public_labels: Tensor, size: int, count: int
+) -> None:  # fmt: skip
+    """Print how near features of single images come that stood in a batch's head gradient."""
+    pixels, labels = cifar("test", size * count)
+    head: Any = model.get_submodule("head")
+    likely = torch.stack([known.features[: len(public_labels)][public_labels == c].mean(0)
+                          for c in range(head.out_features)])  # fmt: skip
+    for images, named_ in zip(pixels.split(size), labels.split(size), strict=True):
+        images = images.float() / 255
+        loss = F.cross_entropy(head(known.read(images)), named_)
+        seen = torch.autograd.grad(loss, [head.weight, head.bias])
+        values = dict(zip(("weight", "bias"), seen, strict=True))
+        found, left = separated(head.weight.detach(), head.bias.detach(), values, named_, likely)
+        with torch.no_grad():
+            away = torch.cdist(found, known.read(images).double())
+        pairs = linear_sum_assignment(away)  # equal labels come in any order
+        far = (away[pairs] / found[pairs[0]].norm(dim=1)).max()
+        print(f"{size} images: features {far:.1e} away at most, misfit {left:.1e}", flush=True)
 
 
 def linear(known: Known, white: Tensor) -> Tensor:
@@ -301,6 +375,7 @@ def main() -> None:
     parser.add_argument("--public", type=int, default=20_000, help="public images")
     parser.add_argument("--steps", type=int, default=1500, help="of the decoder's training")
     parser.add_argument("--no-descent", action="store_true", help="leave the descent out")
+    parser.add_argument("--batches", action="store_true", help="separate batches, and end")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
@@ -314,6 +389,13 @@ def main() -> None:
     tests = bytes_.float() / 255
     truth, others = tests[:VICTIMS], tests[VICTIMS:]
     seen = read_from_gradient(model, normalization, truth, labels[:VICTIMS])
+    if options.batches and options.known == "cifar":
+        named_ = cifar("train", min(2000, len(pixels)))[1]
+        for parameter in model.get_submodule("head").parameters():
+            parameter.requires_grad_(True)
+        for size in (2, 4, 8):
+            batches(model, known, named_, size, 4)
+        return
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     exact = float((seen - read(truth)).norm() / seen.norm())

@@ -16,6 +16,7 @@ from vitguard.advise import advice, advise_report
 from vitguard.analysis import released, remaining
 from vitguard.cli.main import main
 from vitguard.defenses.base import traits_of
+from vitguard.defenses.frozen_stem import FrozenStem
 from vitguard.errors import InputError, UnsupportedModel
 from vitguard.evidence import Cell, Cost, Evidence, evidence
 from vitguard.models import build_model
@@ -182,6 +183,20 @@ def test_what_stood_elsewhere_is_not_offered_where_a_count_says_that_it_leaks():
     assert "positions:kind=frozen" not in [
         o.stack for o in advise_report(small_vit(), table=TABLE).options
     ]  # `span` reads it at one image
+
+
+def test_what_a_defense_says_of_its_own_updates_stands_beside_the_stack_and_in_the_sentence():
+    """Features of the class token stand in a head's gradient, whatever resisted."""
+    table = replace(TABLE, cells=(cell("none", verdict="leaks"), cell("frozen-stem:trained=0")))
+    report = advise_report(small_vit(), table=table)
+    (option,) = report.options
+    assert "class-token features" in option.shows and option.shows == FrozenStem(0).audit_note()
+    assert option.shows in report.to_json()["options"][0]["shows"]
+    assert "stillshows:" in "".join(printed(report).split())
+    assert "class-token features" in report.sentence()
+    (other,) = advise_report(small_vit(), table=replace(TABLE, cells=(
+        cell("none", verdict="leaks"), cell("privacy:noise=1.0")))).options  # fmt: skip
+    assert not other.shows
 
 
 def test_keys_hide_from_the_server_and_not_from_the_other_clients():

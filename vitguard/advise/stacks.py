@@ -45,6 +45,7 @@ def options(
             () if proven else left,
             "server" if keyed else "server and clients",
             _command(name, batch, stack.spec, stack.measured[0].attack),
+            "" if proven else "; ".join(filter(None, (d.audit_note() for d in defenses))),
         )
 
 

@@ -51,6 +51,13 @@ class FrozenStem(ModelDefense):
         if self.trained < 0:
             raise expected("trained of at least 0 blocks", self.trained)
 
+    def audit_note(self) -> str:
+        """Say what the head's gradient shows, whatever the attacks of an audit made of it."""
+        return (
+            f"{self.spec()} sends labels and class-token features: those name an image among "
+            "candidates, and a decoder trained on public images draws its colours and layout"
+        )
+
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
         """Raise Incompatible beside positions that are trained, or where nothing is left to."""
         if traits_of([d for d in stack if d is not self], anatomy).positions == "withheld":
