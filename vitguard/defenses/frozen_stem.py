@@ -31,6 +31,10 @@ class FrozenStem(ModelDefense):
         The frozen parameters have no gradient, and a model in which one was unfrozen is refused.
 
     Does not protect against:
+        Labels and class-token features, which stand in the gradient of the head: exactly of one
+        image, and of a batch of fewer images than classes too. They tell whether an image is among
+        candidates that the adversary has, and a decoder trained on public images draws colours
+        and layout from them (docs/advise.md).
         `deep-tokens`, where a block that is trained shows all tokens of few images: with one block
         frozen of four it gave 127 dB; with mean pooling the last block alone shows every token.
         `containment`, from the last block alone under a class token as well, where its 2 heads + 1
