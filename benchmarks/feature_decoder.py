@@ -11,6 +11,7 @@ each victim, a test image by itself, it takes the gradient of the head and divid
 which is the class token's features. Then it guesses the image:
 
 - `mean`: of the public images, without the gradient: what any guess must improve on;
+- `random`: a public image drawn blindly, to compare with:
 - `nearest`: the public image with the most similar features;
 - `linear`, `decoder`: regressions from features to pixels, on the public images; a linear one, and
   two hidden layers, stopped where held-out public images say so;
@@ -349,7 +350,9 @@ class Row:
         victims: How many images.
         mean, best: dB, over the victims.
         matched: dB of the best, patches matched, as the evidence table has it.
-        above: dB of the best from its own thumbnail, patches matched.
+        above, above_matched: dB of the best from its own thumbnail, as it is and patches matched.
+            Patches of any photo, put where they fit best, may pass the thumbnail of a smooth image:
+            `random` says how far.
         named: Share of victims that the guess names among 101.
         misfit: Relative distance of the features, mean; None where nothing was fitted.
     """
@@ -363,6 +366,7 @@ class Row:
     best: float
     matched: float
     above: float
+    above_matched: float
     named: float
     misfit: float | None = None
 
@@ -373,7 +377,7 @@ def main() -> None:
     parser.add_argument("--model", choices=WEIGHTS, default="cifar-a")
     parser.add_argument("--known", choices=("cifar", "photos"), default="cifar")
     parser.add_argument("--public", type=int, default=20_000, help="public images")
-    parser.add_argument("--steps", type=int, default=1500, help="of the decoder's training")
+    parser.add_argument("--steps", type=int, default=1000, help="of the decoder's training")
     parser.add_argument("--no-descent", action="store_true", help="leave the descent out")
     parser.add_argument("--batches", action="store_true", help="separate batches, and end")
     parser.add_argument("--out", type=Path)
@@ -388,7 +392,10 @@ def main() -> None:
     bytes_, labels = cifar("test", VICTIMS + OTHERS)
     tests = bytes_.float() / 255
     truth, others = tests[:VICTIMS], tests[VICTIMS:]
-    seen = read_from_gradient(model, normalization, truth, labels[:VICTIMS])
+    shown = data.sample_images((SIDE, SIDE)).pixels  # for the picture alone
+    marked = torch.cat([labels[:VICTIMS], torch.zeros(len(shown)).long()])
+    both = read_from_gradient(model, normalization, torch.cat([truth, shown]), marked)
+    seen, extra = both[:VICTIMS], known.white(both[VICTIMS:])
     if options.batches and options.known == "cifar":
         named_ = cifar("train", min(2000, len(pixels)))[1]
         for parameter in model.get_submodule("head").parameters():
@@ -403,10 +410,14 @@ def main() -> None:
     white = known.white(seen)
 
     ways = {"mean": known.mean.view(1, 3, SIDE, SIDE).expand_as(truth)}
+    drawn = torch.randint(len(pixels), (VICTIMS,), generator=torch.Generator().manual_seed(1))
+    ways["random"] = known.pixels[drawn].float() / 255
     nearest = torch.cdist(white, known.white(known.features)).argmin(1)
     ways["nearest"] = known.pixels[nearest].float() / 255
     ways["linear"] = linear(known, white)
-    ways["decoder"] = decoder(known, white, options.steps)
+    guesses = decoder(known, torch.cat([white, extra]), options.steps).clamp(0, 1)
+    ways["decoder"], guesses = guesses[:VICTIMS], guesses[VICTIMS:]
+    print(f"decoder trained; {time.process_time() - began:.0f} s", flush=True)
     ways = {k: v.clamp(0, 1) for k, v in ways.items()}
     fitted: dict[str, Tensor] = {}
     if not options.no_descent:
@@ -425,7 +436,7 @@ def main() -> None:
         ways["luckiest"] = whole[score.argmax(0), torch.arange(DESCENDED)]
     patch = Anatomy.of(model).patch_size
     side = (patch[0] * SIDE // Anatomy.of(model).image_size[0],) * 2
-    flat = F.interpolate(F.avg_pool2d(truth, side), scale_factor=side[0])
+    flat = flat_of(truth, side)
     rows = []
     for way, guess in {**ways, "thumbnail": flat}.items():
         own, floor = truth[: len(guess)], psnr(flat, truth)[: len(guess)]
@@ -433,7 +444,8 @@ def main() -> None:
         rows.append(Row(
             options.model, options.known, len(pixels), way, len(guess),
             float(psnr(guess, own).mean()), float(psnr(guess, own).max()), float(matched.max()),
-            float((matched - floor).max()), float(named(guess, own, others).double().mean()),
+            float((psnr(guess, own) - floor).max()), float((matched - floor).max()),
+            float(named(guess, own, others).double().mean()),
             float(fitted[way].mean()) if way in fitted else None,
         ))  # fmt: skip
         print(rows[-1], flush=True)
@@ -442,21 +454,42 @@ def main() -> None:
         with options.out.open("a") as file_:
             file_.writelines(json.dumps(asdict(r)) + "\n" for r in rows)
     if options.picture:
-        draw(truth, flat, ways, options.picture)
+        draw(
+            flat_of(shown, side),
+            {"truth": shown, **pictured(known, extra, guesses)},
+            options.picture,
+        )
 
 
-def draw(truth: Tensor, flat: Tensor, ways: dict[str, Tensor], path: Path) -> None:
-    """Draw victims beside what was guessed of them."""
+def pictured(known: Known, white: Tensor, decoded: Tensor) -> dict[str, Tensor]:
+    """Return what is made of the sample photos; no image of a data set is drawn."""
+    torch.manual_seed(0)
+    noise = known.images(torch.randn(len(white), AXES) * known.spread).clamp(0, 1)
+    mean = known.mean.view(1, 3, SIDE, SIDE).expand_as(decoded)
+    starts, made = {"decoder": decoded, "mean": mean, "noise": noise}, {"decoder": decoded}
+    for kind in RATES:
+        each = descent(known, white, starts, kind)
+        made[kind] = each[misfits(known, white, each).argmin(0), torch.arange(len(white))]
+    return made
+
+
+def flat_of(images: Tensor, side: tuple[int, int]) -> Tensor:
+    """Return the thumbnail: every patch flat in its own colour."""
+    return F.interpolate(F.avg_pool2d(images, side), scale_factor=side[0])
+
+
+def draw(thumbnail: Tensor, made: dict[str, Tensor], path: Path) -> None:
+    """Draw photos beside what was made of their features."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [w for w in ("nearest", "decoder", "descent", "descent, gaussian") if w in ways]
-    lines = {"truth": truth, "thumbnail": flat, **{w: ways[w] for w in shown}}
-    figure, axes = plt.subplots(len(lines), DESCENDED, figsize=(8.4, 1.05 * len(lines)))
+    lines = {"truth": made["truth"], "thumbnail": thumbnail, **made}
+    count = len(thumbnail)
+    figure, axes = plt.subplots(len(lines), count, figsize=(1.05 * count, 1.05 * len(lines)))
     for line, (name, images) in zip(axes, lines.items(), strict=True):
-        for place, image in zip(line, images, strict=False):
+        for place, image in zip(line, images, strict=True):
             place.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             place.set_xticks([])
             place.set_yticks([])
