@@ -71,8 +71,8 @@ def with_adapters(
 
 
 def train(
-    model: nn.Module, data: Dataset[Any], private: vg.DifferentialPrivacy | None, *, epochs: int, batch: int,
-    rate: float,
+    model: nn.Module, data: Dataset[Any], private: vg.DifferentialPrivacy | None, *,
+    epochs: int, batch: int, rate: float,
 ) -> vg.Guard:  # fmt: skip
     """Train what `model` has to train, by Adam, and put the mean of the later half in its place."""
     guard = vg.protect(model.train(), [] if private is None else [private])
