@@ -65,7 +65,7 @@ def with_adapters(
     model.reset_classifier(classes)  # the width of the head is that of the features
     model.head = Scaled(vectors.shape[1], classes, centre.clone(), scale.clone())
     settings = peft.LoraConfig(
-        r=rank, lora_alpha=strength * rank, target_modules=["qkv"], modules_to_save=["head"]
+        r=rank, lora_alpha=round(strength * rank), target_modules=["qkv"], modules_to_save=["head"]
     )
     return peft.get_peft_model(model, settings)
 
