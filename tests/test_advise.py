@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from vitguard.advise import advice, advise_report
 from vitguard.analysis import released, remaining
 from vitguard.cli.main import main
 from vitguard.defenses.base import traits_of
+from vitguard.defenses.frozen_stem import FrozenStem
 from vitguard.errors import InputError, UnsupportedModel
 from vitguard.evidence import Cell, Cost, Evidence, evidence
 from vitguard.models import build_model
@@ -172,7 +174,7 @@ def test_only_what_stood_in_every_cell_is_offered_the_cheapest_first():
     assert offered == [STOOD, "privacy:noise=1.0"]
     assert set(report.fallen) == {"sign-update", "quantised-update", "low-rank"}
     best = report.options[0]
-    assert best.batch == 23 and "--batch-size 23 --num-images 23" in best.verify  # 4 x 96 / 17
+    assert best.batch == 23 and "--batch-size 23 --defense" in best.verify  # 4 x 96 / 17
     assert "stood in 2 of 2 cells" in best.evidence and "with its budget" in best.evidence
     assert "accuracy 50.0% where undefended has 51.0%" in best.evidence
     assert STOOD in report.sentence() and "no proof" in report.sentence()
@@ -182,6 +184,39 @@ def test_what_stood_elsewhere_is_not_offered_where_a_count_says_that_it_leaks():
     assert "positions:kind=frozen" not in [
         o.stack for o in advise_report(small_vit(), table=TABLE).options
     ]  # `span` reads it at one image
+
+
+def test_what_a_defense_says_of_its_own_updates_stands_beside_the_stack_and_in_the_sentence():
+    """Features of the class token stand in a head's gradient, whatever resisted."""
+    table = replace(TABLE, cells=(cell("none", verdict="leaks"), cell("frozen-stem:trained=0")))
+    report = advise_report(small_vit(), table=table)
+    (option,) = report.options
+    assert "class-token features" in option.shows and option.shows == FrozenStem(0).audit_note()
+    assert option.shows in report.to_json()["options"][0]["shows"]
+    assert "stillshows:" in "".join(printed(report).split())
+    assert "class-token features" in report.sentence()
+    (other,) = advise_report(small_vit(), table=replace(TABLE, cells=(
+        cell("none", verdict="leaks"), cell("privacy:noise=1.0")))).options  # fmt: skip
+    assert not other.shows
+
+
+BARE = "vit_tiny_patch16_224:img_size=32,patch_size=8,embed_dim=96,depth=1,num_classes=0"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name, batch", [(BARE, 1), (BARE.replace("classes=0", "classes=10"), 9)])
+def test_commands_that_are_printed_run(name, batch, capsys):
+    """Of a backbone without a head, too, and of more images than there are sample photos."""
+    cells = (cell("none", verdict="leaks"), cell("privacy:noise=1.0"))
+    report = advise_report(name, batch_size=batch, table=replace(TABLE, cells=cells))
+    commands = [o.verify for o in (*report.options, *report.proven)]
+    assert len(commands) == 2 and (batch == 1 or f"--batch-size {batch} " in commands[0])
+    for command in commands:
+        words = shlex.split(command)
+        words[words.index("--attack") + 1] = "position"  # no search: what is asked is that it runs
+        assert words[0] == "vitguard" and main(words[1:]) == 0, capsys.readouterr().err
+        capsys.readouterr()
 
 
 def test_keys_hide_from_the_server_and_not_from_the_other_clients():

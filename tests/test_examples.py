@@ -18,6 +18,7 @@ import timm
 import torch
 from PIL import Image
 
+import vitguard as vg
 from vitguard.errors import InputError
 from vitguard.models import build_model
 
@@ -36,11 +37,13 @@ ARGUMENTS = {
     "accelerate_loop.py": ["--out", "{tmp}/run"],
     "timm_training.py": ["--out", "{tmp}/run"],
     "private_head.py": ["--images", "{folder}", "--out", "{tmp}/run"],
+    "private_lora.py": ["--images", "{folder}", "--epochs", "2", "--out", "{tmp}/run"],
 }  # fmt: skip
 NEEDS = {  # beside vitguard's own requirements
     "huggingface_trainer.py": ("transformers", "accelerate"),
     "lightning_trainer.py": ("lightning",),
     "accelerate_loop.py": ("accelerate",),
+    "private_lora.py": ("peft",),
 }  # fmt: skip
 FILES = {
     "audit_photo.py": ["result.png"],
@@ -50,6 +53,7 @@ FILES = {
     "accelerate_loop.py": ["run/state/vitguard.json", "run/plain.pt"],
     "timm_training.py": ["run/averaged.pt"],
     "private_head.py": ["run/model.pt", "run/privacy.json"],
+    "private_lora.py": ["run/model.pt", "run/privacy.json"],
 }
 
 
@@ -116,6 +120,34 @@ def test_a_private_head_is_part_of_a_plain_model_that_knows_the_classes(tmp_path
     images, labels = data.tensors
     with torch.inference_mode():
         assert float((model(images).argmax(1) == labels).double().mean()) > 0.95
+
+
+@pytest.mark.slow
+def test_private_adapters_are_folded_into_a_plain_model_that_says_the_same(monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import private_lora
+
+    name = "vit_tiny_patch16_224:img_size=32,patch_size=8,embed_dim=48,depth=1,num_heads=3"
+    transform = timm.data.create_transform(input_size=32)
+    images, labels = private_lora.made_here(transform, 24).tensors
+    backbone = build_model(f"{name},num_classes=0")
+    before = {n: p.detach().clone() for n, p in backbone.state_dict().items()}
+    model = private_lora.with_adapters(backbone, images[:4], 4, rank=2, strength=4.0)
+    moving = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all("lora_" in n or "modules_to_save" in n for n in moving) and len(moving) == 4
+    data = torch.utils.data.TensorDataset(images, labels)
+    private = vg.DifferentialPrivacy(epsilon=8, epochs=2, delta=1e-2)
+    guard = private_lora.train(model, data, private, epochs=2, batch=8, rate=0.02)
+    spent = guard.privacy_spent()
+    assert 0 < spent.epsilon <= 8 and spent.steps == 6
+    with torch.inference_mode():
+        said = model.eval()(images)
+        plain = private_lora.folded(model, build_model(f"{name},num_classes=4"))
+        assert torch.allclose(plain(images), said, atol=1e-4) and said.std() > 0
+    after = plain.state_dict()
+    still = [n for n, p in before.items() if torch.equal(p, after[n])]
+    assert set(before) - set(still) == {"blocks.0.attn.qkv.weight"}  # what the adapters moved
 
 
 @pytest.fixture

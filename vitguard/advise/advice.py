@@ -63,7 +63,7 @@ def advise_report(
         if value not in get_args(kinds):
             raise expected(f"{name} among {', '.join(get_args(kinds))}", repr(value))
     name = model if isinstance(model, str) else type(model).__name__
-    network, notes = _sized(model) if isinstance(model, str) else (model, [])
+    network, notes, built = _sized(model) if isinstance(model, str) else (model, [], name)
     anatomy = anatomy or Anatomy.of(network)
     asked: dict[str, Any] = {
         "model": name, "batch_size": batch_size, "setting": setting, "train": train, "see": see,
@@ -80,7 +80,7 @@ def advise_report(
     table = evidence() if table is None else table
     measured = table.stacks(setting)
     attacks = tuple(counts.attacks(batch_size))
-    offered = tuple(options(counts, name, batch_size, see, [s for s in measured if s.stood]))
+    offered = tuple(options(counts, built, batch_size, see, [s for s in measured if s.stood]))
     return AdviceReport(
         **asked,
         tokens=anatomy.tokens,
@@ -88,26 +88,33 @@ def advise_report(
         attacks=attacks,
         options=offered,
         fallen=tuple(s.spec for s in measured if s.fell),
-        proven=tuple(proven(anatomy, name, batch_size, see)),
+        proven=tuple(proven(anatomy, built, batch_size, see)),
         uncovered=tuple(uncovered(attacks, see)),
         measured=_when(table),
     )
 
 
-def _sized(spec: str) -> tuple[nn.Module, list[str]]:
-    """Build a model of a name, without values where it can be; a backbone gets a head."""
+def _sized(spec: str) -> tuple[nn.Module, list[str], str]:
+    """Build a model of a name, without values where it can be; a backbone gets a head.
+
+    Returns:
+        The model, what a reader must know of it, and the name that an audit builds it from.
+    """
     model = _built(spec)
     try:
         bare = Anatomy.of(model).classes == 0
     except UnsupportedModel:
-        return model, []
+        return model, [], spec
     if not bare:
-        return model, []
-    headed = f"{spec}{',' if ':' in spec else ':'}num_classes={_CLASSES}"
+        return model, [], spec
+    name, _, given = spec.partition(":")
+    kept = [part for part in given.split(",") if part and not part.startswith("num_classes=")]
+    headed = f"{name}:{','.join([*kept, f'num_classes={_CLASSES}'])}"
     try:
-        return _built(headed), [f"{spec} has no head: one of {_CLASSES} classes is assumed"]
+        said = f"{spec} has no head: one of {_CLASSES} classes is assumed"
+        return _built(headed), [said], headed
     except InputError:
-        return model, [f"{spec} has no head, and takes none"]
+        return model, [f"{spec} has no head, and takes none"], spec
 
 
 def _built(spec: str) -> nn.Module:

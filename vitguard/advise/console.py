@@ -69,6 +69,8 @@ def _print_options(console: Console, options: tuple[Option, ...]) -> None:
             f"    here: at least {option.batch} images an update; counts that hold then: "
             f"{counts}; hides from: {option.hides_from}"
         )
+        if option.shows:
+            say(f"    still shows: {option.shows}")
         say(f"    {option.verify}", whole=True)
     if not options:
         say("  none that was measured in full in this setting and fits this model")

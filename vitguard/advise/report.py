@@ -44,6 +44,7 @@ class Option:
         left: Exact attacks whose count still holds under it at that batch, damage aside.
         hides_from: `server`, or `server and clients`.
         verify: The command that attacks it on this model.
+        shows: What its updates still show, as its defenses say it; "" where they say nothing.
     """
 
     stack: str
@@ -52,6 +53,7 @@ class Option:
     left: tuple[str, ...]
     hides_from: str
     verify: str
+    shows: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,11 @@ class AdviceReport:
                 "has stood: use privacy, encryption or masks, and audit it."
             )
         best = self.options[0]
+        shows = f" ({best.shows})" if best.shows else ""
         return (
             f"{what}; the cheapest stack that stood where it was measured is {best.stack} with at "
-            f"least {best.batch} image{'s' if best.batch > 1 else ''} an update, which is evidence "
-            f"and no proof: {best.verify}"
+            f"least {best.batch} image{'s' if best.batch > 1 else ''} an update{shows}, which is "
+            f"evidence and no proof: {best.verify}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def options(
             () if proven else left,
             "server" if keyed else "server and clients",
             _command(name, batch, stack.spec, stack.measured[0].attack),
+            "" if proven else "; ".join(filter(None, (d.audit_note() for d in defenses))),
         )
 
 
@@ -85,5 +86,5 @@ def uncovered(attacks: Sequence[Applies], see: str) -> Iterator[str]:
 
 
 def _command(model: str, batch: int, stack: str, attack: str) -> str:
-    size = f" --batch-size {batch} --num-images {batch}" if batch > 1 else ""
+    size = f" --batch-size {batch}" if batch > 1 else ""
     return f"vitguard audit --model {model}{size} --defense {stack} --attack {attack}"

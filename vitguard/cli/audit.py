@@ -25,6 +25,8 @@ DEFAULT_DEFENSES = (
 )
 DEFAULT_BUDGET = 50.0
 """Nominal seconds of climbing that a run without --attack shares among its updates."""
+_CROPS = 7919
+"""Seed of the crops that fill a batch: decoys are drawn with another."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -231,9 +233,11 @@ def _images(options: argparse.Namespace, anatomy: Any) -> tuple[Any, Any, list[s
             min_size=anatomy.patch_size,
         )  # fmt: skip
     else:
-        images = data.sample_images(
-            size, count=options.num_images or max(2, batch), classes=anatomy.classes
-        )
+        count = options.num_images or max(2, batch)
+        beyond = 0 if options.num_images else max(count - len(data.SAMPLE_NAMES), 0)
+        images = data.sample_images(size, count=count - beyond, classes=anatomy.classes)
+        if beyond:
+            images = _with_crops(images, beyond, anatomy.classes)
         found = len(images)
     notes = list(images.notes)
     if (channels := anatomy.channels) != 3:
@@ -253,6 +257,23 @@ def _images(options: argparse.Namespace, anatomy: Any) -> tuple[Any, Any, list[s
             labels=None if images.labels is None else images.labels[:kept],
         )  # fmt: skip
     return images, images.labels, notes
+
+
+def _with_crops(images: Any, count: int, classes: int) -> Any:
+    """Return sample photos and `count` crops of pictures: a batch of any size without a folder."""
+    import torch
+
+    from vitguard import data
+
+    size = (images.pixels.shape[-2], images.pixels.shape[-1])
+    crops = data.decoys(count, size, seed=_CROPS)
+    total = len(images) + count
+    note = f"{count} of {total} images are crops of pictures: {len(images)} sample photos are there"
+    return dataclasses.replace(
+        images, names=(*images.names, *(f"crop {i + 1}" for i in range(count))),
+        pixels=torch.cat([images.pixels, crops]), labels=data.assign_labels(total, classes),
+        notes=(*images.notes, note),
+    )  # fmt: skip
 
 
 def _numbers(text: str, flag: str, channels: int) -> tuple[float, ...]:

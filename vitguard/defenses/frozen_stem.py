@@ -31,6 +31,10 @@ class FrozenStem(ModelDefense):
         The frozen parameters have no gradient, and a model in which one was unfrozen is refused.
 
     Does not protect against:
+        Labels and class-token features, which stand in the gradient of the head: exactly of one
+        image, and of a batch of fewer images than classes too. They tell whether an image is among
+        candidates that the adversary has, and found another photo of the same thing (3.7 dB above
+        the thumbnail); a decoder trained on public images draws colours and layout from them.
         `deep-tokens`, where a block that is trained shows all tokens of few images: with one block
         frozen of four it gave 127 dB; with mean pooling the last block alone shows every token.
         `containment`, from the last block alone under a class token as well, where its 2 heads + 1
@@ -50,6 +54,14 @@ class FrozenStem(ModelDefense):
     def __post_init__(self) -> None:
         if self.trained < 0:
             raise expected("trained of at least 0 blocks", self.trained)
+
+    def audit_note(self) -> str:
+        """Say what the head's gradient shows, whatever the attacks of an audit made of it."""
+        return (
+            f"{self.spec()} sends labels and class-token features: those name an image among "
+            "candidates, found another photo of the same thing 3.7 dB above the thumbnail, and "
+            "give a trained decoder colours and layout"
+        )
 
     def check(self, model: nn.Module, anatomy: Anatomy, stack: Sequence[Defense]) -> None:
         """Raise Incompatible beside positions that are trained, or where nothing is left to."""
