@@ -7,7 +7,8 @@
     python benchmarks/evidence.py rows.jsonl --make        # writes what vitguard carries, and docs
 
 Rows are written one by one: a run that is ended goes on where it was. A cell that is not in the
-file is `not run`, with the reason. The data folder is VITGUARD_DATA; photos are scikit-image's.
+file is `not run`, with the reason; `feature_decoder.py --evidence` adds cells of its own. The data
+folder is VITGUARD_DATA; photos are scikit-image's.
 
 Each setting has its own stacks. A stack is attacked with the smallest batch that it lets leave, in
 two cases: `natural`, the first images of the data; and `dominant`, where one image has a wrong
@@ -336,7 +337,8 @@ def make(rows: list[dict[str, Any]]) -> None:
     table = []
     for cell in (c for _, asked in cells() for c in asked):
         missing = asdict(replace(cell, note="not run: no processor time so far"))
-        table.append(_short(stored.get(key(asdict(cell)), missing)))
+        table.append(_short(stored.pop(key(asdict(cell)), missing)))
+    table += map(_short, stored.values())  # of other scripts
     costs = [
         _short({k: v for k, v in r.items() if k not in ("kind", "runs")})
         for r in rows if r["kind"] == "cost"

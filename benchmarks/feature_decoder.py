@@ -2,6 +2,7 @@
 
     python benchmarks/feature_decoder.py CACHE --out rows.jsonl                 # 5 minutes
     python benchmarks/feature_decoder.py CACHE --model cifar-b --known photos
+    python benchmarks/feature_decoder.py CACHE --out rows.jsonl --evidence cells.jsonl  # as cells
     python benchmarks/feature_decoder.py CACHE --batches                        # half a minute more
     python benchmarks/feature_decoder.py CACHE --picture docs/images/feature-decoder.png
 
@@ -42,7 +43,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence import CIFAR, SMALL, Subject, folder
+from evidence import CIFAR, SMALL, SUBJECTS, Subject, folder
 from PIL import Image, ImageOps
 from scipy.optimize import least_squares, linear_sum_assignment
 from torch import Tensor, nn
@@ -50,12 +51,14 @@ from torch.nn import functional as F
 
 from vitguard import data
 from vitguard.core import Normalization
+from vitguard.evidence import WITHIN, Cell
 from vitguard.guard import protect
 from vitguard.metrics import patch_psnr, psnr
 from vitguard.models import build_model, load_checkpoint
 from vitguard.vit import Anatomy
 
 STACK = "frozen-stem:trained=0"
+CELLS = {"nearest": "feature-search", "decoder": "feature-decoder", "descent": "feature-descent"}
 WEIGHTS = {
     "cifar-a": (CIFAR, "cifar10_vit_a.safetensors"),
     "cifar-b": (CIFAR, "cifar10_vit_b.safetensors"),
@@ -371,6 +374,16 @@ class Row:
     misfit: float | None = None
 
 
+def cell(row: Row) -> Cell:
+    """Return what a way came to as a cell of the evidence table: it fell, or it shows nothing."""
+    fell = row.above_matched > WITHIN
+    return Cell(
+        STACK, SUBJECTS[0].name, "finetune", 1, "natural", CELLS[row.way], row.matched,
+        row.above_matched, "leaks" if fell else "inconclusive",
+        note=f"the best of {row.victims} victims, {row.public} public images of the same kind",
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("cache", type=Path)
@@ -381,6 +394,7 @@ def main() -> None:
     parser.add_argument("--no-descent", action="store_true", help="leave the descent out")
     parser.add_argument("--batches", action="store_true", help="separate batches, and end")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--evidence", type=Path, help="rows of evidence.py, to add cells to")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     began = time.process_time()
@@ -453,6 +467,10 @@ def main() -> None:
     if options.out:
         with options.out.open("a") as file_:
             file_.writelines(json.dumps(asdict(r)) + "\n" for r in rows)
+    if options.evidence and (options.model, options.known) == ("cifar-a", "cifar"):
+        with options.evidence.open("a") as file_:
+            cells = [asdict(cell(r)) for r in rows if r.way in CELLS]
+            file_.writelines(json.dumps({"kind": "cell", **c}) + "\n" for c in cells)
     if options.picture:
         draw(
             flat_of(shown, side),

@@ -19,7 +19,7 @@ from vitguard.cli.main import main
 from vitguard.defenses.base import traits_of
 from vitguard.defenses.frozen_stem import FrozenStem
 from vitguard.errors import InputError, UnsupportedModel
-from vitguard.evidence import Cell, Cost, Evidence, evidence
+from vitguard.evidence import Cell, Cost, Evidence, Stack, evidence
 from vitguard.models import build_model
 from vitguard.vit import Anatomy
 
@@ -173,6 +173,7 @@ def test_only_what_stood_in_every_cell_is_offered_the_cheapest_first():
     offered = [o.stack for o in report.options]
     assert offered == [STOOD, "privacy:noise=1.0"]
     assert set(report.fallen) == {"sign-update", "quantised-update", "low-rank"}
+    assert len(report.fell_to) == 3 and all(report.fell_to)
     best = report.options[0]
     assert best.batch == 23 and "--batch-size 23 --defense" in best.verify  # 4 x 96 / 17
     assert "stood in 2 of 2 cells" in best.evidence and "with its budget" in best.evidence
@@ -326,3 +327,16 @@ def test_a_model_that_cannot_be_built_without_values_is_advised_on_as_well(monke
     wanted = advise_report(name).to_json()
     monkeypatch.setattr(advice, "build_model", older)
     assert advise_report(name).to_json() == wanted
+
+
+def test_a_stack_that_fell_says_to_what_and_how_far():
+    cell = Cell("low-rank", "a ViT", "finetune", 1, "natural", "ladder:seconds=30", 18.0, -3.0)
+    cells = (
+        replace(cell, verdict="resisted"),
+        replace(cell, attack="map:seconds=30", psnr=25.0, above=3.04, verdict="inconclusive"),
+        replace(cell, attack="span", psnr=None, above=None, verdict="leaks"),
+    )
+    told = Stack("low-rank", "finetune", cells, ()).fell_to()
+    assert told == "map, +3.0 dB from the thumbnail"
+    assert Stack("low-rank", "finetune", cells[::2], ()).fell_to() == "span leaks"
+    assert Stack("low-rank", "finetune", cells[:1], ()).fell_to() == ""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -115,6 +116,16 @@ class Stack:
     def fell(self) -> bool:
         """Whether it fell in a cell."""
         return any(c.leaked for c in self.measured)
+
+    def fell_to(self) -> str:
+        """Say what it fell to: the attack that came farthest, and how far; "" where it stood."""
+        cells = [c for c in self.measured if c.leaked]
+        if not cells:
+            return ""
+        worst = max(cells, key=lambda c: -math.inf if c.above is None else c.above)
+        attack = worst.attack.partition(":")[0]
+        over = worst.above is not None and worst.above > WITHIN
+        return f"{attack}, {worst.above:+.1f} dB from the thumbnail" if over else f"{attack} leaks"
 
     @property
     def complete(self) -> bool:

@@ -88,6 +88,7 @@ def advise_report(
         attacks=attacks,
         options=offered,
         fallen=tuple(s.spec for s in measured if s.fell),
+        fell_to=tuple(s.fell_to() for s in measured if s.fell),
         proven=tuple(proven(anatomy, built, batch_size, see)),
         uncovered=tuple(uncovered(attacks, see)),
         measured=_when(table),

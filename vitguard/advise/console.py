@@ -31,7 +31,9 @@ def print_advice(report: AdviceReport, console: Console) -> None:
     _print_attacks(console, report.attacks)
     _print_options(console, report.options)
     if report.fallen:
-        say(f"Fell: {', '.join(report.fallen)}")
+        say("Fell:")
+        for stack, how in zip(report.fallen, report.fell_to, strict=True):
+            say(f"  {stack} ({how})")
     say("What holds by proof or by a key, whatever the attack:", "bold")
     for one in report.proven:
         say(f"  {one.stack}: {one.says}")

@@ -82,6 +82,7 @@ class AdviceReport:
         attacks: What every attack can do, exact ones first.
         options: Stacks that stood in the evidence, the cheapest first.
         fallen: Stacks that were measured in this setting and fell.
+        fell_to: What each of them fell to, and how far that came.
         proven: Stacks that rest on a proof or on a key.
         uncovered: What no known attack or proof covers.
         measured: When the evidence was made, and with what.
@@ -99,6 +100,7 @@ class AdviceReport:
     attacks: tuple[Applies, ...] = ()
     options: tuple[Option, ...] = ()
     fallen: tuple[str, ...] = ()
+    fell_to: tuple[str, ...] = ()
     proven: tuple[Proven, ...] = ()
     uncovered: tuple[str, ...] = ()
     measured: str = ""
