@@ -89,7 +89,12 @@ DEFENSES = (
 )
 SUMS = tuple(
     (stack, craft)
-    for stack in ("masking", "encryption:preset=precise", "encryption:preset=standard")
+    for stack in (
+        "masking",
+        "encryption:preset=precise",
+        "encryption:preset=many",
+        "encryption:preset=quantised",
+    )
     for craft in ("imprint", _QUIET)
 )
 SMALL = (
