@@ -55,6 +55,24 @@ def made_here(transform, count: int = 400) -> TensorDataset:
     return TensorDataset(transform.transforms[-1](pixels), labels)
 
 
+def built(model: str, classes: int) -> nn.Module:
+    """Return a timm model of a name with arguments, with a head of so many classes."""
+    return build_model(f"{model}{',' if ':' in model else ':'}num_classes={classes}")
+
+
+def opened(model: str, checkpoint: Path | None, images: Path | None) -> tuple:
+    """Return a backbone without a head, what it wants done to an image, the data, its classes."""
+    backbone = built(model, 0)
+    if checkpoint:
+        load_checkpoint(backbone, checkpoint)
+    config = resolve_model_data_config(backbone)
+    config |= {"input_size": (3, *backbone.patch_embed.img_size), "crop_pct": 1.0}
+    transform = create_transform(**config)
+    data = ImageFolder(images, transform) if images else made_here(transform)
+    names = data.classes if isinstance(data, ImageFolder) else list("0123")
+    return backbone.eval(), transform, data, names
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, fold the layer in, and save the model and what was spent."""
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -68,16 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--out", type=Path, default=Path("runs/head"))
     options = made.parse_args(arguments)
 
-    spec = options.model + ("," if ":" in options.model else ":")
-    backbone = build_model(spec + "num_classes=0")
-    if options.checkpoint:
-        load_checkpoint(backbone, options.checkpoint)
-    backbone.eval()
-    config = resolve_model_data_config(backbone)
-    config |= {"input_size": (3, *backbone.patch_embed.img_size), "crop_pct": 1.0}
-    transform = create_transform(**config)
-    data = ImageFolder(options.images, transform) if options.images else made_here(transform)
-    names = data.classes if isinstance(data, ImageFolder) else list("0123")
+    backbone, transform, data, names = opened(options.model, options.checkpoint, options.images)
     vectors, labels = features(backbone, DataLoader(data, 50))
 
     photos = torch.stack([transform(photo) for photo in sample_photos().values()])
@@ -109,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 weights.append(torch.cat((layer.weight, layer.bias[:, None]), 1).detach().clone())
     average = torch.stack(weights).mean(0)
 
-    model = build_model(spec + f"num_classes={len(names)}")
+    model = built(options.model, len(names))
     model.load_state_dict(backbone.state_dict(), strict=False)
     with torch.no_grad():
         model.head.weight.copy_(average[:, :-1] * scale)

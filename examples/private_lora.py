@@ -23,15 +23,12 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
-from private_head import LENGTH, SMALL, features, made_here
-from timm.data import create_transform, resolve_model_data_config
+from private_head import LENGTH, SMALL, built, features, opened
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 
 import vitguard as vg
 from vitguard.data import sample_photos
-from vitguard.models import build_model, load_checkpoint
 
 
 class Scaled(nn.Module):
@@ -124,15 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--out", type=Path, default=Path("runs/lora"))
     options = made.parse_args(arguments)
 
-    spec = options.model + ("," if ":" in options.model else ":")
-    backbone = build_model(spec + "num_classes=0")
-    if options.checkpoint:
-        load_checkpoint(backbone, options.checkpoint)
-    config = resolve_model_data_config(backbone)
-    config |= {"input_size": (3, *backbone.patch_embed.img_size), "crop_pct": 1.0}
-    transform = create_transform(**config)
-    data = ImageFolder(options.images, transform) if options.images else made_here(transform)
-    names = data.classes if isinstance(data, ImageFolder) else list("0123")
+    backbone, transform, data, names = opened(options.model, options.checkpoint, options.images)
     public = torch.stack([transform(photo) for photo in sample_photos().values()])
 
     model = with_adapters(backbone, public, len(names), options.rank, options.strength)
@@ -144,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     guard = train(model, data, private, epochs=options.epochs, batch=batch, rate=options.rate)
     spent = guard.privacy_spent()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model = folded(model, build_model(spec + f"num_classes={len(names)}"))
+    model = folded(model, built(options.model, len(names)))
     with torch.inference_mode():
         found = [(model(images).argmax(1) == labels).double() for images, labels in
                  DataLoader(data, 50)]  # fmt: skip

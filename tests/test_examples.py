@@ -126,11 +126,12 @@ def test_a_private_head_is_part_of_a_plain_model_that_knows_the_classes(tmp_path
 def test_private_adapters_are_folded_into_a_plain_model_that_says_the_same(monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import private_head
     import private_lora
 
     name = "vit_tiny_patch16_224:img_size=32,patch_size=8,embed_dim=48,depth=1,num_heads=3"
     transform = timm.data.create_transform(input_size=32)
-    images, labels = private_lora.made_here(transform, 24).tensors
+    images, labels = private_head.made_here(transform, 24).tensors
     backbone = build_model(f"{name},num_classes=0")
     before = {n: p.detach().clone() for n, p in backbone.state_dict().items()}
     model = private_lora.with_adapters(backbone, images[:4], 4, rank=2, strength=4.0)

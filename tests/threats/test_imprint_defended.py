@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import vitguard as vg
+from tests.threats.exposed import PLAIN
+from tests.threats.exposed import exposed as seen
 from vitguard import data
 from vitguard.attacks.imprint import ImprintReading
 from vitguard.attacks.imprint.sums import _steps
-from vitguard.core import Normalization, Traits
+from vitguard.core import Traits
 from vitguard.errors import Blocked, InputError
 from vitguard.federated.local import LocalClient, LocalFederation
-from vitguard.guard import protect
 from vitguard.models import build_model
-from vitguard.registry import parse_stack
 from vitguard.threats import MaliciousServer
 from vitguard.threats.crafts.imprint import Imprint
 from vitguard.threats.malicious_server import parse_craft
@@ -24,7 +24,6 @@ SPEC = (
     "vit_tiny_patch16_224:img_size=16,patch_size=4,embed_dim=60,depth=3,num_heads=3,mlp_ratio=4,"
     "num_classes=10"
 )
-PLAIN = Normalization()
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +32,7 @@ def photos():
 
 
 def exposed(pixels, craft, defenses):
-    threat = MaliciousServer(craft)
-    secret = torch.Generator().manual_seed(1)
-    guard = protect(build_model(SPEC).train(), parse_stack(defenses), generator=secret)
-    guard.model.load_state_dict({**guard.model.state_dict(), **threat.hand_out(guard)})
-    update = guard.update(PLAIN.apply(pixels), torch.arange(len(pixels)))
-    return threat.view(guard, update, PLAIN)
+    return seen(build_model(SPEC), pixels, MaliciousServer(craft), defenses)
 
 
 def near(images, pixels, decibels):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import vitguard as vg
+from tests.threats.exposed import PLAIN, exposed
 from vitguard import data
 from vitguard.attacks.base import guess_of
 from vitguard.attacks.equations.rows import Embedding
@@ -15,13 +16,12 @@ from vitguard.attacks.imprint import ImprintReading
 from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.position import PositionInversion
 from vitguard.cli.main import main
-from vitguard.core import Guess, LocalTraining, Normalization
+from vitguard.core import Guess, LocalTraining
 from vitguard.errors import Blocked, InputError, NotApplicable
 from vitguard.federated.local import LocalClient, LocalFederation
 from vitguard.guard import protect
 from vitguard.metrics import recovered
 from vitguard.models import build_model
-from vitguard.registry import parse_stack
 from vitguard.threats import CuriousServer, MaliciousServer, parse_threat
 from vitguard.threats.crafts.base import Craft
 from vitguard.threats.crafts.fishing import Fishing
@@ -34,7 +34,6 @@ SPEC = (
     "vit_tiny_patch16_224:img_size=32,patch_size=8,embed_dim=216,depth=3,num_heads=4,mlp_ratio=2,"
     "num_classes=10"
 )
-PLAIN = Normalization()
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +44,6 @@ def model():
 @pytest.fixture(scope="module")
 def photos():
     return data.sample_images((32, 32), count=4, classes=10).pixels
-
-
-def exposed(model, pixels, threat, defenses="none", **how):
-    """Return what the server sees of a client that loads its weights and trains."""
-    secret = torch.Generator().manual_seed(1)
-    guard = protect(build_model(SPEC).train(), parse_stack(defenses), generator=secret)
-    guard.model.load_state_dict({**guard.model.state_dict(), **model.state_dict()})
-    guard.model.load_state_dict({**guard.model.state_dict(), **(threat.hand_out(guard) or {})})
-    with guard.rewound():
-        update = guard.update(PLAIN.apply(pixels), torch.arange(len(pixels)) % 10, **how)
-    return threat.view(guard, update, PLAIN)
 
 
 def share(guess, pixels):

@@ -104,7 +104,7 @@ def _add_audit(commands: Any) -> None:
         "--num-images",
         type=int,
         metavar="K",
-        help="images to audit (sample photos: 2; a folder: 4 or one batch)",
+        help="images to audit (sample photos: 2; a folder: 4; one batch where that is more)",
     )
     add("--batch-size", type=int, metavar="B", help="images behind one update (1)")
     add(
