@@ -245,6 +245,13 @@ def test_a_folder_of_which_not_all_is_audited_says_so(photo):
 
 
 @pytest.mark.slow
+def test_a_batch_beyond_the_sample_photos_is_filled_with_other_images_and_says_so():
+    result = report("--batch-size", "9", "--attack", "position")
+    assert result["batch_size"] == 9 and len(set(result["images"])) == 9
+    assert any("2 of 9 images are crops" in note for note in result["notes"])
+
+
+@pytest.mark.slow
 def test_an_interrupted_audit_is_written_and_is_not_done(monkeypatch):
     from vitguard.attacks.span import SpanInversion
 
