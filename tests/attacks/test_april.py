@@ -1,5 +1,7 @@
 """APRIL: exact where it is proven, and silent everywhere else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,3 +60,10 @@ def test_fixed_positions_block_it(proven, observe, photo, generator):
 def test_where_patches_are_wide_the_patch_gradient_is_needed(narrow, observe, photo, generator):
     with pytest.raises(Blocked, match=r"patch_embed\.proj\.weight"):
         April().run(observe(narrow, photo, withhold=("patch",)), generator)
+
+
+def test_not_applicable_where_each_layer_has_a_factor_of_its_own(proven, observe, photo, generator):
+    view = observe(proven, photo)
+    view = replace(view, traits=replace(view.traits, layerwise=True))
+    with pytest.raises(NotApplicable, match="factor of its own"):
+        April().run(view, generator)

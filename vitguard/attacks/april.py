@@ -36,7 +36,8 @@ class April(Attack):
 
     Raises:
         NotApplicable: A norm before the attention or a residual around it (every usual ViT), more
-            than one image, no learnable positions over all tokens.
+            than one image, no learnable positions over all tokens, layers that were clipped one by
+            one.
         Blocked: An attention or position gradient is not in the update.
 
     References:
@@ -80,6 +81,8 @@ class April(Attack):
             raise NotApplicable(f"needs one image, got a batch of {view.update.batch_size}")
         if anatomy.positions is None or anatomy.position_prefix != anatomy.prefix_tokens:
             raise NotApplicable("needs learnable positions for every token")
+        if view.traits.layerwise:
+            raise NotApplicable("each layer has a factor of its own, which nobody knows")
         slope = view.read(anatomy.positions)[0]
         product = sum(view.weight(name).T @ view.read(name) for name in block.qkv)
         assert isinstance(product, torch.Tensor)

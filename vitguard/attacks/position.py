@@ -16,6 +16,7 @@ from vitguard.attacks.equations.rows import (
     guess_from_patches,
     least_squares,
     patch_gradient,
+    position_gradient,
 )
 from vitguard.attacks.labels import try_labels
 from vitguard.core import Guess, View
@@ -87,9 +88,7 @@ class PositionInversion(Attack):
         ):
             raise Blocked(anatomy.positions, "fixed positions have no gradient")
         summed = view.gradient(steps=True)
-        positions = summed.read(anatomy.positions)[0, anatomy.position_prefix :]
-        if positions.shape[0] != anatomy.patches:
-            raise NotApplicable("positions are resampled in the forward pass")
+        positions = position_gradient(summed, anatomy)
         weight = patch_gradient(summed, anatomy)
         system = _System.of(positions.T, weight)
         patches = system.fit.solution

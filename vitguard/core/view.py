@@ -60,6 +60,8 @@ class Traits:
             `withheld` (trained, but never sent), or there are `none`.
         low_rank: Whether fixed positions span fewer dimensions than there are patches.
         exact: Whether readable tensors are the true gradient up to rounding and known factors.
+        layerwise: Whether each layer has a positive factor of its own that nobody knows, as where
+            layers are clipped one by one.
         sparse: Whether entries may be zero that were not.
         rank: Singular values of each matrix that are sent at most; 0 where all are.
         noise: Standard deviation of noise added to each tensor, relative to the root mean square
@@ -79,6 +81,7 @@ class Traits:
     positions: Literal["learnable", "fixed", "withheld", "none"] = "learnable"
     low_rank: bool = False
     exact: bool = True
+    layerwise: bool = False
     sparse: bool = False
     rank: int = 0
     noise: float = 0.0

@@ -66,10 +66,10 @@ def some(like):
 class Setup:
     """A protected model whose every draw is keyed to the example."""
 
-    def __init__(self, model, stack):
+    def __init__(self, model, stack, clipping):
         self.model = MODELS[model]()
         self.draws = KeyedDraws(self.model)
-        self.defense = DifferentialPrivacy(clip=CLIP, noise=0.0)
+        self.defense = DifferentialPrivacy(clip=CLIP, noise=0.0, clipping=clipping)
         self.guard = protect(self.model, [*STACKS[stack], self.defense])
         self.per_batch = stack == "shuffle-batch"
         self.total(*some(next(self.model.parameters())), F.cross_entropy)  # the probe takes three
@@ -86,15 +86,16 @@ class Setup:
 _SETUPS = {}
 
 
-def prepared(model, stack):
-    if (model, stack) not in _SETUPS:
-        _SETUPS[model, stack] = Setup(model, stack)
-    return _SETUPS[model, stack]
+def prepared(*case):
+    if case not in _SETUPS:
+        _SETUPS[case] = Setup(*case)
+    return _SETUPS[case]
 
 
 CASES = given(
     model=st.sampled_from(sorted(MODELS)),
     stack=st.sampled_from(sorted(STACKS)),
+    clipping=st.sampled_from(["flat", "automatic", "per_layer"]),
     criterion=st.sampled_from(sorted(CRITERIA)),
     count=st.integers(2, 6),
     scale=st.sampled_from([1e-3, 1.0, 50.0]),
@@ -116,8 +117,8 @@ def test_sums_of_many_models_move_by_at_most_clip(**case):
     moves_by_at_most_clip(**case)
 
 
-def moves_by_at_most_clip(model, stack, criterion, count, scale, seed):
-    ready = prepared(model, stack)
+def moves_by_at_most_clip(model, stack, clipping, criterion, count, scale, seed):
+    ready = prepared(model, stack, clipping)
     torch.manual_seed(seed)
     dtype = next(ready.model.parameters()).dtype
     images = scale * torch.randn(count, 3, 32, 32, dtype=dtype)
@@ -137,7 +138,7 @@ def moves_by_at_most_clip(model, stack, criterion, count, scale, seed):
 
 @pytest.mark.slow
 def test_an_example_with_a_large_gradient_moves_the_sum_by_exactly_clip():
-    ready = prepared("vit", "plain")
+    ready = prepared("vit", "plain", "flat")
     torch.manual_seed(1)
     images, labels = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2, 3])
     keys = torch.arange(3)
@@ -148,7 +149,7 @@ def test_an_example_with_a_large_gradient_moves_the_sum_by_exactly_clip():
 
 
 def test_an_example_whose_gradient_overflows_contributes_nothing():
-    ready = prepared("vit", "plain")
+    ready = prepared("vit", "plain", "flat")
     torch.manual_seed(1)
     images, labels = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2, 3])
     images[1] = float("inf")

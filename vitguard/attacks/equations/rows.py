@@ -30,6 +30,7 @@ __all__ = [
     "least_squares",
     "patch_basis",
     "patch_gradient",
+    "position_gradient",
     "require_rank",
     "right_vectors",
     "row_basis",
@@ -72,6 +73,31 @@ class Embedding:
 def patch_gradient(view: View, anatomy: Anatomy) -> Float[Tensor, "width pixels"]:
     """Return dL/dW of the patch embedding with each filter as a row."""
     return view.read(anatomy.patch_weight).flatten(1)
+
+
+def position_gradient(view: View, anatomy: Anatomy) -> Float[Tensor, "patches width"]:
+    """Return dL/de of the patches' positions, at the scale of the patch embedding's gradient.
+
+    Where each layer has a factor of its own (`Traits.layerwise`), that of the positions over that
+    of the patch embedding follows from dL/db = sum_i dL/de_i.
+
+    Raises:
+        NotApplicable: Positions are resampled, or nothing tells that factor.
+        Blocked: The gradient cannot be read.
+    """
+    assert anatomy.positions is not None
+    seen = view.read(anatomy.positions)[0, anatomy.position_prefix :]
+    if seen.shape[0] != anatomy.patches:
+        raise NotApplicable("positions are resampled in the forward pass")
+    if not view.traits.layerwise:
+        return seen
+    if not view.update.can_read(anatomy.patch_bias):
+        raise NotApplicable(
+            "each layer has a factor of its own, and no bias of the patch embedding tells that of "
+            "the positions"
+        )
+    total, bias = seen.sum(0), view.read(anatomy.patch_bias)
+    return seen * (bias @ total / total.square().sum().clamp_min(1e-300))
 
 
 def guess_from_patches(

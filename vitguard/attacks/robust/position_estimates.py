@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitguard.attacks.budget import ENDLESS, Budget, charge
 from vitguard.attacks.equations.linear import conjugate_gradients
-from vitguard.attacks.equations.rows import patch_gradient
+from vitguard.attacks.equations.rows import patch_gradient, position_gradient
 from vitguard.attacks.robust.natural_images import NaturalImages
 from vitguard.core import View
 from vitguard.errors import NotApplicable
@@ -43,7 +43,7 @@ def position_estimates(
     """
     if anatomy.positions is None:
         raise NotApplicable("the model has no absolute position embedding")
-    seen = view.read(anatomy.positions)[0, anatomy.position_prefix :]
+    seen = position_gradient(view, anatomy)
     target, prior = patch_gradient(view, anatomy), NaturalImages.of(view, anatomy)
     size = target.square().mean(1)
     # added noise is the same in every row; rounding is relative to the row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,8 @@ from vitguard.core import Batch, Loss, Traits
 from vitguard.defenses.base import Defense, Draws
 from vitguard.defenses.privacy.accounting import Ledger, noisy
 from vitguard.defenses.privacy.checks import check_model
-from vitguard.defenses.privacy.engine import Clipped, Engine, clipped_sum
+from vitguard.defenses.privacy.clipping import clipping_factors
+from vitguard.defenses.privacy.engine import Clipped, clipped_sum
 from vitguard.defenses.privacy.engines import engine_of
 from vitguard.defenses.privacy.losses import auxiliary_losses, per_example_losses
 from vitguard.defenses.privacy.mixing import refuse_mixing_defenses
@@ -59,6 +60,9 @@ class DifferentialPrivacy(PrivacyTarget):
         accountant: `prv` (tight) or `rdp`.
         physical_batch: Most examples in memory at once; larger batches come in pieces, and the
             step follows the last. The loader's length still counts steps, not pieces.
+        clipping: `flat` shortens gradients longer than `clip`. `automatic` brings all to about
+            `clip`: no clip to tune against the size of gradients. `per_layer` clips each of L
+            layers by itself, to `clip / sqrt(L)`. The bound, and so the account, is the same.
 
     Raises:
         InputError: A value out of range, or both `epsilon` and `noise`.
@@ -83,8 +87,11 @@ class DifferentialPrivacy(PrivacyTarget):
         refuse_mixing_defenses(stack, anatomy)
 
     def traits(self, before: Traits, anatomy: Anatomy) -> Traits:
-        """Return that the gradient is no longer exact, where there is noise, and what it tells."""
-        return noisy(before, self._release_noise())
+        """Return what noise leaves, and whether layers have factors of their own."""
+        found = noisy(before, self._release_noise())
+        if self.clipping != "per_layer":
+            return found
+        return replace(found, exact=False, layerwise=True)
 
     def clipped_sum(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
         """Return the sum of the batch's clipped gradients, without noise, by base parameter name.
@@ -107,13 +114,40 @@ class DifferentialPrivacy(PrivacyTarget):
             probed: Whether it is asked first if examples meet.
         """
         check_model(model)
-        clipped = _clip(engine_of(self.engine), model, loss, batch, self.clip, probed=probed)
+        clipped = self._clip(model, loss, batch, probed=probed)
         trainable = {k: p for k, p in model.named_parameters() if p.requires_grad}
         sums = {
             canonical_name(k): clipped.sums.get(k, torch.zeros_like(p))
             for k, p in trainable.items()
         }
         return Clipped(sums, clipped.norms)
+
+    def _clip(self, model: nn.Module, loss: Loss, batch: Batch, *, probed: bool) -> Clipped:
+        """Run one recorded pass over a batch and clip; `probed` asks first if examples meet."""
+        engine = engine_of(self.engine)
+        held = {p: p.grad for p in model.parameters() if p.grad is not None}
+        for p in held:
+            p.grad = None
+        try:
+            if probed:
+                probe(model, engine, (batch.images,))
+            with torch.enable_grad(), paused(model), engine.watch(model, batch.images) as tape:
+                outputs = model(batch.images)
+            with torch.enable_grad(), paused(model):
+                auxiliary = auxiliary_losses(model, len(batch.labels))
+                engine.verify(model, tape, (outputs, auxiliary))
+                losses = per_example_losses(loss, logits_of(outputs), batch.labels)
+                torch.autograd.backward(sum(auxiliary, start=losses).sum())
+            if leaked := tape.leak():
+                raise Unprotected(
+                    f"Expected every gradient to come through clipping, got one of {leaked} "
+                    "around it."
+                )
+            return clipped_sum(tape, self.clip, clipping=self.clipping)
+        finally:
+            engine.close()
+            for p in model.parameters():
+                p.grad = held.get(p)
 
     def gradient(
         self, model: nn.Module, loss: Loss, batch: Batch, draws: Draws
@@ -129,9 +163,9 @@ class DifferentialPrivacy(PrivacyTarget):
         """Clip each example's gradient as the engine does; the noise has mean zero."""
         clipped = []
         for gradient in examples:
-            squares = torch.stack([g.square().sum() for g in gradient.values()])
-            factor = self.clip / squares.sum().clamp_min(self.clip**2).sqrt()
-            clipped.append({k: g * factor for k, g in gradient.items()})
+            norms = {k: g.norm() for k, g in gradient.items()}
+            factors = clipping_factors(norms, self.clip, self.clipping, gradient)
+            clipped.append({k: g * factors[k] for k, g in gradient.items()})
         return super().mimic(clipped)
 
     def prepare(
@@ -154,31 +188,3 @@ class DifferentialPrivacy(PrivacyTarget):
         ledger = self.ledger() if ledger is None else ledger
         private, poisson = prepare_training(self, model, optimizer, loader, draws, ledger)
         return private, poisson, ledger
-
-
-def _clip(
-    engine: Engine, model: nn.Module, loss: Loss, batch: Batch, clip: float, *, probed: bool
-) -> Clipped:
-    """Run one recorded pass over a batch and clip; `probed` asks first whether examples meet."""
-    held = {p: p.grad for p in model.parameters() if p.grad is not None}
-    for p in held:
-        p.grad = None
-    try:
-        if probed:
-            probe(model, engine, (batch.images,))
-        with torch.enable_grad(), paused(model), engine.watch(model, batch.images) as tape:
-            outputs = model(batch.images)
-        with torch.enable_grad(), paused(model):
-            auxiliary = auxiliary_losses(model, len(batch.labels))
-            engine.verify(model, tape, (outputs, auxiliary))
-            losses = per_example_losses(loss, logits_of(outputs), batch.labels)
-            torch.autograd.backward(sum(auxiliary, start=losses).sum())
-        if leaked := tape.leak():
-            raise Unprotected(
-                f"Expected every gradient to come through clipping, got one of {leaked} around it."
-            )
-        return clipped_sum(tape, clip)
-    finally:
-        engine.close()
-        for p in model.parameters():
-            p.grad = held.get(p)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from vitguard.defenses.privacy.clipping import Clipping, clipping_factors, joint_norm
 from vitguard.defenses.privacy.functions import REMADE, note
 from vitguard.defenses.privacy.rules import RULES, expand_rule, one_by_one, tensors_in
 from vitguard.defenses.privacy.tape import Tape, full_precision
@@ -102,37 +103,44 @@ class Clipped:
     norms: Tensor
 
 
-def clipped_sum(tape: Tape, clip: float, *, scale: float = 1.0, real: int | None = None) -> Clipped:
+def clipped_sum(
+    tape: Tape, clip: float, *, clipping: Clipping = "flat", scale: float = 1.0,
+    real: int | None = None,
+) -> Clipped:  # fmt: skip
     """Clip each example's gradient to `clip` in the 2-norm over all parameters, and add up.
 
     Args:
+        clipping: How, as `clipping_factors` has it.
         scale: Factor from what backward saw to one example's own gradient (the batch size, when
             the loss was a mean).
         real: How many of the first examples count; the rest is padding.
     """
     with full_precision(tape.device):
-        return _clipped_sum(tape, clip, scale, real)
+        return _clipped_sum(tape, clip, clipping, scale, real)
 
 
-def _clipped_sum(tape: Tape, clip: float, scale: float, real: int | None) -> Clipped:
+def _clipped_sum(
+    tape: Tape, clip: float, clipping: Clipping, scale: float, real: int | None
+) -> Clipped:
     uses = tape.collect()
     if not uses:
         tape.close()
         return Clipped({}, torch.zeros(tape.batch))
-    squares = [u.squared_norms() for u in uses.values()]
-    wide = torch.promote_types(squares[0].dtype, torch.float32)
-    norms = torch.stack([s.to(wide) for s in squares]).sum(0).sqrt() * scale
-    good = torch.isfinite(norms)
-    weights = scale * clip / norms.clamp(min=clip)
-    if real is not None:
-        weights[real:] = 0
-    if not bool(good.all()):  # an example whose gradient overflowed contributes nothing
-        weights = torch.where(good, weights, torch.zeros_like(weights))
+    squares = {name: use.squared_norms() for name, use in uses.items()}
+    wide = torch.promote_types(next(iter(squares.values())).dtype, torch.float32)
+    each = {name: s.to(wide).sqrt() * scale for name, s in squares.items()}
+    norms = joint_norm(each.values())
+    counts = torch.isfinite(norms)  # an example whose gradient overflowed contributes nothing
+    if not bool(counts.all()):
         for use in uses.values():
-            use.scrub(good)
+            use.scrub(counts)
+    if real is not None:
+        counts[real:] = False
+    factors = clipping_factors(each, clip, clipping, (name for name, _ in tape.parameters()))
     tape.close()
     sums = {}
     for name in list(uses):  # each use is dropped once it is summed, to keep the peak low
+        weights = torch.where(counts, factors[name] * scale, 0.0)
         sums[name] = uses.pop(name).weighted(weights)
     return Clipped(sums, norms)
 

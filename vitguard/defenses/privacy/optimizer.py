@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitguard import rounds
 from vitguard.defenses.base import Draws
 from vitguard.defenses.privacy.accounting import Ledger
+from vitguard.defenses.privacy.clipping import Clipping
 from vitguard.defenses.privacy.engine import clipped_sum
 from vitguard.defenses.privacy.samplers import place
 from vitguard.defenses.privacy.tape import Tape
@@ -42,6 +43,7 @@ class BookKeepingOptimizer(DPOptimizer):
 
     Args:
         spend: Writes noise multiplier and rate of a release into `ledger`, or raises Unprotected.
+        clipping: As `DifferentialPrivacy` has it.
         settings: Opacus's.
     """
 
@@ -54,9 +56,11 @@ class BookKeepingOptimizer(DPOptimizer):
         draws: Draws,
         ledger: Ledger,
         spend: Spend,
+        clipping: Clipping = "flat",
         **settings: Any,
     ) -> None:
         super().__init__(optimizer, **settings)
+        self._clipping = clipping
         self._training, self._draws, self._spend, self._ledger = training, draws, spend, ledger
         self._names = {p: n for n, p in model.named_parameters()}
         self._place = place()
@@ -200,7 +204,9 @@ class BookKeepingOptimizer(DPOptimizer):
                 "without those before it. Call optimizer.step() after each piece, or loader.skip()."
             )
         self._refuse_schedule_between(due)
-        clipped = clipped_sum(tape, self._clip, scale=tape.batch, real=due.real)
+        clipped = clipped_sum(
+            tape, self._clip, clipping=self._clipping, scale=tape.batch, real=due.real
+        )
         sums = clipped.sums
         self._note_left_out(clipped.norms[: due.real])
         if stray := self._stray():

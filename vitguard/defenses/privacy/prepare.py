@@ -82,6 +82,7 @@ def prepare_training(
             draws=draws,
             ledger=ledger,
             spend=spend,
+            clipping=defense.clipping,
             noise_multiplier=noise,
             max_grad_norm=defense.clip,
             expected_batch_size=poisson.expected_batch_size,

@@ -10,6 +10,7 @@ from typing import Literal
 from vitguard.defenses.base import Ledgered, StepDefense
 from vitguard.defenses.privacy.accounting import Ledger, PrivacySpent, noise_for
 from vitguard.defenses.privacy.checks import check_mechanism
+from vitguard.defenses.privacy.clipping import Clipping, check_clipping
 from vitguard.defenses.privacy.reconstruction import reconstruction_bound
 from vitguard.errors import Unprotected, expected
 
@@ -32,6 +33,7 @@ class PrivacyTarget(StepDefense, Ledgered):
     engine: Literal["bookkeeping", "opacus"] = "bookkeeping"
     accountant: Literal["prv", "rdp"] = "prv"
     physical_batch: int | None = None
+    clipping: Clipping = "flat"
 
     def __post_init__(self) -> None:
         check_mechanism(self.epsilon, self.noise, self.delta, self.clip)
@@ -41,6 +43,7 @@ class PrivacyTarget(StepDefense, Ledgered):
             raise expected("engine bookkeeping or opacus", repr(self.engine))
         if self.accountant not in ("prv", "rdp"):
             raise expected("accountant prv or rdp", repr(self.accountant))
+        check_clipping(self.clipping)
         if self.physical_batch is not None and self.physical_batch < 1:
             raise expected("physical_batch of at least 1", self.physical_batch)
 
