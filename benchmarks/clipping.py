@@ -56,13 +56,13 @@ def right(model: nn.Module) -> float:
     return float((said == truth).double().mean())
 
 
-def run(clipping: str, clip: float, rate: float, seed: int, options: Any) -> dict[str, Any]:
+def run(clipping: Clipping, clip: float, rate: float, seed: int, options: Any) -> dict[str, Any]:
     """Train once; return accuracies of last and averaged weights, and what was spent."""
     torch.manual_seed(seed)
     model = build_model(MODEL).train()
     private = vg.DifferentialPrivacy(
         epsilon=options.epsilon, epochs=options.epochs, delta=DELTA, clip=clip,
-        clipping=clipping,  # type: ignore[arg-type]
+        clipping=clipping,
     )  # fmt: skip
     guard = vg.protect(model, [private])
     optimizer, loader = guard.prepare(
@@ -90,7 +90,7 @@ def said(shares: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)

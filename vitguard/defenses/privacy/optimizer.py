@@ -60,7 +60,7 @@ class BookKeepingOptimizer(DPOptimizer):
         **settings: Any,
     ) -> None:
         super().__init__(optimizer, **settings)
-        self._clipping = clipping
+        self._clipping: Clipping = clipping
         self._training, self._draws, self._spend, self._ledger = training, draws, spend, ledger
         self._names = {p: n for n, p in model.named_parameters()}
         self._place = place()
