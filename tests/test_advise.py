@@ -181,6 +181,20 @@ def test_only_what_stood_in_every_cell_is_offered_the_cheapest_first():
     assert STOOD in report.sentence() and "no proof" in report.sentence()
 
 
+def test_what_fell_on_trained_weights_has_not_stood_on_random_ones():
+    """Weights do not stay random: what falls on those that somebody trained falls later."""
+    cells = (
+        cell("none", verdict="leaks"),
+        cell("sign-update"),
+        replace(cell("sign-update", verdict="leaks", above=7.25), setting="finetune"),
+    )
+    (stack,) = Evidence("", {}, "", cells).stacks("scratch")
+    assert stack.fell and not stack.stood
+    assert stack.fell_to() == "ladder, +7.2 dB from the thumbnail; in finetune"
+    (stack,) = Evidence("", {}, "", cells[:2]).stacks("scratch")
+    assert stack.stood
+
+
 def test_what_stood_elsewhere_is_not_offered_where_a_count_says_that_it_leaks():
     assert "positions:kind=frozen" not in [
         o.stack for o in advise_report(small_vit(), table=TABLE).options

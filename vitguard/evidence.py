@@ -97,6 +97,7 @@ class Stack:
     setting: str
     cells: tuple[Cell, ...]
     costs: tuple[Cost, ...]
+    elsewhere: tuple[Cell, ...] = ()
 
     @property
     def measured(self) -> tuple[Cell, ...]:
@@ -114,18 +115,23 @@ class Stack:
 
     @property
     def fell(self) -> bool:
-        """Whether it fell in a cell."""
-        return any(c.leaked for c in self.measured)
+        """Whether it fell in a cell, of this setting or of another."""
+        return any(c.leaked for c in self._tried)
+
+    @property
+    def _tried(self) -> tuple[Cell, ...]:
+        return (*self.measured, *(c for c in self.elsewhere if c.run))
 
     def fell_to(self) -> str:
         """Say what it fell to: the attack that came farthest, and how far; "" where it stood."""
-        cells = [c for c in self.measured if c.leaked]
+        cells = [c for c in self.measured if c.leaked] or [c for c in self._tried if c.leaked]
         if not cells:
             return ""
         worst = max(cells, key=lambda c: -math.inf if c.above is None else c.above)
         attack = worst.attack.partition(":")[0]
         over = worst.above is not None and worst.above > WITHIN
-        return f"{attack}, {worst.above:+.1f} dB from the thumbnail" if over else f"{attack} leaks"
+        said = f"{attack}, {worst.above:+.1f} dB from the thumbnail" if over else f"{attack} leaks"
+        return said if worst.setting == self.setting else f"{said}; in {worst.setting}"
 
     @property
     def complete(self) -> bool:
@@ -190,6 +196,7 @@ class Evidence:
                 setting,
                 tuple(c for c in self.cells if (c.stack, c.setting) == (spec, setting)),
                 tuple(c for c in self.costs if (c.stack, c.setting) == (spec, setting)),
+                tuple(c for c in self.cells if c.stack == spec and c.setting != setting),
             )
             for spec in specs
             if spec != "none"
