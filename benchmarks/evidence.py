@@ -3,6 +3,7 @@
     python benchmarks/evidence.py rows.jsonl               # measures what is not in the file yet
     python benchmarks/evidence.py rows.jsonl --only cifar  # cells of models, costs of settings
     python benchmarks/evidence.py rows.jsonl --stack stem  # cells and costs of these stacks
+    python benchmarks/evidence.py rows.jsonl --batch 1     # cells of one batch size
     python benchmarks/evidence.py rows.jsonl --costs       # trains under each stack
     python benchmarks/evidence.py rows.jsonl --make        # writes what vitguard carries, and docs
 
@@ -283,6 +284,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--only", default="", metavar="WORD")
     parser.add_argument("--stack", default="", metavar="WORD")
+    parser.add_argument("--batch", type=int, metavar="B", help="cells of this batch alone")
     parser.add_argument("--costs", action="store_true", help="costs alone")
     parser.add_argument("--make", action="store_true")
     options = parser.parse_args()
@@ -305,6 +307,8 @@ def main() -> None:
                     if key(asdict(c)) not in done and options.stack in c.stack
                 )  # fmt: skip
                 if options.only not in subject.name or not missing:
+                    continue
+                if options.batch not in (None, asked[0].batch):
                     continue
                 asked = [c for c in asked if c.stack in ("none", *missing)]
                 began = time.time()
