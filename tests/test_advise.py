@@ -3,6 +3,8 @@
 import io
 import json
 import shlex
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -340,3 +342,16 @@ def test_a_stack_that_fell_says_to_what_and_how_far():
     assert told == "map, +3.0 dB from the thumbnail"
     assert Stack("low-rank", "finetune", cells[::2], ()).fell_to() == "span leaks"
     assert Stack("low-rank", "finetune", cells[:1], ()).fell_to() == ""
+
+
+@pytest.mark.slow
+def test_advice_loads_nothing_that_only_attacks_and_figures_need():
+    """An answer waits for torch and timm; SciPy alone would be a fifth of the wait again."""
+    code = (
+        "import sys\nfrom vitguard.cli.main import main\n"
+        "assert main(['advise', '--model', 'vit_tiny_patch16_224:depth=1', '--json', '-']) == 0\n"
+        "heavy = {'scipy', 'matplotlib', 'opacus', 'tenseal', 'flwr', 'transformers', 'skimage'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
