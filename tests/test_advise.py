@@ -109,7 +109,7 @@ def test_sizes_alone_say_what_a_model_with_values_says(changes, train):
 def test_a_name_says_what_the_model_of_that_name_says():
     name = "vit_tiny_patch16_224:img_size=32,patch_size=8,depth=2,num_classes=10"
     by_name, by_model = advise_report(name).to_json(), advise_report(build_model(name)).to_json()
-    named = {"model": "", "proven": []}  # commands name the model as well
+    named = {"model": "", "proven": [], "sentence": ""}  # commands name the model as well
     assert {**by_name, **named} == {**by_model, **named}
     assert [p["stack"] for p in by_name["proven"]] == [p["stack"] for p in by_model["proven"]]
 
@@ -177,8 +177,8 @@ def test_only_what_stood_in_every_cell_is_offered_the_cheapest_first():
     assert set(report.fallen) == {"sign-update", "quantised-update", "low-rank"}
     assert len(report.fell_to) == 3 and all(report.fell_to)
     best = report.options[0]
-    assert best.batch == 23 and "--batch-size 23 --defense" in best.verify  # 4 x 96 / 17
-    assert "stood in 2 of 2 cells" in best.evidence and "with its budget" in best.evidence
+    assert best.batch == 23 and best.verify.endswith("batch_size=23)")  # 4 x 96 / 17
+    assert "stood in 2 of 2 measurements" in best.evidence and "by its budget" in best.evidence
     assert "accuracy 50.0% where undefended has 51.0%" in best.evidence
     assert STOOD in report.sentence() and "no proof" in report.sentence()
 
@@ -253,7 +253,7 @@ def test_what_holds_by_proof_is_read_from_the_defenses_and_no_name_stands_in_the
     monkeypatch.setattr(stacks, "defense_types", lambda: known)
     said = {p.stack: p for p in advise_report(small_vit(), see="both").proven}
     assert said["promising"].says == Promising.promise
-    assert "--defense promising --attack ladder" in said["promising"].verify
+    assert "defenses='promising', attacks='ladder" in said["promising"].verify
     assert all(d.promise for n, d in known.items() if n in ("privacy", "encryption", "masking"))
     code = "".join(path.read_text() for path in Path(advise.__path__[0]).glob("*.py"))
     for name in defense_types():
