@@ -355,3 +355,33 @@ def test_advice_loads_nothing_that_only_attacks_and_figures_need():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_recommendation_says_what_the_evidence_says():
+    """Five sentences, of which each figure stands in the table that the package carries."""
+    page = (Path(__file__).parent.parent / "docs" / "advise.md").read_text()
+    said = page.split("<!-- recommendation -->")[1].split("<!-- end of recommendation -->")[0]
+    assert [line[:2] for line in said.splitlines() if line[:1].isdigit()] == [
+        f"{n}." for n in range(1, 6)
+    ]
+    assert not [word for word in WORDS if word in said.lower()]
+    stacks = {s.spec: s for s in evidence().stacks("finetune")}
+    bare = [s for s in stacks.values() if "privacy" not in s.spec]
+    assert not any(s.stood for s in bare) and "no stack stood everywhere" in said
+
+    def worst(spec):
+        return max(c.above for c in stacks[spec].measured if c.above is not None)
+
+    assert f"{worst('frozen-stem:trained=0'):.1f} dB" in said
+    assert f"{worst('frozen-stem:trained=2'):.0f} dB" in said
+    alone = [c for c in stacks["frozen-stem"].measured if c.verdict != "blocked"]
+    assert alone and all(c.cut for c in alone) and not stacks["frozen-stem"].fell
+    floor = "frozen-stem+batch-floor+sample-normalisation"
+    leaks = [c for c in stacks[floor].measured if c.verdict == "leaks"]
+    assert leaks and all(c.case == "dominant" for c in leaks)
+    assert {c.note.partition(" dB")[0] for c in leaks} == {"6.6"} and "6.6 dB above" in said
+    for spec in ("frozen-stem:trained=0", "frozen-stem:trained=2", floor, "positions:kind=frozen"):
+        assert stacks[spec].fell
+    assert said.count("**fell**") == 3
+    for top in ("low-rank:rank=2", "sign-update"):
+        assert not stacks[f"{floor}+{top}"].fell and not stacks[f"{floor}+{top}"].stood

@@ -96,6 +96,19 @@ def test_a_setting_of_random_weights_beside_a_file_of_weights_is_refused():
         advise_report(TINY, setting="scratch", checkpoint="w.pt")
 
 
+def test_a_model_that_no_audit_takes_is_refused():
+    with pytest.raises(InputError, match="two classes or more"):
+        advise_report(f"{TINY},num_classes=1")
+
+
+def test_a_model_without_exact_attacks_gets_a_command_of_few_steps_for_what_is_asked():
+    report = advise_report("swin_tiny_patch4_window7_224", train="head", batch_size=2)
+    command = report.sentence().partition("remain; ")[2].removesuffix(" is all that can be said.")
+    words = shlex.split(command)
+    assert words[4:8] == ["--train", "head", "--batch-size", "2"]
+    assert words[8:] == ["--defense", "privacy:epsilon=8.0", "--attack", "inverting:iterations=20"]
+
+
 @pytest.mark.parametrize("train", TRAINED)
 def test_what_is_said_to_be_trained_is_what_is_trained_and_sent(train):
     model, same = small_vit(), small_vit()

@@ -25,6 +25,8 @@ __all__ = ["See", "Setting", "advise_report"]
 
 Setting = Literal["finetune", "scratch"]
 See = Literal["server", "clients", "both"]
+_FEW_STEPS = "inverting:iterations=20"
+"""What a command attacks a model with that no exact attack reads."""
 _CLASSES = 10  # of a head that a bare backbone is given
 
 
@@ -81,14 +83,21 @@ def advise_report(
         "model": name, "batch_size": batch_size, "setting": setting, "train": train, "see": see,
         "notes": tuple(notes),
     }  # fmt: skip
+    if built and anatomy.classes == 1:
+        raise expected(
+            "a model of two classes or more, which cross-entropy trains", f"{name} with one",
+            "Build it with num_classes=2; audit a loss of your own in Python.",
+        )  # fmt: skip
+    counts = Counts(network, anatomy, train)
     if why := _odd(network, anatomy):
+        fitting = next(proven(counts, audited, batch_size, see), None)
+        command = audited.command(batch_size, fitting.stack if fitting else "", _FEW_STEPS)
         said = (
             f"{name} is no plain Vision Transformer ({why}): no exact attack of vitguard reads it, "
             "no stack was measured on it, and matching attacks and labels remain; "
-            f"{audited.command(batch_size, attack='matching')} is all that can be said."
+            f"{command} is all that can be said."
         )
         return AdviceReport(**asked, unsupported=said)
-    counts = Counts(network, anatomy, train)
     table = evidence() if table is None else table
     measured = table.stacks(setting)
     attacks = tuple(counts.attacks(batch_size))
