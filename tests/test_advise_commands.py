@@ -101,6 +101,16 @@ def test_a_model_that_no_audit_takes_is_refused():
         advise_report(f"{TINY},num_classes=1")
 
 
+def test_mistakes_say_what_would_have_been_taken():
+    with pytest.raises(InputError, match="last-block, lora:r=4 and adapters:r=16"):
+        advise_report(TINY, train="legs")
+    with pytest.raises(InputError, match="at least one patch of 8 x 8 pixels, got 4 x 4"):
+        advise_report(TINY.replace("img_size=32", "img_size=4"))
+    with pytest.raises(InputError, match="Close to it: vit_base_patch16_224"):
+        advise_report("vitbase_patch16_224")
+    assert any("smaller batch" in note for note in advise_report(TINY, batch_size=1000).notes)
+
+
 def test_a_model_without_exact_attacks_gets_a_command_of_few_steps_for_what_is_asked():
     report = advise_report("swin_tiny_patch4_window7_224", train="head", batch_size=2)
     command = report.sentence().partition("remain; ")[2].removesuffix(" is all that can be said.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitguard.errors import expected
+from vitguard.errors import InputError, expected
 from vitguard.vit import Anatomy, canonical_name
 
 __all__ = ["adds_layers", "train_only", "trained_sizes"]
@@ -41,7 +42,7 @@ def trained_sizes(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, i
             inside = f"{anatomy.blocks[-1].name}."
             found = {n: s.numel() for n, s in shapes.items() if n.startswith(inside)}
         else:
-            found = {n: shapes[n].numel() for n in anatomy.select(part, shapes)}
+            found = {n: shapes[n].numel() for n in _selected(part, anatomy, shapes)}
         if not found:
             raise expected(
                 "a selection of parameters that are trained",
@@ -50,6 +51,15 @@ def trained_sizes(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, i
             )
         chosen |= found
     return chosen
+
+
+def _selected(part: str, anatomy: Anatomy, shapes: Iterable[str]) -> list[str]:
+    try:
+        return anatomy.select(part, shapes)
+    except InputError as error:
+        raise InputError(
+            f"{error} Trained can be last-block, lora:r=4 and adapters:r=16, too."
+        ) from error
 
 
 def adds_layers(train: str) -> bool:

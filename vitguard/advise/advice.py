@@ -27,6 +27,11 @@ Setting = Literal["finetune", "scratch"]
 See = Literal["server", "clients", "both"]
 _FEW_STEPS = "inverting:iterations=20"
 """What a command attacks a model with that no exact attack reads."""
+_MANY = 256
+_LARGE = (
+    f"an audit of more than {_MANY} images in one update takes hours and much memory; one of a "
+    "smaller batch is the stricter test"
+)
 _CLASSES = 10  # of a head that a bare backbone is given
 
 
@@ -78,11 +83,18 @@ def advise_report(
         Audited.of(network, built, setting, train, checkpoint) if built else Audited("", (), train)
     )
     notes += [audited.note] if audited.note else []
+    notes += [_LARGE] if batch_size > _MANY else []
     anatomy = anatomy or Anatomy.of(network)
     asked: dict[str, Any] = {
         "model": name, "batch_size": batch_size, "setting": setting, "train": train, "see": see,
         "notes": tuple(notes),
     }  # fmt: skip
+    if anatomy.patches < 1:
+        high, wide = anatomy.image_size
+        raise expected(
+            f"images of at least one patch of {' x '.join(map(str, anatomy.patch_size))} pixels",
+            f"{high} x {wide}", "Give a larger img_size, or a smaller patch_size.",
+        )  # fmt: skip
     if built and anatomy.classes == 1:
         raise expected(
             "a model of two classes or more, which cross-entropy trains", f"{name} with one",
