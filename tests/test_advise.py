@@ -3,6 +3,8 @@
 import io
 import json
 import shlex
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +109,7 @@ def test_sizes_alone_say_what_a_model_with_values_says(changes, train):
 def test_a_name_says_what_the_model_of_that_name_says():
     name = "vit_tiny_patch16_224:img_size=32,patch_size=8,depth=2,num_classes=10"
     by_name, by_model = advise_report(name).to_json(), advise_report(build_model(name)).to_json()
-    named = {"model": "", "proven": []}  # commands name the model as well
+    named = {"model": "", "proven": [], "sentence": ""}  # commands name the model as well
     assert {**by_name, **named} == {**by_model, **named}
     assert [p["stack"] for p in by_name["proven"]] == [p["stack"] for p in by_model["proven"]]
 
@@ -175,8 +177,8 @@ def test_only_what_stood_in_every_cell_is_offered_the_cheapest_first():
     assert set(report.fallen) == {"sign-update", "quantised-update", "low-rank"}
     assert len(report.fell_to) == 3 and all(report.fell_to)
     best = report.options[0]
-    assert best.batch == 23 and "--batch-size 23 --defense" in best.verify  # 4 x 96 / 17
-    assert "stood in 2 of 2 cells" in best.evidence and "with its budget" in best.evidence
+    assert best.batch == 23 and best.verify.endswith("batch_size=23)")  # 4 x 96 / 17
+    assert "stood in 2 of 2 measurements" in best.evidence and "by its budget" in best.evidence
     assert "accuracy 50.0% where undefended has 51.0%" in best.evidence
     assert STOOD in report.sentence() and "no proof" in report.sentence()
 
@@ -265,7 +267,7 @@ def test_what_holds_by_proof_is_read_from_the_defenses_and_no_name_stands_in_the
     monkeypatch.setattr(stacks, "defense_types", lambda: known)
     said = {p.stack: p for p in advise_report(small_vit(), see="both").proven}
     assert said["promising"].says == Promising.promise
-    assert "--defense promising --attack ladder" in said["promising"].verify
+    assert "defenses='promising', attacks='ladder" in said["promising"].verify
     assert all(d.promise for n, d in known.items() if n in ("privacy", "encryption", "masking"))
     code = "".join(path.read_text() for path in Path(advise.__path__[0]).glob("*.py"))
     for name in defense_types():
@@ -354,3 +356,46 @@ def test_a_stack_that_fell_says_to_what_and_how_far():
     assert told == "map, +3.0 dB from the thumbnail"
     assert Stack("low-rank", "finetune", cells[::2], ()).fell_to() == "span leaks"
     assert Stack("low-rank", "finetune", cells[:1], ()).fell_to() == ""
+
+
+@pytest.mark.slow
+def test_advice_loads_nothing_that_only_attacks_and_figures_need():
+    """An answer waits for torch and timm; SciPy alone would be a fifth of the wait again."""
+    code = (
+        "import sys\nfrom vitguard.cli.main import main\n"
+        "assert main(['advise', '--model', 'vit_tiny_patch16_224:depth=1', '--json', '-']) == 0\n"
+        "heavy = {'scipy', 'matplotlib', 'opacus', 'tenseal', 'flwr', 'transformers', 'skimage'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_recommendation_says_what_the_evidence_says():
+    """Five sentences, of which each figure stands in the table that the package carries."""
+    page = (Path(__file__).parent.parent / "docs" / "advise.md").read_text()
+    said = page.split("<!-- recommendation -->")[1].split("<!-- end of recommendation -->")[0]
+    assert [line[:2] for line in said.splitlines() if line[:1].isdigit()] == [
+        f"{n}." for n in range(1, 6)
+    ]
+    assert not [word for word in WORDS if word in said.lower()]
+    stacks = {s.spec: s for s in evidence().stacks("finetune")}
+    bare = [s for s in stacks.values() if "privacy" not in s.spec]
+    assert not any(s.stood for s in bare) and "no stack stood everywhere" in said
+
+    def worst(spec):
+        return max(c.above for c in stacks[spec].measured if c.above is not None)
+
+    assert f"{worst('frozen-stem:trained=0'):.1f} dB" in said
+    assert f"{worst('frozen-stem:trained=2'):.0f} dB" in said
+    alone = [c for c in stacks["frozen-stem"].measured if c.verdict != "blocked"]
+    assert alone and all(c.cut for c in alone) and not stacks["frozen-stem"].fell
+    floor = "frozen-stem+batch-floor+sample-normalisation"
+    leaks = [c for c in stacks[floor].measured if c.verdict == "leaks"]
+    assert leaks and all(c.case == "dominant" for c in leaks)
+    assert {c.note.partition(" dB")[0] for c in leaks} == {"6.6"} and "6.6 dB above" in said
+    for spec in ("frozen-stem:trained=0", "frozen-stem:trained=2", floor, "positions:kind=frozen"):
+        assert stacks[spec].fell
+    assert said.count("**fell**") == 3
+    for top in ("low-rank:rank=2", "sign-update"):
+        assert not stacks[f"{floor}+{top}"].fell and not stacks[f"{floor}+{top}"].stood

@@ -148,11 +148,13 @@ class Stack:
         cut = sum(bool(c.cut) for c in measured)
         above = max((c.above for c in measured if c.above is not None), default=None)
         words = [
-            f"stood in {len(measured)} of {len(self.cells)} cells ({', '.join(attacks)}; "
+            f"stood in {len(measured)} of {len(measured)} measurements ({', '.join(attacks)}; "
             f"{', '.join(models)})"
         ]
+        if left := len(self.cells) - len(measured):
+            words.append(f"{left} more {'were' if left > 1 else 'was'} not run")
         if cut:
-            words.append(f"in {cut} of them an attack ended with its budget")
+            words.append(f"in {cut} of them an attack was cut by its budget")
         if above is not None:
             words.append(f"worst {above:+.1f} dB from the thumbnail")
         for cost in self.costs:
@@ -164,7 +166,7 @@ class Stack:
         if times := [c.time for c in self.costs if c.time is not None]:
             words.append(f"a step takes {max(times):.1f} times as long")
         if sizes := [c.bytes for c in self.costs if c.bytes is not None]:
-            words.append(f"{max(sizes):.2g} times the bytes")
+            words.append(f"{max(sizes):.2g} times the bytes are sent")
         return "; ".join(words)
 
     @property

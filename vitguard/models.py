@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def build_model(spec: str, *, pretrained: bool = False, seed: int = 0) -> nn.Mod
 
         if not timm.is_model(name):
             begun = timm.list_models(f"{name}*") or timm.list_models(f"*{name[:12]}*")
+            begun = begun or get_close_matches(name, timm.list_models(), n=3)
             near = ", ".join(begun[:3]) if name else ""
             raise expected(
                 "a timm model name or april_vit",

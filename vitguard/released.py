@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from vitguard.core import Traits
 from vitguard.vit import Anatomy, Block
@@ -88,7 +89,7 @@ class Released:
         """Why the equations leave the patches open however many there are; empty if they do not."""
         return "the fixed positions are of low rank" if self.traits.low_rank else ""
 
-    @property
+    @cached_property
     def class_token_alone(self) -> bool:
         """Whether nothing but a class token leaves the last block.
 

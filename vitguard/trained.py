@@ -1,16 +1,21 @@
-"""Which parameters a training moves, and so which an update holds: `vitguard plan --train`."""
+"""Which parameters a training moves, and so which an update holds: `--train` of every command."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Iterable
+from typing import Any
 
-from vitguard.errors import expected
+import torch
+from torch import Tensor, nn
+
+from vitguard.errors import InputError, expected
 from vitguard.vit import Anatomy, canonical_name
 
-__all__ = ["trained_sizes"]
+__all__ = ["adds_layers", "train_only", "trained_sizes"]
 
 _RANK = 8
+_STEPS = 0.02
+"""Deviation of what is zero before the first step of an adapter, as after some steps."""
 
 
 def trained_sizes(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, int]:
@@ -37,7 +42,7 @@ def trained_sizes(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, i
             inside = f"{anatomy.blocks[-1].name}."
             found = {n: s.numel() for n, s in shapes.items() if n.startswith(inside)}
         else:
-            found = {n: shapes[n].numel() for n in anatomy.select(part, shapes)}
+            found = {n: shapes[n].numel() for n in _selected(part, anatomy, shapes)}
         if not found:
             raise expected(
                 "a selection of parameters that are trained",
@@ -46,6 +51,87 @@ def trained_sizes(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, i
             )
         chosen |= found
     return chosen
+
+
+def _selected(part: str, anatomy: Anatomy, shapes: Iterable[str]) -> list[str]:
+    try:
+        return anatomy.select(part, shapes)
+    except InputError as error:
+        raise InputError(
+            f"{error} Trained can be last-block, lora:r=4 and adapters:r=16, too."
+        ) from error
+
+
+def adds_layers(train: str) -> bool:
+    """Whether a training adds layers that the model itself does not have: LoRA or adapters."""
+    return any(part.partition(":")[0] in ("lora", "adapters") for part in train.split("/"))
+
+
+def train_only(
+    model: nn.Module, train: str, *, anatomy: Anatomy | None = None, seed: int = 0
+) -> nn.Module:
+    """Let a model train what `train` names and nothing else, in place, and return it.
+
+    LoRA and adapters are added as after some steps: what is zero before the first one, and most of
+    an update with it, is drawn with a deviation of 0.02.
+
+    Args:
+        model: Without adapters.
+        train: As in `trained_sizes`.
+        anatomy: For a model that is not recognised.
+        seed: Of the values of what is added.
+
+    Raises:
+        InputError: A part names nothing, or has a setting that it does not know.
+    """
+    anatomy = anatomy or Anatomy.of(model)
+    sizes = trained_sizes(model, anatomy, train)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(canonical_name(name) in sizes)
+    like = next(model.parameters())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part in train.split("/"):
+            kind, _, given = part.partition(":")
+            if kind == "lora":
+                for block in anatomy.blocks:
+                    for name in block.qkv:
+                        _add_lora(model.get_submodule(name.rpartition(".")[0]), _rank(part, given))
+            elif kind == "adapters":
+                for block in anatomy.blocks:
+                    mlp: Any = model.get_submodule(block.mlp)
+                    mlp.adapter = _Bottleneck(anatomy.width, _rank(part, given))
+                    mlp.register_forward_hook(_bottleneck)
+    return model.to(like)
+
+
+def _add_lora(layer: Any, rank: int) -> None:
+    """Put the two matrices of LoRA beside a linear layer, by PEFT's names."""
+    rows, columns = layer.weight.shape
+    down, up = nn.Linear(columns, rank, bias=False), nn.Linear(rank, rows, bias=False)
+    nn.init.normal_(up.weight, std=_STEPS)
+    layer.lora_A, layer.lora_B = nn.ModuleDict({"default": down}), nn.ModuleDict({"default": up})
+    layer.register_forward_hook(_low_rank)
+
+
+def _low_rank(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + layer.lora_B["default"](layer.lora_A["default"](inputs[0]))
+
+
+class _Bottleneck(nn.Module):
+    """Down to `rank`, GELU, up again."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+        nn.init.normal_(self.up.weight, std=_STEPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(torch.nn.functional.gelu(self.down(x)))
+
+
+def _bottleneck(mlp: Any, _: Any, output: Tensor) -> Tensor:
+    return output + mlp.adapter(output)
 
 
 def _rank(part: str, given: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from vitguard.analysis import released, remaining
 from vitguard.core import Traits
 from vitguard.defenses.base import traits_of
 from vitguard.released import Remaining
-from vitguard.trained import trained_sizes
+from vitguard.trained import train_only, trained_sizes
 from vitguard.vit import Anatomy
 
 __all__ = ["Counts"]
@@ -37,6 +38,13 @@ class Counts:
         traits = traits_of([], self.anatomy) if traits is None else traits
         plain = released(self.model, self.anatomy, traits, trained=self.sent, batch_size=batch_size)
         return {one.attack: one for one in remaining(plain)}
+
+    @cached_property
+    def trained(self) -> nn.Module:
+        """The model as it is trained, which is what a stack must fit."""
+        if self.train == "all":
+            return self.model
+        return train_only(copy.deepcopy(self.model), self.train, anatomy=self.anatomy)
 
     @cached_property
     def series(self) -> dict[int, dict[str, Remaining]]:

@@ -119,13 +119,17 @@ class AdviceReport:
         if self.exact:
             ends = [a.exact_until + 1 for a in self.attacks if a.exact]
             what = f"{', '.join(self.exact)} can give the images back exactly {here}"
-            what += f" (no exact count holds from {max(ends)} images on)"
+            what += f" (none of them exactly from {max(ends)} images on)"
         else:
-            what = f"no exact attack's count holds {here}, which protects no image that dominates"
+            parts = ", ".join(a.attack for a in self.attacks if a.applies)
+            what = f"no attack gives whole images back by equations alone {here}"
+            what += f", but some apply in part: {parts}" if parts else ""
         if not self.options:
+            rest = f"use {self.proven[0].stack} and audit it" if self.proven else "audit your own"
+            command = f": {self.proven[0].verify}" if self.proven else ""
             return (
-                f"{what}; no stack that was measured in full for this setting and fits this model "
-                "has stood: use privacy, encryption or masks, and audit it."
+                f"{what}; no stack that was measured in full in this setting and fits this model "
+                f"has stood, so {rest}{command}"
             )
         best = self.options[0]
         shows = f" ({best.shows})" if best.shows else ""

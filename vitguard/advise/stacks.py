@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
+from vitguard.advise.commands import Audited
 from vitguard.advise.counts import Counts
 from vitguard.advise.report import Applies, Option, Proven
-from vitguard.defenses.base import traits_of
-from vitguard.errors import VitguardError
+from vitguard.defenses.base import Defense, traits_of
+from vitguard.errors import InputError, VitguardError
 from vitguard.evidence import Stack
 from vitguard.registry import defense_types, parse_stack
-from vitguard.vit import Anatomy
 
 __all__ = ["options", "proven", "uncovered"]
 
@@ -20,14 +20,14 @@ _EPSILON = 8.0  # of a stack that asks for one
 
 
 def options(
-    counts: Counts, name: str, batch_size: int, see: str, stood: Sequence[Stack]
+    counts: Counts, audited: Audited, batch_size: int, see: str, stood: Sequence[Stack]
 ) -> Iterator[Option]:
     """Yield the stacks that stood, where they go with this model and no count says otherwise."""
     for stack in stood:
         try:
             defenses = parse_stack(stack.spec)
             for defense in defenses:
-                defense.check(counts.model, counts.anatomy, defenses)
+                defense.check(counts.trained, counts.anatomy, defenses)
             traits = traits_of(defenses, counts.anatomy)
         except VitguardError:
             continue  # it does not go with this model
@@ -44,13 +44,13 @@ def options(
             stack.said(),
             () if proven else left,
             "server" if keyed else "server and clients",
-            _command(name, batch, stack.spec, stack.measured[0].attack),
+            audited.command(batch, stack.spec),
             "" if proven else "; ".join(filter(None, (d.audit_note() for d in defenses))),
         )
 
 
-def proven(anatomy: Anatomy, name: str, batch_size: int, see: str) -> Iterator[Proven]:
-    """Yield the installed defenses with a promise that holds whatever the attack.
+def proven(counts: Counts, audited: Audited, batch_size: int, see: str) -> Iterator[Proven]:
+    """Yield the installed defenses with a promise that holds whatever the attack, and that fit.
 
     What keys hide is hidden from the server alone. Those without keys come first.
     """
@@ -59,32 +59,44 @@ def proven(anatomy: Anatomy, name: str, batch_size: int, see: str) -> Iterator[P
         cls(epsilon=_EPSILON) if "epsilon" in {f.name for f in fields(cls)} else cls()  # type: ignore
         for cls in promised
     ]
-    keyed = {d.spec(): bool(traits_of([d], anatomy).sealed) for d in named}
+    # asked of the settings that need no noise to be found for an epsilon, which takes a while
+    keyed = {d.spec(): bool(traits_of([type(d)()], counts.anatomy).sealed) for d in named}
     for defense in sorted(named, key=lambda d: keyed[d.spec()]):
-        if see == "server" or not keyed[defense.spec()]:
-            command = _command(name, batch_size, defense.spec(), "ladder")
+        if _fits(defense, counts) and (see == "server" or not keyed[defense.spec()]):
+            command = audited.command(batch_size, defense.spec())
             yield Proven(defense.spec(), defense.promise, command)
 
 
-def uncovered(attacks: Sequence[Applies], see: str) -> Iterator[str]:
+def _fits(defense: Defense, counts: Counts) -> bool:
+    try:
+        defense.check(counts.trained, counts.anatomy, [defense])
+    except InputError:
+        return False
+    return True
+
+
+def uncovered(attacks: Sequence[Applies], batch_size: int, see: str) -> Iterator[str]:
     """Yield what no known attack or proof covers."""
     named = {a.attack: a for a in attacks}
-    yield "any attack that nobody has written: only privacy with its epsilon is a proof"
+    yield "an attack that nobody has written yet: no proof covers it but that of privacy"
     if (matching := named.get("matching")) and matching.applies:
-        yield f"matching: {matching.reason}"
+        yield f"{matching.attack}: how far it gets is known only when it has run"
     labels = [n for n in ("labels", "cascade") if n in named and named[n].applies]
     if labels:
         ends = [named[n].ends_at for n in labels]
         until = f" below batch {max(e for e in ends if e)}" if all(ends) else ""
-        yield f"labels and class-token features, which {', '.join(labels)} read{until}"
+        yield (
+            "labels, and the features that the classification head reads: the attacks "
+            f"{' and '.join(labels)} find them{until}"
+        )
     if (search := named.get("token-search")) and search.applies:
-        yield f"token-search: {search.reason}"
-    yield "one image whose gradient outweighs its batch, unless each one's is made as large"
-    yield "many rounds on the same images, and a server that writes the weights"
+        yield f"{search.attack}: how far it gets is known only when it has run"
+    if batch_size > 1:
+        yield (
+            "one image whose gradient is larger than all others' of its batch, unless each one's "
+            "is brought to the same size"
+        )
+    yield "many updates of the same images"
+    yield "a server that writes the weights on which clients train"
     if see != "server":
-        yield "a sum of few clients, which every client sees"
-
-
-def _command(model: str, batch: int, stack: str, attack: str) -> str:
-    size = f" --batch-size {batch}" if batch > 1 else ""
-    return f"vitguard audit --model {model}{size} --defense {stack} --attack {attack}"
+        yield "the sum of a few clients' updates, which every client sees"

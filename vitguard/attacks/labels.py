@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vitguard.attacks.budget import charge_update
@@ -144,6 +143,8 @@ def pair_labels(
         images: Guessed pixels in [0, 1], as many as labels.
         labels: Class indices in any order.
     """
+    from scipy.optimize import linear_sum_assignment
+
     if len(labels) != len(images) or len(images) < 2:
         return labels
     try:

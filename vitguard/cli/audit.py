@@ -53,6 +53,8 @@ def _advised(report: Any, options: argparse.Namespace) -> Any:
             options.model,
             batch_size=report.batch_size,
             setting="finetune" if trained else "scratch",
+            train=_train(options),
+            checkpoint=options.checkpoint or options.before,
         )
         return dataclasses.replace(report, advice=said.sentence())
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
@@ -84,6 +86,7 @@ def _run_audit(options: argparse.Namespace) -> Any:
         weights = "; ".join((f"checkpoint {options.checkpoint}", *notes))
     check_finite(model)
     anatomy = Anatomy.of(model)
+    trained = _trained(model, options)
     if not anatomy.classes:
         raise expected("a model with a classification head", options.model, "Add num_classes=...")
     normalization = normalization_of(model)
@@ -126,9 +129,10 @@ def _run_audit(options: argparse.Namespace) -> Any:
             report = audit_update(
                 model, update, defenses=stack, truth=truth, names=names, progress=progress, **common
             )
-        notes = tuple(dict.fromkeys((*report.notes, *said)))
+        notes = tuple(dict.fromkeys((*report.notes, *said, *trained)))
         return dataclasses.replace(report, notes=notes)
     images, labels, notes = _images(options, anatomy)
+    notes += trained
     if not options.defense:
         stacks, left_out = _default_stacks(model)
         notes += left_out
@@ -142,6 +146,32 @@ def _run_audit(options: argparse.Namespace) -> Any:
             model, (images.pixels, labels), defenses=stacks, batch_size=options.batch_size,
             training=training, names=images.names, notes=notes, progress=progress, **common,
         )  # fmt: skip
+
+
+def _train(options: argparse.Namespace) -> str:
+    return "/".join(options.train or ("all",))
+
+
+def _trained(model: Any, options: argparse.Namespace) -> list[str]:
+    """Let the model train what the options name, and return what a reader must know of it."""
+    from vitguard.trained import adds_layers, train_only
+
+    if not options.train:
+        return []
+    train = _train(options)
+    if options.update_file and adds_layers(train):
+        raise expected(
+            "--train with parts of the model beside --update-file",
+            f"{train}, which adds layers whose weights are in no option",
+            "Audit the model with its adapters in Python: vitguard.audit.audit_update.",
+        )
+    own = sum(p.numel() for p in model.parameters())
+    train_only(model, train, seed=options.seed)
+    moved = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    note = f"trained and sent: {train}, {moved:,} values, {moved / own:.2%} of the model's own"
+    if adds_layers(train):
+        note += "; what is added was drawn as after some steps"
+    return [note]
 
 
 def _default_stacks(model: Any) -> tuple[dict[str, Any], list[str]]:

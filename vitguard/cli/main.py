@@ -97,6 +97,13 @@ def _add_audit(commands: Any) -> None:
     weights = audit.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="FILE", help="safetensors or torch state dict")
     weights.add_argument("--pretrained", action="store_true", help="timm's weights")
+    add(
+        "--train",
+        action="append",
+        metavar="WHAT",
+        help="what is trained and sent, as for plan: all (without it), head, last-block, lora:r=4, "
+        "adapters:r=16 or a selection; may be repeated, or joined by /",
+    )
     add("--mean", metavar="R,G,B", help="normalisation; the model's own by default")
     add("--std", metavar="R,G,B")
     add("--images", nargs="+", metavar="DIR|FILE", help="files, a folder or class folders")
@@ -211,12 +218,19 @@ def _add_advise(commands: Any) -> None:
     add = advise.add_argument
     add("--model", default="vit_base_patch16_224", metavar="NAME[:key=value,...]")
     add("--batch-size", type=int, default=1, metavar="B", help="images behind one update (1)")
-    add("--setting", default="scratch", metavar="S", help="finetune or scratch (scratch)")
+    add(
+        "--setting",
+        metavar="S",
+        help="finetune (weights that somebody trained) or scratch (random ones; the default "
+        "without --checkpoint)",
+    )
+    add("--checkpoint", metavar="FILE", help="your weights, for the commands; it is not read")
     add(
         "--train",
-        default="all",
-        metavar="PART",
-        help="what is trained and sent, as for plan: all, head, last-block/head, lora:r=4/head",
+        action="append",
+        metavar="WHAT",
+        help="what is trained and sent, as for plan: all (without it), head, last-block, lora:r=4, "
+        "adapters:r=16 or a selection; may be repeated, or joined by /",
     )
     add(
         "--see",
@@ -236,7 +250,7 @@ def _advise(options: argparse.Namespace) -> int:
         check_writable(options.json)
     report = advise_report(
         options.model, batch_size=options.batch_size, setting=options.setting,
-        train=options.train, see=options.see,
+        train="/".join(options.train or ("all",)), see=options.see, checkpoint=options.checkpoint,
     )  # fmt: skip
     if options.json:
         write_text(json.dumps(report.to_json(), indent=2, allow_nan=False), options.json)

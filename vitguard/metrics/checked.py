@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
@@ -82,6 +81,8 @@ def patches_of(
 def matched_mse(guess: Tensor, truth: Tensor) -> Tensor:
     """Mean squared error of (patches, channels, pixels) under the best patch assignment."""
     cost = _distances(guess, truth)
+    from scipy.optimize import linear_sum_assignment
+
     # the same for any assignment, and where every patch is alike there is nothing left to search
     cost = cost - cost.amin(1, keepdim=True)
     cost = cost - cost.amin(0, keepdim=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
-from scipy.special import bdtrc
 from torch import Tensor
 
 from vitguard.errors import expected
@@ -97,6 +96,8 @@ def identification_p(hits: int, trials: int, decoys: int) -> float:
 
     Each trial hits with probability 1 / (decoys + 1); binomial tail.
     """
+    from scipy.special import bdtrc
+
     if not (0 <= hits <= trials and decoys >= 1):
         raise expected(
             "0 <= hits <= trials and a decoy or more", f"{hits} of {trials}, {decoys} decoys"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vitguard.errors import expected
@@ -103,6 +102,8 @@ def best_assignment(quality: Float[Tensor, "guesses truths"]) -> Int[Tensor, " t
     One-to-one where there are enough guesses. With fewer guesses than truths, each remaining truth
     takes its best guess; with more, some guesses stay unused.
     """
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(quality.numpy(), maximize=True)
     chosen = quality.argmax(0)
     chosen[torch.as_tensor(columns)] = torch.as_tensor(rows)

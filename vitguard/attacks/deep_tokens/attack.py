@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vitguard.attacks.base import Attack, Rung
@@ -212,6 +211,8 @@ def _ordered(found: Tensor, natural: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _assigned(like: Tensor, found: Tensor, tell: Tensor) -> tuple[Tensor, Tensor]:
     """Return a token for each position, and which have one: those least far from `like` in all."""
+    from scipy.optimize import linear_sum_assignment
+
     cost = torch.cdist(like @ tell, found @ tell).square()
     rows, columns = linear_sum_assignment(cost.cpu().numpy())
     tokens, known = like.clone(), torch.zeros(len(like), dtype=torch.bool, device=like.device)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vitguard.attacks.budget import charge
@@ -128,6 +127,8 @@ class _Tokens:
 
     def _assigned(self, misfit: Float[Tensor, "tokens groups"]) -> Int[Tensor, " tokens"]:
         """Give the tokens of each position to different groups, those that fit best first."""
+        from scipy.optimize import linear_sum_assignment
+
         cost, groups = misfit.numpy(), torch.zeros(len(misfit), dtype=torch.long)
         for tokens, room in zip(self.rivals, self.room, strict=True):
             rows, columns = linear_sum_assignment(cost[tokens].repeat(room, 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vitguard.vit import Anatomy
@@ -33,6 +32,8 @@ def place_by_seams(
     last sweep put there. The best of a few random restarts is kept. The order is a guess: the
     gradient does not contain it.
     """
+    from scipy.optimize import linear_sum_assignment
+
     # The assignment runs on the CPU.
     image, known = patches.cpu().clone(), fixed.cpu()
     pieces, holes = loose.cpu(), torch.nonzero(~fixed.cpu())[:, 0]

@@ -354,10 +354,9 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
     Reference: Balle and Wang, arXiv:1805.06530, theorem 8.
     """
-    from scipy.special import log_ndtr
-    from scipy.stats import norm
+    from scipy.special import log_ndtr, ndtr
 
-    first = float(norm.cdf(mu / 2 - epsilon / mu))
+    first = float(ndtr(mu / 2 - epsilon / mu))
     return first - math.exp(epsilon + float(log_ndtr(-mu / 2 - epsilon / mu)))
 
 
