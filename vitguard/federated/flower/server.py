@@ -20,6 +20,8 @@ from vitguard.federated.flower.adding import (
     aggregate_metrics,
     evaluated,
     refuse_other_strategies,
+    refuse_reserved_keys,
+    refuse_reserved_settings,
     require_finite_start,
     require_tensors,
     warn_of_coarse,
@@ -104,6 +106,7 @@ class EncryptedFedAvg(FedAvg):
             )
         if type(catch_up) is not int or catch_up < 1:
             raise expected("catch_up, a whole number of sums, at least 1", repr(catch_up)[:80])
+        refuse_reserved_keys(settings)
         if settings.get("train_metrics_aggr_fn") is None:
             settings["train_metrics_aggr_fn"] = aggregate_metrics
         for name in ("min_train_nodes", "min_available_nodes"):
@@ -125,6 +128,7 @@ class EncryptedFedAvg(FedAvg):
             raise Incompatible(
                 "Expected evaluation by clients, got evaluate_fn: the server cannot read the model."
             )
+        refuse_reserved_settings(args, named)
         history = History.of(initial_arrays)
         if not (history.steps or history.snapshot):  # no client has opened anything of it
             history = replace(history, run=drawn_name())
