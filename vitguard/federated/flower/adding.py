@@ -180,16 +180,20 @@ def evaluated(
 ) -> MetricRecord | None:
     """Return what the good replies of an evaluation say together, None where there is none.
 
-    A reply that is an error, or has no weight above 0, is left out with one line in the log.
+    A reply that is an error, has no weight above 0, or is a node's second, is left out with one
+    line in the log.
     """
-    good: list[MetricRecord] = []
+    by_node: dict[int, MetricRecord] = {}
     for reply in replies:
+        node = reply.metadata.src_node_id
         try:
-            good.append(_measured(reply, weighted_by))
+            if node in by_node:
+                raise Rejected("replay", "a second answer of the node")
+            by_node[node] = _measured(reply, weighted_by)
         except VitguardError as refusal:
-            node = reply.metadata.src_node_id
             said = in_one_line(refusal)
             log(WARNING, "Round %s: evaluation of node %s: %s", server_round, node, said)
+    good = list(by_node.values())
     return aggregate(with_common_names(server_round, good), weighted_by) if good else None
 
 
