@@ -110,9 +110,9 @@ def test_an_evaluation_that_comes_twice_counts_once(small_vit, kind, flower_log)
     def twice(messages, **options):
         for reply in send(messages, **options):
             yield reply
-            if reply.metadata.message_type.startswith("evaluate"):
-                if reply.metadata.src_node_id == NODES[-1]:
-                    yield reply
+            about = reply.metadata
+            if about.message_type.startswith("evaluate") and about.src_node_id == NODES[-1]:
+                yield reply
 
     federated.grid.send_and_receive = twice
     _, result = federated.run(1, fraction_evaluate=1.0)
