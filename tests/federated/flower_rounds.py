@@ -98,10 +98,10 @@ class Federated:
         federation = Federation(self.keys.for_server(), self.signing, self.manifest)
         return EncryptedFedAvg(federation, **({"fraction_evaluate": 0.0} | settings))
 
-    def run(self, rounds=1, strategy=None, initial=None, **settings):
+    def run(self, rounds=1, strategy=None, initial=None, grid=None, **settings):
         strategy = strategy or self.strategy(**settings)
         arrays = initial or ArrayRecord(self.start)
-        return strategy, strategy.start(self.grid, arrays, num_rounds=rounds)
+        return strategy, strategy.start(grid or self.grid, arrays, num_rounds=rounds)
 
     def moved(self, nodes=NODES):
         """What one round adds to each encrypted value: the average weighted by examples."""

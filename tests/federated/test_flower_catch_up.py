@@ -368,6 +368,14 @@ def test_replies_that_are_late_are_asked_for_again_and_end_with_the_time(federat
     assert list(arriving.send_and_receive(messages, timeout=0)) == []
 
 
+def test_a_reply_that_a_grid_hands_out_twice_arrives_once(federated):
+    grid = Posted(federated.grid)
+    pull, strategy = grid.pull_messages, federated.strategy()
+    grid.pull_messages = lambda names: 2 * pull(names)
+    _, result = federated.run(1, strategy, grid=grid)
+    assert strategy.refused == {1: {}} and len(History.of(result.arrays).steps) == 1
+
+
 def test_messages_of_a_round_share_what_they_carry(federated):
     strategy = federated.strategy()
     strategy._history, strategy._started = History(federated.start, run=bytes(16)), True

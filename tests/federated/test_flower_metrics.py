@@ -100,6 +100,28 @@ def test_an_evaluation_with_other_metrics_leaves_those_that_all_have(small_vit, 
 
 
 @BOTH
+def test_an_evaluation_that_comes_twice_counts_once(small_vit, kind, flower_log):
+    federated = kind(small_vit)
+    values = {node: float(i) for i, node in enumerate(federated.names)}
+    for node, value in values.items():
+        spoil_evaluation(federated, node, answers({"mean": value, "num-examples": 1}))
+    send = federated.grid.send_and_receive
+
+    def twice(messages, **options):
+        for reply in send(messages, **options):
+            yield reply
+            about = reply.metadata
+            if about.message_type.startswith("evaluate") and about.src_node_id == NODES[-1]:
+                yield reply
+
+    federated.grid.send_and_receive = twice
+    _, result = federated.run(1, fraction_evaluate=1.0)
+    mean = sum(values.values()) / len(values)
+    assert result.evaluate_metrics_clientapp[1]["mean"] == pytest.approx(mean)
+    assert [line for line in flower_log() if "second" in line and str(NODES[-1]) in line]
+
+
+@BOTH
 @pytest.mark.parametrize("value", [math.nan, math.inf, [1.0, math.nan]])
 def test_a_metric_that_is_not_finite_is_left_out_with_one_line(small_vit, kind, value, flower_log):
     """Its average would be NaN for all, in training and in evaluation."""

@@ -1,7 +1,9 @@
 """accelerate: what a loop by hand gives, private or not, and resumes that count."""
 
+import gc
 import os
 import stat
+import weakref
 
 import pytest
 import torch
@@ -247,6 +249,26 @@ def test_two_protected_models_keep_their_own_ledgers(small_vit, tmp_path, stack)
     prepare(one, model, sgd(model), DataLoader(DATA, 4))
     one.load_state(tmp_path / "two")
     assert guard.privacy_spent().steps == spent[0][0]
+
+
+@pytest.mark.parametrize("stack", [SHUFFLE, PRIVATE])
+def test_a_model_that_was_freed_is_kept_alive_by_nobody(small_vit, tmp_path, stack):
+    """One after the other on one accelerator: each would take the memory of all before it."""
+    accelerator, freed = accelerate.Accelerator(cpu=True), []
+    for _ in range(2):
+        model, guard = guarded(small_vit, stack)
+        parts = prepare(accelerator, model, sgd(model), DataLoader(DATA, 8))
+        train(accelerator, *parts, guard, epochs=1)
+        accelerator.save_state(str(tmp_path))
+        freed.append(weakref.ref(model))
+        accelerator.free_memory()
+        del model, guard, parts
+        gc.collect()
+    assert [model() for model in freed] == [None, None]
+    model, guard = guarded(small_vit, stack)
+    prepare(accelerator, model, sgd(model), DataLoader(DATA, 8))
+    accelerator.load_state(str(tmp_path))  # what the last of them saved
+    assert guard.privacy_spent().steps == 2 if stack == PRIVATE else True
 
 
 def test_batches_to_skip_after_a_resume_are_told_to_be_none(small_vit):

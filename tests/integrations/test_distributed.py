@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import vitguard as vg
@@ -37,6 +38,14 @@ def outcome(model, guard, steps):
 
 
 def with_plain_ddp(stack, folder):
+    parts = model, guard, _ = plainly(stack, DistributedDataParallel, epochs=2)
+    if torch.distributed.get_rank() == 0:
+        saved(f"{folder}/plain", *parts)
+    return outcome(model, guard, 4)
+
+
+def plainly(stack, wrap, *, epochs, path=None):
+    """A loop by hand, from what `saved` wrote where there is a path."""
     from tests.integrations.test_accelerate import DATA
 
     model = small_vit(depth=1)
@@ -44,16 +53,20 @@ def with_plain_ddp(stack, folder):
     optimizer, loader = guard.prepare(
         torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(DATA, 8)
     )
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    for _ in range(2):
+    if path:
+        for part, state in zip((guard, model, optimizer), torch.load(path), strict=True):
+            part.load_state_dict(state)
+    wrapped = wrap(model)
+    for _ in range(epochs):
         for images, labels in loader:
             (F.cross_entropy(wrapped(images), labels) + guard.auxiliary_loss()).backward()
             optimizer.step()
             optimizer.zero_grad()
-    if torch.distributed.get_rank() == 0:
-        whole = guard, model, optimizer
-        torch.save([part.state_dict() for part in whole], f"{folder}/plain")
-    return outcome(model, guard, 4)
+    return model, guard, optimizer
+
+
+def saved(path, model, guard, optimizer):
+    torch.save([part.state_dict() for part in (guard, model, optimizer)], path)
 
 
 def with_peft(stack, folder):
@@ -129,20 +142,7 @@ TRAINERS = {
 
 
 def plain_goes_on(stack, folder):
-    from tests.integrations.test_accelerate import DATA
-
-    guard = vg.protect(model := small_vit(depth=1), stack)
-    optimizer, loader = guard.prepare(
-        torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(DATA, 8)
-    )
-    whole = guard, model, optimizer
-    for part, state in zip(whole, torch.load(f"{folder}/plain"), strict=True):
-        part.load_state_dict(state)
-    for images, labels in loader:
-        (F.cross_entropy(model.train()(images), labels) + guard.auxiliary_loss()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return guard
+    return plainly(stack, torch.nn.Module.train, epochs=1, path=f"{folder}/plain")[1]
 
 
 def transformers_goes_on(stack, folder):
@@ -181,6 +181,19 @@ GO_ON = {
     "plain": plain_goes_on, "transformers": transformers_goes_on,
     "accelerate": accelerate_goes_on, "lightning": lightning_goes_on,
 }  # fmt: skip
+
+
+# and what one process left goes on in two
+
+
+def goes_on_in_two(stack, folder):
+    def wrap(model):
+        held.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        return DistributedDataParallel(model)
+
+    held = []
+    model, guard, _ = plainly(stack, wrap, epochs=1, path=f"{folder}/one")
+    return held[0], *outcome(model, guard, 6)
 
 
 # without privacy: the masks are those of the images, whichever process has them
@@ -291,6 +304,8 @@ def work(rank, world, ports, found, kinds, folder):
     for kind in kinds:
         for stack in STACKS:
             made[kind, stack] = TRAINERS[kind](stack, folder)
+        if kind == "plain":
+            made["from one"] = goes_on_in_two(STACKS[-1], folder)
         for unused in UNUSED if kind in DAL else ():
             model = DAL[kind](folder, unused)
             made[kind, unused] = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -329,7 +344,16 @@ def test_two_processes_end_at_equal_weights_count_each_step_once_and_train_dal_a
     kinds = [kind for kind in kinds if kind == "plain" or find_spec(kind)]
     if not kinds:
         pytest.skip("needs the package of a trainer")
+    if "plain" in kinds:
+        alone = plainly(STACKS[-1], torch.nn.Module.train, epochs=2)
+        saved(tmp_path / "one", *alone)
     found = run(work, 2, kinds, str(tmp_path))
+    if "plain" in kinds:
+        first, second = (found[rank]["from one"] for rank in (0, 1))
+        left = torch.cat([p.detach().flatten() for p in alone[0].parameters()])
+        assert torch.equal(first[0], left) and torch.equal(second[0], left)
+        assert torch.equal(first[1], second[1]) and not torch.equal(first[1], left)
+        assert first[2] == second[2] == [(0.5, 0.5, 6)]
     for kind in kinds:
         for stack in STACKS:
             (first, history, steps), (second, *others) = (found[r][kind, stack] for r in (0, 1))

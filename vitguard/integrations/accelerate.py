@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vitguard.defenses.privacy.loader import PoissonLoader
+from vitguard.defenses.protection import Protection
 from vitguard.errors import Incompatible, missing_extra
 from vitguard.guard import Guard
 from vitguard.integrations.found import (
@@ -88,38 +89,47 @@ def register(accelerator: Accelerator, guard: Guard) -> None:
     """Let `save_state` write the guard's state, mode 600, and `load_state` refuse to go on without.
 
     For a loop that calls `guard.prepare` and then `accelerator.prepare` itself. Of several
-    protected models each has a file of its own, in the order in which accelerate counts models.
+    protected models each has a file of its own, in the order in which accelerate counts models. A
+    model is kept alive by nothing here.
     """
-    guards = _REGISTERED.setdefault(accelerator, [])
-    if any(known._protection is guard._protection for known in guards):
-        return
-    guards.append(guard)
+    known = _REGISTERED.get(accelerator)
+    if known is None:
+        known = _REGISTERED[accelerator] = []
+        _watch(accelerator, known)
+    known[:] = [model for model in known if model() is not None]
+    if not any(model() is guard.model for model in known):
+        known.append(weakref.ref(guard.model))
+
+
+_Registered = list[weakref.ref[torch.nn.Module]]
+_REGISTERED: weakref.WeakKeyDictionary[Accelerator, _Registered] = weakref.WeakKeyDictionary()
+
+
+def _watch(accelerator: Accelerator, known: _Registered) -> None:
+    """Let an accelerator save and load the state of those models that are known by then."""
 
     def save(models: Any, weights: Any, folder: str | os.PathLike[str]) -> None:
-        number = _number(guard, guards, models)
-        if accelerator.is_main_process and number is not None:
-            save_state(guard, folder, number)
+        for number, guard in enumerate(_guards(known, models)):
+            if accelerator.is_main_process:
+                save_state(guard, folder, number)
 
     def load(models: Any, folder: str | os.PathLike[str]) -> None:
-        if (number := _number(guard, guards, models)) is not None:
+        for number, guard in enumerate(_guards(known, models)):
             load_state(guard, folder, number)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
-_REGISTERED: weakref.WeakKeyDictionary[Accelerator, list[Guard]] = weakref.WeakKeyDictionary()
+def _guards(known: _Registered, models: Sequence[torch.nn.Module]) -> list[Guard]:
+    """Return the guards of an accelerator's models, in the order in which it has them.
 
-
-def _number(guard: Guard, guards: Sequence[Guard], models: Sequence[torch.nn.Module]) -> int | None:
-    """Return which of the protected models of an accelerator a guard's is, None where it has gone.
-
-    Where the accelerator was given none of them, the guard registered last is the first.
+    Where it was given none of those that are known, it is the one registered last.
     """
-    held = [m for model in models for m in model.modules()]
-    found = [g for m in held for g in guards if g.model is m]
-    order = [g._protection for g in found or guards[-1:]]
-    return next((i for i, p in enumerate(order) if p is guard._protection), None)
+    there = [model for reference in known if (model := reference()) is not None]
+    held = dict.fromkeys(m for model in models for m in model.modules())
+    found = [m for m in held if any(m is model for model in there)]
+    return [Guard.of(m) for m in found or there[-1:] if Protection.of(m) is not None]
 
 
 def _refuse(accelerator: Accelerator) -> None:

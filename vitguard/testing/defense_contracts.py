@@ -16,17 +16,13 @@ import io
 import logging
 import math
 import pickle
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
-from itertools import combinations
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitguard.core import Batch, Update
 from vitguard.defenses.base import (
@@ -38,7 +34,6 @@ from vitguard.defenses.base import (
     UpdateDefense,
     traits_of,
 )
-from vitguard.defenses.privacy.verification import measure_noise
 from vitguard.errors import Incompatible, Unprotected
 from vitguard.guard import Guard, protect
 from vitguard.registry import defense_types, parse_stack
@@ -48,8 +43,22 @@ from vitguard.testing.assertions import (
     assert_removable,
 )
 from vitguard.testing.contracts import check_plain
+from vitguard.testing.drawn_contracts import check_draws, check_noise, check_state
 from vitguard.testing.mechanisms import bytes_of, needles
-from vitguard.vit import Anatomy, canonical_parameters
+from vitguard.testing.tried import (
+    SIZES,
+    batch,
+    beside,
+    embedded,
+    first_difference,
+    guarded,
+    inputs,
+    names,
+    require_refused,
+    size_for,
+    small_model,
+)
+from vitguard.vit import canonical_parameters
 
 __all__ = [
     "check_clip",
@@ -68,13 +77,6 @@ __all__ = [
     "check_tokens",
     "check_values",
 ]
-
-SIZES = (1, 3)
-"""Batch sizes of the updates that are compared: what reads one wrongly shows at two.
-
-A defense that lets no small update leave (`least_batch`) is tried on the smallest that it does.
-"""
-_CHANCE = 1e-9
 
 
 def check_defense(defense: Defense, others: Sequence[Defense] | None = None) -> None:
@@ -104,7 +106,7 @@ def check_spec(defense: Defense) -> None:
 
 def check_model(defense: Defense) -> None:
     """Eval mode is bit-identical, checkpoints go both ways, and remove() restores the model."""
-    model, (images, _) = _model(), _batch(2)
+    model, (images, _) = small_model(), batch(2)
     assert_eval_unchanged(model, images, defenses=[defense])
     assert_checkpoint_compatible(model, defenses=[defense])
     assert_removable(model, defenses=[defense])
@@ -112,7 +114,7 @@ def check_model(defense: Defense) -> None:
 
 def check_copies(defense: Defense) -> None:
     """A copy and a pickle of the protected model are protected as it is."""
-    guard, (images, labels) = _guard(defense), _batch(_size(defense))
+    guard, (images, labels) = guarded(defense), batch(size_for(defense))
     wanted = guard.update(images * 2 - 1, labels)
     for how, model in (
         ("deepcopy", copy.deepcopy(guard.model)),
@@ -132,10 +134,10 @@ def check_names(defense: Defense) -> None:
 
     Tensors have the parameter's shape and type.
     """
-    guard, (images, labels) = _guard(defense), _batch(_size(defense))
+    guard, (images, labels) = guarded(defense), batch(size_for(defense))
     with guard.ungated():  # what the gate would have judged
         update = guard.update(images * 2 - 1, labels)
-    base, where = set(canonical_parameters(_model())), guard.anatomy.positions or ""
+    base, where = set(canonical_parameters(small_model())), guard.anatomy.positions or ""
     named, traits = {*update.tensors, *update.sealed}, guard.traits
     extra = {n for n in named - base if not n.startswith("vitguard.")}
     assert not extra, f"an update under {defense.name} has names of no parameter: {sorted(extra)}"
@@ -152,7 +154,7 @@ def check_names(defense: Defense) -> None:
     for selection in traits.sealed:
         open_ = [n for n in guard.anatomy.select(selection, named) if n in update.tensors]
         assert not open_, f"{defense.name} seals {selection}, yet {open_[:5]} can be read"
-    for name, p in canonical_parameters(_model()).items():
+    for name, p in canonical_parameters(small_model()).items():
         sent = update.tensors.get(name, p.detach())
         got = (tuple(sent.shape), sent.dtype, sent.requires_grad)
         assert got == (tuple(p.shape), p.dtype, False), (
@@ -169,13 +171,13 @@ def check_tokens(defense: Defense) -> None:
     """Class tokens reach the blocks as they are, and no more patch tokens move than traits say."""
     if not isinstance(defense, ModelDefense):
         return
-    guard, (images, _) = _guard(defense), _batch(3)
+    guard, (images, _) = guarded(defense), batch(3)
     anatomy, shuffle = guard.anatomy, guard.traits.shuffle
-    plain = copy.deepcopy(_model())
+    plain = copy.deepcopy(small_model())
     plain.load_state_dict(guard.export())
     for size in (3, 1) * 4:  # draws: a token that is moved now and then shows in one of them
         seen = images[:size]
-        ours, theirs = (_embedded(m, anatomy.embedded, seen) for m in (guard.model, plain))
+        ours, theirs = (embedded(m, anatomy.embedded, seen) for m in (guard.model, plain))
         assert ours.shape == theirs.shape, f"{defense.name} gives the blocks {tuple(ours.shape)}"
         differs = (ours != theirs).any(-1)
         prefix = differs[:, : anatomy.prefix_tokens]
@@ -196,8 +198,8 @@ def check_values(defense: Defense) -> None:
     """
     if isinstance(defense, BatchDefense):
         return
-    for size in (_size(defense, size) for size in SIZES):
-        guard, plain, update = _beside(defense, size)
+    for size in (size_for(defense, size) for size in SIZES):
+        guard, plain, update = beside(defense, size)
         traits = guard.traits
         if isinstance(defense, ModelDefense) and traits.shuffle is not None:
             return
@@ -225,50 +227,6 @@ def check_values(defense: Defense) -> None:
                 )
 
 
-def check_noise(defense: Defense) -> None:
-    """Noise has the standard deviation that the traits claim, at more than one batch size.
-
-    That of one tensor is not that of another.
-    """
-    if isinstance(defense, ModelDefense | BatchDefense):
-        return
-    for size in (_size(defense, size) for size in SIZES):
-        guard, plain, update = _beside(defense, size)
-        traits, names = guard.traits, [n for n, t in update.tensors.items() if t.numel() > 1]
-        if traits.noise > 0 and not traits.sparse and not math.isfinite(traits.information):
-            parts = [
-                (update.tensors[n] - plain.tensors[n]) / plain.tensors[n].square().mean().sqrt()
-                for n in names
-                if bool(plain.tensors[n].any())
-            ]
-            claimed = traits.noise
-        elif math.isfinite(traits.information):
-            clip = defense.settings().get("clip")
-            if not isinstance(clip, int | float):
-                continue  # nothing says how large the ball is
-            again = guard.update(*_inputs(size))  # the same sum under fresh noise
-            parts = [(update.tensors[n] - again.tensors[n]) / math.sqrt(2) for n in names]
-            claimed = clip / math.sqrt(2 * traits.information)
-            claimed /= size if isinstance(defense, StepDefense) else 1
-        else:
-            continue
-        if not parts:
-            continue
-        fit = measure_noise(torch.cat([p.flatten() for p in parts]), claimed)
-        sound = fit.p_value >= _CHANCE and not getattr(defense, "keep_statistics", False)
-        close = abs(fit.ratio - 1) < 0.02  # rescaled to keep statistics, noise is not quite normal
-        assert sound or close, (
-            f"the noise of {defense.name} on a batch of {size} has {fit.ratio:.4g} times the "
-            f"standard deviation that its traits claim (p = {fit.p_value:.2g})"
-        )
-        for one, other in combinations([p.flatten() for p in parts if p.numel() >= 64], 2):
-            count = min(len(one), len(other))
-            alike = float(F.cosine_similarity(one[:count], other[:count], 0))
-            assert abs(alike) < 0.9, (
-                f"{defense.name} adds the same noise to two tensors: their difference is without it"
-            )
-
-
 def check_clip(defense: Defense) -> None:
     """Where traits bound what an update tells, no update or example moves it by more than `clip`.
 
@@ -277,18 +235,18 @@ def check_clip(defense: Defense) -> None:
     clip = defense.settings().get("clip")
     if isinstance(defense, ModelDefense | BatchDefense) or not isinstance(clip, int | float):
         return
-    if not math.isfinite(_guard(defense).traits.information):
+    if not math.isfinite(guarded(defense).traits.information):
         return
-    size = _size(defense)
+    size = size_for(defense)
     if isinstance(defense, UpdateDefense):
-        plain = protect(_model(), []).update(*_inputs(size))
-        made = [_guard(defense).seal(_times(plain, factor)).tensors for factor in (1e4, -1e4)]
+        plain = protect(small_model(), []).update(*inputs(size))
+        made = [guarded(defense).seal(_times(plain, factor)).tensors for factor in (1e4, -1e4)]
         most, what = 2 * clip, "An update and its opposite are"
     else:
-        images, labels = _inputs(size + 1)
+        images, labels = inputs(size + 1)
         made = []
         for count in (size, size + 1):
-            found = _guard(defense).update(images[:count], labels[:count], loss=_steep).tensors
+            found = guarded(defense).update(images[:count], labels[:count], loss=_steep).tensors
             made.append({n: count * t for n, t in found.items()})
         most, what = clip, "The sums with and without one example are"
     apart = math.hypot(*(float((t - made[1][n]).double().norm()) for n, t in made[0].items()))
@@ -315,13 +273,13 @@ def check_given(defense: Defense) -> None:
         return _check_given_batch(defense)
     if not isinstance(defense, UpdateDefense):
         return
-    size = _size(defense)
-    given = protect(_model(), []).update(*_inputs(size), learning_rate=0.1)
+    size = size_for(defense)
+    given = protect(small_model(), []).update(*inputs(size), learning_rate=0.1)
     before = {n: t.clone() for n, t in given.tensors.items()}
-    guard = _guard(defense)
+    guard = guarded(defense)
     with guard.ungated(), guard.rehearsing():
         sent = guard.seal(given)
-    odd = _first_difference(before, given.tensors)
+    odd = first_difference(before, given.tensors)
     assert odd is None, f"{defense.name} changes {odd} of the update that it is given"
     contents = ("tensors", "sealed", "payloads", "clipped")
     lost = [k for k in vars(given) if k not in contents and getattr(given, k) != getattr(sent, k)]
@@ -332,7 +290,7 @@ def check_given(defense: Defense) -> None:
 
 
 def _check_given_batch(defense: BatchDefense) -> None:
-    images, labels = _inputs(4)
+    images, labels = inputs(4)
     made = defense.transform(
         Batch(images.clone(), labels.clone()), Draws(torch.Generator().manual_seed(0))
     )
@@ -354,132 +312,27 @@ def _check_given_batch(defense: BatchDefense) -> None:
         )
 
 
-def check_draws(defense: Defense) -> None:
-    """What is drawn repeats from the generator given to protect, and from no seed of the process.
-
-    Noise that traits claim, and moved tokens that are drawn, are others in each process and each
-    update.
-    """
-    seeded = [_drawn(defense, torch.Generator().manual_seed(0), process) for process in (1, 2)]
-    odd = _first_difference(*seeded)
-    assert odd is None, (
-        f"{defense.name} draws {odd} from elsewhere than the draws that it is given: of one "
-        "generator it makes two, so that no audit of it repeats, and its seed may be known"
-    )
-    other = _drawn(defense, torch.Generator().manual_seed(1), 1)
-    try:
-        secret = [_drawn(defense, None, 1) for _ in range(2)]
-    except Unprotected:
-        return  # it gives nothing without keys or others, but for a rehearsal
-    varying = [n for n, t in seeded[0].items() if not torch.equal(t, other[n])]
-    assert not varying or any(not torch.equal(secret[0][n], secret[1][n]) for n in varying), (
-        f"{defense.name} draws the same in two processes with the same seeds: who knows them "
-        "takes it off again"
-    )
-    if not _claims_noise(defense):
-        return
-    for name, tensor in secret[0].items():
-        if not name.startswith("update 1") or tensor.numel() == 1 or not bool(tensor.any()):
-            continue
-        assert not torch.equal(tensor, secret[1][name]), (
-            f"{defense.name} adds the same noise in two processes with the same seeds ({name})"
-        )
-        assert not torch.equal(tensor, secret[0][name.replace("update 1", "update 2")]), (
-            f"{defense.name} adds the same noise to two updates ({name})"
-        )
-
-
-def _claims_noise(defense: Defense) -> bool:
-    if isinstance(defense, ModelDefense | BatchDefense):
-        return False
-    traits = _guard(defense).traits
-    return not traits.sealed and (traits.noise > 0 or math.isfinite(traits.information))
-
-
-def _drawn(defense: Defense, generator: torch.Generator | None, process: int) -> dict[str, Tensor]:
-    """Return what two updates hold and what the blocks got in four passes.
-
-    Args:
-        process: Seed of every generator that a process has.
-    """
-    with _same_process(process):
-        guard = protect(_model().train(), [defense], generator=generator)
-        found = {}
-        for i in (1, 2):
-            with guard.ungated():
-                update = guard.update(*_inputs(_size(defense)))
-            found |= {f"update {i}, {n}": t for n, t in update.tensors.items()}
-        for i in range(4 if isinstance(defense, ModelDefense) else 0):
-            found[f"tokens {i}"] = _embedded(guard.model, guard.anatomy.embedded, _batch(3)[0])
-    return found
-
-
-@contextmanager
-def _same_process(seed: int) -> Iterator[None]:
-    """Seed what a process draws from, and put it back afterwards."""
-    legacy = np.random.mtrand  # what `np.random.rand` and its like draw from
-    states: tuple[Any, Any] = random.getstate(), legacy.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            legacy.seed(seed)
-            yield
-    finally:
-        random.setstate(states[0])
-        legacy.set_state(states[1])
-
-
-def _first_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
-    for name in (*one, *other):
-        if name not in one or name not in other or not torch.equal(one[name], other[name]):
-            return name
-    return None
-
-
-def check_state(defense: Defense) -> None:
-    """No draw is left in a state dict, nor what is secret in a copy of the model."""
-    guard = protect(_model().train(), [defense])
-    twin = Guard.of(copy.deepcopy(guard.model))
-    for _ in range(2):  # draws of few patches are alike now and then
-        for one in (guard, twin):
-            for size in (3, 1, 3, 3):
-                with one.rehearsing(), torch.no_grad():
-                    one.model.train()(_batch(size)[0] * 2 - 1)
-            with one.ungated(), suppress(Unprotected):  # keys or others are missing: none is made
-                one.update(*_inputs(max(_size(defense), 3)))
-        states = [
-            {n: t for n, t in g.model.state_dict().items() if isinstance(t, Tensor)}
-            for g in (guard, twin)
-        ]
-        odd = _first_difference(*states)
-        assert odd is None, (
-            f"{defense.name} leaves {odd} in the state dict, which tells of a draw: a checkpoint "
-            "or an average would hold it"
-        )
-    for how, model in (
-        ("deepcopy", copy.deepcopy(guard.model)),
-        ("pickle", pickle.loads(pickle.dumps(guard.model))),
-    ):
-        left = sorted(Guard.of(model).truth())
-        assert not left, f"a {how} of a model under {defense.name} holds its last draw: {left[:5]}"
-
-
 def check_fails_closed(defense: Defense) -> None:
     """Left out of the step, or gone from the model, the defense refuses; nothing plain leaves."""
-    size = _size(defense)
-    plain = protect(_model(), []).update(*_inputs(size))
+    size = size_for(defense)
+    plain = protect(small_model(), []).update(*inputs(size))
     if isinstance(defense, StepDefense | BatchDefense):
-        _refused(lambda: _guard(defense).seal(plain), f"a plain update under {defense.name}")
+        require_refused(
+            lambda: guarded(defense).seal(plain), f"a plain update under {defense.name}"
+        )
     if isinstance(defense, StepDefense):
-        guard = _guard(defense)
-        _refused(lambda: guard.model.train()(_inputs(2)[0]), f"plain training under {defense.name}")
-    guard = _guard(defense)
+        guard = guarded(defense)
+        require_refused(
+            lambda: guard.model.train()(inputs(2)[0]), f"plain training under {defense.name}"
+        )
+    guard = guarded(defense)
     guard.remove()
-    _refused(lambda: guard.update(*_inputs(size)), f"an update after remove() of {defense.name}")
-    _refused(lambda: guard.seal(plain), f"seal after remove() of {defense.name}")
+    require_refused(
+        lambda: guard.update(*inputs(size)), f"an update after remove() of {defense.name}"
+    )
+    require_refused(lambda: guard.seal(plain), f"seal after remove() of {defense.name}")
     if isinstance(defense, UpdateDefense):
-        sealed, update = _guard(defense).seal(plain), _guard(defense).update(*_inputs(size))
+        sealed, update = guarded(defense).seal(plain), guarded(defense).update(*inputs(size))
         assert set(sealed.sealed) == set(update.sealed), (
             f"{defense.name} seals other names in seal() than in update()"
         )
@@ -488,18 +341,18 @@ def check_fails_closed(defense: Defense) -> None:
 def check_quiet(defense: Defense) -> None:
     """No repr, log, print or payload shows a tensor, and settings are plain."""
     check_plain(defense)
-    guard, said = _guard(defense), io.StringIO()
+    guard, said = guarded(defense), io.StringIO()
     handler, root = logging.StreamHandler(said), logging.getLogger()
     level = root.level
     root.addHandler(handler)
     root.setLevel(logging.DEBUG)
     try:
         with redirect_stdout(said):
-            update = guard.update(*_inputs(_size(defense)))
+            update = guard.update(*inputs(size_for(defense)))
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
-    plain = protect(_model(), []).update(*_inputs(_size(defense)))
+    plain = protect(small_model(), []).update(*inputs(size_for(defense)))
     for name, tensor in plain.tensors.items():
         for needle in needles(tensor.flatten()) if tensor.numel() >= 4 else ():
             sent = any(bytes_of(needle) in part for part in update.payloads.values())
@@ -518,113 +371,21 @@ def check_composes(defense: Defense, others: Sequence[Defense] | None = None) ->
         for stack in ([defense, other], [other, defense]):
             where = " + ".join(d.name for d in stack)
             try:
-                guard = protect(_model(), stack, generator=torch.Generator().manual_seed(0))
-                update = guard.update(*_inputs(max(map(_size, stack))))
+                guard = protect(small_model(), stack, generator=torch.Generator().manual_seed(0))
+                update = guard.update(*inputs(max(map(size_for, stack))))
             except (Incompatible, Unprotected) as error:
                 assert len(str(error)) > 20, f"{where} is refused without a reason: {error}"
                 continue
             folded = traits_of(guard.defenses, guard.anatomy)
             table = guard.anatomy.positions or ""
             named = {*update.tensors, *update.sealed, table}
-            lost = sorted(n for n in set(_names()) - named if not folded.freezes(n))
+            lost = sorted(n for n in set(names()) - named if not folded.freezes(n))
             if folded.positions == "withheld" and table not in update.sealed:
                 lost.append(table)
             assert not lost, f"{where}: an update neither shows nor seals {lost[:5]}"
             for selection in folded.sealed:
-                open_ = [
-                    n for n in guard.anatomy.select(selection, _names()) if n in update.tensors
-                ]
+                open_ = [n for n in guard.anatomy.select(selection, names()) if n in update.tensors]
                 assert not open_, f"{where}: {selection} is sealed, yet {open_[:5]} can be read"
-
-
-def _refused(act: object, what: str) -> None:
-    assert callable(act)
-    try:
-        act()
-    except Unprotected:
-        return
-    except Exception as error:
-        raise AssertionError(
-            f"{what} breaks with {type(error).__name__}, not Unprotected: {error}"
-        ) from error
-    raise AssertionError(f"{what} is not refused")
-
-
-def _size(defense: Defense, wanted: int = 2) -> int:
-    """Return the images of a small update that the defense lets leave."""
-    return max(wanted, defense.least_batch(Anatomy.of(_model())))
-
-
-def _names() -> list[str]:
-    return list(canonical_parameters(_model()))
-
-
-def _beside(defense: Defense, size: int) -> tuple[Guard, Update, Update]:
-    """Return a guard, the public model's update, and the one under the defense, of one batch."""
-    guard = _guard(defense)
-    with guard.ungated():
-        update = guard.update(*_inputs(size))
-    public = guard.public_model().train()
-    for parameter in public.parameters():
-        parameter.requires_grad_(True)
-    return guard, protect(public, []).update(*_inputs(size)), update
-
-
-def _embedded(model: nn.Module, where: str | None, images: Tensor) -> Tensor:
-    """Return the sequence that the blocks get in training."""
-    caught: list[Tensor] = []
-    blocks = model.get_submodule("blocks.0")
-    handle = blocks.register_forward_pre_hook(lambda module, args: caught.append(args[0].detach()))
-    try:
-        with _released(model), torch.no_grad():
-            model.train()(images * 2 - 1)
-    finally:
-        handle.remove()
-    return caught[0]
-
-
-@contextmanager
-def _released(model: nn.Module) -> Iterator[None]:
-    if getattr(model, "vitguard", None) is None:
-        yield
-        return
-    with Guard.of(model).rehearsing():
-        yield
-
-
-def _guard(defense: Defense) -> Guard:
-    model = _model().train()
-    return protect(model, [defense], generator=torch.Generator().manual_seed(0))
-
-
-_BUILT: dict[str, nn.Module] = {}
-
-
-def _model() -> nn.Module:
-    """Return a ViT of one block, four patches and a class token; a copy of one that is kept."""
-    if "vit" not in _BUILT:
-        from timm.models.vision_transformer import VisionTransformer
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = VisionTransformer(
-                img_size=8, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=3
-            )
-            with torch.no_grad():  # zero biases and unit gammas would hide mistakes
-                for parameter in model.parameters():
-                    parameter.add_(0.02 * torch.randn_like(parameter))
-        _BUILT["vit"] = model
-    return copy.deepcopy(_BUILT["vit"])
-
-
-def _batch(size: int) -> tuple[Tensor, Tensor]:
-    images = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    return images, torch.arange(size) % 3
-
-
-def _inputs(size: int) -> tuple[Tensor, Tensor]:
-    images, labels = _batch(size)
-    return images * 2 - 1, labels
 
 
 CHECKS: Mapping[str, object] = {

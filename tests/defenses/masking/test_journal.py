@@ -1,5 +1,6 @@
 """A client answers each phase once, also where its state was set back or is used twice at once."""
 
+import dataclasses
 import fcntl
 import os
 import stat
@@ -7,7 +8,8 @@ import threading
 
 import pytest
 
-from vitguard.defenses.masking import Journal
+from vitguard.defenses.masking import Journal, resting
+from vitguard.defenses.masking import journal as journal_module
 from vitguard.errors import InputError, Rejected
 
 
@@ -136,3 +138,130 @@ def test_a_client_without_a_journal_takes_no_earlier_state_of_its_round_back(mak
     after = run.client("client-0", last=client.last)
     after.load_state_bytes(now)
     assert after.state_bytes() and after.last == client.last
+
+
+def played(run, journal):
+    """A round of a client with a journal, and its state before each of its answers."""
+    name, states = "client-0", {}
+    clients = {c: run.client(c, journal=journal if c == name else None) for c in run.names}
+    server = run.server()
+    acts = {"keys": lambda x, c: x.start_round(5, weight=run.weights[c], base="v1")}
+
+    def play(phase, act, add):
+        acts[phase] = act
+        for c, client in clients.items():
+            if c == name and phase != "keys":
+                states[phase] = client.state_bytes()
+            add(act(client, c))
+
+    play("keys", acts["keys"], server.add_keys)
+    roster = server.roster()
+    play("shares", lambda x, _: x.share_keys(roster), server.add_shares)
+    for c, client in clients.items():
+        client.take_shares(server.inbox(c))
+    play("values", lambda x, c: x.mask(run.update(c)), server.add_masked)
+    survivors = server.survivors()
+    play("agreement", lambda x, _: x.agree(survivors), server.add_agreement)
+    agreements = server.agreements()
+    play("answers", lambda x, _: x.answer(agreements), server.add_answer)
+    assert server.mean()
+    return clients[name], states, acts
+
+
+def test_no_state_of_a_round_answers_again_once_the_journal_has_dropped_its_marks(
+    make_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(journal_module, "_KEPT", 4)
+    run, journal = make_run(3), Journal(tmp_path / "journal")
+    client, states, acts = played(run, journal)
+    marks, text = 4, journal.path.read_text()
+    assert len(text.splitlines()) == 1 + marks
+    for number in range(6, 6 + 2 * 4):
+        client.start_round(number, base="v1")
+        for phase, state in states.items():
+            before = run.client("client-0", journal=journal)
+            before.load_state_bytes(state)
+            with pytest.raises(Rejected) as caught:
+                acts[phase](before, "client-0")
+            assert caught.value.cause == "replay", phase
+    assert not {*text.splitlines()} & {*journal.path.read_text().splitlines()}
+
+
+def test_a_journal_does_not_grow_with_the_rounds_and_knows_those_it_looks_after(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(journal_module, "_KEPT", 4)
+    journal, sizes = Journal(tmp_path / "journal"), []
+    for number in range(1, 19):
+        assert journal.begin() == number
+        for phase in ("shares", "values", "agreement", "answers"):
+            journal.mark(bytes([number]) * 32, phase, begun=number)
+        for earlier in {1, number - 4, number - 3, number} - {*range(-4, 1)}:
+            with pytest.raises(Rejected) as caught:
+                journal.mark(bytes([earlier]) * 32, "values", begun=earlier)
+            assert caught.value.cause == "replay"
+        sizes.append(len(journal.path.read_bytes()))
+    assert max(sizes[8:]) <= max(sizes[:8]) + 8 * 5  # numbers of two digits
+    assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [journal.path]
+
+
+def test_runs_at_once_with_one_journal_go_on_and_a_new_run_begins_at_any_number(make_run, tmp_path):
+    run, journal = make_run(3), Journal(tmp_path / "journal")
+    for _ in range(2):  # each of a state of its own, as Flower's runs have
+        client, _, _ = played(run, journal)
+        assert client.last == 5
+    first, second = (run.client("client-0", journal=journal) for _ in range(2))
+    others = {c: run.client(c) for c in run.names[1:]}
+    server = run.server()
+    for client in (first, *others.values()):
+        server.add_keys(client.start_round(5, weight=1.0, base="v1"))
+    second.start_round(1, weight=1.0, base="v1")
+    assert first.share_keys(server.roster())
+
+
+def test_a_process_that_waits_while_another_shrinks_the_journal_marks_the_new_file(
+    tmp_path, monkeypatch
+):
+    """What it opened before is no longer the journal."""
+    monkeypatch.setattr(journal_module, "_KEPT", 1)
+    journal, lock = Journal(tmp_path / "journal"), fcntl.flock
+    journal.mark(bytes(32), "shares")
+
+    def waiting(file, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        assert journal.begin() == 1
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", waiting)
+    journal.mark(bytes(32), "values")
+    for phase in ("shares", "values"):
+        with pytest.raises(Rejected):
+            journal.mark(bytes(32), phase)
+
+
+def test_a_journal_behind_a_link_shrinks_where_it_lies(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module, "_KEPT", 1)
+    (tmp_path / "link").symlink_to(tmp_path / "journal")
+    journal = Journal(tmp_path / "link")
+    journal.begin()
+    assert journal.path.is_symlink() and (tmp_path / "journal").read_text() == "1 begun\n"
+
+
+def test_a_round_that_an_older_release_began_is_marked_for_good(make_run, tmp_path, monkeypatch):
+    """Its state has no number of the journal's, and its marks are never dropped."""
+    monkeypatch.setattr(journal_module, "_KEPT", 2)
+    run, journal = make_run(3), Journal(tmp_path / "journal")
+    clients, server = run.drive(until="keys")
+    every = dataclasses.fields
+    monkeypatch.setattr(resting, "fields", lambda now: [f for f in every(now) if f.name != "begun"])
+    state = clients["client-0"].state_bytes()
+    older = run.client("client-0", journal=journal)
+    older.load_state_bytes(state)
+    older.share_keys(server.roster())
+    for _ in range(6):
+        journal.begin()
+    again = run.client("client-0", journal=journal)
+    again.load_state_bytes(state)
+    with pytest.raises(Rejected, match="second time"):
+        again.share_keys(server.roster())

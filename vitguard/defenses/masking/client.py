@@ -153,7 +153,8 @@ class MaskingClient:
             weight = None if weight is None else self.terms.check_weight(weight)
             if number <= self._last:
                 raise Rejected("replay", f"round {number} after round {self._last}")
-            now = RoundState(binding, weight, _seed(), _seed(), _seed())
+            begun = None if self._journal is None else self._journal.begin()
+            now = RoundState(binding, weight, _seed(), _seed(), _seed(), begun=begun)
             self._last, self._round, self._joined = number, now, True
             body = {
                 "transport": sharing.public_half(now.transport, binding).hex(),
@@ -348,7 +349,7 @@ class MaskingClient:
 
     def _mark(self, now: RoundState, phase: str) -> None:
         if self._journal is not None:
-            self._journal.mark(sharing.fingerprint([now.keys]), phase)
+            self._journal.mark(sharing.fingerprint([now.keys]), phase, begun=now.begun)
 
     def _at(self, phase: str) -> RoundState:
         now = self._round

@@ -33,6 +33,7 @@ class RoundState:
     kept: Secret[bytes] = field(default_factory=lambda: Secret(b""))
     inbox: dict[str, bytes] = field(default_factory=dict)
     survivors: tuple[str, ...] = ()
+    begun: int | None = None  # the journal's number of it; None where no journal gave one
 
 
 def write_state(last: int, now: RoundState | None, key: Secret[bytes], about: bytes) -> bytes:
@@ -94,4 +95,5 @@ def _round(plain: dict[str, Any]) -> RoundState:
         kept=Secret(raw("kept")),
         inbox={client: bytes.fromhex(text) for client, text in plain["inbox"].items()},
         survivors=tuple(plain["survivors"]),
+        begun=plain.get("begun"),  # states of older releases have none
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import WARNING
 from typing import Any
 
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
@@ -22,6 +23,9 @@ __all__ = [
     "aggregate_metrics",
     "evaluated",
     "refuse_other_strategies",
+    "refuse_reserved",
+    "refuse_reserved_keys",
+    "refuse_reserved_settings",
     "require_finite_start",
     "require_tensors",
     "warn_of_coarse",
@@ -31,6 +35,7 @@ __all__ = [
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 EPSILON, CLIPPED = "epsilon", "vitguard-clipped"
 _COARSE = 0.01
+_RESERVED = ("vitguard-", "vitguard.")  # how all names begin that messages say things by
 
 
 def refuse_other_strategies(kind: type, own: type) -> None:
@@ -50,6 +55,40 @@ def refuse_other_strategies(kind: type, own: type) -> None:
             f"Expected a strategy that adds updates, got {readers[0]}, which must read each update "
             f"or replaces the average. Use {own.__name__} alone."
         )
+
+
+def refuse_reserved_keys(settings: Mapping[str, Any]) -> None:
+    """Raise InputError where FedAvg's key of a record or a weight is a name of vitguard's own."""
+    for which in ("weighted_by_key", "arrayrecord_key", "configrecord_key"):
+        refuse_reserved(which, [settings.get(which, "")])
+
+
+def refuse_reserved_settings(args: Sequence[Any], named: Mapping[str, Any]) -> None:
+    """Raise InputError where a run's settings for clients have a name of vitguard's own.
+
+    Each client would take it for the word of the strategy.
+
+    Args:
+        args, named: Of `Strategy.start`, after the grid and the arrays.
+    """
+    given = inspect.signature(Strategy.start).bind(None, None, None, *args, **named).arguments
+    for which in ("train_config", "evaluate_config"):
+        refuse_reserved(which, given.get(which) or ConfigRecord())
+
+
+def refuse_reserved(which: str, names: Iterable[str]) -> None:
+    """Raise InputError where one of the names is one of vitguard's own.
+
+    Args:
+        which: The setting that they are in.
+    """
+    for name in names:
+        if name == _RESERVED[0][:-1] or str(name).startswith(_RESERVED):
+            raise expected(
+                f"{which} of names of your own", f"{name!r:.80}, by which vitguard's strategy and "
+                "its clients speak to each other",
+                "Rename it: names that begin with vitguard- or vitguard. are taken.",
+            )  # fmt: skip
 
 
 def require_finite_start(weights: Mapping[str, Tensor]) -> None:
@@ -141,16 +180,20 @@ def evaluated(
 ) -> MetricRecord | None:
     """Return what the good replies of an evaluation say together, None where there is none.
 
-    A reply that is an error, or has no weight above 0, is left out with one line in the log.
+    A reply that is an error, has no weight above 0, or is a node's second, is left out with one
+    line in the log.
     """
-    good: list[MetricRecord] = []
+    by_node: dict[int, MetricRecord] = {}
     for reply in replies:
+        node = reply.metadata.src_node_id
         try:
-            good.append(_measured(reply, weighted_by))
+            if node in by_node:
+                raise Rejected("replay", "a second answer of the node")
+            by_node[node] = _measured(reply, weighted_by)
         except VitguardError as refusal:
-            node = reply.metadata.src_node_id
             said = in_one_line(refusal)
             log(WARNING, "Round %s: evaluation of node %s: %s", server_round, node, said)
+    good = list(by_node.values())
     return aggregate(with_common_names(server_round, good), weighted_by) if good else None
 
 

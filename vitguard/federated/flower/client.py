@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, replace
-from functools import wraps
+from dataclasses import asdict, replace
 from logging import ERROR, WARNING
-from typing import Literal, ParamSpec, TypeVar
 
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Error,
-    Message,
-    MessageType,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.common.serde import make_message
 from torch import Tensor
 
 from vitguard.core import Update
-from vitguard.defenses.base import Ledgered, UpdateDefense
-from vitguard.defenses.encryption import Decryptor, Encryptor
-from vitguard.defenses.gate import LeakGate
+from vitguard.defenses.base import Ledgered
+from vitguard.defenses.encryption import Decryptor
 from vitguard.defenses.sealing import require_finite
-from vitguard.errors import (
-    GateClosed,
-    Incompatible,
-    InputError,
-    Rejected,
-    Unprotected,
-    VitguardError,
-    expected,
-)
-from vitguard.federated.flower.changes import (
-    changes_of,
-    go_on,
-    local_of,
-    moved,
-    require_added,
-    spelled,
-    with_local,
+from vitguard.errors import GateClosed, InputError, Rejected, Unprotected, VitguardError, expected
+from vitguard.federated.flower.changes import changes_of, local_of, moved, spelled, with_local
+from vitguard.federated.flower.exchange import (
+    KEPT,
+    LOCAL,
+    Exchange,
+    attach,
+    current_exchange,
+    encryptor,
+    kept_locally,
 )
 from vitguard.federated.flower.keys import ClientKeys
 from vitguard.federated.flower.ledgers import LEDGER
@@ -67,154 +46,14 @@ from vitguard.federated.flower.records import (
 )
 from vitguard.federated.flower.snapshots import Snapshot, vouch
 from vitguard.federated.weights import images_behind
-from vitguard.guard import Guard
 from vitguard.rounds import Progress
 
 __all__ = ["ProtectMod", "attach", "encryptor"]
 
-# records of context.state
-_MODEL, _KEPT, _LOCAL = "vitguard.model", "vitguard.kept", "vitguard.local"
+_MODEL = "vitguard.model"  # record of context.state, beside those of exchange
 _EXAMPLES = "num-examples"
 _REFUSED = 201  # code of an Error reply, among those that Flower leaves to users
 App = Callable[[Message, Context], Message]
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-@dataclass
-class _Ledger:
-    """A client's privacy ledger as the server is told of it."""
-
-    name: str
-    releases: int
-
-
-@dataclass
-class _Exchange:
-    """One message on its way through the app."""
-
-    context: Context
-    keys: Callable[[Context], ClientKeys]
-    received: Mapping[str, Array] = field(default_factory=dict)
-    guards: list[Guard] = field(default_factory=list)
-    batch: tuple[Tensor, Tensor] | None = None  # behind the update, for a gate
-    reminder: ConfigRecord | None = None  # of the ledger, by the server
-    ledger: _Ledger | None = None
-    beside: dict[str, Array] = field(default_factory=dict)  # of the model, for the server to keep
-    own: InputError | None = None  # raised by a function of this module, which quotes no data
-
-
-_exchange: ContextVar[_Exchange | None] = ContextVar("vitguard_flower", default=None)
-
-
-def _now() -> _Exchange:
-    found = _exchange.get()
-    if found is None:
-        raise Unprotected(
-            "Expected a message in a ClientApp with ProtectMod, got none: nothing would be "
-            "protected. Make the app ClientApp(mods=[ProtectMod()]), first of all mods. Outside of "
-            "an app, as for make_keys, leave the encryptor out of the stack."
-        )
-    return found
-
-
-def _quoting_no_data(function: Callable[P, R]) -> Callable[P, R]:
-    """Let the server read what an error of a function says: it is of keys, states and names."""
-
-    @wraps(function)
-    def noting(*args: P.args, **settings: P.kwargs) -> R:
-        try:
-            return function(*args, **settings)
-        except InputError as error:
-            _now().own = error
-            raise
-
-    return noting
-
-
-@_quoting_no_data
-def attach(guard: Guard, *, batch: tuple[Tensor, Tensor] | None = None) -> Guard:
-    """Name the guard that seals this message's reply.
-
-    Its ledger goes on from the last message, and so do the schedules of its defenses and the
-    positions that it withholds.
-
-    Call it once in the train function, after `protect` and before training.
-
-    Args:
-        batch: Images (model input) and labels behind the update, which a `LeakGate` needs; they go
-            nowhere else.
-
-    Raises:
-        Unprotected: The app has no `ProtectMod`, or a guard was attached already; or the stack has
-            a gate and there is no batch.
-        InputError: A defense trains what the server does not share, or the ledger is another's.
-    """
-    exchange = _now()
-    if exchange.guards:
-        raise Unprotected("Expected one guard for a message, got a second. Attach it once.")
-    if batch is None and any(isinstance(d, LeakGate) for d in guard.defenses):
-        raise Unprotected(
-            "Expected the images behind the update for the gate, got none. Call attach(guard, "
-            "batch=(images, labels)), with all that the client trains on in this message."
-        )
-    for defense in guard.defenses:
-        if isinstance(defense, UpdateDefense) and defense.feeds_back():
-            raise Incompatible(
-                f"Expected {defense.name} without feedback, got it with: what it cuts from updates "
-                "is secret, and context.state is no place for it. Leave feedback out."
-            )
-    require_added(guard, exchange.received)
-    exchange.batch = batch
-    kept = exchange.context.state.config_records.get(_KEPT, ConfigRecord())
-    ledger = kept.get("guard")
-    if isinstance(ledger, bytes):
-        guard.load_state_bytes(ledger)
-    if any(isinstance(d, Ledgered) for d in guard.defenses):
-        exchange.ledger = _ledger(kept, exchange.reminder)
-    go_on(guard, _local(exchange))
-    guard.will_seal()
-    exchange.guards.append(guard)
-    return guard
-
-
-def _local(exchange: _Exchange) -> dict[str, Tensor]:
-    """Return what the client goes on from, as it was at the end of the last message."""
-    return from_arrays(exchange.context.state.array_records.get(_LOCAL, ArrayRecord()))
-
-
-def _ledger(kept: ConfigRecord, reminder: ConfigRecord | None) -> _Ledger:
-    """Return the client's ledger by name, and how many releases it has counted.
-
-    Raises:
-        Unprotected: The server was told of more.
-    """
-    name, releases = kept.get("ledger", secrets.token_hex(16)), kept.get("releases", 0)
-    if not isinstance(name, str) or not isinstance(releases, int):
-        raise expected("a ledger's name and releases in context.state", type(releases).__name__)
-    if reminder is not None:
-        told = reminder.get("releases")
-        if not (reminder.get("name") == name and isinstance(told, int) and told <= releases):
-            raise Unprotected(
-                f"Expected the privacy ledger that had counted {told} releases, got one of "
-                f"{releases}: context.state was lost or set back. Put the newest one back; "
-                "nothing is trained or sent until then."
-            )
-    return _Ledger(name, releases)
-
-
-@_quoting_no_data
-def encryptor(*, outliers: Literal["refuse", "clip"] = "refuse") -> Encryptor:
-    """Return the encryptor of the client that this message is for.
-
-    For `EncryptedGradients(encryptor=encryptor())` in the train function.
-
-    Args:
-        outliers: What becomes of values beyond their bound, as in `Encryptor`. The server is told
-            how many were clipped, and refuses more than its `max_clipped`.
-    """
-    exchange = _now()
-    return exchange.keys(exchange.context).encryptor(outliers=outliers)
 
 
 class ProtectMod:
@@ -246,13 +85,13 @@ class ProtectMod:
         self._keys, self._identity = keys, identity
 
     def __call__(self, message: Message, context: Context, call_next: App) -> Message:
-        outer = _exchange.get()
+        outer = current_exchange.get()
         if outer is not None and outer.context is context:  # a federation inside is another's
             raise Unprotected(
                 "Expected ProtectMod once for a message, got it twice. Leave one out."
             )
-        exchange = _Exchange(context, self._keys)
-        token = _exchange.set(exchange)
+        exchange = Exchange(context, self._keys)
+        token = current_exchange.set(exchange)
         try:
             with masking(message, context, self._identity) as answer:
                 return answer or _exchanged(message, exchange, call_next)
@@ -267,10 +106,10 @@ class ProtectMod:
                 log(ERROR, "The app raised an exception; no text of it is sent", exc_info=error)
             return Message(Error(_REFUSED, type(error).__name__ + said), reply_to=message)
         finally:
-            _exchange.reset(token)
+            current_exchange.reset(token)
 
 
-def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message:
+def _exchanged(message: Message, exchange: Exchange, call_next: App) -> Message:
     training = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
     if not training and not message.content.array_records:  # such as a query
         return _without_arrays(_answer(call_next, message, exchange))
@@ -278,7 +117,8 @@ def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message
     before, settings = _opened(message, received, exchange)
     plain = settings is None or asked_now() is not None  # then they are as they came
     given = received if plain else to_arrays(before)
-    if local := with_local(before, _local(exchange)):  # of these the server knows the beginning
+    # of these the server knows the beginning
+    if local := with_local(before, kept_locally(exchange)):
         given = ArrayRecord({**given, **to_arrays(local)})
     content = RecordDict({**message.content, name: given})
     exchange.reminder = content.config_records.get(LEDGER)
@@ -298,7 +138,7 @@ def _exchanged(message: Message, exchange: _Exchange, call_next: App) -> Message
     return _sealed(reply, message, before, settings, exchange)
 
 
-def _answer(call_next: App, message: Message, exchange: _Exchange) -> Message:
+def _answer(call_next: App, message: Message, exchange: Exchange) -> Message:
     """Return the app's reply. What it was given wrongly may be its data: labels, names of files."""
     try:
         return call_next(message, exchange.context)
@@ -323,7 +163,7 @@ def _without_arrays(reply: Message) -> Message:
 
 
 def _opened(
-    message: Message, received: ArrayRecord, exchange: _Exchange
+    message: Message, received: ArrayRecord, exchange: Exchange
 ) -> tuple[dict[str, Tensor], Progress | None]:
     """Return the weights that a message stands for, and the round it asks for where it is secret.
 
@@ -344,7 +184,7 @@ def _opened(
     progress = Progress()
     if _MODEL in state.array_records:
         weights = from_arrays(state.array_records[_MODEL])
-        kept = state.config_records.get(_KEPT, ConfigRecord())
+        kept = state.config_records.get(KEPT, ConfigRecord())
         progress = Progress.from_json(str(kept.get("progress", "")))
     if history.start and progress.opened < 0:  # perhaps of a run that begins again
         weights = dict(history.start)
@@ -389,7 +229,7 @@ def _sealed(
     message: Message,
     before: Mapping[str, Tensor],
     asked: Progress | None,
-    exchange: _Exchange,
+    exchange: Exchange,
 ) -> Message:
     """Return the reply with the sealed difference in place of the weights."""
     guard = exchange.guards[0]
@@ -413,7 +253,7 @@ def _sealed(
         if exchange.ledger is not None:
             exchange.ledger.releases += 1
             _keep(exchange, ledger=exchange.ledger.name, releases=exchange.ledger.releases)
-        exchange.context.state[_LOCAL] = to_arrays(local_of(guard))
+        exchange.context.state[LOCAL] = to_arrays(local_of(guard))
     if spent := [d.name for d in guard.defenses if isinstance(d, Ledgered)]:
         metrics["epsilon"] = max(float(guard.privacy_spent(n).epsilon) for n in spent)
     arrays = _leaving(sealed, before, spelling, secret=asked is not None)
@@ -465,9 +305,9 @@ def _leaving(
     return ArrayRecord({SEALED: sealed_array(payload), **to_arrays(plain)})
 
 
-def _keep(exchange: _Exchange, **values: str | bytes | int) -> None:
+def _keep(exchange: Exchange, **values: str | bytes | int) -> None:
     state = exchange.context.state
-    state[_KEPT] = ConfigRecord({**state.config_records.get(_KEPT, {}), **values})
+    state[KEPT] = ConfigRecord({**state.config_records.get(KEPT, {}), **values})
 
 
 def _only(records: Mapping, what: str) -> tuple:

@@ -87,9 +87,10 @@ class MaskedRound:
                 if node not in asked:
                     raise Rejected("client", "values of a node that was not asked")
                 self._add_values(reply, asked[node])
+                self._took(node)
                 self.names[node] = asked[node]
             except VitguardError as refusal:
-                self._refuse(node, in_one_line(refusal))
+                self._refuse(node, in_one_line(refusal), answered=node in self.names)
             del reply  # its values go before the next ones come
         self._note_silent(VALUES, asked)
 
@@ -142,9 +143,10 @@ class MaskedRound:
                 if node not in bodies:
                     raise Rejected("client", "an answer of a node that was not asked")
                 take(node, _body(reply))
+                self._took(node)
                 answered.add(node)
             except VitguardError as refusal:
-                self._refuse(node, in_one_line(refusal))
+                self._refuse(node, in_one_line(refusal), answered=node in answered)
         self.names = {node: name for node, name in self.names.items() if node in answered}
         self._note_silent(phase, bodies)
 
@@ -160,8 +162,14 @@ class MaskedRound:
             if node not in self.names and node not in self.refused:
                 self._refuse(node, f"no answer in the phase of {phase}")
 
-    def _refuse(self, node: int, reason: str) -> None:
-        self.refused.setdefault(node, reason)
+    def _took(self, node: int) -> None:
+        """Forget what else came from a node whose answer in this phase was taken."""
+        self.refused.pop(node, None)  # those refused in an earlier phase are not asked
+
+    def _refuse(self, node: int, reason: str, *, answered: bool = False) -> None:
+        """Note why a node is left out; of one that has answered, such as twice, log it alone."""
+        if not answered:
+            self.refused.setdefault(node, reason)
         log(WARNING, "Round %s: node %s: %s", self.said[ROUND], node, reason)
 
 

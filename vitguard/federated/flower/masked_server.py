@@ -18,6 +18,9 @@ from vitguard.federated.flower.adding import (
     aggregate_metrics,
     evaluated,
     refuse_other_strategies,
+    refuse_reserved,
+    refuse_reserved_keys,
+    refuse_reserved_settings,
     require_finite_start,
     require_tensors,
     warn_of_coarse,
@@ -100,6 +103,7 @@ class MaskedFedAvg(FedAvg):
             raise expected("first_round, a whole number of at least 0", repr(first_round)[:80])
         if not isinstance(wrapped, bool):
             raise expected("wrapped, True or False", repr(wrapped)[:80])
+        refuse_reserved_keys(settings)
         least = federation.terms.threshold
         for name in ("min_train_nodes", "min_available_nodes"):
             settings.setdefault(name, least)
@@ -118,8 +122,10 @@ class MaskedFedAvg(FedAvg):
         """Run the rounds, as every strategy does.
 
         Raises:
-            InputError: The model lacks a tensor of the manifest, or has it in another shape.
+            InputError: The model lacks a tensor of the manifest, or has it in another shape; or a
+                setting has a name of vitguard's own.
         """
+        refuse_reserved_settings(args, named)
         require_tensors(self._federation.terms.manifest, initial_arrays)
         require_finite_start(from_arrays(initial_arrays))
         grid, self.ledgers = without_ledgers(grid, self.ledgers)
@@ -144,6 +150,7 @@ class MaskedFedAvg(FedAvg):
                 "the masks; a strategy that reads none (DifferentialPrivacyClientSide...) works "
                 "with wrapped=True."
             )
+        refuse_reserved("train_config", config)  # where another strategy was started
         self._now = None
         refused = self.refused[server_round] = {}
         messages = list(super().configure_train(server_round, arrays, config, grid))

@@ -20,6 +20,8 @@ from vitguard.federated.flower.adding import (
     aggregate_metrics,
     evaluated,
     refuse_other_strategies,
+    refuse_reserved_keys,
+    refuse_reserved_settings,
     require_finite_start,
     require_tensors,
     warn_of_coarse,
@@ -52,7 +54,8 @@ class EncryptedFedAvg(FedAvg):
     """Federated averaging of sealed updates; each reply is taken or refused by itself.
 
     Guarantees:
-        A reply that is refused leaves the sum as it was; `refused` says why, for each node.
+        A reply that is refused leaves the sum as it was; `refused` says why, for each node that is
+        not in the sum.
         Fewer than `min_clients` good replies leave the model as it was, with one clear line.
         A node gets the sums that it lacks, or the model that a client sealed and the sums since.
         Replies are added as they arrive and never kept, and no more than `catch_up` sums are, as
@@ -104,6 +107,7 @@ class EncryptedFedAvg(FedAvg):
             )
         if type(catch_up) is not int or catch_up < 1:
             raise expected("catch_up, a whole number of sums, at least 1", repr(catch_up)[:80])
+        refuse_reserved_keys(settings)
         if settings.get("train_metrics_aggr_fn") is None:
             settings["train_metrics_aggr_fn"] = aggregate_metrics
         for name in ("min_train_nodes", "min_available_nodes"):
@@ -125,6 +129,7 @@ class EncryptedFedAvg(FedAvg):
             raise Incompatible(
                 "Expected evaluation by clients, got evaluate_fn: the server cannot read the model."
             )
+        refuse_reserved_settings(args, named)
         history = History.of(initial_arrays)
         if not (history.steps or history.snapshot):  # no client has opened anything of it
             history = replace(history, run=drawn_name())
@@ -227,7 +232,7 @@ class EncryptedFedAvg(FedAvg):
         names = keys.manifest.names
         sealed = {*names, *spelled(self._history.start, names).values()}
         plain = PlainSum(self._history.start, sealed)
-        good: list[MetricRecord] = []
+        good: dict[int, MetricRecord] = {}
         models = Vouched(number - 1, self._history.version())
         refused = self.refused[server_round] = {}
         for reply in replies:
@@ -235,12 +240,14 @@ class EncryptedFedAvg(FedAvg):
             try:
                 self._add(reply, total, plain, models)
             except VitguardError as refusal:
-                refused[node] = said = in_one_line(refusal)  # the exception itself holds the reply
-                self._known.pop(node, None)  # whatever it has: it gets everything
+                said = in_one_line(refusal)  # the exception itself holds the reply
                 log(WARNING, "Round %s: node %s refused: %s", server_round, node, said)
+                if node not in good:  # else it was another answer of a node that counts
+                    refused[node] = said
+                    self._known.pop(node, None)  # whatever it has: it gets everything
             else:
-                (metrics,) = reply.content.metric_records.values()
-                good.append(metrics)
+                (good[node],) = reply.content.metric_records.values()
+                refused.pop(node, None)  # of an old answer that came before this one
                 self._known[node] = number - 1
             del reply  # its ciphertext goes before the next one comes
         try:
@@ -255,7 +262,7 @@ class EncryptedFedAvg(FedAvg):
         step = Step(number, summed, plain.mean(weight))
         self._history = self._history.after(step, models.agreed())
         return self._history.record(), self.train_metrics_aggr_fn(
-            with_common_names(server_round, good), self.weighted_by_key
+            with_common_names(server_round, list(good.values())), self.weighted_by_key
         )
 
     def _add(self, message: Message, total: Aggregator, plain: PlainSum, models: Vouched) -> None:
