@@ -116,16 +116,16 @@ class InstalledInspection(Installed):
         self.recorder.drop()
 
     def verify(self, model: nn.Module) -> None:
-        """Look at the weights where that is due.
+        """Look at the weights where a round begins; each pass looks whether others came since.
 
         Raises:
             SuspiciousWeights: They have signs of a craft.
             Unprotected: They cannot be inspected.
         """
-        if not self._acts():
-            return
-        if self.found is not None and not self.left and not self._replaced(model):
-            return
+        if self._acts() and (self.found is None or self.left):
+            self._inspect(model)
+
+    def _inspect(self, model: nn.Module) -> None:
         self.begin()
         found, traces = _or_refuse(lambda: self._look(model))
         if found.suspicious:
@@ -144,11 +144,9 @@ class InstalledInspection(Installed):
     def passing(self, model: nn.Module) -> None:
         """A pass with a gradient begins: it is read where it is the first one of a round."""
         watch_steps(self, model)  # a copy came without
-        before = self.found
-        self.verify(model)
-        if self.found is not before:
-            return
-        if self.recorder.finished:
+        if self.found is None or self.left or self._replaced(model):
+            self._inspect(model)
+        elif self.recorder.finished:
             self.recorder.armed = False
         elif self.recorder.overflowed:
             self.recorder.arm()
@@ -177,17 +175,25 @@ class InstalledInspection(Installed):
         return False
 
     def _summaries(self, model: nn.Module) -> tuple[list[str], Tensor]:
-        """Return each row of each weight added up with random signs: a write of others shows."""
+        """Return each row of each weight added up with random signs: a write of others shows.
+
+        Vectors, such as biases, as they are.
+        """
         weights, found = weights_of(model), []
         with torch.no_grad():
             for weight in weights.values():
-                rows = weight.float().flatten(1 if weight.dim() > 1 else 0)
-                size = rows.shape[-1]
-                if size not in self.signs:
-                    drawn = torch.randint(0, 2, (size,), generator=fresh_generator())
-                    self.signs[size] = drawn.float() * 2 - 1
-                found.append((rows @ self.signs[size].to(rows.device)).reshape(-1).cpu())
+                rows = weight.float()
+                if rows.dim() > 1:
+                    rows = rows.flatten(1)
+                    rows = rows @ self._signs_for(rows.shape[1]).to(rows.device)
+                found.append(rows.reshape(-1).cpu())
         return list(weights), torch.cat(found).double()
+
+    def _signs_for(self, size: int) -> Tensor:
+        if size not in self.signs:
+            drawn = torch.randint(0, 2, (size,), generator=fresh_generator())
+            self.signs[size] = drawn.float() * 2 - 1
+        return self.signs[size]
 
     def releasing(self, model: nn.Module) -> None:
         """Judge what the first pass showed.

@@ -12,9 +12,9 @@ from vitguard.core import Loss, tensors_by_name
 from vitguard.errors import Incompatible, expected
 from vitguard.inspection.memory import Memory, Traces
 from vitguard.inspection.recorder import Recorder
-from vitguard.inspection.rows import fresh_generator
+from vitguard.inspection.rows import finite, fresh_generator
 from vitguard.inspection.signs import largest
-from vitguard.inspection.structure import finite, structure_signs
+from vitguard.inspection.structure import structure_signs
 from vitguard.inspection.verdict import Inspection, Sign
 from vitguard.vit import Anatomy, canonical_name, logits_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitguard.inspection.rows import fresh_generator
+from vitguard.inspection.rows import finite, fresh_generator
 from vitguard.inspection.shares import gram_of_samples, separation, token_shares
 from vitguard.inspection.signs import largest
 from vitguard.inspection.verdict import Sign
@@ -102,7 +102,7 @@ class Recorder:
                 if len(flat) > _TOKENS:
                     some = flat[torch.randint(len(flat), (_TOKENS,), generator=fresh_generator())]
                 self.numbers[name]["steep units"] = float((some.abs() > _STEEP).float().mean())
-                self.numbers[name]["silent units"] = float((flat.amax(0) < -_STEEP).float().mean())
+                self.numbers[name]["silent units"] = _silent(flat, some) / max(flat.shape[1], 1)
         output.register_hook(_Gradient(self, name, kept, head))
 
     def backward(self, name: str, inputs: Tensor, gradient: Tensor, head: bool) -> None:
@@ -112,7 +112,7 @@ class Recorder:
             gradient = gradient.detach()
             # added up over the tokens: what is not finite stays so
             bias = gradient.float().sum(1) if gradient.dim() == 3 else gradient.float()
-            if not bool(bias.isfinite().all()):
+            if not finite(bias):
                 self.overflowed = True
                 numbers["not finite"] = 1.0
                 return
@@ -131,7 +131,15 @@ class Recorder:
                 numbers["lone token"] = float(shares.rows.max())
                 numbers["lone tokens"] = float((shares.rows > 0.5).float().mean())
             if len(shares.pairs):
-                numbers["lone token in pairs"] = float((shares.pairs > 0.5).float().mean())
+                numbers["lone token in pairs"] = float(shares.pairs.float().mean())
+
+
+def _silent(tokens: Tensor, some: Tensor) -> int:
+    """Return how many units no token sets off; `some` of the tokens set off most of the others."""
+    quiet = (some.amax(0) < -_STEEP).nonzero()[:, 0]
+    if not len(quiet) or some is tokens:
+        return len(quiet)
+    return int((tokens.index_select(1, quiet).amax(0) < -_STEEP).sum())
 
 
 def gated_layers(model: nn.Module, anatomy: Anatomy) -> list[str]:
