@@ -17,10 +17,14 @@ from vitguard.inspection import Inspection, Memory, Recorder, inspect_weights, w
 from vitguard.inspection.look import buffer_signs, require_blocks
 from vitguard.inspection.memory import Traces
 from vitguard.inspection.recorder import gated_layers
-from vitguard.inspection.rows import fresh_generator
+from vitguard.inspection.rows import finite, fresh_generator
 from vitguard.vit import Anatomy
 
 __all__ = ["InspectWeights"]
+
+Noted = tuple[list[str], Tensor]
+"""Names of weights, and a summary of their values."""
+Looked = tuple[Inspection, Traces, Noted]
 
 _ROUNDING = 1e-6
 _STEP = 0.5
@@ -90,7 +94,7 @@ class InstalledInspection(Installed):
         self.traces: Traces = {}
         self.signs: dict[int, Tensor] = {}
         """Random signs by number of columns."""
-        self.noted: tuple[list[str], Tensor] = [], torch.zeros(0)
+        self.noted: Noted = [], torch.zeros(0)
         """The weights as they were last seen here: what is otherwise arrived, or was trained."""
         self.stepping = False
         """Whether an optimizer has stepped the model since."""
@@ -127,7 +131,7 @@ class InstalledInspection(Installed):
 
     def _inspect(self, model: nn.Module) -> None:
         self.begin()
-        found, traces = _or_refuse(lambda: self._look(model))
+        found, traces, noted = _or_refuse(lambda: self._look(model))
         if found.suspicious:
             raise SuspiciousWeights(
                 f"Expected weights without signs of a craft, got {found.reason}. Nothing was "
@@ -135,7 +139,7 @@ class InstalledInspection(Installed):
                 found,
             )
         self.found, self.traces = found, traces
-        self.noted, self.stepping = self._summaries(model), False
+        self.noted, self.stepping = noted, False
         self.recorder.arm()
 
     def intact(self, model: nn.Module) -> None:
@@ -174,7 +178,7 @@ class InstalledInspection(Installed):
         self.noted, self.stepping = now, False
         return False
 
-    def _summaries(self, model: nn.Module) -> tuple[list[str], Tensor]:
+    def _summaries(self, model: nn.Module) -> Noted:
         """Return each row of each weight added up with random signs: a write of others shows.
 
         Vectors, such as biases, as they are.
@@ -230,11 +234,15 @@ class InstalledInspection(Installed):
             memory_of(model).accept(self.traces)
         self.left = True
 
-    def _look(self, model: nn.Module) -> tuple[Inspection, Traces]:
-        weights, memory = weights_of(model), memory_of(model)
-        traces, limit = memory.traces(weights, self.anatomy), self.settings.limit
-        found = inspect_weights(weights, self.anatomy, memory, limit=limit, traces=traces)
-        return found.and_also(*buffer_signs(model)), traces
+    def _look(self, model: nn.Module) -> Looked:
+        weights, memory, noted = weights_of(model), memory_of(model), self._summaries(model)
+        found = inspect_weights(
+            weights, self.anatomy, memory,
+            limit=self.settings.limit,
+            traces=(traces := memory.traces(weights, self.anatomy)),
+            numbers=finite(noted[1]),  # what is none stays so in a sum
+        )  # fmt: skip
+        return found.and_also(*buffer_signs(model)), traces, noted
 
 
 def memory_of(model: nn.Module) -> Memory:
@@ -242,7 +250,7 @@ def memory_of(model: nn.Module) -> Memory:
     return model.get_submodule("vitguard").memory  # type: ignore[return-value]
 
 
-def _or_refuse(look: Callable[[], tuple[Inspection, Traces]]) -> tuple[Inspection, Traces]:
+def _or_refuse(look: Callable[[], Looked]) -> Looked:
     try:
         return look()
     except VitguardError:

@@ -97,17 +97,19 @@ def inspect_weights(
     *,
     limit: float = 1.0,
     traces: Traces | None = None,
+    numbers: bool = False,
 ) -> Inspection:
     """Look at weights alone: their structure, and how far they are from the last accepted ones.
 
     Args:
         traces: What `memory` makes of these weights, where that is known.
+        numbers: Whether it is known that all their values are numbers.
 
     Raises:
         Incompatible: The model's blocks are not known.
     """
     require_blocks(anatomy)
-    signs = structure_signs(weights, anatomy, fresh_generator())
+    signs = structure_signs(weights, anatomy, fresh_generator(), numbers)
     found = Inspection(tuple(signs), limit=limit)
     if found.suspicious and "not finite" in {s.name for s in found.worst}:
         return found

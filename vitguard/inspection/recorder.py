@@ -100,8 +100,10 @@ class Recorder:
                 flat = output.reshape(-1, output.shape[-1])
                 some = flat
                 if len(flat) > _TOKENS:
-                    some = flat[torch.randint(len(flat), (_TOKENS,), generator=fresh_generator())]
-                self.numbers[name]["steep units"] = float((some.abs() > _STEEP).float().mean())
+                    drawn = torch.randint(len(flat), (_TOKENS,), generator=fresh_generator())
+                    some = flat.index_select(0, drawn.to(flat.device))
+                steep = int((some.abs() > _STEEP).sum())
+                self.numbers[name]["steep units"] = steep / max(some.numel(), 1)
                 self.numbers[name]["silent units"] = _silent(flat, some) / max(flat.shape[1], 1)
         output.register_hook(_Gradient(self, name, kept, head))
 
@@ -121,17 +123,17 @@ class Recorder:
                     numbers["lone sample"] = separation(gram_of_samples(inputs, gradient))
                 return
             self.came = True
-            numbers["lone sample"] = separation(gram_of_samples(bias.new_ones(len(bias), 1), bias))
+            numbers["lone sample"] = separation(gram_of_samples(None, bias))
             patches = inputs.shape[0] * (inputs.shape[1] - self.prefix)
             if patches < _FEWEST:  # one stands out in honest gradients as well
                 self.few = patches
                 return
             shares = token_shares(inputs, gradient, self.prefix, fresh_generator())
-            if len(shares.rows):
-                numbers["lone token"] = float(shares.rows.max())
-                numbers["lone tokens"] = float((shares.rows > 0.5).float().mean())
+            if rows := shares.rows.tolist():
+                numbers["lone token"] = max(rows)
+                numbers["lone tokens"] = sum(share > 0.5 for share in rows) / len(rows)
             if len(shares.pairs):
-                numbers["lone token in pairs"] = float(shares.pairs.float().mean())
+                numbers["lone token in pairs"] = int(shares.pairs.sum()) / len(shares.pairs)
 
 
 def _silent(tokens: Tensor, some: Tensor) -> int:

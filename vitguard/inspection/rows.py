@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 
 import torch
@@ -31,7 +32,7 @@ def fresh_generator() -> torch.Generator:
 
 def finite(tensor: Tensor) -> bool:
     """Whether all values are numbers: a sum hands on what is not, and may be too large itself."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def nearest(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -57,10 +57,10 @@ def token_shares(
         return Shares(outputs.new_zeros(0), live.new_zeros(0, dtype=torch.bool))
     pairs = live[torch.stack(nearest(short[live], generator))]
     both = outputs.index_select(1, pairs.view(-1))
-    short = short[pairs] / (sizes.square() @ both.square()).sqrt().view(*pairs.shape, 1)
-    one = both[:, : pairs.shape[1]].abs_()
+    one = both[:, : pairs.shape[1]].abs()
     whole = (sizes @ one).clamp_min(1e-30)
     rows = one.mul_(patches[:, None]).amax(0) / whole
+    short = short[pairs] / (sizes.square() @ both.square_()).sqrt().view(*pairs.shape, 1)
     # a difference that is rounding, and more than the sketch is wrong by
     least = 2 * _ROUNDING * len(sizes) ** 0.5
     maybe = _one_sum_rules(short, least).nonzero()[:, 0]
@@ -134,15 +134,19 @@ def _lengths(columns: Tensor) -> Tensor:
     )  # `norm` over the first dimension takes four times as long
 
 
-def gram_of_samples(inputs: Tensor, outputs: Tensor) -> Tensor:
+def gram_of_samples(inputs: Tensor | None, outputs: Tensor) -> Tensor:
     """Return the products of the samples' own gradients, (batch, batch), of a layer on one token.
 
     Args:
-        inputs: Shape (batch, columns); ones for a bias.
+        inputs: Shape (batch, columns); None for a bias.
         outputs: Gradient at the output, shape (batch, rows).
     """
-    inputs, outputs = inputs.double(), outputs.double()
-    return (inputs @ inputs.T) * (outputs @ outputs.T)
+    outputs = outputs.double()
+    gram = outputs @ outputs.T
+    if inputs is None:
+        return gram
+    inputs = inputs.double()
+    return gram.mul_(inputs @ inputs.T)
 
 
 def separation(gram: Tensor) -> float:
@@ -156,7 +160,9 @@ def separation(gram: Tensor) -> float:
         gram: Products of the samples' gradients, shape (batch, batch).
     """
     own = gram.diagonal().clamp_min(0)
-    if len(own) < 2 or not bool(own.any()):
+    largest = own.max().item() if len(own) > 1 else 0.0
+    if not largest:
         return 0.0
-    others = gram.sum() - 2 * gram.sum(1) + own
-    return float((own / others.clamp_min(1e-18 * own.max())).max().sqrt())
+    sums = gram.sum(1)
+    others = sums.sum() - 2 * sums + own
+    return (own / others.clamp_min(1e-18 * largest)).max().item() ** 0.5

@@ -20,7 +20,10 @@ _LEAST = 1e-6  # what is shorter counts as so long: a muted branch is no infinit
 
 
 def structure_signs(
-    weights: Mapping[str, Tensor], anatomy: Anatomy, generator: torch.Generator
+    weights: Mapping[str, Tensor],
+    anatomy: Anatomy,
+    generator: torch.Generator,
+    numbers: bool = False,
 ) -> list[Sign]:
     """Return the signs of the weights by themselves.
 
@@ -28,9 +31,10 @@ def structure_signs(
         weights: Tensors by the base model's name.
         anatomy: Which name has which role.
         generator: Draws the projection in which parallel rows are looked for.
+        numbers: Whether it is known that all values are numbers.
     """
     weights = {n: t.detach() for n, t in weights.items() if t.is_floating_point()}
-    broken = [(n, float(not finite(t))) for n, t in weights.items()]
+    broken = [(n, float(not (numbers or finite(t)))) for n, t in weights.items()]
     signs = largest("not finite", broken)
     if signs and signs[0].value:
         return signs  # nothing else can be computed
