@@ -128,27 +128,33 @@ def crafts(out: Path, only: str) -> None:
             print(kind, flush=True)
 
 
-def cost(repeats: int = 5) -> None:
-    """Print processor time of a plain step and of an inspected one, interleaved."""
+def cost() -> None:
+    """Print processor time of a plain step and of an inspected one, in turns.
+
+    What one costs more is the median of the ratios of neighbouring steps: on a shared machine the
+    speed changes between steps, and hardly between neighbours. The ratio of the medians is beside.
+    """
     sizes = [
-        ("vit_tiny_patch16_224", 224, 16), ("vit_small_patch16_224", 224, 8),
-        ("vit_base_patch16_224", 224, 4), ("CIFAR ViT", 32, 64),
+        ("CIFAR ViT", 32, 64, 24), ("vit_tiny_patch16_224", 224, 16, 12),
+        ("vit_small_patch16_224", 224, 8, 12), ("vit_base_patch16_224", 224, 4, 8),
     ]  # fmt: skip
-    for name, size, batch in sizes:
+    for name, size, batch, steps in sizes:
         make = (lambda n=name: timm.create_model(n, num_classes=10)) if size > 32 else tiny_cifar
         guards = [vg.protect(make().train(), s) for s in ([], [vg.InspectWeights()])]
         images, labels = torch.randn(batch, 3, size, size), torch.arange(batch) % 10
         times: list[list[float]] = [[], []]
-        for repeat in range(repeats):
-            for i in (0, 1) if repeat % 2 else (1, 0):
+        for step in range(steps + 1):
+            for i in (0, 1) if step % 2 else (1, 0):
                 start = time.process_time()
                 guards[i].update(images, labels)
                 times[i].append(time.process_time() - start)
-        plain, inspected = (statistics.median(t[1:]) for t in times)
-        least = min(times[1][1:]) / min(times[0][1:]) - 1
+        plain, inspected = (t[1:] for t in times)  # the first one warms up
+        medians = statistics.median(inspected) / statistics.median(plain) - 1
+        ratios = sorted(b / a - 1 for a, b in zip(plain, inspected, strict=True))
         print(
-            f"{name}, batch of {batch}: {plain:.2f} s and {inspected:.2f} s with inspection, "
-            f"{inspected / plain - 1:+.1%} (of the fastest {least:+.1%})",
+            f"{name}, batch of {batch}, {steps} steps of {statistics.median(plain):.3f} s: "
+            f"{statistics.median(ratios):+.1%} (quartiles {ratios[steps // 4]:+.1%} and "
+            f"{ratios[-1 - steps // 4]:+.1%}; of the medians {medians:+.1%})",
             flush=True,
         )
 

@@ -17,10 +17,14 @@ from vitguard.inspection import Inspection, Memory, Recorder, inspect_weights, w
 from vitguard.inspection.look import buffer_signs, require_blocks
 from vitguard.inspection.memory import Traces
 from vitguard.inspection.recorder import gated_layers
-from vitguard.inspection.rows import fresh_generator
+from vitguard.inspection.rows import finite, fresh_generator
 from vitguard.vit import Anatomy
 
 __all__ = ["InspectWeights"]
+
+Noted = tuple[list[str], Tensor]
+"""Names of weights, and a summary of their values."""
+Looked = tuple[Inspection, Traces, Noted]
 
 _ROUNDING = 1e-6
 _STEP = 0.5
@@ -90,7 +94,7 @@ class InstalledInspection(Installed):
         self.traces: Traces = {}
         self.signs: dict[int, Tensor] = {}
         """Random signs by number of columns."""
-        self.noted: tuple[list[str], Tensor] = [], torch.zeros(0)
+        self.noted: Noted = [], torch.zeros(0)
         """The weights as they were last seen here: what is otherwise arrived, or was trained."""
         self.stepping = False
         """Whether an optimizer has stepped the model since."""
@@ -116,18 +120,18 @@ class InstalledInspection(Installed):
         self.recorder.drop()
 
     def verify(self, model: nn.Module) -> None:
-        """Look at the weights where that is due.
+        """Look at the weights where a round begins; each pass looks whether others came since.
 
         Raises:
             SuspiciousWeights: They have signs of a craft.
             Unprotected: They cannot be inspected.
         """
-        if not self._acts():
-            return
-        if self.found is not None and not self.left and not self._replaced(model):
-            return
+        if self._acts() and (self.found is None or self.left):
+            self._inspect(model)
+
+    def _inspect(self, model: nn.Module) -> None:
         self.begin()
-        found, traces = _or_refuse(lambda: self._look(model))
+        found, traces, noted = _or_refuse(lambda: self._look(model))
         if found.suspicious:
             raise SuspiciousWeights(
                 f"Expected weights without signs of a craft, got {found.reason}. Nothing was "
@@ -135,7 +139,7 @@ class InstalledInspection(Installed):
                 found,
             )
         self.found, self.traces = found, traces
-        self.noted, self.stepping = self._summaries(model), False
+        self.noted, self.stepping = noted, False
         self.recorder.arm()
 
     def intact(self, model: nn.Module) -> None:
@@ -144,11 +148,9 @@ class InstalledInspection(Installed):
     def passing(self, model: nn.Module) -> None:
         """A pass with a gradient begins: it is read where it is the first one of a round."""
         watch_steps(self, model)  # a copy came without
-        before = self.found
-        self.verify(model)
-        if self.found is not before:
-            return
-        if self.recorder.finished:
+        if self.found is None or self.left or self._replaced(model):
+            self._inspect(model)
+        elif self.recorder.finished:
             self.recorder.armed = False
         elif self.recorder.overflowed:
             self.recorder.arm()
@@ -176,18 +178,26 @@ class InstalledInspection(Installed):
         self.noted, self.stepping = now, False
         return False
 
-    def _summaries(self, model: nn.Module) -> tuple[list[str], Tensor]:
-        """Return each row of each weight added up with random signs: a write of others shows."""
+    def _summaries(self, model: nn.Module) -> Noted:
+        """Return each row of each weight added up with random signs: a write of others shows.
+
+        Vectors, such as biases, as they are.
+        """
         weights, found = weights_of(model), []
         with torch.no_grad():
             for weight in weights.values():
-                rows = weight.float().flatten(1 if weight.dim() > 1 else 0)
-                size = rows.shape[-1]
-                if size not in self.signs:
-                    drawn = torch.randint(0, 2, (size,), generator=fresh_generator())
-                    self.signs[size] = drawn.float() * 2 - 1
-                found.append((rows @ self.signs[size].to(rows.device)).reshape(-1).cpu())
+                rows = weight.float()
+                if rows.dim() > 1:
+                    rows = rows.flatten(1)
+                    rows = rows @ self._signs_for(rows.shape[1]).to(rows.device)
+                found.append(rows.reshape(-1).cpu())
         return list(weights), torch.cat(found).double()
+
+    def _signs_for(self, size: int) -> Tensor:
+        if size not in self.signs:
+            drawn = torch.randint(0, 2, (size,), generator=fresh_generator())
+            self.signs[size] = drawn.float() * 2 - 1
+        return self.signs[size]
 
     def releasing(self, model: nn.Module) -> None:
         """Judge what the first pass showed.
@@ -224,11 +234,15 @@ class InstalledInspection(Installed):
             memory_of(model).accept(self.traces)
         self.left = True
 
-    def _look(self, model: nn.Module) -> tuple[Inspection, Traces]:
-        weights, memory = weights_of(model), memory_of(model)
-        traces, limit = memory.traces(weights, self.anatomy), self.settings.limit
-        found = inspect_weights(weights, self.anatomy, memory, limit=limit, traces=traces)
-        return found.and_also(*buffer_signs(model)), traces
+    def _look(self, model: nn.Module) -> Looked:
+        weights, memory, noted = weights_of(model), memory_of(model), self._summaries(model)
+        found = inspect_weights(
+            weights, self.anatomy, memory,
+            limit=self.settings.limit,
+            traces=(traces := memory.traces(weights, self.anatomy)),
+            numbers=finite(noted[1]),  # what is none stays so in a sum
+        )  # fmt: skip
+        return found.and_also(*buffer_signs(model)), traces, noted
 
 
 def memory_of(model: nn.Module) -> Memory:
@@ -236,7 +250,7 @@ def memory_of(model: nn.Module) -> Memory:
     return model.get_submodule("vitguard").memory  # type: ignore[return-value]
 
 
-def _or_refuse(look: Callable[[], tuple[Inspection, Traces]]) -> tuple[Inspection, Traces]:
+def _or_refuse(look: Callable[[], Looked]) -> Looked:
     try:
         return look()
     except VitguardError:

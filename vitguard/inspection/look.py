@@ -12,9 +12,9 @@ from vitguard.core import Loss, tensors_by_name
 from vitguard.errors import Incompatible, expected
 from vitguard.inspection.memory import Memory, Traces
 from vitguard.inspection.recorder import Recorder
-from vitguard.inspection.rows import fresh_generator
+from vitguard.inspection.rows import finite, fresh_generator
 from vitguard.inspection.signs import largest
-from vitguard.inspection.structure import finite, structure_signs
+from vitguard.inspection.structure import structure_signs
 from vitguard.inspection.verdict import Inspection, Sign
 from vitguard.vit import Anatomy, canonical_name, logits_of
 
@@ -97,17 +97,19 @@ def inspect_weights(
     *,
     limit: float = 1.0,
     traces: Traces | None = None,
+    numbers: bool = False,
 ) -> Inspection:
     """Look at weights alone: their structure, and how far they are from the last accepted ones.
 
     Args:
         traces: What `memory` makes of these weights, where that is known.
+        numbers: Whether it is known that all their values are numbers.
 
     Raises:
         Incompatible: The model's blocks are not known.
     """
     require_blocks(anatomy)
-    signs = structure_signs(weights, anatomy, fresh_generator())
+    signs = structure_signs(weights, anatomy, fresh_generator(), numbers)
     found = Inspection(tuple(signs), limit=limit)
     if found.suspicious and "not finite" in {s.name for s in found.worst}:
         return found

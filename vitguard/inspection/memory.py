@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 from collections.abc import Mapping
@@ -46,9 +47,8 @@ class Memory:
 
         Not of the head: a fresh one moves by more than its size in an honest round.
         """
-        signs = _Signs(self.key)
         return {
-            n: signs.project(t.detach())
+            n: _projected(t.detach(), self.key)
             for n, t in weights.items()
             if t.is_floating_point()
             and t.dim() >= 2
@@ -68,13 +68,17 @@ class Memory:
 
     def moves(self, traces: Traces) -> dict[str, float]:
         """Return |new - last| over the longer of the two, by name; in [0, 2] up to projection."""
-        found = {}
-        for name, new in traces.items():
-            old = self.last.get(name)
-            if old is not None and old.shape == new.shape:
-                longer = max(float(new.norm()), float(old.norm()))
-                found[name] = float((new - old).norm()) / longer if longer else 0.0
-        return found
+        both = {
+            n: (new, self.last[n])
+            for n, new in traces.items()
+            if n in self.last and self.last[n].shape == new.shape
+        }
+        if not both:
+            return {}
+        new, old = (torch.stack(traces) for traces in zip(*both.values(), strict=True))
+        lengths = torch.maximum(new.flatten(1).norm(dim=1), old.flatten(1).norm(dim=1))
+        moves = (new - old).flatten(1).norm(dim=1) / lengths
+        return dict(zip(both, moves.where(lengths != 0, 0.0).tolist(), strict=True))
 
     def accept(self, traces: Traces) -> None:
         """Remember weights that a client trained on."""
@@ -117,21 +121,14 @@ class Memory:
         self.key, self.rounds, self.farthest, self.last = key, rounds, float(farthest), last
 
 
-class _Signs:
-    """Random signs by size, from a key."""
+def _projected(tensor: Tensor, key: int) -> Tensor:
+    rows = tensor.flatten(1).float()
+    left, right = (_signs(key, size).to(rows) for size in rows.shape)
+    return (left @ rows @ right.T).cpu() / _SIDE
 
-    def __init__(self, key: int) -> None:
-        self.generator = torch.Generator().manual_seed(key)
-        self.made: dict[int, Tensor] = {}
 
-    def project(self, tensor: Tensor) -> Tensor:
-        rows = tensor.flatten(1).float()
-        left, right = (self._of(size).to(rows) for size in rows.shape)
-        return (left @ rows @ right.T).cpu() / _SIDE
-
-    def _of(self, size: int) -> Tensor:
-        if size not in self.made:
-            # each size from its own stream, whatever was asked before
-            own = torch.Generator().manual_seed((self.generator.initial_seed() + size) % 2**62)
-            self.made[size] = torch.randint(0, 2, (_SIDE, size), generator=own).float() * 2 - 1
-        return self.made[size]
+@functools.lru_cache(64)
+def _signs(key: int, size: int) -> Tensor:
+    """Return random signs, shape (`_SIDE`, size), each size from a stream of its own."""
+    own = torch.Generator().manual_seed((key + size) % 2**62)
+    return torch.randint(0, 2, (_SIDE, size), generator=own).float() * 2 - 1

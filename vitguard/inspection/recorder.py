@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitguard.inspection.rows import fresh_generator
+from vitguard.inspection.rows import finite, fresh_generator
 from vitguard.inspection.shares import gram_of_samples, separation, token_shares
 from vitguard.inspection.signs import largest
 from vitguard.inspection.verdict import Sign
@@ -100,9 +100,11 @@ class Recorder:
                 flat = output.reshape(-1, output.shape[-1])
                 some = flat
                 if len(flat) > _TOKENS:
-                    some = flat[torch.randint(len(flat), (_TOKENS,), generator=fresh_generator())]
-                self.numbers[name]["steep units"] = float((some.abs() > _STEEP).float().mean())
-                self.numbers[name]["silent units"] = float((flat.amax(0) < -_STEEP).float().mean())
+                    drawn = torch.randint(len(flat), (_TOKENS,), generator=fresh_generator())
+                    some = flat.index_select(0, drawn.to(flat.device))
+                steep = int((some.abs() > _STEEP).sum())
+                self.numbers[name]["steep units"] = steep / max(some.numel(), 1)
+                self.numbers[name]["silent units"] = _silent(flat, some) / max(flat.shape[1], 1)
         output.register_hook(_Gradient(self, name, kept, head))
 
     def backward(self, name: str, inputs: Tensor, gradient: Tensor, head: bool) -> None:
@@ -112,7 +114,7 @@ class Recorder:
             gradient = gradient.detach()
             # added up over the tokens: what is not finite stays so
             bias = gradient.float().sum(1) if gradient.dim() == 3 else gradient.float()
-            if not bool(bias.isfinite().all()):
+            if not finite(bias):
                 self.overflowed = True
                 numbers["not finite"] = 1.0
                 return
@@ -121,17 +123,25 @@ class Recorder:
                     numbers["lone sample"] = separation(gram_of_samples(inputs, gradient))
                 return
             self.came = True
-            numbers["lone sample"] = separation(gram_of_samples(bias.new_ones(len(bias), 1), bias))
+            numbers["lone sample"] = separation(gram_of_samples(None, bias))
             patches = inputs.shape[0] * (inputs.shape[1] - self.prefix)
             if patches < _FEWEST:  # one stands out in honest gradients as well
                 self.few = patches
                 return
             shares = token_shares(inputs, gradient, self.prefix, fresh_generator())
-            if len(shares.rows):
-                numbers["lone token"] = float(shares.rows.max())
-                numbers["lone tokens"] = float((shares.rows > 0.5).float().mean())
+            if rows := shares.rows.tolist():
+                numbers["lone token"] = max(rows)
+                numbers["lone tokens"] = sum(share > 0.5 for share in rows) / len(rows)
             if len(shares.pairs):
-                numbers["lone token in pairs"] = float((shares.pairs > 0.5).float().mean())
+                numbers["lone token in pairs"] = int(shares.pairs.sum()) / len(shares.pairs)
+
+
+def _silent(tokens: Tensor, some: Tensor) -> int:
+    """Return how many units no token sets off; `some` of the tokens set off most of the others."""
+    quiet = (some.amax(0) < -_STEEP).nonzero()[:, 0]
+    if not len(quiet) or some is tokens:
+        return len(quiet)
+    return int((tokens.index_select(1, quiet).amax(0) < -_STEEP).sum())
 
 
 def gated_layers(model: nn.Module, anatomy: Anatomy) -> list[str]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 
 import torch
 from torch import Tensor
 
-__all__ = ["SAMPLE", "SKETCH", "fresh_generator", "nearest", "regularity", "twin_cosines"]
+__all__ = [
+    "SAMPLE",
+    "SKETCH",
+    "finite",
+    "fresh_generator",
+    "nearest",
+    "regularity",
+    "twin_cosines",
+]
 
 SKETCH = 48
 """Numbers of the random projection in which the nearest row is looked for."""
@@ -19,6 +28,11 @@ _WINDOW = 16
 def fresh_generator() -> torch.Generator:
     """Return a generator that nobody can foresee: the adversary must not know the projection."""
     return torch.Generator().manual_seed(secrets.randbits(63))
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers: a sum hands on what is not, and may be too large itself."""
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def nearest(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -36,19 +50,25 @@ def nearest(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     units = torch.nn.functional.normalize(rows, dim=1)
     drawn = torch.randperm(len(rows), generator=generator)[:SAMPLE].sort().values.to(rows.device)
     alike = (units[drawn] @ units.T).abs_()
-    alike[torch.arange(len(drawn), device=rows.device), drawn] = -1
+    alike.scatter_(1, drawn[:, None], -1)
     return drawn, alike.argmax(1)
 
 
-def twin_cosines(rows: Tensor, generator: torch.Generator) -> Tensor:
+def twin_cosines(rows: Tensor, lengths: Tensor, generator: torch.Generator) -> Tensor:
     """Return |cosine| of rows (all, or a sample of many) with the most parallel other row.
 
     A row of zeros has 0.
+
+    Args:
+        rows: Shape (rows, columns).
+        lengths: Of the rows, shape (rows,).
     """
     if len(rows) < 2:
         return rows.new_zeros(len(rows))
     drawn, other = nearest(rows, generator)
-    return torch.nn.functional.cosine_similarity(rows[drawn], rows[other], dim=1).abs()
+    lengths = lengths.clamp_min(1e-8)
+    products = (rows[drawn] * rows[other]).sum(1)
+    return products.div_(lengths[drawn]).div_(lengths[other]).abs_()
 
 
 def regularity(values: Tensor) -> float:

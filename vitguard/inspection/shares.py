@@ -21,12 +21,13 @@ _ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of the strongest patch token, in [0, 1], by row of a layer; rows without gradient out.
+    """What the strongest patch token gives to each row of a layer; rows without gradient are out.
 
     Args:
-        rows: In the gradient of a row; of many rows `SAMPLE` are drawn.
-        pairs: In the difference of such a row and the one whose gradient is nearest to it, each
-            scaled to the same length: what a craft with bins reads single tokens from.
+        rows: Its share in the gradient of a row, in [0, 1]; of many rows `SAMPLE` are drawn.
+        pairs: Whether it makes more than half of the difference of such a row and the one whose
+            gradient is nearest to it, each scaled to the same length: what a craft with bins reads
+            single tokens from.
     """
 
     rows: Tensor
@@ -44,24 +45,31 @@ def token_shares(
         prefix: Leading tokens that are no patches; they count in the sums alone.
         generator: Draws the rows, and the projection in which the nearest ones are looked for.
     """
-    patch = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-    patch[:, :prefix] = False
-    patch = patch.reshape(-1)
-    sizes = inputs.float().norm(dim=2).reshape(-1)  # of each token
+    sizes = inputs.float().norm(dim=2)
+    patches = sizes.clone()
+    patches[:, :prefix] = 0
+    sizes, patches = sizes.reshape(-1), patches.reshape(-1)
     outputs = outputs.float().flatten(0, 1)
     short = _sketch(outputs, sizes, generator).T
     lengths = short.norm(dim=1)
     live = (lengths > 1e-6 * lengths.median()).nonzero()[:, 0]
     if len(live) < 2:
-        return Shares(outputs.new_zeros(0), outputs.new_zeros(0))
-    drawn, other = nearest(short[live], generator)
-    both = outputs.index_select(1, live[torch.cat([drawn, other])]).mul_(sizes[:, None])
-    both.div_(_lengths(both).clamp_min(1e-12))  # of each row its tokens, scaled to length 1
-    one, two = both.tensor_split(2, dim=1)
-    two.mul_((one * two).sum(0).sign())
-    two.sub_(one)  # now the difference
-    kept = _lengths(two) > _ROUNDING
-    return Shares(_strongest(one, patch), _strongest(two, patch)[kept])
+        return Shares(outputs.new_zeros(0), live.new_zeros(0, dtype=torch.bool))
+    pairs = live[torch.stack(nearest(short[live], generator))]
+    both = outputs.index_select(1, pairs.view(-1))
+    one = both[:, : pairs.shape[1]].abs()
+    whole = (sizes @ one).clamp_min(1e-30)
+    rows = one.mul_(patches[:, None]).amax(0) / whole
+    short = short[pairs] / (sizes.square() @ both.square_()).sqrt().view(*pairs.shape, 1)
+    # a difference that is rounding, and more than the sketch is wrong by
+    least = 2 * _ROUNDING * len(sizes) ** 0.5
+    maybe = _one_sum_rules(short, least).nonzero()[:, 0]
+    ruled = torch.zeros_like(rows, dtype=torch.bool)
+    if len(maybe):
+        strongest, kept = _differences(outputs, sizes, patches, pairs[:, maybe])
+        ruled[maybe] = strongest > 0.5
+        ruled = ruled[torch.ones_like(ruled).index_put_((maybe,), kept)]
+    return Shares(rows, ruled)
 
 
 def _sketch(outputs: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
@@ -73,11 +81,51 @@ def _sketch(outputs: Tensor, sizes: Tensor, generator: torch.Generator) -> Tenso
     if count <= SKETCH:
         return sizes[:, None] * outputs
     signs = torch.randint(0, 2, (count,), generator=generator).to(outputs) * 2 - 1
-    signed = (signs * sizes)[:, None] * outputs
+    signed = signs * sizes
     whole = count // SKETCH * SKETCH
-    sums = signed[:whole].view(-1, SKETCH, outputs.shape[1]).sum(0)
-    sums[: count - whole] += signed[whole:]
+    by_sum = outputs[:whole].view(-1, SKETCH, outputs.shape[1]).transpose(0, 1)
+    sums = (signed[:whole].view(-1, SKETCH).T[:, None] @ by_sum)[:, 0]
+    sums[: count - whole] += signed[whole:, None] * outputs[whole:]
     return sums
+
+
+def _one_sum_rules(short: Tensor, least: float) -> Tensor:
+    """Return for each pair whether one sum of the sketch may be more than all others together.
+
+    Where one token is more than all others together, the sum that it lies in is as well: the others
+    take away from it, and add to the other sums, no more than they have.
+
+    Args:
+        short: Sketches of the rows of each pair, of the same length; shape (2, pairs, sums).
+        least: What sums may be wrong by.
+    """
+    one, two = short
+    # the sign that brings the rows together is not known exactly; rows without a common token
+    # have none
+    sums = torch.stack([one - two, one + two, one]).abs_()
+    largest = sums.amax(2)
+    # also where a length is no number
+    return (~(2 * largest <= sums.sum(2) - least)).any(0)
+
+
+def _differences(
+    outputs: Tensor, sizes: Tensor, patches: Tensor, pairs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the strongest patch's share in the differences of pairs of rows, and which are none.
+
+    Args:
+        patches: Sizes of the tokens, zero for those that are no patches.
+        pairs: Indices of rows, shape (2, pairs).
+    """
+    both = outputs.index_select(1, pairs.reshape(-1)).mul_(sizes[:, None])
+    both.div_(_lengths(both).clamp_min(1e-12))  # of each row its tokens, scaled to length 1
+    one, two = both.tensor_split(2, dim=1)
+    two.mul_((one * two).sum(0).sign())
+    two.sub_(one)  # now the difference
+    kept = _lengths(two) > _ROUNDING
+    two.abs_()
+    whole = two.sum(0).clamp_min(1e-30)
+    return two.mul_((patches > 0)[:, None]).amax(0) / whole, kept
 
 
 def _lengths(columns: Tensor) -> Tensor:
@@ -86,22 +134,19 @@ def _lengths(columns: Tensor) -> Tensor:
     )  # `norm` over the first dimension takes four times as long
 
 
-def _strongest(columns: Tensor, patches: Tensor) -> Tensor:
-    """Return the share of the largest patch in each column; `columns` is not needed after."""
-    sizes = columns.abs_()
-    whole = sizes.sum(0).clamp_min(1e-30)
-    return sizes.mul_(patches[:, None]).amax(0) / whole
-
-
-def gram_of_samples(inputs: Tensor, outputs: Tensor) -> Tensor:
+def gram_of_samples(inputs: Tensor | None, outputs: Tensor) -> Tensor:
     """Return the products of the samples' own gradients, (batch, batch), of a layer on one token.
 
     Args:
-        inputs: Shape (batch, columns); ones for a bias.
+        inputs: Shape (batch, columns); None for a bias.
         outputs: Gradient at the output, shape (batch, rows).
     """
-    inputs, outputs = inputs.double(), outputs.double()
-    return (inputs @ inputs.T) * (outputs @ outputs.T)
+    outputs = outputs.double()
+    gram = outputs @ outputs.T
+    if inputs is None:
+        return gram
+    inputs = inputs.double()
+    return gram.mul_(inputs @ inputs.T)
 
 
 def separation(gram: Tensor) -> float:
@@ -115,7 +160,9 @@ def separation(gram: Tensor) -> float:
         gram: Products of the samples' gradients, shape (batch, batch).
     """
     own = gram.diagonal().clamp_min(0)
-    if len(own) < 2 or not bool(own.any()):
+    largest = own.max().item() if len(own) > 1 else 0.0
+    if not largest:
         return 0.0
-    others = gram.sum() - 2 * gram.sum(1) + own
-    return float((own / others.clamp_min(1e-18 * own.max())).max().sqrt())
+    sums = gram.sum(1)
+    others = sums.sum() - 2 * sums + own
+    return (own / others.clamp_min(1e-18 * largest)).max().item() ** 0.5

@@ -8,19 +8,22 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from vitguard.inspection.rows import regularity, twin_cosines
+from vitguard.inspection.rows import finite, regularity, twin_cosines
 from vitguard.inspection.signs import largest
 from vitguard.inspection.verdict import Sign
 from vitguard.vit import Anatomy
 
-__all__ = ["finite", "structure_signs"]
+__all__ = ["structure_signs"]
 
 Place = tuple[str, float]
 _LEAST = 1e-6  # what is shorter counts as so long: a muted branch is no infinity
 
 
 def structure_signs(
-    weights: Mapping[str, Tensor], anatomy: Anatomy, generator: torch.Generator
+    weights: Mapping[str, Tensor],
+    anatomy: Anatomy,
+    generator: torch.Generator,
+    numbers: bool = False,
 ) -> list[Sign]:
     """Return the signs of the weights by themselves.
 
@@ -28,30 +31,29 @@ def structure_signs(
         weights: Tensors by the base model's name.
         anatomy: Which name has which role.
         generator: Draws the projection in which parallel rows are looked for.
+        numbers: Whether it is known that all values are numbers.
     """
     weights = {n: t.detach() for n, t in weights.items() if t.is_floating_point()}
-    broken = [(n, float(not finite(t))) for n, t in weights.items()]
+    broken = [(n, float(not (numbers or finite(t)))) for n, t in weights.items()]
     signs = largest("not finite", broken)
     if signs and signs[0].value:
         return signs  # nothing else can be computed
     with torch.no_grad():
-        matrices = dict(_matrices(weights, anatomy))
+        matrices = {n: t.float() for n, t in _matrices(weights, anatomy)}
+        lengths = {n: t.norm(dim=1) for n, t in matrices.items()}
+        own = {n: lengths[n] for n, t in matrices.items() if t is weights[n]}  # without LoRA
+        scaled_norms, muted_norms = _norms(weights, anatomy)
         named = {
-            "parallel rows": _parallel(matrices, generator),
-            "ordered biases": _ordered(weights, matrices),
+            "parallel rows": _parallel(matrices, lengths, generator),
+            "ordered biases": _ordered(weights, lengths),
             "muted branch": _muted(weights, anatomy),
             "shut units": _shut(weights, anatomy),
-            "scaled row": _scaled(weights, anatomy, matrices),
+            "scaled row": _scaled(weights, [*matrices, *_scoring(weights, anatomy)], own),
             "head bias": _head_bias(weights, anatomy),
-            "scaled norm": _scaled_norms(weights, anatomy),
-            "muted norm": _muted_norms(weights, anatomy),
+            "scaled norm": scaled_norms,
+            "muted norm": muted_norms,
         }
         return signs + [s for name, places in named.items() for s in largest(name, places)]
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether all values are numbers: the least and the largest hand on what is not."""
-    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def _matrices(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[tuple[str, Tensor]]:
@@ -63,13 +65,14 @@ def _matrices(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[tuple
     """
     known = {f"{m}.weight" for b in anatomy.blocks for m in (b.proj, b.fc2)}
     known |= {n for b in anatomy.blocks for n in b.qkv}
-    hidden = _hidden(weights, anatomy)
+    blocks, hidden = tuple(f"{b.name}." for b in anatomy.blocks), _hidden(weights, anatomy)
     for name, tensor in weights.items():
-        inside = name in hidden or any(name.startswith(f"{b.name}.") for b in anatomy.blocks)
+        inside = name in hidden or name.startswith(blocks)
         if not inside or tensor.dim() != 2 or len(tensor) < 2 or name in known:
             continue
         if tensor.shape[1] == anatomy.width and ".lora_B." not in name:
-            yield name, tensor + _added(name, weights)
+            added = _added(name, weights)
+            yield name, tensor if added is None else tensor + added
 
 
 def _hidden(weights: Mapping[str, Tensor], anatomy: Anatomy) -> set[str]:
@@ -98,29 +101,31 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0].rpartition(".")[0]
 
 
-def _added(name: str, weights: Mapping[str, Tensor]) -> Tensor | float:
-    """Return what LoRA adds to a weight, up to its scaling."""
-    layer = name.removesuffix("weight")
+def _added(name: str, weights: Mapping[str, Tensor]) -> Tensor | None:
+    """Return what LoRA adds to a weight, up to its scaling; None where there is none."""
+    start = f"{name.removesuffix('weight')}lora_A."
     for down, first in weights.items():
-        second = weights.get(down.replace(".lora_A.", ".lora_B."))
-        if down.startswith(f"{layer}lora_A.") and second is not None and first.dim() == 2:
-            return second.to(first) @ first
-    return 0.0
+        if down.startswith(start) and first.dim() == 2:
+            second = weights.get(down.replace(".lora_A.", ".lora_B."))
+            if second is not None:
+                return second.to(first) @ first
+    return None
 
 
-def _parallel(matrices: Mapping[str, Tensor], generator: torch.Generator) -> Iterator[Place]:
+def _parallel(
+    matrices: Mapping[str, Tensor], lengths: Mapping[str, Tensor], generator: torch.Generator
+) -> Iterator[Place]:
     for name, rows in matrices.items():
-        yield name, float((twin_cosines(rows.float(), generator) > 0.9).float().mean())
+        yield name, float((twin_cosines(rows, lengths[name], generator) > 0.9).float().mean())
 
 
-def _ordered(weights: Mapping[str, Tensor], matrices: Mapping[str, Tensor]) -> Iterator[Place]:
-    for name, rows in matrices.items():
+def _ordered(weights: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> Iterator[Place]:
+    for name, sizes in lengths.items():
         bias = weights.get(f"{name.removesuffix('weight')}bias")
-        if bias is not None and bias.shape == rows.shape[:1]:
-            lengths = rows.float().norm(dim=1).clamp_min(1e-12)
+        if bias is not None and bias.shape == sizes.shape:
             yield (
                 f"{name.removesuffix('weight')}bias",
-                max(regularity(bias), regularity(bias / lengths)),
+                max(regularity(bias), regularity(bias / sizes.clamp_min(1e-12))),
             )
 
 
@@ -136,7 +141,7 @@ def _muted(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
             named[block.qkv[-1]] = values
         for name, weight in named.items():
             if weight is not None and weight.dim() == 2:
-                gain = float(weight.float().square().sum(1).mean().sqrt())
+                gain = float(weight.float().norm()) / len(weight) ** 0.5
                 yield name, 1 / max(gain, _LEAST)
 
 
@@ -154,16 +159,14 @@ def _shut(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
 
 
 def _scaled(
-    weights: Mapping[str, Tensor], anatomy: Anatomy, matrices: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor], names: list[str], lengths: Mapping[str, Tensor]
 ) -> Iterator[Place]:
     """Largest length of a row over the usual one, in the head and the gated layers."""
-    for name in dict.fromkeys([*matrices, *_scoring(weights, anatomy)]):
-        rows = weights.get(name)
-        if rows is None or rows.dim() != 2:
-            continue
-        lengths = rows.float().norm(dim=1)
-        if bool(lengths.any()):
-            yield name, float(lengths.max() / lengths.median().clamp_min(_LEAST * lengths.max()))
+    for name in dict.fromkeys(names):
+        sizes = lengths[name] if name in lengths else weights[name].float().norm(dim=1)
+        most = float(sizes.max())
+        if most:
+            yield name, most / max(float(sizes.median()), _LEAST * most)
 
 
 def _head_bias(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
@@ -184,18 +187,18 @@ def _scoring(weights: Mapping[str, Tensor], anatomy: Anatomy) -> list[str]:
     ]
 
 
-def _scaled_norms(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
-    for name, scales in _norms(weights, anatomy):
-        if bool(scales.any()):
-            yield name, float(scales.max() / scales.median().clamp_min(_LEAST * scales.max()))
-
-
-def _muted_norms(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[Place]:
-    for name, scales in _norms(weights, anatomy):
-        yield name, 1 / max(float(scales.square().mean().sqrt()), _LEAST)
-
-
-def _norms(weights: Mapping[str, Tensor], anatomy: Anatomy) -> Iterator[tuple[str, Tensor]]:
+def _norms(weights: Mapping[str, Tensor], anatomy: Anatomy) -> tuple[list[Place], list[Place]]:
+    """Return the largest scale of each norm over the usual one, and how much smaller than one."""
+    found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
         if name.endswith(".weight") and tensor.dim() == 1 and anatomy.role(name) == "norm":
-            yield name, tensor.float().abs()
+            found.setdefault(len(tensor), {})[name] = tensor.float().abs().cpu()
+    scaled, muted = [], []
+    for alike in found.values():
+        scales = torch.stack([*alike.values()])
+        most, usual = scales.amax(1), scales.median(1).values
+        ratios = most / torch.maximum(usual, _LEAST * most)
+        gains = scales.square().mean(1).sqrt().clamp_min(_LEAST)
+        scaled += [(n, r) for n, r in zip(alike, ratios.tolist(), strict=True) if r == r]
+        muted += zip(alike, (1 / gains).tolist(), strict=True)
+    return scaled, muted
