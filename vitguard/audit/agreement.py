@@ -60,9 +60,9 @@ def disagreement(
     The victim makes its own update of the images a few times, with other draws of the stack. The
     received one must be about as far from these as they are from each other, and no nearer: then
     stated noise is not there. Where that would be so of other photos as well, as under strong
-    noise, it must be nearer to what the stated images make than to what 19 batches of other photos do, in the directions in which plain updates of
-    both differ. Other images pass that by chance once in twenty times; where noise covers all, the
-    right ones do no better.
+    noise, it must be nearer to what the stated images make than to what 19 batches of other photos
+    do, in the directions in which plain updates of both differ. Other images pass that by chance
+    once in twenty times; where noise covers all, the right ones do no better.
 
     Args:
         victim: With the stated images. Its own labels are tried where none are given and the
