@@ -75,6 +75,8 @@ SIZES = (1, 3)
 A defense that lets no small update leave (`least_batch`) is tried on the smallest that it does.
 """
 _CHANCE = 1e-9
+_BARE = 0.2  # share of entries that a draw may leave as they are, by rounding
+_ALIKE = 0.2
 
 
 def check_defense(defense: Defense, others: Sequence[Defense] | None = None) -> None:
@@ -228,14 +230,17 @@ def check_values(defense: Defense) -> None:
 def check_noise(defense: Defense) -> None:
     """Noise has the standard deviation that the traits claim, at more than one batch size.
 
-    That of one tensor is not that of another.
+    That of one tensor is not that of another, every entry has some, and where it is added to an
+    update it does not follow the signs of the values.
     """
     if isinstance(defense, ModelDefense | BatchDefense):
         return
     for size in (_size(defense, size) for size in SIZES):
         guard, plain, update = _beside(defense, size)
         traits, names = guard.traits, [n for n, t in update.tensors.items() if t.numel() > 1]
+        added: list[Tensor] = []
         if traits.noise > 0 and not traits.sparse and not math.isfinite(traits.information):
+            added = [plain.tensors[n] for n in names if bool(plain.tensors[n].any())]
             parts = [
                 (update.tensors[n] - plain.tensors[n]) / plain.tensors[n].square().mean().sqrt()
                 for n in names
@@ -254,6 +259,17 @@ def check_noise(defense: Defense) -> None:
             continue
         if not parts:
             continue
+        bare = max(float((p == 0).double().mean()) for p in parts)
+        assert bare < _BARE or traits.sparse, (
+            f"{defense.name} leaves {bare:.0%} of the entries of a tensor as they were: its noise "
+            "is on the others alone"
+        )
+        if added and not getattr(defense, "keep_statistics", False):
+            signs = torch.cat([t.sign().flatten() for t in added])
+            alike = float(F.cosine_similarity(torch.cat([p.flatten() for p in parts]), signs, 0))
+            assert abs(alike) < max(_ALIKE, 6 / math.sqrt(len(signs))), (
+                f"the noise of {defense.name} follows the signs of the values (cosine {alike:.2f})"
+            )
         fit = measure_noise(torch.cat([p.flatten() for p in parts]), claimed)
         sound = fit.p_value >= _CHANCE and not getattr(defense, "keep_statistics", False)
         close = abs(fit.ratio - 1) < 0.02  # rescaled to keep statistics, noise is not quite normal
