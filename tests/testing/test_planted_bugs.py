@@ -440,6 +440,12 @@ class Clipped(UpdateDefense):
         if bug == "payload":
             plain = given["head.weight"].numpy().tobytes()
             return replace(update, tensors=made, payloads={"clipped": b"head" + plain})
+        if bug == "halves":
+            halves = given["head.weight"].half().numpy().tobytes()
+            return replace(update, tensors=made, payloads={"clipped": halves})
+        if bug == "reason":
+            told = f"sealed, of norm {float(given['head.bias'].norm()):.4g}"
+            return replace(update, tensors=made, sealed={"vitguard.clipped": told})
         return replace(update, tensors=made, sealed={} if bug == "seals" else update.sealed)
 
 
@@ -452,6 +458,8 @@ CLIPPED = {
     "wide": (check_names, r"in torch.float64, where the parameter has .* in torch.float32"),
     "graph": (check_names, "with its graph"),
     "payload": (check_quiet, "plain values of head.weight in a payload"),
+    "halves": (check_quiet, "plain values of head.weight in a payload"),
+    "reason": (check_quiet, "tells of other images another reason"),
     "seals": (
         lambda d: check_composes(d, [registry.defense_types()["withheld"]()]),
         "neither shows nor seals .'pos_embed'",
