@@ -260,6 +260,13 @@ def check_noise(defense: Defense) -> None:
             continue
         if not parts:
             continue
+        fit = measure_noise(torch.cat([p.flatten() for p in parts]), claimed)
+        sound = fit.p_value >= _CHANCE and not getattr(defense, "keep_statistics", False)
+        close = abs(fit.ratio - 1) < 0.02  # rescaled to keep statistics, noise is not quite normal
+        assert sound or close, (
+            f"the noise of {defense.name} on a batch of {size} has {fit.ratio:.4g} times the "
+            f"standard deviation that its traits claim (p = {fit.p_value:.2g})"
+        )
         bare = max(float((p == 0).double().mean()) for p in parts)
         rounded = bool(added) and claimed < _ROUNDING
         assert bare < _BARE or traits.sparse or rounded, (
@@ -272,13 +279,6 @@ def check_noise(defense: Defense) -> None:
             assert abs(alike) < max(_ALIKE, 6 / math.sqrt(len(signs))), (
                 f"the noise of {defense.name} follows the signs of the values (cosine {alike:.2f})"
             )
-        fit = measure_noise(torch.cat([p.flatten() for p in parts]), claimed)
-        sound = fit.p_value >= _CHANCE and not getattr(defense, "keep_statistics", False)
-        close = abs(fit.ratio - 1) < 0.02  # rescaled to keep statistics, noise is not quite normal
-        assert sound or close, (
-            f"the noise of {defense.name} on a batch of {size} has {fit.ratio:.4g} times the "
-            f"standard deviation that its traits claim (p = {fit.p_value:.2g})"
-        )
         for one, other in combinations([p.flatten() for p in parts if p.numel() >= 64], 2):
             count = min(len(one), len(other))
             alike = float(F.cosine_similarity(one[:count], other[:count], 0))
