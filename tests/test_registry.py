@@ -9,6 +9,7 @@ import torch
 
 from vitguard import discovery, registry
 from vitguard.attacks.base import Attack, Rung
+from vitguard.attacks.budget import CutShort
 from vitguard.attacks.fgsm import FGSM
 from vitguard.attacks.ladder import Ladder
 from vitguard.attacks.position import PositionInversion
@@ -275,6 +276,14 @@ def test_a_rung_that_breaks_takes_no_other_with_it_and_earns_no_resistance(
     finding = report.findings[-1]
     assert finding.verdict == "inconclusive" and finding.reason.startswith("breaks failed")
     assert report.gate(max_gain=6) == 3
+
+
+def test_where_nothing_but_a_broken_rung_is_left_no_assumption_is_blamed(
+    monkeypatch, small_vit, observe, photo
+):
+    monkeypatch.setattr(Ladder, "parts", lambda self: {"breaks": Breaks()})
+    with pytest.raises(CutShort, match="breaks: it failed"):
+        Ladder().run(observe(small_vit(), photo), torch.Generator())
 
 
 class Nameless(Attack):

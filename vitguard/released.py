@@ -131,6 +131,20 @@ class Released:
             or (readers * (2 * block.heads + 1) >= a.tokens)
         )
 
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Plain tensors of blocks that were not recognised: what these tell cannot be counted."""
+        if self.anatomy.blocks:
+            return ()
+        return tuple(n for n in self.sizes if n in self.plain and self.anatomy.role(n) == "other")
+
+    def without_blocks(self, attack: str) -> Remaining:
+        """What can be said of an attack on blocks where none is known: it ends if all is hidden."""
+        needs, why = self.unknown[:1], "no block is known"
+        return Remaining(
+            attack, bool(needs), needs, f"{why}: nothing shows that it ends" if needs else why
+        )
+
     def verdict(
         self, attack: str, needs: tuple[str, ...], obstacle: str, remains: str
     ) -> Remaining:

@@ -113,14 +113,16 @@ def minimal_names(anatomy: Roles, names: Iterable[str]) -> list[str]:
     - the second MLP layer of every other block: one with both layers plain gives `deep-tokens` all
       tokens of an image, and they the image, or some where they fill the width.
 
+    Of a model whose blocks were not recognised it is everything: nothing shows that less would do.
     What it leaves to gradient matching and to searches over pixels is said by `vitguard plan`.
     """
     names = list(names)
+    if not anatomy.blocks:
+        return names
     chosen = {n for n in names if anatomy.role(n) in (*_EMBEDDING, "head")}
-    if anatomy.blocks:
-        first = anatomy.blocks[0]
-        inside = (f"{first.attention}.", f"{first.proj}.", *(f"{b.fc2}." for b in anatomy.blocks))
-        chosen |= {n for n in names if n.startswith(inside) or n in first.qkv + first.qkv_bias}
+    first = anatomy.blocks[0]
+    inside = (f"{first.attention}.", f"{first.proj}.", *(f"{b.fc2}." for b in anatomy.blocks))
+    chosen |= {n for n in names if n.startswith(inside) or n in first.qkv + first.qkv_bias}
     return [n for n in names if n in chosen]
 
 

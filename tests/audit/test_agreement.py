@@ -1,6 +1,7 @@
 """An update that other weights or images made has not resisted."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,3 +106,19 @@ def test_images_that_make_nearly_the_same_update_are_told_by_what_is_left(small_
     update = sent(model, photo, "none", LocalTraining())
     assert said(model, update, "none", photo, LABEL) == ""
     assert "whose it is" in said(model, update, "none", 1 - photo, LABEL)
+
+
+@pytest.mark.parametrize("stack", ["noise:scale=10", "noise:scale=0.5+pruning:keep=0.9"])
+def test_noise_that_is_stated_and_not_there_has_not_made_an_attack_fail(small_vit, photo, stack):
+    """Without its noise an update is nearer to what is stated than draws are to each other."""
+    model = small_vit()
+    update = sent(model, photo, "none", LocalTraining())
+    assert "nearer" in said(model, update, stack, photo, LABEL)
+
+
+def test_a_step_of_other_weight_decay_is_not_what_stated_noise_resisted(small_vit, photo):
+    model, stack = small_vit(), "noise:scale=10"
+    made = sent(model, photo, "none", LocalTraining(0.1, weight_decay=1.0))
+    update = replace(made, weight_decay=0.0)
+    finding = audited(model, update, stack, photo, attacks="position")[1]
+    assert finding.verdict == "inconclusive" and "nearer" in finding.reason

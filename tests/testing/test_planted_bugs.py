@@ -238,6 +238,44 @@ def test_noise_that_somebody_knows_is_found(source):
         check_draws(Noisy(source))
 
 
+@dataclass(frozen=True)
+class Uneven(UpdateDefense):
+    """Adds noise of the claimed standard deviation over all entries, though not to each."""
+
+    name: ClassVar[str] = "uneven"
+    bug: str = "none"
+
+    def traits(self, before, anatomy):
+        return replace(before, exact=False, noise=0.5)
+
+    def seal(self, update, anatomy, draws):
+        def of(t):
+            drawn, size = draws.normal(t.shape, like=t), t.abs()
+            place = torch.arange(t.numel(), device=t.device).reshape(t.shape)
+            other = {
+                "every second": drawn * (place % 2) * 2**0.5,
+                "large ones": drawn * (size > size.median()) * 2**0.5,
+                "keeps the sign": drawn.abs() * t.sign(),
+            }
+            return t + 0.5 * t.square().mean().sqrt() * other.get(self.bug, drawn)
+
+        return replace(update, tensors={n: of(t) for n, t in update.tensors.items()})
+
+
+@pytest.mark.parametrize(
+    ("bug", "why"),
+    [
+        ("every second", "as they were"),
+        ("large ones", "as they were"),
+        ("keeps the sign", "follows the signs"),
+    ],
+)
+def test_noise_that_leaves_some_entries_or_their_signs_is_found(bug, why):
+    check_noise(Uneven())
+    with pytest.raises(AssertionError, match=why):
+        check_noise(Uneven(bug))
+
+
 class Rolls(InstalledShuffle):
     """A shuffle with a bug."""
 
@@ -402,6 +440,12 @@ class Clipped(UpdateDefense):
         if bug == "payload":
             plain = given["head.weight"].numpy().tobytes()
             return replace(update, tensors=made, payloads={"clipped": b"head" + plain})
+        if bug == "halves":
+            halves = given["head.weight"].half().numpy().tobytes()
+            return replace(update, tensors=made, payloads={"clipped": halves})
+        if bug == "reason":
+            told = f"sealed, of norm {float(given['head.bias'].norm()):.4g}"
+            return replace(update, tensors=made, sealed={"vitguard.clipped": told})
         return replace(update, tensors=made, sealed={} if bug == "seals" else update.sealed)
 
 
@@ -414,6 +458,8 @@ CLIPPED = {
     "wide": (check_names, r"in torch.float64, where the parameter has .* in torch.float32"),
     "graph": (check_names, "with its graph"),
     "payload": (check_quiet, "plain values of head.weight in a payload"),
+    "halves": (check_quiet, "plain values of head.weight in a payload"),
+    "reason": (check_quiet, "tells of other images another reason"),
     "seals": (
         lambda d: check_composes(d, [registry.defense_types()["withheld"]()]),
         "neither shows nor seals .'pos_embed'",

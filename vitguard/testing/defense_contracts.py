@@ -44,7 +44,7 @@ from vitguard.testing.assertions import (
 )
 from vitguard.testing.contracts import check_plain
 from vitguard.testing.drawn_contracts import check_draws, check_noise, check_state
-from vitguard.testing.mechanisms import bytes_of, needles
+from vitguard.testing.mechanisms import encodings, needles
 from vitguard.testing.tried import (
     SIZES,
     batch,
@@ -339,7 +339,7 @@ def check_fails_closed(defense: Defense) -> None:
 
 
 def check_quiet(defense: Defense) -> None:
-    """No repr, log, print or payload shows a tensor, and settings are plain."""
+    """No repr, log, print or payload shows a tensor, no reason an image; settings are plain."""
     check_plain(defense)
     guard, said = guarded(defense), io.StringIO()
     handler, root = logging.StreamHandler(said), logging.getLogger()
@@ -355,8 +355,13 @@ def check_quiet(defense: Defense) -> None:
     plain = protect(small_model(), []).update(*inputs(size_for(defense)))
     for name, tensor in plain.tensors.items():
         for needle in needles(tensor.flatten()) if tensor.numel() >= 4 else ():
-            sent = any(bytes_of(needle) in part for part in update.payloads.values())
+            written, parts = encodings(needle), update.payloads.values()
+            sent = any(one in part for one in written for part in parts)
             assert not sent, f"{defense.name} sends plain values of {name} in a payload"
+    images, labels = inputs(size_for(defense))
+    other = guarded(defense).update(0.5 * images.flip(-1) + 0.1, labels)
+    told = sorted(n for n, why in update.sealed.items() if other.sealed.get(n, why) != why)
+    assert not told, f"{defense.name} tells of other images another reason why {told[:3]} is sealed"
     shown = f"{said.getvalue()} {guard!r} {guard.defenses!r} {guard.traits!r}"
     secrets = ["tensor(", *(str(t.tolist()) for t in guard.truth().values() if t.numel() > 1)]
     found = next((s for s in secrets if s in shown), None)

@@ -35,19 +35,25 @@ from vitguard.testing.tried import (
 __all__ = ["check_draws", "check_noise", "check_state"]
 
 _CHANCE = 1e-9
+_BARE = 0.2  # share of entries that a draw may leave as they are, by rounding
+_ROUNDING = 1e-4  # noise of so little beside the values is lost in large ones of 32 bits
+_ALIKE = 0.2
 
 
 def check_noise(defense: Defense) -> None:
     """Noise has the standard deviation that the traits claim, at more than one batch size.
 
-    That of one tensor is not that of another.
+    That of one tensor is not that of another, every entry has some, and where it is added to an
+    update it does not follow the signs of the values.
     """
     if isinstance(defense, ModelDefense | BatchDefense):
         return
     for size in (size_for(defense, size) for size in SIZES):
         guard, plain, update = beside(defense, size)
         traits, names = guard.traits, [n for n, t in update.tensors.items() if t.numel() > 1]
+        added: list[Tensor] = []
         if traits.noise > 0 and not traits.sparse and not math.isfinite(traits.information):
+            added = [plain.tensors[n] for n in names if bool(plain.tensors[n].any())]
             parts = [
                 (update.tensors[n] - plain.tensors[n]) / plain.tensors[n].square().mean().sqrt()
                 for n in names
@@ -73,6 +79,18 @@ def check_noise(defense: Defense) -> None:
             f"the noise of {defense.name} on a batch of {size} has {fit.ratio:.4g} times the "
             f"standard deviation that its traits claim (p = {fit.p_value:.2g})"
         )
+        bare = max(float((p == 0).double().mean()) for p in parts)
+        rounded = bool(added) and claimed < _ROUNDING
+        assert bare < _BARE or traits.sparse or rounded, (
+            f"{defense.name} leaves {bare:.0%} of the entries of a tensor as they were: its noise "
+            "is on the others alone"
+        )
+        if added and not getattr(defense, "keep_statistics", False):
+            signs = torch.cat([t.sign().flatten() for t in added])
+            alike = float(F.cosine_similarity(torch.cat([p.flatten() for p in parts]), signs, 0))
+            assert abs(alike) < max(_ALIKE, 6 / math.sqrt(len(signs))), (
+                f"the noise of {defense.name} follows the signs of the values (cosine {alike:.2f})"
+            )
         for one, other in combinations([p.flatten() for p in parts if p.numel() >= 64], 2):
             count = min(len(one), len(other))
             alike = float(F.cosine_similarity(one[:count], other[:count], 0))

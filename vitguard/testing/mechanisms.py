@@ -32,6 +32,7 @@ __all__ = [
     "assert_sealed",
     "assert_sensitivity",
     "bytes_of",
+    "encodings",
     "needles",
 ]
 
@@ -182,10 +183,15 @@ def needles(flat: Tensor) -> list[Tensor]:
 
 def _shows(update: Update, needle: Tensor) -> bool:
     where = [bytes_of(t) for t in update.tensors.values()] + list(update.payloads.values())
+    return any(written in part for written in encodings(needle) for part in where)
+
+
+def encodings(needle: Tensor) -> list[bytes]:
+    """Return a run of values as bytes, in its own type and in other floating-point ones."""
     kinds = {needle.dtype}
     if needle.is_floating_point() and bool(needle.half().all()):  # zeros are everywhere
         kinds |= {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-    return any(bytes_of(needle.to(kind)) in part for kind in kinds for part in where)
+    return [bytes_of(needle.to(kind)) for kind in kinds]
 
 
 def bytes_of(tensor: Tensor) -> bytes:

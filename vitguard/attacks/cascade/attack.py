@@ -101,9 +101,11 @@ class Cascade(Attack):
 
     def _features(self, plain: Released) -> Remaining:
         a = plain.anatomy
-        if not a.blocks or a.pooling != "token":
+        if not a.blocks:
+            return plain.without_blocks(self.name)
+        if a.pooling != "token":
             why = f"pooling is {a.pooling!r}: the last MLP sees all tokens"
-            return Remaining(self.name, False, (), why if a.blocks else "no block is known")
+            return Remaining(self.name, False, (), why)
         last = a.blocks[-1]
         found = plain.verdict(
             self.name,

@@ -173,16 +173,21 @@ def _block(view: View, anatomy: Anatomy) -> int:
             "no exact attack known"
         )
     plain = _released(view, anatomy)
-    wanted = None
+    wanted: tuple[str, ...] = ()
     for number, block in enumerate(anatomy.blocks):
-        names = (f"{block.fc1}.weight", f"{block.fc2}.weight")
-        wanted = wanted or names[0]
-        usable = block.pre_norm and not block.gated and block in plain.spanning
-        if usable and not plain.hidden(*names):
+        if not block.pre_norm or block.gated or block not in plain.spanning:
+            continue
+        hidden = plain.hidden(f"{block.fc1}.weight", f"{block.fc2}.weight")
+        if not hidden:
             return number
-    if wanted is None:
+        wanted = wanted or hidden
+    if wanted:
+        raise Blocked(wanted[0], "no block whose rows span the tokens has both MLP layers plain")
+    if not anatomy.blocks:
         raise NotApplicable("no block is known")
-    raise Blocked(wanted, "no block whose rows span the tokens has both MLP layers plain")
+    raise NotApplicable(
+        "no block with a norm in front and an ungated MLP has rows that span the tokens"
+    )
 
 
 def _condition(view: View, anatomy: Anatomy) -> float:

@@ -69,9 +69,12 @@ class Attention:
         """Read the maps; the number of heads is the one that reproduces the module's output.
 
         Raises:
-            NotApplicable: No number of heads does: the attention is not the plain softmax form.
+            NotApplicable: No number of heads does: the attention is not the plain softmax form,
+                or its weights have no known names.
         """
         block = anatomy.blocks[0]
+        if not block.qkv:
+            raise NotApplicable("the weights of query, key and value have no known names")
         weight = torch.cat([view.weight(name) for name in block.qkv])
         biases = [view.weight(name) for name in block.qkv_bias]
         bias = torch.cat(biases) if biases else weight.new_zeros(len(weight))

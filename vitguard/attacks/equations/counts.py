@@ -89,6 +89,8 @@ def _solved(
 
 def span_remains(plain: Released) -> Remaining:
     """The two forms of attack `span`: query-key-value, or projection and fc1, of block 0."""
+    if not plain.anatomy.blocks:
+        return plain.without_blocks("span")
     obstacle = _linear_obstacle(plain)
     if obstacle:
         return Remaining("span", False, (), obstacle)
@@ -122,6 +124,8 @@ def chain_remains(plain: Released) -> Remaining:
     what one leaves open is a mixture of tokens, and mixtures fit at every later norm as well. So
     the first norm whose rows are plain says most.
     """
+    if not plain.anatomy.blocks:
+        return plain.without_blocks("span-chain")
     obstacle = _linear_obstacle(plain)
     if obstacle:
         return Remaining("span-chain", False, (), obstacle)
@@ -142,7 +146,7 @@ def chain_remains(plain: Released) -> Remaining:
 def gelu_span_remains(plain: Released) -> Remaining:
     a = plain.anatomy
     if not a.blocks:
-        return Remaining("gelu-span", False, (), "no block is known")
+        return plain.without_blocks("gelu-span")
     block = a.blocks[0]
     fc1, fc2 = f"{block.fc1}.weight", f"{block.fc2}.weight"
     patch = () if plain.hidden(a.patch_weight) else (a.patch_weight,)
@@ -203,6 +207,8 @@ def token_search_remains(plain: Released) -> Remaining:
     of 64 tokens of width 64 with mean pooling, 2 of 65 with a class token, none of 128.
     """
     a = plain.anatomy
+    if not a.blocks:
+        return plain.without_blocks("token-search")
     for number, block in enumerate(plain.spanning):
         needs = (f"{block.fc1}.weight", f"{block.fc2}.weight")
         if not block.pre_norm or block.gated or plain.hidden(*needs):

@@ -287,7 +287,7 @@ class _Climb:
         reasons = self._reasons() + ("" if labels is None else "; labels can be read from the head")
         if set(self.outcomes.values()) == {"blocked"}:
             ended: NoImage = Blocked("what any rung needs", reasons)
-        elif self.unfinished:
+        elif self.unfinished or "failed" in self.outcomes.values():  # what broke tells nothing
             ended = CutShort(f"no rung that came to its end gave an image ({reasons})")
         else:
             ended = NotApplicable(f"no rung applied ({reasons})")

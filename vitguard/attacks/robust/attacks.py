@@ -116,7 +116,8 @@ class RobustSpan(Attack):
         """Check for a plain embedding, a pre-norm first block, and a gradient of its rows."""
         anatomy = Anatomy.of(view.model)
         anatomy.require_plain_embedding()
-        if anatomy.positions is None or not anatomy.blocks[0].pre_norm:
+        blocks = anatomy.blocks
+        if anatomy.positions is None or not blocks or not blocks[0].pre_norm:
             raise NotApplicable("needs absolute positions and a first norm before the attention")
         names = anatomy.blocks[0].qkv
         if names and not any(view.update.can_read(name) for name in names):
