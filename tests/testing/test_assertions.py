@@ -103,6 +103,12 @@ def test_without_the_defense_it_fails(tiny, photo, tmp_path, monkeypatch):
         assert_not_reconstructable(tiny, photo, defenses="none", attacks="position")
 
 
+@pytest.mark.parametrize("gain", [6.5, float("inf"), float("nan")])
+def test_a_limit_above_which_every_verdict_says_leaks_is_refused(tiny, photo, gain):
+    with pytest.raises(InputError, match="max_gain of at most 6 dB"):
+        assert_not_reconstructable(tiny, photo, defenses="noise:scale=10", max_gain=gain)
+
+
 def test_strong_noise_holds_beside_a_control_that_leaks(tiny, photo):
     report = assert_not_reconstructable(tiny, photo, defenses="noise:scale=10", attacks="position")
     assert {f.verdict for f in report.findings if not f.defended} == {"leaks"}

@@ -20,7 +20,7 @@ from vitguard import data
 from vitguard.attacks.base import Attack
 from vitguard.audit import audit
 from vitguard.core import LocalTraining, Normalization
-from vitguard.errors import Inconclusive, VitguardError
+from vitguard.errors import Inconclusive, VitguardError, expected
 from vitguard.guard import Guard, Stack, protect, stack_of
 from vitguard.models import normalization_of
 from vitguard.registry import GROUPS, stack_name
@@ -64,12 +64,20 @@ def assert_not_reconstructable(
         images: Pixels in [0, 1], shape (images, channels, height, width).
         labels: Classes, shape (images,); made up where None.
         attacks: As for `audit`; the ladder by default, with the time that the budget allows.
-        max_gain: dB above the best guess without information that is allowed.
+        max_gain: dB above the best guess without information that is allowed, at most 6: above it
+            an image leaks.
 
     Raises:
+        InputError: `max_gain` is above 6.
         AssertionError: An image comes closer, or leaks otherwise; the message names a picture.
         Inconclusive: No attack works on the undefended model, or one was cut or does not apply.
     """
+    if not max_gain <= LEAK_GAIN:
+        raise expected(
+            f"max_gain of at most {LEAK_GAIN:g} dB", max_gain,
+            "What is above leaks by every verdict; to allow it all the same, ask "
+            "vitguard.audit(...).gate(max_gain=...).",
+        )  # fmt: skip
     if attacks is None:
         attacks = "ladder" if budget() == "full" else "ladder:seconds=10"
     attacks = attacks if isinstance(attacks, str) else list(attacks)  # it is gone through twice
