@@ -13,7 +13,8 @@ folder is VITGUARD_DATA; photos are scikit-image's.
 
 Each setting has its own stacks. A stack is attacked with the smallest batch that it lets leave, in
 two cases: `natural`, the first images of the data; and `dominant`, where one image has a wrong
-label among those the model is surest of, and so outweighs its batch (trained models only).
+label among those the model is surest of, and so outweighs its batch (trained models only). Of one
+image an update there are two updates: an image that is picked out of decoys decides nothing alone.
 
 Costs are of training by the updates that leave: a server's Adam (rate 1e-3) on one client's
 gradient a step, on the trained CIFAR ViT with a fresh head (`finetune`), or from random weights
@@ -185,7 +186,7 @@ def measured(subject: Subject, asked: list[Cell]) -> list[Cell]:
     cell, model = asked[0], subject.model()
     normalization = subject.normalization(model)
     size = Anatomy.of(model).image_size
-    pixels, labels = subject.images(cell.batch, size)
+    pixels, labels = subject.images(max(cell.batch, 2), size)
     if cell.case == "dominant":  # one wrong label among those that the model is surest of
         pixels, _ = subject.images(max(40, cell.batch), size)
         with torch.no_grad():
