@@ -438,7 +438,8 @@ def draw(evidence: Evidence) -> None:
         "worst image, dB above the thumbnail\n(60 and more at 60, nothing to read at -15)"
     )
     axes.set_title(
-        "Leak against cost: green stood, red fell, grey shows nothing (attacks cut, or no control);\ncircles: fine-tuning, squares: from scratch",
+        "Leak against cost: green stood, red fell, grey shows nothing (attacks cut, or no control);"
+        "\ncircles: fine-tuning, squares: from scratch",
         fontsize=9,
     )
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7.5, frameon=False)
