@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
 from vitguard.advise.report import AdviceReport, Applies, Option
+from vitguard.report.console import between_words
 
 __all__ = ["print_advice"]
 
@@ -95,10 +95,5 @@ def _print_options(console: Console, options: tuple[Option, ...]) -> None:
 def _say(console: Console, text: str, style: str = "", *, whole: bool = False) -> None:
     """Print a line, wrapped under its own indent; a command stays `whole`, to be copied."""
     indent = " " * (len(text) - len(text.lstrip(" -")))
-    lines = (
-        [text]
-        if whole
-        else textwrap.wrap(text, console.width, subsequent_indent=indent, break_on_hyphens=False)
-    )
-    for line in lines:
+    for line in [text] if whole else between_words(text, console.width, indent):
         console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)

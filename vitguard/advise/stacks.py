@@ -62,7 +62,7 @@ def proven(counts: Counts, audited: Audited, batch_size: int, see: str) -> Itera
     # asked of the settings that need no noise to be found for an epsilon, which takes a while
     keyed = {d.spec(): bool(traits_of([type(d)()], counts.anatomy).sealed) for d in named}
     for defense in sorted(named, key=lambda d: keyed[d.spec()]):
-        if _fits(defense, counts) and (see == "server" or not keyed[defense.spec()]):
+        if (see == "server" or not keyed[defense.spec()]) and _fits(defense, counts):
             command = audited.command(batch_size, defense.spec())
             yield Proven(defense.spec(), defense.promise, command)
 

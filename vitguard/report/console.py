@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["print_to"]
+__all__ = ["between_words", "print_to"]
 
 NAME = 15
 """Columns for the name of an attack."""
@@ -38,7 +39,10 @@ STYLES = {
 
 
 def print_to(report: AuditResults, console: Console) -> None:
-    """Print headline, one block per defense and the baseline; no line is wider than 80 columns."""
+    """Print headline, one block per defense and the baseline.
+
+    No line is wider than 80 columns, unless the name of a model in the last one's command is.
+    """
     from rich.text import Text
 
     def say(text: str, style: str = "", indent: int = 0) -> None:
@@ -72,7 +76,19 @@ def print_to(report: AuditResults, console: Console) -> None:
     for note in report.notes:
         say(f"Note: {note}", "dim")
     if report.advice:
-        say(f"What to use: {report.advice}", "bold")
+        for line in between_words(clean(f"What to use: {report.advice}"), min(console.width, 80)):
+            console.print(Text(line, "bold"), soft_wrap=True)
+
+
+def between_words(text: str, width: int, indent: str = "") -> list[str]:
+    """Return lines of a text, broken between words alone: a command's can be copied.
+
+    Args:
+        indent: Of all lines but the first.
+    """
+    return textwrap.wrap(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _heading(report: AuditResults, configuration: str, findings: Sequence[Finding]) -> str:
