@@ -97,13 +97,7 @@ def _add_audit(commands: Any) -> None:
     weights = audit.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="FILE", help="safetensors or torch state dict")
     weights.add_argument("--pretrained", action="store_true", help="timm's weights")
-    add(
-        "--train",
-        action="append",
-        metavar="WHAT",
-        help="what is trained and sent, as for plan: all (without it), head, last-block, lora:r=4, "
-        "adapters:r=16 or a selection; may be repeated, or joined by /",
-    )
+    _add_train(add)
     add("--mean", metavar="R,G,B", help="normalisation; the model's own by default")
     add("--std", metavar="R,G,B")
     add("--images", nargs="+", metavar="DIR|FILE", help="files, a folder or class folders")
@@ -209,6 +203,16 @@ def _add_plan(commands: Any) -> None:
     plan.set_defaults(run=_plan, command="plan")
 
 
+def _add_train(add: Any) -> None:
+    add(
+        "--train",
+        action="append",
+        metavar="WHAT",
+        help="what is trained and sent, as for plan: all (without it), head, last-block, lora:r=4, "
+        "adapters:r=16 or a selection; may be repeated, or joined by /",
+    )
+
+
 def _add_advise(commands: Any) -> None:
     advise = commands.add_parser(
         "advise",
@@ -225,13 +229,7 @@ def _add_advise(commands: Any) -> None:
         "without --checkpoint)",
     )
     add("--checkpoint", metavar="FILE", help="your weights, for the commands; it is not read")
-    add(
-        "--train",
-        action="append",
-        metavar="WHAT",
-        help="what is trained and sent, as for plan: all (without it), head, last-block, lora:r=4, "
-        "adapters:r=16 or a selection; may be repeated, or joined by /",
-    )
+    _add_train(add)
     add(
         "--see",
         default="both",
