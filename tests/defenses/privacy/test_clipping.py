@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vitguard as vg
 from tests.conftest import small_vit
 from tests.defenses.privacy.privacy_models import build
+from vitguard import data
 from vitguard.core import Batch
 from vitguard.defenses.privacy import DifferentialPrivacy
 from vitguard.defenses.privacy.clipping import clipping_factors
@@ -134,3 +135,17 @@ def test_positions_are_no_longer_read_where_nothing_tells_the_factor_of_their_la
     report = vg.audit(model, (photo, torch.tensor([3])), defenses=stack, attacks="position")
     (found,) = (f for f in report.findings if f.defended)
     assert found.verdict == "not applicable" and "a factor of its own" in found.reason
+
+
+@pytest.mark.slow
+def test_a_batch_whose_layers_are_clipped_one_by_one_is_read_by_what_reads_it_clipped_as_a_whole():
+    """In a batch every example has its own factor in every layer; row spaces do not see them."""
+    images = data.sample_images((16, 16), count=2).pixels
+    stacks = {k: [DifferentialPrivacy(noise=0.0, clipping=k)] for k in ("flat", "per_layer")}
+    report = vg.audit(
+        small_vit(), (images, torch.arange(2)), defenses=stacks, attacks="gelu-span:seconds=8",
+        batch_size=2,
+    )  # fmt: skip
+    assert {f.defense: f.verdict for f in report.findings if f.defended} == {
+        "flat": "leaks", "per_layer": "leaks",
+    }  # fmt: skip
