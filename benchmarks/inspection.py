@@ -22,7 +22,6 @@ import json
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -168,7 +168,7 @@ class InstalledInspection(Installed):
 
         A step moves weights by a small part of their size; nobody knows of smaller writes after it.
         """
-        now = self._summaries(model)
+        now = self._summaries(weights_of(model))
         (names, new), (known, old) = now, self.noted
         if names != known or new.shape != old.shape:
             return True
@@ -178,12 +178,12 @@ class InstalledInspection(Installed):
         self.noted, self.stepping = now, False
         return False
 
-    def _summaries(self, model: nn.Module) -> Noted:
+    def _summaries(self, weights: Mapping[str, Tensor]) -> Noted:
         """Return each row of each weight added up with random signs: a write of others shows.
 
         Vectors, such as biases, as they are.
         """
-        weights, found = weights_of(model), []
+        found = []
         with torch.no_grad():
             for weight in weights.values():
                 rows = weight.float()
@@ -235,7 +235,8 @@ class InstalledInspection(Installed):
         self.left = True
 
     def _look(self, model: nn.Module) -> Looked:
-        weights, memory, noted = weights_of(model), memory_of(model), self._summaries(model)
+        weights, memory = weights_of(model), memory_of(model)
+        noted = self._summaries(weights)
         found = inspect_weights(
             weights, self.anatomy, memory,
             limit=self.settings.limit,
