@@ -26,7 +26,11 @@ from vitguard.audit.exposure import Exposure, Facts
 from vitguard.audit.scale import Scale, decoys_for
 from vitguard.audit.verdicts import Beside, finding_of
 from vitguard.core import Normalization, View
+from vitguard.defenses.base import Defense
+from vitguard.defenses.low_rank import LowRankUpdate
 from vitguard.defenses.noise import GradientNoise
+from vitguard.defenses.quantised_update import QuantisedUpdate
+from vitguard.defenses.sign_update import SignUpdate
 from vitguard.errors import Inconclusive
 from vitguard.guard import Guard, protect
 from vitguard.threats.curious_server import CuriousServer
@@ -37,6 +41,12 @@ ROLES = ("patch", "position", "attention", "mlp", "norm", "head")
 """Parts of a ViT that are hidden one by one."""
 _LITTLE = 1e-3
 """Nominal seconds of work in which no attack comes to its end."""
+_DAMAGE = (
+    *(GradientNoise(scale) for scale in (0.0, 1e-6, 1e-3, 0.1)),
+    *(LowRankUpdate(rank) for rank in (1, 3)),
+    SignUpdate(),
+    QuantisedUpdate(4),
+)
 
 
 def check_weaker(attack: Attack, model: nn.Module | None = None) -> None:
@@ -69,13 +79,15 @@ def check_weaker(attack: Attack, model: nn.Module | None = None) -> None:
 
 
 def check_proofs(attack: Attack, model: nn.Module | None = None) -> None:
-    """A patch that an attack calls proved is right, also where noise was added to the update.
+    """A patch that an attack calls proved is right, also where a defense changed the update.
+
+    Noise of several sizes, low ranks, signs and few bits: each leaves other equations standing.
 
     Args:
         model: As for `check_weaker`.
     """
-    for scale in (0.0, 1e-6, 1e-3, 0.1):
-        _, facts, view = _exposed(model, GradientNoise(scale))
+    for defense in _DAMAGE:
+        _, facts, view = _exposed(model, defense)
         made = _tried(attack, facts, view)
         if made.guess is None or made.guess.verified is None or made.scores is None:
             continue
@@ -83,7 +95,7 @@ def check_proofs(attack: Attack, model: nn.Module | None = None) -> None:
         wrong = int(claimed.sum()) - (0 if right is None else int(right.sum()))
         assert wrong <= 0, (
             f"{attack.name} calls {wrong} of {int(claimed.sum())} patches proved that are wrong, "
-            f"under noise of {scale:g}"
+            f"under {defense.spec()}"
         )
 
 
@@ -120,7 +132,7 @@ def _tried(attack: Attack, facts: Facts, view: View) -> Attempt:
     return attempt(attack, facts, Exposure(view), 0)
 
 
-def _exposed(model: nn.Module | None, *defenses: GradientNoise) -> tuple[Guard, Facts, View]:
+def _exposed(model: nn.Module | None, *defenses: Defense) -> tuple[Guard, Facts, View]:
     """Return what an adversary sees of one photo's gradient."""
     model = _small_vit() if model is None else copy.deepcopy(model)
     facts, normalization = _facts(), Normalization()

@@ -52,8 +52,8 @@ class GeluSpan(Attack):
     public weights. They prove themselves to the same `accept`.
 
     Guarantees:
-        A patch marked `verified` satisfies hidden - T equations to below `accept`, or, of the last
-        image of a batch, those of the attention.
+        A patch marked `verified` satisfies hidden - T equations to below `accept`, and that of the
+        norm; or, of the last image of a batch, those of the attention.
 
     Under a shuffle, and without positions, what is verified is the content of a patch; its place is
     a guess by seams, and so is its image in a batch.

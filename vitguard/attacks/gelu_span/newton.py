@@ -30,6 +30,7 @@ __all__ = ["Problem", "Pull", "Solutions"]
 
 _OUTER_BYTES = 3e8
 _NORM_WEIGHT = 0.01  # of the norm equation against the hidden equations, per hidden unit
+_UNNORMED = 0.1  # of what the norm's equation misses: at true tokens it is as small as the rest
 _FADE, _RELEASED = 0.7, 8  # of a pull at each iteration; iterations without it at the end
 
 
@@ -39,7 +40,9 @@ class Solutions:
 
     Args:
         v: Coordinates in the family, shape (starts, k).
-        residual: |(I - V V^T) a| / |a|: about the gradient's precision at true tokens.
+        residual: |(I - V V^T) a| / |a|: about the gradient's precision at true tokens; no less than
+            a share of what the equation of the norm misses. Without it h = 0 would solve all others
+            wherever the span holds act(b), as of a gradient that was cut to a low rank it does.
     """
 
     v: Float[Tensor, "starts k"]
@@ -175,7 +178,8 @@ class Problem:
         gap = self.attended_origin[positions] + v @ self.attended.T - target
         return _State(
             positions, target, v, s, u, outside, normal, excess, gap,
-            residual=outside.norm(dim=1) / size, cost=cost, apart=gap.square().sum(1),
+            residual=torch.maximum(outside.norm(dim=1) / size, _UNNORMED * excess.abs()),
+            cost=cost, apart=gap.square().sum(1),
         )  # fmt: skip
 
     def _step(self, state: _State, damping: Tensor, pull: Tensor) -> Tensor:
