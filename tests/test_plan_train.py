@@ -120,6 +120,35 @@ def test_a_frozen_head_that_reads_more_than_the_class_token_still_counts():
     assert said(model, "attention/mlp/norm/patch", positions="frozen")["span"].possible
 
 
+SIZES = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 8, "num_hidden_layers": 2, "num_labels": 10,
+}  # fmt: skip
+
+
+def averaging(kind):
+    """A model whose head reads all tokens, though nothing of timm's says so."""
+    if kind == "CaiT":
+        return build_model(WIDE.replace("vit_tiny_patch16_224", "cait_xxs24_224"))
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**SIZES)
+    return getattr(transformers, f"{kind}ForImageClassification")(config)
+
+
+@pytest.mark.parametrize("kind", ["CaiT", "Beit", "IJepa"])
+def test_the_last_block_shows_all_tokens_where_all_of_them_are_read_behind_it(kind):
+    """Of BEiT the head reads the mean, of I-JEPA too; CaiT's class token joins behind the blocks."""
+    model = averaging(kind)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    update = protect(model, []).update(torch.randn(1, 3, 32, 32), torch.tensor([3]))
+    last = Anatomy.of(model).blocks[-1]
+    values = torch.linalg.svdvals(update.read(f"{last.fc1}.weight").double())
+    assert int((values > 1e-5 * values[0]).sum()) >= 16
+    assert said(model, "last-block")["token-search"].possible
+    assert not said(model, "head")["token-search"].possible
+
+
 def test_the_sizes_of_adapters_are_counted(wide):
     anatomy = Anatomy.of(wide)
     lora = trained_sizes(wide, anatomy, "lora:r=4")

@@ -66,10 +66,16 @@ def read(model: nn.Module) -> Anatomy | None:
         channels=convolution.in_channels,
         width=convolution.out_channels,
         classes=classes_of(*(getattr(model, n) for n in heads)),
-        pooling="token",
+        pooling="avg" if _averages(inner, prefix) else "token",
         prefix_tokens=prefix_tokens,
         obstacles=tuple(obstacles),
     )
+
+
+def _averages(inner: Any, prefix: tuple[str, ...]) -> bool:
+    """Whether the head reads the mean of the tokens: BEiT's pooler, or no class token (I-JEPA)."""
+    pooler = getattr(inner, "pooler", None)
+    return not prefix or has_norm(getattr(pooler, "layernorm", None))
 
 
 def _block(name: str, block: nn.Module) -> Block:

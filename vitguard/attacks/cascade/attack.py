@@ -106,7 +106,7 @@ class Cascade(Attack):
         if a.pooling != "token":
             why = f"pooling is {a.pooling!r}: the last MLP sees all tokens"
             return Remaining(self.name, False, (), why)
-        last = a.blocks[-1]
+        last = (*a.blocks, *a.readers)[-1]
         found = plain.verdict(
             self.name,
             (f"{last.fc1}.weight", f"{last.fc2}.weight"),
