@@ -137,7 +137,7 @@ def averaging(kind):
 
 @pytest.mark.parametrize("kind", ["CaiT", "Beit", "IJepa"])
 def test_the_last_block_shows_all_tokens_where_all_of_them_are_read_behind_it(kind):
-    """Of BEiT the head reads the mean, of I-JEPA too; CaiT's class token joins behind the blocks."""
+    """The head of BEiT and I-JEPA reads the mean; CaiT's class token joins behind the blocks."""
     model = averaging(kind)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
