@@ -175,6 +175,12 @@ def test_what_names_nothing_is_refused(wide, train, told):
         plan_report(wide, (), train=train)
 
 
+@pytest.mark.parametrize("positions", ["frozen", "none"])
+def test_positions_alone_that_a_defense_does_not_train_are_nothing_to_plan(wide, positions):
+    with pytest.raises(InputError, match=f"none of position under {positions} positions"):
+        plan_report(wide, (), train="position", positions=positions)
+
+
 @pytest.mark.parametrize("train", ["head", "lora:r=4/head"])
 def test_the_head_of_a_model_without_classes_is_told_to_be_none(small_vit, train):
     """Backbones such as DINOv2's come without: their plan would leave out the labels."""
