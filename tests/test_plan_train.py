@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 
 from tests.conftest import CIFAR_VIT, small_vit
@@ -16,7 +17,7 @@ from vitguard.guard import protect
 from vitguard.models import build_model
 from vitguard.plan import plan_report
 from vitguard.threats import CuriousServer
-from vitguard.trained import trained_sizes
+from vitguard.trained import train_only, trained_sizes
 from vitguard.vit import Anatomy
 
 WIDE = (
@@ -193,6 +194,25 @@ def test_lora_beside_weights_that_are_no_layer_is_refused():
     model = torchvision.models.VisionTransformer(16, 4, 1, 2, 32, 64, num_classes=10)
     with pytest.raises(InputError, match="linear layers"):
         plan_report(model, (), train="lora:r=4")
+
+
+def test_lora_that_the_model_never_calls_is_refused():
+    """BEiT's attention reads the weight of its projection by itself, past what is beside it."""
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 1, "num_heads": 2}
+    beit = timm.create_model("beit_base_patch16_224", num_classes=10, **sizes).train()
+    with pytest.raises(InputError, match="never calls"):
+        train_only(beit, "lora:r=4/head")
+    assert all(m.training for m in beit.modules())
+    assert not any(m._forward_pre_hooks for m in beit.modules())
+
+
+def test_adapters_are_as_wide_as_the_mlp_they_stand_beside():
+    sizes = {"img_size": 56, "depths": (1, 1), "num_heads": (2, 2), "embed_dim": 16}
+    swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **sizes)
+    planned = trained_sizes(swin, Anatomy.of(swin), "adapters:r=4")
+    made = {n: p.numel() for n, p in train_only(swin, "adapters:r=4").named_parameters()}
+    assert planned == {n: made[n] for n in made if ".adapter." in n}
+    assert swin(torch.zeros(1, 3, 56, 56)).shape == (1, 10)
 
 
 def test_training_and_encryption_are_counted_together(wide):
