@@ -95,8 +95,10 @@ def test_closed_forms_run_on_an_update_exactly_where_the_plan_says_so(train):
         assert ran is any(plan[name].possible for name in names), (attack.name, plan)
 
 
-def test_of_the_head_alone_an_update_holds_the_class_tokens_features_exactly():
-    model = small_vit(depth=1)
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+def test_of_the_head_alone_an_update_holds_the_features_that_it_reads_exactly(pool):
+    kind = {"depth": 1, "global_pool": pool, "class_token": pool == "token"}
+    model = small_vit(**kind)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
     images, held = torch.rand(1, 3, 16, 16), {}
@@ -106,7 +108,8 @@ def test_of_the_head_alone_an_update_holds_the_class_tokens_features_exactly():
     row = int(bias.abs().argmax())
     assert torch.allclose(weight[row] / bias[row], held["x"][0], atol=1e-5)
     assert int(bias.argmin()) == 3
-    assert "class token's features" in said(small_vit(depth=1), "head")["labels"].reason
+    read = "class token's" if pool == "token" else "pooled"
+    assert f"{read} features" in said(small_vit(**kind), "head")["labels"].reason
 
 
 def test_a_frozen_head_that_reads_more_than_the_class_token_still_counts():
