@@ -258,3 +258,15 @@ def test_a_position_embedding_of_another_shape_is_encrypted_with_the_embedding()
     )  # fmt: skip
     names = ["proj.weight", "pos_embed", "levels.0.pos_embed", "other.weight"]
     assert anatomy.select("embedding", names) == names[:3]
+
+
+@pytest.mark.parametrize("kind", ["Beit", "Data2VecVision", "Dinov2"])
+def test_layer_scale_of_transformers_is_read_whatever_its_name(kind):
+    """Without it the equations of an MLP are those of another model."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = getattr(transformers, f"{kind}Config")(image_size=16, patch_size=8, **sizes)
+    model = getattr(transformers, f"{kind}ForImageClassification")(config)
+    (block,) = Anatomy.of(model).blocks
+    scales = {n for n, _ in model.named_parameters() if "lambda" in n}
+    assert len(scales) == 2 and {block.scale1, block.scale2} == scales

@@ -94,8 +94,8 @@ def _block(name: str, block: nn.Module) -> Block:
     norm2 = first("layernorm_after", "norm2", "layer_norm2")
     fc1 = first("mlp.fc1", "intermediate.dense", "mlp.weights_in")
     fc2 = first("mlp.fc2", "output.dense", "mlp.weights_out")
-    scale1 = present(block, "layer_scale1.lambda1")
-    scale2 = present(block, "layer_scale2.lambda1")
+    scale1 = present(block, "layer_scale1.lambda1", "lambda_1")
+    scale2 = present(block, "layer_scale2.lambda1", "lambda_2")
     return Block(
         name=name,
         attention=f"{name}.attention",

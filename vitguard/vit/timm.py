@@ -113,8 +113,9 @@ def _block(name: str, block: Any) -> Block:
             "attn.v_proj.weight",
         )
         biases = present(block, "attn.q_proj.bias", "attn.k_proj.bias", "attn.v_proj.bias")
-    else:
-        weights = present(block, "attn.qkv.weight")
+    elif not (weights := present(block, "attn.qkv.weight")):  # ConViT
+        weights = present(block, "attn.qk.weight", "attn.v.weight")
+        biases = present(block, "attn.qk.bias", "attn.v.bias")
     scale1 = present(block, "ls1.gamma", "gamma_1")
     scale2 = present(block, "ls2.gamma", "gamma_2")
     fc1 = "mlp.fc1" if hasattr(block.mlp, "fc1") else "mlp.fc1_g"
