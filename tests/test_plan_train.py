@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 
 from tests.conftest import CIFAR_VIT, small_vit
@@ -16,7 +17,7 @@ from vitguard.guard import protect
 from vitguard.models import build_model
 from vitguard.plan import plan_report
 from vitguard.threats import CuriousServer
-from vitguard.trained import trained_sizes
+from vitguard.trained import train_only, trained_sizes
 from vitguard.vit import Anatomy
 
 WIDE = (
@@ -94,8 +95,10 @@ def test_closed_forms_run_on_an_update_exactly_where_the_plan_says_so(train):
         assert ran is any(plan[name].possible for name in names), (attack.name, plan)
 
 
-def test_of_the_head_alone_an_update_holds_the_class_tokens_features_exactly():
-    model = small_vit(depth=1)
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+def test_of_the_head_alone_an_update_holds_the_features_that_it_reads_exactly(pool):
+    kind = {"depth": 1, "global_pool": pool, "class_token": pool == "token"}
+    model = small_vit(**kind)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
     images, held = torch.rand(1, 3, 16, 16), {}
@@ -105,7 +108,8 @@ def test_of_the_head_alone_an_update_holds_the_class_tokens_features_exactly():
     row = int(bias.abs().argmax())
     assert torch.allclose(weight[row] / bias[row], held["x"][0], atol=1e-5)
     assert int(bias.argmin()) == 3
-    assert "class token's features" in said(small_vit(depth=1), "head")["labels"].reason
+    read = "class token's" if pool == "token" else "pooled"
+    assert f"{read} features" in said(small_vit(**kind), "head")["labels"].reason
 
 
 def test_a_frozen_head_that_reads_more_than_the_class_token_still_counts():
@@ -118,6 +122,35 @@ def test_a_frozen_head_that_reads_more_than_the_class_token_still_counts():
     everything = said(model, "all", positions="frozen")["span"]
     assert everything.possible
     assert said(model, "attention/mlp/norm/patch", positions="frozen")["span"].possible
+
+
+SIZES = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 8, "num_hidden_layers": 2, "num_labels": 10,
+}  # fmt: skip
+
+
+def averaging(kind):
+    """A model whose head reads all tokens, though nothing of timm's says so."""
+    if kind == "CaiT":
+        return build_model(WIDE.replace("vit_tiny_patch16_224", "cait_xxs24_224"))
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**SIZES)
+    return getattr(transformers, f"{kind}ForImageClassification")(config)
+
+
+@pytest.mark.parametrize("kind", ["CaiT", "Beit", "IJepa"])
+def test_the_last_block_shows_all_tokens_where_all_of_them_are_read_behind_it(kind):
+    """The head of BEiT and I-JEPA reads the mean; CaiT's class token joins behind the blocks."""
+    model = averaging(kind)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    update = protect(model, []).update(torch.randn(1, 3, 32, 32), torch.tensor([3]))
+    last = Anatomy.of(model).blocks[-1]
+    values = torch.linalg.svdvals(update.read(f"{last.fc1}.weight").double())
+    assert int((values > 1e-5 * values[0]).sum()) >= 16
+    assert said(model, "last-block")["token-search"].possible
+    assert not said(model, "head")["token-search"].possible
 
 
 def test_the_sizes_of_adapters_are_counted(wide):
@@ -146,6 +179,12 @@ def test_what_names_nothing_is_refused(wide, train, told):
         plan_report(wide, (), train=train)
 
 
+@pytest.mark.parametrize("positions", ["frozen", "none"])
+def test_positions_alone_that_a_defense_does_not_train_are_nothing_to_plan(wide, positions):
+    with pytest.raises(InputError, match=f"none of position under {positions} positions"):
+        plan_report(wide, (), train="position", positions=positions)
+
+
 @pytest.mark.parametrize("train", ["head", "lora:r=4/head"])
 def test_the_head_of_a_model_without_classes_is_told_to_be_none(small_vit, train):
     """Backbones such as DINOv2's come without: their plan would leave out the labels."""
@@ -158,6 +197,25 @@ def test_lora_beside_weights_that_are_no_layer_is_refused():
     model = torchvision.models.VisionTransformer(16, 4, 1, 2, 32, 64, num_classes=10)
     with pytest.raises(InputError, match="linear layers"):
         plan_report(model, (), train="lora:r=4")
+
+
+def test_lora_that_the_model_never_calls_is_refused():
+    """BEiT's attention reads the weight of its projection by itself, past what is beside it."""
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 1, "num_heads": 2}
+    beit = timm.create_model("beit_base_patch16_224", num_classes=10, **sizes).train()
+    with pytest.raises(InputError, match="never calls"):
+        train_only(beit, "lora:r=4/head")
+    assert all(m.training for m in beit.modules())
+    assert not any(m._forward_pre_hooks for m in beit.modules())
+
+
+def test_adapters_are_as_wide_as_the_mlp_they_stand_beside():
+    sizes = {"img_size": 56, "depths": (1, 1), "num_heads": (2, 2), "embed_dim": 16}
+    swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **sizes)
+    planned = trained_sizes(swin, Anatomy.of(swin), "adapters:r=4")
+    made = {n: p.numel() for n, p in train_only(swin, "adapters:r=4").named_parameters()}
+    assert planned == {n: made[n] for n in made if ".adapter." in n}
+    assert swin(torch.zeros(1, 3, 56, 56)).shape == (1, 10)
 
 
 def test_training_and_encryption_are_counted_together(wide):

@@ -140,7 +140,8 @@ def plan_report(
         anatomy: For a model that is not recognised.
 
     Raises:
-        InputError: Unknown model, selection or preset, or a selection that names nothing.
+        InputError: Unknown model, selection or preset, a selection that names nothing, or nothing
+            that is trained.
         Incompatible: Positions that a defense cannot make of those of this model, or of none.
 
     Examples:
@@ -168,6 +169,12 @@ def plan_report(
         defense.check(network, anatomy, stack)
     traits = replace(traits_of(stack, anatomy), sealed=() if nothing else (select,))
     plain = released(network, anatomy, traits, trained=trained)
+    if not plain.sizes:
+        raise expected(
+            "a parameter that is trained",
+            f"none of {train or 'the model'} under {positions} positions",
+            "Name more of the model with --train, or leave positions learnable.",
+        )  # fmt: skip
     chosen = plain.sizes.keys() - plain.plain
     if not chosen and not nothing:
         raise expected("a selection that names a parameter", repr(select))

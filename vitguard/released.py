@@ -94,12 +94,14 @@ class Released:
         """Whether nothing but a class token leaves the last block.
 
         Not where the head is wider than one token: that of Dinov2 in transformers also reads the
-        mean of the patches (one block: `span` 118 dB, where ViT's 4 heads end at rank 9).
+        mean of the patches (one block: `span` 118 dB, where ViT's 4 heads end at rank 9). Nor where
+        a class token joins behind the blocks (CaiT), and reads every patch of the last one.
         """
         a = self.anatomy
         known = self.every or self.sizes
         head = [size for name, size in known.items() if a.role(name) == "head"]
-        return a.pooling == "token" and max(head, default=0) <= a.classes * a.width
+        one = max(head, default=0) <= a.classes * a.width
+        return a.pooling == "token" and one and not a.readers
 
     @property
     def spanning(self) -> tuple[Block, ...]:
@@ -136,7 +138,9 @@ class Released:
         """Plain tensors of blocks that were not recognised: what these tell cannot be counted."""
         if self.anatomy.blocks:
             return ()
-        return tuple(n for n in self.sizes if n in self.plain and self.anatomy.role(n) == "other")
+        a = self.anatomy
+        unread = (n for n in self.sizes if a.role(n) in ("other", "position") and n != a.positions)
+        return tuple(n for n in unread if n in self.plain)
 
     def without_blocks(self, attack: str) -> Remaining:
         """What can be said of an attack on blocks where none is known: it ends if all is hidden."""

@@ -30,6 +30,9 @@ class Roles(Protocol):
     @property
     def blocks(self) -> Sequence[Any]: ...
 
+    @property
+    def readers(self) -> Sequence[Any]: ...
+
     def role(self, name: str) -> str: ...
 
 
@@ -113,6 +116,8 @@ def minimal_names(anatomy: Roles, names: Iterable[str]) -> list[str]:
     - the second MLP layer of every other block: one with both layers plain gives `deep-tokens` all
       tokens of an image, and they the image, or some where they fill the width.
 
+    Of what reads the tokens behind the blocks (`Anatomy.readers`) it is the second MLP layer too.
+
     Of a model whose blocks were not recognised it is everything: nothing shows that less would do.
     What it leaves to gradient matching and to searches over pixels is said by `vitguard plan`.
     """
@@ -120,8 +125,8 @@ def minimal_names(anatomy: Roles, names: Iterable[str]) -> list[str]:
     if not anatomy.blocks:
         return names
     chosen = {n for n in names if anatomy.role(n) in (*_EMBEDDING, "head")}
-    first = anatomy.blocks[0]
-    inside = (f"{first.attention}.", f"{first.proj}.", *(f"{b.fc2}." for b in anatomy.blocks))
+    first, late = anatomy.blocks[0], (*anatomy.blocks, *anatomy.readers)
+    inside = (f"{first.attention}.", f"{first.proj}.", *(f"{b.fc2}." for b in late))
     chosen |= {n for n in names if n.startswith(inside) or n in first.qkv + first.qkv_bias}
     return [n for n in names if n in chosen]
 

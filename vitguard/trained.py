@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitguard.errors import InputError, expected
-from vitguard.vit import Anatomy, canonical_name
+from vitguard.vit import Anatomy, Block, canonical_name
 
 __all__ = ["adds_layers", "train_only", "trained_sizes"]
 
@@ -37,7 +37,7 @@ def trained_sizes(model: nn.Module, anatomy: Anatomy, train: str) -> dict[str, i
         if kind == "lora":
             found = _lora(anatomy, shapes, _rank(part, given))
         elif kind == "adapters":
-            found = _bottlenecks(anatomy, _rank(part, given))
+            found = _bottlenecks(anatomy, shapes, _rank(part, given))
         elif part == "last-block" and anatomy.blocks:
             inside = f"{anatomy.blocks[-1].name}."
             found = {n: s.numel() for n, s in shapes.items() if n.startswith(inside)}
@@ -82,10 +82,12 @@ def train_only(
         seed: Of the values of what is added.
 
     Raises:
-        InputError: A part names nothing, or has a setting that it does not know.
+        InputError: A part names nothing, has a setting that it does not know, or adds a layer that
+            the model never calls.
     """
     anatomy = anatomy or Anatomy.of(model)
     sizes = trained_sizes(model, anatomy, train)
+    shapes = {canonical_name(n): p.shape for n, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(canonical_name(name) in sizes)
     like = next(model.parameters())
@@ -100,9 +102,42 @@ def train_only(
             elif kind == "adapters":
                 for block in anatomy.blocks:
                     mlp: Any = model.get_submodule(block.mlp)
-                    mlp.adapter = _Bottleneck(anatomy.width, _rank(part, given))
+                    mlp.adapter = _Bottleneck(_joined(shapes, block), _rank(part, given))
                     mlp.register_forward_hook(_bottleneck)
-    return model.to(like)
+    model.to(like)
+    if adds_layers(train):
+        _require_called(model, anatomy)
+    return model
+
+
+def _require_called(model: nn.Module, anatomy: Anatomy) -> None:
+    """Raise InputError where a layer that was added takes no part in a forward pass."""
+    added = {
+        f"{name}.{part}": module.get_submodule(part)
+        for name, module in model.named_modules()
+        for part in ("lora_A.default", "adapter.down")
+        if isinstance(getattr(module, part.partition(".")[0], None), nn.Module)
+    }
+    called: set[str] = set()
+    handles = [
+        m.register_forward_pre_hook(lambda _, __, name=name: called.add(name))
+        for name, m in added.items()
+    ]
+    modes, like = {m: m.training for m in model.modules()}, next(model.parameters())
+    try:
+        with torch.no_grad():
+            model.eval()(like.new_zeros(1, anatomy.channels, *anatomy.image_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    if idle := sorted(added.keys() - called):
+        raise expected(
+            "layers that take part in a forward pass",
+            f"{idle[0]}, which the model never calls: it reads the weight beside it by itself",
+            "Nothing would be trained there, by PEFT neither. Train another part.",
+        )
 
 
 def _add_lora(layer: Any, rank: int) -> None:
@@ -159,9 +194,15 @@ def _lora(anatomy: Anatomy, shapes: dict[str, torch.Size], rank: int) -> dict[st
     return found
 
 
-def _bottlenecks(anatomy: Anatomy, rank: int) -> dict[str, int]:
-    width = anatomy.width
-    sizes = {
-        "down.weight": rank * width, "down.bias": rank, "up.weight": width * rank, "up.bias": width
-    }  # fmt: skip
-    return {f"{b.mlp}.adapter.{part}": n for b in anatomy.blocks for part, n in sizes.items()}
+def _bottlenecks(anatomy: Anatomy, shapes: dict[str, torch.Size], rank: int) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for block in anatomy.blocks:
+        width, inside = _joined(shapes, block), f"{block.mlp}.adapter"
+        found |= {f"{inside}.down.weight": rank * width, f"{inside}.down.bias": rank}
+        found |= {f"{inside}.up.weight": width * rank, f"{inside}.up.bias": width}
+    return found
+
+
+def _joined(shapes: dict[str, torch.Size], block: Block) -> int:
+    """Return the width of what the MLP of a block gives; those of Swin differ."""
+    return shapes[f"{block.fc2}.weight"][0]

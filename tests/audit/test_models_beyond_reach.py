@@ -1,5 +1,7 @@
 """An attack does not apply to a model that it does not know: nothing is blocked or broken."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -80,3 +82,21 @@ def test_a_plan_for_blocks_that_nobody_knows_encrypts_all_and_promises_nothing()
     assert plan_report(model, "all").remaining() == ()
     guard = protect(model, EncryptedGradients("plan"))
     assert guard is not None
+
+
+def test_a_block_whose_query_and_key_have_no_known_names_is_planned_all_the_same(small_vit):
+    model = small_vit()
+    known = Anatomy.of(model)
+    bare = [replace(block, qkv=(), qkv_bias=()) for block in known.blocks]
+    anatomy = replace(known, blocks=tuple(bare))
+    said = {a.attack: a for a in plan_report(model, "mlp", anatomy=anatomy).attacks}
+    assert said["span"].possible and "nothing shows" in said["span"].reason
+    assert "span" not in plan_report(model, "plan", anatomy=anatomy).remaining()
+
+
+def test_convits_query_and_key_are_read():
+    """One layer makes both, without the values: `gelu-span` did not apply, and plans broke."""
+    model = timm.create_model("convit_tiny", **SMALL, embed_dim=96, depth=1, num_heads=4)
+    (block,) = Anatomy.of(model).blocks
+    assert block.qkv == ("blocks.0.attn.qk.weight", "blocks.0.attn.v.weight")
+    assert "gelu-span" not in plan_report(model, "plan").remaining()

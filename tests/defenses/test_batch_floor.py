@@ -42,6 +42,13 @@ def test_any_readable_tensor_of_embedding_or_blocks_counts_and_the_head_does_not
     assert BatchFloor().seal(hidden, ANATOMY, Draws()) is hidden
 
 
+def test_attention_pooling_shows_tokens_and_counts():
+    pooled = Anatomy.of(small_vit(global_pool="map", class_token=False))
+    update = Update({"attn_pool.kv.weight": torch.ones(4, 96), "head.weight": torch.ones(10, 96)})
+    with pytest.raises(Unprotected):
+        BatchFloor().seal(update, pooled, Draws())
+
+
 def test_what_is_accumulated_counts_where_its_images_are_stated():
     guard = protect(small_vit(), "batch-floor:multiple=1")
     made = {n: torch.ones_like(p) for n, p in guard.model.named_parameters() if "vitguard" not in n}

@@ -37,6 +37,13 @@ def test_a_norm_right_after_the_embedding_is_frozen_with_it():
     assert guard.traits.freezes("norm_pre.bias")
 
 
+def test_of_the_head_alone_attention_pooling_is_frozen_too():
+    pooled = {"global_pool": "map", "class_token": False}
+    alone = protect(small_vit(**pooled), "frozen-stem:trained=0").update(IMAGES, LABELS)
+    assert {n for n in alone.tensors if "norm" not in n} == {"head.weight", "head.bias"}
+    assert "attn_pool.kv.weight" in protect(small_vit(**pooled), "frozen-stem").shared_names()
+
+
 def test_all_embeddings_of_transformers_are_frozen_and_nothing_behind_them():
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 4}

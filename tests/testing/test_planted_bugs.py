@@ -12,6 +12,7 @@ from vitguard import registry
 from vitguard.core import Batch, Update
 from vitguard.defenses import protection
 from vitguard.defenses.base import BatchDefense, Installed, ModelDefense, UpdateDefense
+from vitguard.defenses.noise import GradientNoise
 from vitguard.defenses.privacy import DifferentialPrivacy
 from vitguard.defenses.shuffle import PatchShuffle
 from vitguard.defenses.shuffle.installed import InstalledShuffle
@@ -274,6 +275,53 @@ def test_noise_that_leaves_some_entries_or_their_signs_is_found(bug, why):
     check_noise(Uneven())
     with pytest.raises(AssertionError, match=why):
         check_noise(Uneven(bug))
+
+
+@dataclass(frozen=True)
+class Kept(UpdateDefense):
+    """Noise that keeps mean and norm of each tensor, or says so."""
+
+    name: ClassVar[str] = "kept"
+    bug: str = "none"
+    keep_statistics: bool = True
+
+    def traits(self, before, anatomy):
+        told = self.bug != "not told"
+        return replace(before, exact=False, noise=0.5, rescaled=told)
+
+    def seal(self, update, anatomy, draws):
+        scale = 0.25 if self.bug == "half" else 0.5
+        kept = GradientNoise(scale, keep_statistics=self.bug != "not kept")
+        sealed = kept.seal(update, anatomy, draws)
+        if self.bug != "follows the signs":
+            return sealed
+        made = {}
+        for name, t in update.tensors.items():
+            noise = draws.normal(t.shape, like=t).abs() * t.sign()
+            about = t + 0.5 * t.square().mean().sqrt() * noise
+            about = about - about.mean()
+            made[name] = t.mean() + about * (t - t.mean()).norm() / about.norm()
+        return replace(update, tensors=made)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.5, 3.0])
+def test_noise_that_keeps_statistics_is_measured_beside_what_is_left_of_the_values(scale):
+    check_noise(GradientNoise(scale, keep_statistics=True))
+
+
+@pytest.mark.parametrize(
+    ("bug", "why"),
+    [
+        ("half", "0.5.* times the standard deviation"),
+        ("not kept", "does not keep mean and norm"),
+        ("not told", "0.9.* times the standard deviation"),
+        ("follows the signs", "standard deviation|follows the signs"),
+    ],
+)
+def test_a_setting_named_as_that_of_noise_excuses_nothing(bug, why):
+    check_noise(Kept())
+    with pytest.raises(AssertionError, match=why):
+        check_noise(Kept(bug))
 
 
 class Rolls(InstalledShuffle):

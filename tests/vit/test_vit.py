@@ -225,3 +225,48 @@ def test_math_attention_has_a_second_derivative(small_vit):
 
     with math_attention():
         assert twice().isfinite().all()
+
+
+def reading(kind, small_vit):
+    """A model whose tokens are read behind the blocks: by class attention, or by pooling."""
+    import timm
+
+    if kind == "pool":
+        return small_vit(global_pool="map", class_token=False)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 2, "num_heads": 4}
+    return timm.create_model("cait_xxs24_224", num_classes=10, **sizes)
+
+
+@pytest.mark.parametrize("kind", ["class attention", "pool"])
+def test_attention_behind_the_blocks_is_attention(small_vit, kind):
+    model = reading(kind, small_vit)
+    anatomy, names = Anatomy.of(model), [n for n, _ in model.named_parameters()]
+    behind = [n for n in names if n.startswith(("blocks_token_only.", "attn_pool."))]
+    layers = {n: anatomy.role(n) for n in behind if model.get_parameter(n).dim() > 1}
+    assert layers and set(layers.values()) == {"attention", "mlp"}
+    assert all((role == "mlp") == (".mlp." in n) for n, role in layers.items())
+    assert {n for n in behind if "norm" in n} == {n for n in behind if anatomy.role(n) == "norm"}
+    assert {*anatomy.select("attention", names)} >= {n for n, r in layers.items() if r != "mlp"}
+    seen = {n for reader in anatomy.readers for n in (*reader.qkv, *reader.qkv_bias)}
+    assert seen and seen <= set(names)
+    assert {f"{r.fc2}.weight" for r in anatomy.readers} <= set(anatomy.select("plan", names))
+
+
+def test_a_position_embedding_of_another_shape_is_encrypted_with_the_embedding():
+    anatomy = Anatomy(
+        "hand", "proj", "proj", None, 0, (), None, (), (), (8, 8), (4, 4), 3, 7, 2,
+    )  # fmt: skip
+    names = ["proj.weight", "pos_embed", "levels.0.pos_embed", "other.weight"]
+    assert anatomy.select("embedding", names) == names[:3]
+
+
+@pytest.mark.parametrize("kind", ["Beit", "Data2VecVision", "Dinov2"])
+def test_layer_scale_of_transformers_is_read_whatever_its_name(kind):
+    """Without it the equations of an MLP are those of another model."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = getattr(transformers, f"{kind}Config")(image_size=16, patch_size=8, **sizes)
+    model = getattr(transformers, f"{kind}ForImageClassification")(config)
+    (block,) = Anatomy.of(model).blocks
+    scales = {n for n, _ in model.named_parameters() if "lambda" in n}
+    assert len(scales) == 2 and {block.scale1, block.scale2} == scales

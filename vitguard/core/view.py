@@ -66,6 +66,9 @@ class Traits:
         rank: Singular values of each matrix that are sent at most; 0 where all are.
         noise: Standard deviation of noise added to each tensor, relative to the root mean square
             that the tensor had; 0 where there is none or its size is not known so.
+        rescaled: Whether each tensor, once noised, is brought back to the mean and the norm about
+            it that it had: values and noise are then both smaller, and `noise` is still their
+            ratio.
         information: Nats that one release tells of one image at most, by proof: infinite without
             a guarantee. Of a gradient in a ball of radius C under Gaussian noise of standard
             deviation sigma C no more than 1 / (2 sigma^2) gets through (the capacity of a Gaussian
@@ -85,6 +88,7 @@ class Traits:
     sparse: bool = False
     rank: int = 0
     noise: float = 0.0
+    rescaled: bool = False
     information: float = math.inf
     shuffle: Shuffle | None = None
     sealed: tuple[str, ...] = ()

@@ -125,5 +125,5 @@ def _bytes(image: Tensor) -> bytes:
 
 def _counts(name: str, anatomy: Anatomy) -> bool:
     """Whether a tensor's gradient has rows of many tokens."""
-    inside = tuple(f"{block.name}." for block in anatomy.blocks)
+    inside = tuple(f"{block.name}." for block in (*anatomy.blocks, *anatomy.readers))
     return name.startswith(inside) or anatomy.role(name) in ("patch", "position", "token")

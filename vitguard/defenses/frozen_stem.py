@@ -92,6 +92,8 @@ class FrozenStem(ModelDefense):
 
     def _beginnings(self, anatomy: Anatomy) -> tuple[str, ...]:
         blocks = anatomy.blocks[: max(len(anatomy.blocks) - self.trained, 0)]
+        if self.trained == 0:  # the head alone: what shows it the tokens stays as well
+            blocks += anatomy.readers
         alone = (anatomy.positions, *anatomy.prefix)
         parts = anatomy.patch_stage.split(".")
         above = ["".join(f"{p}." for p in parts[:i]) for i in range(len(parts))]

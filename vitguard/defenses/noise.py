@@ -43,7 +43,8 @@ class GradientNoise(UpdateDefense):
         """Return how strong the noise is, and that tensors are not exact where there is some."""
         exact, noise = before.exact and self.scale == 0, math.hypot(before.noise, self.scale)
         rank = before.rank if self.scale == 0 else 0
-        return replace(before, exact=exact, noise=noise, rank=rank)
+        rescaled = before.rescaled or (self.keep_statistics and self.scale > 0)
+        return replace(before, exact=exact, noise=noise, rank=rank, rescaled=rescaled)
 
     def seal(self, update: Update, anatomy: Anatomy, draws: Draws) -> Update:
         """Return the update with noise on every readable tensor; counters (integers) stay.

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitguard.core import Traits
 from vitguard.defenses.base import BatchDefense, Defense, ModelDefense, StepDefense
 from vitguard.defenses.privacy.verification import measure_noise
 from vitguard.errors import Unprotected
@@ -38,13 +39,15 @@ _CHANCE = 1e-9
 _BARE = 0.2  # share of entries that a draw may leave as they are, by rounding
 _ROUNDING = 1e-4  # noise of so little beside the values is lost in large ones of 32 bits
 _ALIKE = 0.2
+_KEPT = 1e-3  # what rounding may move of a mean or a norm
 
 
 def check_noise(defense: Defense) -> None:
     """Noise has the standard deviation that the traits claim, at more than one batch size.
 
     That of one tensor is not that of another, every entry has some, and where it is added to an
-    update it does not follow the signs of the values.
+    update it does not follow the signs of the values. Of tensors that are said to be rescaled, mean
+    and norm are those of before, and the noise is measured with that undone.
     """
     if isinstance(defense, ModelDefense | BatchDefense):
         return
@@ -54,11 +57,8 @@ def check_noise(defense: Defense) -> None:
         added: list[Tensor] = []
         if traits.noise > 0 and not traits.sparse and not math.isfinite(traits.information):
             added = [plain.tensors[n] for n in names if bool(plain.tensors[n].any())]
-            parts = [
-                (update.tensors[n] - plain.tensors[n]) / plain.tensors[n].square().mean().sqrt()
-                for n in names
-                if bool(plain.tensors[n].any())
-            ]
+            pairs = ((update.tensors[n], plain.tensors[n]) for n in names)
+            parts = [_added(defense, traits, *pair) for pair in pairs if bool(pair[1].any())]
             claimed = traits.noise
         elif math.isfinite(traits.information):
             clip = defense.settings().get("clip")
@@ -73,9 +73,7 @@ def check_noise(defense: Defense) -> None:
         if not parts:
             continue
         fit = measure_noise(torch.cat([p.flatten() for p in parts]), claimed)
-        sound = fit.p_value >= _CHANCE and not getattr(defense, "keep_statistics", False)
-        close = abs(fit.ratio - 1) < 0.02  # rescaled to keep statistics, noise is not quite normal
-        assert sound or close, (
+        assert fit.p_value >= _CHANCE or abs(fit.ratio - 1) < 0.02, (
             f"the noise of {defense.name} on a batch of {size} has {fit.ratio:.4g} times the "
             f"standard deviation that its traits claim (p = {fit.p_value:.2g})"
         )
@@ -85,7 +83,7 @@ def check_noise(defense: Defense) -> None:
             f"{defense.name} leaves {bare:.0%} of the entries of a tensor as they were: its noise "
             "is on the others alone"
         )
-        if added and not getattr(defense, "keep_statistics", False):
+        if added:
             signs = torch.cat([t.sign().flatten() for t in added])
             alike = float(F.cosine_similarity(torch.cat([p.flatten() for p in parts]), signs, 0))
             assert abs(alike) < max(_ALIKE, 6 / math.sqrt(len(signs))), (
@@ -97,6 +95,20 @@ def check_noise(defense: Defense) -> None:
             assert abs(alike) < 0.9, (
                 f"{defense.name} adds the same noise to two tensors: their difference is without it"
             )
+
+
+def _added(defense: Defense, traits: Traits, sent: Tensor, plain: Tensor) -> Tensor:
+    """Return the noise on a tensor over the root mean square of its values."""
+    size = plain.square().mean().sqrt()
+    if not traits.rescaled:
+        return (sent - plain) / size
+    about, own = sent - sent.mean(), plain - plain.mean()
+    mean, norm = sent.mean() - plain.mean(), about.norm() / own.norm() - 1
+    assert abs(float(mean)) < _KEPT * float(size) and abs(float(norm)) < _KEPT, (
+        f"{defense.name} does not keep mean and norm of a tensor, though its traits say so"
+    )
+    shorter = math.hypot(1, traits.noise * float(size / own.square().mean().sqrt()))
+    return (about * shorter - own) / size
 
 
 def check_draws(defense: Defense) -> None:

@@ -62,6 +62,8 @@ class Anatomy:
         channels, width, classes: Input channels, token width D, classes of the head.
         pooling: `"token"` (class token), `"avg"` (mean of tokens) or the library's own word.
         obstacles: Why equations about the embedding would not hold (a norm inside it, say).
+        readers: What lies between the last block and the head and has an attention of its own, in
+            which a token of its own reads all others: class attention (CaiT), attention pooling.
     """
 
     family: str
@@ -81,6 +83,7 @@ class Anatomy:
     pooling: str = "token"
     prefix_tokens: int = 1
     obstacles: tuple[str, ...] = ()
+    readers: tuple[Block, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -148,8 +151,8 @@ class Anatomy:
 
     def role(self, name: str) -> str:
         """Return the role of a parameter: one of `SELECTORS` but embedding and all, or `other`."""
-        if name == self.positions:
-            return "position"
+        if name == self.positions or name.rpartition(".")[2] == "pos_embed":
+            return "position"  # of a shape that nothing here reads, too
         if name in self.prefix:
             return "token"
         if name.startswith((f"{self.patch_stage}.", f"{self.patch}.")):
@@ -159,6 +162,13 @@ class Anatomy:
                 return "attention"
             if name.startswith((f"{block.mlp}.", f"{block.fc1}.", f"{block.fc2}.")):
                 return "mlp"
+        for reader in self.readers:  # attention pooling has its norm and its MLP inside
+            if name.startswith((f"{reader.mlp}.", f"{reader.fc1}.", f"{reader.fc2}.")):
+                return "mlp"
+            if name.startswith(f"{reader.norm2}."):
+                return "norm"
+            if name.startswith(f"{reader.attention}."):
+                return "attention"
         if any(name.startswith(f"{head}.") for head in self.head):
             return "head"
         return "norm" if "norm" in name or ".ln" in name else "other"

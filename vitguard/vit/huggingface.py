@@ -66,10 +66,16 @@ def read(model: nn.Module) -> Anatomy | None:
         channels=convolution.in_channels,
         width=convolution.out_channels,
         classes=classes_of(*(getattr(model, n) for n in heads)),
-        pooling="token",
+        pooling="avg" if _averages(inner, prefix) else "token",
         prefix_tokens=prefix_tokens,
         obstacles=tuple(obstacles),
     )
+
+
+def _averages(inner: Any, prefix: tuple[str, ...]) -> bool:
+    """Whether the head reads the mean of the tokens: BEiT's pooler, or no class token (I-JEPA)."""
+    pooler = getattr(inner, "pooler", None)
+    return not prefix or has_norm(getattr(pooler, "layernorm", None))
 
 
 def _block(name: str, block: nn.Module) -> Block:
@@ -88,8 +94,8 @@ def _block(name: str, block: nn.Module) -> Block:
     norm2 = first("layernorm_after", "norm2", "layer_norm2")
     fc1 = first("mlp.fc1", "intermediate.dense", "mlp.weights_in")
     fc2 = first("mlp.fc2", "output.dense", "mlp.weights_out")
-    scale1 = present(block, "layer_scale1.lambda1")
-    scale2 = present(block, "layer_scale2.lambda1")
+    scale1 = present(block, "layer_scale1.lambda1", "lambda_1")
+    scale2 = present(block, "layer_scale2.lambda1", "lambda_2")
     return Block(
         name=name,
         attention=f"{name}.attention",

@@ -67,12 +67,40 @@ def read(model: nn.Module) -> Anatomy | None:
         pooling=str(getattr(model, "global_pool", "token")),
         prefix_tokens=prefix_tokens,
         obstacles=tuple(obstacles),
+        readers=_readers(model),
     )
 
 
 def _sequential(blocks: list[tuple[str, Any]]) -> bool:
     """Whether each block has one attention and one MLP; parallel ones have several or none."""
     return all(hasattr(b, "attn") and hasattr(b, "mlp") for _, b in blocks)
+
+
+def _readers(model: nn.Module) -> tuple[Block, ...]:
+    """Return class attention (CaiT) and attention pooling, which read the tokens of all blocks."""
+    late = enumerate(getattr(model, "blocks_token_only", None) or ())
+    found = [_reader(f"blocks_token_only.{i}", "attn.", b) for i, b in late if hasattr(b, "attn")]
+    if (pool := getattr(model, "attn_pool", None)) is not None:
+        found.append(_reader("attn_pool", "", pool))
+    return tuple(found)
+
+
+def _reader(name: str, inside: str, reader: Any) -> Block:
+    attention = getattr(reader, "attn", reader)
+    layers = [f"{inside}{layer}" for layer in ("q", "k", "v", "kv")]
+    return Block(
+        name=name,
+        attention=f"{name}.{inside}".rstrip("."),
+        mlp=f"{name}.mlp",
+        norm1=f"{name}.norm1",
+        norm2=f"{name}.norm2" if inside else f"{name}.norm",
+        qkv=tuple(f"{name}.{n}" for n in present(reader, *(f"{one}.weight" for one in layers))),
+        qkv_bias=tuple(f"{name}.{n}" for n in present(reader, *(f"{one}.bias" for one in layers))),
+        proj=f"{name}.{inside}proj",
+        fc1=f"{name}.mlp.fc1",
+        fc2=f"{name}.mlp.fc2",
+        heads=int(getattr(attention, "num_heads", 0)),
+    )
 
 
 def _block(name: str, block: Any) -> Block:
@@ -85,8 +113,9 @@ def _block(name: str, block: Any) -> Block:
             "attn.v_proj.weight",
         )
         biases = present(block, "attn.q_proj.bias", "attn.k_proj.bias", "attn.v_proj.bias")
-    else:
-        weights = present(block, "attn.qkv.weight")
+    elif not (weights := present(block, "attn.qkv.weight")):  # ConViT
+        weights = present(block, "attn.qk.weight", "attn.v.weight")
+        biases = present(block, "attn.qk.bias", "attn.v.bias")
     scale1 = present(block, "ls1.gamma", "gamma_1")
     scale2 = present(block, "ls2.gamma", "gamma_2")
     fc1 = "mlp.fc1" if hasattr(block.mlp, "fc1") else "mlp.fc1_g"

@@ -106,7 +106,7 @@ class Cascade(Attack):
         if a.pooling != "token":
             why = f"pooling is {a.pooling!r}: the last MLP sees all tokens"
             return Remaining(self.name, False, (), why)
-        last = a.blocks[-1]
+        last = (*a.blocks, *a.readers)[-1]
         found = plain.verdict(
             self.name,
             (f"{last.fc1}.weight", f"{last.fc2}.weight"),
@@ -206,7 +206,8 @@ def _labels(plain: Released) -> Remaining:
     readable = tuple(n for n in names if n in plain.plain)
     if readable:
         why = "the head's gradient tells the labels"
-        if plain.anatomy.pooling == "token" and any(n.endswith("weight") for n in readable):
-            why += ", and of one image the class token's features"
+        if any(n.endswith("weight") for n in readable):
+            whose = "class token's" if plain.anatomy.pooling == "token" else "pooled"
+            why += f", and of one image the {whose} features"
         return Remaining("labels", True, readable, why)
     return Remaining("labels", False, tuple(names), "the head has no plain gradient")

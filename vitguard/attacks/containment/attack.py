@@ -218,6 +218,9 @@ def _equations(plain: Released) -> int:
             if name in plain.plain:
                 wide = plain.sizes[name] // a.width if layer == block.fc2 else a.width
                 total += rows * max(wide - plain.tokens, 0)
+    for reader in a.readers:  # a token of its own reads all others there
+        if not plain.plain.isdisjoint(reader.qkv):
+            total += (a.width - plain.tokens) * min(plain.tokens, 2 * reader.heads + 1)
     return total
 
 

@@ -96,6 +96,8 @@ def span_remains(plain: Released) -> Remaining:
         return Remaining("span", False, (), obstacle)
     a = plain.anatomy
     block = a.blocks[0]
+    if not block.qkv:
+        return _unnamed(plain, f"{block.attention}.")
     attention: list[tuple[str, ...]] = [(name,) for name in block.qkv]
     forms = [("query, key and value", attention, 0)]
     if block in plain.spanning:
@@ -115,6 +117,14 @@ def span_remains(plain: Released) -> Remaining:
         return best
     needs = (a.patch_weight, *block.qkv)
     return Remaining("span", False, needs, "; ".join(dict.fromkeys(reasons)))
+
+
+def _unnamed(plain: Released, inside: str) -> Remaining:
+    """What can be said of `span` where nobody knows which layer makes query, key and value."""
+    needs = tuple(n for n in plain.sizes if n in plain.plain and n.startswith(inside))[:1]
+    why = "which layers make query, key and value of block 0 is not known"
+    why += ": nothing shows that it ends" if needs else ", and none is plain"
+    return Remaining("span", bool(needs), needs, why)
 
 
 def chain_remains(plain: Released) -> Remaining:
