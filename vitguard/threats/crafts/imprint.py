@@ -140,7 +140,8 @@ class Imprint(Craft):
             rows = _rows(groups, min(home.rows // groups, self.each or home.rows))
             places = torch.arange(groups) if gated else None
             direction = i * many // len(homes)
-            made.append(Bins(home.layer, rows, direction, places, home.kind, home.out))
+            how = (home.kind, home.out, home.even)
+            made.append(Bins(home.layer, rows, direction, places, *how))
         return made
 
     def _keeps_its_own(self, model: nn.Module) -> bool:
@@ -170,7 +171,8 @@ class Imprint(Craft):
             places = order[i * per : (i + 1) * per]
             if len(places):
                 rows = _rows(len(places), each)
-                made.append(Bins(home.layer, rows, 0, places, home.kind, home.out))
+                how = (home.kind, home.out, home.even)
+                made.append(Bins(home.layer, rows, 0, places, *how))
         return made
 
 

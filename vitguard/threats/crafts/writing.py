@@ -17,6 +17,7 @@ from vitguard.threats.crafts.channels import Channels, natural_patches
 from vitguard.threats.crafts.gates import Gates
 from vitguard.threats.crafts.gating import attend, hand_on, scale_norm, stand_for
 from vitguard.threats.crafts.homes import bottlenecks
+from vitguard.threats.crafts.pools import averages
 from vitguard.vit import Anatomy, canonical_name
 
 __all__ = ["Writer", "centred", "class_worth", "positions_of"]
@@ -69,6 +70,7 @@ class Writer:
         if a.patch_bias not in self.state:
             raise NotApplicable("the patch embedding has no bias to hold a constant")
         self.positions, self.prefix_positions = positions_of(self.state, a)
+        self.averaged = averages(a) and not any(b.kind == "serial" for b in bins)
         attention = any(b.kind == "value" for b in bins)
         if attention and thresholds == "bias":
             raise NotApplicable("an attention head has no bias for a threshold: thresholds=channel")
@@ -153,7 +155,9 @@ class Writer:
         bright = float(self.waves[:, 0].abs().max())
         root = self.anatomy.width**0.5
         most = _BRIGHT * root * bright / (bright**2 + self.constant**2) ** 0.5
-        largest = 2 * root * most / (most**2 + read**2) ** 0.5  # score of a class
+        largest = 2 * most  # score of a class
+        if not self.averaged:  # attention writes it, and another norm divides it
+            largest *= root / (most**2 + read**2) ** 0.5
         return min(1.0, _UNSURE / largest)
 
     def _gain(self, waves: Float[Tensor, "samples waves"]) -> float:
@@ -223,7 +227,8 @@ class Writer:
         full = full.flatten(0, 1)
         share = 1.0
         if self.thresholds == "channel":
-            share = self._share(faint * steep / size, float(rows.norm(dim=1).median()))
+            slope = faint * steep / (1.0 if self.averaged else size)
+            share = self._share(slope, float(rows.norm(dim=1).median()))
         block = next(b for b in self.anatomy.blocks if bins.layer.startswith(f"{b.name}."))
         if bins.kind == "value":
             scale_norm(self.state, block.norm1, steep, counts=True)
@@ -272,21 +277,26 @@ class Writer:
         return (square / a.width).sqrt()
 
     def _read_out(self) -> None:
-        """Let the last block average `signal` over all tokens, and the head read that by class."""
+        """Let the head read `signal` by class: of an average, or of what attention makes of it.
+
+        Attention spreads the gradient of a class token over all tokens.
+        """
         a, c = self.anatomy, self.channels
         block = a.blocks[-1]
-        for name in (*block.qkv, *block.qkv_bias):
-            self._set(name, 0.0)
-        value = self.state[block.qkv[-1]]
-        first = len(value) - len(value) // 3 if len(block.qkv) == 1 else 0
-        value[first] = c.signal + _BRIGHT * c.data[:, 0]  # brightness: what tells images apart
-        self.state[f"{block.proj}.weight"][:, 0] = c.out
+        told = c.signal + _BRIGHT * c.data[:, 0]  # brightness: what tells images apart
+        if not self.averaged:
+            for name in (*block.qkv, *block.qkv_bias):
+                self._set(name, 0.0)
+            value = self.state[block.qkv[-1]]
+            first = len(value) - len(value) // 3 if len(block.qkv) == 1 else 0
+            value[first] = told
+            self.state[f"{block.proj}.weight"][:, 0] = told = c.out
         worth = class_worth(a.classes)
         for head in linear_heads(self.model, a):
             weight = self.state[f"{head}.weight"].zero_()
             if weight.shape[1] < a.width:
                 raise NotApplicable(f"{head} does not read a token, but {weight.shape[1]} numbers")
-            weight[:, : a.width] = self.mild * worth[:, None] * c.out  # what is pooled first
+            weight[:, : a.width] = self.mild * worth[:, None] * told  # what is pooled first
             self._set(f"{head}.bias", 0.0)
 
 
