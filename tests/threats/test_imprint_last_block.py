@@ -1,12 +1,16 @@
 """Clients that train the last block and the head: what a server that writes the rest reads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.threats.adapted import adapters, lora, reads_input
+from tests.threats.exposed import PLAIN
 from tests.threats.exposed import exposed as seen
 from vitguard import data
 from vitguard.attacks.imprint import ImprintReading
+from vitguard.errors import Blocked
 from vitguard.guard import protect
 from vitguard.metrics import recovered
 from vitguard.models import build_model
@@ -21,11 +25,12 @@ AVERAGES = {
     "average beside a class token": "global_pool=avg",
     "average of tokens after their norm": "global_pool=avg,class_token=False,fc_norm=False",
 }
+TURNED = {"class token": "global_pool=token", "class token and registers": "reg_tokens=2"}
 LAST = "blocks.2.mlp.fc1"
 
 
-def model(kind="average"):
-    return build_model(f"{SIZES},{AVERAGES[kind]},num_classes=10")
+def model(kind="average", classes=10):
+    return build_model(f"{SIZES},{({**AVERAGES, **TURNED})[kind]},num_classes={classes}")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +100,71 @@ def test_adapters_behind_each_mlp_are_read_under_an_average_too(photos):
     assert proved(read(made, photos[:1])[1], photos[:1]) == 1.0
 
 
-@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize("kind", TURNED)
+def test_under_a_class_token_the_last_block_gives_one_patch_of_each_image_in_each_round(
+    photos, kind
+):
+    view, guess = read(model(kind), photos, defenses="frozen-stem")
+    (bins,) = view.crafted.bins
+    assert (bins.layer, bins.places.tolist()) == (LAST, [0])
+    assert guess.verified[:, 0].all() and guess.verified.sum() == len(photos)
+    assert proved(guess, photos) == 1 / 16
+
+
+def test_turns_of_a_class_token_give_all_patches_of_an_image(photos):
+    """The label of an image says whose patches they are; one lies on a threshold."""
+    rounds = [
+        seen(model("class token"), photos, MaliciousServer(f"imprint:turn={t}"), "frozen-stem")
+        for t in range(16)
+    ]
+    view = replace(rounds[-1], earlier=tuple(rounds[:-1]))
+    guess = ImprintReading().run(view, torch.Generator())
+    assert proved(guess, photos) >= 0.9
+    together = (guess.images[:, None] - photos[None]).square().mean((2, 3, 4))
+    assert together.amin(0).max() < 1e-4, "each image is whole"
+
+
+def test_the_slow_obvious_reading_of_a_turned_class_token_finds_the_same_patch(photos):
+    """All rows of one image sum one token: no bins, no labels, no bookkeeping of the package."""
+    view, guess = read(model("class token"), photos[:1], defenses="frozen-stem")
+    anatomy = Anatomy.of(view.model)
+    total = view.read(f"{LAST}.weight")
+    token = total[view.read(f"{LAST}.bias").abs().argmax()]
+    still = view.weight("patch_embed.proj.bias") + view.weight("pos_embed")[0, 1]
+    # size * token = W x + still - mean: the patch and the size together
+    system = torch.cat([view.weight("patch_embed.proj.weight").flatten(1), -token[:, None]], 1)
+    solved = torch.linalg.lstsq(system, -(still - still.mean())).solution[:-1]
+    fast = anatomy.patchify(PLAIN.apply(guess.images))[0, 0]
+    assert guess.verified[0, 0] and torch.allclose(fast, solved, atol=1e-3)
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_of_many_images_under_a_class_token_every_patch_that_is_called_proved_is_right(classes):
+    """40 tokens in 40 bins: most share one."""
+    pixels, claims = data.decoys(40, (16, 16), seed=1), 0
+    for each in (240, 40):
+        craft = f"imprint:each={each},turn=5"
+        _, guess = read(model("class token", classes), pixels, craft, "frozen-stem")
+        claims += int(guess.verified.sum())
+        assert not guess.verified[:, :5].any() and not guess.verified[:, 6:].any()
+        assert not wrong(guess, pixels)
+    assert claims >= 12
+
+
+def test_what_has_the_weight_of_no_label_is_not_called_proved(photos):
+    """An update of another batch size: every weight is off, and every token is as it was."""
+    view, guess = read(model("class token"), photos, defenses="frozen-stem")
+    assert guess.verified.sum() == 2
+    view = replace(view, update=replace(view.update, batch_size=3))
+    assert not ImprintReading().run(view, torch.Generator()).verified.any()
+
+
+def test_a_class_token_turns_to_no_position_where_patches_have_none(photos):
+    with pytest.raises(Blocked, match="not in the update"):
+        read(model("class token"), photos, defenses="frozen-stem+shuffle:ratio=0.5")
+
+
+@pytest.mark.parametrize("kind", {**AVERAGES, **TURNED})
 def test_a_craft_for_the_last_block_changes_neither_keys_shapes_nor_dtypes(kind):
     guard = protect(train_only(model(kind), "last-block/head"), ())
     own = guard.public_model()
@@ -108,7 +177,7 @@ def test_a_craft_for_the_last_block_changes_neither_keys_shapes_nor_dtypes(kind)
     assert not torch.equal(made[f"{LAST}.weight"], before[f"{LAST}.weight"])
 
 
-@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize("kind", {**AVERAGES, **TURNED})
 def test_inspection_refuses_bins_in_the_last_block(kind):
     made = train_only(model(kind), "last-block/head").train()
     guard = protect(made, ())

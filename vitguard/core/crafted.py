@@ -35,6 +35,8 @@ class Bins:
         out: Module name of the layer whose columns carry the gradient back to the rows.
         even: Whether all tokens of an image have one weight, whatever their size; else LayerNorm
             divides the weight of each by its size.
+        turned: Whether rows see the class token of the last block alone, which turned to `places`:
+            one token of each image.
     """
 
     layer: str
@@ -44,6 +46,7 @@ class Bins:
     kind: BinKind = "mlp"
     out: str = ""
     even: bool = False
+    turned: bool = False
 
 
 @dataclass(frozen=True)

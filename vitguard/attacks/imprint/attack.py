@@ -17,6 +17,7 @@ from vitguard.attacks.equations.head import linear_head
 from vitguard.attacks.equations.rows import Embedding, guess_from_patches
 from vitguard.attacks.imprint.bank import Bank, Single, Tokens, peeled
 from vitguard.attacks.imprint.sums import banks_of, lone_features
+from vitguard.attacks.imprint.turned import labelled
 from vitguard.attacks.labels import labels_from_counts
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable
@@ -102,7 +103,10 @@ class ImprintReading(Attack):
             clear, found = (True, found) if len(found) >= len(guessed) else (False, guessed)
         if not found:
             raise NotApplicable("no bin holds a single token")
-        patches, there, proved = _images(found, tokens, batch, anatomy.patches, clear)
+        sure: list[bool] = []
+        if first.turned:
+            found, sure = labelled(found, rounds, anatomy, tokens.eps)
+        patches, there, proved = _images(found, tokens, batch, anatomy.patches, clear, sure)
         whole = anatomy.patch_pixels - tokens.rank <= _HIDDEN * anatomy.patch_pixels
         details = {"found": len(found), "tokens": batch * anatomy.patches}
         return guess_from_patches(
@@ -177,7 +181,12 @@ def _found(banks: Sequence[Bank], tokens: Tokens, allowed: float, guessed: int =
 
 
 def _images(
-    found: Sequence[Single], tokens: Tokens, batch: int, places: int, clear: bool
+    found: Sequence[Single],
+    tokens: Tokens,
+    batch: int,
+    places: int,
+    clear: bool,
+    sure: Sequence[bool],
 ) -> tuple[
     Float[Tensor, "batch patches pixels"],
     Bool[Tensor, "batch patches"],
@@ -188,6 +197,9 @@ def _images(
     All tokens of one image have the same weight up to their scale; another image with another
     label, or of another brightness, has another one. A patch without a position of its own goes
     where there is room.
+
+    Args:
+        sure: Which tokens are proved by themselves; empty where others of their image do it.
     """
     seen = torch.stack([single.token for single in found])
     at = torch.tensor([single.place for single in found])
@@ -207,7 +219,7 @@ def _images(
             left.append((n, image))
         else:
             images[image, place], there[image, place] = patches[n], True
-            proved[image, place] = alike[image] >= _AGREE
+            proved[image, place] = sure[n] if sure else alike[image] >= _AGREE
     for n, image in left:
         place = found[n].place
         free = (~there).nonzero()
@@ -218,7 +230,8 @@ def _images(
         if len(free) and (lost or place < places):
             at_free = tuple(free[0])
             images[at_free], there[at_free] = patches[n], True
-            proved[at_free] = image is not None and alike[image] >= _AGREE
+            agree = image is not None and alike[image] >= _AGREE
+            proved[at_free] = sure[n] if sure else agree
     flat = images.sum(1) / there.sum(1, keepdim=True).clamp_min(1).to(images)
     made = torch.where(there[..., None].to(images.device), images, flat[:, None])
     return made, there, proved

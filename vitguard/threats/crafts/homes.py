@@ -28,7 +28,7 @@ class Home:
         block: Where it is.
         kind, layer, out: As in `Bins`.
         rows: How many bins there is room for.
-        even: As in `Bins`.
+        even, turned: As in `Bins`.
     """
 
     block: Block
@@ -37,6 +37,7 @@ class Home:
     out: str
     rows: int
     even: bool = False
+    turned: bool = False
 
 
 def homes_of(model: nn.Module, anatomy: Anatomy) -> list[Home]:
@@ -65,18 +66,29 @@ def _reached(model: nn.Module, anatomy: Anatomy, found: list[Home]) -> list[Home
     """Return the homes that get a gradient of every token.
 
     An average of tokens hands it to all blocks. Under a class token the last block spreads it over
-    all tokens, as it does where an adapter makes tokens longer.
+    all tokens, as it does where an adapter makes tokens longer. Where no other block has room its
+    MLP sees the class token, which turns to one position of each image.
     """
     if averages(anatomy) and found and not any(home.kind == "serial" for home in found):
         even = pools_first(model, anatomy)
         return [replace(home, even=even or home.even) for home in found]
     inner = [home for home in found if home.block is not anatomy.blocks[-1]]
+    sees = ("mlp", "parallel", "lora")  # what the MLP reads
+    if not inner and found and found[0].kind in sees and _turns(anatomy):
+        return [replace(found[0], even=True, turned=True)]
     if not inner:
         raise NotApplicable(
-            "what is trained in the blocks but the last is neither fc1, nor an adapter that reads "
-            "what the MLP reads or gives, nor LoRA beside fc1 or the values of the attention"
+            "what is trained in the blocks that can hold bins is neither fc1, nor an adapter that "
+            "reads what the MLP reads or gives, nor LoRA beside fc1 or the values of the attention"
         )
     return inner
+
+
+def _turns(anatomy: Anatomy) -> bool:
+    """Whether the head reads class tokens alone, which the last block can turn to a position."""
+    last = anatomy.blocks[-1]
+    known = bool(last.qkv and last.qkv_bias and last.heads)
+    return anatomy.pooling == "token" and anatomy.prefix_tokens > 0 and known
 
 
 def usable_blocks(anatomy: Anatomy) -> tuple[Block, ...]:

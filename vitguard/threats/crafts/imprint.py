@@ -128,6 +128,12 @@ class Imprint(Craft):
         gated = told_apart(centred(positions)) if self.gated is None else self.gated
         if not gated and any(home.kind == "value" for home in homes):
             raise NotApplicable("an attention head is a bin of one position: gated=false has none")
+        if homes[0].turned:
+            if not gated:
+                raise NotApplicable("a class token turns to a position: gated=false has none")
+            rows = _rows(1, min(homes[0].rows, self.each or homes[0].rows))
+            places = torch.tensor([self.turn % anatomy.patches])
+            return [_bins(homes[0], rows, 0, places)]
         narrow = homes[0].kind != "mlp" or homes[0].rows < anatomy.patches
         if gated and (narrow or self.places is not None):
             return self._split(homes, anatomy)
@@ -140,8 +146,7 @@ class Imprint(Craft):
             rows = _rows(groups, min(home.rows // groups, self.each or home.rows))
             places = torch.arange(groups) if gated else None
             direction = i * many // len(homes)
-            how = (home.kind, home.out, home.even)
-            made.append(Bins(home.layer, rows, direction, places, *how))
+            made.append(_bins(home, rows, direction, places))
         return made
 
     def _keeps_its_own(self, model: nn.Module) -> bool:
@@ -171,9 +176,13 @@ class Imprint(Craft):
             places = order[i * per : (i + 1) * per]
             if len(places):
                 rows = _rows(len(places), each)
-                how = (home.kind, home.out, home.even)
-                made.append(Bins(home.layer, rows, 0, places, *how))
+                made.append(_bins(home, rows, 0, places))
         return made
+
+
+def _bins(home: Home, rows: Tensor, direction: int, places: Tensor | None) -> Bins:
+    how = (home.kind, home.out, home.even, home.turned)
+    return Bins(home.layer, rows, direction, places, *how)
 
 
 def _rows(groups: int, each: int) -> Tensor:
