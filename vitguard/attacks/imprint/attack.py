@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -49,7 +49,8 @@ class ImprintReading(Attack):
     Guarantees:
         A patch is marked `verified` only where its token has the length of a single one, up to a
         difference that 40 dB allow, and as much weight as two others at least, as the tokens of one
-        image have.
+        image have. Where a class token turned to one position of each image: the weight that some
+        label gives it, up to 1e-5 of it.
 
     Does not protect against:
         Mixtures of three tokens and more that have both by chance: strong evidence, no proof.
@@ -108,7 +109,9 @@ class ImprintReading(Attack):
             found, sure = labelled(found, rounds, anatomy, tokens.eps)
         patches, there, proved = _images(found, tokens, batch, anatomy.patches, clear, sure)
         whole = anatomy.patch_pixels - tokens.rank <= _HIDDEN * anatomy.patch_pixels
-        details = {"found": len(found), "tokens": batch * anatomy.patches}
+        details: dict[str, Any] = {"found": len(found), "tokens": batch * anatomy.patches}
+        if left := _unseen(rounds, anatomy):
+            details["unfinished"] = [f"all positions were seen ({left} stand in other turns)"]
         return guess_from_patches(
             view,
             anatomy,
@@ -117,6 +120,14 @@ class ImprintReading(Attack):
             verified=proved if whole and view.traits.exact else torch.zeros_like(there),
             details=details,
         )
+
+
+def _unseen(rounds: Sequence[View], anatomy: Anatomy) -> int:
+    """Return how many positions no bin of any round sees."""
+    seen: set[int] = set()
+    for one in (bins for view in rounds if view.crafted for bins in view.crafted.bins):
+        seen.update(range(anatomy.patches) if one.places is None else one.places.tolist())
+    return anatomy.patches - len(seen)
 
 
 def _labels(view: View, anatomy: Anatomy, patches: Tensor) -> Tensor | None:
