@@ -30,7 +30,9 @@ class Imprint(Craft):
     The gradient of a row sums the tokens above its threshold, so that neighbouring rows differ by
     the tokens between them. The patch embedding is orthogonal, attention is muted until the last
     block, which spreads one gradient over all tokens. fc2 is tiny, with equal columns: every row
-    sees a token with the same weight. Positions stay what they are.
+    sees a token with the same weight. Positions stay what they are. Where the head averages tokens
+    it reads the gradient's way itself, and the last block holds bins as well. Where the last block
+    alone is trained under a class token, that turns to one position of each image, by `turn`.
 
     Args:
         blocks: Blocks whose MLP holds bins, the first ones; None for all that can.
