@@ -33,6 +33,10 @@ class Bins:
             row (`value`). An adapter beside weights that the server did not write (`feature`): what
             it reads is no patch.
         out: Module name of the layer whose columns carry the gradient back to the rows.
+        even: Whether all tokens of an image have one weight, whatever their size; else LayerNorm
+            divides the weight of each by its size.
+        turned: Whether rows see the class token of the last block alone, which turned to `places`:
+            one token of each image.
     """
 
     layer: str
@@ -41,6 +45,8 @@ class Bins:
     places: Int[Tensor, " groups"] | None = None
     kind: BinKind = "mlp"
     out: str = ""
+    even: bool = False
+    turned: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +17,7 @@ from vitguard.attacks.equations.head import linear_head
 from vitguard.attacks.equations.rows import Embedding, guess_from_patches
 from vitguard.attacks.imprint.bank import Bank, Single, Tokens, peeled
 from vitguard.attacks.imprint.sums import banks_of, lone_features
+from vitguard.attacks.imprint.turned import labelled
 from vitguard.attacks.labels import labels_from_counts
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable
@@ -48,7 +49,8 @@ class ImprintReading(Attack):
     Guarantees:
         A patch is marked `verified` only where its token has the length of a single one, up to a
         difference that 40 dB allow, and as much weight as two others at least, as the tokens of one
-        image have.
+        image have. Where a class token turned to one position of each image: the weight that some
+        label gives it, up to 1e-5 of it.
 
     Does not protect against:
         Mixtures of three tokens and more that have both by chance: strong evidence, no proof.
@@ -102,9 +104,14 @@ class ImprintReading(Attack):
             clear, found = (True, found) if len(found) >= len(guessed) else (False, guessed)
         if not found:
             raise NotApplicable("no bin holds a single token")
-        patches, there, proved = _images(found, tokens, batch, anatomy.patches, clear)
+        sure: list[bool] = []
+        if first.turned:
+            found, sure = labelled(found, rounds, anatomy, tokens.eps)
+        patches, there, proved = _images(found, tokens, batch, anatomy.patches, clear, sure)
         whole = anatomy.patch_pixels - tokens.rank <= _HIDDEN * anatomy.patch_pixels
-        details = {"found": len(found), "tokens": batch * anatomy.patches}
+        details: dict[str, Any] = {"found": len(found), "tokens": batch * anatomy.patches}
+        if left := _unseen(rounds, anatomy):
+            details["unfinished"] = [f"all positions were seen ({left} stand in other turns)"]
         return guess_from_patches(
             view,
             anatomy,
@@ -113,6 +120,14 @@ class ImprintReading(Attack):
             verified=proved if whole and view.traits.exact else torch.zeros_like(there),
             details=details,
         )
+
+
+def _unseen(rounds: Sequence[View], anatomy: Anatomy) -> int:
+    """Return how many positions no bin of any round sees."""
+    seen: set[int] = set()
+    for one in (bins for view in rounds if view.crafted for bins in view.crafted.bins):
+        seen.update(range(anatomy.patches) if one.places is None else one.places.tolist())
+    return anatomy.patches - len(seen)
 
 
 def _labels(view: View, anatomy: Anatomy, patches: Tensor) -> Tensor | None:
@@ -177,7 +192,12 @@ def _found(banks: Sequence[Bank], tokens: Tokens, allowed: float, guessed: int =
 
 
 def _images(
-    found: Sequence[Single], tokens: Tokens, batch: int, places: int, clear: bool
+    found: Sequence[Single],
+    tokens: Tokens,
+    batch: int,
+    places: int,
+    clear: bool,
+    sure: Sequence[bool],
 ) -> tuple[
     Float[Tensor, "batch patches pixels"],
     Bool[Tensor, "batch patches"],
@@ -188,6 +208,9 @@ def _images(
     All tokens of one image have the same weight up to their scale; another image with another
     label, or of another brightness, has another one. A patch without a position of its own goes
     where there is room.
+
+    Args:
+        sure: Which tokens are proved by themselves; empty where others of their image do it.
     """
     seen = torch.stack([single.token for single in found])
     at = torch.tensor([single.place for single in found])
@@ -207,7 +230,7 @@ def _images(
             left.append((n, image))
         else:
             images[image, place], there[image, place] = patches[n], True
-            proved[image, place] = alike[image] >= _AGREE
+            proved[image, place] = sure[n] if sure else alike[image] >= _AGREE
     for n, image in left:
         place = found[n].place
         free = (~there).nonzero()
@@ -218,7 +241,8 @@ def _images(
         if len(free) and (lost or place < places):
             at_free = tuple(free[0])
             images[at_free], there[at_free] = patches[n], True
-            proved[at_free] = image is not None and alike[image] >= _AGREE
+            agree = image is not None and alike[image] >= _AGREE
+            proved[at_free] = sure[n] if sure else agree
     flat = images.sum(1) / there.sum(1, keepdim=True).clamp_min(1).to(images)
     made = torch.where(there[..., None].to(images.device), images, flat[:, None])
     return made, there, proved

@@ -135,7 +135,7 @@ def _sums(view: View, anatomy: Anatomy, one: Bins, longer: float) -> _Sums:
         weight * gain,
         bias + weight @ shift,
         longer,
-        {"value": torch.inf, "serial": float(gain[0])}.get(one.kind, 0.0),
+        float(gain[0]) if one.kind == "serial" else torch.inf if one.even else 0.0,
     )
 
 

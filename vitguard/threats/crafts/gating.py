@@ -12,7 +12,9 @@ from vitguard.core import Bins
 from vitguard.threats.crafts.channels import Channels
 from vitguard.vit import Block
 
-__all__ = ["attend", "hand_on", "scale_norm", "stand_for"]
+__all__ = ["attend", "hand_on", "scale_norm", "stand_for", "turn_to"]
+
+_SURE = 60.0  # score of a position before all others, in the exponent of attention
 
 State = Mapping[str, Tensor]
 
@@ -72,6 +74,26 @@ def attend(
     state[f"{bins.out}.weight"][:, at] = channels.signal[:, None].expand(-1, len(at))
     up = _up(state, bins)
     up[len(up) - width + at, torch.arange(len(at))] = 1.0
+
+
+def turn_to(state: State, block: Block, row: Float[Tensor, " width"], size: float) -> None:
+    """Let all heads turn to one position, whose token after LayerNorm becomes the class token.
+
+    All queries are one constant. The class token is 0, and so is its key.
+
+    Args:
+        row: What tells the position: at least 1 there before LayerNorm, below 0 elsewhere.
+        size: By which LayerNorm divides a token of that position, about: the length that it gets.
+    """
+    width, many = len(row), len(row) // block.heads
+    for name in (*block.qkv, *block.qkv_bias):
+        state[name].zero_()
+    at = torch.arange(block.heads) * many
+    _part(state, block.qkv, 1)[at] = _SURE * size * many**0.5 * row
+    _part(state, block.qkv_bias, 0)[at] = 1.0
+    eye = torch.eye(width, dtype=row.dtype)
+    _part(state, block.qkv, 2).copy_(eye)
+    state[f"{block.proj}.weight"].copy_(size * eye)
 
 
 def _up(state: State, bins: Bins) -> Tensor:

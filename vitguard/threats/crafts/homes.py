@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitguard.core.crafted import BinKind
 from vitguard.errors import NotApplicable
+from vitguard.threats.crafts.pools import averages, pools_first
 from vitguard.vit import Anatomy, Block, canonical_name, canonical_parameters
 
 __all__ = ["Home", "bottlenecks", "homes_of"]
@@ -27,6 +28,7 @@ class Home:
         block: Where it is.
         kind, layer, out: As in `Bins`.
         rows: How many bins there is room for.
+        even, turned: As in `Bins`.
     """
 
     block: Block
@@ -34,6 +36,8 @@ class Home:
     layer: str
     out: str
     rows: int
+    even: bool = False
+    turned: bool = False
 
 
 def homes_of(model: nn.Module, anatomy: Anatomy) -> list[Home]:
@@ -47,37 +51,59 @@ def homes_of(model: nn.Module, anatomy: Anatomy) -> list[Home]:
     """
     blocks = usable_blocks(anatomy)
     trained = {n: len(p) for n, p in canonical_parameters(model).items()}
-    inside = [n for n in trained if n.startswith(tuple(f"{b.name}." for b in anatomy.blocks))]
+    inside = [n for n in trained if n.startswith(tuple(f"{b.name}." for b in blocks))]
     own = {canonical_name(n): len(p) for n, p in model.named_parameters()}
     whole = [b for b in blocks if f"{b.fc1}.weight" in trained] if inside else blocks
-    if whole:
-        return [Home(b, "mlp", b.fc1, b.fc2, own[f"{b.fc1}.weight"]) for b in whole]
-    found = [*_adapters(model, blocks), *_beside(trained, own, blocks)]
-    best = [max((h for h in found if h.block is b), key=_room, default=None) for b in blocks]
-    if not any(best):
+    found = [Home(b, "mlp", b.fc1, b.fc2, own[f"{b.fc1}.weight"]) for b in whole]
+    if not found:
+        narrow = [*_adapters(model, blocks), *_beside(trained, own, blocks)]
+        best = [max((h for h in narrow if h.block is b), key=_room, default=None) for b in blocks]
+        found = [home for home in best if home is not None]
+    return _reached(model, anatomy, found)
+
+
+def _reached(model: nn.Module, anatomy: Anatomy, found: list[Home]) -> list[Home]:
+    """Return the homes that get a gradient of every token.
+
+    An average of tokens hands it to all blocks. Under a class token the last block spreads it over
+    all tokens, as it does where an adapter makes tokens longer. Where no other block has room its
+    MLP sees the class token, which turns to one position of each image.
+    """
+    if averages(anatomy) and found and not any(home.kind == "serial" for home in found):
+        even = pools_first(model, anatomy)
+        return [replace(home, even=even or home.even) for home in found]
+    inner = [home for home in found if home.block is not anatomy.blocks[-1]]
+    sees = ("mlp", "parallel", "lora")  # what the MLP reads
+    if not inner and found and found[0].kind in sees and _turns(anatomy):
+        return [replace(found[0], even=True, turned=True)]
+    if not inner:
         raise NotApplicable(
-            "what is trained in the blocks but the last is neither fc1, nor an adapter that reads "
-            "what the MLP reads or gives, nor LoRA beside fc1 or the values of the attention"
+            "what is trained in the blocks that can hold bins is neither fc1, nor an adapter that "
+            "reads what the MLP reads or gives, nor LoRA beside fc1 or the values of the attention"
         )
-    return [home for home in best if home is not None]
+    return inner
+
+
+def _turns(anatomy: Anatomy) -> bool:
+    """Whether the head reads class tokens alone, which the last block can turn to a position."""
+    last = anatomy.blocks[-1]
+    known = bool(last.qkv and last.qkv_bias and last.heads)
+    return anatomy.pooling == "token" and anatomy.prefix_tokens > 0 and known
 
 
 def usable_blocks(anatomy: Anatomy) -> tuple[Block, ...]:
-    """Return the blocks that can hold bins: all but the last, which spreads the gradient.
+    """Return the blocks, all of which can hold bins.
 
     Raises:
         NotApplicable: The architecture is another one.
     """
     anatomy.require_plain_embedding()
-    blocks = anatomy.blocks
-    if len(blocks) < 2:
-        raise NotApplicable("it needs two blocks: one for bins, one that spreads the gradient")
-    for b in blocks:
+    for b in anatomy.blocks:
         if not (b.pre_norm and b.residual and b.centred) or b.gated:
             raise NotApplicable(f"{b.name} is no block of LayerNorm, attention and a plain MLP")
     if not anatomy.classes:
         raise NotApplicable("a model without a head")
-    return blocks[:-1]
+    return anatomy.blocks
 
 
 def _room(home: Home) -> tuple[int, bool]:
@@ -95,7 +121,7 @@ def _beside(
             if base == b.fc1:
                 yield Home(b, "lora", layer, b.fc2, min(rank, own[f"{b.fc1}.weight"]))
             elif b.qkv and base == b.qkv[-1].removesuffix(_LAST) and b.heads and b.qkv_bias:
-                yield Home(b, "value", layer, b.proj, min(rank, b.heads))
+                yield Home(b, "value", layer, b.proj, min(rank, b.heads), even=True)
 
 
 def _adapters(model: nn.Module, blocks: tuple[Block, ...]) -> Iterator[Home]:

@@ -30,7 +30,9 @@ class Imprint(Craft):
     The gradient of a row sums the tokens above its threshold, so that neighbouring rows differ by
     the tokens between them. The patch embedding is orthogonal, attention is muted until the last
     block, which spreads one gradient over all tokens. fc2 is tiny, with equal columns: every row
-    sees a token with the same weight. Positions stay what they are.
+    sees a token with the same weight. Positions stay what they are. Where the head averages tokens
+    it reads the gradient's way itself, and the last block holds bins as well. Where the last block
+    alone is trained under a class token, that turns to one position of each image, by `turn`.
 
     Args:
         blocks: Blocks whose MLP holds bins, the first ones; None for all that can.
@@ -128,6 +130,12 @@ class Imprint(Craft):
         gated = told_apart(centred(positions)) if self.gated is None else self.gated
         if not gated and any(home.kind == "value" for home in homes):
             raise NotApplicable("an attention head is a bin of one position: gated=false has none")
+        if homes[0].turned:
+            if not gated:
+                raise NotApplicable("a class token turns to a position: gated=false has none")
+            rows = _rows(1, min(homes[0].rows, self.each or homes[0].rows))
+            places = torch.tensor([self.turn % anatomy.patches])
+            return [_bins(homes[0], rows, 0, places)]
         narrow = homes[0].kind != "mlp" or homes[0].rows < anatomy.patches
         if gated and (narrow or self.places is not None):
             return self._split(homes, anatomy)
@@ -140,7 +148,7 @@ class Imprint(Craft):
             rows = _rows(groups, min(home.rows // groups, self.each or home.rows))
             places = torch.arange(groups) if gated else None
             direction = i * many // len(homes)
-            made.append(Bins(home.layer, rows, direction, places, home.kind, home.out))
+            made.append(_bins(home, rows, direction, places))
         return made
 
     def _keeps_its_own(self, model: nn.Module) -> bool:
@@ -170,8 +178,13 @@ class Imprint(Craft):
             places = order[i * per : (i + 1) * per]
             if len(places):
                 rows = _rows(len(places), each)
-                made.append(Bins(home.layer, rows, 0, places, home.kind, home.out))
+                made.append(_bins(home, rows, 0, places))
         return made
+
+
+def _bins(home: Home, rows: Tensor, direction: int, places: Tensor | None) -> Bins:
+    how = (home.kind, home.out, home.even, home.turned)
+    return Bins(home.layer, rows, direction, places, *how)
 
 
 def _rows(groups: int, each: int) -> Tensor:

@@ -15,8 +15,9 @@ from vitguard.errors import NotApplicable
 from vitguard.models import normalization_of
 from vitguard.threats.crafts.channels import Channels, natural_patches
 from vitguard.threats.crafts.gates import Gates
-from vitguard.threats.crafts.gating import attend, hand_on, scale_norm, stand_for
+from vitguard.threats.crafts.gating import attend, hand_on, scale_norm, stand_for, turn_to
 from vitguard.threats.crafts.homes import bottlenecks
+from vitguard.threats.crafts.pools import averages
 from vitguard.vit import Anatomy, canonical_name
 
 __all__ = ["Writer", "centred", "class_worth", "positions_of"]
@@ -69,6 +70,9 @@ class Writer:
         if a.patch_bias not in self.state:
             raise NotApplicable("the patch embedding has no bias to hold a constant")
         self.positions, self.prefix_positions = positions_of(self.state, a)
+        self.averaged = averages(a) and not any(b.kind == "serial" for b in bins)
+        self.turned = bins[0].turned
+        self.direct = self.averaged or self.turned
         attention = any(b.kind == "value" for b in bins)
         if attention and thresholds == "bias":
             raise NotApplicable("an attention head has no bias for a threshold: thresholds=channel")
@@ -134,10 +138,14 @@ class Writer:
         low = c.data @ (-2 * self.reach * _end(self.lines))
         if any(b.kind == "value" for b in self.bins):
             low = low + float(low.norm()) * c.sink
+        if self.turned:
+            low = torch.zeros_like(low)
         self.prefix = low
         # how long what the head reads is before its norm, at least
         read = float(low.norm()) if a.prefix and a.pooling == "token" else self.constant
         read += self.grown * a.width**0.5
+        if self.turned:  # as long as the token that it turned to
+            read = float(self._sizes(self.bins[0]).median()) * a.width**0.5
         self.read = read / a.width**0.5
         self.mild = self._mild(read) / self.quiet
         for name in a.prefix:
@@ -153,7 +161,9 @@ class Writer:
         bright = float(self.waves[:, 0].abs().max())
         root = self.anatomy.width**0.5
         most = _BRIGHT * root * bright / (bright**2 + self.constant**2) ** 0.5
-        largest = 2 * root * most / (most**2 + read**2) ** 0.5  # score of a class
+        largest = 2 * most  # score of a class
+        if not self.direct:  # attention writes it, and another norm divides it
+            largest *= root / (most**2 + read**2) ** 0.5
         return min(1.0, _UNSURE / largest)
 
     def _gain(self, waves: Float[Tensor, "samples waves"]) -> float:
@@ -223,7 +233,8 @@ class Writer:
         full = full.flatten(0, 1)
         share = 1.0
         if self.thresholds == "channel":
-            share = self._share(faint * steep / size, float(rows.norm(dim=1).median()))
+            slope = faint * steep / (1.0 if self.direct else size)
+            share = self._share(slope, float(rows.norm(dim=1).median()))
         block = next(b for b in self.anatomy.blocks if bins.layer.startswith(f"{b.name}."))
         if bins.kind == "value":
             scale_norm(self.state, block.norm1, steep, counts=True)
@@ -255,7 +266,8 @@ class Writer:
         The rows' product with it stays. Their gradient becomes as large as they are, so that the
         difference of two weights keeps its digits.
         """
-        gradient = self.mild * slope / self.anatomy.tokens / self.read * self.anatomy.width**0.5
+        many = 1 if self.turned else self.anatomy.tokens
+        gradient = self.mild * slope / many / self.read * self.anatomy.width**0.5
         return (size / gradient) ** 0.5 * self.quiet**1.5
 
     def _sizes(self, bins: Bins) -> Float[Tensor, "samples groups"]:
@@ -272,22 +284,38 @@ class Writer:
         return (square / a.width).sqrt()
 
     def _read_out(self) -> None:
-        """Let the last block average `signal` over all tokens, and the head read that by class."""
+        """Let the head read `signal` by class: of an average, or of what attention makes of it.
+
+        Attention spreads the gradient of a class token over all tokens, or turns it to one.
+        """
         a, c = self.anatomy, self.channels
         block = a.blocks[-1]
-        for name in (*block.qkv, *block.qkv_bias):
-            self._set(name, 0.0)
-        value = self.state[block.qkv[-1]]
-        first = len(value) - len(value) // 3 if len(block.qkv) == 1 else 0
-        value[first] = c.signal + _BRIGHT * c.data[:, 0]  # brightness: what tells images apart
-        self.state[f"{block.proj}.weight"][:, 0] = c.out
+        told = c.signal + _BRIGHT * c.data[:, 0]  # brightness: what tells images apart
+        if self.turned:
+            self._turn()
+        elif not self.averaged:
+            for name in (*block.qkv, *block.qkv_bias):
+                self._set(name, 0.0)
+            value = self.state[block.qkv[-1]]
+            first = len(value) - len(value) // 3 if len(block.qkv) == 1 else 0
+            value[first] = told
+            self.state[f"{block.proj}.weight"][:, 0] = told = c.out
         worth = class_worth(a.classes)
         for head in linear_heads(self.model, a):
             weight = self.state[f"{head}.weight"].zero_()
             if weight.shape[1] < a.width:
                 raise NotApplicable(f"{head} does not read a token, but {weight.shape[1]} numbers")
-            weight[:, : a.width] = self.mild * worth[:, None] * c.out  # what is pooled first
+            weight[:, : a.width] = self.mild * worth[:, None] * told  # what is pooled first
             self._set(f"{head}.bias", 0.0)
+
+    def _turn(self) -> None:
+        """Let the class token become the token of the position that the bins see."""
+        assert self.gates is not None and self.bins[0].places is not None
+        c, at = self.channels, int(self.bins[0].places[0])
+        gate = self.gates.rows[at]
+        offset = gate @ (self.constant * c.scale) + self.gates.own[at] - 0.5
+        row = (gate - offset / self.constant * c.scale) / (0.5 - _BESIDE)
+        turn_to(self.state, self.anatomy.blocks[-1], row, self.read)
 
 
 def _end(lines: Float[Tensor, "directions waves"], least: float | None = None) -> Tensor:

@@ -1,0 +1,64 @@
+"""Tokens of which an update shows one of each image: the class token turned to one position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitguard.attacks.equations.head import linear_head
+from vitguard.attacks.imprint.bank import Single
+from vitguard.core import Bins, View
+from vitguard.vit import Anatomy
+
+__all__ = ["labelled"]
+
+_SAME = 1e-5  # relative difference of the weight of a token and the one that a label gives it
+
+
+def labelled(
+    found: Sequence[Single], rounds: Sequence[View], anatomy: Anatomy, eps: float
+) -> tuple[list[Single], list[bool]]:
+    """Return tokens with the label of their image as their mark, and whether they have one.
+
+    The class token that turned to a patch is public up to that patch, and so is the head. So each
+    label gives a token one weight, and what has none of these weights is no single token, or a part
+    of one. Tokens of several rounds with the same label belong to the same image, where a batch has
+    each label once.
+    """
+    known = {}
+    for view in rounds:
+        bins = view.crafted.bins[0] if view.crafted is not None else None
+        if bins is not None and bins.places is not None:
+            known[int(bins.places[0])] = _weights(found, view, anatomy, bins, eps)
+    marked, sure = [], []
+    for n, single in enumerate(found):
+        expected = known[single.place][n]
+        label = int((expected - single.weight).abs().argmin())
+        near = abs(float(expected[label]) - single.weight) <= _SAME * abs(single.weight)
+        marked.append(replace(single, mark=float(1 + label), whole=near))
+        sure.append(near)
+    return marked, sure
+
+
+def _weights(
+    found: Sequence[Single], view: View, anatomy: Anatomy, bins: Bins, eps: float
+) -> Float[Tensor, "found classes"]:
+    """Return the weight of each token for each label of its image.
+
+    The last norm divides the class token by its length, which LayerNorm made before: the head reads
+    the token as it was found, and the gradient along the columns of fc2 comes back through both.
+    """
+    seen = torch.stack([single.token for single in found])
+    out = view.weight(f"{bins.out}.weight")[:, int(bins.rows.flatten()[0])]
+    gain = view.weight(f"{anatomy.blocks[-1].proj}.weight")[0, 0]
+    before = seen.new_tensor([single.scale for single in found])
+    size = (gain.square() * (1 - eps / before.square()) + eps).sqrt()[:, None]
+    head = linear_head(view)
+    weight = view.weight(f"{head}.weight")
+    scores = (seen @ weight.T + view.bias(head)).softmax(-1)
+    worth = weight @ (out / out.norm())
+    return (scores @ worth[:, None] - worth) / size / view.update.batch_size
