@@ -151,8 +151,9 @@ def test_what_is_trained_decides_what_applies():
 
 
 def cell(stack, **changes):
-    given = {"verdict": "resisted", "psnr": 12.0, "above": -3.0, **changes}
-    return Cell(stack, "a model", "scratch", 8, "natural", "ladder:seconds=30", **given)
+    given = {"model": "a model", "verdict": "resisted", "psnr": 12.0, "above": -3.0, **changes}
+    where = {"setting": "scratch", "batch": 8, "case": "natural", "attack": "ladder:seconds=30"}
+    return Cell(stack, **{**where, **given})
 
 
 STOOD = "positions:kind=frozen+batch-floor+sample-normalisation"
@@ -162,7 +163,8 @@ TABLE = Evidence(
         cell("none", verdict="leaks"), cell("sign-update"),
         cell("sign-update", verdict="leaks", above=9.0), cell("quantised-update", above=2.5),
         cell("low-rank", proved=0.1), cell("noise:scale=0.5", verdict="", note="not run: no time"),
-        cell(STOOD), cell(STOOD, cut="map"), cell("encryption:select=all", verdict="blocked"),
+        cell(STOOD), cell(STOOD, cut="map", model="another"),
+        cell("encryption:select=all", verdict="blocked"),
         cell("privacy:noise=1.0"), cell("positions:kind=frozen"),
     ),
     (
@@ -283,8 +285,18 @@ def test_what_holds_by_proof_is_read_from_the_defenses_and_no_name_stands_in_the
 def test_a_stack_on_which_no_attack_came_to_its_end_has_not_stood(shows):
     table = Evidence("", {}, "", (cell("none", verdict="leaks"), cell("sign-update", **shows)))
     (stack,) = table.stacks("scratch")
-    assert stack.complete and not stack.fell and not stack.stood
+    assert not stack.fell and not stack.stood
     assert not advise_report(small_vit(), table=table).options
+
+
+def test_what_resisted_beside_an_attack_that_was_cut_has_not_stood():
+    """`position` reads nothing of a low rank; the search that was made for it was cut."""
+    cells = (cell("low-rank"), cell("low-rank", attack="position"))
+    assert Stack("low-rank", "scratch", cells, ()).stood
+    for shows in ({"cut": "containment"}, {"verdict": "", "note": "not run"}):
+        (one, other) = cells
+        assert not Stack("low-rank", "scratch", (replace(one, **shows), other), ()).stood
+    assert Stack("low-rank", "scratch", (*cells, cell("low-rank", model="b", cut="map")), ()).stood
 
 
 def test_without_evidence_it_says_so_and_offers_nothing():
@@ -399,5 +411,10 @@ def test_the_recommendation_says_what_the_evidence_says():
     for spec in ("frozen-stem:trained=0", "frozen-stem:trained=2", floor, "positions:kind=frozen"):
         assert stacks[spec].fell
     assert said.count("**fell**") == 3
+    for alone in ("sign-update", "quantised-update:bits=4"):
+        assert stacks[alone].fell
+    rank = stacks["low-rank:rank=2"]
+    groups = [[c for c in rank.measured if c.model == m] for m in {c.model for c in rank.measured}]
+    assert not rank.fell and all(any(c.cut for c in group) for group in groups)
     for top in ("low-rank:rank=2", "sign-update"):
         assert not stacks[f"{floor}+{top}"].fell and not stacks[f"{floor}+{top}"].stood

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -106,12 +106,16 @@ class Stack:
 
     @property
     def stood(self) -> bool:
-        """Whether every attack was run on a model and batch, one resisted, and it fell nowhere.
+        """Whether on one model and batch every attack came to its end, one resisted, none leaked.
 
-        What does not apply, is blocked, was cut or fails on the control as well shows nothing.
+        What does not apply, is blocked or fails on the control as well shows nothing, and neither
+        does an attack that resisted beside one that was cut: that may be the one made for it.
         """
-        held = any(c.verdict == "resisted" and not c.cut for c in self.measured)
-        return self.complete and held and not self.fell
+        held = any(
+            all(c.run and not c.cut for c in group) and any(c.verdict == "resisted" for c in group)
+            for group in self._groups()
+        )
+        return held and not self.fell
 
     @property
     def fell(self) -> bool:
@@ -133,13 +137,12 @@ class Stack:
         said = f"{attack}, {worst.above:+.1f} dB from the thumbnail" if over else f"{attack} leaks"
         return said if worst.setting == self.setting else f"{said}; in {worst.setting}"
 
-    @property
-    def complete(self) -> bool:
-        """Whether every attack was run on one model and batch at least."""
-        groups: dict[tuple[str, int, str], list[bool]] = {}
+    def _groups(self) -> Iterable[list[Cell]]:
+        """Return the cells of each model, batch and case."""
+        groups: dict[tuple[str, int, str], list[Cell]] = {}
         for c in self.cells:
-            groups.setdefault((c.model, c.batch, c.case), []).append(c.run)
-        return any(all(runs) for runs in groups.values())
+            groups.setdefault((c.model, c.batch, c.case), []).append(c)
+        return groups.values()
 
     def said(self) -> str:
         """Say how it fared and what it costs, in one line."""
