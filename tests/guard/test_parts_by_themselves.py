@@ -13,6 +13,7 @@ from vitguard.errors import Unprotected
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(4)
+VIEWS = (slice(0, 2), slice(2, 4))
 
 
 def protected(dal="none"):
@@ -30,6 +31,12 @@ def cached(model):
     return found
 
 
+def replayed(model, features):
+    """Features of images as they are beside those of the shuffled batch."""
+    fresh = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
+    return model.head(torch.cat([fresh[:2], features[2:]]))
+
+
 def new_head(model):
     model.head = nn.Linear(model.head.in_features, 10)
 
@@ -40,6 +47,10 @@ PARTS = {
     "norm and head": lambda m, tokens, features: m.forward_head(m.norm(tokens)),
     "the last block": lambda m, tokens, features: m.forward_head(m.norm(m.blocks[1](tokens))),
     "a copy": lambda m, tokens, features: m.head(features),
+    "a replay beside fresh ones": lambda m, tokens, features: replayed(m, features),
+    "a replay, stacked": lambda m, tokens, features: m.head(
+        torch.stack([m.forward_head(m.forward_features(IMAGES), pre_logits=True), features])
+    ).mean(0),
 }
 
 
@@ -94,6 +105,9 @@ SHUFFLED = {
     "after a pass that broke off": broken_off,
     "a new head": lambda m: (new_head(m), m(IMAGES))[1],
     "a frozen trunk": frozen,
+    "two views in one batch": lambda m: m.head(
+        torch.cat([m.forward_head(m.forward_features(IMAGES[i]), pre_logits=True) for i in VIEWS])
+    ),
     "two passes of the head": lambda m: m.head(
         m.forward_head(m.forward_features(IMAGES), pre_logits=True) * 2
     ),

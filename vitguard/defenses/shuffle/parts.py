@@ -18,6 +18,7 @@ from vitguard.vit import Anatomy
 __all__ = ["mark", "unwatch_parts", "unwatched_gradient", "watch_parts"]
 
 _MARK = "vitguard shuffled"
+_NEGATIVE = 1 << 63
 
 
 @runtime_checkable
@@ -122,16 +123,37 @@ class _Expose:
 
 def _shuffled(tensor: Tensor) -> bool:
     """Whether a tensor comes from one that was marked; if so it is marked too."""
-    start: Any = tensor.grad_fn
+    if not _comes_from_marked(tensor.grad_fn):
+        return False
+    mark(tensor)
+    return True
+
+
+def _comes_from_marked(start: Any) -> bool:
+    """Whether a node comes from a marked one; of images put together each part must."""
     waiting, seen = [start], {start}
     while waiting:
         node = waiting.pop()
         if node is None:
             continue
         if _MARK in node.metadata:
-            mark(tensor)
             return True
-        following = [n for n, _ in node.next_functions if n not in seen]
+        following = [n for n, _ in node.next_functions]
+        if _joins_images(node):
+            if all(map(_comes_from_marked, following)):
+                return True
+            continue
+        waiting.extend(n for n in following if n not in seen)
         seen.update(following)
-        waiting.extend(following)
     return False
+
+
+def _joins_images(node: Any) -> bool:
+    """Whether a node puts tensors together along their first dimension, as a replay does."""
+    if not node.name().startswith(("CatBackward", "StackBackward")):
+        return False
+    along = node._saved_dim
+    if along >= _NEGATIVE:  # counted from the end, and saved without its sign
+        shapes = getattr(node, "_input_metadata", ())
+        along += (len(shapes[0].shape) if shapes else 0) - 2 * _NEGATIVE
+    return along == 0
