@@ -8,8 +8,9 @@ client, or `clients x images` for the plain average of several clients' gradient
 where a guessed patch at its position comes within 40 or 60 dB. `multiples` are the CPU seconds of
 reading the gradient over those of one forward and backward pass of the same images. `honest` is
 what `ladder` verifies of the same batch with honest weights (`--ladder`; minutes a row).
-With `--train` clients train that and the head alone: adapters behind each MLP (`adapters`) or
-beside it (`beside`), LoRA on qkv (`lora`) or on fc1 (`lora-fc1`).
+With `--train` clients train that and the head alone: adapters behind each MLP (`adapters`),
+beside it (`beside`) or behind the attention (`attention`), LoRA on qkv (`lora`) or on fc1
+(`lora-fc1`), the last block (`last-block`).
 With `--defenses` each defense is audited instead, on a small ViT (width 216, four blocks, patches
 of 8 x 8) and four photos of 32 x 32 pixels, two to a batch (51 under a floor): the share of patches
 that the attack proved and that are right, and of those that it came within 40 dB of. Named ones are

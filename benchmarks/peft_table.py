@@ -83,7 +83,8 @@ def prepared(model: nn.Module, what: str) -> nn.Module:
     """Return the model with adapters, and only what is trained asking for a gradient.
 
     Args:
-        what: A value of `TRAINED`, `lora-fc1:r=N`, or `beside:r=N`: adapters of what the MLP reads.
+        what: A value of `TRAINED`, `lora-fc1:r=N`, `beside:r=N` (adapters of what the MLP reads) or
+            `attention:r=N` (of what the attention gives).
     """
     anatomy = Anatomy.of(model)
     kind, _, rank = what.partition("/")[0].partition(":r=")
@@ -100,12 +101,13 @@ def prepared(model: nn.Module, what: str) -> nn.Module:
     for name, parameter in model.named_parameters():
         head = name.startswith("head.")
         parameter.requires_grad_(head or (chosen is not None and name.startswith(chosen)))
-    if kind in ("adapters", "beside"):
+    if kind in ("adapters", "beside", "attention"):
         for block in anatomy.blocks:
-            mlp: Any = model.get_submodule(block.mlp)
-            mlp.adapter = Bottleneck(anatomy.width, int(rank))
-            nn.init.normal_(mlp.adapter.up.weight, std=0.02)
-            mlp.register_forward_hook(add_adapter if kind == "adapters" else add_beside)
+            of = block.attention if kind == "attention" else block.mlp
+            part: Any = model.get_submodule(of)
+            part.adapter = Bottleneck(anatomy.width, int(rank))
+            nn.init.normal_(part.adapter.up.weight, std=0.02)
+            part.register_forward_hook(add_beside if kind == "beside" else add_adapter)
     return model
 
 

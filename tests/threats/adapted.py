@@ -33,14 +33,15 @@ def reads_input(module, args, output):
     return output + module.adapter(args[0])
 
 
-def adapters(rank=8, hook=reads_output, act=F.gelu, spec=SPEC):
-    """Return a model of which only bottlenecks beside its MLPs and the head are trained."""
+def adapters(rank=8, hook=reads_output, act=F.gelu, spec=SPEC, at=("mlp",)):
+    """Return a model of which only bottlenecks of its MLPs, or `at`, and the head are trained."""
     torch.manual_seed(0)
     model = build_model(spec)
     model.requires_grad_(False)
     for block in model.blocks:
-        block.mlp.adapter = Bottleneck(model.embed_dim, rank, act)
-        block.mlp.register_forward_hook(hook)
+        for part in map(block.get_submodule, at):
+            part.adapter = Bottleneck(model.embed_dim, rank, act)
+            part.register_forward_hook(hook)
     model.head.requires_grad_(True)
     return model
 

@@ -177,7 +177,7 @@ def test_a_shuffle_does_not_hide_patches_from_crafted_adapters(photos, make):
 
 
 def test_attention_heads_have_no_bins_for_patches_without_positions(photos):
-    with pytest.raises(NotApplicable, match="bin of one position"):
+    with pytest.raises(NotApplicable, match="turns to a position"):
         exposed(lora(4, ("qkv",)), photos[:1], defenses="shuffle:ratio=0.5")
 
 

@@ -10,6 +10,7 @@ from tests.threats.exposed import PLAIN
 from tests.threats.exposed import exposed as seen
 from vitguard import data
 from vitguard.attacks.imprint import ImprintReading
+from vitguard.core import LocalTraining
 from vitguard.errors import Blocked
 from vitguard.guard import protect
 from vitguard.metrics import recovered
@@ -110,6 +111,25 @@ def test_under_a_class_token_the_last_block_gives_one_patch_of_each_image_in_eac
     assert guess.verified[:, 0].all() and guess.verified.sum() == len(photos)
     assert proved(guess, photos) == 1 / 16
     assert "15 stand in other turns" in guess.details["unfinished"][0]
+
+
+def test_a_head_that_reads_the_mean_beside_the_class_token_gives_a_patch_of_each_image(photos):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        image_size=16, patch_size=4, hidden_size=60, num_hidden_layers=3, num_attention_heads=3,
+        num_labels=10,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = transformers.Dinov2ForImageClassification(config)
+    assert proved(read(made, photos, defenses="frozen-stem")[1], photos) == 1 / 16
+
+
+@pytest.mark.parametrize("kind, least", [("average", 0.8), ("class token", 1 / 16)])
+def test_the_difference_of_one_step_of_the_last_block_is_read(photos, kind, least):
+    how = {"training": LocalTraining(0.01), "defenses": "frozen-stem"}
+    view, guess = read(model(kind), photos, **how)
+    assert view.update.kind == "difference"
+    assert proved(guess, photos) >= least and not wrong(guess, photos)
 
 
 def test_turns_of_a_class_token_give_all_patches_of_an_image(photos):

@@ -117,8 +117,11 @@ def _steps(whole: Float[Tensor, "rows width_and_count"], loud: float) -> Tensor:
 
 def _sums(view: View, anatomy: Anatomy, one: Bins, longer: float) -> _Sums:
     block = next(b for b in anatomy.blocks if one.layer.startswith(f"{b.name}."))
-    norm = block.norm1 if one.kind == "value" else block.norm2
+    norm = block.norm1 if one.kind in ("value", "behind") else block.norm2
     gain, shift = view.weight(f"{norm}.weight"), view.weight(f"{norm}.bias")
+    if one.kind == "behind":  # attention gives it, shorter
+        length = view.weight(f"{block.proj}.weight")[0, 0]
+        gain, shift = length * gain, length * shift
     columns, weight, bias = _written(view, block, one)
     columns = columns[:, one.rows.flatten()]
     faint = columns[:, 0].norm()

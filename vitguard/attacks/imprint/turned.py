@@ -58,7 +58,7 @@ def _weights(
     before = seen.new_tensor([single.scale for single in found])
     size = (gain.square() * (1 - eps / before.square()) + eps).sqrt()[:, None]
     head = linear_head(view)
-    weight = view.weight(f"{head}.weight")
+    weight = view.weight(f"{head}.weight")[:, : seen.shape[1]]  # what is pooled first
     scores = (seen @ weight.T + view.bias(head)).softmax(-1)
     worth = weight @ (out / out.norm())
     return (scores @ worth[:, None] - worth) / size / view.update.batch_size

@@ -76,14 +76,17 @@ def attend(
     up[len(up) - width + at, torch.arange(len(at))] = 1.0
 
 
-def turn_to(state: State, block: Block, row: Float[Tensor, " width"], size: float) -> None:
-    """Let all heads turn to one position, whose token after LayerNorm becomes the class token.
+def turn_to(
+    state: State, block: Block, row: Float[Tensor, " width"], size: float, length: float
+) -> None:
+    """Let all heads turn to one position, so that attention gives its token after LayerNorm.
 
-    All queries are one constant. The class token is 0, and so is its key.
+    All queries are one constant. The key of the class token is 0.
 
     Args:
         row: What tells the position: at least 1 there before LayerNorm, below 0 elsewhere.
-        size: By which LayerNorm divides a token of that position, about: the length that it gets.
+        size: By which LayerNorm divides a token of that position, about.
+        length: Factor on what attention gives.
     """
     width, many = len(row), len(row) // block.heads
     for name in (*block.qkv, *block.qkv_bias):
@@ -93,7 +96,7 @@ def turn_to(state: State, block: Block, row: Float[Tensor, " width"], size: floa
     _part(state, block.qkv_bias, 0)[at] = 1.0
     eye = torch.eye(width, dtype=row.dtype)
     _part(state, block.qkv, 2).copy_(eye)
-    state[f"{block.proj}.weight"].copy_(size * eye)
+    state[f"{block.proj}.weight"].copy_(length * eye)
 
 
 def _up(state: State, bins: Bins) -> Tensor:

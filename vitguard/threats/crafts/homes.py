@@ -44,7 +44,8 @@ def homes_of(model: nn.Module, anatomy: Anatomy) -> list[Home]:
     """Return one layer for each block that has one, the one with most rows where it has several.
 
     fc1 where it is trained, or where nothing in the blocks is. Else a bottleneck adapter that reads
-    what the MLP reads or gives, LoRA beside fc1, LoRA beside the values of the attention.
+    what the MLP reads or gives, LoRA beside fc1, LoRA beside the values of the attention. Where no
+    block has any of these: an adapter that reads what the attention gives.
 
     Raises:
         NotApplicable: What is trained in the blocks is something else.
@@ -56,7 +57,8 @@ def homes_of(model: nn.Module, anatomy: Anatomy) -> list[Home]:
     whole = [b for b in blocks if f"{b.fc1}.weight" in trained] if inside else blocks
     found = [Home(b, "mlp", b.fc1, b.fc2, own[f"{b.fc1}.weight"]) for b in whole]
     if not found:
-        narrow = [*_adapters(model, blocks), *_beside(trained, own, blocks)]
+        every = [*_adapters(model, blocks), *_beside(trained, own, blocks)]
+        narrow = [home for home in every if home.kind != "behind"] or every
         best = [max((h for h in narrow if h.block is b), key=_room, default=None) for b in blocks]
         found = [home for home in best if home is not None]
     return _reached(model, anatomy, found)
@@ -79,7 +81,8 @@ def _reached(model: nn.Module, anatomy: Anatomy, found: list[Home]) -> list[Home
     if not inner:
         raise NotApplicable(
             "what is trained in the blocks that can hold bins is neither fc1, nor an adapter that "
-            "reads what the MLP reads or gives, nor LoRA beside fc1 or the values of the attention"
+            "reads what the MLP reads, or what the MLP or the attention gives, nor LoRA beside fc1 "
+            "or the values of the attention"
         )
     return inner
 
@@ -138,6 +141,8 @@ def _adapters(model: nn.Module, blocks: tuple[Block, ...]) -> Iterator[Home]:
             yield Home(b, "parallel", down, up, rows)
         elif _same(read, seen.get(f"{b.mlp} gives")) and _passes(model, b):
             yield Home(b, "serial", down, up, rows)
+        elif _same(read, seen.get(f"{b.attention} gives")) and b.qkv_bias and b.heads:
+            yield Home(b, "behind", down, up, rows, even=True)
 
 
 def _passes(model: nn.Module, block: Block) -> bool:
@@ -168,7 +173,7 @@ def bottlenecks(model: nn.Module, block: Block) -> Iterator[tuple[str, str]]:
 def _inputs(
     model: nn.Module, layers: set[str], pairs: list[tuple[Block, str, str]]
 ) -> dict[str, Tensor]:
-    """Return what layers read, and what MLPs give, of one drawn image."""
+    """Return what layers read, and what MLPs and attention give, of one drawn image."""
     model = copy.deepcopy(model).eval()
     seen: dict[str, Tensor] = {}
 
@@ -182,6 +187,7 @@ def _inputs(
         model.get_submodule(name).register_forward_pre_hook(reads(name))
     for block, _, _ in pairs:
         model.get_submodule(block.fc2).register_forward_hook(gives(f"{block.mlp} gives"))
+        model.get_submodule(block.proj).register_forward_hook(gives(f"{block.attention} gives"))
     anatomy, like = Anatomy.of(model), next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, anatomy.channels, *anatomy.image_size, generator=generator)

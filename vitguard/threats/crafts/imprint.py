@@ -128,8 +128,8 @@ class Imprint(Craft):
         homes = homes if self.blocks is None else homes[: self.blocks]
         positions = positions_of(canonical_tensors(model), anatomy)[0]
         gated = told_apart(centred(positions)) if self.gated is None else self.gated
-        if not gated and any(home.kind == "value" for home in homes):
-            raise NotApplicable("an attention head is a bin of one position: gated=false has none")
+        if not gated and any(home.kind in ("value", "behind") for home in homes):
+            raise NotApplicable("attention turns to a position: gated=false has none")
         if homes[0].turned:
             if not gated:
                 raise NotApplicable("a class token turns to a position: gated=false has none")
@@ -160,7 +160,8 @@ class Imprint(Craft):
         Where there are more positions than rows, each turn begins where the last one ended.
         """
         least = min(home.rows for home in homes)
-        seen = min(-(-anatomy.patches // len(homes)), self.places or anatomy.patches)
+        most = 1 if homes[0].kind == "behind" else self.places or anatomy.patches
+        seen = min(-(-anatomy.patches // len(homes)), most)
         each = self.each or max(1, least // seen)
         if each > least:
             raise NotApplicable(
@@ -170,7 +171,7 @@ class Imprint(Craft):
             raise NotApplicable(
                 "attention needs a class token to turn to below a threshold: each=1"
             )
-        per = min(least // each, self.places or least)
+        per = min(least // each, most)
         begin = self.turn * per * len(homes) if per * len(homes) < anatomy.patches else 0
         order = torch.arange(anatomy.patches).roll(-begin)
         made = []

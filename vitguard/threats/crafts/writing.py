@@ -18,7 +18,7 @@ from vitguard.threats.crafts.gates import Gates
 from vitguard.threats.crafts.gating import attend, hand_on, scale_norm, stand_for, turn_to
 from vitguard.threats.crafts.homes import bottlenecks
 from vitguard.threats.crafts.pools import averages
-from vitguard.vit import Anatomy, canonical_name
+from vitguard.vit import Anatomy, Block, canonical_name
 
 __all__ = ["Writer", "centred", "class_worth", "positions_of"]
 
@@ -73,9 +73,10 @@ class Writer:
         self.averaged = averages(a) and not any(b.kind == "serial" for b in bins)
         self.turned = bins[0].turned
         self.direct = self.averaged or self.turned
-        attention = any(b.kind == "value" for b in bins)
-        if attention and thresholds == "bias":
+        attention = any(b.kind in ("value", "behind") for b in bins)
+        if any(b.kind == "value" for b in bins) and thresholds == "bias":
             raise NotApplicable("an attention head has no bias for a threshold: thresholds=channel")
+        self.attention = attention
         self.channels = Channels.of(a, self.positions, generator, sink=attention)
         spread = centred(self.positions)
         size = float(spread.norm(dim=1).square().mean().sqrt())
@@ -136,7 +137,7 @@ class Writer:
         self.lines = self._lines()
         self.reach = 4 * float(self.waves[:, :_STRONG].norm(dim=1).max())
         low = c.data @ (-2 * self.reach * _end(self.lines))
-        if any(b.kind == "value" for b in self.bins):
+        if self.attention:
             low = low + float(low.norm()) * c.sink
         if self.turned:
             low = torch.zeros_like(low)
@@ -243,6 +244,8 @@ class Writer:
         if bins.kind == "serial":
             share = self.longer / steep
             hand_on(self.state, block)
+        elif bins.kind == "behind":
+            share = self._turn(bins, block, _FAINT * size)
         elif bins.kind == "lora":
             share = 1.0
             stand_for(self.state, bins)
@@ -250,7 +253,7 @@ class Writer:
         flat = bins.rows.flatten()
         weight = self.state[f"{gate}.weight"]
         weight.zero_()
-        weight[flat] = full / share
+        weight[flat] = full / share * (steep if bins.kind == "behind" else 1.0)
         if f"{gate}.bias" in self.state:
             self._set(f"{gate}.bias", _OFF)  # rows that are not used have no gradient
             self.state[f"{gate}.bias"][flat] = bias
@@ -258,6 +261,9 @@ class Writer:
             raise NotApplicable(f"{gate} has no bias")
         self.state[f"{bins.out}.weight"].copy_((faint * c.signal)[:, None])
         counts = f"{bins.layer}.bias" not in self.state or self.quiet > 1  # a bias stays small
+        if bins.kind == "behind":
+            scale_norm(self.state, block.norm1, 1.0, counts=counts)
+            return
         scale_norm(self.state, block.norm2, steep * share, counts=counts)
 
     def _share(self, slope: float, size: float) -> float:
@@ -292,7 +298,7 @@ class Writer:
         block = a.blocks[-1]
         told = c.signal + _BRIGHT * c.data[:, 0]  # brightness: what tells images apart
         if self.turned:
-            self._turn()
+            self._turn(self.bins[0], block, self.read)
         elif not self.averaged:
             for name in (*block.qkv, *block.qkv_bias):
                 self._set(name, 0.0)
@@ -308,14 +314,17 @@ class Writer:
             weight[:, : a.width] = self.mild * worth[:, None] * told  # what is pooled first
             self._set(f"{head}.bias", 0.0)
 
-    def _turn(self) -> None:
-        """Let the class token become the token of the position that the bins see."""
-        assert self.gates is not None and self.bins[0].places is not None
-        c, at = self.channels, int(self.bins[0].places[0])
+    def _turn(self, bins: Bins, block: Block, length: float) -> float:
+        """Let attention give the token of the position that the bins see, as long as `length`."""
+        assert self.gates is not None and bins.places is not None
+        c, at = self.channels, int(bins.places[0])
         gate = self.gates.rows[at]
         offset = gate @ (self.constant * c.scale) + self.gates.own[at] - 0.5
         row = (gate - offset / self.constant * c.scale) / (0.5 - _BESIDE)
-        turn_to(self.state, self.anatomy.blocks[-1], row, self.read)
+        if self.attention:  # the class token is no 0: nothing of it in its key
+            row = row - (row @ self.prefix) / (self.prefix @ c.sink) * c.sink
+        turn_to(self.state, block, row, float(self._sizes(bins).median()), length)
+        return length
 
 
 def _end(lines: Float[Tensor, "directions waves"], least: float | None = None) -> Tensor:
