@@ -11,7 +11,7 @@ from tests.threats.exposed import exposed as seen
 from vitguard import data
 from vitguard.attacks.imprint import ImprintReading
 from vitguard.core import LocalTraining
-from vitguard.errors import Blocked
+from vitguard.errors import Blocked, NotApplicable
 from vitguard.guard import protect
 from vitguard.metrics import recovered
 from vitguard.models import build_model
@@ -172,6 +172,63 @@ def test_of_many_images_under_a_class_token_every_patch_that_is_called_proved_is
     assert claims >= 12
 
 
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("kind", TURNED)
+def test_a_head_that_is_trained_alone_gives_one_patch_of_each_image_in_each_round(kind, classes):
+    pixels = data.decoys(8, (16, 16), seed=1)
+    how = {"craft": "imprint:turn=3", "defenses": "frozen-stem:trained=0"}
+    view, guess = read(model(kind, classes), pixels, **how)
+    assert not any(n.startswith("blocks.") for n in view.update.tensors)
+    assert guess.verified[:, 3].all() and guess.verified.sum() == 8
+    assert not wrong(guess, pixels)
+
+
+def test_rounds_of_a_head_give_whole_images(photos):
+    rounds = [
+        seen(train_only(model("class token"), "head"), photos, MaliciousServer(f"imprint:turn={t}"))
+        for t in range(16)
+    ]
+    view = replace(rounds[-1], earlier=tuple(rounds[:-1]))
+    assert proved(ImprintReading().run(view, torch.Generator()), photos) == 1.0
+
+
+def test_the_slow_obvious_reading_of_a_head_finds_the_same_patch(photos):
+    view, guess = read(model("class token"), photos[:1], defenses="frozen-stem:trained=0")
+    anatomy = Anatomy.of(view.model)
+    token = view.read("head.weight")[0] / view.read("head.bias")[0]  # of its label
+    still = view.weight("patch_embed.proj.bias") + view.weight("pos_embed")[0, 1]
+    system = torch.cat([view.weight("patch_embed.proj.weight").flatten(1), -token[:, None]], 1)
+    solved = torch.linalg.lstsq(system, -(still - still.mean())).solution[:-1]
+    fast = anatomy.patchify(PLAIN.apply(guess.images))[0, 0]
+    assert guess.verified[0, 0] and torch.allclose(fast, solved, atol=1e-3)
+
+
+def test_images_that_share_their_label_are_not_read_from_a_head():
+    """Of ten classes nine have one image each, and the first has two nearly equal ones."""
+    pixels = data.decoys(9, (16, 16), seed=1)
+    pixels = torch.cat([pixels, pixels[:1].clone()])
+    pixels[-1, :, 0, 0] += 0.02
+    guard = protect(train_only(model("class token"), "head").train(), ())
+    guard.model.load_state_dict(MaliciousServer().hand_out(guard))
+    with guard.rewound():
+        update = guard.update(PLAIN.apply(pixels), torch.tensor([*range(9), 0]))
+    view = MaliciousServer().view(guard, update, PLAIN)
+    guess = ImprintReading().run(view, torch.Generator())
+    assert guess.details["found"] == 8 and guess.verified.sum() == 8
+
+
+def test_a_head_whose_counts_are_no_whole_numbers_is_not_read(photos):
+    view, _ = read(model("class token"), photos, defenses="frozen-stem:trained=0")
+    view = replace(view, update=replace(view.update, batch_size=3))
+    with pytest.raises(NotApplicable, match="no label stands alone"):
+        ImprintReading().run(view, torch.Generator())
+
+
+def test_under_an_average_the_head_alone_shows_no_patch(photos):
+    with pytest.raises(Blocked, match="not in the update"):
+        read(model(), photos, defenses="frozen-stem:trained=0")
+
+
 def test_what_has_the_weight_of_no_label_is_not_called_proved(photos):
     """An update of another batch size: every weight is off, and every token is as it was."""
     view, guess = read(model("class token"), photos, defenses="frozen-stem")
@@ -185,9 +242,12 @@ def test_a_class_token_turns_to_no_position_where_patches_have_none(photos):
         read(model("class token"), photos, defenses="frozen-stem+shuffle:ratio=0.5")
 
 
-@pytest.mark.parametrize("kind", {**AVERAGES, **TURNED})
-def test_a_craft_for_the_last_block_changes_neither_keys_shapes_nor_dtypes(kind):
-    guard = protect(train_only(model(kind), "last-block/head"), ())
+@pytest.mark.parametrize(
+    "kind, trained",
+    [*((kind, "last-block/head") for kind in {**AVERAGES, **TURNED}), ("class token", "head")],
+)
+def test_a_craft_for_the_last_block_changes_neither_keys_shapes_nor_dtypes(kind, trained):
+    guard = protect(train_only(model(kind), trained), ())
     own = guard.public_model()
     before = {k: t.clone() for k, t in own.state_dict().items()}
     made = Imprint().weights(own)
@@ -195,12 +255,16 @@ def test_a_craft_for_the_last_block_changes_neither_keys_shapes_nor_dtypes(kind)
         (k, t.shape, t.dtype) for k, t in before.items()
     ]
     assert all(torch.equal(t, before[k]) for k, t in own.state_dict().items())
-    assert not torch.equal(made[f"{LAST}.weight"], before[f"{LAST}.weight"])
+    name = "head" if trained == "head" else LAST
+    assert not torch.equal(made[f"{name}.weight"], before[f"{name}.weight"])
 
 
-@pytest.mark.parametrize("kind", {**AVERAGES, **TURNED})
-def test_inspection_refuses_bins_in_the_last_block(kind):
-    made = train_only(model(kind), "last-block/head").train()
+@pytest.mark.parametrize(
+    "kind, trained",
+    [*((kind, "last-block/head") for kind in {**AVERAGES, **TURNED}), ("class token", "head")],
+)
+def test_inspection_refuses_bins_in_the_last_block(kind, trained):
+    made = train_only(model(kind), trained).train()
     guard = protect(made, ())
     crafted = Imprint().weights(guard.public_model())
     pixels = data.decoys(4, (16, 16), seed=3)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["BinKind", "Bins", "Crafted"]
 
-BinKind = Literal["mlp", "parallel", "serial", "behind", "lora", "value", "feature"]
+BinKind = Literal["mlp", "parallel", "serial", "behind", "lora", "value", "feature", "head"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,8 @@ class Bins:
             layer. One that reads what the attention gives (`behind`): the attention, which turns to
             the one position of `places`. The layer is A of LoRA: fc1 beside it (`lora`), or one
             attention head for each row (`value`). An adapter beside weights that the server did not
-            write (`feature`): what it reads is no patch.
+            write (`feature`): what it reads is no patch. The `head` itself, which is 0: its rows
+            are no bins but classes.
         out: Module name of the layer whose columns carry the gradient back to the rows.
         even: Whether all tokens of an image have one weight, whatever their size; else LayerNorm
             divides the weight of each by its size.

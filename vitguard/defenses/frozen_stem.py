@@ -37,7 +37,8 @@ class FrozenStem(ModelDefense):
         the thumbnail); a decoder trained on public images draws colours and layout from them.
         A server that writes the weights. Where two blocks or more are trained 97 % of the patches
         stood in one update of two photos; where it is one block, all of them with mean pooling, and
-        under a class token one patch of each image in a round (docs/malicious-server.md).
+        under a class token one patch of each image in a round, from the head alone as well
+        (docs/malicious-server.md).
         `deep-tokens`, where a block that is trained shows all tokens of few images: with one block
         frozen of four it gave 127 dB; with mean pooling the last block alone shows every token.
         `containment`, from the last block alone under a class token as well, where its 2 heads + 1

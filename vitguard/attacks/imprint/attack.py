@@ -17,7 +17,7 @@ from vitguard.attacks.equations.head import linear_head
 from vitguard.attacks.equations.rows import Embedding, guess_from_patches
 from vitguard.attacks.imprint.bank import Bank, Single, Tokens, peeled
 from vitguard.attacks.imprint.sums import banks_of, lone_features
-from vitguard.attacks.imprint.turned import labelled
+from vitguard.attacks.imprint.turned import labelled, of_head
 from vitguard.attacks.labels import labels_from_counts
 from vitguard.core import Guess, View
 from vitguard.errors import NotApplicable
@@ -50,7 +50,7 @@ class ImprintReading(Attack):
         A patch is marked `verified` only where its token has the length of a single one, up to a
         difference that 40 dB allow, and as much weight as two others at least, as the tokens of one
         image have. Where a class token turned to one position of each image: the weight that some
-        label gives it, up to 1e-5 of it.
+        label gives it, up to 1e-5 of it; from a head of zeros, a label that no other image has.
 
     Does not protect against:
         Mixtures of three tokens and more that have both by chance: strong evidence, no proof.
@@ -97,16 +97,25 @@ class ImprintReading(Attack):
         size = sum(view.normalization.std) / len(view.normalization.std)
         allowed = _WRONG / size * anatomy.patch_pixels**0.5 / _gain(tokens)
         batch, clear = view.update.batch_size, view.traits.noise == 0
-        found = _found(_banks(rounds, anatomy, embedding, tokens), tokens, allowed) if clear else []
-        if not view.traits.exact and len(found) < _FEW * batch * anatomy.patches:
+        found: list[Single] = []
+        if first.kind == "head":
+            found = of_head(rounds, anatomy, tokens, allowed if view.traits.exact else torch.inf)
+        elif clear:
+            found = _found(_banks(rounds, anatomy, embedding, tokens), tokens, allowed)
+        few = first.kind != "head" and len(found) < _FEW * batch * anatomy.patches
+        if few and not view.traits.exact:
             banks = _banks(rounds, anatomy, embedding, tokens, noisy=True)
             guessed = _found(banks, tokens, allowed, batch)
             clear, found = (True, found) if len(found) >= len(guessed) else (False, guessed)
         if not found:
-            raise NotApplicable("no bin holds a single token")
-        sure: list[bool] = []
-        if first.turned:
-            found, sure = labelled(found, rounds, anatomy, tokens.eps)
+            raise NotApplicable(
+                "no label stands alone in the batch, or none is missing from it"
+                if first.kind == "head"
+                else "no bin holds a single token"
+            )
+        sure = [first.kind == "head"] * len(found) if first.kind == "head" else []
+        if first.turned and first.kind != "head":
+            found, sure = labelled(found, rounds, anatomy, tokens)
         patches, there, proved = _images(found, tokens, batch, anatomy.patches, clear, sure)
         whole = anatomy.patch_pixels - tokens.rank <= _HIDDEN * anatomy.patch_pixels
         details: dict[str, Any] = {"found": len(found), "tokens": batch * anatomy.patches}

@@ -32,6 +32,7 @@ class Bank:
         longer: What earlier blocks added to the size of a token.
         added: What this one adds, before the size divides its weight; infinite where the weight
             is that of its image, whatever its size.
+        gain: Of attention that gave the token before another LayerNorm; 0 where it is as embedded.
     """
 
     bins: Float[Tensor, "bins width_and_bias"]
@@ -40,6 +41,7 @@ class Bank:
     place: int | None = None
     longer: float = 0.0
     added: float = 0.0
+    gain: float = 0.0
 
     def inputs(self, token: Tensor, rows: slice = slice(None)) -> Float[Tensor, " n"]:
         """Return what the rows make of a token."""
@@ -120,8 +122,22 @@ class Tokens:
         scales = self.scales(tokens, places)[:, None]
         return (scales * tokens - self.still[places]) @ self.back.T
 
+    def again(self, scales: Float[Tensor, " n"], gain: float) -> Float[Tensor, " n"]:
+        """Return the square of what LayerNorm divides a token by that it divided before.
+
+        Args:
+            scales: By which it divided it first.
+            gain: Factor between the two.
+        """
+        before = 1 - self.eps / scales.square().clamp_min(self.eps)
+        return gain**2 * before + self.eps
+
     def doubt(
-        self, tokens: Float[Tensor, "n width"], places: Tensor, longer: float = 0.0
+        self,
+        tokens: Float[Tensor, "n width"],
+        places: Tensor,
+        longer: float = 0.0,
+        gain: float = 0.0,
     ) -> Float[Tensor, " n"]:
         """Return a bound on how far each is from a single token, before LayerNorm.
 
@@ -133,6 +149,8 @@ class Tokens:
         """
         scales = self.scales(tokens, places)
         square = (scales + longer).square().clamp_min(self.eps)
+        if gain:
+            square = self.again(scales, gain)
         length = tokens.shape[1] * (1 - self.eps / square)
         lacks = (tokens.square().sum(1) - length).abs()
         beside = scales[:, None] * (tokens @ self.beside) - self.still[places] @ self.beside
@@ -208,7 +226,7 @@ def _singles(
     mean = bank.bins[at, :-1] / bank.bins[at, -1:]
     charge(elements=0.4 * mean.numel(), calls=12)
     places = tokens.places(mean) if bank.place is None else torch.full_like(at, bank.place)
-    doubt = tokens.doubt(mean, places, bank.longer)
+    doubt = tokens.doubt(mean, places, bank.longer, bank.gain)
     scales = tokens.scales(mean, places)
     made = []
     for j in (doubt <= allowed).nonzero()[:, 0].tolist():

@@ -84,9 +84,11 @@ class _Sums:
     bias: Tensor
     longer: float
     added: float
+    gain: float = 0.0
 
     def of(self, group: int) -> _Sums:
-        return _Sums(self.sums[group], self.rows[group], self.bias[group], self.longer, self.added)
+        rows = self.sums[group], self.rows[group], self.bias[group]
+        return _Sums(*rows, self.longer, self.added, self.gain)
 
 
 def _bank(parts: Sequence[_Sums], place: int | None, loud: float = 0.0) -> Bank:
@@ -97,7 +99,7 @@ def _bank(parts: Sequence[_Sums], place: int | None, loud: float = 0.0) -> Bank:
     made[:-1] -= made[1:].clone()
     charge(elements=0.3 * whole.numel())
     rows, bias = (torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "bias"))
-    return Bank(made, rows, bias, place, parts[0].longer, parts[0].added)
+    return Bank(made, rows, bias, place, parts[0].longer, parts[0].added, parts[0].gain)
 
 
 def _steps(whole: Float[Tensor, "rows width_and_count"], loud: float) -> Tensor:
@@ -139,6 +141,7 @@ def _sums(view: View, anatomy: Anatomy, one: Bins, longer: float) -> _Sums:
         bias + weight @ shift,
         longer,
         float(gain[0]) if one.kind == "serial" else torch.inf if one.even else 0.0,
+        float(view.weight(f"{block.proj}.weight")[0, 0]) if one.turned else 0.0,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitguard.attacks.equations.head import linear_heads
 from vitguard.core.crafted import BinKind
 from vitguard.errors import NotApplicable
 from vitguard.threats.crafts.pools import averages, pools_first
@@ -45,7 +46,8 @@ def homes_of(model: nn.Module, anatomy: Anatomy) -> list[Home]:
 
     fc1 where it is trained, or where nothing in the blocks is. Else a bottleneck adapter that reads
     what the MLP reads or gives, LoRA beside fc1, LoRA beside the values of the attention. Where no
-    block has any of these: an adapter that reads what the attention gives.
+    block has any of these: an adapter that reads what the attention gives. The head, where it is
+    trained and nothing in the blocks is.
 
     Raises:
         NotApplicable: What is trained in the blocks is something else.
@@ -54,6 +56,8 @@ def homes_of(model: nn.Module, anatomy: Anatomy) -> list[Home]:
     trained = {n: len(p) for n, p in canonical_parameters(model).items()}
     inside = [n for n in trained if n.startswith(tuple(f"{b.name}." for b in blocks))]
     own = {canonical_name(n): len(p) for n, p in model.named_parameters()}
+    if not inside and (alone := _head(model, anatomy, trained)):
+        return [alone]
     whole = [b for b in blocks if f"{b.fc1}.weight" in trained] if inside else blocks
     found = [Home(b, "mlp", b.fc1, b.fc2, own[f"{b.fc1}.weight"]) for b in whole]
     if not found:
@@ -85,6 +89,16 @@ def _reached(model: nn.Module, anatomy: Anatomy, found: list[Home]) -> list[Home
             "or the values of the attention"
         )
     return inner
+
+
+def _head(model: nn.Module, anatomy: Anatomy, trained: dict[str, int]) -> Home | None:
+    """Return the head where it is trained, and reads class tokens that can turn to a position."""
+    heads = linear_heads(model, anatomy)
+    names = [canonical_name(f"{head}.{part}") for head in heads for part in ("weight", "bias")]
+    if len(heads) != 1 or not _turns(anatomy) or not all(name in trained for name in names):
+        return None
+    rows = trained[names[0]]
+    return Home(anatomy.blocks[-1], "head", heads[0], heads[0], rows, even=True, turned=True)
 
 
 def _turns(anatomy: Anatomy) -> bool:

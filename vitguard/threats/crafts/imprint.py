@@ -133,7 +133,8 @@ class Imprint(Craft):
         if homes[0].turned:
             if not gated:
                 raise NotApplicable("a class token turns to a position: gated=false has none")
-            rows = _rows(1, min(homes[0].rows, self.each or homes[0].rows))
+            each = None if homes[0].kind == "head" else self.each
+            rows = _rows(1, min(homes[0].rows, each or homes[0].rows))
             places = torch.tensor([self.turn % anatomy.patches])
             return [_bins(homes[0], rows, 0, places)]
         narrow = homes[0].kind != "mlp" or homes[0].rows < anatomy.patches

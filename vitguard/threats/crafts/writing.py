@@ -98,7 +98,8 @@ class Writer:
         self._mute()
         self._embed()
         for bins in self.bins:
-            self._fill(bins)
+            if bins.kind != "head":
+                self._fill(bins)
         self._read_out()
         made = {k: self.state[canonical_name(k)].to(t) for k, t in self.own.items()}
         if large := [k for k, t in made.items() if not bool(t.isfinite().all())]:
@@ -311,7 +312,10 @@ class Writer:
             weight = self.state[f"{head}.weight"].zero_()
             if weight.shape[1] < a.width:
                 raise NotApplicable(f"{head} does not read a token, but {weight.shape[1]} numbers")
-            weight[:, : a.width] = self.mild * worth[:, None] * told  # what is pooled first
+            if (
+                self.bins[0].kind != "head"
+            ):  # a head of 0 gives each image a gradient that it scales
+                weight[:, : a.width] = self.mild * worth[:, None] * told  # what is pooled first
             self._set(f"{head}.bias", 0.0)
 
     def _turn(self, bins: Bins, block: Block, length: float) -> float:
