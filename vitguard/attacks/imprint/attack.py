@@ -96,24 +96,16 @@ class ImprintReading(Attack):
         tokens = Tokens.of(embedding.weight, offset, _eps(view.model, anatomy))
         size = sum(view.normalization.std) / len(view.normalization.std)
         allowed = _WRONG / size * anatomy.patch_pixels**0.5 / _gain(tokens)
-        batch, clear = view.update.batch_size, view.traits.noise == 0
-        found: list[Single] = []
+        batch = view.update.batch_size
         if first.kind == "head":
             found = of_head(rounds, anatomy, tokens, allowed if view.traits.exact else torch.inf)
-        elif clear:
-            found = _found(_banks(rounds, anatomy, embedding, tokens), tokens, allowed)
-        few = first.kind != "head" and len(found) < _FEW * batch * anatomy.patches
-        if few and not view.traits.exact:
-            banks = _banks(rounds, anatomy, embedding, tokens, noisy=True)
-            guessed = _found(banks, tokens, allowed, batch)
-            clear, found = (True, found) if len(found) >= len(guessed) else (False, guessed)
+            clear, sure = view.traits.noise == 0, [True] * len(found)
+            why = "no label stands alone in the batch, or none is missing from it"
+        else:
+            found, clear = _of_bins(rounds, anatomy, embedding, tokens, allowed)
+            sure, why = [], "no bin holds a single token"
         if not found:
-            raise NotApplicable(
-                "no label stands alone in the batch, or none is missing from it"
-                if first.kind == "head"
-                else "no bin holds a single token"
-            )
-        sure = [first.kind == "head"] * len(found) if first.kind == "head" else []
+            raise NotApplicable(why)
         if first.turned and first.kind != "head":
             found, sure = labelled(found, rounds, anatomy, tokens)
         patches, there, proved = _images(found, tokens, batch, anatomy.patches, clear, sure)
@@ -129,6 +121,20 @@ class ImprintReading(Attack):
             verified=proved if whole and view.traits.exact else torch.zeros_like(there),
             details=details,
         )
+
+
+def _of_bins(
+    rounds: Sequence[View], anatomy: Anatomy, embedding: Embedding, tokens: Tokens, allowed: float
+) -> tuple[list[Single], bool]:
+    """Return the single tokens of all bins, and whether they were read without averaging rows."""
+    view = rounds[0]
+    batch, clear = view.update.batch_size, view.traits.noise == 0
+    found = _found(_banks(rounds, anatomy, embedding, tokens), tokens, allowed) if clear else []
+    if view.traits.exact or len(found) >= _FEW * batch * anatomy.patches:
+        return found, clear
+    banks = _banks(rounds, anatomy, embedding, tokens, noisy=True)
+    guessed = _found(banks, tokens, allowed, batch)
+    return (found, True) if len(found) >= len(guessed) else (guessed, False)
 
 
 def _unseen(rounds: Sequence[View], anatomy: Anatomy) -> int:
