@@ -312,9 +312,7 @@ class Writer:
             weight = self.state[f"{head}.weight"].zero_()
             if weight.shape[1] < a.width:
                 raise NotApplicable(f"{head} does not read a token, but {weight.shape[1]} numbers")
-            if (
-                self.bins[0].kind != "head"
-            ):  # a head of 0 gives each image a gradient that it scales
+            if self.bins[0].kind != "head":  # of 0 its gradients have a known size
                 weight[:, : a.width] = self.mild * worth[:, None] * told  # what is pooled first
             self._set(f"{head}.bias", 0.0)
 
